@@ -1,0 +1,42 @@
+# Every target sets up what it needs: Python >= 3.11, pip and make are enough.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A CPU build of torch pairs with no triton; tests pin the one that pairs with the newest torch.
+CONSTRAINTS := tests/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test check demo bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.ready: setup.py pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fedmoe needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[test]"
+	@touch $@
+
+setup: $(VENV)/.ready ## create .venv with fedmoe, torch and the test tools (TORCH= picks the torch)
+
+test: setup ## the whole test suite
+	$(BIN)/python -m pytest -q
+
+check: setup ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+DEMO := runs/demo
+demo: setup ## fine-tune a small MoE over ten budgeted clients, next to random experts, and write the report
+	$(BIN)/fedmoe simulate examples/demo.toml algorithm=hfedmoe out=$(DEMO)/hfedmoe --force
+	$(BIN)/fedmoe simulate examples/demo.toml algorithm=random out=$(DEMO)/random --force
+	$(BIN)/fedmoe report $(DEMO)/hfedmoe $(DEMO)/random --out $(DEMO)/report.html
+
+bench: setup ## CPU microbenchmarks against the experts of transformers and one dense product
+	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+clean: ## remove the environment and the runs
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Bindings to model frameworks, one small file each, imported only when asked for."""

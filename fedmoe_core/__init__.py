@@ -1,0 +1,1 @@
+"""The federated layer: budgets, plans, clients, exact aggregation and the simulator."""

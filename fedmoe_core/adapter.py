@@ -1,0 +1,119 @@
+"""The one door between the federated layer and a model framework."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Literal, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedmoe_core.layer import MoE
+from fedmoe_core.update import ParamSpec
+
+Task = Literal["causal_lm", "classification"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids (S sequences of N places), which places are real, and class labels where the task has them."""
+
+    tokens_SN: Tensor  # int64
+    mask_SN: Tensor  # bool, True = a real token
+    labels_S: Tensor | None = None  # int64, classification only
+
+    def __len__(self) -> int:
+        return self.tokens_SN.shape[0]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The facts that budgets and plans need of a model; every MoE layer has the same sizes."""
+
+    family: str
+    task: Task
+    num_layers: int  # MoE layers only
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    params: tuple[ParamSpec, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over an evaluated batch; divide by ``count``."""
+
+    loss_sum: float  # nats
+    count: int  # predicted tokens, or samples
+    correct: int = 0
+
+
+class ModelAdapter(Protocol):
+    """A live model whose MoE blocks are fedmoe layers; one per process, re-used by every client it simulates."""
+
+    spec: ModelSpec
+    model: nn.Module
+    moe: tuple[MoE, ...]  # in depth order
+
+    def state(self) -> dict[str, Tensor]:
+        """The whole model in global coordinates (keys of ``ParamSpec``), cloned; every expert must be held."""
+        ...
+
+    def configure(
+        self,
+        state: Mapping[str, Tensor],
+        *,
+        permitted_LE: np.ndarray | None = None,
+        trainable_LE: np.ndarray | None = None,
+        top_k: int | None = None,
+        train_dense: bool = False,
+        train_router: bool = True,
+    ) -> None:
+        """Become a sub-model of ``state``: only permitted experts stored, only trainable ones as Parameters.
+
+        None means all experts. Dense parameters are copied in place from ``state`` and get gradients when
+        ``train_dense``. The state is never mutated nor aliased.
+        """
+        ...
+
+    def trained(self) -> dict[str, Tensor]:
+        """Detached views of what this configuration trains, keyed and shaped as ``ClientUpdate.deltas``."""
+        ...
+
+    def loss(self, batch: Batch, *, training: bool = True) -> Tensor:
+        """Mean loss of the batch, in nats per predicted token or per sample; padding neither routed nor counted."""
+        ...
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """Loss sum, count and correct predictions, without gradients."""
+        ...
+
+
+@contextmanager
+def masked_tokens(layers: tuple[MoE, ...], mask_SN: Tensor | None) -> Iterator[None]:
+    """Within the block, every MoE layer treats places where ``mask_SN`` is False as padding: no row, no statistic."""
+    valid_T = None if mask_SN is None else mask_SN.reshape(-1)
+    for layer in layers:
+        layer.token_mask = valid_T
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.token_mask = None
+
+
+def find_adapter(name: str) -> object:
+    """The loader registered under ``name`` in the entry-point group ``fedmoe.adapters``.
+
+    Raises:
+        ValueError: no installed package registers that name.
+    """
+    found = {entry.name: entry for entry in entry_points(group="fedmoe.adapters")}
+    if name not in found:
+        raise ValueError(f"adapter {name!r} is not installed; installed adapters: {', '.join(sorted(found)) or 'none'}")
+    return found[name].load()

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: masked routing and grouped expert products; knows nothing of clients or rounds."""
