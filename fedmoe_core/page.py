@@ -56,7 +56,7 @@ td.t:last-child {{ white-space: normal; }}
 tr.first td {{ font-weight: 650; }}
 tr.apart td {{ color: var(--muted); }}
 dl {{
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 0 40px; margin: 12px 0;
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 0 40px; margin: 12px 0;
   font-size: 14px;
 }}
 dl div {{ display: flex; gap: 12px; border-bottom: 1px solid var(--line); padding: 5px 0; }}
@@ -101,7 +101,7 @@ def _comparison(runs: Sequence[Run], verdicts: Sequence[str]) -> str:
         cells += [str(run.seed)] if seeds else []
         cells += [_change(s, "accuracy", show.share)] if accurate else []
         cells += [_change(s, "loss", show.number), show.number(s.get("worst_client_loss")), show.size(_traffic(run))]
-        cells += [show.flops(s.get("flops")), show.size(s.get("peak_memory_bytes")), held(run)]
+        cells += [show.flops(s.get("flops")), show.size(s.get("peak_memory_bytes")), _held(run)]
         cells += [_count(run.violations) if run.budgeted else show.NONE, show.seconds(s.get("seconds"))]
         rows.append(("first" if place == 1 else "apart" if place is None else "", cells))
     names = ["", "run", *(["seed"] if seeds else []), *(["accuracy"] if accurate else []), "held-out loss"]
@@ -122,7 +122,7 @@ def _comparison(runs: Sequence[Run], verdicts: Sequence[str]) -> str:
 
 def _run(run: Run, place: int, *, alone: bool) -> str:
     html = _heading(run, alone=alone)
-    tag = f"run{place} "
+    tag = f"{run.name}: " if place or not alone else ""
     if alone:
         title = "What the rounds, the traffic and the compute bought"
         html += _figure(title, figures.learning, [run], name=tag + "learning")
@@ -136,6 +136,7 @@ def _run(run: Run, place: int, *, alone: bool) -> str:
             (figures.EMPTY, "not there"),
         )
     )
+    key += " &nbsp; Dark lines separate budget tiers." if len(set(run.tiers.values())) > 1 else ""
     html += _figure("Which client holds which expert", figures.holdings, run, name=tag + "experts held", caption=key)
     html += _figure("Which experts matter", figures.importance, run, name=tag + "importance by layer")
     caption = (
@@ -166,7 +167,7 @@ def _heading(run: Run, *, alone: bool) -> str:
     tiles += [
         (show.number(s.get("worst_client_loss")), "loss of the worst client"),
         (limits, "budgets exceeded" if run.budgeted else "needs more than its clients can bear"),
-        (held(run), f"experts held by a client, of {_experts(run) or show.NONE}"),
+        (_held(run), f"experts held by a client, of {_experts(run) or show.NONE}"),
         (show.size(_traffic(run)), f"moved: {down} down, {up} up"),
         (show.size(s.get("peak_memory_bytes")), "largest peak memory of a client"),
         (show.seconds(s.get("seconds")), f"wall-clock, {show.share(engine, 0)} of it the engine's own"),
@@ -177,12 +178,11 @@ def _heading(run: Run, *, alone: bool) -> str:
     html += "".join(
         f"<div class='tile'><b>{value}</b><span class='label'>{escape(text)}</span></div>" for value, text in tiles
     )
-    facts = [
-        ("model", str(run.config.get("model", show.NONE))),
-        ("data", str(run.config.get("data", show.NONE))),
+    facts = [("computed", f"{show.flops(s.get('flops'))} by the clients")] if run.has_accuracy else []
+    facts += [
+        ("partition", str(run.config.get("partition", show.NONE))),
         ("corpus sha256", str(s.get("corpus_sha256") or show.NONE)[:16]),
         ("model hash", str(s.get("model_hash") or show.NONE)[:16]),
-        ("computed", f"{show.flops(s.get('flops'))} by the clients"),
         ("updates refused", str(s.get("refused_updates", show.NONE))),
         ("mass lost", f"{show.share(run.last('lost_mass'))} of the router's weight on absent experts"),
         ("experts trained", f"{show.share(run.last('coverage'), 0)} by somebody in the last round"),
@@ -208,15 +208,13 @@ def _headline(run: Run) -> str:
 
 def _setting(run: Run) -> str:
     config = run.config
-    parts = [f"{config.get('model', 'a model')} on {config.get('data', 'its data')}"]
-    parts.append(
-        f"{show.plural(len(run.client_ids) or int(config.get('clients', 0)), 'client')} in "
-        f"{show.plural(len(set(run.tiers.values())) or 1, 'budget tier')}"
-    )
+    parts = [f"Model {config.get('model', show.NONE)}", f"data {config.get('data', show.NONE)}"]
+    clients = show.plural(len(run.client_ids) or int(config.get("clients", 0)), "client")
+    parts.append(f"{clients} in {show.plural(len(set(run.tiers.values())) or 1, 'budget tier')}")
     parts.append(show.plural(int(run.summary.get("rounds") or 0), "round"))
     parts.append(f"seed {run.seed}")
     text = ", ".join(parts) + ("" if run.finished else " (unfinished)")
-    return escape(text[0].upper() + text[1:]) + "."
+    return escape(text) + "."
 
 
 def _tiers(run: Run) -> str:
@@ -317,6 +315,10 @@ def _count(violations: int) -> str:
 def _traffic(run: Run) -> float | None:
     down, up = run.summary.get("bytes_down"), run.summary.get("bytes_up")
     return None if down is None or up is None else down + up
+
+
+def _held(run: Run) -> str:
+    return held(run).replace("..", "–")
 
 
 def _experts(run: Run) -> int:
