@@ -144,13 +144,13 @@ def test_exceeded_limit_is_drawn_past_the_line_and_named(tmp_path: Path) -> None
 def test_hostile_names_are_text_not_markup(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", clients=2, rounds=2, label="<script>alert(1)</script>")
     partition = json.loads((path / "partition.json").read_text())
-    partition["clients"] = ["<b>one</b>", "a&b $x_1$"]
+    partition["clients"] = ["<b>one</b>", "a&b $\\frac{ $x_1$"]
     (path / "partition.json").write_text(json.dumps(partition))
     page, html, _ = page_of([path], tmp_path / "r.html")
     assert "<script" not in html
     assert "<b>one" not in html
     assert "<b>one</b>" in page.text
-    assert "a&b $x_1$" in page.text
+    assert "a&b $\\frac{ $x_1$" in page.text
 
 
 @pytest.mark.parametrize("missing", ["partition.json", "ledger.jsonl", "config.toml", "summary.json"])
@@ -250,7 +250,8 @@ def verdict_of(tmp_path: Path, mine: dict[str, Any], theirs: dict[str, Any], **b
         (
             4.25,
             4.2501,
-            "HFedMoE did not beat random experts under the same budgets: they end level (4.250 against 4.250, one seed).",
+            "HFedMoE did not beat random experts under the same budgets: they end level "
+            "(4.250 against 4.250, one seed).",
         ),
     ],
 )
