@@ -6,27 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
+from fedmoe_core.batch import Batch, Task
 from fedmoe_core.layer import MoE
 from fedmoe_core.update import ParamSpec
-
-Task = Literal["causal_lm", "classification"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids (S sequences of N places), which places are real, and class labels where the task has them."""
-
-    tokens_SN: Tensor  # int64
-    mask_SN: Tensor  # bool, True = a real token
-    labels_S: Tensor | None = None  # int64, classification only
-
-    def __len__(self) -> int:
-        return self.tokens_SN.shape[0]
 
 
 @dataclass(frozen=True)
