@@ -155,8 +155,8 @@ def make_corpus(
         if rows_of_class.min() < 5:
             small = int(rows_of_class.argmin())
             raise ValueError(
-                f"{source}: class {class_names[small]!r} has {rows_of_class[small]} rows and each class needs 5 for the "
-                "public, test and client splits; add rows, or, if line 1 is a header, name its label column 'label'"
+                f"{source}: class {class_names[small]!r} has {rows_of_class[small]} rows and each class needs 5 for "
+                "the public, test and client splits; add rows, or, if line 1 is a header, name its label column 'label'"
             )
     return Corpus(
         source=source,

@@ -23,4 +23,5 @@ def counter_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
     if seed < 0 or any(place < 0 for place in where):
         raise ValueError(f"seed {seed} and coordinates {where} of random draws must be >= 0; use a non-negative seed")
     word = int.from_bytes(sha256(purpose.encode()).digest()[:4], "big")
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, word, *where])))
+    # The length goes in too: SeedSequence pads with zeros, so that () and (0,) would give the same stream.
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, word, len(where), *where])))

@@ -6,7 +6,6 @@ import csv
 import html
 import io
 import re
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def clean(text: str) -> str:
     tags and runs of blanks one space; tickers such as ``<TXN.N>`` stay.
     """
     text = _APOSTROPHE.sub("'", text)
-    text = html.unescape(html.unescape(_LOST_AMPERSAND.sub(r"&\1", text)))
+    text = html.unescape(_LOST_AMPERSAND.sub(r"&\1", html.unescape(text)))
     text = text.replace("\\$", "$").replace("\\", " ")
     text = text.encode("utf-8", errors="replace").decode("utf-8")
     return " ".join(_TAG.sub(" ", text).split())
