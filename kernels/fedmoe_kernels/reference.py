@@ -326,8 +326,10 @@ def importance(
     w_in, w_out, s_TK = leaf(w_in), leaf(w_out), leaf(weights_TK)
     factors = [w_in, w_out]
     if lora is not None:
-        factors = [leaf(factor) for factor in (lora.a_in, lora.b_in, lora.a_out, lora.b_out)]
-        lora = _Adapters(*factors, lora.scale, lora.base_of_slot_B)
+        adapters = _Adapters(
+            leaf(lora.a_in), leaf(lora.b_in), leaf(lora.a_out), leaf(lora.b_out), lora.scale, lora.base_of_slot_B
+        )
+        factors, lora = [*adapters[:4]], adapters
     y_TH, rows = _forward(x_TH.detach(), slots_TK, s_TK, (w_in, w_out), (bias_in, bias_out), activation, lora)
     B = factors[0].shape[0]
     names = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "taylor_in_B", "grad_sq_B")
