@@ -337,8 +337,12 @@ class CostModel:
         trunk = self.trunk_params if first_participation else self.trunk_trainable
         return (self.total_experts * self.hidden_size + trunk) * self.weight_bytes
 
+    @property
+    def router_flops_per_token(self) -> float:
+        """Operations of all routers, forward and backward, per token of a training step."""
+        return float((6 if self.train_router else 4) * self.total_experts * self.hidden_size)
+
     def _flops(self, trained_rows: float, frozen_rows: float, tokens: int) -> float:
         through = 4 * (self.expert_params + self.adapter_params)
-        router = (6 if self.train_router else 4) * self.total_experts * self.hidden_size
         expert = trained_rows * (through + 2 * self.trained_params) + frozen_rows * through
-        return expert + tokens * (router + self.trunk.flops_per_token)
+        return expert + tokens * (self.router_flops_per_token + self.trunk.flops_per_token)
