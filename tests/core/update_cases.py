@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmoe_core.aggregate import Accumulator, SumSettings
 from fedmoe_core.budget import Budget, Cost
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.update import ClientProfile, ClientUpdate, ParamSpec
 
 LAYERS, EXPERTS, HIDDEN, INNER = 2, 5, 3, 4  # four different sizes, so that a swapped axis cannot pass
 SHAPE_LE = (LAYERS, EXPERTS)
+ALL = np.ones(SHAPE_LE, dtype=bool)
+Client = tuple[ClientUpdate, ExpertPlan]
 
 
 def make_specs(dtype: torch.dtype = torch.float32) -> list[ParamSpec]:
@@ -93,3 +96,22 @@ def clone_update(update: ClientUpdate) -> ClientUpdate:
         expert_weight_LE=update.expert_weight_LE.copy(),
         router_weight_LE=update.router_weight_LE.copy(),
     )
+
+
+def make_clients(count: int, seed: int = 0, *, full: bool = False, train_dense: bool = True) -> list[Client]:
+    plans = [make_plan(ALL if full else some_experts(seed * 100 + c), client=c) for c in range(count)]
+    return [(make_update(plan, seed, train_dense=train_dense), plan) for plan in plans]
+
+
+def accumulate(clients: list[Client], format_: SumSettings | None = None) -> Accumulator:
+    accumulator = Accumulator(make_specs(), format_, train_dense=True)
+    for update, plan in clients:
+        outcome = accumulator.add(update, plan)
+        assert outcome.accepted, outcome.reason
+    return accumulator
+
+
+def quantised(weight: float, bits: int = 12) -> float:
+    """The weight that the sums really use, as a real number."""
+    top = 2**bits - 1
+    return 0.0 if weight == 0 else max(1, round(weight * top)) / top
