@@ -227,15 +227,17 @@ def _integer_program(
 ) -> tuple[np.ndarray, float]:
     """Binary program by HiGHS, made exact: integer rows in lowest terms, tight gaps, and every answer re-checked."""
     layers, experts = values_LE.shape
-    # HiGHS accepts violations of 1e-6: rows divided by their common divisor make that harmless for typical costs.
+    # HiGHS accepts violations of 1e-6 and no coefficient of 1e15: rows in lowest terms, and scaled down to 32 bits where
+    # that is not enough. Rounding costs and limit down keeps every feasible set feasible; the re-check below does the rest.
     divisor_D = np.gcd.reduce(costs_DLE.reshape(len(costs_DLE), -1), axis=1)
+    divisor_D *= np.maximum(costs_DLE.max(axis=(1, 2)) // divisor_D >> 32, 1)
     rows = [
-        LinearConstraint(cost.ravel() // by, ub=limit // by)
-        for cost, by, limit in zip(costs_DLE, divisor_D, limits_D, strict=True)
+        LinearConstraint(cost.ravel() // divisor, ub=limit // divisor)
+        for cost, divisor, limit in zip(costs_DLE, divisor_D, limits_D, strict=True)
     ]
     rows.append(LinearConstraint(np.kron(np.eye(layers), np.ones(experts)), lb=1))
     # Its absolute gap is fixed at 1e-6, so values are scaled until that is 1e-12 of the largest.
-    scale = 1e6 / max(float(np.abs(values_LE).max()), np.finfo(float).tiny)
+    scale = 1e6 / (float(np.abs(values_LE).max()) or 1.0)
     options: dict[str, float] = {"mip_rel_gap": 0.0}
     if node_limit is not None:
         options["node_limit"] = node_limit

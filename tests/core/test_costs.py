@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -126,11 +127,9 @@ def test_additive_rows_say_what_memory_and_bytes_say(seed: int, first: bool, ran
 def test_more_experts_never_cost_less(seed: int) -> None:
     permitted_LE, trainable_LE = masks(seed)
     more_LE = permitted_LE | masks(seed + 1)[0]
-    for small, large in (
-        ((permitted_LE, trainable_LE), (more_LE, trainable_LE)),
-        ((more_LE, trainable_LE), (more_LE, more_LE)),
-    ):
-        less, more = (DEMO.predict(*pair, local_steps=1) for pair in (small, large))
+    plans = [(permitted_LE, trainable_LE), (more_LE, trainable_LE), (more_LE, more_LE)]
+    costs = [DEMO.predict(*plan, local_steps=1) for plan in plans]
+    for less, more in pairwise(costs):
         assert less.memory_bytes <= more.memory_bytes
         assert less.bytes_down <= more.bytes_down
         assert less.bytes_up <= more.bytes_up
@@ -163,9 +162,7 @@ TRANSIENTS = st.tuples(*[st.integers(0, 20_000)] * 4)
 
 
 @given(SEEDS, SEEDS, TRANSIENTS)
-def test_inv2_a_model_calibrated_on_one_plan_is_exact_on_others(
-    seed: int, other: int, transients: tuple[int, ...]
-) -> None:
+def test_inv2_calibrated_on_one_plan_is_exact_on_others(seed: int, other: int, transients: tuple[int, ...]) -> None:
     step = Step(DEMO, transients)
     model = DEMO.calibrated({2: step.peaks(*masks(seed))}, *masks(seed))
     assert model.memory(*masks(seed)) == max(step.peaks(*masks(seed)))
