@@ -270,6 +270,12 @@ def test_a_flop_budget_is_met_by_steps_then_k_then_the_trainable_share() -> None
         fit_flops(Budget(flops=one_layer - 1), MODEL, PLAN_LE, PLAN_LE, local_steps=8, client=5)
 
 
+def test_k_is_never_more_than_a_layer_holds() -> None:
+    one_LE = np.eye(3, 6, dtype=bool)
+    for flops in (None, 1e12):
+        assert fit_flops(Budget(flops=flops), MODEL, one_LE, one_LE, local_steps=8) == (8, 1, one_LE)
+
+
 def test_a_flop_budget_freezes_the_least_valuable_layers_first() -> None:
     step = MODEL.step_flops(PLAN_LE, PLAN_LE, top_k=1)
     scores_LE = np.array([[3.0], [1.0], [2.0]]) * PLAN_LE / PLAN_LE.sum(axis=1, keepdims=True)
