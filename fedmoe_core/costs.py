@@ -30,12 +30,15 @@ class TrunkCost:
     Attributes:
         transients: k' -> bytes at each of the L + 1 stages, or one entry for the whole step (then every expert
             gradient is taken to coincide with it: safe, less tight).
+        gradient_copies: further copies of one layer's expert gradients while its backward runs; 0 where the backend
+            writes gradients in place, 1 where autograd stacks per-slot gradients or clones them.
         step_bytes: temporaries of the optimizer step; 0 for fused AdamW.
         buffer_bytes: non-parameter tensors that live as long as the model (rotary tables).
         flops_per_token: forward and backward of everything but routers and experts, per token of a training step.
     """
 
     transients: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    gradient_copies: int = 0
     step_bytes: int = 0
     buffer_bytes: int = 0
     flops_per_token: float = 0.0
@@ -268,20 +271,12 @@ class CostModel:
         resident_LE = np.full(shape, not compact)
         expert_down = self._base_expert + self.adapter_params * self.weight_bytes
         base_down = self.bytes_down(resident_LE, first_participation=first_participation)
-        depth_L1 = np.arange(self.num_layers)[:, None]
-        entries = [
-            (
-                "memory",
-                base + self.trunk_trainable * self.grad_bytes + self.trunk.step_bytes,
-                held + self.gradient_bytes,
-            )
+        step = base + self.trunk_trainable * self.grad_bytes + self.trunk.step_bytes
+        entries = [("memory", step, held + self.gradient_bytes)]
+        entries += [
+            ("memory", base + transient, held + self._gradients(stage, of=len(stages)))
+            for stage, transient in enumerate(stages)
         ]
-        for stage, transient in enumerate(stages):
-            # With one stage for the whole step, its gradients are all taken to exist at its peak.
-            done = self.num_layers if len(stages) == 1 else stage
-            entries.append(
-                ("memory", base + transient, held + self.gradient_bytes * (depth_L1 >= self.num_layers - done))
-            )
         entries.append(("down", base_down, np.full(shape, expert_down if compact else 0)))
         entries.append(("up", self._base_up, np.full(shape, self._expert_up)))
         entries.append(("experts", 0, np.ones(shape, int)))
@@ -304,17 +299,14 @@ class CostModel:
             ValueError: a peak is smaller than the closed-form terms, so it cannot be of this configuration.
         """
         base = replace(self, trunk=replace(self.trunk, transients={}, **measured))  # type: ignore[arg-type]
-        fixed = (
-            base.resident_bytes + int(permitted_LE.sum()) * base.held_bytes + int(trainable_LE.sum()) * base.state_bytes
-        )
+        weights = int(permitted_LE.sum()) * base.held_bytes + int(trainable_LE.sum()) * base.state_bytes
+        fixed = base.resident_bytes + weights
         transients = {}
         for top_k, stages in peaks.items():
-            done = (
-                [0]
-                if len(stages) == 1
-                else [int(trainable_LE[self.num_layers - s :].sum()) for s in range(len(stages))]
-            )
-            left = tuple(peak - fixed - count * base.gradient_bytes for peak, count in zip(stages, done, strict=True))
+            gradients = [0]
+            if len(stages) > 1:
+                gradients = [int((base._gradients(s, of=len(stages)) * trainable_LE).sum()) for s in range(len(stages))]
+            left = tuple(peak - fixed - gradient for peak, gradient in zip(stages, gradients, strict=True))
             if max(left) < 0:
                 raise ValueError(
                     f"the peak measured at top_k={top_k}, {max(stages)} bytes, is below its weights and optimizer "
@@ -322,6 +314,18 @@ class CostModel:
                 )
             transients[top_k] = left
         return replace(base, trunk=replace(base.trunk, transients=transients))
+
+    def _gradients(self, stage: int, *, of: int) -> np.ndarray:
+        """Bytes of gradients (L, 1) that a trainable expert of each layer adds in a stage.
+
+        Where one stage stands for the whole step, all gradients are taken to exist at its peak.
+        """
+        layer_L1 = np.arange(self.num_layers)[:, None]
+        copies = self.trunk.gradient_copies
+        if of == 1:
+            return np.full_like(layer_L1, self.gradient_bytes * (1 + copies))
+        running = self.num_layers - stage
+        return self.gradient_bytes * ((layer_L1 >= running) + copies * (layer_L1 == running))
 
     @property
     def _expert_up(self) -> int:

@@ -161,6 +161,7 @@ def fit_flops(
 ) -> FlopFit:
     """The work that a FLOP budget allows: local steps first (down to ``min_steps``), then k', then the trainable share.
 
+    k' starts at the most experts that any layer holds, if that is below the model's k: the rest would be empty places.
     At k' = 1 a token meets one expert, so what is trained within a layer no longer changes the bound: the share falls
     by whole layers, least total score first (ties: the shallower layer, whose backward is the longer), down to one.
 
@@ -169,7 +170,7 @@ def fit_flops(
     """
     if not 1 <= min_steps <= local_steps:
         raise ValueError(f"client {client}: min_steps={min_steps} is outside 1..local_steps={local_steps}")
-    most_k = model.top_k if top_k is None else top_k
+    most_k = min(model.top_k if top_k is None else top_k, int(permitted_LE.sum(axis=1).max()))
     if budget.flops is None:
         return FlopFit(local_steps, most_k, trainable_LE)
     for k in range(most_k, 0, -1):
@@ -227,15 +228,17 @@ def _integer_program(
 ) -> tuple[np.ndarray, float]:
     """Binary program by HiGHS, made exact: integer rows in lowest terms, tight gaps, and every answer re-checked."""
     layers, experts = values_LE.shape
-    # HiGHS accepts violations of 1e-6: rows divided by their common divisor make that harmless for typical costs.
+    # HiGHS accepts violations of 1e-6 and no coefficient of 1e15: rows are put in lowest terms, and scaled to 32 bits
+    # where that is not enough. Rounding costs and limit down loses no feasible set; the re-check below does the rest.
     divisor_D = np.gcd.reduce(costs_DLE.reshape(len(costs_DLE), -1), axis=1)
+    divisor_D *= np.maximum(costs_DLE.max(axis=(1, 2)) // divisor_D >> 32, 1)
     rows = [
-        LinearConstraint(cost.ravel() // by, ub=limit // by)
-        for cost, by, limit in zip(costs_DLE, divisor_D, limits_D, strict=True)
+        LinearConstraint(cost.ravel() // divisor, ub=limit // divisor)
+        for cost, divisor, limit in zip(costs_DLE, divisor_D, limits_D, strict=True)
     ]
     rows.append(LinearConstraint(np.kron(np.eye(layers), np.ones(experts)), lb=1))
     # Its absolute gap is fixed at 1e-6, so values are scaled until that is 1e-12 of the largest.
-    scale = 1e6 / max(float(np.abs(values_LE).max()), np.finfo(float).tiny)
+    scale = 1e6 / (float(np.abs(values_LE).max()) or 1.0)
     options: dict[str, float] = {"mip_rel_gap": 0.0}
     if node_limit is not None:
         options["node_limit"] = node_limit

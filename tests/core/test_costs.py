@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,7 +105,12 @@ def test_lora_counts_adapters_per_matrix() -> None:
 @given(SEEDS, st.booleans(), st.sampled_from([None, 2]), st.booleans())
 def test_additive_rows_say_what_memory_and_bytes_say(seed: int, first: bool, rank: int | None, masked: bool) -> None:
     """Solvers see rows, ledgers see memory() and bytes_*(): they must be the same numbers."""
-    model = replace(DEMO, lora_rank=rank, trunk_trainable=30, trunk=replace(DEMO.trunk, step_bytes=seed % 5000))
+    model = replace(
+        DEMO,
+        lora_rank=rank,
+        trunk_trainable=30,
+        trunk=replace(DEMO.trunk, step_bytes=seed % 5000, gradient_copies=seed % 2),
+    )
     chosen_LE, _ = masks(seed)
     permitted_LE = np.ones_like(chosen_LE) if masked else chosen_LE
     mode = "backward-masked" if masked else "compact"
@@ -126,11 +132,9 @@ def test_additive_rows_say_what_memory_and_bytes_say(seed: int, first: bool, ran
 def test_more_experts_never_cost_less(seed: int) -> None:
     permitted_LE, trainable_LE = masks(seed)
     more_LE = permitted_LE | masks(seed + 1)[0]
-    for small, large in (
-        ((permitted_LE, trainable_LE), (more_LE, trainable_LE)),
-        ((more_LE, trainable_LE), (more_LE, more_LE)),
-    ):
-        less, more = (DEMO.predict(*pair, local_steps=1) for pair in (small, large))
+    plans = [(permitted_LE, trainable_LE), (more_LE, trainable_LE), (more_LE, more_LE)]
+    costs = [DEMO.predict(*plan, local_steps=1) for plan in plans]
+    for less, more in pairwise(costs):
         assert less.memory_bytes <= more.memory_bytes
         assert less.bytes_down <= more.bytes_down
         assert less.bytes_up <= more.bytes_up
@@ -141,7 +145,7 @@ class Step:
     """A training step played out as allocations: the ground truth that calibration sees only the peaks of."""
 
     def __init__(self, model: CostModel, transients: tuple[int, ...]) -> None:
-        self.model, self.transients = model, transients
+        self.model, self.transients, self.copies = model, transients, model.trunk.gradient_copies
 
     def peaks(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray) -> list[int]:
         """Live bytes at the height of each stage, adding up tensor by tensor."""
@@ -154,32 +158,35 @@ class Step:
             live += 2 * 4 * (tensor + model.hidden_size)
         heights = [live + self.transients[0]]
         for stage, layer in enumerate(reversed(range(model.num_layers)), start=1):
-            live += int(trainable_LE[layer].sum()) * 4 * (tensor + model.hidden_size)
-            heights.append(live + self.transients[stage])
+            gradients = int(trainable_LE[layer].sum()) * 4 * (tensor + model.hidden_size)
+            live += gradients
+            heights.append(live + self.transients[stage] + self.copies * gradients)
         return heights
 
 
 TRANSIENTS = st.tuples(*[st.integers(0, 20_000)] * 4)
 
 
-@given(SEEDS, SEEDS, TRANSIENTS)
-def test_inv2_a_model_calibrated_on_one_plan_is_exact_on_others(
-    seed: int, other: int, transients: tuple[int, ...]
+@given(SEEDS, SEEDS, TRANSIENTS, st.integers(0, 1))
+def test_inv2_calibrated_on_one_plan_is_exact_on_others(
+    seed: int, other: int, transients: tuple[int, ...], copies: int
 ) -> None:
-    step = Step(DEMO, transients)
-    model = DEMO.calibrated({2: step.peaks(*masks(seed))}, *masks(seed))
+    step = Step(replace(DEMO, trunk=replace(DEMO.trunk, gradient_copies=copies)), transients)
+    model = step.model.calibrated({2: step.peaks(*masks(seed))}, *masks(seed))
     assert model.memory(*masks(seed)) == max(step.peaks(*masks(seed)))
     assert model.memory(*masks(other)) == max(step.peaks(*masks(other)))
 
 
-@given(SEEDS, SEEDS, TRANSIENTS)
-def test_inv2_a_single_peak_still_gives_an_upper_bound(seed: int, other: int, transients: tuple[int, ...]) -> None:
-    step = Step(DEMO, transients)
-    model = DEMO.calibrated({2: [max(step.peaks(*masks(seed)))]}, *masks(seed))
+@given(SEEDS, SEEDS, TRANSIENTS, st.integers(0, 1))
+def test_inv2_a_single_peak_still_gives_an_upper_bound(
+    seed: int, other: int, transients: tuple[int, ...], copies: int
+) -> None:
+    step = Step(replace(DEMO, trunk=replace(DEMO.trunk, gradient_copies=copies)), transients)
+    model = step.model.calibrated({2: [max(step.peaks(*masks(seed)))]}, *masks(seed))
     for plan in (masks(seed), masks(other)):
         excess = model.memory(*plan) - max(step.peaks(*plan))
         gradients = sum(int(trainable_LE.sum()) for _, trainable_LE in (masks(seed), plan)) * DEMO.gradient_bytes
-        assert 0 <= excess <= gradients
+        assert 0 <= excess <= gradients * (1 + copies)
 
 
 def test_calibration_keeps_measured_terms_and_refuses_an_impossible_peak() -> None:

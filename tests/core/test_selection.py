@@ -84,20 +84,24 @@ def test_top_n_refuses_what_it_cannot_do() -> None:
         select_top_n(np.array([[0, 0, 0], [0, 0, np.nan]]), 2)
 
 
-COSTS = st.sampled_from(["unequal", "equal", "per layer", "huge", "zeros"])
+COSTS = st.sampled_from(["unequal", "equal", "per layer", "huge", "zeros", "worthless"])
 
 
 @settings(max_examples=150, deadline=None)
 @given(SEEDS, SIZES, st.integers(1, 3), COSTS, st.booleans())
 def test_inv8_knapsack_equals_brute_force(seed: int, sizes: tuple[int, int], rows: int, kind: str, ties: bool) -> None:
     rng, values_LE = draw(seed, sizes, ties=ties)
+    if kind == "worthless":  # the first round, before anything was measured
+        values_LE = np.zeros(sizes)
     if kind == "equal":
         costs_DLE = np.broadcast_to(rng.integers(1, 9, (rows, 1, 1)), (rows, *sizes)).copy()
     elif kind == "per layer":
         costs_DLE = np.repeat(rng.integers(1, 9, (rows, sizes[0], 1)), sizes[1], axis=2)
     else:
-        # huge: sums beyond the tolerance of a floating-point solver, in bytes of a large model
-        costs_DLE = rng.integers(0 if kind == "zeros" else 1, 2**45 if kind == "huge" else 9, (rows, *sizes))
+        # huge: beyond the tolerance (2^45) and beyond the range (2^52) of the floating-point solver
+        costs_DLE = rng.integers(
+            0 if kind == "zeros" else 1, 2 ** rng.choice([45, 52]) if kind == "huge" else 9, (rows, *sizes)
+        )
     limits_D = [int(cost.sum() * rng.random()) for cost in costs_DLE]
     masks = subsets(*sizes)
     used = np.einsum("dle,nle->nd", costs_DLE, masks)
@@ -257,13 +261,19 @@ def test_a_flop_budget_is_met_by_steps_then_k_then_the_trainable_share() -> None
     assert fit(8 * step[3] - 1) == (7, 3, 3)
     assert fit(step[3]) == (1, 3, 3)
     assert fit(step[3] - 1) == (1, 2, 3)
-    assert fit(step[3] - 1, min_steps=2) == (2, 1, 3) if 2 * step[1] <= step[3] - 1 < 2 * step[2] else True
+    assert fit(2 * step[2] - 1, min_steps=2) == ((2 * step[2] - 1) // step[1], 1, 3)
     assert fit(step[1]) == (1, 1, 3)
     assert fit(step[1] - 1) == (1, 1, 2)
     one_layer = MODEL.step_flops(PLAN_LE, PLAN_LE & np.array([[False], [False], [True]]), top_k=1)
     assert fit(one_layer) == (1, 1, 1)
     with pytest.raises(ValueError, match=r"client 5: flops budget .* at least \S+ is needed"):
         fit_flops(Budget(flops=one_layer - 1), MODEL, PLAN_LE, PLAN_LE, local_steps=8, client=5)
+
+
+def test_k_is_never_more_than_a_layer_holds() -> None:
+    one_LE = np.eye(3, 6, dtype=bool)
+    for flops in (None, 1e12):
+        assert fit_flops(Budget(flops=flops), MODEL, one_LE, one_LE, local_steps=8) == (8, 1, one_LE)
 
 
 def test_a_flop_budget_freezes_the_least_valuable_layers_first() -> None:
