@@ -199,7 +199,7 @@ class MoE(nn.Module):
         """Importance sums by slot since the last ``set_experts``, ``load_global`` or ``scores.reset()``."""
         if not self.with_scores:
             return None
-        if self._scores is None or self._scores.leaf.device != self.w_in.device:
+        if self._scores is None or self._scores.leaf_B6.device != self.w_in.device:
             self._scores = ExpertScores(len(self.experts), device=self.w_in.device)
         return self._scores
 

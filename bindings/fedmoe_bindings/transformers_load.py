@@ -139,9 +139,10 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
     if not local and not _HUB_ID.fullmatch(name):
         raise ValueError(f"model {name!r} is not 'tiny', an existing directory, or a hub id of the form owner/name")
     with quiet(), torch.random.fork_rng(devices=[]):
-        try:
+        with _one_sentence(name):
             config = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
-            family_of(config)
+        family_of(config)
+        with _one_sentence(name):
             model, report = _auto_class(config, task).from_pretrained(
                 name,
                 config=config,
@@ -150,11 +151,6 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, RuntimeError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise OSError(
-                f"model {name!r} cannot be loaded ({reason}); check the path, the network or the files"
-            ) from error
     if report["missing_keys"]:
         raise OSError(f"model {name!r} lacks the weight {min(report['missing_keys'])}; get a complete checkpoint")
     if task == "classification" and hasattr(model, "score") and model.score.out_features != num_classes:
@@ -167,6 +163,17 @@ def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
         return AutoModelForCausalLM
     classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
     return AutoModelForSequenceClassification if classifier else AutoModel
+
+
+@contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """transformers' pages of advice as one OSError."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        remedy = "check the path, the network and the files"
+        raise OSError(f"model {name!r} cannot be loaded ({reason}); {remedy}") from error
 
 
 @contextmanager
