@@ -133,7 +133,7 @@ def _no_stats(C: int, E: int) -> dict[str, Tensor]:
 def _count(
     stats: dict[str, Tensor], c: int, finite: dict[int, Tensor], held: dict[int, Tensor], hit: list[int]
 ) -> None:
-    """Add one token to the statistics of client c: the softmax is over all experts, whatever the mask or the scoring."""
+    """Add one token to the statistics of client c: the softmax is over all experts, whatever mask or scoring."""
     stats["tokens"][c] += 1
     for e in hit:
         stats["hits_E"][c, e] += 1

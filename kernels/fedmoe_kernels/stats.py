@@ -39,9 +39,9 @@ class RouterStats:
     ) -> RouterStats:
         """The statistics of no token: the neutral element of `+`."""
         lead = () if num_clients is None else (num_clients,)
-        total = torch.zeros(2, *lead, dtype=torch.float64, device=device)
-        per_expert = torch.zeros(4, *lead, num_experts, dtype=torch.float64, device=device)
-        return cls(total[0], *per_expert, total[1])
+        tokens, lost_mass = torch.zeros(2, *lead, dtype=torch.float64, device=device)
+        hits, prob_sum, prob_max, plogp_sum = torch.zeros(4, *lead, num_experts, dtype=torch.float64, device=device)
+        return cls(tokens, hits, prob_sum, prob_max, plogp_sum, lost_mass)
 
     def __add__(self, other: RouterStats) -> RouterStats:
         """The statistics of both sets of tokens together; neither operand is changed."""
