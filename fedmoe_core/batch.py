@@ -26,6 +26,11 @@ class Batch:
     def __len__(self) -> int:
         return self.tokens_SN.shape[0]
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        labels_S = None if self.labels_S is None else self.labels_S.to(device)
+        return Batch(self.tokens_SN.to(device), self.mask_SN.to(device), labels_S)
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:

@@ -1,57 +1,19 @@
-"""The figures of a report, each a function from runs to inline SVG; colours that colour-blind eyes can tell apart."""
+"""The figures of a report, each a function from runs to a matplotlib figure, or None where nothing was recorded."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedmoe_core import show
+from fedmoe_core.drawing import cells, client_ticks, expert_ticks, label_ends, tier_lines
 from fedmoe_core.runs import Run
+from fedmoe_core.theme import BLUE, BLUES, EMPTY, HELD, INK, ORANGE, PALE, PALETTE
 
-# Okabe and Ito's palette, in the order in which runs take them.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b5b5b")
-INK, MUTED, GRID, EMPTY = "#1f2933", "#66727f", "#e3e8ed", "#f0f3f5"
-BLUE, ORANGE = PALETTE[0], PALETTE[1]
-BLUES = LinearSegmentedColormap.from_list("fedmoe", ["#f0f3f5", "#a8cbe3", "#0072b2", "#003a5c"])
-HELD = ListedColormap([EMPTY, "#9cc6e4", BLUE])
-FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-STYLE: Mapping[str, Any] = {
-    "font.family": "DejaVu Sans",  # only measures; the page's own fonts, which are narrower, replace it
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": "#aab4bd",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.formatter.useoffset": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fedmoe",
-    "legend.frameon": False,
-    "image.interpolation": "none",
-}
 WIDTH = 10.4  # inches; the page is 75 characters of text wide and the figures fill it
 RESOURCES = {
     "memory_bytes": ("peak memory", show.size),
@@ -60,31 +22,6 @@ RESOURCES = {
     "bytes_up": ("bytes up", show.size),
     "experts": ("experts", lambda count: f"{count:.0f}"),
 }
-
-
-def svg(draw: Callable[..., Figure | None], *args: Any, name: str) -> str | None:
-    """The figure that ``draw`` makes as an SVG element without outside references; None where there is nothing to draw.
-
-    Args:
-        draw: one of the functions below.
-        name: a word unique on the page; prefixes every id inside the SVG, and labels it for screen readers.
-    """
-    with mpl.rc_context(dict(STYLE)):
-        figure = draw(*args)
-        if figure is None:
-            return None
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.04, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r"'DejaVu Sans'", FONTS, text)
-    prefix = re.sub(r"\W", "-", name)
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = re.sub(r"url\(#", f"url(#{prefix}-", text)
-    text = re.sub(r'href="#', f'href="#{prefix}-', text)
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{name}"', text, count=1)
 
 
 def learning(runs: Sequence[Run]) -> Figure | None:
@@ -117,7 +54,7 @@ def learning(runs: Sequence[Run]) -> Figure | None:
             if name == "rounds":
                 axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             if axes is row[-1] and len(runs) > 1:
-                _label_ends(axes, ends)
+                label_ends(axes, ends)
         row[0].set_title(label)
     figure.tight_layout(w_pad=2.0, h_pad=1.6)
     return figure
@@ -149,7 +86,7 @@ def spread(runs: Sequence[Run]) -> Figure | None:
         )
         for y, colour, _ in lines:
             axes.plot(x, y, color=colour, lw=2)
-        _label_ends(axes, [(x[-1], y[-1], text, colour) for y, colour, text in lines])
+        label_ends(axes, [(x[-1], y[-1], text, colour) for y, colour, text in lines])
         axes.set_title(run.name if len(runs) > 1 else "held-out loss of each client (nats)")
         axes.set_xlabel("rounds")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -177,15 +114,14 @@ def holdings(run: Run) -> Figure | None:
         for axes, number in zip(row, shown, strict=True):
             state_CE = np.full((len(order), experts), np.nan)
             for place, client in enumerate(order):
-                record = by_round[number].get(client)
-                if record:
-                    held_E, trained_E = np.array(record["held_LE"][layer]), np.array(record["trained_LE"][layer])
+                if entry := by_round[number].get(client):
+                    held_E, trained_E = np.array(entry["held_LE"][layer]), np.array(entry["trained_LE"][layer])
                     state_CE[place] = held_E + (held_E * trained_E)
-            _cells(axes, state_CE, cmap=HELD, vmin=0, vmax=2)
+            cells(axes, state_CE, cmap=HELD, vmin=0, vmax=2)
             axes.set_title(f"layer {layer}, round {number}")
-        _client_ticks(row[0], run, order)
+        client_ticks(row[0], run, order)
     for axes in grid[-1]:
-        _expert_ticks(axes, experts)
+        expert_ticks(axes, experts)
         axes.set_xlabel("expert")
     figure.tight_layout(w_pad=1.2, h_pad=1.0)
     return figure
@@ -210,7 +146,7 @@ def importance(run: Run) -> Figure | None:
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (title, table_LE, form) in zip(grid, panels, strict=True):
         top = np.nanmax(table_LE) if np.isfinite(table_LE).any() else 1.0
-        _cells(axes, table_LE, cmap=BLUES, vmin=0, vmax=top or 1.0)
+        cells(axes, table_LE, cmap=BLUES, vmin=0, vmax=top or 1.0)
         axes.set_title(title)
         axes.set_yticks(range(layers) if layers <= 12 else range(0, layers, -(-layers // 8)))
         axes.set_ylabel("layer")
@@ -221,7 +157,7 @@ def importance(run: Run) -> Figure | None:
                 axes.text(expert, layer, text, ha="center", va="center", fontsize=7, color=colour)
     panels_unit = " (%)" if experts <= 24 and layers <= 12 else ""
     grid[0].set_title(panels[0][0] + panels_unit)
-    _expert_ticks(grid[-1], experts)
+    expert_ticks(grid[-1], experts)
     grid[-1].set_xlabel("expert")
     figure.tight_layout(h_pad=1.0)
     return figure
@@ -251,7 +187,7 @@ def budgets(run: Run) -> Figure | None:
             over = real > 100
             axes.barh(place, 100, height=0.74, color=EMPTY)
             axes.barh(place, real, height=0.74, color=ORANGE if over else BLUE, hatch="//" if over else None)
-            axes.plot([predicted] * 2, [place - 0.37, place + 0.37], color="#56b4e9", lw=2)
+            axes.plot([predicted] * 2, [place - 0.37, place + 0.37], color=PALETTE[5], lw=2)
             if few:
                 axes.text(max(real - 3, 14), place, f"{real:.0f}", ha="right", va="center", fontsize=7.5, color="white")
         axes.axvline(100, color=INK, lw=1.6)
@@ -260,7 +196,7 @@ def budgets(run: Run) -> Figure | None:
         axes.grid(visible=False)
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.set_title(label)
-    _client_ticks(grid[0], run, order)
+    client_ticks(grid[0], run, order)
     grid[0].set_ylim(len(order) - 0.4, -0.6)
     grid[len(grid) // 2].set_xlabel("% of the limit")
     figure.tight_layout(w_pad=1.5)
@@ -280,14 +216,14 @@ def data_split(run: Run) -> Figure | None:
     height = min(max(0.2 * len(order), 1.2), 5.0)
     figure = Figure(figsize=(WIDTH, height + 1.0))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
-    _cells(left, share_CD, cmap=BLUES, vmin=0, vmax=1)
+    cells(left, share_CD, cmap=BLUES, vmin=0, vmax=1)
     left.set_title("share of the client's rows")
     if len(names) <= 40:
         left.set_xticks(range(len(names)), names, rotation=35, ha="right")
     else:
         left.set_xlabel(f"{len(names)} domains")
-    _client_ticks(left, run, order)
-    right.barh(range(len(order)), total_C[:, 0], color="#9cc6e4", height=0.72)
+    client_ticks(left, run, order)
+    right.barh(range(len(order)), total_C[:, 0], color=PALE, height=0.72)
     if len(order) <= 30:
         for place, total in enumerate(total_C[:, 0]):
             right.text(total, place, f" {total:,.0f}", va="center", fontsize=7.5, color=INK)
@@ -335,46 +271,3 @@ def _shares(value_LE: np.ndarray) -> np.ndarray:
     positive_LE = np.where(value_LE > 0, value_LE, 0.0)
     total_L = positive_LE.sum(1, keepdims=True)
     return np.divide(positive_LE, total_L, out=np.zeros_like(positive_LE), where=total_L > 0)
-
-
-def _cells(axes: Axes, table: np.ndarray, **colours: Any) -> None:
-    """A heat map of separate cells: thin white lines between them while they are few."""
-    axes.imshow(np.ma.masked_invalid(table), aspect="auto", **colours)
-    axes.grid(visible=False)
-    axes.spines[["bottom", "left"]].set_visible(False)
-    rows, columns = table.shape
-    if rows <= 60 and columns <= 80:
-        axes.hlines(np.arange(rows + 1) - 0.5, -0.5, columns - 0.5, color="white", lw=1.0)
-        axes.vlines(np.arange(columns + 1) - 0.5, -0.5, rows - 0.5, color="white", lw=1.0)
-
-
-def _client_ticks(axes: Axes, run: Run, order: Sequence[int]) -> None:
-    if len(order) <= 30:
-        axes.set_yticks(range(len(order)), [run.client_name(client) for client in order])
-    else:
-        axes.set_yticks([])
-        axes.set_ylabel(f"{len(order)} clients, grouped by tier")
-
-
-def _expert_ticks(axes: Axes, experts: int) -> None:
-    axes.set_xticks(range(0, experts, 1 if experts <= 10 else 2 if experts <= 24 else -(-experts // 12)))
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names at the right end of lines, pushed apart until none covers another."""
-    low, high = axes.get_ylim()
-    gap = 0.075 * (high - low)
-    placed = low - gap
-    for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
-        placed = max(y, placed + gap)
-        axes.annotate(
-            text,
-            (x, placed),
-            xytext=(7, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=8.5,
-            fontweight="bold",
-            annotation_clip=False,
-        )

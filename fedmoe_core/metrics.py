@@ -32,7 +32,7 @@ class JsonlLog:
         Returns:
             Bytes in the file afterwards.
         """
-        data = "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records).encode()
+        data = "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records).encode()
         with open(self.path, "a+b") as file:
             end = _end_of_lines(file.fileno())
             file.truncate(end)
@@ -95,14 +95,14 @@ def _end_of_lines(descriptor: int) -> int:
     return 0
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """``value`` in the words of strict JSON."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "tolist"):  # numpy scalars and arrays
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -17,7 +17,7 @@ from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.budget import Budget, Cost
 from fedmoe_core.checkpoint import save_checkpoint
 from fedmoe_core.evaluate import Held
-from fedmoe_core.metrics import JsonlLog
+from fedmoe_core.metrics import JsonlLog, plain
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.progress import PlanRow
 from fedmoe_core.state import ServerState, pack_state
@@ -54,21 +54,10 @@ def plan_row(world: World, plan: ExpertPlan) -> PlanRow:
     )
 
 
-def finite(value: Any) -> Any:
-    """JSON has no NaN: null stands for a number that is not finite, at any depth."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return value
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -94,11 +83,11 @@ class RunLog:
         return log
 
     @classmethod
-    def reopen(cls, out: Path, world: World, *, rounds: int) -> RunLog:
-        """Continue a run directory: keep the lines of ``rounds`` committed rounds, drop any later ones."""
+    def reopen(cls, out: Path, world: World, meta: Mapping[str, Any]) -> RunLog:
+        """Continue a run directory: keep the lines that the checkpoint counted, drop any later ones."""
         log = cls(out, world)
-        log.metrics.keep(lambda line: line["round"] <= rounds)
-        log.ledger.keep(lambda line: line["round"] <= rounds)
+        log.metrics.truncate(int(meta["metrics_lines"]))
+        log.ledger.truncate(int(meta["ledger_lines"]))
         for line in log.metrics.read():
             if line["type"] == "round":
                 log.totals = {name: line[name] for name in log.totals}
@@ -107,24 +96,23 @@ class RunLog:
     def commit(self, state: ServerState) -> None:
         """Write the checkpoint atomically; from here on the round counts as played."""
         began, config = time.perf_counter(), self.world.config
-        meta = {"round": state.round, "algorithm": config.algorithm, "config": config.to_toml()}
-        save_checkpoint(self.out / "checkpoint", pack_state(state), meta, config.fingerprint())
+        lines = {"metrics_lines": self.metrics.count(), "ledger_lines": self.ledger.count()}
+        save_checkpoint(self.out / "checkpoint", pack_state(state), {"round": state.round, **lines}, config.decisive())
         self.unbilled_seconds = time.perf_counter() - began
 
     def before(self, held: Held) -> dict[str, Any]:
         """The line of the warm model, round 0."""
-        return self._append(
-            {"type": "round", "round": 0, **_results(held), **self.totals}
-            | {"seconds": held.seconds, "engine_seconds": 0.0, "refused": []}
-        )
+        line = {"type": "round", "round": 0, **_results(held), **self.totals}
+        line |= {"seconds": held.seconds, "engine_seconds": 0.0, "refused": []}
+        self.metrics.append(line)
+        return line
 
     def round(self, played: Round, held: Held | None, state: ServerState) -> dict[str, Any]:
         """The lines of one round: every client's, the ledger's, and the round's own, which it returns."""
         began, number = time.perf_counter(), played.index + 1
         plans = {plan.client: plan for plan in played.plans}
-        for update in played.updates:
-            self._append(client_record(number, update, plans[update.client], self.world.population.budgets))
-            self.ledger.append(finite(_ledger_line(number, update, plans[update.client], self.world.population.budgets)))
+        budgets = self.world.population.budgets
+        self.ledger.append(*[_ledger_line(number, u, plans[u.client], budgets) for u in played.updates])
         trained = [plans[u.client].trainable_LE & (u.expert_weight_LE > 0) for u in played.updates if u.status == "ok"]
         lost = [u.profile.lost_mass_L / np.maximum(u.profile.tokens_L, 1) for u in played.updates if u.profile is not None]
         scores = HFedMoE(self.world.population).scores(state)
@@ -135,21 +123,21 @@ class RunLog:
             "flops_total": self.totals["flops_total"] + sum(cost.flops for cost in costs),
         }
         logging = time.perf_counter() - began + self.unbilled_seconds
-        return self._append(
-            {
-                "type": "round",
-                "round": number,
-                **({} if held is None else _results(held)),
-                **self.totals,
-                "seconds": played.seconds + logging + (0.0 if held is None else held.seconds),
-                "engine_seconds": played.engine_seconds + logging,
-                "refused": [{"client": u.client, "reason": u.error} for u in played.updates if u.status != "ok"],
-                "applied": played.applied,
-                "importance_LE": np.mean(scores, axis=0).tolist(),
-                "lost_mass": float(np.mean(lost)) if lost else None,
-                "coverage": float(np.mean(np.any(trained, axis=0))) if trained else 0.0,
-            }
-        )
+        line = {
+            "type": "round",
+            "round": number,
+            **({} if held is None else _results(held)),
+            **self.totals,
+            "seconds": played.seconds + logging + (0.0 if held is None else held.seconds),
+            "engine_seconds": played.engine_seconds + logging,
+            "refused": [{"client": u.client, "reason": u.error} for u in played.updates if u.status != "ok"],
+            "applied": played.applied,
+            "importance_LE": np.mean(scores, axis=0).tolist(),
+            "lost_mass": float(np.mean(lost)) if lost else None,
+            "coverage": float(np.mean(np.any(trained, axis=0))) if trained else 0.0,
+        }
+        self.metrics.append(*[client_record(number, u, plans[u.client], budgets) for u in played.updates], line)
+        return line
 
     def finish(self, state: ServerState, model_hash: str) -> dict[str, Any]:
         """Write ``summary.json`` from what the logs hold, so that a resumed run sums up the same."""
@@ -192,11 +180,6 @@ class RunLog:
         }
         write_json(self.out / "summary.json", summary)
         return summary
-
-    def _append(self, line: dict[str, Any]) -> dict[str, Any]:
-        line = finite(line)
-        self.metrics.append(line)
-        return line
 
 
 def label_of(config: Any) -> str:

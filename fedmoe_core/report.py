@@ -50,9 +50,8 @@ def line(run: Run) -> str:
         accuracy = summary.get("accuracy_before"), summary.get("accuracy_after")
         parts.append(f"accuracy {show.share(accuracy[0])} -> {show.share(accuracy[1])}")
     parts.append(f"worst client {show.number(summary.get('worst_client_loss'))}")
-    down, up = summary.get("bytes_down"), summary.get("bytes_up")
-    total = down + up if show.known(down) and show.known(up) else None
-    parts.append(f"moved {show.size(total)} (down {show.size(down)}, up {show.size(up)})")
+    down, up = show.size(summary.get("bytes_down")), show.size(summary.get("bytes_up"))
+    parts.append(f"moved {show.size(run.traffic)} (down {down}, up {up})")
     parts.append(f"experts held {held(run)}")
     parts.append(f"budgets exceeded: {run.violations}" if run.budgeted else "not bound by the budgets")
     if summary.get("refused_updates"):
@@ -95,14 +94,15 @@ def _verdict(mine: Sequence[Run], theirs: Sequence[Run]) -> str:
             return f"{name} and {other} cannot be compared: {run.name} exceeded {run.violations} budgets."
     accurate = all(run.has_accuracy for pair in pairs for run in pair)
     key = "accuracy_after" if accurate else "loss_after"
-    values = [(a.summary.get(key), b.summary.get(key)) for a, b in pairs]
-    if not all(show.known(value) for pair in values for value in pair):
+    found = [(a.summary.get(key), b.summary.get(key)) for a, b in pairs]
+    values = [(float(a), float(b)) for a, b in found if a is not None and b is not None]
+    if len(values) < len(pairs):
         return f"{name} and {other} cannot be compared: a held-out figure is missing."
     seeds_differ = any(a.seed != b.seed for a, b in pairs)
     rest = [key for key in unlike if key != "budgets"] + (["seed"] if seeds_differ else [])
     also = f"; they also differ in {', '.join(rest)}" if rest else ""
-    starts = [run.summary.get("loss_before") for run in pairs[0]]
-    if all(show.known(start) for start in starts) and abs(starts[0] - starts[1]) > LEVEL and not seeds_differ:
+    starts = [float(run.summary.get("loss_before") or "nan") for run in pairs[0]]
+    if abs(starts[0] - starts[1]) > LEVEL and not seeds_differ:
         also += f"; they did not start level ({show.number(starts[0])} and {show.number(starts[1])})"
     return f"{_sentence(name, other + _terms(mine[0], theirs[0], unlike), values, accurate=accurate)}{also}."
 

@@ -64,6 +64,12 @@ class Run:
         return int(self.summary.get("seed", self.config.get("seed", 0)))
 
     @property
+    def traffic(self) -> float | None:
+        """Bytes moved both ways."""
+        down, up = self.summary.get("bytes_down"), self.summary.get("bytes_up")
+        return None if down is None or up is None else float(down + up)
+
+    @property
     def client_ids(self) -> list[int]:
         """Clients that are known of, grouped by tier (tiers in order of appearance), ascending within a tier."""
         tiers = self.tiers

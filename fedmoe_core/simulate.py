@@ -66,12 +66,11 @@ def resume(run_dir: Path, *, observer: Observer | None = None) -> dict[str, Any]
     config = Config.load(run_dir / "config.toml")
     with open_ranks(config.ranks, pick_device(config)) as ranks:
         observer = observer if observer is not None and ranks.leads else NullObserver()
-        tensors, meta = load_checkpoint(run_dir / "checkpoint", expected_fingerprint=config.fingerprint())
+        saved = load_checkpoint(run_dir / "checkpoint", expected_fingerprint=config.decisive())
         config = replace(config, out=str(run_dir))
         world = build_world(config, ranks, observer)
-        params = {key: tensor.to(ranks.device) for key, tensor in tensors.items() if key.startswith("params/")}
-        state = unpack_state({**tensors, **params}, round=int(meta["round"]))
-        log = RunLog.reopen(run_dir, world, rounds=state.round) if ranks.leads else None
+        state = unpack_state(saved.tensors, round=int(saved.meta["round"]), device=ranks.device)
+        log = RunLog.reopen(run_dir, world, saved.meta) if ranks.leads else None
         return _play(world, state, log, observer)
 
 

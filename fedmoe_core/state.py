@@ -81,8 +81,8 @@ def pack_state(state: ServerState) -> dict[str, Tensor]:
     return packed
 
 
-def unpack_state(packed: dict[str, Tensor], round: int) -> ServerState:
-    """Rebuild what ``pack_state`` took apart.
+def unpack_state(packed: dict[str, Tensor], *, round: int, device: torch.device | str = "cpu") -> ServerState:
+    """Rebuild what ``pack_state`` took apart, the model on ``device``.
 
     Raises:
         ValueError: the checkpoint holds no model or no visit counts.
@@ -90,7 +90,7 @@ def unpack_state(packed: dict[str, Tensor], round: int) -> ServerState:
     if "visits" not in packed or not any(key.startswith("params/") for key in packed):
         raise ValueError("the checkpoint holds no fedmoe server state; start the run again with --force")
     visits = tuple(packed["visits"].tolist())
-    params = {key.removeprefix("params/"): t for key, t in packed.items() if key.startswith("params/")}
+    params = {key.removeprefix("params/"): t.to(device) for key, t in packed.items() if key.startswith("params/")}
     profiles: list[ClientProfile | None] = []
     for client in range(len(visits)):
         prefix = f"profiles/{client}/"

@@ -78,14 +78,13 @@ def cached_warmup(directory: Path, key: str, train: Callable[[], dict[str, Tenso
     A cache entry that cannot be read is trained again rather than trusted.
     """
     place = directory / f"warmup-{key}"
-    if (place / "meta.json").exists() or place.exists():
+    if place.exists():
         try:
-            tensors, _ = load_checkpoint(place)
-            return tensors, True
+            return load_checkpoint(place).tensors, True
         except ValueError:
             pass
     tensors = train()
-    save_checkpoint(place, tensors, {"warmup": key})
+    save_checkpoint(place, tensors, {"warmup": key}, {})
     return tensors, False
 
 
