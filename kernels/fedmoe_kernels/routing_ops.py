@@ -1,7 +1,8 @@
 """The custom ops behind routing: tensors in, tensors out, every size known from the shapes, and nothing mutated.
 
-The bodies are plain tensor code without per-token Python and without a host sync on a GPU, so they serve every device;
-a Triton body registers itself for "cuda" under the same names. The rules are in the docstring of `routing.route`.
+The bodies are plain tensor code without per-token Python and ask no device for a value, so they run wherever torch does
+(measured on the CPU only); a Triton body registers itself for "cuda" under the same names. The rules are in the
+docstring of `routing.route`.
 A table_CE is (C, E) int64: the slot of each expert of each client, -1 = absent; C = 1 without a cohort.
 """
 
