@@ -324,7 +324,9 @@ class MoE(nn.Module):
         self._router_in_order = order == tuple(range(self.num_experts))
         self._row_of_expert = torch.tensor(order).argsort()
         self._slot_map = SlotMap.build(torch.from_numpy(held.copy()), torch.from_numpy(trains.copy()))
-        self._scores, self.last_stats, self.last_logits_TE = None, None, None
+        # Made here and not at the first forward, because a compiled forward cannot make a leaf.
+        self._scores = ExpertScores(len(self.experts), device=self.w_in.device) if self.with_scores else None
+        self.last_stats, self.last_logits_TE = None, None
 
     def _check(self, source: LayerState) -> None:
         """The shapes of a source, before anything of this layer changes."""

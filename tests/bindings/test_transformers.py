@@ -238,7 +238,8 @@ def test_token_dropout_is_seeded_and_spares_one_token():
     batch = batch_of(lengths=(10, 9, 1))
 
     def loss(seed, probability=0.5):
-        return float(adapter.loss(batch, token_dropout=probability, generator=torch.Generator().manual_seed(seed)))
+        generator = torch.Generator().manual_seed(seed)
+        return adapter.loss(batch, token_dropout=probability, generator=generator).item()
 
     state = torch.get_rng_state()
     assert loss(1) == loss(1) != loss(2)

@@ -294,3 +294,14 @@ def test_balance_loss_is_one_when_every_expert_is_asked_alike():
     layer.keep_logits = True
     layer(torch.eye(E, H, dtype=torch.float64))
     assert abs(float(balance_loss([layer])) - 1) < 1e-6
+
+
+def test_the_layer_compiles_into_one_graph_with_its_measurements():
+    layer = MoE.from_dense(*dense(0, torch.float32), K, permitted=mask(0, 1, 4), with_stats=True, with_scores=True)
+    x = torch.randn(8, H)
+    eager = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert relative(compiled, eager) < 1e-6
+    compiled.sum().backward()
+    assert layer.last_stats.tokens == 8
+    assert layer.scores.rows_B.sum() == 16
