@@ -119,13 +119,14 @@ class Config:
 
     algorithm: Annotated[str, OneOf(*ALGORITHMS)] = "hfedmoe"
     data: Annotated[str, OneOf("stdlib", "csv:FILE", "jsonl:FILE")] = "stdlib"
+    tokenizer: Annotated[str, OneOf("auto", "bpe", "word")] = "auto"
     model: str = "tiny"  # tiny | path | hub id
     adapter: str = "transformers"
     clients: Positive = 10
     clients_per_round: Natural = 0  # 0 = all
     rounds: Positive = 8
     seed: Annotated[int, Between(0, 2**63 - 1)] = 0
-    partition: Annotated[str, OneOf("domain", "iid", "dirichlet:ALPHA")] = "domain"
+    partition: Annotated[str, OneOf("auto", "domain", "iid", "dirichlet:ALPHA")] = "auto"
     budgets: tuple[str, ...] = ("experts=25%",)  # tiers, dealt to the clients in turn
     min_clients: Positive = 1
     ranks: Positive = 1
@@ -184,11 +185,13 @@ class Config:
         """Every key and value as TOML; ``Config.load`` of that text gives an equal configuration."""
         return write_toml(flatten(self), schema_of(Config))
 
+    def decisive(self) -> dict[str, Any]:
+        """Values by dotted key that decide results: all but where files lie and how many ranks share the work."""
+        return {key: value for key, value in flatten(self).items() if key not in INDIFFERENT}
+
     def fingerprint(self) -> str:
-        """Sha256 (hex) over the keys that decide results: all but where files lie and how many ranks share the work."""
-        schema = schema_of(Config)
-        decisive = {key: value for key, value in flatten(self).items() if key not in INDIFFERENT}
-        return hashlib.sha256(write_toml(decisive, schema).encode()).hexdigest()
+        """Sha256 (hex) over the keys that decide results."""
+        return hashlib.sha256(write_toml(self.decisive(), schema_of(Config)).encode()).hexdigest()
 
     def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
         """Dotted keys that decide results and differ, with this value and the other; empty means equal fingerprints."""

@@ -1,0 +1,138 @@
+"""The experts' activations and their derivatives, on tiles of rows, with every pass writing into a given buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation h = f(z); shapes: n rows, I intermediate, F = 2 * I when `gated` (z = [gate; up]) and I otherwise.
+
+    Attributes:
+        gated: whether z holds gate and up.
+        forward: (z_nF, out_nI) -> None, writes f(z).
+        backward: (z_nF, d_nI, dz_nF) -> None, writes f'(z) applied to d, in which `dz_nF` arrives holding whatever
+            `prepare` left there; `d_nI` is used up.
+        prepare: (z_nF, out_nI, dz_nF) -> None, writes f(z) and may leave what `backward` can use in `dz_nF`'s second
+            half (gated forms); the first half is the caller's scratch between the two calls.
+    """
+
+    gated: bool
+    forward: Callable[[Tensor, Tensor], None]
+    prepare: Callable[[Tensor, Tensor, Tensor], None]
+    backward: Callable[[Tensor, Tensor, Tensor], None]
+
+    def width(self, intermediate: int) -> int:
+        """F, the rows of w_in per expert."""
+        return 2 * intermediate if self.gated else intermediate
+
+
+_Value = Callable[[Tensor, Tensor], object]  # (z, out): out = f(z)
+_Slope = Callable[[Tensor, Tensor, Tensor], object]  # (d, z, out): out = d * f'(z); out may be d
+
+
+def _plain(value: _Value, slope: _Slope) -> Activation:
+    def forward(z_nI: Tensor, out_nI: Tensor) -> None:
+        value(z_nI, out_nI)
+
+    def prepare(z_nI: Tensor, out_nI: Tensor, _: Tensor) -> None:
+        value(z_nI, out_nI)
+
+    def backward(z_nI: Tensor, d_nI: Tensor, dz_nI: Tensor) -> None:
+        slope(d_nI, z_nI, dz_nI)
+
+    return Activation(False, forward, prepare, backward)
+
+
+def _gated(value: _Value, slope: _Slope) -> Activation:
+    def forward(z_nF: Tensor, out_nI: Tensor) -> None:
+        gate_nI, up_nI = z_nF.chunk(2, dim=1)
+        value(gate_nI, out_nI)
+        out_nI.mul_(up_nI)
+
+    def prepare(z_nF: Tensor, out_nI: Tensor, dz_nF: Tensor) -> None:
+        gate_nI, up_nI = z_nF.chunk(2, dim=1)
+        opened_nI = dz_nF.chunk(2, dim=1)[1]
+        value(gate_nI, opened_nI)
+        torch.mul(opened_nI, up_nI, out=out_nI)
+
+    def backward(z_nF: Tensor, d_nI: Tensor, dz_nF: Tensor) -> None:
+        gate_nI, up_nI = z_nF.chunk(2, dim=1)
+        dgate_nI, dup_nI = dz_nF.chunk(2, dim=1)  # dup holds f(gate)
+        dup_nI.mul_(d_nI)
+        d_nI.mul_(up_nI)
+        slope(d_nI, gate_nI, dgate_nI)
+
+    return Activation(True, forward, prepare, backward)
+
+
+_LIMIT, _SHARPNESS = 7.0, 1.702  # gpt-oss: both inputs are clamped, and the gate is x * sigmoid(1.702 * x)
+
+
+def _swiglu_oai() -> Activation:
+    def forward(z_nF: Tensor, out_nI: Tensor) -> None:
+        gate_nI, up_nI = z_nF.chunk(2, dim=1)
+        gate_nI = gate_nI.clamp(max=_LIMIT)
+        torch.mul(gate_nI, _SHARPNESS, out=out_nI)
+        out_nI.sigmoid_().mul_(gate_nI).mul_(up_nI.clamp(-_LIMIT, _LIMIT).add_(1))
+
+    def prepare(z_nF: Tensor, out_nI: Tensor, _: Tensor) -> None:
+        forward(z_nF, out_nI)
+
+    def backward(z_nF: Tensor, d_nI: Tensor, dz_nF: Tensor) -> None:
+        gate_nI, up_nI = z_nF.chunk(2, dim=1)
+        dgate_nI, dup_nI = dz_nF.chunk(2, dim=1)
+        clamped_nI = gate_nI.clamp(max=_LIMIT)
+        open_nI = (clamped_nI * _SHARPNESS).sigmoid_()
+        torch.mul(d_nI, clamped_nI, out=dup_nI)
+        dup_nI.mul_(open_nI).masked_fill_(up_nI.abs() > _LIMIT, 0)
+        d_nI.mul_(up_nI.clamp(-_LIMIT, _LIMIT).add_(1)).masked_fill_(gate_nI > _LIMIT, 0)
+        # d/dg g*sigmoid(c*g) = o + c*g*o*(1 - o), o = sigmoid(c*g)
+        clamped_nI.mul_(_SHARPNESS).mul_(1 - open_nI).add_(1).mul_(open_nI)
+        torch.mul(d_nI, clamped_nI, out=dgate_nI)
+
+    return Activation(True, forward, prepare, backward)
+
+
+def _silu(z: Tensor, out: Tensor) -> None:
+    _aten.silu.out(z, out=out)
+
+
+def _silu_slope(d: Tensor, z: Tensor, out: Tensor) -> None:
+    _aten.silu_backward.grad_input(d, z, grad_input=out)
+
+
+def _gelu(z: Tensor, out: Tensor) -> None:
+    _aten.gelu.out(z, approximate="none", out=out)
+
+
+def _gelu_slope(d: Tensor, z: Tensor, out: Tensor) -> None:
+    _aten.gelu_backward.grad_input(d, z, approximate="none", grad_input=out)
+
+
+def _relu(z: Tensor, out: Tensor) -> None:
+    torch.clamp(z, min=0, out=out)
+
+
+def _relu_slope(d: Tensor, z: Tensor, out: Tensor) -> None:
+    _aten.threshold_backward.grad_input(d, z, 0, grad_input=out)
+
+
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {
+        "swiglu": _gated(_silu, _silu_slope),
+        "geglu": _gated(_gelu, _gelu_slope),
+        "swiglu_oai": _swiglu_oai(),
+        "relu": _plain(_relu, _relu_slope),
+        "gelu": _plain(_gelu, _gelu_slope),
+        "silu": _plain(_silu, _silu_slope),
+    }
+)

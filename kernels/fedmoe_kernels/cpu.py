@@ -1,0 +1,235 @@
+"""The experts on CPU: rows gathered in tiles, one product per slot and stage, every result written where it stays.
+
+Shapes: T tokens, K top-k, B slots, G slots with gradient buffers, R = T * K places, N <= R rows, H hidden,
+I intermediate, F = 2 * I when gated else I, C rows of a tile. Sums run in a fixed order: a rerun with as many threads
+gives the same bits. Places without a row are never read: N rows are all that the loops know.
+
+Bytes held at once, with s bytes per value of x, m rows of the largest piece of a slot, and 8 * R bytes of indices apart:
+    forward   s * (R * F + (R + 1) * H + max(C * (H + I) + m * F, T * H)), of which R * F (the saved z) and T * H stay
+    backward  s * (G * (F + I) * H + (R + 1) * H + max(C * (H + 2 * I + F) + m * F + F * H, T * H)); the first term and
+              T * H are the results
+C is at most `tile_rows(I)`, plus an eighth. m * F and F * H are what a oneDNN product allocates (see gemm.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedmoe_kernels import slot
+from fedmoe_kernels.activations import Activation
+from fedmoe_kernels.gemm import gemm_for, slack
+from fedmoe_kernels.slot import Expert, Gradients
+
+# Values per (C, I) buffer of a tile: 1 MB of float32 keeps the passes between two products in cache, and leaves the
+# products long enough (256 rows at I = 1024) for their full rate.
+_TILE_VALUES = 2**18
+
+
+class Rows(NamedTuple):
+    """Where each row comes from: the tensors of `Routing`, with the slots' bounds on the host."""
+
+    weights_TK: Tensor
+    rows_TK: Tensor
+    tokens_R: Tensor
+    places_R: Tensor
+    offsets: list[int]
+
+    @property
+    def count(self) -> int:
+        """N, the real rows."""
+        return self.offsets[-1]
+
+
+class _Piece(NamedTuple):
+    """Rows start..stop - 1, all of slot `slot`; `first` when they are the first rows of that slot."""
+
+    expert: Expert
+    slot: int
+    start: int
+    stop: int
+    first: bool
+
+
+class _Tile(NamedTuple):
+    """Rows low..high - 1, as the pieces of the slots that they belong to, each with its place in the tile's buffers."""
+
+    low: int
+    high: int
+    pieces: list[tuple[_Piece, slice]]
+
+
+def tile_rows(intermediate: int) -> int:
+    """C, the most rows that are worked on at once."""
+    return max(64, _TILE_VALUES // max(1, intermediate))
+
+
+def forward(
+    x_TH: Tensor, rows: Rows, experts: Sequence[Expert], activation: Activation, *, keep_z: bool
+) -> tuple[Tensor, Tensor]:
+    """y (T, H) and the pre-activations z (R, F) that the backward reads; z is (0, F) without `keep_z`."""
+    hidden, inner = experts[0].w_out.shape
+    width = activation.width(inner)
+    z_RF = x_TH.new_empty(rows.tokens_R.shape[0] if keep_z else 0, width)
+    if rows.count == 0:
+        return torch.zeros_like(x_TH), z_RF
+    gemm = gemm_for(x_TH.dtype)
+    tiles, room = _tiles(rows.offsets, experts, tile_rows(inner))
+    y_XH = _rows_and_zero(rows, x_TH)
+    x_CH, h_CI = x_TH.new_empty(room, hidden), x_TH.new_empty(room, inner)
+    z_CF = x_TH.new_empty(0 if keep_z else room, width)
+    for low, high, pieces in tiles:
+        torch.index_select(x_TH, 0, rows.tokens_R[low:high], out=x_CH[: high - low])
+        z_nF = z_RF[low:high] if keep_z else z_CF[: high - low]
+        for piece, at in pieces:
+            slot.up(gemm, piece.expert, x_CH, at, out_mF=z_nF[at])
+        activation.forward(z_nF, h_CI[: high - low])
+        for piece, at in pieces:
+            slot.down(gemm, piece.expert, h_CI, at, out_mH=y_XH[piece.start : piece.stop])
+    del x_CH, h_CI, z_CF
+    return _combine(y_XH, rows, weighted=True), z_RF
+
+
+def backward(
+    dy_TH: Tensor,
+    x_TH: Tensor,
+    z_RF: Tensor,
+    rows: Rows,
+    *,
+    experts: Sequence[Expert],
+    activation: Activation,
+    grads: Gradients,
+    want_x: bool,
+) -> Tensor | None:
+    """Fill every buffer of `grads`, whatever it holds on arrival, and return dx (T, H), or None without `want_x`.
+
+    With s the routing weight of a row and d = dy @ W_out: dS = <d, h> + <dy, b_out>, so no expert output is stored;
+    dz = s * d * f'(z); dW_out = (s * dy).T @ h; dW_in = dz.T @ x; dx = the sum of dz @ W_in over a token's rows. A
+    frozen slot skips its dW and nothing else. Importance: the identities of `fedmoe_kernels.scores`.
+    """
+    for b, expert in enumerate(experts):
+        if rows.offsets[b] == rows.offsets[b + 1]:
+            slot.clear(expert, grads)
+    if rows.count == 0:
+        for buffer in (grads.weights, grads.scores):
+            if buffer is not None:
+                buffer.zero_()
+        return torch.zeros_like(x_TH) if want_x else None
+    hidden, inner = experts[0].w_out.shape
+    gemm, sums = gemm_for(x_TH.dtype), torch.float64 if x_TH.dtype == torch.float64 else torch.float32
+    tiles, room = _tiles(rows.offsets, experts, tile_rows(inner))
+    want_ds = grads.weights is not None or grads.scores is not None
+    want_dz = want_x or grads.want_in or grads.scores is not None
+    s_N1 = rows.weights_TK.flatten().index_select(0, rows.places_R[: rows.count]).to(sums).unsqueeze(1)
+    ds_X = s_N1.new_zeros(rows.count + 1 if want_ds else 0)
+    taylor_in_B = s_N1.new_zeros(len(experts), dtype=torch.float64)
+    dx_XH = _rows_and_zero(rows, x_TH) if want_x else x_TH.new_empty(0, hidden)
+    row_CH, d_CI, h_CI, dz_CF = (x_TH.new_empty(room, n) for n in (hidden, inner, inner, z_RF.shape[1]))
+    for low, high, pieces in tiles:
+        n, s_n1, tokens_n = high - low, s_N1[low:high], rows.tokens_R[low:high]
+        row_nH, z_nF, d_nI, h_nI, dz_nF = row_CH[:n], z_RF[low:high], d_CI[:n], h_CI[:n], dz_CF[:n]
+        torch.index_select(dy_TH, 0, tokens_n, out=row_nH)
+        for piece, at in pieces:
+            slot.down_back(gemm, piece.expert, row_CH, at, out_mI=d_nI[at])
+        activation.prepare(z_nF, h_nI, dz_nF)
+        if want_ds:
+            product_nI = dz_nF[:, :inner]
+            torch.sum(torch.mul(d_nI, h_nI, out=product_nI), 1, dtype=sums, out=ds_X[low:high])
+            for piece, at in pieces:
+                if piece.expert.bias_out is not None:
+                    ds_X[low:high][at] += row_nH[at] @ piece.expert.bias_out
+        d_nI.mul_(s_n1)
+        if want_dz:
+            activation.backward(z_nF, d_nI, dz_nF)
+        if grads.want_out:
+            row_nH.mul_(s_n1)
+            for piece, at in pieces:
+                slot.grad_out(gemm, piece.expert, grads, row_nH[at], h_nI[at], add=not piece.first)
+        if want_x:
+            for piece, at in pieces:
+                slot.up_back(gemm, piece.expert, dz_CF, at, out_mH=dx_XH[piece.start : piece.stop])
+        if grads.want_in and any(p.expert.grad is not None or p.expert.adapter_grad is not None for p, _ in pieces):
+            torch.index_select(x_TH, 0, tokens_n, out=row_nH)
+            for piece, at in pieces:
+                slot.grad_in(gemm, piece.expert, grads, dz_nF[at], row_nH[at], add=not piece.first)
+        if grads.scores is not None:
+            for piece, at in pieces:
+                taylor_in_B[piece.slot] += torch.dot(z_nF[at].flatten().to(sums), dz_nF[at].flatten().to(sums))
+    del row_CH, d_CI, h_CI, dz_CF
+    if grads.weights is not None:
+        grads.weights.copy_(ds_X[rows.rows_TK])  # row -1 is the last one, which is zero
+    if grads.scores is not None:
+        _score(grads, rows, (s_N1.squeeze(1) * ds_X[: rows.count]).double(), taylor_in_B)
+    return _combine(dx_XH, rows, weighted=False) if want_x else None
+
+
+def _score(grads: Gradients, rows: Rows, sds_N: Tensor, taylor_in_B: Tensor) -> None:
+    """Write (B, 6): rows, sum s*dS, sum |s*dS|, sum (s*dS)^2, sum <z, dz>, ||dW_in||^2 + ||dW_out||^2."""
+    assert grads.scores is not None
+    offsets_B1 = torch.tensor(rows.offsets)
+    terms_N3 = torch.stack([sds_N, sds_N.abs(), sds_N.square()], 1)
+    sums_B3 = torch.segment_reduce(terms_N3, "sum", offsets=offsets_B1, axis=0, unsafe=True, initial=0)
+    grad_sq_B = torch.zeros_like(taylor_in_B)
+    for buffer in grads.matrices:
+        if buffer is not None and buffer.shape[0]:
+            norm_G = torch.linalg.vector_norm(buffer.flatten(1), dim=1, dtype=sums_B3.dtype)
+            grad_sq_B[: norm_G.shape[0]] += norm_G.square()
+    columns = (offsets_B1.diff(), *sums_B3.unbind(1), taylor_in_B, grad_sq_B)
+    grads.scores.copy_(torch.stack([c.to(sums_B3.dtype) for c in columns], 1))
+
+
+def _tiles(offsets: list[int], experts: Sequence[Expert], most: int) -> tuple[list[_Tile], int]:
+    """Cut the rows into tiles of at most `most` rows: whole slots where they fit, equal pieces of one where not.
+
+    Returns the tiles and the rows that a tile's buffers need, the slack of the products included.
+    """
+    tiles: list[_Tile] = []
+    pieces: list[tuple[_Piece, slice]] = []
+    low = 0
+    for piece in _pieces(offsets, experts, most):
+        if pieces and piece.stop - low > most:
+            tiles.append(_Tile(low, piece.start, pieces))
+            pieces, low = [], piece.start
+        pieces.append((piece, slice(piece.start - low, piece.stop - low)))
+    tiles.append(_Tile(low, offsets[-1], pieces))
+    room = max(at.stop + slack(at.stop - at.start) for tile in tiles for _, at in tile.pieces)
+    return tiles, room
+
+
+def _pieces(offsets: list[int], experts: Sequence[Expert], most: int) -> Iterator[_Piece]:
+    for b, expert in enumerate(experts):
+        start, stop = offsets[b], offsets[b + 1]
+        parts = -(-(stop - start) // most)
+        for i in range(parts):
+            low, high = (start + (stop - start) * j // parts for j in (i, i + 1))
+            yield _Piece(expert, b, low, high, i == 0)
+
+
+def _rows_and_zero(rows: Rows, like_TH: Tensor) -> Tensor:
+    """An empty buffer for all rows, and one row of zeros after them that places without a row point to."""
+    buffer_XH = like_TH.new_empty(rows.count + 1, like_TH.shape[1])
+    buffer_XH[-1].zero_()
+    return buffer_XH
+
+
+def _combine(rows_XH: Tensor, rows: Rows, *, weighted: bool) -> Tensor:
+    """Sum each token's rows, in the order of its choices: (T, H). Half precision is summed in float32.
+
+    embedding_bag is a gather and a weighted sum in one pass: 10 to 25 times faster than gather, multiply, sum (on one
+    thread, float32), and a bag is summed by one thread, so its order is fixed.
+    """
+    T, K = rows.rows_TK.shape
+    zero = rows_XH.shape[0] - 1
+    if rows_XH.dtype in (torch.float32, torch.float64):
+        index_R = rows.rows_TK.flatten().remainder(zero + 1)
+        bags_T = torch.arange(0, T * K, K)
+        weights_R = rows.weights_TK.flatten().to(rows_XH.dtype) if weighted else None
+        return torch.embedding_bag(rows_XH, index_R, bags_T, False, 0, False, weights_R)[0]
+    sum_TH = rows_XH.new_zeros(T, rows_XH.shape[1], dtype=torch.float32)
+    for k in range(K):
+        part_TH = rows_XH.index_select(0, rows.rows_TK[:, k].remainder(zero + 1)).float()
+        sum_TH.addcmul_(part_TH, rows.weights_TK[:, k : k + 1].float()) if weighted else sum_TH.add_(part_TH)
+    return sum_TH.to(rows_XH.dtype)

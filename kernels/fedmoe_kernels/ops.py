@@ -1,0 +1,185 @@
+"""The operators `fedmoe::moe_mlp` and `fedmoe::moe_mlp_backward`: schemas, shapes, derivative and the CPU bodies.
+
+A body for another device registers itself for the same two names; nothing here but `_forward_cpu` and `_backward_cpu`
+knows how the work is done. Both operators assume inputs that `experts.moe_mlp` has checked: contiguous, of one dtype
+(routing weights excepted) and on one device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedmoe_kernels import cpu
+from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.slot import Adapter, Expert, Gradients
+
+
+class OpInputs(NamedTuple):
+    """The tensors of both operators, in the order of their schemas.
+
+    x_TH (T, H) and the fields of `Routing`. w_in (Bt, F, H), w_out (Bt, H, I) with the frozen slots' (B - Bt, ...)
+    beside them, biases alike. Adapters: a_in (Bl, r, H), b_in (Bl, F, r), a_out (Bl, r, I), b_out (Bl, H, r), scale_B
+    (Bl,) float64 and base_of_slot_B (B,) int64, the row of the weights that a slot runs. trainable_B (B,) bool: slots
+    that get a gradient, None = all that can.
+    """
+
+    x_TH: Tensor
+    weights_TK: Tensor
+    rows_TK: Tensor
+    tokens_R: Tensor
+    places_R: Tensor
+    offsets_B1: Tensor
+    w_in: Tensor
+    w_out: Tensor
+    bias_in: Tensor | None
+    bias_out: Tensor | None
+    w_in_frozen: Tensor | None
+    w_out_frozen: Tensor | None
+    bias_in_frozen: Tensor | None
+    bias_out_frozen: Tensor | None
+    a_in: Tensor | None
+    b_in: Tensor | None
+    a_out: Tensor | None
+    b_out: Tensor | None
+    scale_B: Tensor | None
+    base_of_slot_B: Tensor | None
+    trainable_B: Tensor | None
+
+
+_OPTIONAL = OpInputs._fields[8:]
+_TENSORS = ", ".join(f"{'Tensor?' if name in _OPTIONAL else 'Tensor'} {name}" for name in OpInputs._fields)
+# What the backward can differentiate by, in the order of its outputs and of `needs`; the rest are constants.
+DIFFERENTIABLE = ("x_TH", "weights_TK", "w_in", "w_out", "bias_in", "bias_out", "a_in", "b_in", "a_out", "b_out")
+
+
+def _rows(inputs: OpInputs) -> cpu.Rows:
+    return cpu.Rows(
+        inputs.weights_TK, inputs.rows_TK, inputs.tokens_R, inputs.places_R, [int(n) for n in inputs.offsets_B1.tolist()]
+    )
+
+
+def _experts(inputs: OpInputs) -> list[Expert]:
+    """One record per slot; every tensor in it is a view."""
+    slots = inputs.offsets_B1.shape[0] - 1
+    w_in, w_out, bias_in, bias_out = (
+        [*trainable.unbind(0), *(() if frozen is None else frozen.unbind(0))] if trainable is not None else None
+        for trainable, frozen in zip(inputs[6:10], inputs[10:14], strict=True)
+    )
+    assert w_in is not None
+    assert w_out is not None
+    adapters = _adapters(inputs)
+    base = range(slots) if inputs.base_of_slot_B is None else inputs.base_of_slot_B.tolist()
+    mask = [True] * slots if inputs.trainable_B is None else inputs.trainable_B.tolist()
+    weighted = inputs.w_in.shape[0] if inputs.a_in is None else 0  # with adapters the weights are frozen
+    return [
+        Expert(
+            w_in[base[b]],
+            w_out[base[b]],
+            None if bias_in is None else bias_in[base[b]],
+            None if bias_out is None else bias_out[base[b]],
+            adapters[b] if b < len(adapters) else None,
+            b if mask[b] and b < weighted else None,
+            b if mask[b] and b < len(adapters) else None,
+        )
+        for b in range(slots)
+    ]
+
+
+def _adapters(inputs: OpInputs) -> list[Adapter]:
+    if inputs.a_in is None or inputs.b_in is None or inputs.a_out is None or inputs.b_out is None:
+        return []
+    assert inputs.scale_B is not None
+    factors = zip(*(factor.unbind(0) for factor in inputs[14:18] if factor is not None), strict=True)
+    return [Adapter(*four, scale) for four, scale in zip(factors, inputs.scale_B.tolist(), strict=True)]
+
+
+def _forward_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, (_, activation, keep_z) = OpInputs(*args[:-3]), args[-3:]
+    return cpu.forward(inputs.x_TH, _rows(inputs), _experts(inputs), ACTIVATIONS[activation], keep_z=keep_z)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, (_, _, keep_z) = OpInputs(*args[:-3]), args[-3:]
+    rows = inputs.tokens_R.shape[0] if keep_z else 0
+    return torch.empty_like(inputs.x_TH), inputs.x_TH.new_empty(rows, inputs.w_in.shape[1])
+
+
+def _wanted(inputs: OpInputs, needs: list[bool]) -> list[Tensor]:
+    """Empty buffers for the gradients that are needed, (0,) for the others; the scores' last."""
+    like = [getattr(inputs, name) for name in DIFFERENTIABLE]
+    wanted = [
+        torch.empty_like(tensor) if need else inputs.x_TH.new_empty(0)
+        for tensor, need in zip(like, needs[:-1], strict=True)
+    ]
+    slots = inputs.offsets_B1.shape[0] - 1
+    return [*wanted, inputs.x_TH.new_empty((slots, 6) if needs[-1] else (0,), dtype=torch.float32)]
+
+
+def _backward_fake(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(_wanted(OpInputs(*args[:-2]), args[-1]))
+
+
+def _backward_cpu(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs, (activation, needs) = OpInputs(*args[:-2]), args[-2:]
+    dx_TH, *buffers = _wanted(inputs, [False, *needs[1:]])
+    experts = _experts(inputs)
+    for buffer, adapter in zip(buffers[1:9], [False] * 4 + [True] * 4, strict=True):
+        for b in range(buffer.shape[0]):
+            if (experts[b].adapter_grad if adapter else experts[b].grad) is None:
+                buffer[b].zero_()
+    dx = cpu.backward(
+        dy_TH,
+        inputs.x_TH,
+        z_RF,
+        _rows(inputs),
+        experts=experts,
+        activation=ACTIVATIONS[activation],
+        grads=Gradients(*(buffer if need else None for buffer, need in zip(buffers, needs[1:], strict=True))),
+        want_x=needs[0],
+    )
+    return (dx_TH if dx is None else dx, *buffers)
+
+
+moe_mlp_op = torch.library.custom_op(
+    "fedmoe::moe_mlp",
+    _forward_cpu,
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({_TENSORS}, Tensor? scores_B6, str activation, bool keep_z) -> (Tensor, Tensor)",
+)
+moe_mlp_backward_op = torch.library.custom_op(
+    "fedmoe::moe_mlp_backward",
+    _backward_cpu,
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor dy_TH, Tensor z_RF, {_TENSORS}, str activation, bool[] needs) -> "
+    f"({', '.join(['Tensor'] * (len(DIFFERENTIABLE) + 1))})",
+)
+moe_mlp_op.register_fake(_forward_fake)
+moe_mlp_backward_op.register_fake(_backward_fake)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, _, ctx.activation, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, dy_TH: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, z_RF = ctx.saved_tensors
+    names = (*OpInputs._fields, "scores_B6")
+    need = dict(zip(names, ctx.needs_input_grad, strict=False))
+    found: dict[str, Tensor] = {}
+    if dy_TH is not None:
+        needs = [need[name] for name in (*DIFFERENTIABLE, "scores_B6")]
+        needs[6:10] = [any(needs[6:10])] * 4  # an adapter's factors are computed together or not at all
+        outputs = moe_mlp_backward_op(dy_TH.contiguous(), z_RF, *tensors, ctx.activation, needs)
+        found = dict(zip((*DIFFERENTIABLE, "scores_B6"), outputs, strict=True))
+    return (*(found.get(name) if need[name] else None for name in names), None, None)
+
+
+moe_mlp_op.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,0 +1,288 @@
+"""Masked top-k routing: router logits in, one record out that says which token goes to which expert slot.
+
+Shapes: T tokens, K top-k, E experts, B slots, C clients of a cohort, R = T * K rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmoe_kernels.routing_ops import compute_dtype, place_rows_op, route_op
+from fedmoe_kernels.stats import RouterStats
+
+SCORINGS = ("softmax", "topk_softmax", "sigmoid")
+
+
+@dataclass(frozen=True, eq=False)
+class SlotMap:
+    """Where each expert's weights lie in a compact store; made once per plan, so that every size is known on the host.
+
+    Attributes:
+        slot_of_expert: (E,) int64, the slot of each expert id, -1 = absent; or (C, E), the slots of C clients laid end
+            to end. Every slot 0..num_slots-1 appears exactly once in the whole table.
+        num_slots: B, the number of slots.
+
+    Raises:
+        ValueError: when the table is not a bijection between the present experts and the slots, or a client has none.
+    """
+
+    slot_of_expert: Tensor
+    num_slots: int
+
+    def __post_init__(self) -> None:
+        table = self.slot_of_expert
+        if table.dtype != torch.int64 or table.dim() not in (1, 2):
+            raise ValueError(
+                f"slot_of_expert is {table.dtype} {tuple(table.shape)}; it must be int64 of shape (E,) or (C, E)"
+            )
+        present = table >= 0
+        if not bool(present.any(dim=-1).all()):
+            raise ValueError("a client of slot_of_expert has no permitted expert; permit at least one per client")
+        if not torch.equal(table[present].sort().values, torch.arange(self.num_slots, device=table.device)):
+            raise ValueError(
+                f"slot_of_expert does not hold each slot of 0..{self.num_slots - 1} exactly once; "
+                "build it with SlotMap.build(permitted_E, trainable_E)"
+            )
+
+    @classmethod
+    def build(cls, permitted_E: Tensor, trainable_E: Tensor | None = None) -> SlotMap:
+        """Number the permitted experts: trainable ones first, then frozen, by client and ascending expert id in each.
+
+        Args:
+            permitted_E: bool (E,), or (C, E) for a cohort: what each client stores. At least one per client.
+            trainable_E: bool of the same shape, a subset of `permitted_E`; None = all permitted.
+
+        Returns:
+            The map. In a cohort all clients' trainable slots come first, so that one trainable tensor serves them all.
+
+        Raises:
+            ValueError: for another dtype or shape, a trainable expert that is not permitted, or a client without any.
+        """
+        trainable_E = permitted_E if trainable_E is None else trainable_E
+        if permitted_E.dtype != torch.bool or trainable_E.dtype != torch.bool or permitted_E.shape != trainable_E.shape:
+            raise ValueError(
+                f"permitted_E is {permitted_E.dtype} {tuple(permitted_E.shape)}, trainable_E {trainable_E.dtype} "
+                f"{tuple(trainable_E.shape)}; both must be bool masks of one shape, (E,) or (C, E)"
+            )
+        if bool((trainable_E & ~permitted_E).any()):
+            raise ValueError("a trainable expert is not permitted; trainable_E must be a subset of permitted_E")
+        order = torch.cat([trainable_E.flatten().nonzero(), (permitted_E & ~trainable_E).flatten().nonzero()]).flatten()
+        table = torch.full((permitted_E.numel(),), -1, dtype=torch.int64, device=permitted_E.device)
+        table[order] = torch.arange(order.numel(), device=order.device)
+        return cls(table.view(permitted_E.shape), order.numel())
+
+    @property
+    def num_experts(self) -> int:
+        """E, the number of experts of the global layer."""
+        return self.slot_of_expert.shape[-1]
+
+    @property
+    def num_clients(self) -> int | None:
+        """C for a cohort, None for the map of one client."""
+        return self.slot_of_expert.shape[0] if self.slot_of_expert.dim() == 2 else None
+
+    @property
+    def expert_of_slot_B(self) -> Tensor:
+        """(B,) int64, the expert id that each slot holds."""
+        return self._place_of_slot_B % self.num_experts
+
+    @property
+    def client_of_slot_B(self) -> Tensor:
+        """(B,) int64, the client that owns each slot; all 0 for the map of one client."""
+        return self._place_of_slot_B // self.num_experts
+
+    @property
+    def _place_of_slot_B(self) -> Tensor:
+        table = self.slot_of_expert.flatten()
+        # Absent experts sort first, so the last B places of the order are the slots 0..B-1.
+        return table.argsort(stable=True)[table.numel() - self.num_slots :]
+
+    def to(self, device: torch.device | str) -> SlotMap:
+        """The same map on another device."""
+        return SlotMap(self.slot_of_expert.to(device), self.num_slots)
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Which token goes to which slot; made once per forward and passed whole.
+
+    A place is one (token, choice) pair, p = t * K + j. A row is a place that has a slot; rows are sorted by slot, then
+    token, then choice, and occupy 0..N-1 of R = T * K, N = offsets_B1[-1]. R is fixed by the shapes, so nothing waits
+    for the device. All index tensors are int64.
+
+    Attributes:
+        weights_TK: routing weight of each place, 0 where it has no row; float32 (float64 for float64 logits). The only
+            differentiable field.
+        experts_TK: expert id of each place, best first, -1 where it has no row.
+        slots_TK: slot of each place, -1 where it has no row.
+        rows_TK: row of each place, -1 where it has none; the inverse of `places_R`.
+        tokens_R: token of each row, -1 from N on.
+        places_R: place of each row, -1 from N on.
+        offsets_B1: (B + 1,); slot b owns rows offsets_B1[b]..offsets_B1[b + 1] - 1.
+        num_slots: B.
+        stats: this call's router statistics, None unless asked for.
+    """
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    slots_TK: Tensor
+    rows_TK: Tensor
+    tokens_R: Tensor
+    places_R: Tensor
+    offsets_B1: Tensor
+    num_slots: int
+    stats: RouterStats | None = None
+
+    @property
+    def counts_B(self) -> Tensor:
+        """(B,) int64, rows of each slot."""
+        return self.offsets_B1[1:] - self.offsets_B1[:-1]
+
+    @classmethod
+    def from_topk(
+        cls,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        slot_map: SlotMap,
+        *,
+        client_T: Tensor | None = None,
+        valid_T: Tensor | None = None,
+    ) -> Routing:
+        """The record for a model that routes itself.
+
+        Args:
+            experts_TK: integer expert ids, best first. Ids outside [0, E) and absent experts mean "not here": no row.
+            weights_TK: their weights, differentiable; cast to float32 unless float64, and 0 where there is no row.
+            slot_map: where the experts lie.
+            client_T, valid_T: as in `route`.
+
+        Raises:
+            ValueError: for shapes, dtypes or devices that do not fit together.
+        """
+        if experts_TK.dim() != 2 or experts_TK.shape != weights_TK.shape or experts_TK.is_floating_point():
+            raise ValueError(
+                f"experts_TK is {experts_TK.dtype} {tuple(experts_TK.shape)}, weights_TK {tuple(weights_TK.shape)}; "
+                "both must be (T, K), the experts integers"
+            )
+        table_CE = _table(slot_map, experts_TK, client_T, valid_T)
+        experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1 = place_rows_op(
+            experts_TK, table_CE, client_T, valid_T, slot_map.num_slots
+        )
+        weights_TK = weights_TK.to(compute_dtype(weights_TK.dtype)).where(slots_TK >= 0, 0.0)
+        return cls(weights_TK, experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1, slot_map.num_slots)
+
+
+def route(
+    logits_TE: Tensor,
+    k: int,
+    *,
+    permitted_E: Tensor | SlotMap | None = None,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    bias_E: Tensor | None = None,
+    groups: tuple[int, int] | None = None,
+    scale: float = 1.0,
+    client_T: Tensor | None = None,
+    valid_T: Tensor | None = None,
+    with_stats: bool = False,
+) -> Routing:
+    """Choose up to k permitted experts for each token and say which row each choice becomes.
+
+    The mask acts before anything is chosen or normalised, so the result is the dense routing of the sub-model that has
+    only the permitted experts. A token makes min(k, permitted) choices; the other places hold weight 0 and index -1.
+    Ties go to the lowest expert id. A logit of NaN counts as -inf, and an expert at -inf is not chosen, so a token
+    with nothing above -inf gets no row; +inf counts as the largest finite number. Gradients at all three are 0.
+
+    Args:
+        logits_TE: (T, E) router logits over all experts, any float dtype; computed in float32, float64 for float64.
+            In a cohort row t already holds the logits of the router of client `client_T[t]`.
+        k: choices per token, 1..E.
+        permitted_E: a SlotMap; or a bool mask (E,), numbered by ascending id (a convenience for eager code, as it asks
+            the device for the number of slots); None = all experts.
+        scoring: "softmax": softmax over all permitted, then top-k. "topk_softmax": top-k, then softmax over the chosen.
+            "sigmoid": sigmoid of each logit (the DeepSeek-V3 kind).
+        renormalize: divide the weights by their sum over the chosen ("topk_softmax" sums to 1 as it is; "sigmoid" adds
+            1e-20 to the sum).
+        bias_E: (E,) added to the sigmoid for the choice only, never to the weight; only for "sigmoid".
+        groups: (n_group, topk_group), only for "sigmoid": experts lie in n_group equal runs of ids; a group's score is
+            the sum of its two best permitted choice scores (of one, if it has only one); choices are made in the
+            topk_group best groups, and only places that these cannot fill are filled from the others.
+        scale: factor on every weight, after renormalisation.
+        client_T: (T,) int64 in [0, C), for a cohort SlotMap (C, E). Out of range is an error on the CPU; elsewhere the
+            range is the caller's promise, because a check would wait for the device.
+        valid_T: (T,) bool; False = padding: no row, no statistic, no gradient.
+        with_stats: also fill `Routing.stats`.
+
+    Returns:
+        Routing, differentiable from weights_TK to the logits (once: there is no second derivative).
+
+    Raises:
+        ValueError: for an argument that does not fit; the sentence names it and the remedy.
+    """
+    _check_rule(logits_TE, k, scoring, bias_E, groups)
+    slot_map = _slot_map(permitted_E)
+    E = logits_TE.shape[1]
+    if slot_map is not None and slot_map.num_experts != E:
+        raise ValueError(f"permitted_E covers {slot_map.num_experts} experts, logits_TE {E}; they must agree")
+    table_CE = _table(slot_map, logits_TE, client_T, valid_T)
+    num_slots = E if slot_map is None else slot_map.num_slots
+    rule = (num_slots, k, scoring, renormalize, *(groups or (1, 1)), float(scale), with_stats)
+    outputs = route_op(logits_TE, table_CE, client_T, valid_T, bias_E, *rule)
+    weights_TK, experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1, stats_C4E, tokens_C = outputs
+    stats = None
+    if with_stats:
+        cohort = slot_map is not None and slot_map.num_clients is not None
+        stats = _stats(stats_C4E.detach(), tokens_C.detach(), table_CE, cohort=cohort)
+    return Routing(weights_TK, experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1, num_slots, stats)
+
+
+def _slot_map(permitted_E: Tensor | SlotMap | None) -> SlotMap | None:
+    if not isinstance(permitted_E, Tensor):
+        return permitted_E
+    if torch.compiler.is_compiling():
+        raise ValueError("permitted_E is a bool mask in compiled code; make SlotMap.build(permitted_E) outside it")
+    return SlotMap.build(permitted_E)
+
+
+def _check_rule(logits_TE: Tensor, k: int, scoring: str, bias_E: Tensor | None, groups: tuple[int, int] | None) -> None:
+    if logits_TE.dim() != 2 or not logits_TE.is_floating_point():
+        raise ValueError(f"logits_TE is {logits_TE.dtype} {tuple(logits_TE.shape)}; it must be floating point (T, E)")
+    E = logits_TE.shape[1]
+    if not 1 <= k <= E:
+        raise ValueError(f"k={k} does not fit {E} experts; choose k between 1 and {E}")
+    if scoring not in SCORINGS:
+        raise ValueError(f"scoring={scoring!r} is unknown; choose one of {', '.join(SCORINGS)}")
+    if scoring != "sigmoid" and (bias_E is not None or groups is not None):
+        raise ValueError(f"bias_E and groups belong to scoring='sigmoid', not to {scoring!r}; leave them out")
+    if bias_E is not None and bias_E.shape != (E,):
+        raise ValueError(f"bias_E has shape {tuple(bias_E.shape)}; it must be ({E},), one number per expert")
+    if groups is not None and not (groups[0] >= 1 and E % groups[0] == 0 and 1 <= groups[1] <= groups[0]):
+        raise ValueError(
+            f"groups={groups} does not fit {E} experts; n_group must divide {E} and topk_group lie in 1..n_group"
+        )
+
+
+def _table(slot_map: SlotMap | None, like_T: Tensor, client_T: Tensor | None, valid_T: Tensor | None) -> Tensor:
+    """The slot table (C, E) for these tokens, after the checks on the map and the per-token arguments."""
+    T, E, device = like_T.shape[0], like_T.shape[1], like_T.device
+    for name, per_token, dtype in (("client_T", client_T, torch.int64), ("valid_T", valid_T, torch.bool)):
+        if per_token is not None and (per_token.shape != (T,) or per_token.dtype != dtype):
+            raise ValueError(f"{name} is {per_token.dtype} {tuple(per_token.shape)}; it must be {dtype} ({T},)")
+    if (slot_map is not None and slot_map.num_clients is not None) != (client_T is not None):
+        raise ValueError("client_T goes with a cohort's SlotMap of shape (C, E); give both or neither")
+    if slot_map is None:
+        return torch.arange(E, device=device)[None]
+    if slot_map.slot_of_expert.device != device:
+        raise ValueError(f"the SlotMap is on {slot_map.slot_of_expert.device}, the tokens on {device}; use SlotMap.to")
+    return slot_map.slot_of_expert.view(-1, slot_map.num_experts)
+
+
+def _stats(stats_C4E: Tensor, tokens_C: Tensor, table_CE: Tensor, *, cohort: bool) -> RouterStats:
+    lost_C = stats_C4E[:, 1].masked_fill(table_CE >= 0, 0.0).sum(-1)
+    if not cohort:
+        stats_C4E, tokens_C, lost_C = stats_C4E[0], tokens_C[0], lost_C[0]
+    hits, prob_sum, prob_max, plogp_sum = stats_C4E.unbind(-2)
+    return RouterStats(tokens_C, hits, prob_sum, prob_max, plogp_sum, lost_C)

@@ -1,0 +1,82 @@
+"""How much each expert matters to the loss, summed by the backward of `moe_mlp` itself, for frozen experts too.
+
+With s the routing weight of a row, dS its gradient and z the row's pre-activation, per slot and exactly:
+    sum of s * dS   = <W_out, dW_out> + <b_out, db_out>
+    sum of <z, dz>  = <W_in, dW_in> + <b_in, db_in>
+where dW is what the weight gradient is, or would be for a frozen slot. These are first-order Taylor importances, the
+change of the loss if the expert's output (or its first matrix) were scaled to zero; measured to rank experts best in
+absolute value (systems.md section 1.5 [E]).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ExpertScores:
+    """Importance sums of one layer's B slots, kept as the gradient of one float32 leaf.
+
+    `moe_mlp(..., scores=scores)` reads the leaf without using its value, and its backward returns the sums as the
+    leaf's gradient. So autograd adds up micro-batches, the operator stays functional, and recomputation under
+    gradient checkpointing cannot count twice: only a backward adds.
+
+    Attributes:
+        leaf_B6: (B, 6) float32, zero, requires_grad. Columns: rows, taylor, taylor_abs, fisher, taylor_in, grad_sq.
+
+    Args:
+        num_slots: B.
+        device: where the experts are.
+
+    Raises:
+        ValueError: without any slot.
+    """
+
+    def __init__(self, num_slots: int, *, device: torch.device | str = "cpu") -> None:
+        if num_slots < 1:
+            raise ValueError(f"num_slots is {num_slots}; importance sums need at least one slot")
+        self.leaf_B6 = torch.zeros(num_slots, 6, device=device, requires_grad=True)
+
+    @property
+    def num_slots(self) -> int:
+        """B."""
+        return self.leaf_B6.shape[0]
+
+    @property
+    def rows_B(self) -> Tensor:
+        """Rows that each slot ran; exact up to 2^24."""
+        return self._column(0)
+
+    @property
+    def taylor_B(self) -> Tensor:
+        """Sum over rows of s * dS, signed; terms of opposite sign cancel."""
+        return self._column(1)
+
+    @property
+    def taylor_abs_B(self) -> Tensor:
+        """Sum over rows of |s * dS|."""
+        return self._column(2)
+
+    @property
+    def fisher_B(self) -> Tensor:
+        """Sum over rows of (s * dS)^2, the empirical Fisher information of the gate per row."""
+        return self._column(3)
+
+    @property
+    def taylor_in_B(self) -> Tensor:
+        """Sum over rows of <z, dz>, z with its bias."""
+        return self._column(4)
+
+    @property
+    def grad_sq_B(self) -> Tensor:
+        """||dW_in||^2 + ||dW_out||^2 of each backward, summed over backwards; with adapters those of the slot's four
+        factors; 0 for slots that get no weight gradient."""
+        return self._column(5)
+
+    def reset(self) -> None:
+        """Forget all sums."""
+        self.leaf_B6.grad = None
+
+    def _column(self, index: int) -> Tensor:
+        grad_B6 = self.leaf_B6.grad
+        return (torch.zeros_like(self.leaf_B6.detach()) if grad_B6 is None else grad_B6.detach())[:, index]
