@@ -264,7 +264,7 @@ def _plan_table(rows: list[PlanRow], config: Config) -> Table:
     table = Table(title=f"{config.algorithm}: {config.model} on {config.data}, first round", title_justify="left")
     for name in ("client", "tier"):
         table.add_column(name, no_wrap=True)
-    for name in ("experts", "trained", "peak memory", "FLOPs", "down", "up", "steps", "k", "rows"):
+    for name in ("experts", "trained", "peak memory", "FLOPs", "down", "up", "steps", "k", "samples"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fits")
 

@@ -220,7 +220,8 @@ def data_split(run: Run) -> Figure | None:
     figure = Figure(figsize=(WIDTH, height + 1.0))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
     cells(left, share_CD, cmap=BLUES, vmin=0, vmax=1)
-    left.set_title("share of the client's rows")
+    unit = "tokens" if run.summary.get("task") == "causal_lm" else "rows"
+    left.set_title(f"share of the client's {unit}")
     if len(names) <= 40:
         left.set_xticks(range(len(names)), names, rotation=35, ha="right")
     else:
@@ -230,7 +231,7 @@ def data_split(run: Run) -> Figure | None:
     if len(order) <= 30:
         for place, total in enumerate(total_C[:, 0]):
             right.text(total, place, f" {total:,.0f}", va="center", fontsize=7.5, color=INK)
-    right.set_title("rows")
+    right.set_title(unit)
     right.set_xticks([])
     right.grid(visible=False)
     right.margins(x=0.25)

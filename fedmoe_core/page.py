@@ -200,7 +200,7 @@ def _ledger(run: Run) -> str:
         for key, (_, text) in figures.RESOURCES.items():
             value, bound = real.get(key), limit.get(key)
             shown = show.NONE if value is None else text(value)
-            if predicted.get(key) not in (None, value):
+            if predicted.get(key) is not None and text(predicted[key]) != shown:
                 shown = f"{shown} <span class='muted'>({text(predicted[key])})</span>"
             over = value is not None and bound is not None and value > bound
             cells.append(f"<span class='bad'>{shown} over {text(bound)}</span>" if over else shown)

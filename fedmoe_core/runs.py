@@ -110,7 +110,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         if names.count(name) > 1:
             twins = [other for other in runs if other.name == name]
             by_seed = len(seeds) > 1 and len({twin.seed for twin in twins}) == len(twins)
-            name = f"{name}, seed {run.seed}" if by_seed else f"{name} ({run.path.name})"
+            name = f"{name}, seed {run.seed}" if by_seed else f"{name}, {run.path.name}"
         unique.append(Run(**{**run.__dict__, "name": name}))
     return unique
 

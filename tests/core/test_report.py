@@ -351,7 +351,7 @@ def test_three_runs_share_a_page(tmp_path: Path) -> None:
     assert page.tags.count("svg") == 2 + 3 * 4
     assert len(page.ids) == len(set(page.ids))
     same = report([paths[0], paths[0]], out=tmp_path / "twice.html")[1]
-    assert same[0].startswith("HFedMoE (hfedmoe): ")
+    assert same[0].startswith("HFedMoE, hfedmoe: ")
 
 
 def test_report_is_the_same_bytes_twice(tmp_path: Path) -> None:
