@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
@@ -39,9 +40,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        typer.echo(f"fedmoe {version('fedmoe-core')}")
+        try:
+            number = importlib.metadata.version("fedmoe-core")
+        except importlib.metadata.PackageNotFoundError:
+            number = "from a source tree that is not installed"
+        typer.echo(f"fedmoe {number}")
         raise typer.Exit
 
 

@@ -60,6 +60,13 @@ def client_ticks(axes: Axes, run: Run, order: Sequence[int]) -> None:
         axes.set_ylabel(f"{len(order)} clients, grouped by tier")
 
 
+def tier_lines(axes: Axes, run: Run, order: Sequence[int]) -> None:
+    tiers = [run.tiers.get(client, "") for client in order]
+    for place in range(1, len(tiers)):
+        if tiers[place] != tiers[place - 1]:
+            axes.axhline(place - 0.5, color=INK, lw=0.9)
+
+
 def expert_ticks(axes: Axes, experts: int) -> None:
     axes.set_xticks(range(0, experts, 1 if experts <= 10 else 2 if experts <= 24 else -(-experts // 12)))
 

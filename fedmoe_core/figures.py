@@ -107,7 +107,7 @@ def holdings(run: Run) -> Figure | None:
     layers, experts = np.shape(next(iter(by_round[numbers[0]].values()))["held_LE"])
     chosen = sorted({round(place) for place in np.linspace(0, layers - 1, min(layers, 4))})
     order = run.client_ids
-    height = min(max(0.17 * len(order), 1.1), 4.6)
+    height = min(max(0.17 * len(order), 1.1), 3.6)
     figure = Figure(figsize=(WIDTH, (height + 0.42) * len(chosen) + 0.4))
     grid = figure.subplots(len(chosen), len(shown), sharex=True, sharey=True, squeeze=False)
     for row, layer in zip(grid, chosen, strict=True):
@@ -118,6 +118,7 @@ def holdings(run: Run) -> Figure | None:
                     held_E, trained_E = np.array(entry["held_LE"][layer]), np.array(entry["trained_LE"][layer])
                     state_CE[place] = held_E + (held_E * trained_E)
             cells(axes, state_CE, cmap=HELD, vmin=0, vmax=2)
+            tier_lines(axes, run, order)
             axes.set_title(f"layer {layer}, round {number}")
         client_ticks(row[0], run, order)
     for axes in grid[-1]:
@@ -176,6 +177,7 @@ def budgets(run: Run) -> Figure | None:
     few = len(order) <= 30
     figure = Figure(figsize=(WIDTH, min(max(0.23 * len(order), 1.0), 5.5) + 0.8))
     grid = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    thick = 0.74 if few else 1.0  # gaps between thin bars would only flicker
     most = max(100 * max(pair) for _, used in panels for pair in used if pair)
     for axes, (label, used) in zip(grid, panels, strict=True):
         for place, pair in enumerate(used):
@@ -185,11 +187,12 @@ def budgets(run: Run) -> Figure | None:
                 continue
             real, predicted = 100 * pair[0], 100 * pair[1]
             over = real > 100
-            axes.barh(place, 100, height=0.74, color=EMPTY)
-            axes.barh(place, real, height=0.74, color=ORANGE if over else BLUE, hatch="//" if over else None)
-            axes.plot([predicted] * 2, [place - 0.37, place + 0.37], color=PALETTE[5], lw=2)
+            axes.barh(place, 100, height=thick, color=EMPTY)
+            axes.barh(place, real, height=thick, color=ORANGE if over else BLUE, hatch="//" if over else None)
+            axes.plot([predicted] * 2, [place - thick / 2, place + thick / 2], color=PALETTE[5], lw=2)
             if few:
                 axes.text(max(real - 3, 14), place, f"{real:.0f}", ha="right", va="center", fontsize=7.5, color="white")
+        tier_lines(axes, run, order)
         axes.axvline(100, color=INK, lw=1.6)
         axes.set_xlim(0, max(106.0, 1.05 * most))
         axes.set_xticks([0, 50, 100])

@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 LAUNCHED = "FEDMOE_LAUNCHED"  # set for ranks that this module started; they leave speaking to their parent
@@ -64,8 +65,6 @@ def run_ranks(arguments: Sequence[str], *, ranks: int, threads: int) -> None:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
-    os.environ[LAUNCHED] = "1"
-    os.environ["OMP_NUM_THREADS"] = str(threads)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -77,7 +76,8 @@ def run_ranks(arguments: Sequence[str], *, ranks: int, threads: int) -> None:
         max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "fedmoe_core.cli", *arguments)
+        with _environment({LAUNCHED: "1", "OMP_NUM_THREADS": str(threads)}):
+            elastic_launch(config, sys.executable)("-u", "-m", "fedmoe_core.cli", *arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         spoke = failure.error_file_data.get("message") if failure.error_file_data else None
@@ -93,3 +93,18 @@ def tell_parent(sentence: str) -> bool:
         return False
     Path(target).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), encoding="utf-8")
     return True
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables that child processes inherit, put back afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -12,6 +12,7 @@ from fedmoe_core import drawing, figures, show, theme
 from fedmoe_core.report import held, ranking
 from fedmoe_core.runs import Run
 
+
 def render(runs: Sequence[Run], verdicts: Sequence[str]) -> str:
     """The whole page; the first run is its subject."""
     several = len(runs) > 1
@@ -41,8 +42,8 @@ def _comparison(runs: Sequence[Run], verdicts: Sequence[str]) -> str:
         ]
         cells += [str(run.seed)] if seeds else []
         cells += [_change(s, "accuracy", show.share)] if accurate else []
-        cells += [_change(s, "loss", show.number), show.number(s.get("worst_client_loss")), show.size(_traffic(run))]
-        cells += [show.flops(s.get("flops")), show.size(s.get("peak_memory_bytes")), held(run)]
+        cells += [_change(s, "loss", show.number), show.number(s.get("worst_client_loss")), show.size(run.traffic)]
+        cells += [show.flops(s.get("flops")), show.size(s.get("peak_memory_bytes")), _held(run)]
         cells += [_count(run.violations) if run.budgeted else show.NONE, show.seconds(s.get("seconds"))]
         rows.append(("first" if place == 1 else "apart" if place is None else "", cells))
     names = ["", "run", *(["seed"] if seeds else []), *(["accuracy"] if accurate else []), "held-out loss"]
@@ -63,7 +64,7 @@ def _comparison(runs: Sequence[Run], verdicts: Sequence[str]) -> str:
 
 def _run(run: Run, place: int, *, alone: bool) -> str:
     html = _heading(run, alone=alone)
-    tag = f"run{place} "
+    tag = f"{run.name}: " if place or not alone else ""
     if alone:
         title = "What the rounds, the traffic and the compute bought"
         html += _figure(title, figures.learning, [run], name=tag + "learning")
@@ -73,10 +74,11 @@ def _run(run: Run, place: int, *, alone: bool) -> str:
         f"<span class='key' style='background:{colour}'></span>{text}"
         for colour, text in (
             (theme.BLUE, "held and trained"),
-            ("", "held, frozen"),
+            (theme.PALE, "held, frozen"),
             (theme.EMPTY, "not there"),
         )
     )
+    key += " &nbsp; Dark lines separate budget tiers." if len(set(run.tiers.values())) > 1 else ""
     html += _figure("Which client holds which expert", figures.holdings, run, name=tag + "experts held", caption=key)
     html += _figure("Which experts matter", figures.importance, run, name=tag + "importance by layer")
     caption = (
@@ -107,8 +109,8 @@ def _heading(run: Run, *, alone: bool) -> str:
     tiles += [
         (show.number(s.get("worst_client_loss")), "loss of the worst client"),
         (limits, "budgets exceeded" if run.budgeted else "needs more than its clients can bear"),
-        (held(run), f"experts held by a client, of {_experts(run) or show.NONE}"),
-        (show.size(_traffic(run)), f"moved: {down} down, {up} up"),
+        (_held(run), f"experts held by a client, of {_experts(run) or show.NONE}"),
+        (show.size(run.traffic), f"moved: {down} down, {up} up"),
         (show.size(s.get("peak_memory_bytes")), "largest peak memory of a client"),
         (show.seconds(s.get("seconds")), f"wall-clock, {show.share(engine, 0)} of it the engine's own"),
     ]
@@ -118,12 +120,11 @@ def _heading(run: Run, *, alone: bool) -> str:
     html += "".join(
         f"<div class='tile'><b>{value}</b><span class='label'>{escape(text)}</span></div>" for value, text in tiles
     )
-    facts = [
-        ("model", str(run.config.get("model", show.NONE))),
-        ("data", str(run.config.get("data", show.NONE))),
+    facts = [("computed", f"{show.flops(s.get('flops'))} by the clients")] if run.has_accuracy else []
+    facts += [
+        ("partition", str(run.config.get("partition", show.NONE))),
         ("corpus sha256", str(s.get("corpus_sha256") or show.NONE)[:16]),
         ("model hash", str(s.get("model_hash") or show.NONE)[:16]),
-        ("computed", f"{show.flops(s.get('flops'))} by the clients"),
         ("updates refused", str(s.get("refused_updates", show.NONE))),
         ("mass lost", f"{show.share(run.last('lost_mass'))} of the router's weight on absent experts"),
         ("experts trained", f"{show.share(run.last('coverage'), 0)} by somebody in the last round"),
@@ -149,15 +150,13 @@ def _headline(run: Run) -> str:
 
 def _setting(run: Run) -> str:
     config = run.config
-    parts = [f"{config.get('model', 'a model')} on {config.get('data', 'its data')}"]
-    parts.append(
-        f"{show.plural(len(run.client_ids) or int(config.get('clients', 0)), 'client')} in "
-        f"{show.plural(len(set(run.tiers.values())) or 1, 'budget tier')}"
-    )
+    parts = [f"Model {config.get('model', show.NONE)}", f"data {config.get('data', show.NONE)}"]
+    clients = show.plural(len(run.client_ids) or int(config.get("clients", 0)), "client")
+    parts.append(f"{clients} in {show.plural(len(set(run.tiers.values())) or 1, 'budget tier')}")
     parts.append(show.plural(int(run.summary.get("rounds") or 0), "round"))
     parts.append(f"seed {run.seed}")
     text = ", ".join(parts) + ("" if run.finished else " (unfinished)")
-    return escape(text[0].upper() + text[1:]) + "."
+    return escape(text) + "."
 
 
 def _tiers(run: Run) -> str:
@@ -255,9 +254,8 @@ def _count(violations: int) -> str:
     return f"<span class='{'bad' if violations else 'good'}'>{violations}</span>"
 
 
-def _traffic(run: Run) -> float | None:
-    down, up = run.summary.get("bytes_down"), run.summary.get("bytes_up")
-    return None if down is None or up is None else down + up
+def _held(run: Run) -> str:
+    return held(run).replace("..", "–")
 
 
 def _experts(run: Run) -> int:

@@ -109,9 +109,7 @@ class LineObserver:
             self._say(f"{stage}: {done}/{total}")
         self.quarter = quarter
 
-    def on_client(self, round: int, client: int, record: Mapping[str, Any]) -> None:
-        if record.get("status", "ok") != "ok":
-            self._say(f"round {round}: {client_line(client, record)}")
+    def on_client(self, round: int, client: int, record: Mapping[str, Any]) -> None: ...
 
     def on_round(self, round: int, rounds: int, record: Mapping[str, Any]) -> None:
         for line in self.rounds.of(round, rounds, record):
@@ -156,8 +154,6 @@ class LiveObserver:
         self._bar("clients", done, self.clients or done, f"[dim]{escape(client_line(client, record))}[/dim]")
         if "rounds" in self.tasks:
             self.progress.advance(self.tasks["rounds"])
-        if record.get("status", "ok") != "ok":
-            self.progress.print(f"[yellow]{escape(client_line(client, record))}[/yellow]", highlight=False)
 
     def on_round(self, round: int, rounds: int, record: Mapping[str, Any]) -> None:
         first, *rest = self.rounds.of(round, rounds, record)

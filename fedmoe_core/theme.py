@@ -88,7 +88,7 @@ td.t:last-child {{ white-space: normal; }}
 tr.first td {{ font-weight: 650; }}
 tr.apart td {{ color: var(--muted); }}
 dl {{
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 0 40px; margin: 12px 0;
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 0 40px; margin: 12px 0;
   font-size: 14px;
 }}
 dl div {{ display: flex; gap: 12px; border-bottom: 1px solid var(--line); padding: 5px 0; }}
