@@ -135,13 +135,14 @@ def test_inv10_kill_at_random_moments_leaves_one_whole_checkpoint(tmp_path: Path
     assert last > 0
 
 
-def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "padding"), [(10_000, 0), (10, 10_000)], ids=["in the tensors", "in the JSON"])
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, size: int, padding: int) -> None:
     """A limit on file size stands for the full disk: writing past it fails with an OSError in the same place."""
 
     def save_beyond_the_limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         with pytest.raises(OSError, match="the previous checkpoint is intact") as caught:
-            save_round(tmp_path, 2, 10_000)
+            save_checkpoint(tmp_path, tensors_of(2, size), {"round": 2, "padding": "x" * padding}, CONFIG)
         assert "\n" not in str(caught.value)
 
     save_round(tmp_path, 1)
