@@ -238,8 +238,11 @@ def test_sums_record_is_unchanged_by_what_follows() -> None:
     kept = {key: value.clone() for key, value in first.numerators.items()}
     accumulator.add(*clients[2])
     second = accumulator.sums()
+    later = {key: value.clone() for key, value in second.numerators.items()}
     accumulator.reset()
     assert all(torch.equal(first.numerators[key], kept[key]) for key in kept)
+    assert all(torch.equal(second.numerators[key], later[key]) for key in later)
+    assert not any(torch.equal(kept[key], later[key]) for key in kept)
     assert (first.accepted, second.accepted, accumulator.accepted) == (2, 3, 0)
     assert second.round_den > first.round_den
     accumulator.add(*clients[2])  # a reset forgets who was there
