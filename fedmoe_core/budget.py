@@ -133,14 +133,14 @@ def device_budget(device: Device) -> Budget:
 def show(resource: str, amount: float, *, exact: bool = False) -> str:
     """An amount of a resource for people, rounded up: a limit typed from it is large enough.
 
-    ``exact`` adds the plain number of bytes, so that two amounts that round to the same text can be told apart.
+    ``exact`` adds the plain number, so that two amounts that round to the same text can be told apart.
     """
     if resource == "experts":
         return f"{math.ceil(amount)} experts" if amount != 1 else "1 expert"
     if not math.isfinite(amount):
         return str(amount)
     if resource == "flops":
-        return _show_flops(amount)
+        return f"{_show_flops(amount)} ({amount!r})" if exact else _show_flops(amount)
     unit, size = next(((u, s) for u, s in reversed(_BINARY.items()) if amount < 1024 * s), ("TiB", 1024**4))
     text = f"{math.ceil(amount / size * 10) / 10:.1f} {unit}"
     return f"{text} ({int(amount)} B)" if exact else text

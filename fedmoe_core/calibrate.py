@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -57,8 +58,7 @@ def _stage_peaks(
         for depth, layer in enumerate(layers):
             stage = f"stage{len(layers) - depth}"
             # A stage begins where the backward of its layer begins: the gradients are made inside it.
-            handle = layer.register_full_backward_pre_hook(_marker(stage, device))
-            hooks.callback(handle.remove)
+            hooks.callback(layer.register_forward_hook(_marker(stage, device)).remove)
         trace = trace_memory(lambda: local_step(adapter, batch, optimizer, train, torch.Generator()), device)
     if len(trace.phases) == 1:
         return (resident + trace.peak,)
@@ -66,9 +66,11 @@ def _stage_peaks(
     return tuple(resident + trace.phases[stage] for stage in stages)
 
 
-def _marker(stage: str, device: torch.device):  # noqa: ANN202 - the hook's signature is torch's
-    def hook(module: nn.Module, grad_output: object) -> None:
-        mark(stage, device)
+def _marker(stage: str, device: torch.device) -> Callable[[nn.Module, object, Tensor], None]:
+    """A forward hook that marks ``stage`` when the gradient of the layer's output arrives."""
+
+    def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+        output.register_hook(lambda gradient: mark(stage, device))
 
     return hook
 

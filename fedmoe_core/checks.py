@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.fixed_point import SumSettings
+from fedmoe_core.fixed_point import SumSettings, square_sum
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.update import ClientProfile, ClientUpdate, ParamSpec
 
@@ -157,6 +157,6 @@ def _values(deltas: Mapping[str, Tensor], settings: SumSettings) -> str | None:
             return f"{key} holds NaN or infinity"
         if max(-low, high) > settings.value_bound:
             return f"{key} reaches {max(-low, high):.4g}, above value_bound {settings.value_bound:g}"
-        squares.append(float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2)
+        squares.append(square_sum(delta))
     norm = math.sqrt(math.fsum(squares))
     return f"L2 norm {norm:.4g} is above norm_bound {settings.norm_bound:g}" if norm > settings.norm_bound else None

@@ -176,7 +176,7 @@ def _train(
         flops=flops,
         bytes_down=received_bytes(adapter, whole_trunk=plan.first_participation, train_dense=train_dense),
         bytes_up=tensor_bytes(deltas.values()) + statistics_bytes(profile),
-        experts=int(plan.permitted_LE.sum()),
+        experts=plan.counted_experts,
         seconds=time.perf_counter() - began,
     )
     return LocalResult(deltas, profile, cost, tuple(losses), extract_seconds=extracted - began)

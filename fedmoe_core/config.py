@@ -98,7 +98,7 @@ class AggregationConfig:
     value_bound: PositiveReal = 1.0  # largest |delta| accepted; larger is refused
     norm_bound: PositiveReal = 100.0  # largest L2 norm of an update accepted
     scale_bits: Annotated[int, Between(8, 52)] = 36
-    weight_bits: Annotated[int, Between(1, 24)] = 12
+    weight_bits: int = 16
 
 
 @dataclass(frozen=True)

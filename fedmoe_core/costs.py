@@ -299,8 +299,9 @@ class CostModel:
             ValueError: a peak is smaller than the closed-form terms, so it cannot be of this configuration.
         """
         base = replace(self, trunk=replace(self.trunk, transients={}, **measured))  # type: ignore[arg-type]
-        weights = int(permitted_LE.sum()) * base.held_bytes + int(trainable_LE.sum()) * base.state_bytes
-        fixed = base.resident_bytes + weights
+        # The few bytes kept per slot are not taken off: a plan with fewer slots than this one stays bounded.
+        held = int(permitted_LE.sum()) * (base.held_bytes - base.slot_bytes)
+        fixed = base.resident_bytes + held + int(trainable_LE.sum()) * base.state_bytes
         transients = {}
         for top_k, stages in peaks.items():
             gradients = [0]

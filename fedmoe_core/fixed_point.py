@@ -115,18 +115,28 @@ def add_fixed(total: Tensor, delta: Tensor, weight_B: Tensor, *, rows_B: Tensor 
         rows_B: (B,) int64 row of ``total`` for each row of ``delta``, distinct; None = all rows in order.
         scale_bits: binary places after the point.
     """
-    count = delta.shape[0]
-    if delta.numel() == 0:
-        return
-    block = BLOCK_CPU if total.device.type == "cpu" else BLOCK_GPU
-    step = max(1, block * count // delta.numel())
+    if rows_B is None:
+        rows_B = torch.arange(delta.shape[0], device=total.device)
     factor_B = weight_B.to(total.device, torch.float64).mul_(2.0**scale_bits).view(-1, *[1] * (delta.dim() - 1))
-    for start in range(0, count, step):
-        stop = min(start + step, count)
+    start = 0
+    for part_B in row_blocks(rows_B, total):
+        block = slice(start, start + len(part_B))
         # copy=True: a float64 delta must not be scaled in place.
-        scaled = delta[start:stop].detach().to(total.device, torch.float64, copy=True)
-        fixed = scaled.mul_(factor_B[start:stop]).round_().to(torch.int64)
-        if rows_B is None:
-            total[start:stop].add_(fixed)
-        else:
-            total.index_add_(0, rows_B[start:stop], fixed)
+        scaled = delta[block].detach().to(total.device, torch.float64, copy=True)
+        total.index_add_(0, part_B, scaled.mul_(factor_B[block]).round_().to(torch.int64))
+        start += len(part_B)
+
+
+def row_blocks(rows_B: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """``rows_B`` cut so that rows of ``like`` come in blocks whose temporaries stay small; at least one row each."""
+    if not rows_B.numel() or not like.numel():
+        return ()
+    block = BLOCK_CPU if like.device.type == "cpu" else BLOCK_GPU
+    return rows_B.split(max(1, block * like.shape[0] // like.numel()))
+
+
+def square_sum(values: Tensor) -> float:
+    """Sum of squares in float64, block by block, so that no float64 copy of a whole tensor is made."""
+    block = BLOCK_CPU if values.device.type == "cpu" else BLOCK_GPU
+    blocks = (part.to(torch.float64) for part in values.reshape(-1).split(block))
+    return float(sum(torch.dot(part, part) for part in blocks))

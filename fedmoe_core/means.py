@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedmoe_core.fixed_point import SumSettings
+from fedmoe_core.fixed_point import SumSettings, row_blocks
 from fedmoe_core.update import ParamSpec
 
 ExpertRule = Literal["participation", "damped"]
@@ -68,13 +68,17 @@ class Sums:
             old: (E, ...) or any shape, floating; never changed.
             den: one integer, or (E,) int64, one for each row of ``old``.
         """
-        numerator = self.numerators[key].to(old.device, torch.float64)
-        den_E1 = torch.as_tensor(den, dtype=torch.float64, device=old.device)
-        if den_E1.dim():
-            den_E1 = den_E1.view(-1, *[1] * (old.dim() - 1))
+        new = old.clone()
+        # A scalar is one row of one number.
+        old_rows, new_rows, sum_rows = (t.view(-1, *t.shape[1:]) for t in (old, new, self.numerators[key]))
+        den_E = torch.as_tensor(den, dtype=torch.float64, device=sum_rows.device).expand(old_rows.shape[0])
         # A power of two times an integer below 2^53 is exact, so one division is the only rounding before the cast.
-        step = numerator / (den_E1 * 2.0**self.settings.scale_bits)
-        return torch.where(den_E1 == 0, old, step.add_(old).to(old.dtype))
+        den_E = den_E * 2.0**self.settings.scale_bits
+        for rows_B in row_blocks(torch.nonzero(den_E).view(-1), sum_rows):
+            step = sum_rows[rows_B].to(torch.float64) / den_E[rows_B].view(-1, *[1] * (old_rows.dim() - 1))
+            rows_B = rows_B.to(old.device)
+            new_rows[rows_B] = step.to(old.device).add_(old_rows[rows_B]).to(old.dtype)
+        return new
 
 
 def expert_mean(sums: Sums, old_state: Mapping[str, Tensor], rule: ExpertRule = "participation") -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedmoe_core.budget import Budget, Cost
+from fedmoe_core.costs import Mode
 from fedmoe_core.rng import counter_rng, counter_seed
 from fedmoe_core.selection import choose, explore, fit_flops
 
@@ -32,6 +33,7 @@ class ExpertPlan:
         budget: the limits that bind the client; unlimited where the algorithm ignores them (FedAvg).
         predicted: what the cost model expects; inside ``budget`` in every resource, or the plan is refused.
         first_participation: whether the frozen trunk travels to the client with this plan.
+        mode: "compact" counts the permitted experts against an expert budget, "backward-masked" the trainable ones.
     """
 
     client: int
@@ -44,6 +46,12 @@ class ExpertPlan:
     budget: Budget
     predicted: Cost
     first_participation: bool = True
+    mode: Mode = "compact"
+
+    @property
+    def counted_experts(self) -> int:
+        """Experts that an expert budget counts."""
+        return int((self.permitted_LE if self.mode == "compact" else self.trainable_LE).sum())
 
     def __post_init__(self) -> None:
         if self.permitted_LE.shape != self.trainable_LE.shape:
@@ -115,6 +123,7 @@ def make_plan(
         budget=budget,
         predicted=predicted,
         first_participation=first,
+        mode=mode,
     )
 
 

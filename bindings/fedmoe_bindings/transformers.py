@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fedmoe_bindings.transformers_experts import use_fedmoe
 from fedmoe_bindings.transformers_families import family_of, sparse_blocks
 from fedmoe_bindings.transformers_load import Pool, SequenceClassifier, load_model, small_model
 from fedmoe_bindings.transformers_mask import TOKEN_MASK, carry_token_mask
-from fedmoe_bindings.transformers_submodel import extract_submodel, merge_submodel
+from fedmoe_bindings.transformers_submodel import extract_submodel, merge_submodel, stock_model
 from fedmoe_core.adapter import Batch, Evaluation, ModelSpec, Task
 from fedmoe_core.config import ModelConfig
 from fedmoe_core.layer import MoE
@@ -154,6 +154,22 @@ class TransformersAdapter:
             held = layer.global_state()
             state |= {f"moe.{number}.{name}": getattr(held, name) for name in ("router", "w_in", "w_out")}
         return state | {key: parameter.detach().clone() for key, parameter in self._dense.items()}
+
+    def export(self) -> PreTrainedModel:
+        """A stock transformers model with these weights, to save, share or serve without fedmoe.
+
+        (The live ``model`` has fedmoe layers, under names that ``from_pretrained`` does not know.)
+
+        Raises:
+            ValueError: a layer does not hold every expert, or transformers has no model with this head.
+        """
+        state = self.state()
+        places = [name for name, module in self.model.named_modules() if isinstance(module, MoE)]
+        if not isinstance(self.model, SequenceClassifier):
+            return stock_model(type(self.model), self._config, state, places)
+        if self.model.pool != "last":
+            raise ValueError("transformers' classifiers pool the last token; train with pool='last' to export")
+        return stock_model(AutoModelForSequenceClassification, self._config, state, places)
 
     def configure(
         self,

@@ -70,7 +70,8 @@ def fedmoe_experts(self: nn.Module, hidden_TH: Tensor, experts_TK: Tensor, weigh
     if everyone is None or everyone.slot_of_expert.device != hidden_TH.device:
         everyone = _remember_slots(self, hidden_TH.device)
     routing = Routing.from_topk(experts_TK, weights_TK, everyone)
-    return moe_mlp(hidden_TH, routing, self.gate_up_proj, self.down_proj).to(hidden_TH.dtype)
+    w_in, w_out = cast(Tensor, self.gate_up_proj), cast(Tensor, self.down_proj)
+    return moe_mlp(hidden_TH, routing, w_in, w_out).to(hidden_TH.dtype)
 
 
 def _remember_slots(experts: nn.Module, device: torch.device) -> SlotMap:

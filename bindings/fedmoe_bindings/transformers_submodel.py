@@ -1,14 +1,15 @@
-"""Plain transformers sub-models: cut the permitted experts out of a stock model, and put them back."""
+"""Plain transformers models: cut out a sub-model, put it back, or build one from a state in global coordinates."""
 
 from __future__ import annotations
 
 import copy
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from fedmoe_bindings.transformers_families import family_of, layer_masks, sparse_blocks
 
@@ -98,6 +99,42 @@ def merge_submodel(
             else:
                 whole.copy_(part)
     return full_model
+
+
+def stock_model(
+    cls: Any, config: PreTrainedConfig, state: Mapping[str, Tensor], places: Sequence[str]
+) -> PreTrainedModel:
+    """A stock model from a state in global coordinates; copies, never aliases.
+
+    Args:
+        cls: a model class, or transformers' automatic classifier class.
+        config: of the model; not changed.
+        state: ``moe.{l}.router|w_in|w_out`` and ``dense.{name}`` with every expert.
+        places: module names of the MoE blocks, in depth order.
+
+    Raises:
+        ValueError: transformers has no classifier for this family.
+    """
+    config, head = copy.deepcopy(config), state.get("dense.score.weight")
+    if head is not None:
+        config.num_labels = head.shape[0]
+    build = cls.from_config if cls is AutoModelForSequenceClassification else cls
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model = build(config)
+        except ValueError as error:
+            raise ValueError(f"transformers has no classifier for {config.model_type!r}; export its trunk") from error
+    weights = {key.removeprefix("dense."): value for key, value in state.items() if key.startswith("dense.")}
+    for layer, place in enumerate(places):
+        names = zip(_expert_tensors(place), ("router", "w_in", "w_out"), strict=True)
+        weights |= {name: state[f"moe.{layer}.{ours}"] for name, ours in names}
+    model = model.to(weights[_expert_tensors(places[0])[0]])
+    # Tied tensors are listed once in a state; every other parameter must be there.
+    lacking = set(dict(model.named_parameters())) - set(weights)
+    if lacking:
+        raise ValueError(f"the state has no {min(lacking)}; it is not a state of this model")
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
 
 
 def _expert_tensors(block: str) -> tuple[str, str, str]:

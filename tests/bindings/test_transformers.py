@@ -281,7 +281,7 @@ def test_evaluate_leaves_statistics_and_gradients_alone():
     assert adapter.moe[0].last_stats is stats
     assert torch.equal(adapter.moe[0].scores.rows_B, rows)
     assert result.count == 19
-    assert result.loss_sum / result.count == pytest.approx(float(adapter.loss(batch_of(1), training=False)), rel=1e-6)
+    assert result.loss_sum / result.count == pytest.approx(adapter.loss(batch_of(1), training=False).item(), rel=1e-6)
 
 
 def test_balance_loss_reaches_the_routers_of_a_model():
@@ -290,3 +290,38 @@ def test_balance_loss_reaches_the_routers_of_a_model():
         layer.keep_logits = True
     (adapter.loss(batch_of()) + 0.1 * balance_loss(adapter.moe)).backward()
     assert all(layer.router.grad.norm() > 0 for layer in adapter.moe)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_is_the_stock_model_again(family, tmp_path):
+    stock = stock_model(family)
+    adapter = TransformersAdapter(copy.deepcopy(stock))
+    exported = adapter.export()
+    assert type(exported) is type(stock)
+    assert all(torch.equal(value, exported.state_dict()[name]) for name, value in stock.state_dict().items())
+    exported.save_pretrained(tmp_path)
+    again = type(stock).from_pretrained(tmp_path, dtype=torch.float32)
+    assert relative(stock_loss(again, batch_of()), adapter.loss(batch_of())) < 1e-5
+    adapter.configure(adapter.state(), permitted_LE=np.tile(np.arange(E) < 3, (len(adapter.moe), 1)))
+    with pytest.raises(ValueError, match="holds 3 of 6 experts"):
+        adapter.export()
+
+
+def test_classifiers_export_where_transformers_has_the_same_head():
+    cls = Qwen3MoeForSequenceClassification
+    stock = stock_model("qwen3_moe", cls=cls, num_labels=3)
+    exported = TransformersAdapter(copy.deepcopy(stock), task="classification", num_classes=3, pool="last").export()
+    assert isinstance(exported, cls)
+    assert all(torch.equal(value, exported.state_dict()[name]) for name, value in stock.state_dict().items())
+    with pytest.raises(ValueError, match="pool='last'"):
+        TransformersAdapter(stock, task="classification", num_classes=3, pool="mean").export()
+    trunk = stock_model("olmoe", cls=OlmoeModel)
+    with pytest.raises(ValueError, match="no classifier for 'olmoe'"):
+        TransformersAdapter(trunk, task="classification", num_classes=3, pool="last").export()
+
+
+def test_generation_is_that_of_the_stock_model():
+    stock, batch = stock_model("qwen3_moe").eval(), batch_of(lengths=(6, 6))
+    adapter = TransformersAdapter(copy.deepcopy(stock))
+    options = {"attention_mask": batch.mask_SN.long(), "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(adapter.model.generate(batch.tokens_SN, **options), stock.generate(batch.tokens_SN, **options))

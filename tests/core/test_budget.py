@@ -130,6 +130,11 @@ def test_violations_show_amounts_that_round_alike_apart() -> None:
     assert line == "memory: 40.1 MiB (41943041 B) used, 40.0 MiB (41943040 B) allowed"
 
 
+def test_violations_show_flops_that_round_alike_apart() -> None:
+    (line,) = Budget(flops=1.2341e12).violations(Cost(flops=1.2342e12))
+    assert line == "flops: 1.24e+12 (1234200000000.0) used, 1.24e+12 (1234100000000.0) allowed"
+
+
 def test_inv1_a_cost_that_is_not_a_number_does_not_fit() -> None:
     assert not Budget(flops=1e12).fits(Cost(flops=float("nan")))
 

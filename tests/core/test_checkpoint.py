@@ -135,13 +135,35 @@ def test_inv10_kill_at_random_moments_leaves_one_whole_checkpoint(tmp_path: Path
     assert last > 0
 
 
-def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+def test_inv10_every_file_is_on_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut cannot be staged here; the order of the calls that guard against it can be read."""
+    calls: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(descriptor: int) -> None:
+        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        calls.append(("rename", source.name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    save_round(tmp_path, 1)
+    tensors, json_, names = f"tensors-{os.getpid()}.tmp", f"json-{os.getpid()}.tmp", tmp_path.name
+    order = [("sync", tensors), ("rename", tensors), ("sync", json_), ("sync", names), ("rename", json_)]
+    assert calls == [*order, ("sync", names)]
+
+
+@pytest.mark.parametrize(("size", "padding"), [(10_000, 0), (10, 10_000)], ids=["in the tensors", "in the JSON"])
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, size: int, padding: int) -> None:
     """A limit on file size stands for the full disk: writing past it fails with an OSError in the same place."""
 
     def save_beyond_the_limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         with pytest.raises(OSError, match="the previous checkpoint is intact") as caught:
-            save_round(tmp_path, 2, 10_000)
+            save_checkpoint(tmp_path, tensors_of(2, size), {"round": 2, "padding": "x" * padding}, CONFIG)
         assert "\n" not in str(caught.value)
 
     save_round(tmp_path, 1)

@@ -173,8 +173,10 @@ def test_inv2_calibrated_on_one_plan_is_exact_on_others(
 ) -> None:
     step = Step(replace(DEMO, trunk=replace(DEMO.trunk, gradient_copies=copies)), transients)
     model = step.model.calibrated({2: step.peaks(*masks(seed))}, *masks(seed))
-    assert model.memory(*masks(seed)) == max(step.peaks(*masks(seed)))
-    assert model.memory(*masks(other)) == max(step.peaks(*masks(other)))
+    # The bytes kept per slot of the calibration plan stay in the transients, so that smaller plans are bounded too.
+    slack = int(masks(seed)[0].sum()) * DEMO.slot_bytes
+    for plan in (masks(seed), masks(other)):
+        assert model.memory(*plan) == max(step.peaks(*plan)) + slack
 
 
 @given(SEEDS, SEEDS, TRANSIENTS, st.integers(0, 1))
@@ -186,7 +188,8 @@ def test_inv2_a_single_peak_still_gives_an_upper_bound(
     for plan in (masks(seed), masks(other)):
         excess = model.memory(*plan) - max(step.peaks(*plan))
         gradients = sum(int(trainable_LE.sum()) for _, trainable_LE in (masks(seed), plan)) * DEMO.gradient_bytes
-        assert 0 <= excess <= gradients * (1 + copies)
+        slots = int(masks(seed)[0].sum()) * DEMO.slot_bytes
+        assert 0 <= excess <= gradients * (1 + copies) + slots
 
 
 def test_calibration_keeps_measured_terms_and_refuses_an_impossible_peak() -> None:

@@ -117,7 +117,8 @@ def test_inv9_an_expert_nobody_trained_keeps_its_bits(config):
             old, new = state.params[f"moe.{layer}.{name}"], after.params[f"moe.{layer}.{name}"]
             for expert in np.flatnonzero(~trained_E):
                 assert torch.equal(old[expert], new[expert])
-            assert any(not torch.equal(old[expert], new[expert]) for expert in np.flatnonzero(trained_E))
+            if name != "router":  # a client that holds one expert of a layer gives its router no gradient
+                assert any(not torch.equal(old[expert], new[expert]) for expert in np.flatnonzero(trained_E))
 
 
 @pytest.mark.parametrize("mode", ["compact", "backward-masked"])
