@@ -293,7 +293,7 @@ def test_balance_loss_is_one_when_every_expert_is_asked_alike():
     layer = MoE.from_dense(torch.eye(E, H, dtype=torch.float64), *dense()[1:], 1)
     layer.keep_logits = True
     layer(torch.eye(E, H, dtype=torch.float64))
-    assert abs(float(balance_loss([layer])) - 1) < 1e-6
+    assert abs(balance_loss([layer]).item() - 1) < 1e-6
 
 
 def test_the_layer_compiles_into_one_graph_with_its_measurements():
