@@ -21,26 +21,31 @@ _SMALLEST_ONEDNN_FLOPS = 2**20
 
 @dataclass(frozen=True)
 class Gemm:
-    """Products of one dtype on CPU; `product(a_MK, w_NK)` is a @ w.T by oneDNN, None where torch.mm is used.
+    """Products of one dtype on CPU; `product(a_MK, w_NK, bias_N)` is a @ w.T + bias by oneDNN, None = use torch.mm.
 
     oneDNN compiles a kernel for every new shape (0.4 to 1.5 ms), and the rows of a slot differ at every step. So its
     row counts are bucketed, eight sizes an octave; what that adds or leaves over is at most an eighth of the rows.
     """
 
-    product: Callable[[Tensor, Tensor], Tensor] | None
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None
 
-    def rows_into(self, out_MN: Tensor, buffer_XK: Tensor, start: int, w_NK: Tensor) -> None:
-        """out = buffer[start : start + M] @ w.T; `w_NK` may be a transposed view.
+    def rows_into(
+        self, out_MN: Tensor, buffer_XK: Tensor, start: int, w_NK: Tensor, *, bias_N: Tensor | None = None
+    ) -> None:
+        """out = buffer[start : start + M] @ w.T + bias, rounded once; `w_NK` may be a transposed view.
 
         Up to `slack(M)` later rows of the buffer may be read, and their products dropped, so they need not hold
         anything in particular: a row of a product depends on that row alone.
         """
         m = out_MN.shape[0]
         if self.product is None or m * w_NK.numel() < _SMALLEST_ONEDNN_FLOPS // 2:
-            torch.mm(buffer_XK[start : start + m], w_NK.t(), out=out_MN)
+            if bias_N is None:
+                torch.mm(buffer_XK[start : start + m], w_NK.t(), out=out_MN)
+            else:
+                torch.addmm(bias_N, buffer_XK[start : start + m], w_NK.t(), out=out_MN)
             return
         stop = min(start + m + slack(m), buffer_XK.shape[0])
-        out_MN.copy_(self.product(buffer_XK[start:stop], w_NK)[:m])
+        out_MN.copy_(self.product(buffer_XK[start:stop], w_NK, bias_N)[:m])
 
     def outer_into(self, out_NK: Tensor, d_MN: Tensor, a_MK: Tensor, *, add: bool) -> None:
         """out = d.T @ a, or out += d.T @ a with `add`; rows left over by the bucket go through torch."""
@@ -51,7 +56,7 @@ class Gemm:
             else:
                 torch.mm(d_MN.t(), a_MK, out=out_NK)
             return
-        product_NK = self.product(d_MN[:whole].t(), a_MK[:whole].t())
+        product_NK = self.product(d_MN[:whole].t(), a_MK[:whole].t(), None)
         if add:
             product_NK += out_NK
         if whole < d_MN.shape[0]:
@@ -74,17 +79,13 @@ def gemm_for(dtype: torch.dtype) -> Gemm:
     if dtype == torch.float32 and _onednn_beats_mkl():
         return Gemm(_onednn_linear)
     if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
-        return Gemm(_linear)  # torch.mm is oneDNN here already; what it gains is the buckets
+        return Gemm(torch.nn.functional.linear)  # oneDNN already; what it gains is the buckets
     return Gemm(None)
 
 
-def _linear(a_MK: Tensor, w_NK: Tensor) -> Tensor:
-    return torch.mm(a_MK, w_NK.t())
-
-
-def _onednn_linear(a_MK: Tensor, w_NK: Tensor) -> Tensor:
+def _onednn_linear(a_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     # The operator behind torch.compile's CPU linear layers; torch has no public name for a oneDNN float32 product.
-    return torch.ops.mkldnn._linear_pointwise(a_MK, w_NK, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(a_MK, w_NK, bias_N, "none", [], "")
 
 
 @functools.cache
@@ -97,6 +98,6 @@ def _onednn_beats_mkl() -> bool:
         return False
     a_MK, w_NK = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
     try:
-        return torch.equal(_onednn_linear(a_MK, w_NK), a_MK @ w_NK.t())
+        return torch.equal(_onednn_linear(a_MK, w_NK, None), a_MK @ w_NK.t())
     except (AttributeError, RuntimeError):  # a later torch may rename or drop it; torch.mm is always right
         return False

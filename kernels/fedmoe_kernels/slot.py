@@ -79,22 +79,18 @@ class Gradients(NamedTuple):
 
 def up(gemm: Gemm, expert: Expert, x_CH: Tensor, at: slice, *, out_mF: Tensor) -> None:
     """z = x @ W_in.T + b_in."""
-    gemm.rows_into(out_mF, x_CH, at.start, expert.w_in)
+    gemm.rows_into(out_mF, x_CH, at.start, expert.w_in, bias_N=expert.bias_in)
     if expert.adapter is not None:
         a = expert.adapter
         out_mF.addmm_(x_CH[at] @ a.a_in.t(), a.b_in.t(), alpha=a.scale)
-    if expert.bias_in is not None:
-        out_mF.add_(expert.bias_in)
 
 
 def down(gemm: Gemm, expert: Expert, h_CI: Tensor, at: slice, *, out_mH: Tensor) -> None:
     """y = h @ W_out.T + b_out, not yet weighted by the router."""
-    gemm.rows_into(out_mH, h_CI, at.start, expert.w_out)
+    gemm.rows_into(out_mH, h_CI, at.start, expert.w_out, bias_N=expert.bias_out)
     if expert.adapter is not None:
         a = expert.adapter
         out_mH.addmm_(h_CI[at] @ a.a_out.t(), a.b_out.t(), alpha=a.scale)
-    if expert.bias_out is not None:
-        out_mH.add_(expert.bias_out)
 
 
 def down_back(gemm: Gemm, expert: Expert, dy_CH: Tensor, at: slice, *, out_mI: Tensor) -> None:

@@ -1,0 +1,125 @@
+"""moe_mlp on CPU beside its peers, all cases interleaved in one run; prints a table and writes bench/results/.
+
+    python bench/cpu.py [--threads 4] [--repeats 15] [--out FILE]
+
+Every contender runs once per repeat, in turn, so that other load on the machine hits all of them alike; medians are
+compared. No time is reported before the results of fedmoe and its peer have been compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from cases import CASES, SHAPES, Problem, problem
+from peers import check, dense, fedmoe, transformers_experts
+from rich.console import Console
+from rich.table import Table
+
+
+def measure(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each step, `repeats` times, interleaved, after two warm-up rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if turn > 1:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def run_case(task: Problem, repeats: int) -> dict[str, Any]:
+    """One row of the table: medians in ms and rates in GFLOP/s."""
+    steps: dict[str, Callable[[], Any]] = {
+        "fedmoe": fedmoe(task),
+        "grouped_mm": transformers_experts(task, "grouped_mm"),
+        "eager": transformers_experts(task, "eager"),
+    }
+    check(task, steps["fedmoe"], steps["grouped_mm"])
+    check(task, steps["fedmoe"], steps["eager"])
+    seconds = measure(steps | {"dense": dense(task)}, repeats)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    dense_rate = task.shape.flops / median["dense"]
+    return {
+        "shape": task.shape.name,
+        "case": task.case.name,
+        "T,H,I,E,K": [task.shape.T, task.shape.H, task.shape.I, task.shape.E, task.shape.K],
+        "gflop": task.flops / 1e9,
+        "median_ms": {name: 1e3 * value for name, value in median.items()},
+        "quartiles_ms": {name: [1e3 * q for q in statistics.quantiles(t, n=4)] for name, t in seconds.items()},
+        "over_grouped_mm": median["grouped_mm"] / median["fedmoe"],
+        "over_eager": median["eager"] / median["fedmoe"],
+        "of_dense_rate": task.flops / median["fedmoe"] / dense_rate,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as people read them, with geometric means at the foot."""
+    out = Table("shape", "case", "GFLOP", title="forward + backward, float32: median ms, and fedmoe's speed over each")
+    for name in ("fedmoe", "grouped_mm", "eager", "dense", "x grouped_mm", "x eager", "of dense rate"):
+        out.add_column(name, justify="right")
+    for row in rows:
+        times = [f"{row['median_ms'][name]:.1f}" for name in ("fedmoe", "grouped_mm", "eager", "dense")]
+        ratios = [f"{row['over_grouped_mm']:.2f}", f"{row['over_eager']:.2f}", f"{row['of_dense_rate']:.0%}"]
+        out.add_row(row["shape"], row["case"], f"{row['gflop']:.1f}", *times, *ratios)
+    means = [geometric_mean([row[key] for row in rows]) for key in ("over_grouped_mm", "over_eager", "of_dense_rate")]
+    out.add_row("geometric mean", "", "", "", "", "", "", f"{means[0]:.2f}", f"{means[1]:.2f}", f"{means[2]:.0%}")
+    return out
+
+
+def geometric_mean(values: list[float]) -> float:
+    """exp(mean(log))."""
+    return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def machine() -> dict[str, Any]:
+    """What a number needs beside it to mean anything."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(models),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    """Run all shapes and cases."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=None, help="default: bench/results/cpu-DATE.json")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    about = machine()
+    rows = [run_case(problem(shape, case), chosen.repeats) for shape in SHAPES for case in CASES]
+    Console(width=130).print(table(rows))
+    out = chosen.out or Path(__file__).parent / "results" / f"cpu-{about['date']}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    means = {key: geometric_mean([row[key] for row in rows]) for key in ("over_grouped_mm", "over_eager")}
+    out.write_text(json.dumps({"machine": about, "geometric_means": means, "rows": rows}, indent=1) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

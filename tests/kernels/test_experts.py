@@ -1,0 +1,334 @@
+"""moe_mlp: invariants 4 and 5 of DESIGN.md, its forms of weights, its place in autograd, compile and autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from expert_cases import assert_close, leaves, names, problem, restricted, run, solve, truth
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from fedmoe_kernels import ExpertScores, ExpertWeights, Routing, SlotMap, cpu, gemm, moe_mlp, ops
+from fedmoe_kernels.activations import ACTIVATIONS
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+SHAPES = {
+    "odd sizes, none a multiple of 16": dict(T=23, H=19, I=13, B=5, K=2),
+    "one token": dict(T=1, H=16, I=8, B=3, K=2),
+    "no token": dict(T=0, H=16, I=8, B=3, K=2),
+    "one slot": dict(T=9, H=7, I=5, B=1, K=1),
+    "top-1": dict(T=17, H=8, I=12, B=4, K=1),
+    "every slot chosen by every token": dict(T=6, H=8, I=4, B=3, K=3),
+    "hidden and intermediate of one": dict(T=5, H=1, I=1, B=2, K=1),
+    "one slot with all rows": dict(T=40, H=24, I=16, B=4, K=1, routes="one"),
+    "places without a row": dict(T=21, H=16, I=24, B=6, K=3, routes="gaps"),
+    "empty slots": dict(T=15, H=16, I=8, B=7, K=2, routes="empty"),
+    "no row at all": dict(T=4, H=8, I=8, B=3, K=2, routes="none"),
+}
+
+
+@pytest.fixture(params=["as built", "small tiles", "onednn", "torch.mm"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The ways through the CPU body that sizes and machines choose: tiles of 5 rows, and both libraries."""
+    if request.param == "small tiles":
+        monkeypatch.setattr(cpu, "tile_rows", lambda inner: 5)
+    if request.param == "onednn":
+        if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            pytest.skip("this torch has no oneDNN linear operator")
+        monkeypatch.setattr(gemm, "_SMALLEST_ONEDNN_FLOPS", 2)
+        monkeypatch.setattr(cpu, "gemm_for", lambda dtype: gemm.Gemm(gemm._onednn_linear))
+    if request.param == "torch.mm":
+        monkeypatch.setattr(cpu, "gemm_for", lambda dtype: gemm.Gemm(None))
+    return request.param
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_inv4_float32_equals_reference(shape: dict, path: str) -> None:
+    p = problem(**shape, biases=True).rounded(torch.float32)
+    assert_close(solve(p, torch.float32), truth(p), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_inv4_other_dtypes_equal_reference(shape: dict, dtype: torch.dtype) -> None:
+    p = problem(**shape).rounded(dtype)
+    assert_close(solve(p, dtype), truth(p), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_inv4_every_activation(activation: str, biases: bool) -> None:
+    p = problem(19, 12, 10, 4, 2, activation=activation, biases=biases)
+    # gpt-oss clamps at 7: scale the gates up so that both sides of the clamps are met.
+    p.tensors["w_in"].mul_(4 if activation == "swiglu_oai" else 1)
+    assert_close(solve(p), truth(p), 1e-12)
+    p = p.rounded(torch.bfloat16)
+    assert_close(solve(p, torch.bfloat16), truth(p), 1e-2)
+
+
+def test_inv4_bf16_slot_of_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 pieces: the weight gradient is added up in bf16 piece by piece."""
+    monkeypatch.setattr(cpu, "tile_rows", lambda inner: 16)
+    p = problem(192, 16, 16, 2, 1, routes="one").rounded(torch.bfloat16)
+    assert_close(solve(p, torch.bfloat16), truth(p), 1e-2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 12),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.sampled_from(["uniform", "gaps"]),
+    st.integers(0, 10**6),
+)
+def test_inv4_any_size(T: int, H: int, I: int, B: int, K: int, routes: str, seed: int) -> None:  # noqa: E741
+    p = problem(T, H, I, B, min(K, B), routes=routes, seed=seed, biases=seed % 2 == 0)
+    assert_close(solve(p), truth(p), 1e-11)
+
+
+@pytest.mark.parametrize("options", [dict(biases=True), dict(activation="relu"), dict(rank=2, routes="gaps")])
+def test_inv4_gradcheck(options: dict) -> None:
+    p = problem(4, 3, 2, 3, 2, **options)
+    leaf = leaves(p)
+    inputs = [leaf[n] for n in names(p)]
+
+    def f(*values: torch.Tensor) -> torch.Tensor:
+        return run(p, leaf | dict(zip(names(p), values, strict=True)))
+
+    assert torch.autograd.gradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_inv4_lora_equals_reference(dtype: torch.dtype, rank: int) -> None:
+    p = problem(29, 20, 12, 4, 2, rank=rank, biases=True, routes="gaps").rounded(dtype)
+    assert_close(solve(p, dtype), truth(p), TOLERANCE[dtype])
+
+
+def test_inv4_lora_slots_share_base_experts() -> None:
+    """Two clients of a cohort, three slots each, on the same three base experts."""
+    p = problem(18, 8, 6, 6, 2, rank=2)
+    shared = {n: t[:3] if n in ("w_in", "w_out") else t for n, t in p.tensors.items()}
+    p = type(p)(p.slots_TK, shared, p.dy_TH, base_of_slot_B=torch.tensor([0, 1, 2, 0, 1, 2]))
+    assert_close(solve(p), truth(p), 1e-12)
+
+
+def test_inv4_reference_backend_agrees() -> None:
+    mask_B = torch.tensor([True, False, True, False])
+    for options in (dict(biases=True), dict(rank=2)):
+        p = problem(9, 6, 5, 4, 2, **options)
+        assert_close(solve(p, backend="reference", trainable_B=mask_B), solve(p, trainable_B=mask_B), 1e-12)
+
+
+def test_inv5_trainable_mask_gives_zero_rows_and_changes_nothing_else() -> None:
+    p = problem(24, 8, 6, 5, 2, biases=True)
+    mask_B = torch.tensor([False, True, False, True, True])
+    want = {n: restricted(g, mask_B) if "w_" in n or "bias" in n else g for n, g in truth(p).items()}
+    assert_close(solve(p, trainable_B=mask_B), want, 1e-12)
+
+
+def test_inv5_mask_picks_the_adapters_that_learn() -> None:
+    p = problem(24, 8, 6, 5, 2, rank=2)
+    mask_B = torch.tensor([False, True, False, True, True])
+    want = {n: restricted(g, mask_B) if n[1:3] in ("a_", "b_") else g for n, g in truth(p).items()}
+    assert_close(solve(p, trainable_B=mask_B), want, 1e-12)
+
+
+@pytest.mark.parametrize("trainable", [0, 2, 5])
+def test_inv5_frozen_slots_have_no_gradient_tensor(trainable: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(24, 8, 6, 5, 2, biases=True)
+    products: list[torch.Size] = []
+    outer_into = gemm.Gemm.outer_into
+
+    def counted(self: gemm.Gemm, out_NK: torch.Tensor, *args: torch.Tensor, add: bool) -> None:
+        products.append(out_NK.shape)
+        outer_into(self, out_NK, *args, add=add)
+
+    monkeypatch.setattr(gemm.Gemm, "outer_into", counted)
+    leaf = leaves(p)
+    stacked = ("w_in", "w_out", "bias_in", "bias_out")
+    halves = {
+        n: ExpertWeights(leaf[n][:trainable].detach().requires_grad_(), leaf[n][trainable:].detach()) for n in stacked
+    }
+    before = {n: halves[n].frozen.clone() for n in stacked}
+    y = moe_mlp(leaf["x"], p.routing(leaf["s"]), halves.pop("w_in"), halves.pop("w_out"), **halves)
+    y.backward(p.dy_TH)
+    assert len(products) == 2 * trainable  # one w_in and one w_out each; frozen slots cost no product
+    want = truth(p)
+    assert_close({"dx": leaf["x"].grad, "ds": leaf["s"].grad}, {n: want[n] for n in ("dx", "ds")}, 1e-12)
+    for name, weights in halves.items():
+        assert weights.trainable.grad.shape[0] == trainable
+        assert weights.frozen.grad is None
+        assert torch.equal(weights.frozen, before[name])
+        assert_close({name: weights.trainable.grad}, {name: want[f"d{name}"][:trainable]}, 1e-12)
+
+
+@pytest.mark.parametrize("wanted", ["x", "s", "w_in", "w_out", "bias_in", "bias_out"])
+def test_inv5_one_gradient_alone(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked for is right when nothing else is, and only its products are formed."""
+    p = problem(13, 8, 6, 3, 2, biases=True)
+    leaf = {n: t.detach().requires_grad_(n == wanted) for n, t in leaves(p).items()}
+    asked: list[list[bool]] = []
+    wanted_buffers = ops._wanted
+    monkeypatch.setattr(ops, "_wanted", lambda i, needs: asked.append(needs) or wanted_buffers(i, needs))
+    run(p, leaf).backward(p.dy_TH)
+    assert_close({wanted: leaf[wanted].grad}, {wanted: truth(p)[f"d{wanted}"]}, 1e-12)
+    assert sum(asked[0]) == (0 if wanted == "x" else 1)
+
+
+def test_no_gradient_keeps_no_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(13, 8, 6, 3, 2)
+    leaf = leaves(p)
+    kept: list[bool] = []
+    forward = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda *a, keep_z: kept.append(keep_z) or forward(*a, keep_z=keep_z))
+    with torch.no_grad():
+        y = run(p, leaf)
+    assert kept == [False]
+    assert torch.equal(y, run(p, leaf).detach())
+
+
+def test_non_contiguous_inputs_are_copied() -> None:
+    p = problem(12, 8, 6, 3, 2)
+    want = solve(p)
+    turned = {n: t.transpose(-1, -2).contiguous().transpose(-1, -2) for n, t in p.tensors.items()}
+    assert not turned["w_in"].is_contiguous()
+    leaf = {n: t.requires_grad_() for n, t in turned.items()}
+    y = run(p, leaf)
+    y.backward(p.dy_TH.t().contiguous().t())
+    assert_close({"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}, want, 1e-12)
+
+
+def test_expanded_upstream_gradient() -> None:
+    """y.sum() sends a gradient with strides (0, 0), which kills torch's grouped_mm."""
+    p = problem(12, 8, 6, 3, 2)
+    p.dy_TH.fill_(1)
+    leaf = leaves(p)
+    run(p, leaf).sum().backward()
+    assert_close({n: leaf[n].grad for n in names(p)}, {n: truth(p)[f"d{n}"] for n in names(p)}, 1e-12)
+
+
+@pytest.mark.parametrize("options", [dict(biases=True), dict(rank=2)])
+def test_opcheck(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(11, 8, 6, 3, 2, **options)
+    seen: list[tuple] = []
+    forward_op, backward_op = ops.moe_mlp_op, ops.moe_mlp_backward_op
+    monkeypatch.setattr("fedmoe_kernels.experts.moe_mlp_op", lambda *a: seen.append((forward_op, a)) or forward_op(*a))
+    monkeypatch.setattr(ops, "moe_mlp_backward_op", lambda *a: seen.append((backward_op, a)) or backward_op(*a))
+    run(p, leaves(p), scores=ExpertScores(3)).backward(p.dy_TH)
+    assert [op for op, _ in seen] == [forward_op, backward_op]
+    for op, args in seen:
+        # The backward has no derivative of its own, so it is checked on plain values.
+        plain = [a.detach() if isinstance(a, torch.Tensor) and op is backward_op else a for a in args]
+        torch.library.opcheck(op, plain)
+
+
+@pytest.mark.parametrize("options", [dict(biases=True), dict(rank=2)])
+def test_compile_fullgraph(options: dict) -> None:
+    p = problem(11, 8, 6, 3, 2, **options)
+    scores = ExpertScores(3)
+    want = solve(p, scores=scores)
+    sums = scores.leaf_B6.grad.clone()
+    scores.reset()
+    leaf, slot_map = leaves(p), p.slot_map
+    compiled = torch.compile(
+        lambda values: run(p, values, scores=scores, slot_map=slot_map), fullgraph=True, backend="aot_eager"
+    )
+    y = compiled(leaf)
+    y.backward(p.dy_TH)
+    got = {"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}
+    assert all(torch.equal(got[n], want[n]) for n in want)
+    assert torch.equal(scores.leaf_B6.grad, sums)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_counts_scores_once(reentrant: bool) -> None:
+    p = problem(11, 8, 6, 3, 2)
+    once, again = ExpertScores(3), ExpertScores(3)
+    want = solve(p, scores=once)
+    leaf = leaves(p)
+    y = checkpoint(lambda x: run(p, leaf | {"x": x}, scores=again), leaf["x"], use_reentrant=reentrant)
+    y.backward(p.dy_TH)
+    got = {"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}
+    assert all(torch.equal(got[n], want[n]) for n in want)
+    assert torch.equal(again.leaf_B6.grad, once.leaf_B6.grad)
+
+
+def test_autocast_runs_in_bf16_and_returns_gradients_in_the_leaves_dtype() -> None:
+    p = problem(64, 32, 24, 4, 2, biases=True).rounded(torch.bfloat16)
+    leaf = leaves(p, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = run(p, leaf)
+    assert y.dtype == torch.bfloat16
+    y.backward(p.dy_TH.bfloat16())
+    assert all(leaf[n].grad.dtype == torch.float32 for n in names(p))
+    assert_close({"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}, truth(p), 1e-2)
+
+
+def test_from_masked_route_to_logits() -> None:
+    """The router weight's gradient flows on into whatever made the weights."""
+    p = problem(16, 8, 6, 4, 2)
+    logits = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    leaf = leaves(p)
+
+    def f(logits: torch.Tensor) -> torch.Tensor:
+        s = logits.softmax(-1).gather(1, p.slots_TK)
+        return moe_mlp(
+            leaf["x"], Routing.from_topk(p.slots_TK, s, SlotMap(torch.arange(4), 4)), leaf["w_in"], leaf["w_out"]
+        )
+
+    assert torch.autograd.gradcheck(f, (logits,))
+
+
+def _call(**changes: object) -> None:
+    p = problem(5, 8, 6, 3, 2)
+    t = {n: v.float() for n, v in p.tensors.items()}
+    given = dict(x_TH=t["x"], routing=p.routing(t["s"]), w_in=t["w_in"], w_out=t["w_out"]) | changes
+    moe_mlp(**given)
+
+
+REFUSED = {
+    "x is a vector": (dict(x_TH=torch.zeros(8)), "x_TH"),
+    "x of integers": (dict(x_TH=torch.zeros(5, 8, dtype=torch.int64)), "x_TH"),
+    "other tokens": (dict(x_TH=torch.zeros(6, 8)), "routing"),
+    "mixed dtypes": (dict(x_TH=torch.zeros(5, 8, dtype=torch.bfloat16)), "w_in"),
+    "no slot": (dict(w_in=torch.zeros(0, 12, 8), w_out=torch.zeros(0, 8, 6)), "w_in"),
+    "other slots": (dict(w_in=torch.zeros(4, 12, 8), w_out=torch.zeros(4, 8, 6)), "w_in has 4 slots"),
+    "slots that differ": (dict(w_out=torch.zeros(4, 8, 6)), "w_in|w_out"),
+    "w_out turned": (dict(w_out=torch.zeros(3, 6, 8)), "w_out"),
+    "w_in without its gate": (dict(w_in=torch.zeros(3, 6, 8)), "w_in"),
+    "bias of another width": (dict(bias_in=torch.zeros(3, 6)), "bias_in"),
+    "bias in another form": (dict(bias_out=ExpertWeights(torch.zeros(3, 8))), "w_in"),
+    "unknown activation": (dict(activation="swish"), "swiglu"),
+    "triton": (dict(backend="triton"), "triton"),
+    "mask of another length": (dict(trainable_B=torch.ones(4, dtype=torch.bool)), "trainable_B"),
+    "mask of integers": (dict(trainable_B=torch.ones(3)), "trainable_B"),
+    "scores of another layer": (dict(scores=ExpertScores(4)), "scores"),
+    "scores by reference": (dict(scores=ExpertScores(3), backend="reference"), "scores"),
+}
+
+
+@pytest.mark.parametrize(("changes", "named"), REFUSED.values(), ids=REFUSED.keys())
+def test_refuses_by_name(changes: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        _call(**changes)
+
+
+def test_refuses_trainable_base_under_lora() -> None:
+    p = problem(5, 8, 6, 3, 2, rank=2)
+    leaf = leaves(p)
+    with pytest.raises(ValueError, match="w_in requires a gradient under lora"):
+        run(p, leaf | {"w_in": leaf["w_in"].clone().requires_grad_()})
+    with pytest.raises(ValueError, match=r"lora\.b_in"):
+        run(p, leaf | {"b_in": leaf["a_in"]})
+
+
+def test_expert_weights_refuse_a_frozen_part_that_learns() -> None:
+    with pytest.raises(ValueError, match="frozen part requires a gradient"):
+        ExpertWeights(torch.zeros(1, 2), torch.zeros(1, 2, requires_grad=True))
+    with pytest.raises(ValueError, match="must agree"):
+        ExpertWeights(torch.zeros(1, 2), torch.zeros(1, 3))
