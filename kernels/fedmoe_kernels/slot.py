@@ -42,6 +42,11 @@ class Expert(NamedTuple):
     grad: int | None
     adapter_grad: int | None
 
+    @property
+    def learns(self) -> bool:
+        """Whether any gradient of its own can be asked for."""
+        return self.grad is not None or self.adapter_grad is not None
+
 
 class Gradients(NamedTuple):
     """What a backward fills in; None = not asked for, and then not computed.
