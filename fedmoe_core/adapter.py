@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from fedmoe_core.batch import Batch, Task
 from fedmoe_core.layer import MoE
 from fedmoe_core.update import ParamSpec
-
-Task = Literal["causal_lm", "classification"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids (S sequences of N places), which places are real, and class labels where the task has them."""
-
-    tokens_SN: Tensor  # int64
-    mask_SN: Tensor  # bool, True = a real token
-    labels_S: Tensor | None = None  # int64, classification only
-
-    def __len__(self) -> int:
-        return self.tokens_SN.shape[0]
-
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -73,11 +59,13 @@ class ModelAdapter(Protocol):
         top_k: int | None = None,
         train_dense: bool = False,
         train_router: bool = True,
+        train_head: bool | None = None,
     ) -> None:
         """Become a sub-model of ``state``: only permitted experts stored, only trainable ones as Parameters.
 
         None means all experts. Dense parameters are copied in place from ``state`` and get gradients when
-        ``train_dense``. The state is never mutated nor aliased.
+        ``train_dense``; a classification head trains in any case unless ``train_head`` is False. The state is never
+        mutated nor aliased.
         """
         ...
 
@@ -85,26 +73,23 @@ class ModelAdapter(Protocol):
         """Detached views of what this configuration trains, keyed and shaped as ``ClientUpdate.deltas``."""
         ...
 
-    def loss(self, batch: Batch, *, training: bool = True) -> Tensor:
-        """Mean loss of the batch, in nats per predicted token or per sample; padding neither routed nor counted."""
+    def loss(
+        self,
+        batch: Batch,
+        *,
+        training: bool = True,
+        token_dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Mean loss of the batch, in nats per predicted token or per sample; padding neither routed nor counted.
+
+        ``token_dropout`` (classification) treats each real token as padding with that chance, drawn by ``generator``.
+        """
         ...
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """Loss sum, count and correct predictions, without gradients."""
         ...
-
-
-@contextmanager
-def masked_tokens(layers: tuple[MoE, ...], mask_SN: Tensor | None) -> Iterator[None]:
-    """Within the block, every MoE layer treats places where ``mask_SN`` is False as padding: no row, no statistic."""
-    valid_T = None if mask_SN is None else mask_SN.reshape(-1)
-    for layer in layers:
-        layer.token_mask = valid_T
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.token_mask = None
 
 
 def find_adapter(name: str) -> object:

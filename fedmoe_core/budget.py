@@ -1,8 +1,28 @@
-"""What a device can bear, and what a plan will cost it."""
+"""What a device can bear in one round, and what a plan costs it: the two records, read from and shown as text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fractions import Fraction
+
+from fedmoe_core.devices import DEVICES, Device, find_device
+
+# Word in a budget's text -> field of Budget.
+RESOURCES = {
+    "memory": "memory_bytes",
+    "down": "bytes_down",
+    "up": "bytes_up",
+    "flops": "flops",
+    "experts": "experts",
+}
+_BINARY = {"TiB": 1024**4, "GiB": 1024**3, "MiB": 1024**2, "KiB": 1024}
+_DECIMAL = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
+_BYTES = {**_BINARY, **_DECIMAL, "B": 1}
+_FLOPS = {"PFLOP": 10**15, "TFLOP": 10**12, "GFLOP": 10**9, "MFLOP": 10**6}
+_NUMBER = re.compile(r"(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)\s*([A-Za-z%]*)")
 
 
 @dataclass(frozen=True)
@@ -14,6 +34,7 @@ class Budget:
         flops: floating-point operations a round.
         bytes_down, bytes_up: traffic a round.
         experts: total number of experts over all MoE layers (HFedMoE eq. 15's cardinality budget [N]).
+        name: label for people; two budgets with the same limits are equal whatever they are called.
     """
 
     memory_bytes: int | None = None
@@ -21,7 +42,69 @@ class Budget:
     bytes_down: int | None = None
     bytes_up: int | None = None
     experts: int | None = None
-    name: str = ""
+    name: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for word, attribute in RESOURCES.items():
+            limit = getattr(self, attribute)
+            if limit is not None and not (math.isfinite(limit) and limit >= 0):
+                raise ValueError(f"budget {word}={limit} is not a limit; give a finite number of at least 0")
+
+    @classmethod
+    def parse(cls, text: str, *, spec_experts: int | None = None) -> Budget:
+        """Read ``experts=25%``, ``memory=40MiB,down=2MB,up=1MB,flops=3e12``, ``unlimited`` or a device profile's name.
+
+        A profile may be followed by limits that replace its own (``raspberry-pi-5-8gb,experts=8``). MB is 10^6 and
+        MiB 2^20 bytes, case does not matter, a bare number counts bytes, operations or experts. Amounts are rounded
+        down, because a limit may not grow.
+
+        Args:
+            text: the budget; it becomes ``name``.
+            spec_experts: experts of the whole model, layers x experts per layer; a percentage is taken of it.
+
+        Raises:
+            ValueError: unknown word, unit or profile (with the nearest valid one), a bad number, a resource twice.
+        """
+        limits: dict[str, int | float | None] = {}
+        for place, part in enumerate(text.split(",")):
+            word, equals, amount = (piece.strip() for piece in part.partition("="))
+            if not equals and place == 0:
+                limits.update(_profile_limits(word, text))
+                continue
+            if word not in RESOURCES:
+                raise ValueError(f"budget {text!r}: {word!r} is not a resource; {_nearest(word, list(RESOURCES))}")
+            if _count(text, word) > 1:
+                raise ValueError(f"budget {text!r}: {word} is given twice; give it once")
+            limits[RESOURCES[word]] = _amount(word, amount, text=text, spec_experts=spec_experts)
+        return cls(**limits, name=text.strip())  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """Text that ``parse`` reads back to an equal budget."""
+        if (device := find_device(self.name)) is not None and device_budget(device) == self:
+            return device.name
+        parts = [
+            f"{word}={_exact_bytes(getattr(self, RESOURCES[word]))}"
+            for word in ("memory", "down", "up")
+            if getattr(self, RESOURCES[word]) is not None
+        ]
+        if self.flops is not None:
+            parts.append(f"flops={self.flops!r}")
+        if self.experts is not None:
+            parts.append(f"experts={self.experts}")
+        return ",".join(parts) or "unlimited"
+
+    def violations(self, cost: Cost) -> list[str]:
+        """One line for every resource of which ``cost`` needs more than is allowed; empty = it fits."""
+        found = []
+        for word, attribute in RESOURCES.items():
+            used, allowed = getattr(cost, attribute), getattr(self, attribute)
+            if allowed is not None and not used <= allowed:  # written so that NaN counts as too much
+                found.append(f"{word}: {show(word, used, exact=True)} used, {show(word, allowed, exact=True)} allowed")
+        return found
+
+    def fits(self, cost: Cost) -> bool:
+        """Whether ``cost`` stays within every limit."""
+        return not self.violations(cost)
 
 
 @dataclass(frozen=True)
@@ -34,3 +117,94 @@ class Cost:
     bytes_up: int = 0
     experts: int = 0
     seconds: float = 0.0
+
+
+def device_budget(device: Device) -> Budget:
+    """The limits of a device profile."""
+    return Budget(
+        memory_bytes=device.usable_bytes,
+        flops=device.round_flops,
+        bytes_down=device.round_down,
+        bytes_up=device.round_up,
+        name=device.name,
+    )
+
+
+def show(resource: str, amount: float, *, exact: bool = False) -> str:
+    """An amount of a resource for people, rounded up: a limit typed from it is large enough.
+
+    ``exact`` adds the plain number, so that two amounts that round to the same text can be told apart.
+    """
+    if resource == "experts":
+        return f"{math.ceil(amount)} experts" if amount != 1 else "1 expert"
+    if not math.isfinite(amount):
+        return str(amount)
+    if resource == "flops":
+        return f"{_show_flops(amount)} ({amount!r})" if exact else _show_flops(amount)
+    unit, size = next(((u, s) for u, s in reversed(_BINARY.items()) if amount < 1024 * s), ("TiB", 1024**4))
+    text = f"{math.ceil(amount / size * 10) / 10:.1f} {unit}"
+    return f"{text} ({int(amount)} B)" if exact else text
+
+
+def _show_flops(amount: float) -> str:
+    """Three digits, rounded up: 1.24e+09."""
+    if amount <= 0:
+        return "0"
+    step = Fraction(10) ** (math.floor(math.log10(amount)) - 2)
+    return f"{float(math.ceil(Fraction(amount) / step) * step):.3g}"
+
+
+def _profile_limits(word: str, text: str) -> dict[str, int | float | None]:
+    """Limits behind a bare word: a device profile or ``unlimited``."""
+    if word == "unlimited":
+        return {}
+    device = find_device(word)
+    if device is None:
+        names = ["unlimited", *(known.name for known in DEVICES), *(f"{resource}=" for resource in RESOURCES)]
+        raise ValueError(
+            f"budget {text!r}: {word!r} is neither a device profile nor resource=amount; {_nearest(word, names)}"
+        )
+    budget = device_budget(device)
+    return {attribute: getattr(budget, attribute) for attribute in RESOURCES.values()}
+
+
+def _count(text: str, word: str) -> int:
+    """How often a resource is named in a budget's text."""
+    return sum(part.partition("=")[0].strip() == word for part in text.split(","))
+
+
+def _amount(word: str, amount: str, *, text: str, spec_experts: int | None) -> int | float:
+    """One amount of a budget's text, as an exact integer of bytes or experts, or a float of operations."""
+    match = _NUMBER.fullmatch(amount)
+    if match is None:
+        raise ValueError(f"budget {text!r}: {amount!r} is not an amount of {word}; write for example {_example(word)}")
+    number, unit = Fraction(match[1]), match[2]
+    if word == "experts" and unit == "%":
+        if spec_experts is None:
+            raise ValueError(f"budget {text!r}: a share of experts needs a model to be a share of; give a number")
+        return math.floor(number * spec_experts / 100)
+    units = {"experts": {}, "flops": _FLOPS}.get(word, _BYTES)
+    size = 1 if not unit else {known.lower(): value for known, value in units.items()}.get(unit.lower())
+    if size is None:
+        known = list(units) or ["%"]
+        raise ValueError(f"budget {text!r}: {unit!r} is not a unit of {word}; {_nearest(unit, known)}")
+    return float(number * size) if word == "flops" else math.floor(number * size)
+
+
+def _example(word: str) -> str:
+    return {"experts": "experts=25% or experts=8", "flops": "flops=3e12"}.get(word, f"{word}=40MiB")
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    """The nearest valid word, and all of them when none is near."""
+    lower = {entry.lower(): entry for entry in known}
+    near = get_close_matches(word.lower(), list(lower), n=1, cutoff=0.5)
+    return f"did you mean {lower[near[0]]!r}?" if near else f"valid: {', '.join(known)}"
+
+
+def _exact_bytes(amount: int) -> str:
+    """Bytes in the largest unit that divides them."""
+    for unit, size in (*_BINARY.items(), *_DECIMAL.items()):
+        if amount and amount % size == 0:
+            return f"{amount // size}{unit}"
+    return f"{amount}B"

@@ -1,52 +1,78 @@
-"""One run's configuration: frozen dataclasses, read from TOML and key=value overrides."""
+"""One run's configuration: frozen dataclasses that check themselves, named by dotted keys such as ``train.lr``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fedmoe_core.schema import (
+    AtLeast,
+    Between,
+    MoreThan,
+    OneOf,
+    build,
+    check,
+    parse_override,
+    read_toml,
+    schema_of,
+    write_toml,
+)
+
+ALGORITHMS = ("hfedmoe", "fedavg", "random")
+
+Positive = Annotated[int, AtLeast(1)]
+Natural = Annotated[int, AtLeast(0)]
+PositiveReal = Annotated[float, MoreThan(0.0)]
+NaturalReal = Annotated[float, AtLeast(0.0)]
+Share = Annotated[float, Between(0.0, 1.0)]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Size of the default small model; ignored when ``Config.model`` is a path or a hub id."""
 
-    hidden_size: int = 128
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 32
-    experts: int = 16
-    top_k: int = 2
-    expert_width: int = 64
-    vocab_size: int = 2048
+    hidden_size: Positive = 128
+    layers: Positive = 2
+    heads: Positive = 4
+    kv_heads: Positive = 2
+    head_dim: Annotated[int, AtLeast(2)] = 32
+    experts: Positive = 16
+    top_k: Positive = 2
+    expert_width: Positive = 64
+    vocab_size: Annotated[int, AtLeast(257)] = 2048  # 256 bytes and one special token at least
 
 
 @dataclass(frozen=True)
 class WarmupConfig:
     """Central training on the public split, which stands in for pretraining; cached on disk."""
 
-    steps: int = 500
-    batch_size: int = 16
-    seq_len: int = 128
-    lr: float = 3e-3
-    weight_decay: float = 0.1
-    balance: float = 0.001  # weight of the Switch load-balance loss
-    labels_per_class: int = 25  # classification only: labelled public rows that the head may see
-    head_steps: int = 60  # classification only
+    steps: Natural = 500
+    batch_size: Positive = 16
+    seq_len: Annotated[int, AtLeast(2)] = 128
+    lr: PositiveReal = 3e-3
+    weight_decay: NaturalReal = 0.1
+    balance: NaturalReal = 0.001  # weight of the Switch load-balance loss
+    labels_per_class: Positive = 25  # classification only: labelled public rows that the head may see
+    head_steps: Natural = 60  # classification only
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Local training of every client; the optimizer is AdamW with fresh state each round."""
 
-    batch_size: int = 4
-    seq_len: int = 128
-    local_steps: int = 8
-    lr: float = 2e-3
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    batch_size: Positive = 4
+    seq_len: Annotated[int, AtLeast(2)] = 128
+    local_steps: Positive = 8
+    lr: PositiveReal = 2e-3
+    weight_decay: NaturalReal = 0.0
+    clip: PositiveReal = 1.0
     trunk: Literal["frozen", "fedavg"] = "frozen"
-    token_dropout: float = 0.0  # classification only
+    token_dropout: Annotated[float, Between(0.0, 0.95)] = 0.0  # classification only
 
 
 @dataclass(frozen=True)
@@ -55,9 +81,9 @@ class SelectionConfig:
 
     score: Literal["s", "ib", "taylor"] = "ib"
     mode: Literal["compact", "backward-masked"] = "compact"
-    lam: float = 0.5  # lambda of eq. 5
-    beta: float = 0.1  # beta of eq. 14
-    explore: float = 0.1  # chance per client and layer that one held expert gives way to an absent one
+    lam: Share = 0.5  # lambda of eq. 5
+    beta: NaturalReal = 0.1  # beta of eq. 14
+    explore: Share = 0.1  # chance per client and layer that one held expert gives way to an absent one
 
 
 @dataclass(frozen=True)
@@ -66,41 +92,46 @@ class AggregationConfig:
 
     experts: Literal["participation", "damped"] = "participation"
     gate: Literal["auto", "row-wise", "normalised", "literal", "fedavg"] = "auto"  # auto: by SelectionConfig.mode
-    tau: float = 0.0  # usage threshold of eq. 17
+    tau: Share = 0.0  # usage threshold of eq. 17
     weighting: Literal["samples", "uniform"] = "samples"
     participation: bool = True  # an expert that saw no row does not vote
-    value_bound: float = 1.0  # largest |delta| accepted; larger is refused
-    norm_bound: float = 100.0  # largest L2 norm of an update accepted
-    scale_bits: int = 36
-    weight_bits: int = 12
+    value_bound: PositiveReal = 1.0  # largest |delta| accepted; larger is refused
+    norm_bound: PositiveReal = 100.0  # largest L2 norm of an update accepted
+    scale_bits: Annotated[int, Between(8, 52)] = 36
+    weight_bits: int = 16
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation of the global model on every client's test split."""
 
-    sequences: int = 8  # per client
-    every: int = 1  # rounds
+    sequences: Positive = 8  # per client
+    every: Positive = 1  # rounds
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run. Saved, resolved, as ``config.toml`` in the run directory."""
+    """Everything that decides a run. Saved, resolved, as ``config.toml`` in the run directory.
 
-    algorithm: str = "hfedmoe"
-    data: str = "stdlib"  # stdlib | csv:FILE | jsonl:FILE
+    Raises:
+        ValueError: a value of the wrong type, out of range, or at odds with another; one sentence with the remedy.
+    """
+
+    algorithm: Annotated[str, OneOf(*ALGORITHMS)] = "hfedmoe"
+    data: Annotated[str, OneOf("stdlib", "csv:FILE", "jsonl:FILE")] = "stdlib"
+    tokenizer: Annotated[str, OneOf("auto", "bpe", "word")] = "auto"
     model: str = "tiny"  # tiny | path | hub id
     adapter: str = "transformers"
-    clients: int = 10
-    clients_per_round: int = 0  # 0 = all
-    rounds: int = 8
-    seed: int = 0
-    partition: str = "domain"  # domain | iid | dirichlet:ALPHA
+    clients: Positive = 10
+    clients_per_round: Natural = 0  # 0 = all
+    rounds: Positive = 8
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 0
+    partition: Annotated[str, OneOf("auto", "domain", "iid", "dirichlet:ALPHA")] = "auto"
     budgets: tuple[str, ...] = ("experts=25%",)  # tiers, dealt to the clients in turn
-    min_clients: int = 1
-    ranks: int = 1
-    threads: int = 0  # per client process; 0 = cores divided by ranks
-    device: str = "auto"
+    min_clients: Positive = 1
+    ranks: Positive = 1
+    threads: Natural = 0  # per client process; 0 = cores divided by ranks
+    device: Annotated[str, OneOf("auto", "cpu", "cuda", "cuda:INDEX")] = "auto"
     cache: str = ""  # directory of cached warm-ups; empty = the user's cache directory
     out: str = "runs/last"
     model_config: ModelConfig = field(default_factory=ModelConfig)
@@ -109,3 +140,123 @@ class Config:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        values = flatten(self)
+        for key, setting in schema_of(Config).items():
+            check(key, values[key], setting)
+        for key in ("model", "adapter", "out"):
+            if not values[key]:
+                raise ValueError(f"{key} is empty; name one")
+        if not self.budgets or not all(tier.strip() for tier in self.budgets):
+            raise ValueError("budgets has an empty tier; give at least one, such as experts=25% or memory=30MiB")
+        _check_partition(self.partition)
+        _check_model(self.model_config)
+        sampled = self.clients_per_round or self.clients
+        if sampled > self.clients:
+            raise ValueError(f"clients_per_round={sampled} exceeds clients={self.clients}; lower it, or 0 for all")
+        if self.min_clients > sampled:
+            raise ValueError(f"min_clients={self.min_clients} exceeds the {sampled} clients of a round; lower it")
+
+    @staticmethod
+    def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+        """A configuration from defaults, then the task's preset, then the TOML file, then ``key=value`` overrides.
+
+        Raises:
+            ValueError: an unknown key or value (with the nearest valid one), or a file that is not TOML.
+            OSError: the file cannot be read.
+        """
+        schema = schema_of(Config)
+        chosen = read_toml(path, schema) if path else {}
+        chosen |= dict(parse_override(text, schema) for text in overrides)
+        data = chosen.get("data", Config.data)
+        preset = CLASSIFICATION_DEFAULTS if isinstance(data, str) and is_labelled(data) else {}
+        return build(Config, {**preset, **chosen})
+
+    def resolved(self) -> Config:
+        """The same run with ``threads`` as the number that this machine will use."""
+        if self.threads:
+            return self
+        allowed = getattr(os, "sched_getaffinity", None)  # absent outside Linux
+        cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+        return replace(self, threads=max(1, cores // self.ranks))
+
+    def to_toml(self) -> str:
+        """Every key and value as TOML; ``Config.load`` of that text gives an equal configuration."""
+        return write_toml(flatten(self), schema_of(Config))
+
+    def decisive(self) -> dict[str, Any]:
+        """Values by dotted key that decide results: all but where files lie and how many ranks share the work."""
+        return {key: value for key, value in flatten(self).items() if key not in INDIFFERENT}
+
+    def fingerprint(self) -> str:
+        """Sha256 (hex) over the keys that decide results."""
+        return hashlib.sha256(write_toml(self.decisive(), schema_of(Config)).encode()).hexdigest()
+
+    def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
+        """Dotted keys that decide results and differ, with this value and the other; empty means equal fingerprints."""
+        mine, theirs = flatten(self), flatten(other)
+        return {k: (mine[k], theirs[k]) for k in mine if k not in INDIFFERENT and mine[k] != theirs[k]}
+
+
+# Same results whatever these say; `threads` is not here, because the order of a sum depends on it.
+INDIFFERENT = frozenset({"out", "cache", "ranks"})
+
+# What labelled data starts from, below the user's own words.
+CLASSIFICATION_DEFAULTS: Mapping[str, object] = {
+    "partition": "dirichlet:0.5",
+    "train.trunk": "fedavg",
+    "train.token_dropout": 0.4,
+}
+
+
+def is_labelled(data: str) -> bool:
+    """Whether ``Config.data`` holds labels: every CSV does; a JSONL file does when its first object has a ``label``."""
+    kind, _, name = data.partition(":")
+    if kind != "jsonl":
+        return kind == "csv"
+    try:
+        with open(name, encoding="utf-8") as lines:
+            first = next((line for line in lines if line.strip()), "")
+    except (OSError, UnicodeDecodeError):
+        return False  # the data room names the file and the fault
+    return '"label"' in first
+
+
+def flatten(record: object, prefix: str = "") -> dict[str, Any]:
+    """Values of a nested configuration by dotted key, in the order of the fields."""
+    flat: dict[str, Any] = {}
+    for item in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, item.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{item.name}.")
+        else:
+            flat[prefix + item.name] = value
+    return flat
+
+
+def _check_partition(partition: str) -> None:
+    kind, _, text = partition.partition(":")
+    if kind != "dirichlet":
+        return
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not (0 < alpha < math.inf):
+        raise ValueError(f"partition={partition!r} needs a number greater than 0, such as dirichlet:0.5")
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.top_k > model.experts:
+        raise ValueError(
+            f"model_config.top_k={model.top_k} exceeds model_config.experts={model.experts}; "
+            f"choose top_k <= {model.experts}"
+        )
+    if model.heads % model.kv_heads:
+        raise ValueError(
+            f"model_config.heads={model.heads} is not a multiple of model_config.kv_heads={model.kv_heads}; "
+            "choose kv_heads that divides heads"
+        )
+    if model.head_dim % 2:
+        raise ValueError(f"model_config.head_dim={model.head_dim} is odd; rotary positions need an even number")

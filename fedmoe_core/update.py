@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -78,7 +78,8 @@ class ClientUpdate:
         cost: what the round really cost.
         samples: |D_c|.
         loss_first, loss_last: mean loss of the first and of the last local step (nats).
-        status: "ok", or "failed" with the reason in ``error``.
+        status: "ok"; "failed" by the client or "refused" by the server, with the reason in ``error``.
+        steps: optimizer steps taken.
     """
 
     client: int
@@ -93,6 +94,11 @@ class ClientUpdate:
     samples: int
     loss_first: float = float("nan")
     loss_last: float = float("nan")
-    status: Literal["ok", "failed"] = "ok"
+    status: Literal["ok", "failed", "refused"] = "ok"
     error: str = ""
-    steps: int = field(default=0)
+    steps: int = 0
+
+
+def profile_arrays(profile: ClientProfile) -> dict[str, np.ndarray]:
+    """The profile's arrays by field name."""
+    return {f.name: getattr(profile, f.name) for f in fields(profile)}

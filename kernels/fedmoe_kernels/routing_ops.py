@@ -1,7 +1,8 @@
 """The custom ops behind routing: tensors in, tensors out, every size known from the shapes, and nothing mutated.
 
-The bodies are plain tensor code without per-token Python and without a host sync on a GPU, so they serve every device;
-a Triton body registers itself for "cuda" under the same names. The rules are in the docstring of `routing.route`.
+The bodies are plain tensor code without per-token Python and ask no device for a value, so they run wherever torch does
+(measured on the CPU only); a Triton body registers itself for "cuda" under the same names. The rules are in the
+docstring of `routing.route`.
 A table_CE is (C, E) int64: the slot of each expert of each client, -1 = absent; C = 1 without a cohort.
 """
 
@@ -47,11 +48,19 @@ def _top(choice_TE: Tensor, k: int) -> Tensor:
     return torch.stack(picked, dim=1)
 
 
+def _sigmoid(logits: Tensor) -> Tensor:
+    """Equal logits give equal bits wherever they lie, so that ties are ties.
+
+    torch.sigmoid rounds a vector's tail otherwise than its body (4 % of float32 values differ), exp and / do not.
+    """
+    return 1 / (1 + (-logits).exp())
+
+
 def _choose(logits_TE: Tensor, k: int, scoring: str, bias_E: Tensor | None, groups: tuple[int, int]) -> Tensor:
     """experts_TK chosen by each token from its logits above -inf; -1 fills the places that nothing is left for."""
     if scoring != "sigmoid":
         return _top(logits_TE, k)
-    choice_TE = logits_TE.sigmoid()
+    choice_TE = _sigmoid(logits_TE)
     if bias_E is not None:
         choice_TE = (choice_TE + bias_E.to(choice_TE.dtype)).nan_to_num(-math.inf, math.inf, -math.inf)
     choice_TE = choice_TE.masked_fill(logits_TE == -math.inf, -math.inf)
@@ -101,7 +110,10 @@ def _slots(experts_TK: Tensor, table_CE: Tensor, client_T: Tensor | None) -> Ten
 def _statistics(
     logits_TE: Tensor, hits_TK: Tensor, valid_T: Tensor | None, client_T: Tensor | None, C: int
 ) -> tuple[Tensor, Tensor]:
-    """(C, 4, E) hits, sum of G, max of G, sum of G log G, and (C,) tokens; G = softmax of all logits."""
+    """(C, 4, E) hits, sum of G, max of G, sum of G log G, and (C,) tokens; G = softmax of all logits.
+
+    Added in token order on the CPU. On a GPU the sums of a cohort (index_add_) come in no fixed order.
+    """
     T, E = logits_TE.shape
     counted_T = (logits_TE > -math.inf).any(dim=-1)
     counted_T = counted_T if valid_T is None else counted_T & valid_T
@@ -116,12 +128,13 @@ def _statistics(
     if C == 1:
         torch.sum(prob_TE, 0, keepdim=True, dtype=torch.float64, out=prob_sum)
         torch.sum(torch.xlogy(prob_TE, prob_TE), 0, keepdim=True, dtype=torch.float64, out=plogp_sum)
-        prob_max.copy_(torch.cat([prob_TE, prob_TE.new_zeros(1, E)]).amax(dim=0))
+        if T > 0:
+            prob_max.copy_(prob_TE.amax(dim=0, keepdim=True))
     else:
         prob_TE = prob_TE.double()
         prob_sum.index_add_(0, row_T, prob_TE)
         plogp_sum.index_add_(0, row_T, torch.xlogy(prob_TE, prob_TE))
-        prob_max.index_reduce_(0, row_T, prob_TE, "amax")
+        prob_max.scatter_reduce_(0, row_T[:, None].expand(T, E), prob_TE, "amax")
     return sums_4CE.transpose(0, 1).contiguous(), tokens_C
 
 
@@ -183,7 +196,7 @@ def _weights(held_TE: Tensor, experts_TK: Tensor, scoring: str, renormalize: boo
         return held_TE.softmax(dim=-1).gather(1, expert_TK).masked_fill(~chosen, 0.0)
     logit_TK = held_TE.gather(1, expert_TK)
     if scoring == "sigmoid":
-        score_TK = logit_TK.sigmoid().masked_fill(~chosen, 0.0)
+        score_TK = _sigmoid(logit_TK).masked_fill(~chosen, 0.0)
         return score_TK / (score_TK.sum(-1, keepdim=True) + SIGMOID_EPS) if renormalize else score_TK
     # Softmax over all permitted, divided by the sum of the chosen, is softmax over the chosen: no underflow, no E.
     return logit_TK.masked_fill(~chosen, -math.inf).softmax(dim=-1).masked_fill(~chosen, 0.0)
@@ -216,7 +229,7 @@ def route_backward_op(
     else:
         logit_TK = held_TE.gather(1, expert_TK)
         if scoring == "sigmoid":
-            score_TK = logit_TK.sigmoid().masked_fill(~chosen, 0.0)
+            score_TK = _sigmoid(logit_TK).masked_fill(~chosen, 0.0)
             if renormalize:
                 total_T1 = score_TK.sum(-1, keepdim=True) + SIGMOID_EPS
                 pulled = (grad_TK * score_TK / total_T1).sum(-1, keepdim=True)

@@ -1,0 +1,48 @@
+"""How a batch's token mask reaches the MoE layers inside a transformers model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedmoe_core.layer import MoE
+
+Args, Options = tuple[Any, ...], dict[str, Any]  # what a module was called with
+# The keyword under which a forward's token mask, bool (T,), travels through the model.
+TOKEN_MASK = "fedmoe_token_mask_T"
+
+
+def carry_token_mask(model: nn.Module) -> None:
+    """Let the token mask ride each forward as a keyword, from the model's call to its MoE layers.
+
+    An attribute set around the forward would be gone when activation checkpointing repeats the layer during backward,
+    and the repeated forward would route the padding. transformers hands unknown keywords to every decoder layer and on
+    to its attention, inside the repeated part; there a hook takes the mask off for the MoE layer beside it.
+    """
+    for module in list(model.modules()):
+        attention, layer = getattr(module, "self_attn", None), getattr(module, "mlp", None)
+        if not isinstance(attention, nn.Module):
+            continue
+        carrier = _Carrier()
+        attention.register_forward_pre_hook(carrier.take, with_kwargs=True)
+        if isinstance(layer, MoE):
+            layer.register_forward_pre_hook(carrier.give, with_kwargs=True)
+
+
+class _Carrier:
+    """Holds one decoder layer's token mask between its attention and its MoE layer."""
+
+    def __init__(self) -> None:
+        self.mask_T: Tensor | None = None
+
+    def take(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.mask_T = kwargs.pop(TOKEN_MASK, None)
+        return args, kwargs
+
+    def give(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | {"token_mask_T": self.mask_T}

@@ -1,0 +1,159 @@
+"""HFedMoE (arXiv 2601.00583): experts scored by importance, chosen under each budget, averaged by who trained them.
+
+Equation numbers are the paper's. Tags: [N] read through published notes, [D] derived, [E] our engineering reading where
+the paper is silent; ``(c, l, e)`` are client, MoE layer and expert, and the paper's set of experts is the union over
+all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from fedmoe_core.aggregate import GateRule, Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.client import LocalResult
+from fedmoe_core.importance import estimate_absent, expert_scores, importance_s, usage
+from fedmoe_core.plan import ExpertPlan, make_plan
+from fedmoe_core.state import Population, ServerState, initial_state
+from fedmoe_core.update import ClientProfile, ClientUpdate
+
+
+@dataclass(frozen=True)
+class HFedMoE:
+    """The paper's system in two forms of spending a budget.
+
+    ``compact`` stores and runs only the chosen experts (a real memory bound, [E]); ``backward-masked`` is the paper's:
+    full routing forward, gradients only for the chosen.
+    """
+
+    population: Population
+
+    def init(self, params: dict[str, Tensor]) -> ServerState:
+        """Nobody has been heard: every client's importance is the server's own, over public data."""
+        return initial_state(params, len(self.population.budgets))
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """Eq. 15 for each client: the experts of largest score within its budget."""
+        scores = self.scores(state)
+        return [make_plan(self.population, state, client, scores[client]) for client in clients]
+
+    def scores(self, state: ServerState) -> list[np.ndarray]:
+        """One score per (layer, expert) and client: eq. 5 ("s"), eq. 14 ("ib"), or Taylor importance [E]."""
+        chosen, prior = self.population.config.selection, self.population.prior
+        profiles = [profile if profile is not None else prior for profile in state.profiles]
+        if chosen.score == "taylor":
+            profiles = with_absent_experts(profiles, state, prior)
+        return [expert_scores(profile, chosen.score, lam=chosen.lam, beta=chosen.beta) for profile in profiles]
+
+    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+        """Weights of eqs. 16, 17, 19 and 20 for what this client trained."""
+        rule, samples = self.population.config.aggregation, self.population.sample_weight(plan.client)
+        if result.profile is None:
+            return failed_update(plan, result, samples)
+        layers = plan.trainable_LE.shape[0]
+        u_LE = usage(result.profile.prob_sum_LE, result.profile.tokens_L)  # eq. 16
+        s_LE = importance_s(
+            result.profile.prob_sum_LE,
+            result.profile.prob_max_LE,
+            result.profile.tokens_L,
+            lam=self.population.config.selection.lam,
+        )  # eq. 5
+        passes_LE = (u_LE >= rule.tau) & plan.trainable_LE
+        votes_LE = passes_LE & (result.profile.rows_LE > 0) if rule.participation else passes_LE  # 1.3d [E]
+        p_LE = u_LE * s_LE * passes_LE  # eq. 19, S_c cut to what the client holds and trains
+        alpha = float(p_LE.sum()) / layers  # eq. 20; L bounds the sum, and 1/|S_global| is the server's to apply
+        row_weight_LE = {
+            "row-wise": p_LE,
+            "normalised": alpha * plan.trainable_LE,
+            "literal": alpha * plan.trainable_LE,
+            "fedavg": samples * plan.trainable_LE,
+        }[gate_rule(self.population)]
+        return ClientUpdate(
+            client=plan.client,
+            round=plan.round,
+            deltas=result.deltas,
+            expert_weight_LE=samples * votes_LE,  # eq. 17: |D_c| 1[u >= tau]
+            router_weight_LE=np.asarray(row_weight_LE, dtype=np.float64),
+            gate_weight=samples if gate_rule(self.population) == "fedavg" else alpha,
+            sample_weight=samples,
+            profile=result.profile,
+            cost=result.cost,
+            samples=int(self.population.samples_C[plan.client]),
+            loss_first=result.losses[0] if result.losses else float("nan"),
+            loss_last=result.losses[-1] if result.losses else float("nan"),
+            steps=len(result.losses),
+        )
+
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """Eq. 17 for experts, eqs. 18-21 for gates, |D_c|-FedAvg for a trained trunk; nobody's expert stays as it is."""
+        rule = self.population.config.aggregation
+        heard = {update.client: update.profile for update in updates if update.profile is not None}
+        layers = self.population.spec.num_layers
+        s_global_LE = np.zeros((layers, self.population.spec.num_experts), dtype=bool)
+        for profile in heard.values():
+            s_global_LE |= (usage(profile.prob_sum_LE, profile.tokens_L) >= rule.tau) & profile.held_LE  # eq. 18
+        params = {
+            **state.params,
+            **expert_mean(sums, state.params, rule=rule.experts),
+            **gate_mean(
+                sums,
+                state.params,
+                rule=gate_rule(self.population),
+                s_global_size=float(s_global_LE.sum()) / layers,  # in the units of gate_weight, alpha / L
+            ),
+            **dense_mean(sums, state.params),
+        }
+        return state.advance(params, heard, [update.client for update in updates])
+
+
+def with_absent_experts(
+    profiles: Sequence[ClientProfile], state: ServerState, prior: ClientProfile
+) -> list[ClientProfile]:
+    """Profiles whose Taylor sums cover absent experts too: own demand x what a served row is worth [E].
+
+    A compact client sends all its tokens to the few experts it holds, which inflates their sums; what it measures well
+    is the value of a row. So demand is the hits of the unmasked top-k, and the worth of a hit is Taylor per row: the
+    client's own where it held the expert, else pooled over all clients and the server's pass over public data.
+    """
+    heard_C = np.array([profile is not None for profile in state.profiles])
+    demand_CLE = np.stack([profile.hits_LE for profile in profiles])
+    worth_CLE = np.stack([profile.taylor_abs_LE / np.maximum(profile.rows_LE, 1) for profile in profiles])
+    measured_CLE = np.stack([profile.rows_LE > 0 for profile in profiles]) & heard_C[:, None, None]
+    filled_CLE = estimate_absent(
+        worth_CLE * demand_CLE,
+        demand_CLE,
+        measured_CLE,
+        prior_taylor_LE=prior.taylor_abs_LE,
+        prior_prob_sum_LE=prior.rows_LE,
+    )
+    return [replace(profile, taylor_abs_LE=taylor) for profile, taylor in zip(profiles, filled_CLE, strict=True)]
+
+
+def gate_rule(population: Population) -> GateRule:
+    """The gate mode; "auto" is row-wise for compact clients and normalised for the paper's backward-masked ones."""
+    gate = population.config.aggregation.gate
+    if gate != "auto":
+        return gate
+    return "row-wise" if population.config.selection.mode == "compact" else "normalised"
+
+
+def failed_update(plan: ExpertPlan, result: LocalResult, sample_weight: float) -> ClientUpdate:
+    """The report of a client whose round failed: nothing to aggregate, the reason, and what it cost all the same."""
+    nothing_LE = np.zeros(plan.trainable_LE.shape)
+    return ClientUpdate(
+        client=plan.client,
+        round=plan.round,
+        deltas={},
+        expert_weight_LE=nothing_LE,
+        router_weight_LE=nothing_LE,
+        gate_weight=0.0,
+        sample_weight=sample_weight,
+        profile=None,
+        cost=result.cost,
+        samples=0,
+        status="failed",
+        error=result.error,
+    )

@@ -1,0 +1,81 @@
+"""One recorded dry step: what the closed forms of the cost model cannot know about a trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedmoe_core.adapter import Batch, ModelAdapter
+from fedmoe_core.client import local_optimizer, local_step
+from fedmoe_core.config import TrainConfig
+from fedmoe_core.costs import CostModel
+from fedmoe_core.memory import mark, resident_bytes, tensor_bytes, trace_memory
+
+
+def calibrate(adapter: ModelAdapter, params: dict[str, Tensor], train: TrainConfig, batch: Batch) -> CostModel:
+    """The cost model of ``adapter`` for local steps on batches shaped like ``batch``, with measured trunk terms.
+
+    Each k' from 1 to the model's k is traced once, holding the k experts of lowest id in every layer. Few experts are
+    the worst case for the temporaries of the expert stage: with k held, each serves every token, and no token can
+    give one expert more than one row, so no other choice of experts makes a slot larger.
+    """
+    spec = adapter.spec
+    train_dense = train.trunk == "fedavg"
+    few_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
+    few_LE[:, : spec.top_k] = True
+    model = CostModel.of(spec, tokens=batch.tokens_SN.numel(), train_dense=train_dense)
+    adapter.configure(params, train_dense=train_dense)
+    dense = sum(tensor.numel() for key, tensor in adapter.trained().items() if key.startswith("dense."))
+    model = replace(model, trunk_trainable=dense)  # a classification head trains also where the trunk does not
+    peaks, buffers, flops = {}, 0, 0.0
+    for top_k in range(1, spec.top_k + 1):
+        adapter.configure(params, permitted_LE=few_LE, trainable_LE=few_LE, top_k=top_k, train_dense=train_dense)
+        optimizer = local_optimizer(adapter, train)
+        peaks[top_k] = _stage_peaks(adapter, batch, optimizer, train)
+        buffers = _trunk_buffers(adapter)
+        with FlopCounterMode(display=False) as counted:
+            adapter.loss(batch).backward()
+        adapter.model.zero_grad(set_to_none=True)
+        flops = max(flops, counted.get_total_flops() / model.tokens - model.router_flops_per_token)
+    return model.calibrated(peaks, few_LE, few_LE, buffer_bytes=buffers, flops_per_token=max(flops, 0.0))
+
+
+def _stage_peaks(
+    adapter: ModelAdapter, batch: Batch, optimizer: torch.optim.Optimizer, train: TrainConfig
+) -> tuple[int, ...]:
+    """Peak live bytes of each stage of a step with optimizer state; see ``TrunkCost`` for the stages."""
+    layers = adapter.moe
+    device = batch.tokens_SN.device
+    local_step(adapter, batch, optimizer, train, torch.Generator())  # optimizer state exists from here on
+    resident = resident_bytes(adapter.model, optimizer)
+    with ExitStack() as hooks:
+        for depth, layer in enumerate(layers):
+            stage = f"stage{len(layers) - depth}"
+            # A stage begins where the backward of its layer begins: the gradients are made inside it.
+            hooks.callback(layer.register_forward_hook(_marker(stage, device)).remove)
+        trace = trace_memory(lambda: local_step(adapter, batch, optimizer, train, torch.Generator()), device)
+    if len(trace.phases) == 1:
+        return (resident + trace.peak,)
+    stages = ["start", *(f"stage{done}" for done in range(1, len(layers) + 1))]
+    return tuple(resident + trace.phases[stage] for stage in stages)
+
+
+def _marker(stage: str, device: torch.device) -> Callable[[nn.Module, object, Tensor], None]:
+    """A forward hook that marks ``stage`` when the gradient of the layer's output arrives."""
+
+    def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+        output.register_hook(lambda gradient: mark(stage, device))
+
+    return hook
+
+
+def _trunk_buffers(adapter: ModelAdapter) -> int:
+    """Bytes of buffers that are not part of an MoE layer (rotary tables)."""
+    of_experts = {id(buffer) for layer in adapter.moe for buffer in layer.buffers()}
+    return tensor_bytes(buffer for buffer in adapter.model.buffers() if id(buffer) not in of_experts)

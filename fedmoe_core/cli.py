@@ -1,0 +1,298 @@
+"""The ``fedmoe`` command: thin; every subcommand reads its words, calls one verb and prints what came back."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedmoe_core import launch, show
+from fedmoe_core.config import Config
+from fedmoe_core.progress import NullObserver, PlanRow, observer_for
+
+app = typer.Typer(
+    name="fedmoe",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="CONFIG.toml|KEY=VALUE", help="A TOML file, then values such as train.lr=1e-3."),
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        try:
+            number = importlib.metadata.version("fedmoe-core")
+        except importlib.metadata.PackageNotFoundError:
+            number = "from a source tree that is not installed"
+        typer.echo(f"fedmoe {number}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Fine-tune Mixture-of-Experts models over clients with hard budgets."""
+
+
+@app.command()
+def simulate(
+    words: Words = None,
+    quiet: Quiet = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run that is already in out.")] = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train: every client inside its budget, one round after another; writes a run directory and its report."""
+    with _errors(debug) as stop:
+        config = _config(words)
+        out = stop.run_dir = Path(config.out)
+        launch.check_world(config.ranks)
+        if launch.rank() == 0:
+            _refuse_overwrite(out, force=force)
+        if config.ranks > 1 and not launch.launched():
+            flags = [*_flags(quiet=quiet, debug=debug, json=as_json), *(["--force"] if force else [])]
+            launch.run_ranks(["simulate", *(words or []), *flags], ranks=config.ranks, threads=config.threads)
+            return
+        from fedmoe_core import simulate as simulator
+
+        with _watching(quiet) as observer:
+            summary = simulator.run(config, observer=observer, force=force)
+        _finish(summary, out, as_json=as_json)
+
+
+@app.command()
+def resume(run_dir: RunDir, quiet: Quiet = False, debug: Debug = False, as_json: AsJson = False) -> None:
+    """Go on with a run from its last checkpoint, to the same bits as if it had never stopped."""
+    with _errors(debug) as stop:
+        stop.run_dir = run_dir
+        if not (run_dir / "config.toml").is_file():
+            raise ValueError(f"{run_dir} holds no run (no config.toml); give the directory that a run named as out")
+        config = Config.load(run_dir / "config.toml").resolved()
+        launch.check_world(config.ranks)
+        if config.ranks > 1 and not launch.launched():
+            flags = _flags(quiet=quiet, debug=debug, json=as_json)
+            launch.run_ranks(["resume", str(run_dir), *flags], ranks=config.ranks, threads=config.threads)
+            return
+        from fedmoe_core import simulate as simulator
+
+        with _watching(quiet) as observer:
+            summary = simulator.resume(run_dir, observer=observer)
+        _finish(summary, run_dir, as_json=as_json)
+
+
+@app.command()
+def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> None:
+    """The dry run: what each client would hold, move, compute and need in memory, before anything trains."""
+    with _errors(debug):
+        config = _config(words)
+        from fedmoe_core import simulate as simulator
+
+        rows = simulator.dry_run(config)
+        outside = [row for row in rows if not row.fits]
+        if as_json:
+            typer.echo(json.dumps({"fits": not outside, "clients": [asdict(row) for row in rows]}, indent=2))
+        else:
+            # A pipe has no width of its own; 160 columns keep every row on one line.
+            console = Console() if sys.stdout.isatty() else Console(width=160)
+            console.print(_plan_table(rows, config))
+        if outside:
+            first = outside[0]
+            raise ValueError(f"{show.plural(len(outside), 'client')} cannot run; {first.client}: {first.reason}")
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Runs to show, the subject first.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the HTML file goes.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write report.html for one run, or one page that compares several, and print the figures that matter."""
+    with _errors(debug):
+        from fedmoe_core import report as reporting
+
+        path, lines = reporting.report(run_dirs, out=out)
+        for line in lines:
+            typer.echo(line)
+        typer.echo(f"report: {path}")
+
+
+def main() -> None:
+    """Entry point of the ``fedmoe`` command."""
+    app(prog_name="fedmoe")
+
+
+class _Stop:
+    """Where a stopped run could go on; set once the command knows it."""
+
+    run_dir: Path | None = None
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[_Stop]:
+    """Turn errors that a user can mend into one sentence and exit code 2, Ctrl-C into a hint and 130."""
+    stop = _Stop()
+    try:
+        yield stop
+    except KeyboardInterrupt:
+        if launch.speaks():
+            typer.echo(_stopped(stop.run_dir), err=True)
+        raise typer.Exit(130) from None
+    except launch.RankError as error:
+        if error.code == 130:
+            typer.echo(_stopped(stop.run_dir), err=True)
+        elif str(error):
+            typer.echo(f"error: {error}", err=True)
+        else:
+            typer.echo(f"error: a rank ended with status {error.code}; its own words are above", err=True)
+        raise typer.Exit(error.code if error.code > 0 else 1) from None
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        _fail(_sentence(error))
+
+
+def _fail(sentence: str) -> NoReturn:
+    if not launch.tell_parent(sentence):
+        typer.echo(f"error: {sentence}", err=True)
+    raise typer.Exit(2)
+
+
+def _sentence(error: Exception) -> str:
+    """One line without a traceback; an operating-system error also gets the path and what to do."""
+    if not (isinstance(error, OSError) and error.strerror):
+        return " ".join(str(error).split()) or type(error).__name__
+    remedies = {
+        errno.EACCES: "choose another out=DIRECTORY or change its permissions",
+        errno.EPERM: "choose another out=DIRECTORY or change its permissions",
+        errno.EROFS: "choose an out=DIRECTORY that can be written",
+        errno.ENOSPC: "free some space or choose another out=DIRECTORY",
+    }
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror.lower()}; {remedies.get(error.errno or 0, 'check the path')}"
+
+
+def _stopped(run_dir: Path | None) -> str:
+    saved = run_dir / "checkpoint" if run_dir else None
+    if saved is not None and saved.is_dir() and any(saved.iterdir()):
+        return f"stopped; go on with: fedmoe resume {run_dir}"
+    return "stopped before the first checkpoint; there is nothing to resume yet, start again"
+
+
+def _config(words: list[str] | None) -> Config:
+    """The configuration that the words of the command line ask for, with its threads counted."""
+    paths = [word for word in words or [] if "=" not in word]
+    if len(paths) > 1:
+        raise ValueError(f"two config files given, {paths[0]} and {paths[1]}; give one, and key=value for the rest")
+    if paths and not paths[0].endswith(".toml"):
+        raise ValueError(f"{paths[0]!r} is neither key=value nor a .toml file; write for example train.lr=1e-3")
+    overrides = [word for word in words or [] if "=" in word]
+    return Config.load(Path(paths[0]) if paths else None, overrides).resolved()
+
+
+def _flags(**flags: bool) -> list[str]:
+    return [f"--{name}" for name, on in flags.items() if on]
+
+
+def _refuse_overwrite(out: Path, *, force: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"out={out} is a file; choose a directory")
+    if not any(out.iterdir()):
+        return
+    if not (out / "config.toml").is_file():
+        raise ValueError(f"out={out} is not empty and holds no run; choose another out=DIRECTORY")
+    if not force:
+        raise ValueError(
+            f"out={out} already holds a run; go on with `fedmoe resume {out}`, replace it with --force, "
+            "or choose another out=DIRECTORY"
+        )
+
+
+@contextmanager
+def _watching(quiet: bool) -> Iterator[Any]:
+    """The observer of this rank, taken off the screen whatever happens; only rank 0 has something to say."""
+    observer = NullObserver() if launch.rank() else observer_for(Console(stderr=True), quiet=quiet)
+    try:
+        yield observer
+    finally:
+        observer.close()
+
+
+def _finish(summary: dict[str, Any], run_dir: Path, *, as_json: bool) -> None:
+    """Write the report and print the result; a budgeted run that broke a budget ends with exit code 1."""
+    if launch.rank():
+        return
+    from fedmoe_core import report as reporting
+
+    path, lines = reporting.report([run_dir])
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    else:
+        for line in [*lines, f"report: {path}"]:
+            typer.echo(line)
+    violations = int(summary.get("budget_violations") or 0)
+    if violations and summary.get("budgeted", True):
+        typer.echo(f"error: budgets were exceeded {violations} times; {run_dir}/ledger.jsonl names them", err=True)
+        raise typer.Exit(1)
+
+
+def _plan_table(rows: list[PlanRow], config: Config) -> Table:
+    table = Table(title=f"{config.algorithm}: {config.model} on {config.data}, first round", title_justify="left")
+    for name in ("client", "tier"):
+        table.add_column(name, no_wrap=True)
+    for name in ("experts", "trained", "peak memory", "FLOPs", "down", "up", "steps", "k", "samples"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("fits")
+
+    def against(cost: float, limit: float | None, text: Any) -> str:
+        if limit is None:
+            return str(text(cost))
+        colour = "red" if cost > limit else "green"
+        return f"[{colour}]{text(cost)}[/{colour}] / {text(limit)}"
+
+    for row in rows:
+        table.add_row(
+            row.client,
+            row.tier,
+            f"{'+'.join(map(str, row.experts_held))} = {row.experts}"
+            if len(row.experts_held) <= 4
+            else str(row.experts),
+            str(row.trainable),
+            against(row.memory_bytes, row.memory_budget, show.size),
+            against(row.flops, row.flops_budget, show.flops),
+            against(row.bytes_down, row.bytes_down_budget, show.size),
+            against(row.bytes_up, row.bytes_up_budget, show.size),
+            str(row.local_steps),
+            str(row.top_k),
+            str(row.samples),
+            "yes" if row.fits else "[red]no[/red]",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""The cost model: memory, traffic and arithmetic of one client's round, from a model's sizes and one dry step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from fedmoe_core.budget import Cost
+
+if TYPE_CHECKING:
+    from fedmoe_core.adapter import ModelSpec
+
+# compact: only permitted experts are stored and run. backward-masked: all are, and only trainable ones get gradients.
+Mode = Literal["compact", "backward-masked"]
+
+
+@dataclass(frozen=True)
+class TrunkCost:
+    """What no closed form covers, taken from dry steps of one (model, batch, sequence, backend).
+
+    A step passes through stages: stage 0 until the first expert gradient exists (forward, loss, backward of the
+    head), stage s while the gradients of the s deepest MoE layers exist, stage L after the last. Live memory that is
+    neither weights, optimizer state nor expert and router gradients is the stage's transient; it depends on the
+    rows T * k', not on the experts held. ``CostModel.calibrated`` fills it in from measured peaks.
+
+    Attributes:
+        transients: k' -> bytes at each of the L + 1 stages, or one entry for the whole step (then every expert
+            gradient is taken to coincide with it: safe, less tight).
+        gradient_copies: further copies of one layer's expert gradients while its backward runs; 0 where the backend
+            writes gradients in place, 1 where autograd stacks per-slot gradients or clones them.
+        step_bytes: temporaries of the optimizer step; 0 for fused AdamW.
+        buffer_bytes: non-parameter tensors that live as long as the model (rotary tables).
+        flops_per_token: forward and backward of everything but routers and experts, per token of a training step.
+    """
+
+    transients: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    gradient_copies: int = 0
+    step_bytes: int = 0
+    buffer_bytes: int = 0
+    flops_per_token: float = 0.0
+
+    def stages(self, top_k: int) -> tuple[int, ...]:
+        """Transient bytes of each stage at k'; where k' was not measured, those of the next larger one (a bound).
+
+        Raises:
+            ValueError: something was measured, but nothing at k' or above.
+        """
+        if not self.transients:
+            return (0,)
+        measured = min((k for k in self.transients if k >= top_k), default=None)
+        if measured is None:
+            raise ValueError(f"no dry step covers top_k={top_k}; calibrate at {top_k} or more")
+        return self.transients[measured]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Additive resources: a plan is inside its budget where ``base_D + sum of the chosen experts' costs`` is.
+
+    Attributes:
+        names: resource of each row (memory has one row per stage).
+        base_D: int64, cost of a client without any chosen expert.
+        costs_DLE: int64, cost of each expert.
+    """
+
+    names: tuple[str, ...]
+    base_D: np.ndarray
+    costs_DLE: np.ndarray
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Closed-form cost of a client's round [E] (systems.md 1.5): bytes and floating-point operations.
+
+    An expert has P = H * I_in + I * H parameters (I_in = 2I where gated). Held: P weights. Trainable: gradient and
+    optimizer state beside them (fp32 AdamW: 16 bytes a parameter in all). LoRA experts: the base stays frozen and
+    r * (d_in + d_out) adapter parameters per matrix train instead. Arithmetic per row: 2P forward, 2P input gradient,
+    2P weight gradient, so 6P trainable and 4P frozen (the bound of a frozen expert on the path of a gradient).
+    Element-wise work (activation, optimizer, scores) is not counted: it is O(P + rows * I), not O(rows * P).
+
+    Attributes:
+        num_layers, num_experts, top_k, hidden_size, intermediate_size, gated: sizes of the MoE layers.
+        tokens: tokens of one local step, batch x sequence, padding included.
+        trunk_params, trunk_trainable: parameters that are neither expert nor router, and how many of them train.
+        trunk: measured terms.
+        weight_bytes: bytes per weight of trunk, router, adapters and (without ``base_bytes``) experts, stored and sent.
+        base_bytes: bytes per expert weight under LoRA, where it is frozen and may be quantised (0.5 for 4 bits).
+        grad_bytes, optimizer_bytes: bytes per trainable parameter (AdamW: two fp32 moments).
+        lora_rank: rank of the experts' adapters; None = the experts themselves train.
+        train_router: whether the router rows of trainable experts train.
+        slot_bytes: index, offset and score storage per held expert.
+    """
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    tokens: int
+    trunk_params: int = 0
+    trunk_trainable: int = 0
+    trunk: TrunkCost = TrunkCost()
+    gated: bool = True
+    weight_bytes: int = 4
+    base_bytes: float | None = None
+    grad_bytes: int = 4
+    optimizer_bytes: int = 8
+    lora_rank: int | None = None
+    train_router: bool = True
+    slot_bytes: int = 64
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is outside 1..{self.num_experts}, the number of experts per layer")
+        bad = [stages for stages in self.trunk.transients.values() if len(stages) not in (1, self.num_layers + 1)]
+        if bad:
+            raise ValueError(f"a dry step has {len(bad[0])} stages; give 1 or {self.num_layers + 1} (MoE layers + 1)")
+
+    @classmethod
+    def of(cls, spec: ModelSpec, *, tokens: int, train_dense: bool = False, lora_rank: int | None = None) -> CostModel:
+        """The model behind an adapter, not yet calibrated; ``train_dense`` trains every dense tensor."""
+        w_in = next(param for param in spec.params if param.kind == "expert" and param.key.endswith(".w_in"))
+        dense = sum(math.prod(param.shape) for param in spec.params if param.kind == "dense")
+        return cls(
+            num_layers=spec.num_layers,
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
+            tokens=tokens,
+            trunk_params=dense,
+            trunk_trainable=dense if train_dense else 0,
+            gated=w_in.shape[1] == 2 * spec.intermediate_size,
+            weight_bytes=w_in.dtype.itemsize,
+            grad_bytes=w_in.dtype.itemsize,
+            optimizer_bytes=2 * w_in.dtype.itemsize,
+            lora_rank=lora_rank,
+        )
+
+    @property
+    def total_experts(self) -> int:
+        """Experts of the whole model, L * E."""
+        return self.num_layers * self.num_experts
+
+    @property
+    def expert_params(self) -> int:
+        """Parameters of one expert, without adapters."""
+        return self.hidden_size * self._width_in + self.intermediate_size * self.hidden_size
+
+    @property
+    def adapter_params(self) -> int:
+        """LoRA parameters of one expert; 0 without LoRA."""
+        rank = self.lora_rank or 0
+        return rank * (self.hidden_size + self._width_in) + rank * (self.intermediate_size + self.hidden_size)
+
+    @property
+    def trained_params(self) -> int:
+        """Parameters of one trainable expert that get a gradient, without its router row."""
+        return self.expert_params if self.lora_rank is None else self.adapter_params
+
+    @property
+    def _width_in(self) -> int:
+        return (2 if self.gated else 1) * self.intermediate_size
+
+    @property
+    def _router_row(self) -> int:
+        """Trainable router parameters per trainable expert."""
+        return self.hidden_size if self.train_router else 0
+
+    @property
+    def _base_expert(self) -> int:
+        """Bytes of one expert's weights without adapters."""
+        return math.ceil(self.expert_params * (self.weight_bytes if self.base_bytes is None else self.base_bytes))
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of one expert that only runs."""
+        return self._base_expert + self.adapter_params * self.weight_bytes + self.slot_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Memory of the gradients of one trainable expert and of its router row."""
+        return (self.trained_params + self._router_row) * self.grad_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the optimizer state of one trainable expert and of its router row."""
+        return (self.trained_params + self._router_row) * self.optimizer_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that is there whatever experts are held: trunk, its optimizer state, the whole router, buffers."""
+        weights = (self.trunk_params + self.total_experts * self.hidden_size) * self.weight_bytes
+        return weights + self.trunk_trainable * self.optimizer_bytes + self.trunk.buffer_bytes
+
+    def memory(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> int:
+        """Peak bytes of a local step from the second on (optimizer state exists): the largest of its stages."""
+        rows = self.rows("compact", top_k=top_k)
+        frozen = int((permitted_LE & ~trainable_LE).sum()) * self.held_bytes
+        memory_D = rows.base_D + (rows.costs_DLE * trainable_LE).sum(axis=(1, 2)) + frozen
+        return int(max(memory for name, memory in zip(rows.names, memory_D, strict=True) if name == "memory"))
+
+    def bytes_down(
+        self, permitted_LE: np.ndarray, *, first_participation: bool = True, cached_LE: np.ndarray | None = None
+    ) -> int:
+        """Bytes to the client: permitted experts, the whole router, the trunk (all of it at first, then what trains).
+
+        ``cached_LE``: experts whose frozen LoRA base the client still has; only their adapters travel.
+        """
+        new_LE = permitted_LE if cached_LE is None or self.lora_rank is None else permitted_LE & ~cached_LE
+        adapters = int(permitted_LE.sum()) * self.adapter_params * self.weight_bytes
+        return int(new_LE.sum()) * self._base_expert + adapters + self._base_down(first_participation)
+
+    def bytes_up(self, trainable_LE: np.ndarray) -> int:
+        """Bytes from the client: deltas of trainable experts and router rows, statistics, the trunk if it trains."""
+        return int(trainable_LE.sum()) * self._expert_up + self._base_up
+
+    def step_flops(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> float:
+        """Most operations that one local step can need, over every routing of its tokens.
+
+        A token's k' rows go to different experts, so a layer sees at most T * min(k', held) rows, of which at most
+        T * min(k', trainable) meet a trainable expert.
+        """
+        k = self.top_k if top_k is None else top_k
+        rows_L = self.tokens * np.minimum(k, permitted_LE.sum(axis=1))
+        trained_L = self.tokens * np.minimum(k, trainable_LE.sum(axis=1))
+        return self._flops(float(trained_L.sum()), float((rows_L - trained_L).sum()), self.tokens)
+
+    def real_flops(self, rows_LE: np.ndarray, trainable_LE: np.ndarray, *, tokens: int) -> float:
+        """Operations of one local step that gave each expert ``rows_LE`` rows; never above ``step_flops``.
+
+        Pure, so that a client can add it up step by step and stop before the step that would pass its budget.
+        """
+        trained = float(rows_LE[trainable_LE].sum())
+        return self._flops(trained, float(rows_LE.sum()) - trained, tokens)
+
+    def predict(
+        self,
+        permitted_LE: np.ndarray,
+        trainable_LE: np.ndarray,
+        *,
+        local_steps: int,
+        top_k: int | None = None,
+        first_participation: bool = True,
+        mode: Mode = "compact",
+    ) -> Cost:
+        """Cost of a round. ``experts`` counts the permitted (compact) or the trainable ones (backward-masked)."""
+        return Cost(
+            memory_bytes=self.memory(permitted_LE, trainable_LE, top_k=top_k),
+            flops=local_steps * self.step_flops(permitted_LE, trainable_LE, top_k=top_k),
+            bytes_down=self.bytes_down(permitted_LE, first_participation=first_participation),
+            bytes_up=self.bytes_up(trainable_LE),
+            experts=int((permitted_LE if mode == "compact" else trainable_LE).sum()),
+        )
+
+    def rows(self, mode: Mode, *, top_k: int | None = None, first_participation: bool = True) -> Rows:
+        """The additive resources of a plan in which every chosen expert trains.
+
+        In compact mode an expert that is not chosen does not exist; in backward-masked mode it is held and frozen,
+        so holding all experts is part of the base and choosing one costs its gradient and optimizer state.
+        """
+        stages = self.trunk.stages(self.top_k if top_k is None else top_k)
+        shape = (self.num_layers, self.num_experts)
+        compact = mode == "compact"
+        held = np.full(shape, (self.held_bytes if compact else 0) + self.state_bytes)
+        base = self.resident_bytes + (0 if compact else self.total_experts * self.held_bytes)
+        resident_LE = np.full(shape, not compact)
+        expert_down = self._base_expert + self.adapter_params * self.weight_bytes
+        base_down = self.bytes_down(resident_LE, first_participation=first_participation)
+        step = base + self.trunk_trainable * self.grad_bytes + self.trunk.step_bytes
+        entries = [("memory", step, held + self.gradient_bytes)]
+        entries += [
+            ("memory", base + transient, held + self._gradients(stage, of=len(stages)))
+            for stage, transient in enumerate(stages)
+        ]
+        entries.append(("down", base_down, np.full(shape, expert_down if compact else 0)))
+        entries.append(("up", self._base_up, np.full(shape, self._expert_up)))
+        entries.append(("experts", 0, np.ones(shape, int)))
+        names, bases, costs = zip(*entries, strict=True)
+        return Rows(names, np.array(bases, dtype=np.int64), np.stack(costs).astype(np.int64))
+
+    def calibrated(
+        self, peaks: Mapping[int, Sequence[int]], permitted_LE: np.ndarray, trainable_LE: np.ndarray, **measured: float
+    ) -> CostModel:
+        """This model with its transients set from dry steps of one configuration.
+
+        Args:
+            peaks: k' -> peak live bytes in each stage (L + 1 entries, see ``TrunkCost``), or of the whole step (one
+                entry: its own expert gradients are then not subtracted, since nobody knows whether they coincided
+                with the peak; measure with one trainable expert per layer to keep that excess small).
+            permitted_LE, trainable_LE: the configuration measured.
+            measured: further fields of ``TrunkCost``.
+
+        Raises:
+            ValueError: a peak is smaller than the closed-form terms, so it cannot be of this configuration.
+        """
+        base = replace(self, trunk=replace(self.trunk, transients={}, **measured))  # type: ignore[arg-type]
+        # The few bytes kept per slot are not taken off: a plan with fewer slots than this one stays bounded.
+        held = int(permitted_LE.sum()) * (base.held_bytes - base.slot_bytes)
+        fixed = base.resident_bytes + held + int(trainable_LE.sum()) * base.state_bytes
+        transients = {}
+        for top_k, stages in peaks.items():
+            gradients = [0]
+            if len(stages) > 1:
+                gradients = [int((base._gradients(s, of=len(stages)) * trainable_LE).sum()) for s in range(len(stages))]
+            left = tuple(peak - fixed - gradient for peak, gradient in zip(stages, gradients, strict=True))
+            if max(left) < 0:
+                raise ValueError(
+                    f"the peak measured at top_k={top_k}, {max(stages)} bytes, is below its weights and optimizer "
+                    f"state, {fixed} bytes; measure a step that has both"
+                )
+            transients[top_k] = left
+        return replace(base, trunk=replace(base.trunk, transients=transients))
+
+    def _gradients(self, stage: int, *, of: int) -> np.ndarray:
+        """Bytes of gradients (L, 1) that a trainable expert of each layer adds in a stage.
+
+        Where one stage stands for the whole step, all gradients are taken to exist at its peak.
+        """
+        layer_L1 = np.arange(self.num_layers)[:, None]
+        copies = self.trunk.gradient_copies
+        if of == 1:
+            return np.full_like(layer_L1, self.gradient_bytes * (1 + copies))
+        running = self.num_layers - stage
+        return self.gradient_bytes * ((layer_L1 >= running) + copies * (layer_L1 == running))
+
+    @property
+    def _expert_up(self) -> int:
+        return (self.trained_params + self._router_row) * self.weight_bytes
+
+    @property
+    def _base_up(self) -> int:
+        # ClientProfile: 9 float64 and a bool per expert, 2 float64 per layer; ClientUpdate: 2 float64 per expert.
+        statistics = self.total_experts * (11 * 8 + 1) + self.num_layers * 2 * 8
+        return statistics + self.trunk_trainable * self.weight_bytes
+
+    def _base_down(self, first_participation: bool) -> int:
+        trunk = self.trunk_params if first_participation else self.trunk_trainable
+        return (self.total_experts * self.hidden_size + trunk) * self.weight_bytes
+
+    @property
+    def router_flops_per_token(self) -> float:
+        """Operations of all routers, forward and backward, per token of a training step."""
+        return float((6 if self.train_router else 4) * self.total_experts * self.hidden_size)
+
+    def _flops(self, trained_rows: float, frozen_rows: float, tokens: int) -> float:
+        through = 4 * (self.expert_params + self.adapter_params)
+        expert = trained_rows * (through + 2 * self.trained_params) + frozen_rows * through
+        return expert + tokens * (self.router_flops_per_token + self.trunk.flops_per_token)

@@ -1,0 +1,143 @@
+"""Device profiles: what a named piece of hardware can bear in one round, with the source of every fact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1024**3
+MIB = 1024**2
+
+# Assumed for every profile [E]: a device gives a round 10 minutes of arithmetic at 30 % of its peak rate, and one
+# minute of its link each way. They turn rates, which data sheets state, into amounts per round, which budgets need.
+COMPUTE_SECONDS = 600.0
+COMPUTE_SHARE = 0.3
+LINK_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of device.
+
+    Attributes:
+        name: how a budget refers to it.
+        memory_bytes: memory of the device, or the limit simulated on it.
+        memory_share: the part of it that training may use; the rest is the system's.
+        flops_per_second: peak rate; None = not limited by this profile.
+        down_mbit, up_mbit: link rates in 10^6 bits a second; None = not limited by this profile.
+        source: where the hardware facts come from.
+        assumed: what no source states.
+    """
+
+    name: str
+    memory_bytes: int
+    memory_share: float
+    flops_per_second: float | None
+    down_mbit: float | None
+    up_mbit: float | None
+    source: str
+    assumed: str
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory for weights, gradients, optimizer state and activations."""
+        return int(self.memory_bytes * self.memory_share)
+
+    @property
+    def round_flops(self) -> float | None:
+        """Floating-point operations of one round."""
+        return None if self.flops_per_second is None else self.flops_per_second * COMPUTE_SECONDS * COMPUTE_SHARE
+
+    @property
+    def round_down(self) -> int | None:
+        """Bytes that reach the device in one round."""
+        return None if self.down_mbit is None else int(self.down_mbit * 1e6 / 8 * LINK_SECONDS)
+
+    @property
+    def round_up(self) -> int | None:
+        """Bytes that leave the device in one round."""
+        return None if self.up_mbit is None else int(self.up_mbit * 1e6 / 8 * LINK_SECONDS)
+
+
+def _jetson(gib: int) -> Device:
+    """Jetson AGX Xavier with the memory limit that HFedMoE simulates on it (12 to 32 GB, section 'Experiments' [N])."""
+    board = gib == 32
+    return Device(
+        f"jetson-agx-xavier-{gib}gb",
+        gib * GIB,
+        0.9 if board else 1.0,
+        11e12,
+        1000.0,
+        1000.0,
+        "HFedMoE, arXiv 2601.00583, testbed of 4 boards limited to 12..32 GB [N]; NVIDIA Jetson AGX Xavier data sheet: "
+        "512-core Volta GPU with 64 tensor cores, 32 GB LPDDR4x, 11 TFLOPS fp16, gigabit Ethernet",
+        "0.9 of the whole board's memory is free; a simulated limit is the training process's own",
+    )
+
+
+def _tiny(mib: int, down_mb: float, up_mb: float) -> Device:
+    """An invented device, small enough that a demo-sized model (about 1 M parameters) does not fit whole."""
+    return Device(
+        f"tiny-{mib}mib",
+        mib * MIB,
+        1.0,
+        None,
+        down_mb * 8 / LINK_SECONDS,
+        up_mb * 8 / LINK_SECONDS,
+        "none: invented so that a small model meets hard limits",
+        "everything",
+    )
+
+
+DEVICES: tuple[Device, ...] = (
+    *(_jetson(gib) for gib in (12, 16, 20, 24, 28, 32)),
+    Device(
+        "phone-8gb",
+        8 * GIB,
+        0.25,
+        1e12,
+        100.0,
+        20.0,
+        "Samsung Galaxy S23 has 8 GB of memory (maker's specification)",
+        "a background job may use a quarter of memory; 1 TFLOPS; mobile link of 100 Mbit/s down, 20 Mbit/s up",
+    ),
+    Device(
+        "laptop-8gb",
+        8 * GIB,
+        0.5,
+        2e12,
+        200.0,
+        50.0,
+        "Apple MacBook Air (M2): 8 GB of unified memory in the base model (maker's specification)",
+        "half of memory is free; 2 TFLOPS; home link of 200 Mbit/s down, 50 Mbit/s up",
+    ),
+    Device(
+        "workstation-rtx4090",
+        24 * GIB,
+        0.9,
+        82.6e12,
+        1000.0,
+        1000.0,
+        "NVIDIA GeForce RTX 4090: 24 GB GDDR6X, 82.6 TFLOPS fp32 without tensor cores (maker's specification)",
+        "0.9 of memory is free of display and context; gigabit link",
+    ),
+    Device(
+        "raspberry-pi-5-8gb",
+        8 * GIB,
+        0.75,
+        2 * 4 * 4 * 2.4e9 * 2,
+        1000.0,
+        1000.0,
+        "Raspberry Pi 5: four Cortex-A76 cores at 2.4 GHz, 8 GB LPDDR4X, gigabit Ethernet (maker's specification)",
+        "three quarters of memory are free; peak = 4 cores x 2 fp32 vector units x 4 lanes x 2 operations",
+    ),
+    _tiny(22, 2.5, 0.6),
+    _tiny(24, 3.0, 1.0),
+    _tiny(28, 4.0, 2.0),
+    _tiny(32, 6.0, 4.0),
+    _tiny(40, 8.0, 6.0),
+)
+
+
+def find_device(name: str) -> Device | None:
+    """The profile of that name, or None."""
+    return next((device for device in DEVICES if device.name == name), None)

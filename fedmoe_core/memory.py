@@ -1,0 +1,84 @@
+"""Peak memory of a step: as the profiler sees torch's CPU allocator, or as the CUDA allocator counts it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+_MARK = "fedmoe.phase:"
+
+
+@dataclass(frozen=True)
+class MemoryTrace:
+    """Bytes above what was allocated when the step began.
+
+    Attributes:
+        peak: highest level during the step.
+        phases: the same for each stretch between two marks; the first stretch, before any mark, is "start".
+    """
+
+    peak: int
+    phases: dict[str, int]
+
+
+def mark(name: str, device: torch.device) -> None:
+    """Begin a new phase of the step being traced; costs microseconds and does nothing outside ``trace_memory``."""
+    if device.type == "cpu":
+        with record_function(_MARK + name):
+            pass
+
+
+def trace_memory(step: Callable[[], object], device: torch.device) -> MemoryTrace:
+    """Run ``step`` once and report the peak of what torch allocated meanwhile.
+
+    On CUDA only the overall peak is known, so ``phases`` holds that under every question: {"start": peak}.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        base = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        peak = torch.cuda.max_memory_allocated(device) - base
+        return MemoryTrace(peak, {"start": peak})
+    # The profiler's tracing library logs two lines to stderr for every profile unless told to be quiet.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [
+        (event.start_ns(), event.name(), event.nbytes())
+        for event in recorded.profiler.kineto_results.events()
+        if event.name() == "[memory]" or event.name().startswith(_MARK)
+    ]
+    events.sort(key=lambda event: event[0])
+    level, phase, phases = 0, "start", {"start": 0}
+    for _, name, nbytes in events:
+        if name == "[memory]":
+            level += nbytes
+        else:
+            phase = name.removeprefix(_MARK)
+        phases[phase] = max(phases.get(phase, level), level)
+    return MemoryTrace(max(phases.values()), phases)
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind ``tensors``; views and tied weights count once."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr(), storage.device] = storage.nbytes()
+    return sum(storages.values())
+
+
+def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Bytes held between two steps: parameters, buffers, gradients and optimizer state."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if optimizer is not None:
+        tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return tensor_bytes(tensors)

@@ -1,0 +1,108 @@
+"""Append-only logs, one JSON object a line, that survive a kill in the middle of a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class JsonlLog:
+    """``metrics.jsonl`` and ``ledger.jsonl``: a line counts once its newline is on disk.
+
+    Records are appended before the checkpoint that covers them is committed, so on resume the file holds at least
+    the lines that the checkpoint counted, and ``truncate`` drops what came after.
+
+    Attributes:
+        path: the file; made on the first append, its directory must exist.
+    """
+
+    path: Path
+
+    def append(self, *records: Mapping[str, Any]) -> int:
+        """Write records in one go and wait until they are on disk; a broken last line is dropped first.
+
+        numpy scalars and arrays become numbers and lists; NaN and infinity, unknown to JSON, become null.
+
+        Returns:
+            Bytes in the file afterwards.
+        """
+        data = "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records).encode()
+        with open(self.path, "a+b") as file:
+            end = _end_of_lines(file.fileno())
+            file.truncate(end)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return end + len(data)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All complete records; [] where there is no file.
+
+        Raises:
+            ValueError: a complete line is not a JSON object, so the file is not one of ours or was edited.
+        """
+        if not self.path.exists():
+            return []
+        records = []
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{self.path}, line {number}, is not JSON ({error}); delete or repair it") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{self.path}, line {number}, is not a JSON object; delete or repair it")
+            records.append(record)
+        return records
+
+    def count(self) -> int:
+        """Number of complete lines; 0 where there is no file."""
+        return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
+
+    def truncate(self, keep: int) -> None:
+        """Keep the first ``keep`` lines, as counted when the checkpoint was made.
+
+        Raises:
+            ValueError: the file holds fewer complete lines than that.
+        """
+        data = self.path.read_bytes() if self.path.exists() else b""
+        lines = data.split(b"\n")[:-1]
+        if not 0 <= keep <= len(lines):
+            raise ValueError(
+                f"{self.path} holds {len(lines)} lines, the checkpoint counted {keep}; restore the file or start afresh"
+            )
+        if self.path.exists():
+            size = sum(len(line) + 1 for line in lines[:keep])
+            with open(self.path, "r+b") as file:
+                file.truncate(size)
+                os.fsync(file.fileno())
+
+
+def _end_of_lines(descriptor: int) -> int:
+    """Offset just past the last newline, found from the end in steps of 4 KiB."""
+    end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - 4096)
+        place = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if place >= 0:
+            return start + place + 1
+        end = start
+    return 0
+
+
+def plain(value: Any) -> Any:
+    """``value`` in the words of strict JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

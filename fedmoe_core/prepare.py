@@ -1,0 +1,173 @@
+"""Everything a run needs before its first round: data, warm model, calibrated costs, budgets and algorithm."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.adapter import Batch, ModelAdapter, find_adapter
+from fedmoe_core.algorithms import Algorithm, find_algorithm
+from fedmoe_core.batch import public_batches
+from fedmoe_core.budget import Budget
+from fedmoe_core.calibrate import calibrate
+from fedmoe_core.config import Config
+from fedmoe_core.data import FederatedData, load_data
+from fedmoe_core.progress import Observer
+from fedmoe_core.ranks import Ranks
+from fedmoe_core.state import Population
+from fedmoe_core.warmup import cached_warmup, measure_profile, warm_up, warmup_key
+
+PRIOR_STEPS = 8  # batches of the server's own pass over public data, as many as a client's round has by default
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's view of a run: the live model is its own, everything else is equal on all ranks."""
+
+    config: Config
+    data: FederatedData
+    adapter: ModelAdapter
+    params: dict[str, Tensor]  # the warm model
+    population: Population
+    algorithm: Algorithm
+    ranks: Ranks
+
+
+def cache_directory(config: Config) -> Path:
+    """Where warm-ups and encoded corpora are kept: ``cache``, else fedmoe under the user's cache directory."""
+    if config.cache:
+        return Path(config.cache)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedmoe"
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device of this process; under torchrun each local rank takes its own GPU."""
+    if config.device == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        return torch.device(name)
+    return torch.device(config.device)
+
+
+def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmup: bool = True) -> World:
+    """Read data, make or load the warm model, calibrate the cost model, and hand the algorithm its population.
+
+    Args:
+        config: resolved.
+        ranks: this process among its peers; rank 0 fills the cache, the others then read it.
+        observer: told of each stage.
+        train_warmup: False uses a cached warm-up if there is one, else the untrained model (for dry runs).
+
+    Raises:
+        ValueError, OSError: one sentence that names the offender and the remedy.
+    """
+    torch.set_num_threads(config.threads)
+    observer.on_stage(f"reading {config.data}")
+    data = read_data(config, ranks)
+    adapter = load_model(config, data, ranks.device)
+    params = warm_model(config, data, adapter, ranks, observer, train=train_warmup)
+    spec = adapter.spec
+    budgets = tuple(
+        Budget.parse(config.budgets[client % len(config.budgets)], spec_experts=spec.num_layers * spec.num_experts)
+        for client in range(config.clients)
+    )
+    observer.on_stage("measuring one local step and the value of experts on public text")
+    population = Population(
+        config=config,
+        spec=spec,
+        budgets=budgets,
+        costs=calibrate(adapter, params, config.train, next(iter(local_public_batches(config, data, 1)))),
+        samples_C=np.array([client.samples for client in data.clients]),
+        prior=measure_profile(adapter, params, local_public_batches(config, data, PRIOR_STEPS)),
+    )
+    return World(config, data, adapter, params, population, find_algorithm(config.algorithm, population), ranks)
+
+
+def read_data(config: Config, ranks: Ranks) -> FederatedData:
+    """The corpus, split and encoded; rank 0 first, so that the others find the cache filled."""
+    if not ranks.leads:
+        ranks.wait()
+    data = load_data(
+        config.data,
+        clients=config.clients,
+        partition=config.partition,
+        seed=config.seed,
+        tokenizer=config.tokenizer,
+        vocab_size=config.model_config.vocab_size,
+        labels_per_class=config.warmup.labels_per_class,
+        cache=cache_directory(config),
+    )
+    if ranks.leads:
+        ranks.wait()
+    return data
+
+
+def load_model(config: Config, data: FederatedData, device: torch.device) -> ModelAdapter:
+    """The live model for this task, by the adapter that the configuration names."""
+    load = cast("type", find_adapter(config.adapter))
+    adapter = load(
+        config.model,
+        task=data.task,
+        model_config=config.model_config,
+        vocab_size=data.tokenizer.vocab_size,
+        num_classes=data.num_classes,
+        seed=config.seed,
+    )
+    adapter.model.to(device)
+    return cast(ModelAdapter, adapter)
+
+
+def warm_model(
+    config: Config, data: FederatedData, adapter: ModelAdapter, ranks: Ranks, observer: Observer, *, train: bool
+) -> dict[str, Tensor]:
+    """The model that federation starts from: warmed up on public text, unless it is a checkpoint of its own."""
+    if config.warmup.steps == 0:
+        return adapter.state()
+    key = warmup_key(
+        public=data.public_sha256,
+        model=config.model,
+        sizes=asdict(config.model_config),
+        settings=asdict(config.warmup),
+        task=data.task,
+        classes=data.num_classes,
+        seed=config.seed,
+        threads=config.threads,
+        device=ranks.device.type,
+    )
+    directory = cache_directory(config)
+    if not train and not (directory / f"warmup-{key}").exists():
+        return adapter.state()
+    labels = 0 if data.public_labelled is None else len(data.public_labelled)
+    observer.on_stage(
+        f"warm-up on {len(data.public.tokens_N):,} public tokens"
+        + (f", of which {labels} rows are labelled ({config.warmup.labels_per_class} a class)" if labels else "")
+    )
+    if not ranks.leads:
+        ranks.wait()
+    params, _ = cached_warmup(directory, key, lambda: warm_up(adapter, data, config, observer.on_progress))
+    if ranks.leads:
+        ranks.wait()
+    return {key: tensor.to(ranks.device) for key, tensor in params.items()}
+
+
+def local_public_batches(config: Config, data: FederatedData, steps: int) -> Iterable[Batch]:
+    """Public batches of the clients' shape, for measuring; labels are those given (none is invented)."""
+    source = data.public if data.public_labelled is None else data.public_labelled
+    return islice(
+        public_batches(
+            source,
+            seed=config.seed,
+            steps=steps,
+            batch_size=config.train.batch_size,
+            seq_len=config.train.seq_len,
+            purpose="measure",
+        ),
+        steps,
+    )

@@ -1,0 +1,243 @@
+"""What a run tells whoever watches: the Observer protocol, a live view, plain lines, silence, rows of a dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Eta
+
+from fedmoe_core import show
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What one client would hold and spend in its first round; a budget of None is no limit.
+
+    Attributes:
+        client: name of the client.
+        tier: name of its budget tier.
+        experts_held: experts held in each MoE layer, in depth order.
+        experts, trainable: experts held and experts trained, over all layers.
+        memory_bytes, flops, bytes_down, bytes_up: predicted cost, in the units of ``Budget``.
+        local_steps, top_k: the work that is left inside the FLOP budget.
+        samples: private training rows of the client.
+        fits: whether the plan is inside every limit; if not, ``reason`` is one sentence with the number that would do.
+    """
+
+    client: str
+    tier: str
+    experts_held: tuple[int, ...]
+    experts: int
+    trainable: int
+    memory_bytes: int
+    memory_budget: int | None
+    flops: float
+    flops_budget: float | None
+    bytes_down: int
+    bytes_down_budget: int | None
+    bytes_up: int
+    bytes_up_budget: int | None
+    local_steps: int
+    top_k: int
+    samples: int
+    fits: bool = True
+    reason: str = ""
+
+
+class Observer(Protocol):
+    """Called by the simulator on rank 0; an observer never changes a run."""
+
+    def on_start(self, info: Mapping[str, Any]) -> None:
+        """Facts of the run: label, algorithm, model, data, rounds, clients_per_round, first_round, out."""
+        ...
+
+    def on_stage(self, text: str) -> None:
+        """A stage outside the rounds begins, such as the warm-up."""
+        ...
+
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of a stage are over."""
+        ...
+
+    def on_client(self, round: int, client: int, record: Mapping[str, Any]) -> None:
+        """A client of round ``round`` (from 1) answered; ``record`` is its line of metrics.jsonl."""
+        ...
+
+    def on_round(self, round: int, rounds: int, record: Mapping[str, Any]) -> None:
+        """Round ``round`` of ``rounds`` is over (0 = before training); ``record`` is its line of metrics.jsonl."""
+        ...
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        """The run is over; ``summary`` is what summary.json holds."""
+        ...
+
+
+class NullObserver:
+    """Says nothing."""
+
+    def on_start(self, info: Mapping[str, Any]) -> None: ...
+    def on_stage(self, text: str) -> None: ...
+    def on_progress(self, stage: str, done: int, total: int) -> None: ...
+    def on_client(self, round: int, client: int, record: Mapping[str, Any]) -> None: ...
+    def on_round(self, round: int, rounds: int, record: Mapping[str, Any]) -> None: ...
+    def on_end(self, summary: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class LineObserver:
+    """One line per event that matters: for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.rounds = RoundLines()
+        self.quarter: tuple[str, int] = ("", 0)
+
+    def on_start(self, info: Mapping[str, Any]) -> None:
+        self._say(headline(info))
+
+    def on_stage(self, text: str) -> None:
+        self._say(text)
+
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        quarter = (stage, 4 * done // max(total, 1))
+        if quarter != self.quarter and quarter[1]:
+            self._say(f"{stage}: {done}/{total}")
+        self.quarter = quarter
+
+    def on_client(self, round: int, client: int, record: Mapping[str, Any]) -> None: ...
+
+    def on_round(self, round: int, rounds: int, record: Mapping[str, Any]) -> None:
+        for line in self.rounds.of(round, rounds, record):
+            self._say(line)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class LiveObserver:
+    """A live view: a bar over all rounds with an estimate of the time left, one over the clients of the round."""
+
+    def __init__(self, console: Console) -> None:
+        bar = BarColumn(bar_width=32, complete_style="blue", finished_style="blue")
+        columns = (TextColumn("{task.description}"), bar, MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+        self.progress = Progress(*columns, Eta(), console=console, transient=True)
+        self.rounds = RoundLines()
+        self.tasks: dict[str, TaskID] = {}
+        self.clients = 0
+
+    def on_start(self, info: Mapping[str, Any]) -> None:
+        self.progress.start()
+        self.clients = int(info.get("clients_per_round") or 0)
+        self.progress.print(f"[bold]{escape(headline(info))}[/bold]", highlight=False)
+
+    def on_stage(self, text: str) -> None:
+        self.progress.start()
+        self._clear()
+        self.progress.print(f"[dim]{escape(text)}[/dim]", highlight=False)
+
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        self._bar(stage, done, total, stage)
+        if done >= total:
+            self._clear()
+
+    def on_client(self, round: int, client: int, record: Mapping[str, Any]) -> None:
+        task = self.tasks.get("clients")
+        done = 1 + (int(self.progress.tasks[self.progress.task_ids.index(task)].completed) if task is not None else 0)
+        self._bar("clients", done, self.clients or done, f"[dim]{escape(client_line(client, record))}[/dim]")
+        if "rounds" in self.tasks:
+            self.progress.advance(self.tasks["rounds"])
+
+    def on_round(self, round: int, rounds: int, record: Mapping[str, Any]) -> None:
+        first, *rest = self.rounds.of(round, rounds, record)
+        self.progress.print(escape(first), highlight=False)
+        for line in rest:
+            self.progress.print(f"[yellow]{escape(line)}[/yellow]", highlight=False)
+        per_round = max(self.clients, 1)
+        self._clear("clients")
+        self._bar("rounds", round * per_round, rounds * per_round, f"round {min(round + 1, rounds)}/{rounds}")
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bars off the screen; safe to call twice."""
+        self._clear()
+        self.progress.stop()
+
+    def _bar(self, name: str, done: int, total: int, text: str) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.progress.add_task(text, total=total, completed=done)
+        self.progress.update(self.tasks[name], completed=done, total=total, description=text)
+
+    def _clear(self, *names: str) -> None:
+        for name in names or tuple(self.tasks):
+            if name in self.tasks:
+                self.progress.remove_task(self.tasks.pop(name))
+
+
+class RoundLines:
+    """The lines of one round after another; remembers the loss before it, to show the change."""
+
+    def __init__(self) -> None:
+        self.loss: float | None = None
+        self.traffic = 0
+
+    def of(self, round: int, rounds: int, record: Mapping[str, Any]) -> list[str]:
+        """One line of figures, and one more for every update that was refused."""
+        width = len(str(rounds))
+        loss = record.get("loss")
+        parts = [f"round {round:>{width}}/{rounds}" if round else f"before {'':>{2 * width - 1}} "]
+        if loss is not None:
+            change = f" ({show.signed(loss - self.loss)})" if self.loss is not None else ""
+            parts.append(f"held-out loss {show.number(loss)}{change}")
+            self.loss = loss
+        if record.get("accuracy") is not None:
+            parts.append(f"accuracy {show.share(record['accuracy'])}")
+        losses = [value for value in record.get("loss_clients") or () if value is not None]
+        if losses:
+            parts.append(f"worst client {show.number(max(losses))}")
+        if round:
+            traffic = int(record.get("bytes_down_total") or 0) + int(record.get("bytes_up_total") or 0)
+            parts.append(f"moved {show.size(traffic - self.traffic)}")
+            self.traffic = traffic
+            if record.get("coverage") is not None:
+                parts.append(f"experts trained {show.share(record['coverage'], 0)}")
+            parts.append(show.seconds(record.get("seconds")))
+        refused = [f"  refused client {item['client']}: {item['reason']}" for item in record.get("refused") or ()]
+        return ["   ".join(parts), *refused]
+
+
+def headline(info: Mapping[str, Any]) -> str:
+    """One line that says what is about to run."""
+    label = info.get("label") or info.get("algorithm", "run")
+    parts = [f"{label}: {info.get('model', '?')} on {info.get('data', '?')}"]
+    if info.get("rounds"):
+        parts.append(show.plural(int(info["rounds"]), "round"))
+    if info.get("clients_per_round"):
+        parts.append(f"{show.plural(int(info['clients_per_round']), 'client')} a round")
+    if info.get("first_round"):
+        parts.append(f"resumed after round {info['first_round']}")
+    return ", ".join(parts)
+
+
+def client_line(client: int, record: Mapping[str, Any]) -> str:
+    """One line for one client of a round."""
+    name = f"client {client}" + (f" ({record['tier']})" if record.get("tier") else "")
+    if record.get("status", "ok") != "ok":
+        return f"{name} failed: {record.get('error') or 'no reason given'}"
+    return f"{name}: loss {show.number(record.get('loss_first'))} to {show.number(record.get('loss_last'))}"
+
+
+def observer_for(console: Console, *, quiet: bool = False) -> NullObserver | LineObserver | LiveObserver:
+    """Silence when quiet, a live view on a terminal, lines elsewhere."""
+    if quiet:
+        return NullObserver()
+    return LiveObserver(console) if console.is_terminal else LineObserver(console)

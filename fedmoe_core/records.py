@@ -1,0 +1,241 @@
+"""A run directory: the resolved configuration, metrics, ledger, checkpoint and summary, all safe to interrupt."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedmoe_core.algorithms.hfedmoe import HFedMoE
+from fedmoe_core.budget import Budget, Cost
+from fedmoe_core.checkpoint import save_checkpoint
+from fedmoe_core.evaluate import Held
+from fedmoe_core.metrics import JsonlLog, plain
+from fedmoe_core.plan import ExpertPlan
+from fedmoe_core.progress import PlanRow
+from fedmoe_core.state import ServerState, pack_state
+from fedmoe_core.update import ClientUpdate
+
+if TYPE_CHECKING:
+    from fedmoe_core.prepare import World
+    from fedmoe_core.simulate import Round
+
+
+def plan_row(world: World, plan: ExpertPlan) -> PlanRow:
+    """One line of the dry run: the plan beside the device's own budget, which FedAvg may pass."""
+    budget, cost = world.population.budgets[plan.client], plan.predicted
+    over = budget.violations(cost)
+    return PlanRow(
+        client=world.data.clients[plan.client].name,
+        tier=budget.name,
+        experts_held=tuple(int(n) for n in plan.permitted_LE.sum(axis=1)),
+        experts=int(plan.permitted_LE.sum()),
+        trainable=int(plan.trainable_LE.sum()),
+        memory_bytes=cost.memory_bytes,
+        memory_budget=budget.memory_bytes,
+        flops=cost.flops,
+        flops_budget=budget.flops,
+        bytes_down=cost.bytes_down,
+        bytes_down_budget=budget.bytes_down,
+        bytes_up=cost.bytes_up,
+        bytes_up_budget=budget.bytes_up,
+        local_steps=plan.local_steps,
+        top_k=plan.top_k,
+        samples=int(world.population.samples_C[plan.client]),
+        fits=not over,
+        reason="; ".join(over),
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+class RunLog:
+    """What rank 0 writes. A round is on record once its checkpoint is; later lines are cut off on resume."""
+
+    def __init__(self, out: Path, world: World) -> None:
+        self.out, self.world = out, world
+        self.totals = {"bytes_down_total": 0, "bytes_up_total": 0, "flops_total": 0.0}
+        self.unbilled_seconds = 0.0  # of the last commit; its round's line was written before it
+        self.metrics = JsonlLog(out / "metrics.jsonl")
+        self.ledger = JsonlLog(out / "ledger.jsonl")
+
+    @classmethod
+    def create(cls, out: Path, world: World) -> RunLog:
+        """Start a run directory: configuration and partition first."""
+        log = cls(out, world)
+        (out / "config.toml").write_text(world.config.to_toml(), encoding="utf-8")
+        data = world.data
+        names = list(data.names_D)
+        clients = [client.name for client in data.clients]
+        write_json(out / "partition.json", {"names": names, "clients": clients, "counts": data.counts_CD.tolist()})
+        return log
+
+    @classmethod
+    def reopen(cls, out: Path, world: World, meta: Mapping[str, Any]) -> RunLog:
+        """Continue a run directory: keep the lines that the checkpoint counted, drop any later ones."""
+        log = cls(out, world)
+        log.metrics.truncate(int(meta["metrics_lines"]))
+        log.ledger.truncate(int(meta["ledger_lines"]))
+        for line in log.metrics.read():
+            if line["type"] == "round":
+                log.totals = {name: line[name] for name in log.totals}
+        return log
+
+    def commit(self, state: ServerState) -> None:
+        """Write the checkpoint atomically; from here on the round counts as played."""
+        began, config = time.perf_counter(), self.world.config
+        lines = {"metrics_lines": self.metrics.count(), "ledger_lines": self.ledger.count()}
+        save_checkpoint(self.out / "checkpoint", pack_state(state), {"round": state.round, **lines}, config.decisive())
+        self.unbilled_seconds = time.perf_counter() - began
+
+    def before(self, held: Held) -> dict[str, Any]:
+        """The line of the warm model, round 0."""
+        line = {"type": "round", "round": 0, **_results(held), **self.totals}
+        line |= {"seconds": held.seconds, "engine_seconds": 0.0, "refused": []}
+        self.metrics.append(line)
+        return line
+
+    def round(self, played: Round, held: Held | None, state: ServerState) -> dict[str, Any]:
+        """The lines of one round: every client's, the ledger's, and the round's own, which it returns."""
+        began, number = time.perf_counter(), played.index + 1
+        plans = {plan.client: plan for plan in played.plans}
+        budgets = self.world.population.budgets
+        self.ledger.append(*[_ledger_line(number, u, plans[u.client], budgets) for u in played.updates])
+        trained = [plans[u.client].trainable_LE & (u.expert_weight_LE > 0) for u in played.updates if u.status == "ok"]
+        lost = [u.profile.lost_mass_L / np.maximum(u.profile.tokens_L, 1) for u in played.updates if u.profile is not None]
+        scores = HFedMoE(self.world.population).scores(state)
+        costs = [update.cost for update in played.updates]
+        self.totals = {
+            "bytes_down_total": self.totals["bytes_down_total"] + sum(cost.bytes_down for cost in costs),
+            "bytes_up_total": self.totals["bytes_up_total"] + sum(cost.bytes_up for cost in costs),
+            "flops_total": self.totals["flops_total"] + sum(cost.flops for cost in costs),
+        }
+        logging = time.perf_counter() - began + self.unbilled_seconds
+        line = {
+            "type": "round",
+            "round": number,
+            **({} if held is None else _results(held)),
+            **self.totals,
+            "seconds": played.seconds + logging + (0.0 if held is None else held.seconds),
+            "engine_seconds": played.engine_seconds + logging,
+            "refused": [{"client": u.client, "reason": u.error} for u in played.updates if u.status != "ok"],
+            "applied": played.applied,
+            "importance_LE": np.mean(scores, axis=0).tolist(),
+            "lost_mass": float(np.mean(lost)) if lost else None,
+            "coverage": float(np.mean(np.any(trained, axis=0))) if trained else 0.0,
+        }
+        self.metrics.append(*[client_record(number, u, plans[u.client], budgets) for u in played.updates], line)
+        return line
+
+    def finish(self, state: ServerState, model_hash: str) -> dict[str, Any]:
+        """Write ``summary.json`` from what the logs hold, so that a resumed run sums up the same."""
+        config, data = self.world.config, self.world.data
+        rounds = [line for line in self.metrics.read() if line["type"] == "round"]
+        entries = self.ledger.read()
+        judged = [line for line in rounds if line.get("loss") is not None]
+        first, last = judged[0], judged[-1]
+        overruns = [entry for entry in entries if _over(entry)]
+        held = [int(entry["real"]["experts"]) for entry in entries if entry["real"]["experts"]]
+        summary = {
+            "algorithm": config.algorithm,
+            "label": label_of(config),
+            "task": data.task,
+            "seed": config.seed,
+            "rounds": state.round,
+            "loss_before": first["loss"],
+            "loss_after": last["loss"],
+            "accuracy_before": first["accuracy"],
+            "accuracy_after": last["accuracy"],
+            "worst_client_loss_before": max(first["loss_clients"]),
+            "worst_client_loss": max(last["loss_clients"]),
+            "worst_client_accuracy": min(last["accuracy_clients"]) if last["accuracy_clients"] else None,
+            "bytes_down": rounds[-1]["bytes_down_total"],
+            "bytes_up": rounds[-1]["bytes_up_total"],
+            "flops": rounds[-1]["flops_total"],
+            "peak_memory_bytes": max((entry["real"]["memory_bytes"] for entry in entries), default=0),
+            "experts_held_min": min(held, default=0),
+            "experts_held_max": max(held, default=0),
+            "budget_violations": len(overruns),
+            "refused_updates": sum(len(line["refused"]) for line in rounds),
+            "seconds": math.fsum(line["seconds"] for line in rounds),
+            "engine_seconds": math.fsum(line["engine_seconds"] for line in rounds),
+            "client_seconds": math.fsum(entry["real"]["seconds"] for entry in entries),
+            "budgeted": not overruns,
+            "corpus_sha256": data.corpus_sha256,
+            "model_hash": model_hash,
+            "threads": config.threads,
+            "partition": data.partition,
+        }
+        write_json(self.out / "summary.json", summary)
+        return summary
+
+
+def label_of(config: Any) -> str:
+    """What people call this run: the algorithm and the choices that change its meaning."""
+    names = {"hfedmoe": "HFedMoE", "random": "random experts", "fedavg": "FedAvg, all experts"}
+    name = names.get(config.algorithm, config.algorithm)
+    if config.algorithm != "hfedmoe":
+        return name
+    parts = [f"score {config.selection.score}"]
+    if config.selection.mode != "compact":
+        parts.append(config.selection.mode)
+    if config.aggregation.experts != "participation":
+        parts.append(f"{config.aggregation.experts} mean")
+    return f"{name} ({', '.join(parts)})"
+
+
+def _results(held: Held) -> dict[str, Any]:
+    return {
+        "loss": held.loss,
+        "accuracy": held.accuracy,
+        "loss_clients": list(held.loss_C),
+        "accuracy_clients": None if held.accuracy_C is None else list(held.accuracy_C),
+        "evaluate_seconds": held.seconds,
+    }
+
+
+def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:
+    return {
+        "type": "client",
+        "round": number,
+        "client": update.client,
+        "tier": budgets[update.client].name,
+        "held_LE": plan.permitted_LE.astype(int).tolist(),
+        "trained_LE": plan.trainable_LE.astype(int).tolist(),
+        "loss_first": update.loss_first,
+        "loss_last": update.loss_last,
+        "steps": update.steps,
+        "top_k": plan.top_k,
+        "status": update.status,
+        "error": update.error,
+    }
+
+
+def _ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:
+    budget = asdict(budgets[update.client])
+    budget.pop("name")
+    return {
+        "round": number,
+        "client": update.client,
+        "budget": budget,
+        "predicted": asdict(plan.predicted),
+        "real": asdict(update.cost),
+    }
+
+
+def _over(entry: Mapping[str, Any]) -> bool:
+    """Whether a ledger line shows more than its budget, predicted or real."""
+    budget = Budget(**entry["budget"])
+    return any(budget.violations(Cost(**entry[kind])) for kind in ("predicted", "real"))

@@ -1,0 +1,164 @@
+"""What a run, or several, came to: the lines for the terminal, an honest verdict, and the page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from fedmoe_core import show
+from fedmoe_core.runs import Run, differences, read_runs
+
+LEVEL = 0.0005  # differences below this vanish in the three digits that are printed
+
+
+def report(run_dirs: Sequence[Path], *, out: Path | None = None) -> tuple[Path, list[str]]:
+    """Write one self-contained HTML page and return where it lies, with the lines for the terminal.
+
+    The first run is the subject: the verdict sets it against each of the others.
+
+    Raises:
+        ValueError: no run given, or a directory without a run.
+        OSError: a file cannot be read or written.
+    """
+    if not run_dirs:
+        raise ValueError("no run given; name at least one run directory")
+    runs = read_runs(run_dirs)
+    if out is None:
+        one = len(runs) == 1
+        out = (
+            runs[0].path / "report.html" if one else Path(os.path.commonpath(run.path for run in runs)) / "report.html"
+        )
+    from fedmoe_core.page import render
+
+    verdicts = compare(runs)
+    text = render(runs, verdicts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(out)
+    return out, [*(line(run) for run in runs), *verdicts]
+
+
+def line(run: Run) -> str:
+    """One line: loss before and after, worst client, traffic, experts, budgets."""
+    summary = run.summary
+    before, after = summary.get("loss_before"), summary.get("loss_after")
+    parts = [f"{run.name}: held-out loss {show.number(before)} -> {show.number(after)}"]
+    if run.has_accuracy:
+        accuracy = summary.get("accuracy_before"), summary.get("accuracy_after")
+        parts.append(f"accuracy {show.share(accuracy[0])} -> {show.share(accuracy[1])}")
+    parts.append(f"worst client {show.number(summary.get('worst_client_loss'))}")
+    down, up = show.size(summary.get("bytes_down")), show.size(summary.get("bytes_up"))
+    parts.append(f"moved {show.size(run.traffic)} (down {down}, up {up})")
+    parts.append(f"experts held {held(run)}")
+    parts.append(f"budgets exceeded: {run.violations}" if run.budgeted else "not bound by the budgets")
+    if summary.get("refused_updates"):
+        parts.append(f"updates refused: {summary['refused_updates']}")
+    if not run.finished:
+        parts.append(f"unfinished after round {summary.get('rounds')}")
+    return ", ".join(parts)
+
+
+def held(run: Run) -> str:
+    """The fewest and the most experts that a client held, such as ``8..12``."""
+    low, high = run.summary.get("experts_held_min"), run.summary.get("experts_held_max")
+    if low is None or high is None:
+        return show.NONE
+    return f"{low}" if low == high else f"{low}..{high}"
+
+
+def compare(runs: Sequence[Run]) -> list[str]:
+    """One sentence for each method beside the first; runs of one method that differ in seed only count together."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {key: value for key, value in run.config.items() if key not in ("seed", "out", "cache", "ranks")}
+        method = str(run.summary.get("label") or run.summary.get("algorithm"))
+        groups.setdefault(repr((method, sorted(settings.items()))), []).append(run)
+    subject, *others = groups.values()
+    return [_verdict(subject, other) for other in others]
+
+
+def _verdict(mine: Sequence[Run], theirs: Sequence[Run]) -> str:
+    pairs = [(a, b) for a in mine for b in theirs if a.seed == b.seed][: max(len(mine), len(theirs))]
+    pairs = pairs or [(mine[0], theirs[0])]
+    name, other = _group_name(mine), _group_name(theirs)
+    unlike = [key for key in differences(*pairs[0]) if key != "seed"]
+    if any(key in ("data", "corpus", "model", "partition", "clients", "eval.sequences") for key in unlike):
+        return f"{name} and {other} cannot be compared: they differ in {', '.join(unlike)}."
+    for run in (*mine, *theirs):
+        if not run.finished:
+            return f"{name} and {other} cannot be compared yet: {run.name} is unfinished."
+        if run.violations and run.budgeted:
+            return f"{name} and {other} cannot be compared: {run.name} exceeded {run.violations} budgets."
+    accurate = all(run.has_accuracy for pair in pairs for run in pair)
+    key = "accuracy_after" if accurate else "loss_after"
+    found = [(a.summary.get(key), b.summary.get(key)) for a, b in pairs]
+    values = [(float(a), float(b)) for a, b in found if a is not None and b is not None]
+    if len(values) < len(pairs):
+        return f"{name} and {other} cannot be compared: a held-out figure is missing."
+    seeds_differ = any(a.seed != b.seed for a, b in pairs)
+    rest = [key for key in unlike if key != "budgets"] + (["seed"] if seeds_differ else [])
+    also = f"; they also differ in {', '.join(rest)}" if rest else ""
+    starts = [float(run.summary.get("loss_before") or "nan") for run in pairs[0]]
+    if abs(starts[0] - starts[1]) > LEVEL and not seeds_differ:
+        also += f"; they did not start level ({show.number(starts[0])} and {show.number(starts[1])})"
+    return f"{_sentence(name, other + _terms(mine[0], theirs[0], unlike), values, accurate=accurate)}{also}."
+
+
+def _terms(a: Run, b: Run, unlike: Sequence[str]) -> str:
+    if not b.budgeted:
+        return ", which no budget binds"
+    if not a.budgeted:
+        return ", though no budget binds it"
+    return " under different budgets" if "budgets" in unlike else " under the same budgets"
+
+
+def _sentence(name: str, other: str, values: Sequence[tuple[float, float]], *, accurate: bool) -> str:
+    """Who ends where; ahead means lower loss or higher accuracy, on the mean over the seeds."""
+    a, b = fmean(x for x, _ in values), fmean(y for _, y in values)
+    sign = 1 if accurate else -1
+    wins = sum(sign * (x - y) > 0 for x, y in values)
+    seeds = "one seed" if len(values) == 1 else f"mean of {len(values)} seeds, ahead in {wins}"
+    text = show.share if accurate else show.number
+    figures = f"({text(a)} against {text(b)}, {seeds})"
+    gap = f"{100 * abs(a - b):.1f} points of accuracy" if accurate else f"{abs(a - b):.3f} nats"
+    side = "above" if a > b else "below"
+    if abs(a - b) < LEVEL:
+        return f"{name} did not beat {other}: they end level {figures}"
+    if sign * (a - b) > 0:
+        return f"{name} ends {gap} {side} {other} {figures}"
+    return f"{name} did not beat {other}: it ends {gap} {side} {figures}"
+
+
+def _group_name(runs: Sequence[Run]) -> str:
+    return runs[0].name.removesuffix(f", seed {runs[0].seed}") if len(runs) > 1 else runs[0].name
+
+
+def ranking(runs: Sequence[Run]) -> list[tuple[int | None, Run, str]]:
+    """Runs from best to worst with their place; None and a reason where a run may not be ranked."""
+    accurate = all(run.has_accuracy for run in runs)
+
+    def merit(run: Run) -> float:
+        value = run.summary.get("accuracy_after" if accurate else "loss_after")
+        return float("inf") if not show.known(value) else -float(value) if accurate else float(value)  # type: ignore[arg-type]
+
+    fair: list[Run] = []
+    apart: list[tuple[int | None, Run, str]] = []
+    for run in runs:
+        unlike = [key for key in differences(runs[0], run) if key != "seed"]
+        if not run.finished:
+            apart.append((None, run, "unfinished"))
+        elif not run.budgeted:
+            apart.append((None, run, "not bound by the budgets"))
+        elif run.violations:
+            apart.append((None, run, "exceeded a budget"))
+        elif unlike:
+            apart.append((None, run, f"differs in {', '.join(unlike)}"))
+        elif merit(run) == float("inf"):
+            apart.append((None, run, "no held-out figure"))
+        else:
+            fair.append(run)
+    fair.sort(key=merit)
+    return [*((place, run, "") for place, run in enumerate(fair, 1)), *sorted(apart, key=lambda item: merit(item[1]))]

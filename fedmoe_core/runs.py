@@ -1,0 +1,205 @@
+"""A run as its directory tells it: read back for the report, tolerant of what an unfinished run lacks."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmoe_core import show
+
+NAMES = {
+    "hfedmoe": "HFedMoE",
+    "fedavg": "FedAvg",
+    "random": "random experts",
+}
+
+# Keys that may differ between two runs of one comparison: they name the method, or where and how fast it ran.
+METHOD = ("algorithm", "out", "cache", "ranks", "threads", "selection", "aggregation")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory, read.
+
+    Attributes:
+        path: the directory.
+        name: how people call it, unique among the runs that are shown together.
+        summary: summary.json, or what the records still tell of a run that did not finish.
+        config: the resolved configuration as a tree of tables.
+        rounds: round records in order, round 0 (before training) first.
+        clients: client records in order of round and client.
+        ledger: ledger lines in order of round and client.
+        partition: who holds what data, or None.
+        finished: whether summary.json is there.
+    """
+
+    path: Path
+    name: str
+    summary: Mapping[str, Any]
+    config: Mapping[str, Any]
+    rounds: Sequence[Mapping[str, Any]]
+    clients: Sequence[Mapping[str, Any]]
+    ledger: Sequence[Mapping[str, Any]]
+    partition: Mapping[str, Any] | None
+    finished: bool
+
+    @property
+    def budgeted(self) -> bool:
+        return bool(self.summary.get("budgeted", True))
+
+    @property
+    def violations(self) -> int:
+        return int(self.summary.get("budget_violations") or 0)
+
+    @property
+    def has_accuracy(self) -> bool:
+        return show.known(self.summary.get("accuracy_after"))
+
+    @property
+    def seed(self) -> int:
+        return int(self.summary.get("seed", self.config.get("seed", 0)))
+
+    @property
+    def traffic(self) -> float | None:
+        """Bytes moved both ways."""
+        down, up = self.summary.get("bytes_down"), self.summary.get("bytes_up")
+        return None if down is None or up is None else float(down + up)
+
+    @property
+    def client_ids(self) -> list[int]:
+        """Clients that are known of, grouped by tier (tiers in order of appearance), ascending within a tier."""
+        tiers = self.tiers
+        order = {tier: place for place, tier in enumerate(dict.fromkeys(tiers.values()))}
+        known = set(tiers) | set(range(len((self.partition or {}).get("clients", []))))
+        return sorted(known, key=lambda c: (order.get(tiers.get(c, ""), len(order)), c))
+
+    @property
+    def tiers(self) -> dict[int, str]:
+        """Tier of each client that took part."""
+        return {r["client"]: r.get("tier") or "" for r in sorted(self.clients, key=lambda r: (r["client"], r["round"]))}
+
+    def client_name(self, client: int) -> str:
+        names = (self.partition or {}).get("clients", [])
+        return str(names[client]) if client < len(names) else f"client {client}"
+
+    def last(self, key: str, *, first: bool = False) -> Any:
+        """A value of the last (or first) round record that has it."""
+        for record in self.rounds if first else reversed(self.rounds):
+            if record.get(key) is not None:
+                return record[key]
+        return None
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs in these directories, each with a name of its own.
+
+    Raises:
+        ValueError: no run there, nothing recorded yet, or a file that cannot be understood.
+        OSError: a file cannot be read.
+    """
+    runs = [_read(Path(path)) for path in paths]
+    names = [run.name for run in runs]
+    seeds = {run.seed for run in runs}
+    unique: list[Run] = []
+    for run in runs:
+        name = run.name
+        if names.count(name) > 1:
+            twins = [other for other in runs if other.name == name]
+            by_seed = len(seeds) > 1 and len({twin.seed for twin in twins}) == len(twins)
+            name = f"{name}, seed {run.seed}" if by_seed else f"{name}, {run.path.name}"
+        unique.append(Run(**{**run.__dict__, "name": name}))
+    return unique
+
+
+def differences(first: Run, second: Run) -> list[str]:
+    """Dotted configuration keys, the method's own aside, and facts of the data in which two runs differ."""
+    keys = sorted(set(first.config) | set(second.config))
+    found: list[str] = []
+    for key in keys:
+        mine, theirs = first.config.get(key), second.config.get(key)
+        if key in METHOD or mine == theirs:
+            continue
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            found += [f"{key}.{leaf}" for leaf in sorted(set(mine) | set(theirs)) if mine.get(leaf) != theirs.get(leaf)]
+        else:
+            found.append(key)
+    if first.summary.get("corpus_sha256") != second.summary.get("corpus_sha256") and "data" not in found:
+        found.append("corpus")
+    return found
+
+
+def _read(path: Path) -> Run:
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory; give the directory of a run")
+    if not (path / "metrics.jsonl").is_file():
+        raise ValueError(f"{path} holds no run (no metrics.jsonl); give the directory that a run named as out")
+    records = _lines(path / "metrics.jsonl")
+    rounds = _latest([r for r in records if r.get("type") == "round"], "round")
+    clients = _latest([r for r in records if r.get("type") == "client"], "round", "client")
+    if not rounds:
+        raise ValueError(f"{path}/metrics.jsonl has no round yet; let the run finish a round first")
+    config = tomllib.loads((path / "config.toml").read_text("utf-8")) if (path / "config.toml").is_file() else {}
+    finished = (path / "summary.json").is_file()
+    summary = _json(path / "summary.json") if finished else _summary_so_far(config, rounds)
+    algorithm = str(summary.get("algorithm", config.get("algorithm", "run")))
+    return Run(
+        path=path,
+        name=str(summary.get("label") or NAMES.get(algorithm, algorithm)),
+        summary=summary,
+        config=config,
+        rounds=rounds,
+        clients=clients,
+        ledger=_latest(_lines(path / "ledger.jsonl"), "round", "client") if (path / "ledger.jsonl").is_file() else [],
+        partition=_json(path / "partition.json") if (path / "partition.json").is_file() else None,
+        finished=finished,
+    )
+
+
+def _summary_so_far(config: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first, last = rounds[0], rounds[-1]
+    losses = [value for value in last.get("loss_clients") or () if show.known(value)]
+    return {
+        "algorithm": config.get("algorithm"),
+        "seed": config.get("seed", 0),
+        "rounds": last["round"],
+        "loss_before": first.get("loss") if first["round"] == 0 else None,
+        "loss_after": last.get("loss"),
+        "accuracy_before": first.get("accuracy") if first["round"] == 0 else None,
+        "accuracy_after": last.get("accuracy"),
+        "worst_client_loss": max(losses, default=None),
+        "bytes_down": last.get("bytes_down_total"),
+        "bytes_up": last.get("bytes_up_total"),
+        "flops": last.get("flops_total"),
+    }
+
+
+def _latest(records: Sequence[Mapping[str, Any]], *keys: str) -> list[Mapping[str, Any]]:
+    """Records in order of ``keys``; of two for the same place (a resumed run) the later one counts."""
+    kept = {tuple(int(record[key]) for key in keys): record for record in records}
+    return [kept[place] for place in sorted(kept)]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    texts = path.read_text("utf-8").split("\n")
+    records: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            records.append(json.loads(text))
+        except json.JSONDecodeError:
+            if number == len(texts):
+                break  # a killed run may leave half a last line
+            raise ValueError(f"{path} line {number} is not JSON; remove that line or run again") from None
+    return records
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is not JSON; run again, or remove it") from None

@@ -1,0 +1,298 @@
+"""Which experts a client gets, and how much work: exact solvers of HFedMoE eq. 15 and of its real-budget forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from fedmoe_core.budget import RESOURCES, Budget, show
+from fedmoe_core.costs import CostModel, Mode, Rows
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A chosen set: the mask (L, E), the sum of its values, and the proven distance to the optimum (0 = exact)."""
+
+    chosen_LE: np.ndarray
+    value: float
+    gap: float
+
+
+class FlopFit(NamedTuple):
+    """What a FLOP budget leaves of the work."""
+
+    local_steps: int
+    top_k: int
+    trainable_LE: np.ndarray
+
+
+def select_top_n(scores_LE: np.ndarray, n: int, *, keep_one: bool = True, drop_negative: bool = True) -> np.ndarray:
+    """argmax over |A| <= n of the sum of scores over A: HFedMoE eq. 15 [N], exact.
+
+    With ``keep_one`` every layer keeps at least its best expert; the rest of n goes to the highest scores of all
+    layers. With ``drop_negative`` a negative score is taken only to keep a layer alive, as eq. 15 implies; without it
+    exactly n experts are taken. Ties go to the smaller layer, then the smaller expert id. To leave out an expert that
+    no token of the client reached (E_union of eq. 15), give it a negative score.
+
+    Raises:
+        ValueError: a score is not finite; n below the number of layers with ``keep_one``.
+    """
+    _require_finite(scores_LE)
+    layers, experts = scores_LE.shape
+    if n < (layers if keep_one else 0):
+        raise ValueError(f"{n} experts cannot cover {layers} MoE layers; allow at least {layers}")
+    chosen_LE = np.zeros((layers, experts), dtype=bool)
+    if keep_one:
+        chosen_LE[np.arange(layers), scores_LE.argmax(axis=1)] = True
+    order = np.argsort(-scores_LE, axis=None, kind="stable")
+    rest = order[~chosen_LE.ravel()[order]]
+    if drop_negative:
+        rest = rest[scores_LE.ravel()[rest] >= 0]
+    chosen_LE.ravel()[rest[: n - int(chosen_LE.sum())]] = True
+    return chosen_LE
+
+
+def knapsack(
+    values_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: Sequence[int], *, node_limit: int | None = None
+) -> Selection:
+    """Most valuable set within D additive limits and with at least one expert per layer [E]; exact.
+
+    Where every binding resource costs the same for all experts this is ``select_top_n`` with the smallest count;
+    otherwise an integer program (HiGHS). Negative values are taken only to keep a layer alive. Among sets of equal
+    value the result is filled up in index order with what fits and costs no value, so a value of 0 does not starve a
+    client that has room.
+
+    Args:
+        values_LE: float, finite.
+        costs_DLE: integers >= 0 (bytes, counts).
+        limits_D: integers.
+        node_limit: stop branching there; the result is then feasible and ``gap`` says how far it may be from the best.
+            A count, not a time, so that the same input gives the same answer on every machine.
+
+    Raises:
+        ValueError: no set has one expert per layer within all limits, or an input is malformed.
+    """
+    _require_finite(values_LE)
+    if not np.issubdtype(costs_DLE.dtype, np.integer) or (costs_DLE < 0).any():
+        raise ValueError("costs are not integers >= 0; give bytes or counts")
+    limits = np.asarray(limits_D, dtype=np.int64)
+    least_D = costs_DLE.min(axis=2).sum(axis=1)
+    if (least_D > limits).any():
+        row = int(np.flatnonzero(least_D > limits)[0])
+        raise ValueError(f"limit {limits[row]} cannot hold one expert per MoE layer; at least {least_D[row]} is needed")
+    # A row that even the whole model respects cannot bind.
+    binding_D = costs_DLE.sum(axis=(1, 2)) > limits
+    costs_DLE, limits = costs_DLE[binding_D], limits[binding_D]
+    uniform = [
+        (int(cost.flat[0]), int(limit)) for cost, limit in zip(costs_DLE, limits, strict=True) if np.ptp(cost) == 0
+    ]
+    count = min([values_LE.size, *(limit // cost for cost, limit in uniform)])
+    # Optimal where only the uniform rows count; if it happens to respect the others too, it is optimal for all.
+    chosen_LE = select_top_n(values_LE, count)
+    if _respects(chosen_LE, costs_DLE, limits):
+        return Selection(chosen_LE, float(values_LE[chosen_LE].sum()), 0.0)
+    chosen_LE, gap = _integer_program(values_LE, costs_DLE, limits, node_limit=node_limit)
+    for place in np.argsort(-values_LE, axis=None, kind="stable"):
+        if values_LE.flat[place] >= 0 and not chosen_LE.flat[place]:
+            chosen_LE.flat[place] = True
+            if not _respects(chosen_LE, costs_DLE, limits):
+                chosen_LE.flat[place] = False
+    return Selection(chosen_LE, float(values_LE[chosen_LE].sum()), gap)
+
+
+def choose(
+    budget: Budget,
+    model: CostModel,
+    scores_LE: np.ndarray,
+    *,
+    client: int | str = 0,
+    mode: Mode = "compact",
+    top_k: int | None = None,
+    first_participation: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The permitted and trainable experts (L, E) of a client: the best score inside memory, bytes and count.
+
+    Compact: permitted = trainable. Backward-masked (the paper's form): all permitted, the chosen ones trainable; it
+    holds every expert, so it takes a budget with an expert count, and any other limit has to hold the whole model.
+    A budget that holds the whole model leaves nothing to choose: all experts are in, whatever their scores (eq. 15
+    would drop negative ones; DESIGN.md invariant 9 asks that a full budget be FedAvg for every lambda and beta).
+    FLOPs do not depend on the experts held; ``fit_flops`` meets them.
+
+    Raises:
+        ValueError: a limit is too small for one expert per MoE layer, with the number that would do; or the mode
+            cannot honour this kind of budget.
+    """
+    limited = {word: getattr(budget, RESOURCES[word]) for word in ("memory", "down", "up", "experts")}
+    limited = {word: limit for word, limit in limited.items() if limit is not None}
+    if mode == "backward-masked" and limited and "experts" not in limited:
+        raise ValueError(
+            f"client {client}: backward-masked selection keeps every expert resident, so a limit on "
+            f"{'/'.join(limited)} cannot choose among them; add experts=N to the budget or use selection.mode=compact"
+        )
+    rows = model.rows(mode, top_k=top_k, first_participation=first_participation)
+    _require_feasible(limited, rows, client=client, mode=mode)
+    kept = [row for row, name in enumerate(rows.names) if name in limited]
+    limits = [int(limited[rows.names[row]] - rows.base_D[row]) for row in kept]
+    if _respects(np.ones_like(scores_LE, dtype=bool), rows.costs_DLE[kept], np.array(limits, dtype=np.int64)):
+        return np.ones_like(scores_LE, dtype=bool), np.ones_like(scores_LE, dtype=bool)
+    try:
+        chosen_LE = knapsack(scores_LE, rows.costs_DLE[kept], limits).chosen_LE
+    except ValueError as error:
+        raise ValueError(f"client {client}: {error}") from error
+    permitted_LE = np.ones_like(chosen_LE) if mode == "backward-masked" else chosen_LE
+    return permitted_LE, chosen_LE.copy()
+
+
+def fit_flops(
+    budget: Budget,
+    model: CostModel,
+    permitted_LE: np.ndarray,
+    trainable_LE: np.ndarray,
+    *,
+    local_steps: int,
+    min_steps: int = 1,
+    top_k: int | None = None,
+    scores_LE: np.ndarray | None = None,
+    client: int | str = 0,
+) -> FlopFit:
+    """The work that a FLOP budget allows: local steps first (down to ``min_steps``), then k', then the trainable share.
+
+    k' starts at the most experts that any layer holds, if that is below the model's k: the rest would be empty places.
+    At k' = 1 a token meets one expert, so what is trained within a layer no longer changes the bound: the share falls
+    by whole layers, least total score first (ties: the shallower layer, whose backward is the longer), down to one.
+
+    Raises:
+        ValueError: not even ``min_steps`` steps with k' = 1 and one trainable layer fit, with the number that would do.
+    """
+    if not 1 <= min_steps <= local_steps:
+        raise ValueError(f"client {client}: min_steps={min_steps} is outside 1..local_steps={local_steps}")
+    most_k = min(model.top_k if top_k is None else top_k, int(permitted_LE.sum(axis=1).max()))
+    if budget.flops is None:
+        return FlopFit(local_steps, most_k, trainable_LE)
+    for k in range(most_k, 0, -1):
+        steps = _steps(budget.flops, model.step_flops(permitted_LE, trainable_LE, top_k=k))
+        if steps >= min_steps:
+            return FlopFit(min(local_steps, steps), k, trainable_LE)
+    worth_L = np.where(trainable_LE, 0.0 if scores_LE is None else scores_LE, 0.0).sum(axis=1)
+    kept_LE = trainable_LE.copy()
+    layers = np.flatnonzero(trainable_LE.any(axis=1))
+    for layer in layers[np.argsort(worth_L[layers], kind="stable")][:-1]:
+        kept_LE[layer] = False
+        steps = _steps(budget.flops, model.step_flops(permitted_LE, kept_LE, top_k=1))
+        if steps >= min_steps:
+            return FlopFit(min(local_steps, steps), 1, kept_LE)
+    needed = min_steps * model.step_flops(permitted_LE, kept_LE, top_k=1)
+    raise ValueError(
+        f"client {client}: flops budget {show('flops', budget.flops)} cannot pay {min_steps} local step(s) with "
+        f"one expert per token and one trainable layer; at least {show('flops', needed)} is needed"
+    )
+
+
+def explore(
+    permitted_LE: np.ndarray,
+    demand_LE: np.ndarray,
+    scores_LE: np.ndarray,
+    *,
+    chance: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Give absent experts a turn [E]: per layer, with ``chance``, the held expert of least score gives way to one.
+
+    The newcomer is drawn in proportion to the client's own demand for it (sum of G_e, which the full router measures
+    also for absent experts). All experts of a layer cost the same, so the budget is untouched. A layer without an
+    absent expert in demand stays as it is. Two draws are taken per layer whatever happens, so layers do not shift
+    each other's randomness.
+    """
+    explored_LE = permitted_LE.copy()
+    for layer, (coin, place) in enumerate(rng.random((permitted_LE.shape[0], 2))):
+        demand_E = np.where(permitted_LE[layer], 0.0, demand_LE[layer])
+        if coin >= chance or not demand_E.sum() > 0:
+            continue
+        held = np.flatnonzero(permitted_LE[layer])
+        cumulative_E = np.cumsum(demand_E)
+        newcomer = int(np.searchsorted(cumulative_E, place * cumulative_E[-1], side="right"))
+        newcomer = min(newcomer, int(np.flatnonzero(demand_E)[-1]))  # the product may round up to the total
+        explored_LE[layer, held[np.argmin(scores_LE[layer, held])]] = False
+        explored_LE[layer, newcomer] = True
+    if (explored_LE.sum(axis=1) != permitted_LE.sum(axis=1)).any():
+        raise AssertionError("exploration changed the number of experts of a layer")
+    return explored_LE
+
+
+def _integer_program(
+    values_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: np.ndarray, *, node_limit: int | None
+) -> tuple[np.ndarray, float]:
+    """Binary program by HiGHS, made exact: integer rows in lowest terms, tight gaps, and every answer re-checked."""
+    layers, experts = values_LE.shape
+    # HiGHS accepts violations of 1e-6 and no coefficient of 1e15: rows are put in lowest terms, and scaled to 32 bits
+    # where that is not enough. Rounding costs and limit down loses no feasible set; the re-check below does the rest.
+    divisor_D = np.gcd.reduce(costs_DLE.reshape(len(costs_DLE), -1), axis=1)
+    divisor_D *= np.maximum(costs_DLE.max(axis=(1, 2)) // divisor_D >> 32, 1)
+    rows = [
+        LinearConstraint(cost.ravel() // divisor, ub=limit // divisor)
+        for cost, divisor, limit in zip(costs_DLE, divisor_D, limits_D, strict=True)
+    ]
+    rows.append(LinearConstraint(np.kron(np.eye(layers), np.ones(experts)), lb=1))
+    # Its absolute gap is fixed at 1e-6, so values are scaled until that is 1e-12 of the largest.
+    scale = 1e6 / (float(np.abs(values_LE).max()) or 1.0)
+    options: dict[str, float] = {"mip_rel_gap": 0.0}
+    if node_limit is not None:
+        options["node_limit"] = node_limit
+    while True:
+        answer = milp(-scale * values_LE.ravel(), integrality=1, bounds=Bounds(0, 1), constraints=rows, options=options)
+        if answer.x is None:
+            break
+        chosen_LE = (answer.x > 0.5).reshape(layers, experts)
+        if _respects(chosen_LE, costs_DLE, limits_D):
+            bound = -answer.mip_dual_bound / scale if answer.status != 0 else float(values_LE[chosen_LE].sum())
+            return chosen_LE, max(0.0, bound - float(values_LE[chosen_LE].sum()))
+        # Accepted within tolerance but over a limit: forbid exactly this set and ask again.
+        sign = np.where(chosen_LE.ravel(), 1.0, -1.0)
+        rows.append(LinearConstraint(sign, ub=float(chosen_LE.sum()) - 1))
+    if answer.status == 2:
+        raise ValueError("no set with one expert per MoE layer fits all limits together; raise one of them")
+    raise ValueError("the search stopped before it found any set; raise node_limit")
+
+
+def _respects(chosen_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: np.ndarray) -> bool:
+    """Exact integer check of all limits, and of one expert per layer."""
+    used_D = (costs_DLE * chosen_LE).sum(axis=(1, 2))
+    return bool((used_D <= limits_D).all() and chosen_LE.any(axis=1).all())
+
+
+def _require_feasible(limited: dict[str, int], rows: Rows, *, client: int | str, mode: Mode) -> None:
+    """Raise for every limit that cannot hold the least a client needs, naming the number that would do."""
+    least_D = rows.base_D + rows.costs_DLE.min(axis=2).sum(axis=1)
+    needed = {
+        word: max(int(least) for name, least in zip(rows.names, least_D, strict=True) if name == word)
+        for word in limited
+    }
+    short = [word for word, limit in limited.items() if needed[word] > limit]
+    if not short:
+        return
+    have = " and ".join(f"{word} budget {show(word, limited[word])}" for word in short)
+    need = " and ".join(
+        f"{show(word, needed[word])} of {word}" if len(short) > 1 else show(word, needed[word]) for word in short
+    )
+    least = (
+        "every expert, which backward-masked selection keeps resident"
+        if mode != "compact"
+        else "one expert per MoE layer"
+    )
+    raise ValueError(f"client {client}: {have} cannot hold {least}; at least {need} is needed")
+
+
+def _steps(budget: float, step: float) -> int:
+    """Whole steps inside the budget; the product, as the cost model forms it, never passes it by rounding."""
+    steps = int(budget // step)
+    return steps if steps * step <= budget else steps - 1
+
+
+def _require_finite(scores_LE: np.ndarray) -> None:
+    if not np.isfinite(scores_LE).all():
+        layer, expert = np.argwhere(~np.isfinite(scores_LE))[0]
+        raise ValueError(f"score of layer {layer}, expert {expert} is not finite; give every expert a number")

@@ -1,0 +1,72 @@
+"""Numbers as people read them: bytes, FLOPs, seconds, losses, shares; ``n/a`` where there is none."""
+
+from __future__ import annotations
+
+import math
+
+NONE = "n/a"
+
+
+def known(value: float | None) -> bool:
+    """Whether there is a finite number to show."""
+    return value is not None and math.isfinite(value)
+
+
+def size(count: float | None) -> str:
+    """Bytes in binary units, such as ``12.3 MiB``."""
+    if count is None or not math.isfinite(count):
+        return NONE
+    if abs(count) < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if abs(count) < 1000:
+            return f"{_three(count)} {unit}"
+    return f"{_three(count / 1024)} TiB"
+
+
+def flops(count: float | None) -> str:
+    """Floating-point operations in decimal units, such as ``4.20 GFLOP``."""
+    if count is None or not math.isfinite(count):
+        return NONE
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"):
+        if abs(count) < 1000:
+            return f"{_three(count)} {unit}"
+        count /= 1000
+    return f"{_three(count)} EFLOP"
+
+
+def seconds(value: float | None) -> str:
+    """Time, such as ``3.2 s``, ``2 min 05 s`` or ``1 h 04 min``."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    if value < 60:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A loss or another plain number with ``digits`` decimals."""
+    return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A change, always with its sign."""
+    return NONE if value is None or not math.isfinite(value) else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def share(value: float | None, digits: int = 1) -> str:
+    """A part of one, in per cent."""
+    return NONE if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 client``, ``2 clients``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _three(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"

@@ -1,0 +1,223 @@
+"""The simulator: a round is plan, train, sum, apply; a run is rounds, each committed before the next begins."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedmoe_core.aggregate import Accumulator, SumSettings, model_hash
+from fedmoe_core.batch import client_batches
+from fedmoe_core.checkpoint import ensure_writable, load_checkpoint
+from fedmoe_core.client import train_client
+from fedmoe_core.config import Config
+from fedmoe_core.evaluate import evaluate_clients
+from fedmoe_core.plan import ExpertPlan
+from fedmoe_core.prepare import World, build_world, pick_device
+from fedmoe_core.progress import NullObserver, Observer, PlanRow
+from fedmoe_core.ranks import open_ranks
+from fedmoe_core.records import RunLog, client_record, label_of, plan_row
+from fedmoe_core.reports import refused, report_of, update_of
+from fedmoe_core.rng import counter_rng
+from fedmoe_core.state import ServerState, unpack_state
+from fedmoe_core.update import ClientUpdate
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round left behind besides the next state."""
+
+    index: int  # from 0
+    plans: list[ExpertPlan]
+    updates: list[ClientUpdate]  # of all ranks, by client; no deltas
+    applied: bool
+    seconds: float
+    engine_seconds: float  # plan, extract, check, aggregate: everything but training
+
+
+def run(config: Config, *, observer: Observer | None = None, force: bool = False) -> dict[str, Any]:
+    """Train ``config`` from its warm-up to its last round and return what ``summary.json`` holds.
+
+    Raises:
+        ValueError, OSError: one sentence that names the offender and the remedy; nothing half-written is left.
+    """
+    config = config.resolved()
+    out = Path(config.out)
+    with open_ranks(config.ranks, pick_device(config)) as ranks:
+        if ranks.leads:
+            _claim(out, force=force)
+        ranks.wait()
+        observer = observer if observer is not None and ranks.leads else NullObserver()
+        world = build_world(config, ranks, observer)
+        state = world.algorithm.init(world.params)
+        check_budgets(world, state)
+        log = RunLog.create(out, world) if ranks.leads else None
+        return _play(world, state, log, observer)
+
+
+def resume(run_dir: Path, *, observer: Observer | None = None) -> dict[str, Any]:
+    """Continue an interrupted run after its last committed round; the result is that of a run never interrupted.
+
+    Raises:
+        ValueError: no checkpoint, a damaged one, or one that belongs to another configuration.
+    """
+    config = Config.load(run_dir / "config.toml")
+    with open_ranks(config.ranks, pick_device(config)) as ranks:
+        observer = observer if observer is not None and ranks.leads else NullObserver()
+        saved = load_checkpoint(run_dir / "checkpoint", expected_fingerprint=config.decisive())
+        config = replace(config, out=str(run_dir))
+        world = build_world(config, ranks, observer)
+        state = unpack_state(saved.tensors, round=int(saved.meta["round"]), device=ranks.device)
+        log = RunLog.reopen(run_dir, world, saved.meta) if ranks.leads else None
+        return _play(world, state, log, observer)
+
+
+def dry_run(config: Config, *, observer: Observer | None = None) -> list[PlanRow]:
+    """What each client would hold in the first round, and what it would cost, before anything trains.
+
+    Without a cached warm-up the untrained model stands in: the numbers are the same, the chosen experts may differ.
+    """
+    config = config.resolved()
+    with open_ranks(config.ranks, pick_device(config)) as ranks:
+        world = build_world(config, ranks, observer or NullObserver(), train_warmup=False)
+        state = world.algorithm.init(world.params)
+        return [plan_row(world, plan) for plan in world.algorithm.plan(state, range(config.clients))]
+
+
+def check_budgets(world: World, state: ServerState) -> None:
+    """Plan every client once, so that a budget that cannot be served is refused before anything trains."""
+    world.algorithm.plan(state, range(world.config.clients))
+
+
+def play_round(world: World, state: ServerState, observer: Observer) -> tuple[ServerState, Round]:
+    """One round as DESIGN draws it: the server plans, clients train, exact sums meet, the server applies."""
+    config, ranks, began = world.config, world.ranks, time.perf_counter()
+
+    plans = world.algorithm.plan(state, sample_clients(config, state.round))
+    sums = _accumulator(world)
+    engine = time.perf_counter() - began
+    reports = []
+    for plan in ranks.mine(plans, [plan.predicted.flops for plan in plans]):
+        update, extract_seconds = _train_one(world, state, plan)
+        checking = time.perf_counter()
+        reports.append(report_of(_admit(update, plan, sums)))
+        engine += time.perf_counter() - checking + extract_seconds
+        if config.ranks == 1:
+            observer.on_client(state.round + 1, plan.client, client_record(state.round + 1, update, plan, world.population.budgets))
+
+    summing = time.perf_counter()
+    if ranks.world > 1:
+        sums.all_reduce()
+    gathered = [report for part in ranks.gather(reports) for report in part]
+    updates = sorted((update_of(report) for report in gathered), key=lambda update: update.client)
+    applied = sums.accepted >= config.min_clients
+    if applied:
+        state = world.algorithm.apply(state, sums.sums(), updates)
+    else:
+        state = state.advance(state.params, {}, [update.client for update in updates])
+    now = time.perf_counter()
+    return state, Round(state.round - 1, plans, updates, applied, now - began, engine + now - summing)
+
+
+def sample_clients(config: Config, round: int) -> list[int]:
+    """The clients of a round, ascending; every rank draws the same."""
+    count = config.clients_per_round or config.clients
+    rng = counter_rng(config.seed, "sample", round)
+    return sorted(int(client) for client in rng.choice(config.clients, size=count, replace=False))
+
+
+def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[ClientUpdate, float]:
+    """One client's training and the update its algorithm makes of it."""
+    train = world.config.train
+    batches = client_batches(
+        world.data.clients[plan.client].private,
+        seed=world.config.seed,
+        round=plan.round,
+        client=plan.client,
+        steps=plan.local_steps,
+        batch_size=train.batch_size,
+        seq_len=train.seq_len,
+    )
+    moved = (batch.to(world.ranks.device) for batch in batches)
+    result = train_client(world.adapter, state.params, plan, moved, train=train, costs=world.population.costs)
+    return world.algorithm.client(plan, result), result.extract_seconds
+
+
+def _admit(update: ClientUpdate, plan: ExpertPlan, sums: Accumulator) -> ClientUpdate:
+    """Sum the update, or refuse it by name: it broke its budget, or it is not what was asked for."""
+    if over := plan.budget.violations(update.cost):
+        return refused(update, f"over budget: {over[0]}")
+    outcome = sums.add(update, plan)
+    if outcome.accepted or update.status == "failed":
+        return update
+    return refused(update, outcome.reason)
+
+
+def _accumulator(world: World) -> Accumulator:
+    """Empty exact sums for one round of this run."""
+    rule, config = world.config.aggregation, world.config
+    settings = SumSettings(
+        scale_bits=rule.scale_bits,
+        weight_bits=rule.weight_bits,
+        value_bound=rule.value_bound,
+        norm_bound=rule.norm_bound,
+        max_clients=config.clients_per_round or config.clients,
+    )
+    return Accumulator(
+        world.adapter.spec.params,
+        settings,
+        lr=config.train.lr,
+        train_dense=config.train.trunk == "fedavg",
+        device=world.ranks.device,
+    )
+
+
+def _play(world: World, state: ServerState, log: RunLog | None, observer: Observer) -> dict[str, Any]:
+    """Rounds from ``state`` to the last, each evaluated, logged and committed; then the summary."""
+    config = world.config
+    observer.on_start(_headline(world, state))
+    if state.round == 0:
+        held = evaluate_clients(world, state)
+        if log is not None:
+            observer.on_round(0, config.rounds, log.before(held))
+            log.commit(state)
+    while state.round < config.rounds:
+        state, played = play_round(world, state, observer)
+        due = state.round % config.eval.every == 0 or state.round == config.rounds
+        held = evaluate_clients(world, state) if due else None
+        if log is not None:
+            record = log.round(played, held, state)
+            log.commit(state)
+            observer.on_round(state.round, config.rounds, record)
+    summary = log.finish(state, model_hash(state.params)) if log is not None else {}
+    world.ranks.wait()
+    observer.on_end(summary)
+    return summary
+
+
+def _claim(out: Path, *, force: bool) -> None:
+    """Make the run directory, refusing to mix with an earlier run unless told to replace it."""
+    if out.exists() and any(out.iterdir()):
+        if not force:
+            raise ValueError(f"{out} holds an earlier run; continue it with fedmoe resume {out}, or replace it with --force")
+        if not (out / "config.toml").exists():
+            raise ValueError(f"{out} is not a run directory, so --force will not empty it; choose another out=")
+        shutil.rmtree(out)
+    ensure_writable(out)
+
+
+def _headline(world: World, state: ServerState) -> dict[str, Any]:
+    """What the observer is told at the start."""
+    config = world.config
+    return {
+        "label": label_of(config),
+        "algorithm": config.algorithm,
+        "model": config.model,
+        "data": config.data,
+        "rounds": config.rounds,
+        "clients_per_round": config.clients_per_round or config.clients,
+        "first_round": state.round,
+        "out": config.out,
+    }

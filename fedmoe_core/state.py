@@ -1,0 +1,101 @@
+"""What the server knows: the fixed facts of the population, and the state that every round replaces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.adapter import ModelSpec
+from fedmoe_core.budget import Budget
+from fedmoe_core.config import Config
+from fedmoe_core.costs import CostModel
+from fedmoe_core.update import ClientProfile, profile_arrays
+
+
+@dataclass(frozen=True)
+class Population:
+    """Facts fixed before the first round.
+
+    Attributes:
+        config: the resolved configuration.
+        spec: the model's sizes.
+        budgets: one per client.
+        costs: the cost model, calibrated on this model, batch, sequence and backend.
+        samples_C: |D_c|, private tokens or rows of each client.
+        prior: the server's own pass over public data with the full model; stands in for clients not yet heard.
+    """
+
+    config: Config
+    spec: ModelSpec
+    budgets: tuple[Budget, ...]
+    costs: CostModel
+    samples_C: np.ndarray
+    prior: ClientProfile
+
+    def sample_weight(self, client: int) -> float:
+        """|D_c| over the largest |D_c|, in (0, 1]; 1 for all when weighting is "uniform"."""
+        if self.config.aggregation.weighting == "uniform":
+            return 1.0
+        return float(self.samples_C[client] / self.samples_C.max())
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that a checkpoint needs.
+
+    Attributes:
+        round: rounds applied so far.
+        params: the global model in global coordinates.
+        profiles: each client's latest profile, None while it has not reported.
+        visits: how many plans each client has been sent (the frozen trunk travels with the first).
+    """
+
+    round: int
+    params: dict[str, Tensor]
+    profiles: tuple[ClientProfile | None, ...]
+    visits: tuple[int, ...]
+
+    def advance(self, params: dict[str, Tensor], reports: dict[int, ClientProfile], planned: list[int]) -> ServerState:
+        """The next round's state: new parameters, fresher profiles, one more visit for every planned client."""
+        profiles = tuple(reports.get(client, profile) for client, profile in enumerate(self.profiles))
+        visits = tuple(count + (client in set(planned)) for client, count in enumerate(self.visits))
+        return replace(self, round=self.round + 1, params=params, profiles=profiles, visits=visits)
+
+
+def initial_state(params: dict[str, Tensor], clients: int) -> ServerState:
+    """Before the first round: nobody has been visited or heard."""
+    return ServerState(0, params, (None,) * clients, (0,) * clients)
+
+
+def pack_state(state: ServerState) -> dict[str, Tensor]:
+    """Every tensor of the state under one flat naming, for a checkpoint; ``unpack_state`` is the inverse."""
+    packed = {f"params/{key}": tensor for key, tensor in state.params.items()}
+    packed["visits"] = torch.tensor(state.visits, dtype=torch.int64)
+    for client, profile in enumerate(state.profiles):
+        if profile is not None:
+            for name, array in profile_arrays(profile).items():
+                packed[f"profiles/{client}/{name}"] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64))
+    return packed
+
+
+def unpack_state(packed: dict[str, Tensor], *, round: int, device: torch.device | str = "cpu") -> ServerState:
+    """Rebuild what ``pack_state`` took apart, the model on ``device``.
+
+    Raises:
+        ValueError: the checkpoint holds no model or no visit counts.
+    """
+    if "visits" not in packed or not any(key.startswith("params/") for key in packed):
+        raise ValueError("the checkpoint holds no fedmoe server state; start the run again with --force")
+    visits = tuple(packed["visits"].tolist())
+    params = {key.removeprefix("params/"): t.to(device) for key, t in packed.items() if key.startswith("params/")}
+    profiles: list[ClientProfile | None] = []
+    for client in range(len(visits)):
+        prefix = f"profiles/{client}/"
+        arrays = {k.removeprefix(prefix): t.numpy() for k, t in packed.items() if k.startswith(prefix)}
+        if arrays:
+            arrays["held_LE"] = arrays["held_LE"].astype(bool)
+        profiles.append(ClientProfile(**arrays) if arrays else None)
+    return ServerState(round, params, tuple(profiles), visits)

@@ -1,0 +1,188 @@
+"""Tokenizers trained on public text only, and the corpus encoded once and kept on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tokenizers
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from fedmoe_core.batch import Encoded
+from fedmoe_core.wording import unknown
+
+END = "<|end|>"
+UNKNOWN = "<|unk|>"
+DEFAULT_VOCAB = {"bpe": 2048, "word": 8000}
+_FORMAT = 1  # of the cache file; part of its key
+
+Kind = Literal["bpe", "word"]
+
+
+@dataclass(frozen=True, eq=False)
+class TextTokenizer:
+    """A trained tokenizer; ``end_id`` is the one token that both ends a piece and fills padding."""
+
+    kind: Kind
+    model: Tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in use; may be below what was asked for when the public text is short."""
+        return self.model.get_vocab_size()
+
+    @property
+    def end_id(self) -> int:
+        return self.model.token_to_id(END)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without the end token."""
+        return [encoding.ids for encoding in self.model.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, end tokens left out; exact for ``bpe``, lower-case words for ``word``."""
+        return self.model.decode(list(ids), skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        return self.model.to_str()
+
+
+def from_json(kind: Kind, text: str) -> TextTokenizer:
+    """The tokenizer that ``TextTokenizer.to_json`` wrote."""
+    return _plain(kind, Tokenizer.from_str(text))
+
+
+def train_tokenizer(kind: Kind, texts: Sequence[str], vocab_size: int) -> TextTokenizer:
+    """Train on ``texts``, which must be public.
+
+    ``bpe``: byte-level BPE (GPT-2's byte alphabet and splitting rule), lossless on any text. ``word``: the most
+    frequent lower-case words and numbers, the rest ``<|unk|>``; punctuation is dropped. For classification on a few
+    thousand rows the word vocabulary was measured at .79 accuracy where BPE reached .72 [E].
+
+    Raises:
+        ValueError: ``vocab_size`` is below the alphabet's 257 (``bpe``) or 3 (``word``).
+    """
+    least = 257 if kind == "bpe" else 3
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size} is too small for a {kind} tokenizer; use at least {least}")
+    if kind == "bpe":
+        model = Tokenizer(models.BPE())
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+    else:
+        model = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+        model.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        model.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+(?:'\w+)?"), behavior="removed", invert=True)
+        trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=[END, UNKNOWN], show_progress=False)
+    model.train_from_iterator(texts, trainer)
+    return _plain(kind, model)
+
+
+def encode_corpus(
+    texts: Sequence[str],
+    public_P: np.ndarray,
+    *,
+    kind: Kind,
+    vocab_size: int,
+    corpus_sha256: str,
+    cache: Path | None = None,
+) -> tuple[TextTokenizer, Encoded]:
+    """Train the tokenizer on ``texts[public_P]`` and encode every text, an end token after each.
+
+    With ``cache`` the result is one safetensors file there (the tokenizer's JSON in its metadata), named by the sha256
+    of the corpus and of everything else that decides it, written to a temporary file and renamed. A damaged file is
+    made anew.
+
+    Returns:
+        The tokenizer, and all P texts encoded, without labels.
+
+    Raises:
+        ValueError: unknown ``kind`` or too small a ``vocab_size``.
+        OSError: the cache folder cannot be written.
+    """
+    if kind not in DEFAULT_VOCAB:
+        raise unknown("tokenizer", kind, ("auto", *DEFAULT_VOCAB))
+    settings = {
+        "format": _FORMAT,
+        "corpus": corpus_sha256,
+        "public": sha256(np.asarray(public_P, dtype=np.int64).tobytes()).hexdigest(),
+        "pieces": len(texts),
+        "kind": kind,
+        "vocab_size": vocab_size,
+        "tokenizers": tokenizers.__version__,
+    }
+    key = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    path = None if cache is None else cache / f"encoded-{key[:32]}.safetensors"
+    if path is not None and (found := _read(path, kind, key)) is not None:
+        return found
+    tokenizer = train_tokenizer(kind, [texts[row] for row in public_P], vocab_size)
+    ids = tokenizer.encode(texts)
+    end = tokenizer.end_id
+    offsets_P1 = np.zeros(len(ids) + 1, dtype=np.int64)
+    np.cumsum([len(piece) + 1 for piece in ids], out=offsets_P1[1:])
+    tokens_N = np.full(offsets_P1[-1], end, dtype=np.int32)
+    for piece, start in zip(ids, offsets_P1, strict=False):
+        tokens_N[start : start + len(piece)] = piece
+    encoded = Encoded(torch.from_numpy(tokens_N), torch.from_numpy(offsets_P1), end)
+    if path is not None:
+        metadata = {"key": key, "settings": json.dumps(settings), "tokenizer": tokenizer.to_json()}
+        _write(path, {"tokens_N": encoded.tokens_N, "offsets_P1": encoded.offsets_P1}, metadata)
+    return tokenizer, encoded
+
+
+def _plain(kind: Kind, model: Tokenizer) -> TextTokenizer:
+    # Text that happens to spell "<|end|>" must not become the end token: a client could forge piece borders.
+    model.encode_special_tokens = True
+    return TextTokenizer(kind, model)
+
+
+def _read(path: Path, kind: Kind, key: str) -> tuple[TextTokenizer, Encoded] | None:
+    """The cached result, or None when there is none or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != key:
+                return None
+            tokenizer = from_json(kind, metadata["tokenizer"])
+            encoded = Encoded(file.get_tensor("tokens_N"), file.get_tensor("offsets_P1"), tokenizer.end_id)
+    except (SafetensorError, KeyError):
+        return None
+    return tokenizer, encoded
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+        os.close(handle)
+    except OSError as error:
+        raise type(error)(
+            f"cache folder {path.parent} cannot be written ({error.strerror}); set cache=FOLDER"
+        ) from None
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(
+            f"cache folder {path.parent} cannot be written ({error}); free space or set cache=FOLDER"
+        ) from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
