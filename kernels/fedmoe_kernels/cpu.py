@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     offsets: list[int]
 
     @property
-    def count(self) -> int:
+    def real(self) -> int:
         """N, the real rows."""
         return self.offsets[-1]
 
@@ -65,8 +65,11 @@ def tile_rows(intermediate: int) -> int:
 
 
 def forward_bytes(tokens: int, rows: int, hidden: int, inner: int, *, gated: bool, itemsize: int = 4) -> int:
-    """The most bytes a forward allocates at once, for any routing of R = `rows` places; of these the saved z
-    (R * F values) and y (T * H) stay. Exact to 64 kB (oneDNN's scratch) when one slot fills a tile; other routings take less."""
+    """The most bytes a forward allocates at once, for any routing of R = `rows` places.
+
+    Of these the saved z (R * F values) and y (T * H) stay. Exact to 64 kB (oneDNN's scratch) when one slot fills a
+    tile; other routings take less.
+    """
     width = 2 * inner if gated else inner
     most, room = _room(rows, inner)
     combining = tokens * hidden + 4 * rows + 4 * tokens  # 8-byte indices counted in values of 4
@@ -77,8 +80,10 @@ def forward_bytes(tokens: int, rows: int, hidden: int, inner: int, *, gated: boo
 def backward_bytes(
     tokens: int, rows: int, hidden: int, inner: int, *, gated: bool, grad_slots: int, itemsize: int = 4
 ) -> int:
-    """The most bytes a backward allocates at once, all gradients asked for; of these the weight gradients
-    (G * (F + I) * H values) and dx (T * H) stay. Exact in the same sense."""
+    """The most bytes a backward allocates at once, all gradients asked for.
+
+    Of these the weight gradients (G * (F + I) * H values) and dx (T * H) stay. Exact in the same sense.
+    """
     width = 2 * inner if gated else inner
     most, room = _room(rows, inner)
     combining = tokens * hidden + 4 * rows + 4 * tokens
@@ -93,7 +98,7 @@ def forward(
     """y (T, H) and the pre-activations z (R, F) that the backward reads; z is (0, F) without `keep_z`."""
     width = activation.width(experts[0].w_out.shape[1])
     z_RF = x_TH.new_empty(rows.tokens_R.shape[0] if keep_z else 0, width)
-    if rows.count == 0:
+    if rows.real == 0:
         return torch.zeros_like(x_TH), z_RF
     y_XH = _rows_and_zero(rows, x_TH)
     _forward_tiles(x_TH, rows, experts, activation, z_RF=z_RF if keep_z else None, y_XH=y_XH)
@@ -138,17 +143,17 @@ def backward(
     for b, expert in enumerate(experts):
         if rows.offsets[b] == rows.offsets[b + 1]:
             slot.clear(expert, grads)
-    if rows.count == 0:
+    if rows.real == 0:
         for buffer in (grads.weights, grads.scores):
             if buffer is not None:
                 buffer.zero_()
         return torch.zeros_like(x_TH) if want_x else None
     sums = torch.float64 if x_TH.dtype == torch.float64 else torch.float32
     want_ds = grads.weights is not None or grads.scores is not None
-    s_N1 = rows.weights_TK.flatten().index_select(0, rows.places_R[: rows.count]).to(sums).unsqueeze(1)
+    s_N1 = rows.weights_TK.flatten().index_select(0, rows.places_R[: rows.real]).to(sums).unsqueeze(1)
     out = _PerRow(
         s_N1,
-        s_N1.new_zeros(rows.count + 1) if want_ds else None,
+        s_N1.new_zeros(rows.real + 1) if want_ds else None,
         _rows_and_zero(rows, x_TH) if want_x else None,
         s_N1.new_zeros(len(experts), dtype=torch.float64),
     )
@@ -261,7 +266,7 @@ def _tiles(offsets: list[int], experts: Sequence[Expert], most: int) -> Iterator
 
 def _rows_and_zero(rows: Rows, like_TH: Tensor) -> Tensor:
     """An empty buffer for all rows, and one row of zeros after them that places without a row point to."""
-    buffer_XH = like_TH.new_empty(rows.count + 1, like_TH.shape[1])
+    buffer_XH = like_TH.new_empty(rows.real + 1, like_TH.shape[1])
     buffer_XH[-1].zero_()
     return buffer_XH
 

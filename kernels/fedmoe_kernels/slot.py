@@ -68,7 +68,7 @@ class Gradients(NamedTuple):
 
     @property
     def matrices(self) -> tuple[Tensor | None, ...]:
-        """The buffers whose squared norm is a slot's `grad_sq`: its adapter's factors if it has one, else its weights."""
+        """The buffers whose squared norm is a slot's `grad_sq`: the adapter's factors if there are any."""
         return (self.w_in, self.w_out) if self.a_in is None else (self.a_in, self.b_in, self.a_out, self.b_out)
 
     @property

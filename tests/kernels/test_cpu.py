@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 import torch
 from expert_cases import assert_close, leaves, problem, solve, truth
+from fedmoe_kernels import ExpertScores, cpu, gemm, moe_mlp
+from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.slot import Expert
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from fedmoe_kernels import ExpertScores, cpu, gemm, moe_mlp
-from fedmoe_kernels.activations import ACTIVATIONS
-from fedmoe_kernels.slot import Expert
 
-
-@pytest.fixture()
+@pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor that is made without values holds NaN, or a wild index."""
 
@@ -32,7 +31,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
 
 
-@pytest.fixture()
+@pytest.fixture
 def onednn(monkeypatch: pytest.MonkeyPatch) -> gemm.Gemm:
     """oneDNN products whatever the processor and the size."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -42,16 +41,16 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> gemm.Gemm:
 
 
 SHAPES = {
-    "places without a row": dict(T=30, H=16, I=12, B=5, K=3, routes="gaps"),
-    "empty slots": dict(T=30, H=16, I=12, B=7, K=2, routes="empty"),
-    "no row at all": dict(T=3, H=16, I=12, B=3, K=2, routes="none"),
-    "one slot with all rows": dict(T=70, H=16, I=12, B=3, K=1, routes="one"),
+    "places without a row": {"T": 30, "H": 16, "I": 12, "B": 5, "K": 3, "routes": "gaps"},
+    "empty slots": {"T": 30, "H": 16, "I": 12, "B": 7, "K": 2, "routes": "empty"},
+    "no row at all": {"T": 3, "H": 16, "I": 12, "B": 3, "K": 2, "routes": "none"},
+    "one slot with all rows": {"T": 70, "H": 16, "I": 12, "B": 3, "K": 1, "routes": "one"},
 }
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("rows", [5, 4096])
-@pytest.mark.parametrize("options", [dict(), dict(biases=True), dict(rank=2)], ids=["plain", "biases", "adapters"])
+@pytest.mark.parametrize("options", [{}, {"biases": True}, {"rank": 2}], ids=["plain", "biases", "adapters"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_inv4_nothing_is_read_before_it_is_written(
     shape: dict, options: dict, rows: int, monkeypatch: pytest.MonkeyPatch
@@ -170,11 +169,11 @@ def test_products(rows: int, library: str, onednn: gemm.Gemm) -> None:
 
 
 BYTES = {
-    "one tile": dict(T=512, H=64, I=96, B=4, K=2),
-    "many tiles": dict(T=4096, H=128, I=256, B=8, K=2),
-    "no gate": dict(T=512, H=64, I=96, B=4, K=2, activation="relu"),
-    "many small slots": dict(T=1024, H=128, I=64, B=32, K=4),
-    "one slot with all rows": dict(T=2048, H=128, I=128, B=2, K=1, routes="one"),
+    "one tile": {"T": 512, "H": 64, "I": 96, "B": 4, "K": 2},
+    "many tiles": {"T": 4096, "H": 128, "I": 256, "B": 8, "K": 2},
+    "no gate": {"T": 512, "H": 64, "I": 96, "B": 4, "K": 2, "activation": "relu"},
+    "many small slots": {"T": 1024, "H": 128, "I": 64, "B": 32, "K": 4},
+    "one slot with all rows": {"T": 2048, "H": 128, "I": 128, "B": 2, "K": 1, "routes": "one"},
 }
 
 

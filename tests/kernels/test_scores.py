@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from expert_cases import importance, leaves, names, problem, run, solve, truth
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from fedmoe_kernels import ExpertScores, cpu
 from fedmoe_kernels.activations import ACTIVATIONS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 FIELDS = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "taylor_in_B", "grad_sq_B")
 
@@ -71,7 +70,9 @@ def test_inv6_with_adapters() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 20), st.integers(1, 6), st.integers(1, 3), st.sampled_from(["uniform", "gaps"]), st.integers(0, 999))
+@given(
+    st.integers(0, 20), st.integers(1, 6), st.integers(1, 3), st.sampled_from(["uniform", "gaps"]), st.integers(0, 999)
+)
 def test_inv6_any_size(T: int, B: int, K: int, routes: str, seed: int) -> None:
     p = problem(T, 5, 4, B, min(K, B), routes=routes, seed=seed)
     scores = ExpertScores(B)
@@ -106,7 +107,10 @@ def test_micro_batches_add_up_and_reset_forgets() -> None:
         solve(p, scores=scores)
     both = [importance(p) for p in (first, second)]
     assert_sums(scores, {name: both[0][name] + both[1][name] for name in FIELDS})
-    assert scores.rows_B.tolist() == (torch.bincount(first.slots_TK.flatten()) + second.slots_TK.flatten().bincount()).tolist()
+    assert (
+        scores.rows_B.tolist()
+        == (torch.bincount(first.slots_TK.flatten()) + second.slots_TK.flatten().bincount()).tolist()
+    )
     scores.reset()
     assert not any(getattr(scores, name).any() for name in FIELDS)
 
