@@ -1,9 +1,10 @@
 """Tensors in, tensors out: masked routing and grouped expert products; knows nothing of clients or rounds."""
 
-from fedmoe_kernels.experts import ExpertLora, ExpertWeights, moe_mlp
-from fedmoe_kernels.routing import Routing, SlotMap
+from fedmoe_kernels.experts import moe_mlp
+from fedmoe_kernels.routing import Routing, SlotMap, route
 from fedmoe_kernels.scores import ExpertScores
 from fedmoe_kernels.stats import RouterStats
+from fedmoe_kernels.weights import ExpertLora, ExpertWeights
 
 __all__ = [
     "ExpertLora",
@@ -13,4 +14,5 @@ __all__ = [
     "Routing",
     "SlotMap",
     "moe_mlp",
+    "route",
 ]

@@ -4,11 +4,8 @@ Shapes: T tokens, K top-k, B slots, G slots with gradient buffers, R = T * K pla
 I intermediate, F = 2 * I when gated else I, C rows of a tile. Sums run in a fixed order: a rerun with as many threads
 gives the same bits. Places without a row are never read: N rows are all that the loops know.
 
-Bytes held at once, with s bytes per value of x, m rows of the largest piece of a slot, and 8 * R bytes of indices apart:
-    forward   s * (R * F + (R + 1) * H + max(C * (H + I) + m * F, T * H)), of which R * F (the saved z) and T * H stay
-    backward  s * (G * (F + I) * H + (R + 1) * H + max(C * (H + 2 * I + F) + m * F + F * H, T * H)); the first term and
-              T * H are the results
-C is at most `tile_rows(I)`, plus an eighth. m * F and F * H are what a oneDNN product allocates (see gemm.py).
+Memory: y or dx of all rows before they are combined, one tile's buffers, what one oneDNN product allocates (gemm.py),
+and the results; see `forward_bytes` and `backward_bytes`. Nothing else grows with the rows but 8 bytes of index each.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from torch import Tensor
 
 from fedmoe_kernels import slot
 from fedmoe_kernels.activations import Activation
-from fedmoe_kernels.gemm import gemm_for, slack
+from fedmoe_kernels.gemm import gemm_for, most_slack
 from fedmoe_kernels.slot import Expert, Gradients
 
 # Values per (C, I) buffer of a tile: 1 MB of float32 keeps the passes between two products in cache, and leaves the
@@ -39,7 +36,7 @@ class Rows(NamedTuple):
     offsets: list[int]
 
     @property
-    def count(self) -> int:
+    def real(self) -> int:
         """N, the real rows."""
         return self.offsets[-1]
 
@@ -67,30 +64,63 @@ def tile_rows(intermediate: int) -> int:
     return max(64, _TILE_VALUES // max(1, intermediate))
 
 
+def forward_bytes(tokens: int, rows: int, hidden: int, inner: int, *, gated: bool, itemsize: int = 4) -> int:
+    """The most bytes a forward allocates at once, for any routing of R = `rows` places.
+
+    Of these the saved z (R * F values) and y (T * H) stay. Exact to 64 kB (oneDNN's scratch) when one slot fills a
+    tile; other routings take less.
+    """
+    width = 2 * inner if gated else inner
+    most, room = _room(rows, inner)
+    combining = tokens * hidden + 4 * rows + 4 * tokens  # 8-byte indices counted in values of 4
+    working = room * (hidden + inner) + (most + most_slack(most)) * max(width, hidden)
+    return itemsize * (rows * width + (rows + 1) * hidden + max(working, combining))
+
+
+def backward_bytes(
+    tokens: int, rows: int, hidden: int, inner: int, *, gated: bool, grad_slots: int, itemsize: int = 4
+) -> int:
+    """The most bytes a backward allocates at once, all gradients asked for.
+
+    Of these the weight gradients (G * (F + I) * H values) and dx (T * H) stay. Exact in the same sense.
+    """
+    width = 2 * inner if gated else inner
+    most, room = _room(rows, inner)
+    combining = tokens * hidden + 4 * rows + 4 * tokens
+    working = room * (hidden + 2 * inner + width) + most * width + hidden * width
+    weights = grad_slots * (width + inner) * hidden
+    return itemsize * (weights + (rows + 1) * hidden + 3 * rows + max(working, combining))
+
+
 def forward(
     x_TH: Tensor, rows: Rows, experts: Sequence[Expert], activation: Activation, *, keep_z: bool
 ) -> tuple[Tensor, Tensor]:
     """y (T, H) and the pre-activations z (R, F) that the backward reads; z is (0, F) without `keep_z`."""
-    hidden, inner = experts[0].w_out.shape
-    width = activation.width(inner)
+    width = activation.width(experts[0].w_out.shape[1])
     z_RF = x_TH.new_empty(rows.tokens_R.shape[0] if keep_z else 0, width)
-    if rows.count == 0:
+    if rows.real == 0:
         return torch.zeros_like(x_TH), z_RF
-    gemm = gemm_for(x_TH.dtype)
-    tiles, room = _tiles(rows.offsets, experts, tile_rows(inner))
     y_XH = _rows_and_zero(rows, x_TH)
+    _forward_tiles(x_TH, rows, experts, activation, z_RF=z_RF if keep_z else None, y_XH=y_XH)
+    return _combine(y_XH, rows, weighted=True), z_RF
+
+
+def _forward_tiles(
+    x_TH: Tensor, rows: Rows, experts: Sequence[Expert], activation: Activation, *, z_RF: Tensor | None, y_XH: Tensor
+) -> None:
+    hidden, inner = experts[0].w_out.shape
+    gemm = gemm_for(x_TH.dtype)
+    most, room = _room(rows.tokens_R.shape[0], inner)
     x_CH, h_CI = x_TH.new_empty(room, hidden), x_TH.new_empty(room, inner)
-    z_CF = x_TH.new_empty(0 if keep_z else room, width)
-    for low, high, pieces in tiles:
+    z_CF = x_TH.new_empty(room if z_RF is None else 0, activation.width(inner))
+    for low, high, pieces in _tiles(rows.offsets, experts, most):
         torch.index_select(x_TH, 0, rows.tokens_R[low:high], out=x_CH[: high - low])
-        z_nF = z_RF[low:high] if keep_z else z_CF[: high - low]
+        z_nF = z_CF[: high - low] if z_RF is None else z_RF[low:high]
         for piece, at in pieces:
             slot.up(gemm, piece.expert, x_CH, at, out_mF=z_nF[at])
         activation.forward(z_nF, h_CI[: high - low])
         for piece, at in pieces:
             slot.down(gemm, piece.expert, h_CI, at, out_mH=y_XH[piece.start : piece.stop])
-    del x_CH, h_CI, z_CF
-    return _combine(y_XH, rows, weighted=True), z_RF
 
 
 def backward(
@@ -113,57 +143,84 @@ def backward(
     for b, expert in enumerate(experts):
         if rows.offsets[b] == rows.offsets[b + 1]:
             slot.clear(expert, grads)
-    if rows.count == 0:
+    if rows.real == 0:
         for buffer in (grads.weights, grads.scores):
             if buffer is not None:
                 buffer.zero_()
         return torch.zeros_like(x_TH) if want_x else None
-    hidden, inner = experts[0].w_out.shape
-    gemm, sums = gemm_for(x_TH.dtype), torch.float64 if x_TH.dtype == torch.float64 else torch.float32
-    tiles, room = _tiles(rows.offsets, experts, tile_rows(inner))
+    sums = torch.float64 if x_TH.dtype == torch.float64 else torch.float32
     want_ds = grads.weights is not None or grads.scores is not None
-    want_dz = want_x or grads.want_in or grads.scores is not None
-    s_N1 = rows.weights_TK.flatten().index_select(0, rows.places_R[: rows.count]).to(sums).unsqueeze(1)
-    ds_X = s_N1.new_zeros(rows.count + 1 if want_ds else 0)
-    taylor_in_B = s_N1.new_zeros(len(experts), dtype=torch.float64)
-    dx_XH = _rows_and_zero(rows, x_TH) if want_x else x_TH.new_empty(0, hidden)
+    s_N1 = rows.weights_TK.flatten().index_select(0, rows.places_R[: rows.real]).to(sums).unsqueeze(1)
+    out = _PerRow(
+        s_N1,
+        s_N1.new_zeros(rows.real + 1) if want_ds else None,
+        _rows_and_zero(rows, x_TH) if want_x else None,
+        s_N1.new_zeros(len(experts), dtype=torch.float64),
+    )
+    _backward_tiles((dy_TH, x_TH, z_RF), rows, experts, activation, grads=grads, out=out)
+    if grads.weights is not None and out.ds_X is not None:
+        grads.weights.copy_(out.ds_X[rows.rows_TK])  # row -1 is the last one, which is zero
+    if grads.scores is not None and out.ds_X is not None:
+        _score(grads, rows, (s_N1.squeeze(1) * out.ds_X[:-1]).double(), out.taylor_in_B)
+    return None if out.dx_XH is None else _combine(out.dx_XH, rows, weighted=False)
+
+
+class _PerRow(NamedTuple):
+    """Routing weights by row, and what the tiles leave per row: dS and dx (None = not wanted); <z, dz> per slot."""
+
+    s_N1: Tensor
+    ds_X: Tensor | None
+    dx_XH: Tensor | None
+    taylor_in_B: Tensor
+
+
+def _backward_tiles(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    rows: Rows,
+    experts: Sequence[Expert],
+    activation: Activation,
+    *,
+    grads: Gradients,
+    out: _PerRow,
+) -> None:
+    dy_TH, x_TH, z_RF = tensors
+    hidden, inner = experts[0].w_out.shape
+    gemm = gemm_for(x_TH.dtype)
+    most, room = _room(rows.tokens_R.shape[0], inner)
+    want_dz = out.dx_XH is not None or grads.want_in or grads.scores is not None
     row_CH, d_CI, h_CI, dz_CF = (x_TH.new_empty(room, n) for n in (hidden, inner, inner, z_RF.shape[1]))
-    for low, high, pieces in tiles:
-        n, s_n1, tokens_n = high - low, s_N1[low:high], rows.tokens_R[low:high]
+    for low, high, pieces in _tiles(rows.offsets, experts, most):
+        n, s_n1, tokens_n = high - low, out.s_N1[low:high], rows.tokens_R[low:high]
         row_nH, z_nF, d_nI, h_nI, dz_nF = row_CH[:n], z_RF[low:high], d_CI[:n], h_CI[:n], dz_CF[:n]
+        learns = any(piece.expert.learns for piece, _ in pieces)
         torch.index_select(dy_TH, 0, tokens_n, out=row_nH)
         for piece, at in pieces:
             slot.down_back(gemm, piece.expert, row_CH, at, out_mI=d_nI[at])
         activation.prepare(z_nF, h_nI, dz_nF)
-        if want_ds:
-            product_nI = dz_nF[:, :inner]
-            torch.sum(torch.mul(d_nI, h_nI, out=product_nI), 1, dtype=sums, out=ds_X[low:high])
+        if out.ds_X is not None:
+            ds_n, product_nI = out.ds_X[low:high], dz_nF[:, :inner]
+            torch.sum(torch.mul(d_nI, h_nI, out=product_nI), 1, dtype=ds_n.dtype, out=ds_n)
             for piece, at in pieces:
                 if piece.expert.bias_out is not None:
-                    ds_X[low:high][at] += row_nH[at] @ piece.expert.bias_out
+                    ds_n[at] += row_nH[at] @ piece.expert.bias_out
         d_nI.mul_(s_n1)
         if want_dz:
             activation.backward(z_nF, d_nI, dz_nF)
-        if grads.want_out:
+        if learns and grads.want_out:
             row_nH.mul_(s_n1)
             for piece, at in pieces:
                 slot.grad_out(gemm, piece.expert, grads, row_nH[at], h_nI[at], add=not piece.first)
-        if want_x:
+        if out.dx_XH is not None:
             for piece, at in pieces:
-                slot.up_back(gemm, piece.expert, dz_CF, at, out_mH=dx_XH[piece.start : piece.stop])
-        if grads.want_in and any(p.expert.grad is not None or p.expert.adapter_grad is not None for p, _ in pieces):
+                slot.up_back(gemm, piece.expert, dz_CF, at, out_mH=out.dx_XH[piece.start : piece.stop])
+        if learns and grads.want_in:
             torch.index_select(x_TH, 0, tokens_n, out=row_nH)
             for piece, at in pieces:
                 slot.grad_in(gemm, piece.expert, grads, dz_nF[at], row_nH[at], add=not piece.first)
         if grads.scores is not None:
             for piece, at in pieces:
-                taylor_in_B[piece.slot] += torch.dot(z_nF[at].flatten().to(sums), dz_nF[at].flatten().to(sums))
-    del row_CH, d_CI, h_CI, dz_CF
-    if grads.weights is not None:
-        grads.weights.copy_(ds_X[rows.rows_TK])  # row -1 is the last one, which is zero
-    if grads.scores is not None:
-        _score(grads, rows, (s_N1.squeeze(1) * ds_X[: rows.count]).double(), taylor_in_B)
-    return _combine(dx_XH, rows, weighted=False) if want_x else None
+                z_m, dz_m = (t[at].flatten().to(out.s_N1.dtype) for t in (z_nF, dz_nF))
+                out.taylor_in_B[piece.slot] += torch.dot(z_m, dz_m)
 
 
 def _score(grads: Gradients, rows: Rows, sds_N: Tensor, taylor_in_B: Tensor) -> None:
@@ -181,36 +238,35 @@ def _score(grads: Gradients, rows: Rows, sds_N: Tensor, taylor_in_B: Tensor) -> 
     grads.scores.copy_(torch.stack([c.to(sums_B3.dtype) for c in columns], 1))
 
 
-def _tiles(offsets: list[int], experts: Sequence[Expert], most: int) -> tuple[list[_Tile], int]:
-    """Cut the rows into tiles of at most `most` rows: whole slots where they fit, equal pieces of one where not.
+def _room(rows: int, inner: int) -> tuple[int, int]:
+    """C for R places, and the rows of its buffers: a product may read some rows past its own."""
+    most = min(tile_rows(inner), rows)
+    return most, most + most_slack(most)
 
-    Returns the tiles and the rows that a tile's buffers need, the slack of the products included.
+
+def _tiles(offsets: list[int], experts: Sequence[Expert], most: int) -> Iterator[_Tile]:
+    """Cut the rows into tiles of `most` rows, the last one shorter, wherever the slots' bounds fall.
+
+    So the buffers' sizes follow from the shapes and not from the routing, at the price of one more piece per tile.
     """
-    tiles: list[_Tile] = []
-    pieces: list[tuple[_Piece, slice]] = []
-    low = 0
-    for piece in _pieces(offsets, experts, most):
-        if pieces and piece.stop - low > most:
-            tiles.append(_Tile(low, piece.start, pieces))
-            pieces, low = [], piece.start
-        pieces.append((piece, slice(piece.start - low, piece.stop - low)))
-    tiles.append(_Tile(low, offsets[-1], pieces))
-    room = max(at.stop + slack(at.stop - at.start) for tile in tiles for _, at in tile.pieces)
-    return tiles, room
-
-
-def _pieces(offsets: list[int], experts: Sequence[Expert], most: int) -> Iterator[_Piece]:
-    for b, expert in enumerate(experts):
-        start, stop = offsets[b], offsets[b + 1]
-        parts = -(-(stop - start) // most)
-        for i in range(parts):
-            low, high = (start + (stop - start) * j // parts for j in (i, i + 1))
-            yield _Piece(expert, b, low, high, i == 0)
+    first = 0
+    for low in range(0, offsets[-1], most):
+        high = min(low + most, offsets[-1])
+        pieces = []
+        for b in range(first, len(experts)):
+            start, stop = max(offsets[b], low), min(offsets[b + 1], high)
+            if start < stop:
+                piece = _Piece(experts[b], b, start, stop, start == offsets[b])
+                pieces.append((piece, slice(start - low, stop - low)))
+            if offsets[b + 1] >= high:
+                first = b  # it may go on in the next tile
+                break
+        yield _Tile(low, high, pieces)
 
 
 def _rows_and_zero(rows: Rows, like_TH: Tensor) -> Tensor:
     """An empty buffer for all rows, and one row of zeros after them that places without a row point to."""
-    buffer_XH = like_TH.new_empty(rows.count + 1, like_TH.shape[1])
+    buffer_XH = like_TH.new_empty(rows.real + 1, like_TH.shape[1])
     buffer_XH[-1].zero_()
     return buffer_XH
 

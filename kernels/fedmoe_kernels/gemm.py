@@ -70,6 +70,11 @@ def slack(rows: int) -> int:
     return -rows % _step(rows)
 
 
+def most_slack(rows: int) -> int:
+    """The most that `slack` is for any count up to `rows`: what a buffer of that many rows needs behind them."""
+    return _step(rows) - 1
+
+
 def _step(rows: int) -> int:
     return max(16, (1 << rows.bit_length()) >> 4)
 

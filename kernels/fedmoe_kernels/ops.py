@@ -57,7 +57,11 @@ DIFFERENTIABLE = ("x_TH", "weights_TK", "w_in", "w_out", "bias_in", "bias_out", 
 
 def _rows(inputs: OpInputs) -> cpu.Rows:
     return cpu.Rows(
-        inputs.weights_TK, inputs.rows_TK, inputs.tokens_R, inputs.places_R, [int(n) for n in inputs.offsets_B1.tolist()]
+        inputs.weights_TK,
+        inputs.rows_TK,
+        inputs.tokens_R,
+        inputs.places_R,
+        [int(n) for n in inputs.offsets_B1.tolist()],
     )
 
 
@@ -92,8 +96,9 @@ def _adapters(inputs: OpInputs) -> list[Adapter]:
     if inputs.a_in is None or inputs.b_in is None or inputs.a_out is None or inputs.b_out is None:
         return []
     assert inputs.scale_B is not None
-    factors = zip(*(factor.unbind(0) for factor in inputs[14:18] if factor is not None), strict=True)
-    return [Adapter(*four, scale) for four, scale in zip(factors, inputs.scale_B.tolist(), strict=True)]
+    a_in, b_in, a_out, b_out = (f.unbind(0) for f in (inputs.a_in, inputs.b_in, inputs.a_out, inputs.b_out))
+    scales = inputs.scale_B.tolist()
+    return [Adapter(a_in[b], b_in[b], a_out[b], b_out[b], scales[b]) for b in range(len(scales))]
 
 
 def _forward_cpu(*args: Any) -> tuple[Tensor, Tensor]:

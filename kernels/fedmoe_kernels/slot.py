@@ -42,6 +42,11 @@ class Expert(NamedTuple):
     grad: int | None
     adapter_grad: int | None
 
+    @property
+    def learns(self) -> bool:
+        """Whether any gradient of its own can be asked for."""
+        return self.grad is not None or self.adapter_grad is not None
+
 
 class Gradients(NamedTuple):
     """What a backward fills in; None = not asked for, and then not computed.
@@ -63,7 +68,7 @@ class Gradients(NamedTuple):
 
     @property
     def matrices(self) -> tuple[Tensor | None, ...]:
-        """The buffers whose squared norm is a slot's `grad_sq`: its adapter's factors if it has one, else its weights."""
+        """The buffers whose squared norm is a slot's `grad_sq`: the adapter's factors if there are any."""
         return (self.w_in, self.w_out) if self.a_in is None else (self.a_in, self.b_in, self.a_out, self.b_out)
 
     @property

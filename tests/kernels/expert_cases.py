@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
-
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Routing, SlotMap, moe_mlp, reference
 from fedmoe_kernels.activations import ACTIVATIONS
+from torch import Tensor
 
 FACTORS = ("a_in", "b_in", "a_out", "b_out")
 
@@ -140,10 +139,13 @@ def run(
     slot_map: SlotMap | None = None,
 ) -> Tensor:
     """moe_mlp on the leaves; with `frozen_from`, slots from there on are frozen by ExpertWeights."""
-    stacks: dict[str, Tensor | ExpertWeights | None] = {n: leaf.get(n) for n in ("w_in", "w_out", "bias_in", "bias_out")}
+    stacks: dict[str, Tensor | ExpertWeights | None] = {
+        n: leaf.get(n) for n in ("w_in", "w_out", "bias_in", "bias_out")
+    }
     if frozen_from is not None:
         stacks = {
-            n: None if t is None else ExpertWeights(t[:frozen_from], t[frozen_from:].detach()) for n, t in stacks.items()
+            n: None if t is None else ExpertWeights(t[:frozen_from], t[frozen_from:].detach())
+            for n, t in stacks.items()
         }
     lora = ExpertLora(*(leaf[n] for n in FACTORS), p.lora_scale, p.base_of_slot_B) if "a_in" in leaf else None
     return moe_mlp(

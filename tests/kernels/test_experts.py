@@ -5,27 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 from expert_cases import assert_close, leaves, names, problem, restricted, run, solve, truth
+from fedmoe_kernels import ExpertScores, ExpertWeights, Routing, SlotMap, cpu, gemm, moe_mlp, ops
+from fedmoe_kernels.activations import ACTIVATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from fedmoe_kernels import ExpertScores, ExpertWeights, Routing, SlotMap, cpu, gemm, moe_mlp, ops
-from fedmoe_kernels.activations import ACTIVATIONS
-
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 SHAPES = {
-    "odd sizes, none a multiple of 16": dict(T=23, H=19, I=13, B=5, K=2),
-    "one token": dict(T=1, H=16, I=8, B=3, K=2),
-    "no token": dict(T=0, H=16, I=8, B=3, K=2),
-    "one slot": dict(T=9, H=7, I=5, B=1, K=1),
-    "top-1": dict(T=17, H=8, I=12, B=4, K=1),
-    "every slot chosen by every token": dict(T=6, H=8, I=4, B=3, K=3),
-    "hidden and intermediate of one": dict(T=5, H=1, I=1, B=2, K=1),
-    "one slot with all rows": dict(T=40, H=24, I=16, B=4, K=1, routes="one"),
-    "places without a row": dict(T=21, H=16, I=24, B=6, K=3, routes="gaps"),
-    "empty slots": dict(T=15, H=16, I=8, B=7, K=2, routes="empty"),
-    "no row at all": dict(T=4, H=8, I=8, B=3, K=2, routes="none"),
+    "odd sizes, none a multiple of 16": {"T": 23, "H": 19, "I": 13, "B": 5, "K": 2},
+    "one token": {"T": 1, "H": 16, "I": 8, "B": 3, "K": 2},
+    "no token": {"T": 0, "H": 16, "I": 8, "B": 3, "K": 2},
+    "one slot": {"T": 9, "H": 7, "I": 5, "B": 1, "K": 1},
+    "top-1": {"T": 17, "H": 8, "I": 12, "B": 4, "K": 1},
+    "every slot chosen by every token": {"T": 6, "H": 8, "I": 4, "B": 3, "K": 3},
+    "hidden and intermediate of one": {"T": 5, "H": 1, "I": 1, "B": 2, "K": 1},
+    "one slot with all rows": {"T": 40, "H": 24, "I": 16, "B": 4, "K": 1, "routes": "one"},
+    "places without a row": {"T": 21, "H": 16, "I": 24, "B": 6, "K": 3, "routes": "gaps"},
+    "empty slots": {"T": 15, "H": 16, "I": 8, "B": 7, "K": 2, "routes": "empty"},
+    "no row at all": {"T": 4, "H": 8, "I": 8, "B": 3, "K": 2, "routes": "none"},
 }
 
 
@@ -90,7 +89,7 @@ def test_inv4_any_size(T: int, H: int, I: int, B: int, K: int, routes: str, seed
     assert_close(solve(p), truth(p), 1e-11)
 
 
-@pytest.mark.parametrize("options", [dict(biases=True), dict(activation="relu"), dict(rank=2, routes="gaps")])
+@pytest.mark.parametrize("options", [{"biases": True}, {"activation": "relu"}, {"rank": 2, "routes": "gaps"}])
 def test_inv4_gradcheck(options: dict) -> None:
     p = problem(4, 3, 2, 3, 2, **options)
     leaf = leaves(p)
@@ -119,7 +118,7 @@ def test_inv4_lora_slots_share_base_experts() -> None:
 
 def test_inv4_reference_backend_agrees() -> None:
     mask_B = torch.tensor([True, False, True, False])
-    for options in (dict(biases=True), dict(rank=2)):
+    for options in ({"biases": True}, {"rank": 2}):
         p = problem(9, 6, 5, 4, 2, **options)
         assert_close(solve(p, backend="reference", trainable_B=mask_B), solve(p, trainable_B=mask_B), 1e-12)
 
@@ -212,7 +211,7 @@ def test_expanded_upstream_gradient() -> None:
     assert_close({n: leaf[n].grad for n in names(p)}, {n: truth(p)[f"d{n}"] for n in names(p)}, 1e-12)
 
 
-@pytest.mark.parametrize("options", [dict(biases=True), dict(rank=2)])
+@pytest.mark.parametrize("options", [{"biases": True}, {"rank": 2}])
 def test_opcheck(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(11, 8, 6, 3, 2, **options)
     seen: list[tuple] = []
@@ -227,7 +226,7 @@ def test_opcheck(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.library.opcheck(op, plain)
 
 
-@pytest.mark.parametrize("options", [dict(biases=True), dict(rank=2)])
+@pytest.mark.parametrize("options", [{"biases": True}, {"rank": 2}])
 def test_compile_fullgraph(options: dict) -> None:
     p = problem(11, 8, 6, 3, 2, **options)
     scores = ExpertScores(3)
@@ -287,28 +286,28 @@ def test_from_masked_route_to_logits() -> None:
 def _call(**changes: object) -> None:
     p = problem(5, 8, 6, 3, 2)
     t = {n: v.float() for n, v in p.tensors.items()}
-    given = dict(x_TH=t["x"], routing=p.routing(t["s"]), w_in=t["w_in"], w_out=t["w_out"]) | changes
+    given = {"x_TH": t["x"], "routing": p.routing(t["s"]), "w_in": t["w_in"], "w_out": t["w_out"]} | changes
     moe_mlp(**given)
 
 
 REFUSED = {
-    "x is a vector": (dict(x_TH=torch.zeros(8)), "x_TH"),
-    "x of integers": (dict(x_TH=torch.zeros(5, 8, dtype=torch.int64)), "x_TH"),
-    "other tokens": (dict(x_TH=torch.zeros(6, 8)), "routing"),
-    "mixed dtypes": (dict(x_TH=torch.zeros(5, 8, dtype=torch.bfloat16)), "w_in"),
-    "no slot": (dict(w_in=torch.zeros(0, 12, 8), w_out=torch.zeros(0, 8, 6)), "w_in"),
-    "other slots": (dict(w_in=torch.zeros(4, 12, 8), w_out=torch.zeros(4, 8, 6)), "w_in has 4 slots"),
-    "slots that differ": (dict(w_out=torch.zeros(4, 8, 6)), "w_in|w_out"),
-    "w_out turned": (dict(w_out=torch.zeros(3, 6, 8)), "w_out"),
-    "w_in without its gate": (dict(w_in=torch.zeros(3, 6, 8)), "w_in"),
-    "bias of another width": (dict(bias_in=torch.zeros(3, 6)), "bias_in"),
-    "bias in another form": (dict(bias_out=ExpertWeights(torch.zeros(3, 8))), "w_in"),
-    "unknown activation": (dict(activation="swish"), "swiglu"),
-    "triton": (dict(backend="triton"), "triton"),
-    "mask of another length": (dict(trainable_B=torch.ones(4, dtype=torch.bool)), "trainable_B"),
-    "mask of integers": (dict(trainable_B=torch.ones(3)), "trainable_B"),
-    "scores of another layer": (dict(scores=ExpertScores(4)), "scores"),
-    "scores by reference": (dict(scores=ExpertScores(3), backend="reference"), "scores"),
+    "x is a vector": ({"x_TH": torch.zeros(8)}, "x_TH"),
+    "x of integers": ({"x_TH": torch.zeros(5, 8, dtype=torch.int64)}, "x_TH"),
+    "other tokens": ({"x_TH": torch.zeros(6, 8)}, "routing"),
+    "mixed dtypes": ({"x_TH": torch.zeros(5, 8, dtype=torch.bfloat16)}, "w_in"),
+    "no slot": ({"w_in": torch.zeros(0, 12, 8), "w_out": torch.zeros(0, 8, 6)}, "w_in"),
+    "other slots": ({"w_in": torch.zeros(4, 12, 8), "w_out": torch.zeros(4, 8, 6)}, "w_in has 4 slots"),
+    "slots that differ": ({"w_out": torch.zeros(4, 8, 6)}, "w_in|w_out"),
+    "w_out turned": ({"w_out": torch.zeros(3, 6, 8)}, "w_out"),
+    "w_in without its gate": ({"w_in": torch.zeros(3, 6, 8)}, "w_in"),
+    "bias of another width": ({"bias_in": torch.zeros(3, 6)}, "bias_in"),
+    "bias in another form": ({"bias_out": ExpertWeights(torch.zeros(3, 8))}, "w_in"),
+    "unknown activation": ({"activation": "swish"}, "swiglu"),
+    "triton": ({"backend": "triton"}, "triton"),
+    "mask of another length": ({"trainable_B": torch.ones(4, dtype=torch.bool)}, "trainable_B"),
+    "mask of integers": ({"trainable_B": torch.ones(3)}, "trainable_B"),
+    "scores of another layer": ({"scores": ExpertScores(4)}, "scores"),
+    "scores by reference": ({"scores": ExpertScores(3), "backend": "reference"}, "scores"),
 }
 
 

@@ -1,0 +1,89 @@
+"""How a layer's expert weights are stored and passed: stacked by slot, trainable slots first, adapters beside them.
+
+Shapes: B slots, Bt trainable slots, H hidden, I intermediate, F = 2 * I for gated activations and I for the others,
+r LoRA rank, Bl slots with an adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights:
+    """One stacked matrix or bias of all slots, trainable slots first; Bt is a shape, so no other gradient can exist.
+
+    Attributes:
+        trainable: (Bt, ...), usually a Parameter; Bt may be 0.
+        frozen: (B - Bt, ...), usually a buffer; None when every slot is trainable.
+
+    Raises:
+        ValueError: when the two differ in dtype or trailing shape, or the frozen part asks for a gradient.
+    """
+
+    trainable: Tensor
+    frozen: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.frozen is None:
+            return
+        if self.trainable.shape[1:] != self.frozen.shape[1:] or self.trainable.dtype != self.frozen.dtype:
+            raise ValueError(
+                f"ExpertWeights: trainable is {what(self.trainable)}, frozen {what(self.frozen)}; "
+                "they must agree in dtype and in every axis but the first"
+            )
+        if self.frozen.requires_grad:
+            raise ValueError("ExpertWeights: the frozen part requires a gradient; pass it detached, as a buffer")
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertLora:
+    """Adapters per slot, W_in + scale * b_in @ a_in and W_out + scale * b_out @ a_out, over frozen base experts.
+
+    Attributes:
+        a_in, b_in, a_out, b_out: (Bl, r, H), (Bl, F, r), (Bl, r, I), (Bl, H, r); slots from Bl on have no adapter.
+        scale: one number, or (Bl,); a constant, it gets no gradient.
+        base_of_slot_B: (B,) int64, the row of `w_in`, `w_out` and the biases that each slot runs, so that clients of a
+            cohort can share them; None = its own index.
+    """
+
+    a_in: Tensor
+    b_in: Tensor
+    a_out: Tensor
+    b_out: Tensor
+    scale: float | Tensor = 1.0
+    base_of_slot_B: Tensor | None = None
+
+
+class Stack(NamedTuple):
+    """A stacked tensor as the operator takes it, with the name that its errors use."""
+
+    name: str
+    trainable: Tensor
+    frozen: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return self.trainable.shape[0] + (0 if self.frozen is None else self.frozen.shape[0])
+
+
+def stacked(**given: Tensor | ExpertWeights | None) -> dict[str, Stack]:
+    """Bring both forms to one; all four must be given in the same form and with the same Bt."""
+    forms = {name: value for name, value in given.items() if value is not None}
+    records = {name for name, value in forms.items() if isinstance(value, ExpertWeights)}
+    if records and records != set(forms):
+        other = next(name for name in forms if name not in records)
+        raise ValueError(f"{other} is a plain tensor beside ExpertWeights; give all weights and biases in one form")
+    return {
+        name: Stack(name, value.trainable, value.frozen)
+        if isinstance(value, ExpertWeights)
+        else Stack(name, value, None)
+        for name, value in forms.items()
+    }
+
+
+def what(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
