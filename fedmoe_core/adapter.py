@@ -81,11 +81,17 @@ class ModelAdapter(Protocol):
         training: bool = True,
         token_dropout: float = 0.0,
         generator: torch.Generator | None = None,
+        log_prior_C: Tensor | None = None,
     ) -> Tensor:
         """Mean loss of the batch, in nats per predicted token or per sample; padding neither routed nor counted.
 
-        ``token_dropout`` (classification) treats each real token as padding with that chance, drawn by ``generator``.
+        Classification only: ``token_dropout`` treats each real token as padding with that chance, drawn by
+        ``generator``; ``log_prior_C`` is added to the logits.
         """
+        ...
+
+    def text_loss(self, batch: Batch) -> Tensor:
+        """Mean next-token loss of the batch, whatever the task: a classifier's trunk predicts by its own embedding."""
         ...
 
     def evaluate(self, batch: Batch) -> Evaluation:

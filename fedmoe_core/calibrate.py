@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmoe_core.adapter import Batch, ModelAdapter
-from fedmoe_core.client import local_optimizer, local_step
+from fedmoe_core.client import Stepper, local_optimizer
 from fedmoe_core.config import TrainConfig
 from fedmoe_core.costs import CostModel
 from fedmoe_core.memory import mark, resident_bytes, tensor_bytes, trace_memory
@@ -52,14 +52,15 @@ def _stage_peaks(
     """Peak live bytes of each stage of a step with optimizer state; see ``TrunkCost`` for the stages."""
     layers = adapter.moe
     device = batch.tokens_SN.device
-    local_step(adapter, batch, optimizer, train, torch.Generator())  # optimizer state exists from here on
+    stepper = Stepper(adapter, optimizer, train)
+    stepper.step(batch)  # optimizer state exists from here on
     resident = resident_bytes(adapter.model, optimizer)
     with ExitStack() as hooks:
         for depth, layer in enumerate(layers):
             stage = f"stage{len(layers) - depth}"
             # A stage begins where the backward of its layer begins: the gradients are made inside it.
             hooks.callback(layer.register_forward_hook(_marker(stage, device)).remove)
-        _, trace = trace_memory(lambda: local_step(adapter, batch, optimizer, train, torch.Generator()), device)
+        _, trace = trace_memory(lambda: stepper.step(batch), device)
     if len(trace.phases) == 1:
         return (resident + trace.peak,)
     stages = ["start", *(f"stage{done}" for done in range(1, len(layers) + 1))]

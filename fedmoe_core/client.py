@@ -98,6 +98,7 @@ def train_client(
     *,
     train: TrainConfig,
     costs: CostModel,
+    class_shares_C: np.ndarray | None = None,
 ) -> LocalResult:
     """Run one client's round inside its plan.
 
@@ -106,7 +107,8 @@ def train_client(
         params: the global model, read only.
         plan: the experts, the steps and the FLOP bound.
         batches: at least ``plan.local_steps`` batches.
-        train: optimizer settings.
+        train: optimizer settings; ``lr`` is this round's.
+        class_shares_C: the client's class shares, for logit adjustment; None in language modelling.
         costs: counts the FLOPs of the rows that really ran.
 
     Returns:
@@ -115,7 +117,7 @@ def train_client(
     """
     began = time.perf_counter()
     try:
-        return _train(adapter, params, plan, batches, train=train, costs=costs)
+        return _train(adapter, params, plan, batches, train=train, costs=costs, class_shares_C=class_shares_C)
     except (ArithmeticError, RuntimeError, ValueError) as error:
         seconds = time.perf_counter() - began
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, ArithmeticError) else str(error)
@@ -130,6 +132,7 @@ def _train(
     *,
     train: TrainConfig,
     costs: CostModel,
+    class_shares_C: np.ndarray | None,
 ) -> LocalResult:
     began = time.perf_counter()
     train_dense = train.trunk == "fedavg"
@@ -143,7 +146,7 @@ def _train(
     extracted = time.perf_counter()
     device = next(adapter.model.parameters()).device
     optimizer = local_optimizer(adapter, train)
-    dropping = torch.Generator().manual_seed(plan.seed)
+    stepper = Stepper(adapter, optimizer, train, seed=plan.seed, log_prior_C=_log_prior(class_shares_C, train, device))
     sums = ProfileSums(adapter)
     losses: list[float] = []
     flops, memory = 0.0, resident_bytes(adapter.model)
@@ -156,12 +159,11 @@ def _train(
         if step == min(1, plan.local_steps - 1):
             # The second step is the first with optimizer state in place; shapes repeat, so one step tells.
             resident = resident_bytes(adapter.model, optimizer)
-            last = partial(local_step, adapter, batch, optimizer, train, dropping)
-            loss, trace = trace_memory(last, device)
+            loss, trace = trace_memory(partial(stepper.step, batch), device)
             losses.append(loss)
             memory = max(memory, resident + trace.peak)
         else:
-            losses.append(local_step(adapter, batch, optimizer, train, dropping))
+            losses.append(stepper.step(batch))
         sums.add_batch()
         if not np.isfinite(losses[-1]):
             raise ArithmeticError(f"the loss became {losses[-1]} at local step {step + 1}")
@@ -201,21 +203,43 @@ def local_optimizer(adapter: ModelAdapter, train: TrainConfig) -> torch.optim.Op
     return torch.optim.AdamW(trainable, lr=train.lr, weight_decay=train.weight_decay, fused=True)
 
 
-def local_step(
-    adapter: ModelAdapter,
-    batch: Batch,
-    optimizer: torch.optim.Optimizer,
-    train: TrainConfig,
-    dropping: torch.Generator,
-) -> float:
-    """One optimizer step; returns the batch's mean loss in nats. ``dropping`` draws the tokens to drop."""
-    loss = adapter.loss(batch, token_dropout=train.token_dropout, generator=dropping)
-    loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, train.clip, foreach=False)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach())
+class Stepper:
+    """One optimizer step after another on the live model as it is configured."""
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        optimizer: torch.optim.Optimizer,
+        train: TrainConfig,
+        *,
+        seed: int = 0,
+        log_prior_C: Tensor | None = None,
+    ) -> None:
+        self.adapter, self.optimizer, self.train = adapter, optimizer, train
+        self.log_prior_C = log_prior_C
+        self.dropping = torch.Generator().manual_seed(seed)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def step(self, batch: Batch) -> float:
+        """Forward, backward, clip, update; the batch's mean loss in nats."""
+        loss = self.adapter.loss(
+            batch,
+            token_dropout=self.train.token_dropout,
+            generator=self.dropping,
+            log_prior_C=self.log_prior_C,
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.train.clip, foreach=False)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+
+def _log_prior(class_shares_C: np.ndarray | None, train: TrainConfig, device: torch.device) -> Tensor | None:
+    """What logit adjustment adds to the logits; None where it is off."""
+    if class_shares_C is None or train.logit_adjustment == 0:
+        return None
+    return torch.as_tensor(train.logit_adjustment * np.log(class_shares_C), dtype=torch.float32, device=device)
 
 
 def _old_rows(old: Tensor, key: str, plan: ExpertPlan) -> Tensor:

@@ -58,7 +58,8 @@ class WarmupConfig:
     weight_decay: NaturalReal = 0.1
     balance: NaturalReal = 0.001  # weight of the Switch load-balance loss
     labels_per_class: Positive = 25  # classification only: labelled public rows that the head may see
-    head_steps: Natural = 60  # classification only
+    head_steps: Natural = 60  # classification only: steps on those rows, after the steps on public text
+    head_lr: PositiveReal = 1e-3  # classification only
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,12 @@ class TrainConfig:
     seq_len: Annotated[int, AtLeast(2)] = 128
     local_steps: Positive = 8
     lr: PositiveReal = 2e-3
+    lr_final: Share = 1.0  # share of lr left in the last round; the rate falls between them along a cosine
     weight_decay: NaturalReal = 0.0
     clip: PositiveReal = 1.0
     trunk: Literal["frozen", "fedavg"] = "frozen"
     token_dropout: Annotated[float, Between(0.0, 0.95)] = 0.0  # classification only
+    logit_adjustment: NaturalReal = 0.0  # classification only: weight of the client's log class shares in its loss
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Config:
 
     algorithm: Annotated[str, OneOf(*ALGORITHMS)] = "hfedmoe"
     data: Annotated[str, OneOf("stdlib", "csv:FILE", "jsonl:FILE")] = "stdlib"
-    tokenizer: Annotated[str, OneOf("auto", "bpe", "word")] = "auto"
+    tokenizer: Annotated[str, OneOf("auto", "bpe", "bpe-lower", "word")] = "auto"
     model: str = "tiny"  # tiny | path | hub id
     adapter: str = "transformers"
     clients: Positive = 10
@@ -127,7 +130,7 @@ class Config:
     rounds: Positive = 8
     seed: Annotated[int, Between(0, 2**63 - 1)] = 0
     partition: Annotated[str, OneOf("auto", "domain", "iid", "dirichlet:ALPHA")] = "auto"
-    budgets: tuple[str, ...] = ("experts=25%",)  # tiers, dealt to the clients in turn
+    budgets: tuple[str, ...] = ("experts=12.5%", "experts=25%", "experts=50%", "experts=100%")  # tiers, dealt to the clients in turn
     min_clients: Positive = 1
     ranks: Positive = 1
     threads: Natural = 0  # per client process; 0 = cores divided by ranks
@@ -204,9 +207,21 @@ INDIFFERENT = frozenset({"out", "cache", "ranks"})
 
 # What labelled data starts from, below the user's own words.
 CLASSIFICATION_DEFAULTS: Mapping[str, object] = {
-    "partition": "dirichlet:0.5",
-    "train.trunk": "fedavg",
-    "train.token_dropout": 0.4,
+    "rounds": 20,
+    "model_config.layers": 1,
+    "model_config.vocab_size": 4096,
+    "warmup.steps": 300,
+    "warmup.batch_size": 32,
+    "warmup.seq_len": 64,
+    "train.batch_size": 16,
+    "train.seq_len": 64,
+    "train.local_steps": 12,
+    "train.lr": 3e-3,
+    "train.lr_final": 0.1,
+    "train.weight_decay": 0.1,
+    "train.trunk": "fedavg",  # a frozen trunk cannot learn the words that public text lacks
+    "train.token_dropout": 0.3,
+    "train.logit_adjustment": 1.0,
 }
 
 

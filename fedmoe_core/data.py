@@ -6,6 +6,7 @@ import sysconfig
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -110,8 +111,8 @@ def load_data(
         clients: C.
         partition: ``domain``, ``iid``, ``dirichlet:ALPHA``, or ``auto``: ``domain`` where the corpus has domains, else
             ``dirichlet:0.5`` over classes, or ``iid`` for unlabelled text.
-        tokenizer: ``bpe``, ``word``, or ``auto``: ``word`` for classification, ``bpe`` for language modelling.
-        vocab_size: most ids; None = 2048 (``bpe``) or 8000 (``word``).
+        tokenizer: ``bpe``, ``bpe-lower``, ``word``, or ``auto``: ``bpe`` for language modelling, else ``bpe-lower``.
+        vocab_size: most ids; None = 2048 (``bpe``), 4096 (``bpe-lower``) or 8000 (``word``).
         labels_per_class: public rows of each class whose label is given (classification).
         cache: folder for encoded corpora; None = encode anew.
 
@@ -164,12 +165,10 @@ def load_data(
 
 def _kind(tokenizer: str, task: Task) -> Kind:
     if tokenizer == "auto":
-        return "bpe" if task == "causal_lm" else "word"
-    if tokenizer == "bpe":
-        return "bpe"
-    if tokenizer == "word":
-        return "word"
-    raise unknown("tokenizer", tokenizer, ("auto", *DEFAULT_VOCAB))
+        return "bpe" if task == "causal_lm" else "bpe-lower"
+    if tokenizer not in DEFAULT_VOCAB:
+        raise unknown("tokenizer", tokenizer, ("auto", *DEFAULT_VOCAB))
+    return cast(Kind, tokenizer)
 
 
 def _domains_of(corpus: Corpus, splits: Splits) -> list[list[str]]:

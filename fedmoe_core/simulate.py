@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedmoe_core.aggregate import Accumulator, SumSettings, model_hash
 from fedmoe_core.batch import client_batches
 from fedmoe_core.checkpoint import ensure_writable, load_checkpoint
 from fedmoe_core.client import train_client
-from fedmoe_core.config import Config
+from fedmoe_core.config import Config, TrainConfig
+from fedmoe_core.data import FederatedData
 from fedmoe_core.evaluate import evaluate_clients
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.prepare import World, build_world, pick_device
@@ -129,9 +133,25 @@ def sample_clients(config: Config, round: int) -> list[int]:
     return sorted(int(client) for client in rng.choice(config.clients, size=count, replace=False))
 
 
+def round_settings(config: Config, round: int) -> TrainConfig:
+    """Local training as configured, at this round's learning rate: from lr to lr_final of it along half a cosine."""
+    train = config.train
+    done = round / max(1, config.rounds - 1)
+    factor = train.lr_final + (1 - train.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
+    return replace(train, lr=train.lr * factor)
+
+
+def class_shares(data: FederatedData, client: int) -> np.ndarray | None:
+    """The client's own class shares, one row of each class added so that none is 0; None without classes."""
+    if data.task != "classification":
+        return None
+    counts_D = data.counts_CD[client] + 1.0
+    return counts_D / counts_D.sum()
+
+
 def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[ClientUpdate, float]:
     """One client's training and the update its algorithm makes of it."""
-    train = world.config.train
+    train = round_settings(world.config, plan.round)
     batches = client_batches(
         world.data.clients[plan.client].private,
         seed=world.config.seed,
@@ -142,7 +162,15 @@ def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[Clie
         seq_len=train.seq_len,
     )
     moved = (batch.to(world.ranks.device) for batch in batches)
-    result = train_client(world.adapter, state.params, plan, moved, train=train, costs=world.population.costs)
+    result = train_client(
+        world.adapter,
+        state.params,
+        plan,
+        moved,
+        train=train,
+        costs=world.population.costs,
+        class_shares_C=class_shares(world.data, plan.client),
+    )
     return world.algorithm.client(plan, result), result.extract_seconds
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from fedmoe_core.balance import balance_loss
 from fedmoe_core.batch import Batch, public_batches
 from fedmoe_core.checkpoint import load_checkpoint, save_checkpoint
 from fedmoe_core.client import ProfileSums
-from fedmoe_core.config import Config
+from fedmoe_core.config import Config, WarmupConfig
 from fedmoe_core.data import FederatedData
+from fedmoe_core.rng import counter_seed
 from fedmoe_core.update import ClientProfile
 
 RECIPE = 1  # raise it when this file changes what a warm-up gives, so that old caches are not read
@@ -35,37 +37,59 @@ def warm_up(
 ) -> dict[str, Tensor]:
     """Train the live model on public data alone and return its weights in global coordinates.
 
-    Language modelling: every parameter, on public text. Classification: the same on the public rows that carry a label
-    (at most ``labels_per_class`` of each class), head included.
+    Every parameter learns public text by next-token prediction. Classification then trains all of it, head included,
+    on the public rows that carry a label (at most ``labels_per_class`` of each class), as a pretrained model that
+    meets its task for the first time.
     """
-    settings = config.warmup
+    settings, device = config.warmup, next(adapter.model.parameters()).device
+    draw = partial(public_batches, seed=config.seed, seq_len=settings.seq_len)
     adapter.configure(adapter.state(), train_dense=True)
-    draw = partial(public_batches, seed=config.seed, batch_size=settings.batch_size, seq_len=settings.seq_len)
-    _fit(adapter, draw(data.public.as_text(), steps=settings.steps), config, partial(progress, "warm-up"))
+    text = draw(data.public.as_text(), steps=settings.steps, batch_size=settings.batch_size)
+    losses = (adapter.text_loss(batch.to(device)) for batch in text)
+    _fit(adapter, losses, settings, Phase("warm-up", settings.steps, settings.lr), progress)
+    if data.public_labelled is not None and settings.head_steps:
+        rows, train = data.public_labelled, config.train
+        labelled = draw(rows, steps=settings.head_steps, batch_size=len(rows), purpose="head")
+        dropping = torch.Generator().manual_seed(counter_seed(config.seed, "head dropout"))
+        losses = (
+            adapter.loss(batch.to(device), token_dropout=train.token_dropout, generator=dropping) for batch in labelled
+        )
+        _fit(adapter, losses, settings, Phase("head", settings.head_steps, settings.head_lr), progress)
     return adapter.state()
 
 
-def _fit(adapter: ModelAdapter, batches: Iterable[Batch], config: Config, progress: Callable[[int, int], None]) -> None:
+@dataclass(frozen=True)
+class Phase:
+    """A part of the warm-up: its name, steps and peak learning rate."""
+
+    name: str
+    steps: int
+    lr: float
+
+
+def _fit(
+    adapter: ModelAdapter,
+    losses: Iterable[Tensor],
+    settings: WarmupConfig,
+    phase: Phase,
+    progress: Callable[[str, int, int], None],
+) -> None:
     """AdamW (betas .9/.95), 20 linear warm steps, cosine to 5 % of the rate, clip 1, Switch balance loss."""
-    settings = config.warmup
     parameters = [p for p in adapter.model.parameters() if p.requires_grad and p.numel()]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
+    decay = settings.weight_decay
+    optimizer = torch.optim.AdamW(parameters, lr=phase.lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, phase.steps))
     for layer in adapter.moe:
         layer.keep_logits, layer.with_scores = True, False
-    device = parameters[0].device
-    for step, batch in enumerate(batches, start=1):
-        loss = adapter.loss(batch.to(device))
+    for step, loss in enumerate(losses, start=1):
         (loss + settings.balance * balance_loss(adapter.moe)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         if not torch.isfinite(loss):
-            raise ValueError(f"the warm-up diverged at step {step}; lower warmup.lr from {settings.lr}")
-        progress(step, settings.steps)
+            raise ValueError(f"the {phase.name} diverged at step {step}; lower its learning rate from {phase.lr}")
+        progress(phase.name, step, phase.steps)
     for layer in adapter.moe:
         layer.keep_logits, layer.with_scores = False, True
 

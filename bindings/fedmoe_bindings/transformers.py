@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, linear, pad
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fedmoe_bindings.transformers_experts import use_fedmoe
@@ -235,6 +235,7 @@ class TransformersAdapter:
         training: bool = True,
         token_dropout: float = 0.0,
         generator: torch.Generator | None = None,
+        log_prior_C: Tensor | None = None,
     ) -> Tensor:
         """Mean loss of the batch, in nats per predicted token or per sample; padding neither routed nor counted.
 
@@ -244,6 +245,8 @@ class TransformersAdapter:
             token_dropout: classification only; each real token is treated as padding with this probability (a
                 sequence never loses all its tokens).
             generator: a CPU generator for token dropout.
+            log_prior_C: classification only; added to the logits, so that what a client learns is not its own class
+                shares (logit adjustment, arXiv 2007.07314 [E]).
 
         Raises:
             ValueError: labels are missing, or token dropout is asked of a language model.
@@ -253,7 +256,24 @@ class TransformersAdapter:
             if self.spec.task == "causal_lm":
                 raise ValueError("token_dropout is for classification; set it to 0 for a language model")
             batch = _drop_tokens(batch, token_dropout, generator)
-        loss_sum, count, _ = self._sums(batch)
+        loss_sum, count, _ = self._sums(batch, log_prior_C)
+        return loss_sum / count
+
+    def text_loss(self, batch: Batch) -> Tensor:
+        """Mean next-token loss in nats; a classifier's trunk predicts with its own embedding as output layer."""
+        self.model.train()
+        if self.spec.task == "causal_lm":
+            loss_sum, count, _ = self._sums(batch)
+            return loss_sum / count
+        trunk = cast(SequenceClassifier, self.model).model
+        hidden_SNH = trunk(
+            input_ids=batch.tokens_SN,
+            attention_mask=batch.mask_SN.long(),
+            use_cache=False,
+            **{TOKEN_MASK: batch.mask_SN.reshape(-1)},
+        ).last_hidden_state
+        embedding = cast(nn.Embedding, trunk.get_input_embeddings())
+        loss_sum, count = _next_token_loss(linear(hidden_SNH, embedding.weight), batch)
         return loss_sum / count
 
     @torch.no_grad()
@@ -264,7 +284,7 @@ class TransformersAdapter:
             loss_sum, count, correct = self._sums(batch)
         return Evaluation(float(loss_sum), int(count), int(correct))
 
-    def _sums(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums(self, batch: Batch, log_prior_C: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Loss sum, number of predictions (at least 1) and correct ones (0 in causal LM)."""
         mask_SN = batch.mask_SN
         options: dict[str, Any] = {TOKEN_MASK: mask_SN.reshape(-1)}
@@ -273,7 +293,8 @@ class TransformersAdapter:
                 raise ValueError("the batch has no labels; classification needs labels_S")
             logits_SC = self.model(batch.tokens_SN, mask_SN, **options).float()
             correct = (logits_SC.argmax(dim=-1) == batch.labels_S).sum()
-            loss_sum = cross_entropy(logits_SC, batch.labels_S, reduction="sum")
+            adjusted_SC = logits_SC if log_prior_C is None else logits_SC + log_prior_C
+            loss_sum = cross_entropy(adjusted_SC, batch.labels_S, reduction="sum")
             return loss_sum, torch.tensor(max(len(batch), 1), device=loss_sum.device), correct
         logits_SNV = self.model(
             input_ids=batch.tokens_SN,
@@ -282,11 +303,8 @@ class TransformersAdapter:
             output_router_logits=False,
             **options,
         ).logits
-        # The targets are shifted, not the logits: slicing (S, N, V) would copy the largest tensor of the step.
-        predicted_SN = pad(mask_SN[:, 1:] & mask_SN[:, :-1], (0, 1))
-        targets_SN = pad(batch.tokens_SN[:, 1:], (0, 1)).masked_fill(~predicted_SN, -100)
-        loss_sum = cross_entropy(logits_SNV.flatten(0, 1).float(), targets_SN.flatten(), reduction="sum")
-        return loss_sum, predicted_SN.sum().clamp(min=1), loss_sum.new_zeros((), dtype=torch.int64)
+        loss_sum, count = _next_token_loss(logits_SNV, batch)
+        return loss_sum, count, loss_sum.new_zeros((), dtype=torch.int64)
 
     def _dense_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter outside the MoE layers; ``named_parameters`` yields tied ones once."""
@@ -337,6 +355,16 @@ def _without_stats(layers: tuple[MoE, ...]) -> Iterator[None]:
     finally:
         for layer, (with_stats, last_stats) in zip(layers, before, strict=True):
             layer.with_stats, layer.last_stats = with_stats, last_stats
+
+
+def _next_token_loss(logits_SNV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Loss sum in nats and number of predictions (at least 1): a token is predicted where it and the last are real."""
+    mask_SN = batch.mask_SN
+    # The targets are shifted, not the logits: slicing (S, N, V) would copy the largest tensor of the step.
+    predicted_SN = pad(mask_SN[:, 1:] & mask_SN[:, :-1], (0, 1))
+    targets_SN = pad(batch.tokens_SN[:, 1:], (0, 1)).masked_fill(~predicted_SN, -100)
+    loss_sum = cross_entropy(logits_SNV.flatten(0, 1).float(), targets_SN.flatten(), reduction="sum")
+    return loss_sum, predicted_SN.sum().clamp(min=1)
 
 
 def _drop_tokens(batch: Batch, probability: float, generator: torch.Generator | None) -> Batch:

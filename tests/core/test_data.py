@@ -293,6 +293,6 @@ def test_ag_news() -> None:
     assert data.class_names == ("World", "Sports", "Business", "Sci/Tech")
     assert (len(data.public), len(data.public_labelled), len(data.test)) == (1520, 100, 1140)
     assert sum(client.samples for client in data.clients) == 7600 - 1520 - 1140
-    assert data.tokenizer.kind == "word"
+    assert data.tokenizer.kind == "bpe-lower"
     assert data.tokenizer.vocab_size == 8000
     assert 0.86 < naive_bayes_accuracy(data) < 0.91  # feasibility: .881 trained on 6,600 rows

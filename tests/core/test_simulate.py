@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmoe_core import simulate
+from fedmoe_core import client, simulate
 from fedmoe_core.config import Config
 from fedmoe_core.prepare import build_world
 from fedmoe_core.progress import NullObserver
@@ -216,12 +216,10 @@ def test_inv10_two_ranks_give_the_bits_of_one(config, tmp_path):
 
 
 def test_inv11_a_client_with_nan_loss_is_refused_by_name_and_the_run_goes_on(config, tmp_path, monkeypatch):
-    from fedmoe_core import client
+    step = client.Stepper.step
 
-    step = client.local_step
-
-    def poisoned(adapter, batch, optimizer, train, dropping):
-        loss = step(adapter, batch, optimizer, train, dropping)
+    def poisoned(self, batch):
+        loss = step(self, batch)
         return float("nan") if poison["on"] else loss
 
     poison = {"on": False}
@@ -231,7 +229,7 @@ def test_inv11_a_client_with_nan_loss_is_refused_by_name_and_the_run_goes_on(con
         poison["on"] = plan.client == 2
         return train_client(adapter, params, plan, batches, **rest)
 
-    monkeypatch.setattr(client, "local_step", poisoned)
+    monkeypatch.setattr(client.Stepper, "step", poisoned)
     monkeypatch.setattr(simulate, "train_client", train)
     summary = simulate.run(config())
     rounds = lines(tmp_path / "run", kind="round")[1:]
@@ -255,9 +253,10 @@ def test_inv11_too_few_clients_left_and_the_round_is_not_applied(config, tmp_pat
 
 
 def test_a_failing_client_does_not_end_the_run(config, monkeypatch):
-    from fedmoe_core import client
+    def broken(self, batch):
+        raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(client, "local_step", lambda *args: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    monkeypatch.setattr(client.Stepper, "step", broken)
     summary = simulate.run(config())
     assert summary["refused_updates"] == 8
     assert summary["loss_after"] == summary["loss_before"]
