@@ -1,4 +1,4 @@
-"""One distribution, three import packages; the folders that hold two of them are deliberately not packages themselves."""
+"""One distribution, three import packages; the folders that hold two of them are not packages themselves."""
 
 from setuptools import setup
 

@@ -15,6 +15,7 @@ from fedmoe_core.batch import Batch, Task
 from fedmoe_core.layer import MoE
 from fedmoe_core.update import ParamSpec
 
+
 @dataclass(frozen=True)
 class ModelSpec:
     """The facts that budgets and plans need of a model; every MoE layer has the same sizes."""

@@ -59,7 +59,7 @@ def _stage_peaks(
             stage = f"stage{len(layers) - depth}"
             # A stage begins where the backward of its layer begins: the gradients are made inside it.
             hooks.callback(layer.register_forward_hook(_marker(stage, device)).remove)
-        trace = trace_memory(lambda: local_step(adapter, batch, optimizer, train, torch.Generator()), device)
+        _, trace = trace_memory(lambda: local_step(adapter, batch, optimizer, train, torch.Generator()), device)
     if len(trace.phases) == 1:
         return (resident + trace.peak,)
     stages = ["start", *(f"stage{done}" for done in range(1, len(layers) + 1))]

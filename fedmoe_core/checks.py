@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -99,7 +98,7 @@ def _weights(update: ClientUpdate, plan: ExpertPlan) -> str | None:
             return f"{name} has weight on layer {stray[0][0]} expert {stray[0][1]}, which was not trained"
     for name in ("gate_weight", "sample_weight"):
         weight = getattr(update, name)
-        if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+        if not isinstance(weight, float | int | np.number) or not math.isfinite(weight):
             return f"{name} is {weight!r}, not a finite number"
         if not 0 <= weight <= 1:
             return f"{name} is {'negative' if weight < 0 else 'above 1'} ({float(weight):g})"

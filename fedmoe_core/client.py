@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from fedmoe_core.costs import CostModel
 from fedmoe_core.memory import resident_bytes, tensor_bytes, trace_memory
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.update import ClientProfile, profile_arrays
+from fedmoe_kernels import RouterStats
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,12 @@ class ProfileSums:
 
     def __init__(self, adapter: ModelAdapter) -> None:
         self._adapter = adapter
-        self._stats = [None] * len(adapter.moe)
+        self._stats: list[RouterStats] = []
 
     def add_batch(self) -> None:
         """Take each layer's statistics of the forward that just ran; call once per micro-batch."""
-        self._stats = [
-            layer.last_stats if total is None else total + layer.last_stats
-            for layer, total in zip(self._adapter.moe, self._stats, strict=True)
-        ]
+        last = [cast(RouterStats, layer.last_stats) for layer in self._adapter.moe]
+        self._stats = [total + new for total, new in zip(self._stats, last, strict=True)] if self._stats else last
 
     def finish(self) -> ClientProfile:
         """The profile in global coordinates, float64."""
@@ -156,9 +156,9 @@ def _train(
         if step == min(1, plan.local_steps - 1):
             # The second step is the first with optimizer state in place; shapes repeat, so one step tells.
             resident = resident_bytes(adapter.model, optimizer)
-            losses_before = len(losses)
-            trace = trace_memory(lambda batch=batch: losses.append(local_step(adapter, batch, optimizer, train, dropping)), device)
-            assert len(losses) == losses_before + 1
+            last = partial(local_step, adapter, batch, optimizer, train, dropping)
+            loss, trace = trace_memory(last, device)
+            losses.append(loss)
             memory = max(memory, resident + trace.peak)
         else:
             losses.append(local_step(adapter, batch, optimizer, train, dropping))

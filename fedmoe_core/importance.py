@@ -6,21 +6,14 @@ unmasked softmax of the router. Every score reads only sums, so it is the same h
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from fedmoe_core.update import ClientProfile
+
 Score = Literal["s", "ib", "taylor"]
-
-
-class Sums(Protocol):
-    """The part of ``ClientProfile`` that scores read."""
-
-    tokens_L: np.ndarray
-    prob_sum_LE: np.ndarray
-    prob_max_LE: np.ndarray
-    plogp_sum_LE: np.ndarray
-    taylor_abs_LE: np.ndarray
 
 
 def cumulative(prob_sum_LE: np.ndarray, tokens_L: np.ndarray) -> np.ndarray:
@@ -84,7 +77,7 @@ def usage(prob_sum_LE: np.ndarray, samples_L: np.ndarray) -> np.ndarray:
     return cumulative(prob_sum_LE, samples_L)
 
 
-def expert_scores(sums: Sums, score: Score, *, lam: float, beta: float) -> np.ndarray:
+def expert_scores(sums: ClientProfile, score: Score, *, lam: float, beta: float) -> np.ndarray:
     """The score (L, E) that selection maximises: ``s`` eq. 5, ``ib`` eq. 14, ``taylor`` [E]; larger is better."""
     kl_LE = kl_terms(sums.prob_sum_LE, sums.plogp_sum_LE, sums.tokens_L)
     if score == "taylor":

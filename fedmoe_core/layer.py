@@ -8,11 +8,12 @@ from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
 from fedmoe_kernels.experts import ExpertScores, ExpertWeights, moe_mlp
 from fedmoe_kernels.routing import SlotMap, route
 from fedmoe_kernels.stats import RouterStats
-from torch import Tensor, nn
-from torch.nn.functional import linear
 
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
 INIT_STD = 0.02  # of fresh weights, as transformers' initializer_range

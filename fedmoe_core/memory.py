@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+T = TypeVar("T")
 _MARK = "fedmoe.phase:"
 
 
@@ -33,8 +35,8 @@ def mark(name: str, device: torch.device) -> None:
             pass
 
 
-def trace_memory(step: Callable[[], object], device: torch.device) -> MemoryTrace:
-    """Run ``step`` once and report the peak of what torch allocated meanwhile.
+def trace_memory(step: Callable[[], T], device: torch.device) -> tuple[T, MemoryTrace]:
+    """Run ``step`` once; its result, and the peak of what torch allocated meanwhile.
 
     On CUDA only the overall peak is known, so ``phases`` holds that under every question: {"start": peak}.
     """
@@ -42,14 +44,15 @@ def trace_memory(step: Callable[[], object], device: torch.device) -> MemoryTrac
         torch.cuda.synchronize(device)
         base = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        step()
+        result = step()
         peak = torch.cuda.max_memory_allocated(device) - base
-        return MemoryTrace(peak, {"start": peak})
+        return result, MemoryTrace(peak, {"start": peak})
     # The profiler's tracing library logs two lines to stderr for every profile unless told to be quiet.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+        result = step()
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
     events = [
         (event.start_ns(), event.name(), event.nbytes())
         for event in recorded.profiler.kineto_results.events()
@@ -63,7 +66,7 @@ def trace_memory(step: Callable[[], object], device: torch.device) -> MemoryTrac
         else:
             phase = name.removeprefix(_MARK)
         phases[phase] = max(phases.get(phase, level), level)
-    return MemoryTrace(max(phases.values()), phases)
+    return result, MemoryTrace(max(phases.values()), phases)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -65,7 +65,7 @@ class ExpertPlan:
         if empty.size:
             raise ValueError(f"client {self.client}: layer {empty[0]} has no permitted expert; permit at least one")
         if over := self.budget.violations(self.predicted):
-            raise ValueError(f"client {self.client}: the plan exceeds its budget ({over[0]}); plan fewer experts or steps")
+            raise ValueError(f"client {self.client}: the plan exceeds its budget ({over[0]}); plan less")
 
 
 def make_plan(
@@ -87,9 +87,7 @@ def make_plan(
     """
     config, costs, budget = population.config, population.costs, population.budgets[client]
     first, mode = state.visits[client] == 0, config.selection.mode
-    permitted_LE, trainable_LE = choose(
-        budget, costs, scores_LE, client=client, mode=mode, first_participation=first
-    )
+    permitted_LE, trainable_LE = choose(budget, costs, scores_LE, client=client, mode=mode, first_participation=first)
     if explore_absent and mode == "compact" and config.selection.explore > 0:
         demand_LE = (state.profiles[client] or population.prior).prob_sum_LE
         rng = counter_rng(config.seed, "explore", state.round, client)

@@ -114,7 +114,8 @@ class RunLog:
         budgets = self.world.population.budgets
         self.ledger.append(*[_ledger_line(number, u, plans[u.client], budgets) for u in played.updates])
         trained = [plans[u.client].trainable_LE & (u.expert_weight_LE > 0) for u in played.updates if u.status == "ok"]
-        lost = [u.profile.lost_mass_L / np.maximum(u.profile.tokens_L, 1) for u in played.updates if u.profile is not None]
+        profiles = [update.profile for update in played.updates if update.profile is not None]
+        lost = [profile.lost_mass_L / np.maximum(profile.tokens_L, 1) for profile in profiles]
         scores = HFedMoE(self.world.population).scores(state)
         costs = [update.cost for update in played.updates]
         self.totals = {

@@ -105,7 +105,8 @@ def play_round(world: World, state: ServerState, observer: Observer) -> tuple[Se
         reports.append(report_of(_admit(update, plan, sums)))
         engine += time.perf_counter() - checking + extract_seconds
         if config.ranks == 1:
-            observer.on_client(state.round + 1, plan.client, client_record(state.round + 1, update, plan, world.population.budgets))
+            record = client_record(state.round + 1, update, plan, world.population.budgets)
+            observer.on_client(state.round + 1, plan.client, record)
 
     summing = time.perf_counter()
     if ranks.world > 1:
@@ -179,9 +180,9 @@ def _play(world: World, state: ServerState, log: RunLog | None, observer: Observ
     config = world.config
     observer.on_start(_headline(world, state))
     if state.round == 0:
-        held = evaluate_clients(world, state)
+        warm = evaluate_clients(world, state)
         if log is not None:
-            observer.on_round(0, config.rounds, log.before(held))
+            observer.on_round(0, config.rounds, log.before(warm))
             log.commit(state)
     while state.round < config.rounds:
         state, played = play_round(world, state, observer)
@@ -201,7 +202,7 @@ def _claim(out: Path, *, force: bool) -> None:
     """Make the run directory, refusing to mix with an earlier run unless told to replace it."""
     if out.exists() and any(out.iterdir()):
         if not force:
-            raise ValueError(f"{out} holds an earlier run; continue it with fedmoe resume {out}, or replace it with --force")
+            raise ValueError(f"{out} holds an earlier run; fedmoe resume {out} continues it, --force replaces it")
         if not (out / "config.toml").exists():
             raise ValueError(f"{out} is not a run directory, so --force will not empty it; choose another out=")
         shutil.rmtree(out)

@@ -43,7 +43,7 @@ class TextTokenizer:
 
     @property
     def end_id(self) -> int:
-        return self.model.token_to_id(END)
+        return int(self.model.token_to_id(END))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without the end token."""
@@ -79,7 +79,7 @@ def train_tokenizer(kind: Kind, texts: Sequence[str], vocab_size: int) -> TextTo
         model = Tokenizer(models.BPE())
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         model.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
+        trainer: trainers.Trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

@@ -45,9 +45,7 @@ def warm_up(
     return adapter.state()
 
 
-def _fit(
-    adapter: ModelAdapter, batches: Iterable[Batch], config: Config, progress: Callable[[int, int], None]
-) -> None:
+def _fit(adapter: ModelAdapter, batches: Iterable[Batch], config: Config, progress: Callable[[int, int], None]) -> None:
     """AdamW (betas .9/.95), 20 linear warm steps, cosine to 5 % of the rate, clip 1, Switch balance loss."""
     settings = config.warmup
     parameters = [p for p in adapter.model.parameters() if p.requires_grad and p.numel()]

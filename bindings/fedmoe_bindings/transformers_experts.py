@@ -6,13 +6,13 @@ from typing import cast
 
 import numpy as np
 import torch
-from fedmoe_kernels.experts import moe_mlp
-from fedmoe_kernels.routing import Routing, SlotMap, route
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedmoe_bindings.transformers_families import Block, family_of, layer_masks, sparse_blocks
+from fedmoe_kernels.experts import moe_mlp
+from fedmoe_kernels.routing import Routing, SlotMap, route
 
 NAME = "fedmoe"
 _HOOK = "_fedmoe_permitted_hook"

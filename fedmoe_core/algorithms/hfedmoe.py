@@ -88,7 +88,7 @@ class HFedMoE:
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """Eq. 17 for experts, eqs. 18-21 for gates, |D_c|-FedAvg for a trained trunk; nobody's expert stays as it is."""
+        """Eq. 17 for experts, eqs. 18-21 for gates, |D_c|-FedAvg for a trained trunk; what nobody trained stays."""
         rule = self.population.config.aggregation
         heard = {update.client: update.profile for update in updates if update.profile is not None}
         layers = self.population.spec.num_layers

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, load_adapter
 from stock_models import (
     FAMILIES,
     SMALL,
@@ -26,6 +25,7 @@ from transformers import (
     Qwen3MoeForSequenceClassification,
 )
 
+from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, load_adapter
 from fedmoe_core.adapter import Batch
 from fedmoe_core.balance import balance_loss
 

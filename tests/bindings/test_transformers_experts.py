@@ -6,8 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, merge_submodel, use_fedmoe
-from fedmoe_bindings.transformers_experts import fedmoe_experts
 from stock_models import (
     FAMILIES,
     LAYERS,
@@ -28,6 +26,9 @@ from transformers import (
     OlmoeModel,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, merge_submodel, use_fedmoe
+from fedmoe_bindings.transformers_experts import fedmoe_experts
 
 
 @pytest.mark.parametrize("family", FAMILIES)

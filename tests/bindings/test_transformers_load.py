@@ -6,8 +6,6 @@ import sys
 
 import pytest
 import torch
-from fedmoe_bindings.transformers import TransformersAdapter, load_adapter
-from fedmoe_bindings.transformers_load import SequenceClassifier
 from safetensors.torch import load_file, save_file
 from stock_models import VOCAB, stock_model
 from transformers import (
@@ -16,6 +14,8 @@ from transformers import (
     Qwen3MoeForSequenceClassification,
 )
 
+from fedmoe_bindings.transformers import TransformersAdapter, load_adapter
+from fedmoe_bindings.transformers_load import SequenceClassifier
 from fedmoe_core.adapter import Batch
 from fedmoe_core.config import ModelConfig
 

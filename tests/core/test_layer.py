@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from fedmoe_kernels import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -11,6 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from fedmoe_core.balance import balance_loss
 from fedmoe_core.layer import LayerState, MoE
+from fedmoe_kernels import reference
 
 H, I, E, K = 12, 20, 6, 2  # noqa: E741  # odd against every block size; I > H catches swapped axes
 
