@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import torch
 from cases import Problem
-from fedmoe_kernels import ExpertWeights, Routing, SlotMap, moe_mlp
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from fedmoe_kernels import ExpertWeights, Routing, SlotMap, moe_mlp
 
 Outcome = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Step = Callable[[], Outcome]
