@@ -153,9 +153,10 @@ def _autocast(
     x_TH: Tensor, stacks: dict[str, Stack], lora: ExpertLora | None
 ) -> tuple[Tensor, dict[str, Stack], ExpertLora | None]:
     """Operators registered from Python know no autocast, so cast by hand; the routing weights keep their dtype."""
-    if not torch.is_autocast_enabled(x_TH.device.type) or x_TH.dtype == torch.float64:
+    kind = x_TH.device.type
+    if kind == "meta" or x_TH.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x_TH, stacks, lora
-    dtype = torch.get_autocast_dtype(x_TH.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     cast = {
         name: Stack(name, stack.trainable.to(dtype), None if stack.frozen is None else stack.frozen.to(dtype))
         for name, stack in stacks.items()

@@ -75,7 +75,9 @@ def _experts(inputs: OpInputs) -> list[Expert]:
     assert w_in is not None
     assert w_out is not None
     adapters = _adapters(inputs)
-    base = range(slots) if inputs.base_of_slot_B is None else inputs.base_of_slot_B.tolist()
+    base = list(range(slots)) if inputs.base_of_slot_B is None else inputs.base_of_slot_B.tolist()
+    if not all(0 <= index < len(w_in) for index in base):  # a value, so the launcher cannot see it under compile
+        raise ValueError(f"lora.base_of_slot_B points outside the {len(w_in)} rows of w_in; give each slot one of them")
     mask = [True] * slots if inputs.trainable_B is None else inputs.trainable_B.tolist()
     weighted = inputs.w_in.shape[0] if inputs.a_in is None else 0  # with adapters the weights are frozen
     return [

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Routing, SlotMap, moe_mlp, reference
 from fedmoe_kernels.activations import ACTIVATIONS
-from torch import Tensor
 
 FACTORS = ("a_in", "b_in", "a_out", "b_out")
 

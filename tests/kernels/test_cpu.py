@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from expert_cases import assert_close, leaves, problem, solve, truth
-from fedmoe_kernels import ExpertScores, cpu, gemm, moe_mlp
-from fedmoe_kernels.activations import ACTIVATIONS
-from fedmoe_kernels.slot import Expert
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
+
+from fedmoe_kernels import ExpertScores, cpu, gemm, moe_mlp
+from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.slot import Expert
 
 
 @pytest.fixture

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from expert_cases import assert_close, leaves, names, problem, restricted, run, solve, truth
-from fedmoe_kernels import ExpertScores, ExpertWeights, Routing, SlotMap, cpu, gemm, moe_mlp, ops
-from fedmoe_kernels.activations import ACTIVATIONS
+from expert_cases import FACTORS, assert_close, leaves, names, problem, restricted, run, solve, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Routing, SlotMap, cpu, gemm, moe_mlp, ops
+from fedmoe_kernels.activations import ACTIVATIONS
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 SHAPES = {
     "odd sizes, none a multiple of 16": {"T": 23, "H": 19, "I": 13, "B": 5, "K": 2},
@@ -49,7 +52,7 @@ def test_inv4_float32_equals_reference(shape: dict, path: str) -> None:
     assert_close(solve(p, torch.float32), truth(p), TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_inv4_other_dtypes_equal_reference(shape: dict, dtype: torch.dtype) -> None:
     p = problem(**shape).rounded(dtype)
@@ -114,6 +117,21 @@ def test_inv4_lora_slots_share_base_experts() -> None:
     shared = {n: t[:3] if n in ("w_in", "w_out") else t for n, t in p.tensors.items()}
     p = type(p)(p.slots_TK, shared, p.dy_TH, base_of_slot_B=torch.tensor([0, 1, 2, 0, 1, 2]))
     assert_close(solve(p), truth(p), 1e-12)
+
+
+def test_inv4_lora_on_some_slots_with_a_scale_each() -> None:
+    """Slots from Bl on run their base alone: as if their adapters were zero."""
+    p = problem(24, 8, 6, 5, 2, rank=2)
+    leaf, scale_B = leaves(p), torch.tensor([0.5, 2.0, -1.0])
+    some = ExpertLora(*(leaf[n][:3] for n in FACTORS), scale_B)
+    y = moe_mlp(leaf["x"], p.routing(leaf["s"]), leaf["w_in"], leaf["w_out"], lora=some)
+    y.backward(p.dy_TH)
+    padded = torch.cat([scale_B, torch.zeros(2)]).view(5, 1, 1)
+    want = truth(replace(p, lora_scale=1.0, tensors=p.tensors | {n: p.tensors[n] * padded for n in ("b_in", "b_out")}))
+    want = want | {n: want[n] * padded for n in ("db_in", "db_out")}
+    zero = torch.arange(5) < 3
+    want = want | {f"d{n}": restricted(want[f"d{n}"], zero) for n in FACTORS}
+    assert_close({"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}, want, 1e-12)
 
 
 def test_inv4_reference_backend_agrees() -> None:
@@ -324,6 +342,31 @@ def test_refuses_trainable_base_under_lora() -> None:
         run(p, leaf | {"w_in": leaf["w_in"].clone().requires_grad_()})
     with pytest.raises(ValueError, match=r"lora\.b_in"):
         run(p, leaf | {"b_in": leaf["a_in"]})
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match="base_of_slot_B points outside"):
+            run(replace(p, base_of_slot_B=torch.tensor([0, 1, wrong])), leaf)
+
+
+def test_second_derivative_is_refused_not_wrong() -> None:
+    p = problem(5, 8, 6, 3, 2)
+    leaf = leaves(p)
+    (dx,) = torch.autograd.grad(run(p, leaf), leaf["x"], p.dy_TH.clone().requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="moe_mlp_backward"):
+        dx.sum().backward()
+
+
+def test_shapes_without_data() -> None:
+    """On the meta device the operator answers with shapes alone, beyond int32 as well: 2^21 rows of 2^12 values."""
+    with torch.device("meta"):
+        T, K = 2**18, 8
+        index = {n: torch.empty(T * K, dtype=torch.int64) for n in ("tokens_R", "places_R")}
+        table = {n: torch.empty(T, K, dtype=torch.int64) for n in ("experts_TK", "slots_TK", "rows_TK")}
+        offsets_B1, s_TK = torch.empty(5, dtype=torch.int64), torch.empty(T, K, requires_grad=True)
+        routing = Routing(weights_TK=s_TK, **table, **index, offsets_B1=offsets_B1, num_slots=4)
+        w_in, w_out = torch.empty(4, 4096, 64, requires_grad=True), torch.empty(4, 64, 2048, requires_grad=True)
+        x = torch.empty(T, 64, requires_grad=True)
+        moe_mlp(x, routing, w_in, w_out).backward(torch.empty(T, 64))
+    assert [t.grad.shape for t in (x, s_TK, w_in, w_out)] == [t.shape for t in (x, s_TK, w_in, w_out)]
 
 
 def test_expert_weights_refuse_a_frozen_part_that_learns() -> None:

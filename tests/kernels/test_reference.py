@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fedmoe_kernels import reference
 from torch import Tensor
 from torch.nn import functional
+
+from fedmoe_kernels import reference
 
 GATED = ("swiglu", "geglu", "swiglu_oai")
 ACTIVATIONS = (*GATED, "relu", "gelu", "silu")

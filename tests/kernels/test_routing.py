@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from fedmoe_kernels import reference
-from fedmoe_kernels.routing import Routing, SlotMap, route
-from fedmoe_kernels.stats import RouterStats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fedmoe_kernels import reference
+from fedmoe_kernels.routing import Routing, SlotMap, route
+from fedmoe_kernels.stats import RouterStats
 
 RULES = [("softmax", True), ("softmax", False), ("topk_softmax", True), ("sigmoid", True), ("sigmoid", False)]
 INDEX_FIELDS = ("experts_TK", "slots_TK", "rows_TK", "tokens_R", "places_R", "offsets_B1")

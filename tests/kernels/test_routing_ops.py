@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from fedmoe_kernels.routing import Routing, SlotMap, route
 from fedmoe_kernels.routing_ops import place_rows_op, route_backward_op, route_op
-from torch import Tensor
 
 RULES = [("softmax", True), ("softmax", False), ("topk_softmax", True), ("sigmoid", True), ("sigmoid", False)]
 TABLE_CE = torch.tensor([[0, -1, 2, 1, -1, 5], [-1, 3, -1, -1, 4, -1]])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from expert_cases import importance, leaves, names, problem, run, solve, truth
-from fedmoe_kernels import ExpertScores, cpu
-from fedmoe_kernels.activations import ACTIVATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fedmoe_kernels import ExpertScores, cpu
+from fedmoe_kernels.activations import ACTIVATIONS
 
 FIELDS = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "taylor_in_B", "grad_sq_B")
 

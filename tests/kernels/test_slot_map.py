@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fedmoe_kernels.routing import Routing, SlotMap, route
 from torch import Tensor
+
+from fedmoe_kernels.routing import Routing, SlotMap, route
 
 
 def mask(*bits: int) -> Tensor:
