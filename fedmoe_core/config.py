@@ -130,7 +130,7 @@ class Config:
     rounds: Positive = 8
     seed: Annotated[int, Between(0, 2**63 - 1)] = 0
     partition: Annotated[str, OneOf("auto", "domain", "iid", "dirichlet:ALPHA")] = "auto"
-    budgets: tuple[str, ...] = ("experts=12.5%", "experts=25%", "experts=50%", "experts=100%")  # tiers, dealt to the clients in turn
+    budgets: tuple[str, ...] = ("experts=12.5%", "experts=25%", "experts=50%", "experts=100%")  # dealt in turn
     min_clients: Positive = 1
     ranks: Positive = 1
     threads: Natural = 0  # per client process; 0 = cores divided by ranks
