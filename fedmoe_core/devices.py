@@ -130,10 +130,10 @@ DEVICES: tuple[Device, ...] = (
         "Raspberry Pi 5: four Cortex-A76 cores at 2.4 GHz, 8 GB LPDDR4X, gigabit Ethernet (maker's specification)",
         "three quarters of memory are free; peak = 4 cores x 2 fp32 vector units x 4 lanes x 2 operations",
     ),
-    _tiny(22, 2.5, 0.6),
-    _tiny(24, 3.0, 1.0),
-    _tiny(28, 4.0, 2.0),
-    _tiny(32, 6.0, 4.0),
+    _tiny(19, 2.2, 0.7),
+    _tiny(20, 2.5, 1.0),
+    _tiny(22, 3.2, 1.2),
+    _tiny(26, 4.6, 3.2),
     _tiny(40, 8.0, 6.0),
 )
 
