@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -23,6 +23,7 @@ from fedmoe_core.data import FederatedData, load_data
 from fedmoe_core.progress import Observer
 from fedmoe_core.ranks import Ranks
 from fedmoe_core.state import Population
+from fedmoe_core.tokens import pretrained_tokenizer
 from fedmoe_core.warmup import cached_warmup, measure_profile, warm_up, warmup_key
 
 PRIOR_STEPS = 8  # batches of the server's own pass over public data, as many as a client's round has by default
@@ -46,6 +47,11 @@ def cache_directory(config: Config) -> Path:
     if config.cache:
         return Path(config.cache)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedmoe"
+
+
+def is_pretrained(config: Config) -> bool:
+    """Whether the model comes with weights and a tokenizer of its own, rather than being built here."""
+    return config.model != "tiny"
 
 
 def pick_device(config: Config) -> torch.device:
@@ -102,6 +108,7 @@ def read_data(config: Config, ranks: Ranks) -> FederatedData:
         tokenizer=config.tokenizer,
         vocab_size=config.model_config.vocab_size,
         labels_per_class=config.warmup.labels_per_class,
+        pretrained=pretrained_tokenizer(config.model) if is_pretrained(config) else None,
         cache=cache_directory(config),
     )
     if ranks.leads:
@@ -127,8 +134,10 @@ def load_model(config: Config, data: FederatedData, device: torch.device) -> Mod
 def warm_model(
     config: Config, data: FederatedData, adapter: ModelAdapter, ranks: Ranks, observer: Observer, *, train: bool
 ) -> dict[str, Tensor]:
-    """The model that federation starts from: warmed up on public text, unless it is a checkpoint of its own."""
-    if config.warmup.steps == 0:
+    """The model that federation starts from; a pretrained one only has its fresh classification head trained."""
+    if is_pretrained(config):
+        config = replace(config, warmup=replace(config.warmup, steps=0))
+    if config.warmup.steps == 0 and (data.task == "causal_lm" or config.warmup.head_steps == 0):
         return adapter.state()
     key = warmup_key(
         public=data.public_sha256,
