@@ -79,7 +79,12 @@ def pretrained_tokenizer(name: str) -> TextTokenizer:
     folder = Path(name)
     paths = [folder / file for file in ("tokenizer.json", "tokenizer_config.json")]
     if not folder.is_dir():
-        paths = [Path(hf_hub_download(name, path.name)) for path in paths]
+        if name.count("/") != 1:
+            raise ValueError(f"model {name!r} is not 'tiny', an existing directory, or a hub id of the form owner/name")
+        try:
+            paths = [Path(hf_hub_download(name, path.name)) for path in paths]
+        except OSError as error:
+            raise OSError(f"the tokenizer of {name!r} cannot be fetched; check the name and the network") from error
     if not paths[0].is_file():
         raise ValueError(f"model {name!r} has no tokenizer.json; save its fast tokenizer beside it")
     model = Tokenizer.from_file(str(paths[0]))
