@@ -70,6 +70,7 @@ def row_of(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "sd_change": statistics.stdev(gains),
         "worst_client_loss": [run["worst_client_loss"] for run in runs],
         "gigabytes": statistics.mean(run["bytes_down"] + run["bytes_up"] for run in runs) / 1e9,
+        "budgeted": all(run["budgeted"] for run in runs),
         "budget_violations": sum(run["budget_violations"] for run in runs),
         "seconds": statistics.mean(run["seconds"] for run in runs),
     }
@@ -86,7 +87,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         before, after = (" / ".join(f"{value:.3f}" for value in row[when]) for when in ("before", "after"))
         change = f"{row['mean_change']:+.3f} ± {row['sd_change']:.3f}"
         moved = f"{row['gigabytes']:.2f} GB"
-        lines.append(f"| {row['method']} | {before} | {after} | {change} | {moved} | {row['budget_violations']} |")
+        over = row["budget_violations"] if row["budgeted"] else "not bound"
+        lines.append(f"| {row['method']} | {before} | {after} | {change} | {moved} | {over} |")
     return "\n".join(lines)
 
 

@@ -85,15 +85,22 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
         for client in range(config.clients)
     )
     observer.on_stage("measuring one local step and the value of experts on public text")
+    first = next(iter(local_public_batches(config, data, 1)))
     population = Population(
         config=config,
         spec=spec,
         budgets=budgets,
-        costs=calibrate(adapter, params, config.train, next(iter(local_public_batches(config, data, 1)))),
+        costs=calibrate(adapter, params, config.train, first.to(ranks.device), padding=may_pad(config, data)),
         samples_C=np.array([client.samples for client in data.clients]),
         prior=measure_profile(adapter, params, local_public_batches(config, data, PRIOR_STEPS)),
     )
     return World(config, data, adapter, params, population, find_algorithm(config.algorithm, population), ranks)
+
+
+def may_pad(config: Config, data: FederatedData) -> bool:
+    """Whether some client's batches may hold padding: rows differ in length, and a short stream fills no window."""
+    shortest = min(len(client.private.tokens_N) for client in data.clients)
+    return data.task == "classification" or shortest < config.train.seq_len
 
 
 def read_data(config: Config, ranks: Ranks) -> FederatedData:
