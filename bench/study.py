@@ -51,7 +51,7 @@ def summary_of(words: Sequence[str], out: Path) -> dict[str, Any]:
     if (out / "summary.json").exists() and not Config.load(out / "config.toml").diff(wanted):
         return json.loads((out / "summary.json").read_text())
     command = [sys.executable, "-m", "fedmoe_core.cli", "simulate", *words, f"out={out}", "--force", "--quiet"]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / "summary.json").read_text())
 
 
