@@ -295,4 +295,4 @@ def test_ag_news() -> None:
     assert sum(client.samples for client in data.clients) == 7600 - 1520 - 1140
     assert data.tokenizer.kind == "bpe-lower"
     assert data.tokenizer.vocab_size == 4096
-    assert 0.86 < naive_bayes_accuracy(data) < 0.91  # feasibility: .881 trained on 6,600 rows
+    assert 0.86 < naive_bayes_accuracy(data) < 0.91
