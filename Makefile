@@ -30,10 +30,11 @@ check: setup ## lint, format and types
 	$(BIN)/mypy
 
 DEMO := runs/demo
-demo: setup ## fine-tune a small MoE over ten budgeted clients, next to random experts, and write the report
+demo: setup ## fine-tune a small MoE over ten budgeted clients, next to random experts and FedAvg, and write the report
 	$(BIN)/fedmoe simulate examples/demo.toml algorithm=hfedmoe out=$(DEMO)/hfedmoe --force
 	$(BIN)/fedmoe simulate examples/demo.toml algorithm=random out=$(DEMO)/random --force
-	$(BIN)/fedmoe report $(DEMO)/hfedmoe $(DEMO)/random --out $(DEMO)/report.html
+	$(BIN)/fedmoe simulate examples/demo.toml algorithm=fedavg out=$(DEMO)/fedavg --force
+	$(BIN)/fedmoe report $(DEMO)/hfedmoe $(DEMO)/random $(DEMO)/fedavg --out $(DEMO)/report.html
 
 bench: setup ## CPU microbenchmarks against the experts of transformers and one dense product
 	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name

@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 METHODS = {
     "stdlib": {
-        "HFedMoE, score ib": ["algorithm=hfedmoe"],
-        "HFedMoE, score taylor": ["algorithm=hfedmoe", "selection.score=taylor"],
-        "HFedMoE, score ib, eq. 17 undamped": ["algorithm=hfedmoe", "aggregation.experts=participation"],
+        "HFedMoE, score taylor (the demo)": ["algorithm=hfedmoe"],
+        "HFedMoE, score ib (eq. 14, beta 0.1)": ["algorithm=hfedmoe", "selection.score=ib", "selection.beta=0.1"],
+        "HFedMoE, score taylor, eq. 17 undamped": ["algorithm=hfedmoe", "aggregation.experts=participation"],
         "random experts": ["algorithm=random"],
         "FedAvg, all experts (no budget allows it)": ["algorithm=fedavg"],
     },
@@ -47,11 +47,11 @@ def summary_of(words: Sequence[str], out: Path) -> dict[str, Any]:
     """The summary of one run, from disk if a run of this very configuration is finished there."""
     files = [word for word in words if word.endswith(".toml")]
     overrides = [word for word in words if not word.endswith(".toml")]
-    wanted = Config.load(ROOT / files[0] if files else None, overrides).resolved()
+    wanted = Config.load(Path(files[0]) if files else None, overrides).resolved()
     if (out / "summary.json").exists() and not Config.load(out / "config.toml").diff(wanted):
         return json.loads((out / "summary.json").read_text())
     command = [sys.executable, "-m", "fedmoe_core.cli", "simulate", *words, f"out={out}", "--force", "--quiet"]
-    subprocess.run(command, check=True, cwd=ROOT)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / "summary.json").read_text())
 
 
@@ -70,6 +70,7 @@ def row_of(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "sd_change": statistics.stdev(gains),
         "worst_client_loss": [run["worst_client_loss"] for run in runs],
         "gigabytes": statistics.mean(run["bytes_down"] + run["bytes_up"] for run in runs) / 1e9,
+        "budgeted": all(run["budgeted"] for run in runs),
         "budget_violations": sum(run["budget_violations"] for run in runs),
         "seconds": statistics.mean(run["seconds"] for run in runs),
     }
@@ -77,16 +78,17 @@ def row_of(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a table."""
+    measure, seeds = rows[0]["measure"], "/".join(map(str, SEEDS))
     lines = [
-        f"| method | {rows[0]['measure']} before, seeds {'/'.join(map(str, SEEDS))} | after | change, mean ± sd | moved |"
-        " budgets exceeded |",
+        f"| method | {measure} before, seeds {seeds} | after | change, mean ± sd | moved | budgets exceeded |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         before, after = (" / ".join(f"{value:.3f}" for value in row[when]) for when in ("before", "after"))
         change = f"{row['mean_change']:+.3f} ± {row['sd_change']:.3f}"
         moved = f"{row['gigabytes']:.2f} GB"
-        lines.append(f"| {row['method']} | {before} | {after} | {change} | {moved} | {row['budget_violations']} |")
+        over = row["budget_violations"] if row["budgeted"] else "not bound"
+        lines.append(f"| {row['method']} | {before} | {after} | {change} | {moved} | {over} |")
     return "\n".join(lines)
 
 
@@ -98,7 +100,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.job == "ag_news" and not arguments.file:
         parser.error("ag_news needs its CSV file")
-    base = ["examples/demo.toml"] if arguments.job == "stdlib" else [f"data=csv:{Path(arguments.file).resolve()}"]
+    base = [str(ROOT / "examples/demo.toml")] if arguments.job == "stdlib" else [f"data=csv:{arguments.file}"]
     rows = []
     for number, (name, words) in enumerate(METHODS[arguments.job].items()):
         runs = []

@@ -18,13 +18,23 @@ from fedmoe_core.costs import CostModel
 from fedmoe_core.memory import mark, resident_bytes, tensor_bytes, trace_memory
 
 
-def calibrate(adapter: ModelAdapter, params: dict[str, Tensor], train: TrainConfig, batch: Batch) -> CostModel:
+def calibrate(
+    adapter: ModelAdapter, params: dict[str, Tensor], train: TrainConfig, batch: Batch, *, padding: bool
+) -> CostModel:
     """The cost model of ``adapter`` for local steps on batches shaped like ``batch``, with measured trunk terms.
 
     Each k' from 1 to the model's k is traced once, holding the k experts of lowest id in every layer. Few experts are
     the worst case for the temporaries of the expert stage: with k held, each serves every token, and no token can
-    give one expert more than one row, so no other choice of experts makes a slot larger.
+    give one expert more than one row, so no other choice of experts makes a slot larger. Of the tokens all are taken
+    as real, since padding and token dropout only take rows away. A model may build an attention mask only where there
+    is padding (half a megabyte of the demo's 20), so where clients' batches may have some, a batch with one padded
+    place is traced as well and the larger peak of each stage is kept.
     """
+    train = replace(train, token_dropout=0.0)
+    whole_SN = torch.ones_like(batch.mask_SN)
+    padded_SN = whole_SN.clone()
+    padded_SN[0, -1] = False
+    batches = [replace(batch, mask_SN=mask_SN) for mask_SN in (whole_SN, padded_SN)[: 1 + padding]]
     spec = adapter.spec
     train_dense = train.trunk == "fedavg"
     few_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
@@ -37,10 +47,11 @@ def calibrate(adapter: ModelAdapter, params: dict[str, Tensor], train: TrainConf
     for top_k in range(1, spec.top_k + 1):
         adapter.configure(params, permitted_LE=few_LE, trainable_LE=few_LE, top_k=top_k, train_dense=train_dense)
         optimizer = local_optimizer(adapter, train)
-        peaks[top_k] = _stage_peaks(adapter, batch, optimizer, train)
+        traced = [_stage_peaks(adapter, each, optimizer, train) for each in batches]
+        peaks[top_k] = tuple(max(stage) for stage in zip(*traced, strict=True))
         buffers = _trunk_buffers(adapter)
         with FlopCounterMode(display=False) as counted:
-            adapter.loss(batch).backward()
+            adapter.loss(batches[0]).backward()
         adapter.model.zero_grad(set_to_none=True)
         flops = max(flops, counted.get_total_flops() / model.tokens - model.router_flops_per_token)
     return model.calibrated(peaks, few_LE, few_LE, buffer_bytes=buffers, flops_per_token=max(flops, 0.0))

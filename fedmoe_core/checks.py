@@ -1,4 +1,4 @@
-"""Which updates may enter the sums: every reason to refuse one, in words fit for the ledger (DESIGN invariant 11)."""
+"""Which updates may enter the sums: every reason to refuse one, in words fit for the ledger (invariant 11)."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Closed-form cost of a client's round [E] (systems.md 1.5): bytes and floating-point operations.
+    """Closed-form cost of a client's round [E]: bytes and floating-point operations.
 
     An expert has P = H * I_in + I * H parameters (I_in = 2I where gated). Held: P weights. Trainable: gradient and
     optimizer state beside them (fp32 AdamW: 16 bytes a parameter in all). LoRA experts: the base stays frozen and

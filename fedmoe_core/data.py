@@ -102,6 +102,7 @@ def load_data(
     tokenizer: str = "auto",
     vocab_size: int | None = None,
     labels_per_class: int = 25,
+    pretrained: TextTokenizer | None = None,
     cache: Path | None = None,
 ) -> FederatedData:
     """Read, split, tokenize and encode; equal arguments on equal text give equal bits.
@@ -114,6 +115,7 @@ def load_data(
         tokenizer: ``bpe``, ``bpe-lower``, ``word``, or ``auto``: ``bpe`` for language modelling, else ``bpe-lower``.
         vocab_size: most ids; None = 2048 (``bpe``), 4096 (``bpe-lower``) or 8000 (``word``).
         labels_per_class: public rows of each class whose label is given (classification).
+        pretrained: a model's own tokenizer, in place of ``tokenizer`` and ``vocab_size``.
         cache: folder for encoded corpora; None = encode anew.
 
     Raises:
@@ -128,6 +130,7 @@ def load_data(
         kind=kind,
         vocab_size=DEFAULT_VOCAB[kind] if vocab_size is None else vocab_size,
         corpus_sha256=corpus.sha256,
+        pretrained=pretrained,
         cache=cache,
     )
     sizes_P = encoded.offsets_P1.diff().numpy()

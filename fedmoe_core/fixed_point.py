@@ -20,7 +20,7 @@ INT64_MAX = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class SumSettings:
-    """The number format of the sums, proved at construction never to overflow int64 (DESIGN invariant 13).
+    """The number format of the sums, proved at construction never to overflow int64 (invariant 13).
 
     A delta d with integer weight q adds round(q * d * 2**scale_bits). Float addition depends on order; integer addition
     does not, so clients may be summed in any order and on any number of ranks with the same bits.

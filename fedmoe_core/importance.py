@@ -59,7 +59,7 @@ def information_bottleneck(s_LE: np.ndarray, kl_LE: np.ndarray, *, beta: float) 
 
 
 def taylor(taylor_abs_LE: np.ndarray, kl_LE: np.ndarray, tokens_L: np.ndarray, *, beta: float) -> np.ndarray:
-    """Contribution to the loss: T_e / sum_e' T_e' - beta * KL_e / log B, per layer [E] (systems.md 1.5).
+    """Contribution to the loss: T_e / sum_e' T_e' - beta * KL_e / log B, per layer [E].
 
     T_e = sum_i |G_e(x_i) dL/dG_e(x_i)| is the first-order change of the loss when expert e is taken out, the abstract's
     "contribution to fine-tuning". Division by log B puts the penalty into [0, p_e]. A layer whose T is all zero (no

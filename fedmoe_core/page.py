@@ -122,7 +122,7 @@ def _heading(run: Run, *, alone: bool) -> str:
     )
     facts = [("computed", f"{show.flops(s.get('flops'))} by the clients")] if run.has_accuracy else []
     facts += [
-        ("partition", str(run.config.get("partition", show.NONE))),
+        ("partition", str(run.summary.get("partition", show.NONE))),
         ("corpus sha256", str(s.get("corpus_sha256") or show.NONE)[:16]),
         ("model hash", str(s.get("model_hash") or show.NONE)[:16]),
         ("updates refused", str(s.get("refused_updates", show.NONE))),

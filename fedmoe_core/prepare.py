@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -23,6 +23,7 @@ from fedmoe_core.data import FederatedData, load_data
 from fedmoe_core.progress import Observer
 from fedmoe_core.ranks import Ranks
 from fedmoe_core.state import Population
+from fedmoe_core.tokens import pretrained_tokenizer
 from fedmoe_core.warmup import cached_warmup, measure_profile, warm_up, warmup_key
 
 PRIOR_STEPS = 8  # batches of the server's own pass over public data, as many as a client's round has by default
@@ -46,6 +47,11 @@ def cache_directory(config: Config) -> Path:
     if config.cache:
         return Path(config.cache)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedmoe"
+
+
+def is_pretrained(config: Config) -> bool:
+    """Whether the model comes with weights and a tokenizer of its own, rather than being built here."""
+    return config.model != "tiny"
 
 
 def pick_device(config: Config) -> torch.device:
@@ -78,12 +84,14 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
         for client in range(config.clients)
     )
 
+    first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
+
     def measured(params: dict[str, Tensor]) -> Population:
         return Population(
             config=config,
             spec=spec,
             budgets=budgets,
-            costs=calibrate(adapter, params, config.train, next(iter(local_public_batches(config, data, 1)))),
+            costs=calibrate(adapter, params, config.train, first, padding=may_pad(config, data)),
             samples_C=np.array([client.samples for client in data.clients]),
             prior=measure_profile(adapter, params, local_public_batches(config, data, PRIOR_STEPS)),
         )
@@ -99,6 +107,12 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
     return World(config, data, adapter, params, population, find_algorithm(config.algorithm, population), ranks)
 
 
+def may_pad(config: Config, data: FederatedData) -> bool:
+    """Whether some client's batches may hold padding: rows differ in length, and a short stream fills no window."""
+    shortest = min(len(client.private.tokens_N) for client in data.clients)
+    return data.task == "classification" or shortest < config.train.seq_len
+
+
 def read_data(config: Config, ranks: Ranks) -> FederatedData:
     """The corpus, split and encoded; rank 0 first, so that the others find the cache filled."""
     if not ranks.leads:
@@ -111,6 +125,7 @@ def read_data(config: Config, ranks: Ranks) -> FederatedData:
         tokenizer=config.tokenizer,
         vocab_size=config.model_config.vocab_size,
         labels_per_class=config.warmup.labels_per_class,
+        pretrained=pretrained_tokenizer(config.model) if is_pretrained(config) else None,
         cache=cache_directory(config),
     )
     if ranks.leads:
@@ -143,12 +158,14 @@ def warm_model(
     train: bool,
     before_training: Callable[[dict[str, Tensor]], None],
 ) -> dict[str, Tensor]:
-    """The model that federation starts from: warmed up on public text, unless it is a checkpoint of its own.
+    """The model that federation starts from; a pretrained one only has its fresh classification head trained.
 
-    Where the cache does not hold it, ``before_training`` sees the untrained weights first and may raise; it may leave
-    the live model configured in any way.
+    Where something is to be trained and the cache does not hold it, ``before_training`` sees the untrained weights
+    first and may raise; it may leave the live model configured in any way.
     """
-    if config.warmup.steps == 0:
+    if is_pretrained(config):
+        config = replace(config, warmup=replace(config.warmup, steps=0))
+    if config.warmup.steps == 0 and (data.task == "causal_lm" or config.warmup.head_steps == 0):
         return adapter.state()
     key = warmup_key(
         public=data.public_sha256,

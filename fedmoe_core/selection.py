@@ -119,7 +119,7 @@ def choose(
     Compact: permitted = trainable. Backward-masked (the paper's form): all permitted, the chosen ones trainable; it
     holds every expert, so it takes a budget with an expert count, and any other limit has to hold the whole model.
     A budget that holds the whole model leaves nothing to choose: all experts are in, whatever their scores (eq. 15
-    would drop negative ones; DESIGN.md invariant 9 asks that a full budget be FedAvg for every lambda and beta).
+    would drop negative ones; invariant 9 asks that a full budget be FedAvg for every lambda and beta).
     FLOPs do not depend on the experts held; ``fit_flops`` meets them.
 
     Raises:

@@ -96,7 +96,7 @@ def check_budgets(world: World, state: ServerState) -> None:
 
 
 def play_round(world: World, state: ServerState, observer: Observer) -> tuple[ServerState, Round]:
-    """One round as DESIGN draws it: the server plans, clients train, exact sums meet, the server applies."""
+    """The server plans, clients train, exact sums meet, the server applies."""
     config, ranks, began = world.config, world.ranks, time.perf_counter()
 
     plans = world.algorithm.plan(state, sample_clients(config, state.round))

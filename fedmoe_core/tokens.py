@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -24,9 +25,9 @@ from fedmoe_core.wording import unknown
 END = "<|end|>"
 UNKNOWN = "<|unk|>"
 DEFAULT_VOCAB = {"bpe": 2048, "bpe-lower": 4096, "word": 8000}
-_FORMAT = 1  # of the cache file; part of its key
+_FORMAT = 2  # of the cache file; part of its key
 
-Kind = Literal["bpe", "bpe-lower", "word"]
+Kind = Literal["bpe", "bpe-lower", "word", "model"]  # "model": a pretrained model's own
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class TextTokenizer:
 
     kind: Kind
     model: Tokenizer
+    end: str = END
 
     @property
     def vocab_size(self) -> int:
@@ -43,8 +45,8 @@ class TextTokenizer:
 
     @property
     def end_id(self) -> int:
-        found = self.model.token_to_id(END)
-        assert found is not None  # every tokenizer made here has it
+        found = self.model.token_to_id(self.end)
+        assert found is not None  # checked where the tokenizer was made
         return found
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -59,9 +61,39 @@ class TextTokenizer:
         return self.model.to_str()
 
 
-def from_json(kind: Kind, text: str) -> TextTokenizer:
+def from_json(kind: Kind, text: str, end: str = END) -> TextTokenizer:
     """The tokenizer that ``TextTokenizer.to_json`` wrote."""
-    return _plain(kind, Tokenizer.from_str(text))
+    return _plain(kind, Tokenizer.from_str(text), end)
+
+
+def pretrained_tokenizer(name: str) -> TextTokenizer:
+    """A pretrained model's own tokenizer: ``tokenizer.json`` and the end token of ``tokenizer_config.json``.
+
+    Args:
+        name: a directory, or a hub id (then the two small files are fetched, unless HF_HUB_OFFLINE is set).
+
+    Raises:
+        ValueError: the model brings no fast tokenizer, or none that names its end token.
+        OSError: the files cannot be read or fetched.
+    """
+    folder = Path(name)
+    paths = [folder / file for file in ("tokenizer.json", "tokenizer_config.json")]
+    if not folder.is_dir():
+        if name.count("/") != 1:
+            raise ValueError(f"model {name!r} is not 'tiny', an existing directory, or a hub id of the form owner/name")
+        try:
+            paths = [Path(hf_hub_download(name, path.name)) for path in paths]
+        except OSError as error:
+            raise OSError(f"the tokenizer of {name!r} cannot be fetched; check the name and the network") from error
+    if not paths[0].is_file():
+        raise ValueError(f"model {name!r} has no tokenizer.json; save its fast tokenizer beside it")
+    model = Tokenizer.from_file(str(paths[0]))
+    settings = json.loads(paths[1].read_text(encoding="utf-8")) if paths[1].is_file() else {}
+    end = settings.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    if not end or model.token_to_id(end) is None:
+        raise ValueError(f"model {name!r} names no end token; set eos_token in its tokenizer_config.json")
+    return _plain("model", model, end)
 
 
 def train_tokenizer(kind: Kind, texts: Sequence[str], vocab_size: int) -> TextTokenizer:
@@ -105,9 +137,10 @@ def encode_corpus(
     kind: Kind,
     vocab_size: int,
     corpus_sha256: str,
+    pretrained: TextTokenizer | None = None,
     cache: Path | None = None,
 ) -> tuple[TextTokenizer, Encoded]:
-    """Train the tokenizer on ``texts[public_P]`` and encode every text, an end token after each.
+    """Train the tokenizer on ``texts[public_P]``, or take ``pretrained``; encode every text, an end token after each.
 
     With ``cache`` the result is one safetensors file there (the tokenizer's JSON in its metadata), named by the sha256
     of the corpus and of everything else that decides it, written to a temporary file and renamed. A damaged file is
@@ -120,9 +153,11 @@ def encode_corpus(
         ValueError: unknown ``kind`` or too small a ``vocab_size``.
         OSError: the cache folder cannot be written.
     """
-    if kind not in DEFAULT_VOCAB:
+    if pretrained is not None:
+        kind, vocab_size = pretrained.kind, pretrained.vocab_size
+    elif kind not in DEFAULT_VOCAB:
         raise unknown("tokenizer", kind, ("auto", *DEFAULT_VOCAB))
-    settings = {
+    settings: dict[str, Any] = {
         "format": _FORMAT,
         "corpus": corpus_sha256,
         "public": sha256(np.asarray(public_P, dtype=np.int64).tobytes()).hexdigest(),
@@ -130,12 +165,14 @@ def encode_corpus(
         "kind": kind,
         "vocab_size": vocab_size,
         "tokenizers": tokenizers.__version__,
+        "pretrained": None if pretrained is None else sha256(pretrained.to_json().encode()).hexdigest(),
+        "end": END if pretrained is None else pretrained.end,
     }
     key = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     path = None if cache is None else cache / f"encoded-{key[:32]}.safetensors"
-    if path is not None and (found := _read(path, kind, key)) is not None:
+    if path is not None and (found := _read(path, kind, key, settings["end"])) is not None:
         return found
-    tokenizer = train_tokenizer(kind, [texts[row] for row in public_P], vocab_size)
+    tokenizer = pretrained or train_tokenizer(kind, [texts[row] for row in public_P], vocab_size)
     ids = tokenizer.encode(texts)
     end = tokenizer.end_id
     offsets_P1 = np.zeros(len(ids) + 1, dtype=np.int64)
@@ -150,13 +187,13 @@ def encode_corpus(
     return tokenizer, encoded
 
 
-def _plain(kind: Kind, model: Tokenizer) -> TextTokenizer:
+def _plain(kind: Kind, model: Tokenizer, end: str = END) -> TextTokenizer:
     # Text that happens to spell "<|end|>" must not become the end token: a client could forge piece borders.
     model.encode_special_tokens = True
-    return TextTokenizer(kind, model)
+    return TextTokenizer(kind, model, end)
 
 
-def _read(path: Path, kind: Kind, key: str) -> tuple[TextTokenizer, Encoded] | None:
+def _read(path: Path, kind: Kind, key: str, end: str) -> tuple[TextTokenizer, Encoded] | None:
     """The cached result, or None when there is none or it is damaged."""
     if not path.is_file():
         return None
@@ -165,7 +202,7 @@ def _read(path: Path, kind: Kind, key: str) -> tuple[TextTokenizer, Encoded] | N
             metadata = file.metadata() or {}
             if metadata.get("key") != key:
                 return None
-            tokenizer = from_json(kind, metadata["tokenizer"])
+            tokenizer = from_json(kind, metadata["tokenizer"], end)
             encoded = Encoded(file.get_tensor("tokens_N"), file.get_tensor("offsets_P1"), tokenizer.end_id)
     except (SafetensorError, KeyError):
         return None

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tiny_runs import TINY, fedmoe, write_notes
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 Done = subprocess.CompletedProcess[str]
 Simulate = Callable[..., tuple[Done, Path]]
@@ -111,6 +112,11 @@ def test_a_model_without_moe_layers_is_refused(simulate: Simulate, tmp_path: Pat
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, **sizes}
     (dense / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.train_from_iterator(["a b"], trainers.BpeTrainer(vocab_size=260, special_tokens=["</s>"]))
+    tokenizer.save(str(dense / "tokenizer.json"))
+    (dense / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     save_file({"model.embed_tokens.weight": np.zeros((320, 16), np.float32)}, dense / "model.safetensors")
     done, out = simulate(f"model={dense}")
     one_sentence(done, "'llama' model has no MoE layers", "use a model of one of mixtral")
@@ -153,12 +159,13 @@ def test_a_client_without_data_is_refused(simulate: Simulate, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
+        (("model=nonsense",), ("'nonsense'", "owner/name")),
         (("data=jsonl:nowhere.jsonl",), ("nowhere.jsonl does not exist", "check the file name")),
         (("clients=400", "partition=iid"), ("clients=400", "use clients <= ")),
     ],
-    ids=["a missing data file", "more clients than pieces"],
+    ids=["an unknown model", "a missing data file", "more clients than pieces"],
 )
-def test_data_that_cannot_serve_the_clients_is_refused(
+def test_a_model_or_data_that_cannot_serve_is_refused(
     words: tuple[str, ...], fragments: tuple[str, ...], simulate: Simulate
 ) -> None:
     done, out = simulate(*words)

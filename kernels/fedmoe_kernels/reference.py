@@ -317,7 +317,7 @@ def importance(
     rows_B their number; taylor_B sum of s * dS, signed; taylor_abs_B sum of |s * dS|; fisher_B sum of (s * dS)^2;
     taylor_in_B sum of <z, dz>; grad_sq_B ||dW_in||^2 + ||dW_out||^2 (biases not counted), 0 for slots outside
     `trainable_B`; with `lora` the gradients of the slot's four factors are counted in place of the shared base's.
-    First-order Taylor importance: systems.md section 1.5 [E].
+    First-order Taylor importance, our reading [E].
     """
 
     def leaf(value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ With s the routing weight of a row, dS its gradient and z the row's pre-activati
     sum of <z, dz>  = <W_in, dW_in> + <b_in, db_in>
 where dW is what the weight gradient is, or would be for a frozen slot. These are first-order Taylor importances, the
 change of the loss if the expert's output (or its first matrix) were scaled to zero; measured to rank experts best in
-absolute value (systems.md section 1.5 [E]).
+absolute value [E].
 """
 
 from __future__ import annotations

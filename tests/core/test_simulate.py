@@ -253,10 +253,16 @@ def test_inv11_too_few_clients_left_and_the_round_is_not_applied(config, tmp_pat
 
 
 def test_a_failing_client_does_not_end_the_run(config, monkeypatch):
-    def broken(self, batch):
-        raise RuntimeError("out of memory")
+    train_client = simulate.train_client
 
-    monkeypatch.setattr(client.Stepper, "step", broken)
+    def train(adapter, params, plan, batches, **rest):
+        def broken():
+            yield next(iter(batches))
+            raise RuntimeError("out of memory")
+
+        return train_client(adapter, params, plan, broken(), **rest)
+
+    monkeypatch.setattr(simulate, "train_client", train)
     summary = simulate.run(config())
     assert summary["refused_updates"] == 8
     assert summary["loss_after"] == summary["loss_before"]

@@ -1,4 +1,4 @@
-"""moe_mlp: invariants 4 and 5 of DESIGN.md, its forms of weights, its place in autograd, compile and autocast."""
+"""moe_mlp: invariants 4 and 5, its forms of weights, its place in autograd, compile and autocast."""
 
 from __future__ import annotations
 

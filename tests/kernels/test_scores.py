@@ -1,4 +1,4 @@
-"""ExpertScores: invariant 6 of DESIGN.md, the other sums, and how they add up."""
+"""ExpertScores: invariant 6, the other sums, and how they add up."""
 
 from __future__ import annotations
 
