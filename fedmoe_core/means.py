@@ -123,7 +123,7 @@ def gate_mean(
         old_state: the global model; never changed.
         rule: how to divide.
         s_global_size: |S_global|, for "literal" only, in units of gate_weight: a caller that divided sum_e p_c(e) by
-            some n to fit gate_weight into [0, 1] passes |S_global| / n.
+            some n to fit gate_weight into [0, 1] passes |S_global| / n. May be 0 where no client has a gate weight.
 
     Returns:
         New tensors of the router keys; a zero sum keeps the router's bits.
@@ -132,7 +132,8 @@ def gate_mean(
         ValueError: unknown rule, or "literal" without a positive ``s_global_size``.
     """
     _check_rule(rule, ("row-wise", "normalised", "literal", "fedavg"))
-    if rule == "literal" and not (s_global_size is not None and s_global_size > 0):
+    empty = s_global_size == 0 and sums.gate_den == 0  # no expert passed tau: eq. 20 has no terms, the gate stays
+    if rule == "literal" and not empty and not (s_global_size is not None and s_global_size > 0):
         raise ValueError(
             f"the literal gate needs s_global_size > 0, not {s_global_size}; count the experts of S_global"
         )

@@ -38,7 +38,8 @@ def mark(name: str, device: torch.device) -> None:
 def trace_memory(step: Callable[[], T], device: torch.device) -> tuple[T, MemoryTrace]:
     """Run ``step`` once; its result, and the peak of what torch allocated meanwhile.
 
-    On CUDA only the overall peak is known, so ``phases`` holds that under every question: {"start": peak}.
+    On the CPU, freeing a block that is older than the step lowers nothing: the profiler does not know its size, so the
+    peak is then a bound from above. On CUDA only the overall peak is known, so ``phases`` is {"start": peak}.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

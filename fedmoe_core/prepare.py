@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -78,22 +78,31 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
     observer.on_stage(f"reading {config.data}")
     data = read_data(config, ranks)
     adapter = load_model(config, data, ranks.device)
-    params = warm_model(config, data, adapter, ranks, observer, train=train_warmup)
     spec = adapter.spec
     budgets = tuple(
         Budget.parse(config.budgets[client % len(config.budgets)], spec_experts=spec.num_layers * spec.num_experts)
         for client in range(config.clients)
     )
+
+    def measured(params: dict[str, Tensor]) -> Population:
+        first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
+        return Population(
+            config=config,
+            spec=spec,
+            budgets=budgets,
+            costs=calibrate(adapter, params, config.train, first, padding=may_pad(config, data)),
+            samples_C=np.array([client.samples for client in data.clients]),
+            prior=measure_profile(adapter, params, local_public_batches(config, data, PRIOR_STEPS)),
+        )
+
+    def refuse_early(untrained: dict[str, Tensor]) -> None:
+        # A budget that cannot be served should be refused within seconds, not after minutes of warm-up.
+        algorithm = find_algorithm(config.algorithm, measured(untrained))
+        algorithm.plan(algorithm.init(untrained), range(config.clients))
+
+    params = warm_model(config, data, adapter, ranks, observer, train=train_warmup, before_training=refuse_early)
     observer.on_stage("measuring one local step and the value of experts on public text")
-    first = next(iter(local_public_batches(config, data, 1)))
-    population = Population(
-        config=config,
-        spec=spec,
-        budgets=budgets,
-        costs=calibrate(adapter, params, config.train, first.to(ranks.device), padding=may_pad(config, data)),
-        samples_C=np.array([client.samples for client in data.clients]),
-        prior=measure_profile(adapter, params, local_public_batches(config, data, PRIOR_STEPS)),
-    )
+    population = measured(params)
     return World(config, data, adapter, params, population, find_algorithm(config.algorithm, population), ranks)
 
 
@@ -139,9 +148,20 @@ def load_model(config: Config, data: FederatedData, device: torch.device) -> Mod
 
 
 def warm_model(
-    config: Config, data: FederatedData, adapter: ModelAdapter, ranks: Ranks, observer: Observer, *, train: bool
+    config: Config,
+    data: FederatedData,
+    adapter: ModelAdapter,
+    ranks: Ranks,
+    observer: Observer,
+    *,
+    train: bool,
+    before_training: Callable[[dict[str, Tensor]], None],
 ) -> dict[str, Tensor]:
-    """The model that federation starts from; a pretrained one only has its fresh classification head trained."""
+    """The model that federation starts from; a pretrained one only has its fresh classification head trained.
+
+    Where the cache does not hold it, ``before_training`` sees the untrained weights first and may raise; it may leave
+    the live model configured in any way.
+    """
     if is_pretrained(config):
         config = replace(config, warmup=replace(config.warmup, steps=0))
     if config.warmup.steps == 0 and (data.task == "causal_lm" or config.warmup.head_steps == 0):
@@ -161,13 +181,20 @@ def warm_model(
     if not train and not (directory / f"warmup-{key}").exists():
         return adapter.state()
     labels = 0 if data.public_labelled is None else len(data.public_labelled)
+
+    def warmed() -> dict[str, Tensor]:
+        untrained = adapter.state()
+        before_training(untrained)
+        adapter.configure(untrained)
+        return warm_up(adapter, data, config, observer.on_progress)
+
     observer.on_stage(
         f"warm-up on {len(data.public.tokens_N):,} public tokens"
         + (f", of which {labels} rows are labelled ({config.warmup.labels_per_class} a class)" if labels else "")
     )
     if not ranks.leads:
         ranks.wait()
-    params, _ = cached_warmup(directory, key, lambda: warm_up(adapter, data, config, observer.on_progress))
+    params, _ = cached_warmup(directory, key, warmed)
     if ranks.leads:
         ranks.wait()
     return {key: tensor.to(ranks.device) for key, tensor in params.items()}

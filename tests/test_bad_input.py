@@ -1,144 +1,268 @@
-"""Bad input through the real command: one sentence, a non-zero exit, no traceback, no half-written run."""
+"""What a user gets wrong ends in one sentence, a non-zero status and no half-written run; through the real command."""
+
+from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
-import sys
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tiny_runs import TINY, fedmoe, write_notes
 
-TINY = [
-    *("threads=1", "clients=2", "rounds=1", "warmup.steps=3", "warmup.batch_size=2", "warmup.seq_len=16"),
-    *("model_config.hidden_size=32", "model_config.heads=2", "model_config.kv_heads=1", "model_config.head_dim=16"),
-    *("model_config.experts=4", "model_config.expert_width=16", "model_config.vocab_size=300"),
-    *("train.batch_size=2", "train.seq_len=16", "train.local_steps=2", "eval.sequences=1", "budgets=unlimited"),
-]
+Done = subprocess.CompletedProcess[str]
+Simulate = Callable[..., tuple[Done, Path]]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a good corpus and every kind of bad one."""
-    folder = tmp_path_factory.mktemp("bad")
-    rows = [{"text": f"note {n} of many words " * 20} for n in range(40)]
-    (folder / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "missing.csv").write_text("label\n1\n2\n")
-    (folder / "empty.csv").write_text("label,text\n1,hello there\n2,\n")
-    (folder / "one.csv").write_text("label,text\n1,hello\n1,world\n")
-    (folder / "broken.jsonl").write_text('{"text": "a"}\n{broken\n')
-    few = "".join(f"{n % 2},row number {n}\n" for n in range(12))
-    (folder / "few.csv").write_text("label,text\n" + few)
-    return folder
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_notes(tmp_path_factory.mktemp("corpus") / "notes.jsonl")
 
 
-def command(place, *words, out="run", verb="simulate"):
-    where = [f"cache={place / 'cache'}", f"out={place / out}"] if verb == "simulate" else []
-    line = [sys.executable, "-m", "fedmoe_core.cli", verb, *where, *(TINY if where else []), *words]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=place)
+@pytest.fixture
+def simulate(notes: Path, tmp_path: Path) -> Simulate:
+    def run(*words: str, flags: tuple[str, ...] = ("--quiet",)) -> tuple[Done, Path]:
+        out = tmp_path / "out"
+        where = [f"data=jsonl:{notes}", f"out={out}", f"cache={notes.parent / 'cache'}"]
+        return fedmoe("simulate", *TINY, *where, *words, *flags), out
+
+    return run
 
 
-def refusal(done):
-    """The one sentence of a refused command."""
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.stderr.strip().endswith(line)
-    return line
+@pytest.fixture(scope="module")
+def finished(notes: Path) -> Path:
+    """A run of one round, to be copied and damaged."""
+    out = notes.parent / "finished"
+    where = [f"data=jsonl:{notes}", f"out={out}", f"cache={notes.parent / 'cache'}"]
+    done = fedmoe("simulate", *TINY, *where, "--quiet")
+    assert done.returncode == 0, done.stderr
+    return out
 
 
-CASES = {
-    "unknown key": (["trian.lr=1"], ["trian.lr", "train.lr"]),
-    "unknown value": (["algorithm=hfedmo"], ["hfedmo", "'hfedmoe'"]),
-    "wrong type": (["rounds=many"], ["rounds", "many"]),
-    "k above E": (["model_config.top_k=9"], ["top_k=9", "experts=4"]),
-    "missing column": (["data=csv:missing.csv"], ["missing.csv", "text column"]),
-    "empty text": (["data=csv:empty.csv"], ["empty.csv line 3", "empty text"]),
-    "one class": (["data=csv:one.csv"], ["one.csv", "one class"]),
-    "broken line": (["data=jsonl:broken.jsonl"], ["broken.jsonl line 2"]),
-    "no such file": (["data=csv:nowhere.csv"], ["nowhere.csv", "does not exist"]),
-    "unknown data": (["data=stdlb"], ["stdlb", "stdlib"]),
-    "more clients than rows": (["data=csv:few.csv", "clients=10"], ["clients=10", "use clients"]),
-    "bad budget": (["budgets=memry=3MiB", "data=jsonl:good.jsonl"], ["memry", "memory"]),
-    "unknown model": (["model=nonsense", "data=jsonl:good.jsonl"], ["nonsense"]),
-    "a budget too small": (["budgets=memory=10KiB", "data=jsonl:good.jsonl"], ["client 0", "at least"]),
+def one_sentence(done: Done, *fragments: str) -> None:
+    """Refused, with one line on stderr that holds the offender and the remedy, and nothing on stdout."""
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.endswith("\n")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "Traceback" not in line
+    assert not line.endswith(".")
+    for fragment in fragments:
+        assert fragment in line
+
+
+def assert_nothing_written(out: Path) -> None:
+    """At most the directory itself."""
+    assert not out.exists() or list(out.iterdir()) == []
+
+
+BAD_VALUES = {
+    "an unknown key": ("train.lrr=1", ("'train.lrr'", "did you mean 'train.lr'?")),
+    "an unknown word": ("train.trunk=frozzen", ("train.trunk='frozzen'", "did you mean 'frozen'?")),
+    "an unknown algorithm": ("algorithm=hfedmo", ("algorithm='hfedmo'", "did you mean 'hfedmoe'?")),
+    "an unknown source": ("data=cvs:news.csv", ("data='cvs:news.csv'", "did you mean 'csv:news.csv'?")),
+    "a number out of range": ("selection.lam=1.5", ("selection.lam=1.5", "from 0.0 to 1.0")),
+    "no number": ("rounds=many", ("rounds='many'", "give a whole number")),
+    "k above E": ("model_config.top_k=9", ("model_config.top_k=9", "choose top_k <= 8")),
+    "more sampled than there are": ("clients_per_round=9", ("clients_per_round=9 exceeds clients=4", "lower it")),
+    "a config file that is not there": ("nowhere.toml", ("nowhere.toml does not exist", "check the path")),
 }
 
 
-@pytest.mark.parametrize(("words", "said"), CASES.values(), ids=CASES)
-def test_one_sentence_and_nothing_half_written(place, words, said):
-    line = refusal(command(place, *words))
-    assert all(word in line for word in said), line
-    run = place / "run"
-    assert not run.exists() or not any(run.iterdir())
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_a_bad_word_is_refused_with_the_nearest_good_one(case: str, simulate: Simulate) -> None:
+    word, fragments = BAD_VALUES[case]
+    done, out = simulate(word)
+    one_sentence(done, *fragments)
+    assert not out.exists()
 
 
-def test_a_model_without_moe_layers(place):
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(place / "llama")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.train_from_iterator(["a b"], trainers.BpeTrainer(vocab_size=260, special_tokens=["</s>"]))
-    tokenizer.save(str(place / "llama" / "tokenizer.json"))
-    (place / "llama" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    assert "llama" in refusal(command(place, "data=jsonl:good.jsonl", f"model={place / 'llama'}"))
+BAD_BUDGETS = {
+    "a resource that does not exist": ("memroy=3MiB", ("'memroy' is not a resource", "did you mean 'memory'?")),
+    "one expert for two layers": ("experts=1", ("client 0", "experts budget 1 expert", "at least 2 experts")),
+    "memory": ("unlimited;memory=10KiB", ("client 1", "memory budget 10.0 KiB", "at least", "KiB is needed")),
+}
 
 
-def test_no_write_permission(place):
-    (place / "file").write_text("")
-    assert "cannot write" in refusal(command(place, "data=jsonl:good.jsonl", out="file/run"))
+@pytest.mark.parametrize("case", BAD_BUDGETS)
+def test_inv1_a_budget_that_cannot_serve_is_refused_before_the_warm_up(
+    case: str, simulate: Simulate, tmp_path: Path
+) -> None:
+    text, fragments = BAD_BUDGETS[case]
+    # At this many steps a warm-up would take an hour.
+    done, out = simulate(f"budgets={text}", "warmup.steps=1000000", f"cache={tmp_path / 'cache'}")
+    one_sentence(done, *fragments)
+    assert_nothing_written(out)
+    assert list((tmp_path / "cache").glob("warmup-*")) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_no_write_permission_by_mode(place):
-    (place / "locked").mkdir(mode=0o500)
-    assert "cannot write" in refusal(command(place, "data=jsonl:good.jsonl", out="locked/run"))
-
-
-def test_debug_shows_the_traceback(place):
-    done = command(place, "trian.lr=1", "--debug")
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr
-
-
-@pytest.fixture(scope="module")
-def finished(place):
-    done = command(place, "data=jsonl:good.jsonl", out="finished")
+def test_inv1_the_memory_that_the_refusal_asks_for_does(simulate: Simulate) -> None:
+    done, _ = simulate("budgets=memory=10KiB")
+    needed = done.stderr.split("at least ")[1].split(" is needed")[0].replace(" ", "")
+    done, out = simulate(f"budgets=memory={needed}")
     assert done.returncode == 0, done.stderr
-    return place / "finished"
+    assert json.loads((out / "summary.json").read_text())["budget_violations"] == 0
 
 
-def copied(run: Path, name: str) -> Path:
-    import shutil
-
-    target = run.with_name(name)
-    shutil.copytree(run, target)
-    return target
-
-
-def test_resume_from_a_corrupt_checkpoint(place, finished):
-    run = copied(finished, "corrupt")
-    (state,) = (run / "checkpoint").glob("*.safetensors")
-    state.write_bytes(state.read_bytes()[:1000])
-    before = sorted(path.name for path in run.rglob("*"))
-    assert state.name in refusal(command(place, str(run), verb="resume"))
-    assert sorted(path.name for path in run.rglob("*")) == before
+def test_a_model_without_moe_layers_is_refused(simulate: Simulate, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    llama = transformers.LlamaConfig(vocab_size=320, num_hidden_layers=1, **sizes)
+    transformers.LlamaForCausalLM(llama).save_pretrained(tmp_path / "dense")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "dense" / "tokenizer.json"))
+    (tmp_path / "dense" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    done, out = simulate(f"model={tmp_path / 'dense'}")
+    one_sentence(done, "'llama' model has no MoE layers", "use a model of one of mixtral")
+    assert_nothing_written(out)
 
 
-def test_resume_from_a_foreign_checkpoint(place, finished):
-    run = copied(finished, "foreign")
-    (run / "checkpoint" / "checkpoint.json").write_text('{"format": "something else"}')
-    assert "checkpoint.json" in refusal(command(place, str(run), verb="resume"))
+def rows(count: int, label: str = "{}") -> str:
+    return "".join(f"{label.format(row % 2)},text number {row}\n" for row in range(count))
 
 
-def test_resume_under_another_configuration(place, finished):
-    run = copied(finished, "other")
-    config = run / "config.toml"
-    config.write_text(config.read_text().replace("local_steps = 2", "local_steps = 3"))
-    assert "train.local_steps" in refusal(command(place, str(run), verb="resume"))
+BAD_TABLES = {
+    "no text column": ("label\nsport\nnews\n", "has a label column but no text column", "write the label first"),
+    "a missing column": ("label,text\nsport,a goal\nnews\n", "line 3 has 1 columns where line 1 has 2", "repair"),
+    "an empty text": ("label,text\nsport,a goal\nnews,  \n", "line 3 has an empty text", "fill it or drop the row"),
+    "an empty label": ("label,text\nsport,a goal\n,a vote\n", "line 3 has an empty label", "fill it or drop"),
+    "one class": ("label,text\n" + rows(20, "sport"), "has one class, 'sport'", "needs at least two"),
+    "no row": ("label,text\n", "holds no row", "give one row a text"),
+    "nothing": ("", "holds no row", "give one row a text"),
+    "fewer rows than clients": ("label,text\n" + rows(20), "clients=50", "use clients <= "),
+}
 
 
-def test_resume_where_no_run_is(place):
-    assert "nowhere" in refusal(command(place, str(place / "nowhere"), verb="resume"))
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_a_bad_table_is_refused_by_its_line(case: str, simulate: Simulate, tmp_path: Path) -> None:
+    text, *fragments = BAD_TABLES[case]
+    table = tmp_path / "news.csv"
+    table.write_text(text)
+    done, out = simulate(f"data=csv:{table}", "clients=50")
+    one_sentence(done, *fragments)
+    assert_nothing_written(out)
+
+
+def test_a_client_without_data_is_refused(simulate: Simulate, tmp_path: Path) -> None:
+    notes = write_notes(tmp_path / "few.jsonl", owners="wxyz")
+    with notes.open("a") as file:
+        file.write(json.dumps({"text": "alone", "client": "owner-v"}) + "\n")
+    done, out = simulate(f"data=jsonl:{notes}", "clients=5")
+    one_sentence(done, "client ", "would own 1 piece of text and needs 2", "lower clients")
+    assert_nothing_written(out)
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (("data=jsonl:nowhere.jsonl",), ("nowhere.jsonl does not exist", "check the file name")),
+        (("clients=400", "partition=iid"), ("clients=400", "use clients <= ")),
+        (("clients=5",), ("clients=5 is more than the 4 domains", "use clients <= 4 or partition=iid")),
+    ],
+    ids=["a missing data file", "more clients than pieces", "more clients than domains"],
+)
+def test_data_that_cannot_serve_the_clients_is_refused(
+    words: tuple[str, ...], fragments: tuple[str, ...], simulate: Simulate
+) -> None:
+    done, out = simulate(*words)
+    one_sentence(done, *fragments)
+    assert_nothing_written(out)
+
+
+def test_an_out_below_a_file_is_refused(simulate: Simulate, notes: Path) -> None:
+    before = notes.read_bytes()
+    done, _ = simulate(f"out={notes}/run")
+    one_sentence(done, f"{notes}/run", "choose another directory with out=")
+    assert notes.read_bytes() == before
+
+
+def test_an_out_that_may_not_be_written_is_refused(simulate: Simulate, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o500)
+    if os.access(locked, os.W_OK):
+        pytest.skip("this user (root) may write everywhere, so a refusal cannot be provoked")
+    done, _ = simulate(f"out={locked / 'run'}")
+    one_sentence(done, str(locked), "choose another directory with out=")
+    assert list(locked.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(simulate: Simulate) -> None:
+    done, out = simulate("train.lrr=1", flags=("--debug",))
+    assert done.returncode != 0
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "unknown key 'train.lrr'" in done.stderr
+    assert not out.exists()
+
+
+def test_with_progress_on_the_error_is_still_one_line_and_the_last(simulate: Simulate) -> None:
+    done, _ = simulate("data=jsonl:nowhere.jsonl", flags=())
+    *before, last = done.stderr.splitlines()
+    assert last.startswith("error: nowhere.jsonl")
+    assert not any(line.startswith("error") or "Traceback" in line for line in before)
+
+
+def shorten(run: Path) -> None:
+    (file,) = (run / "checkpoint").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(run: Path) -> None:
+    (file,) = (run / "checkpoint").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def foreign(run: Path) -> None:
+    (run / "checkpoint" / "checkpoint.json").write_text(json.dumps({"model": "of somebody else"}))
+
+
+def of_the_cache(run: Path) -> None:
+    """A checkpoint of ours, whole, but of a warm-up and not of a run."""
+    (warm,) = (run.parent / "cache").glob("warmup-*")
+    shutil.rmtree(run / "checkpoint")
+    shutil.copytree(warm, run / "checkpoint")
+
+
+def other_settings(run: Path) -> None:
+    path = run / "config.toml"
+    text = path.read_text()
+    assert "local_steps = 2" in text
+    path.write_text(text.replace("local_steps = 2", "local_steps = 3"))
+
+
+def half_a_config(run: Path) -> None:
+    path = run / "config.toml"
+    path.write_text(path.read_text() + "\n[train\n")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "cut short": (shorten, (".safetensors has", "bytes instead of", "start the run afresh")),
+    "one bit off": (flip, (".safetensors is damaged", "start the run afresh")),
+    "foreign": (foreign, ("checkpoint.json is not a fedmoe checkpoint", "start the run afresh")),
+    "of a warm-up": (of_the_cache, ("checkpoint.json was made under another configuration", "start afresh")),
+    "missing": (lambda run: shutil.rmtree(run / "checkpoint"), ("no checkpoint to resume", "start the run afresh")),
+    "of other settings": (other_settings, ("train.local_steps = 2 then, 3 now", "resume with the configuration")),
+    "config cut short": (half_a_config, ("config.toml is not valid TOML", "correct it there")),
+    "no run": (lambda run: (run / "config.toml").unlink(), ("holds no run", "give the directory")),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_inv11_resume_refuses_what_is_not_its_own_checkpoint(case: str, finished: Path, tmp_path: Path) -> None:
+    damage, fragments = DAMAGE[case]
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.copytree(finished.parent / "cache", tmp_path / "cache")
+    damage(run)
+    before = {path: sha256(path.read_bytes()).digest() for path in run.rglob("*") if path.is_file()}
+    one_sentence(fedmoe("resume", run, "--quiet"), *fragments)
+    after = {path: sha256(path.read_bytes()).digest() for path in run.rglob("*") if path.is_file()}
+    assert after == before
