@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from fedmoe_core.budget import Budget
 from fedmoe_core.schema import (
     AtLeast,
     Between,
@@ -153,6 +154,8 @@ class Config:
                 raise ValueError(f"{key} is empty; name one")
         if not self.budgets or not all(tier.strip() for tier in self.budgets):
             raise ValueError("budgets has an empty tier; give at least one, such as experts=25% or memory=30MiB")
+        for tier in self.budgets:
+            Budget.parse(tier, spec_experts=1)  # its words; what a share of experts comes to is known with the model
         _check_partition(self.partition)
         _check_model(self.model_config)
         sampled = self.clients_per_round or self.clients

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
+from safetensors.numpy import save_file
 from tiny_runs import TINY, fedmoe, write_notes
 
 Done = subprocess.CompletedProcess[str]
@@ -68,6 +70,10 @@ BAD_VALUES = {
     "an unknown source": ("data=cvs:news.csv", ("data='cvs:news.csv'", "did you mean 'csv:news.csv'?")),
     "a number out of range": ("selection.lam=1.5", ("selection.lam=1.5", "from 0.0 to 1.0")),
     "no number": ("rounds=many", ("rounds='many'", "give a whole number")),
+    "a budget of nothing known": (
+        "budgets=experts=2;memroy=3MiB",
+        ("'memroy' is not a resource", "did you mean 'memory'?"),
+    ),
     "k above E": ("model_config.top_k=9", ("model_config.top_k=9", "choose top_k <= 8")),
     "more sampled than there are": ("clients_per_round=9", ("clients_per_round=9 exceeds clients=4", "lower it")),
     "a config file that is not there": ("nowhere.toml", ("nowhere.toml does not exist", "check the path")),
@@ -82,27 +88,18 @@ def test_a_bad_word_is_refused_with_the_nearest_good_one(case: str, simulate: Si
     assert not out.exists()
 
 
-BAD_BUDGETS = {
-    "a resource that does not exist": ("memroy=3MiB", ("'memroy' is not a resource", "did you mean 'memory'?")),
-    "one expert for two layers": ("experts=1", ("client 0", "experts budget 1 expert", "at least 2 experts")),
-    "memory": ("unlimited;memory=10KiB", ("client 1", "memory budget 10.0 KiB", "at least", "KiB is needed")),
-}
-
-
-@pytest.mark.parametrize("case", BAD_BUDGETS)
-def test_inv1_a_budget_that_cannot_serve_is_refused_before_the_warm_up(
-    case: str, simulate: Simulate, tmp_path: Path
-) -> None:
-    text, fragments = BAD_BUDGETS[case]
+def test_inv1_too_few_experts_are_refused_before_the_warm_up(simulate: Simulate, tmp_path: Path) -> None:
     # At this many steps a warm-up would take an hour.
-    done, out = simulate(f"budgets={text}", "warmup.steps=1000000", f"cache={tmp_path / 'cache'}")
-    one_sentence(done, *fragments)
+    done, out = simulate("budgets=experts=1", "warmup.steps=1000000", f"cache={tmp_path / 'cache'}")
+    one_sentence(done, "client 0", "experts budget 1 expert", "one expert per MoE layer", "at least 2 experts")
     assert_nothing_written(out)
     assert list((tmp_path / "cache").glob("warmup-*")) == []
 
 
-def test_inv1_the_memory_that_the_refusal_asks_for_does(simulate: Simulate) -> None:
-    done, _ = simulate("budgets=memory=10KiB")
+def test_inv1_too_little_memory_is_refused_with_the_amount_that_does(simulate: Simulate) -> None:
+    done, out = simulate("budgets=unlimited;memory=10KiB")
+    one_sentence(done, "client 1", "memory budget 10.0 KiB", "at least ", "KiB is needed")
+    assert_nothing_written(out)
     needed = done.stderr.split("at least ")[1].split(" is needed")[0].replace(" ", "")
     done, out = simulate(f"budgets=memory={needed}")
     assert done.returncode == 0, done.stderr
@@ -110,15 +107,13 @@ def test_inv1_the_memory_that_the_refusal_asks_for_does(simulate: Simulate) -> N
 
 
 def test_a_model_without_moe_layers_is_refused(simulate: Simulate, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
-    llama = transformers.LlamaConfig(vocab_size=320, num_hidden_layers=1, **sizes)
-    transformers.LlamaForCausalLM(llama).save_pretrained(tmp_path / "dense")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.add_special_tokens(["</s>"])
-    tokenizer.save(str(tmp_path / "dense" / "tokenizer.json"))
-    (tmp_path / "dense" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    done, out = simulate(f"model={tmp_path / 'dense'}")
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, **sizes}
+    (dense / "config.json").write_text(json.dumps(config))
+    save_file({"model.embed_tokens.weight": np.zeros((320, 16), np.float32)}, dense / "model.safetensors")
+    done, out = simulate(f"model={dense}")
     one_sentence(done, "'llama' model has no MoE layers", "use a model of one of mixtral")
     assert_nothing_written(out)
 
@@ -131,10 +126,8 @@ BAD_TABLES = {
     "no text column": ("label\nsport\nnews\n", "has a label column but no text column", "write the label first"),
     "a missing column": ("label,text\nsport,a goal\nnews\n", "line 3 has 1 columns where line 1 has 2", "repair"),
     "an empty text": ("label,text\nsport,a goal\nnews,  \n", "line 3 has an empty text", "fill it or drop the row"),
-    "an empty label": ("label,text\nsport,a goal\n,a vote\n", "line 3 has an empty label", "fill it or drop"),
     "one class": ("label,text\n" + rows(20, "sport"), "has one class, 'sport'", "needs at least two"),
     "no row": ("label,text\n", "holds no row", "give one row a text"),
-    "nothing": ("", "holds no row", "give one row a text"),
     "fewer rows than clients": ("label,text\n" + rows(20), "clients=50", "use clients <= "),
 }
 
@@ -163,9 +156,8 @@ def test_a_client_without_data_is_refused(simulate: Simulate, tmp_path: Path) ->
     [
         (("data=jsonl:nowhere.jsonl",), ("nowhere.jsonl does not exist", "check the file name")),
         (("clients=400", "partition=iid"), ("clients=400", "use clients <= ")),
-        (("clients=5",), ("clients=5 is more than the 4 domains", "use clients <= 4 or partition=iid")),
     ],
-    ids=["a missing data file", "more clients than pieces", "more clients than domains"],
+    ids=["a missing data file", "more clients than pieces"],
 )
 def test_data_that_cannot_serve_the_clients_is_refused(
     words: tuple[str, ...], fragments: tuple[str, ...], simulate: Simulate
@@ -208,11 +200,6 @@ def test_with_progress_on_the_error_is_still_one_line_and_the_last(simulate: Sim
     assert not any(line.startswith("error") or "Traceback" in line for line in before)
 
 
-def shorten(run: Path) -> None:
-    (file,) = (run / "checkpoint").glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-100])
-
-
 def flip(run: Path) -> None:
     (file,) = (run / "checkpoint").glob("*.safetensors")
     content = bytearray(file.read_bytes())
@@ -244,11 +231,9 @@ def half_a_config(run: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "cut short": (shorten, (".safetensors has", "bytes instead of", "start the run afresh")),
     "one bit off": (flip, (".safetensors is damaged", "start the run afresh")),
     "foreign": (foreign, ("checkpoint.json is not a fedmoe checkpoint", "start the run afresh")),
     "of a warm-up": (of_the_cache, ("checkpoint.json was made under another configuration", "start afresh")),
-    "missing": (lambda run: shutil.rmtree(run / "checkpoint"), ("no checkpoint to resume", "start the run afresh")),
     "of other settings": (other_settings, ("train.local_steps = 2 then, 3 now", "resume with the configuration")),
     "config cut short": (half_a_config, ("config.toml is not valid TOML", "correct it there")),
     "no run": (lambda run: (run / "config.toml").unlink(), ("holds no run", "give the directory")),

@@ -15,6 +15,7 @@ from fedmoe_core.schema import AtLeast, Between, MoreThan, OneOf, Setting, schem
 
 SCHEMA = schema_of(Config)
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
+TIER = st.sampled_from(("unlimited", "phone-8gb", "experts=12.5%", "memory=3.5MiB, down=1e6B", "  flops=3e12 "))
 EXAMPLES = {"csv:FILE": "csv:a b.csv", "jsonl:FILE": "jsonl:é.jsonl", "dirichlet:ALPHA": "dirichlet:0.3"}
 
 
@@ -27,7 +28,7 @@ def values_of(setting: Setting) -> st.SearchStrategy[object]:
     if setting.kind is str:
         return TEXT
     if setting.kind is tuple:
-        return st.lists(TEXT.filter(str.strip), min_size=1, max_size=3).map(tuple)
+        return st.lists(TIER, min_size=1, max_size=3).map(tuple)
     low, high = 0.0, 1e9
     if isinstance(setting.rule, Between):
         low, high = setting.rule.low, setting.rule.high
