@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 from safetensors.numpy import save_file
 from tiny_runs import TINY, fedmoe, write_notes
 
