@@ -84,9 +84,8 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
         for client in range(config.clients)
     )
 
-    first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
-
     def measured(params: dict[str, Tensor]) -> Population:
+        first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
         return Population(
             config=config,
             spec=spec,
@@ -160,8 +159,8 @@ def warm_model(
 ) -> dict[str, Tensor]:
     """The model that federation starts from; a pretrained one only has its fresh classification head trained.
 
-    Where something is to be trained and the cache does not hold it, ``before_training`` sees the untrained weights
-    first and may raise; it may leave the live model configured in any way.
+    Where the cache does not hold it, ``before_training`` sees the untrained weights first and may raise; it may leave
+    the live model configured in any way.
     """
     if is_pretrained(config):
         config = replace(config, warmup=replace(config.warmup, steps=0))

@@ -1,4 +1,4 @@
-"""A client update without its deltas, as plain JSON: what ranks tell each other and what metrics are made of."""
+"""Updates made from local results, and updates without deltas as JSON: what ranks tell each other and metrics show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,56 @@ from typing import Any
 import numpy as np
 
 from fedmoe_core.budget import Cost
+from fedmoe_core.client import LocalResult
+from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.update import ClientProfile, ClientUpdate, profile_arrays
+
+
+def finished_update(
+    plan: ExpertPlan,
+    result: LocalResult,
+    *,
+    samples: int,
+    sample_weight: float,
+    expert_weight_LE: np.ndarray,
+    router_weight_LE: np.ndarray,
+    gate_weight: float,
+) -> ClientUpdate:
+    """The answer of a client that trained: its deltas, profile and cost under an algorithm's weights."""
+    return ClientUpdate(
+        client=plan.client,
+        round=plan.round,
+        deltas=result.deltas,
+        expert_weight_LE=expert_weight_LE,
+        router_weight_LE=router_weight_LE,
+        gate_weight=gate_weight,
+        sample_weight=sample_weight,
+        profile=result.profile,
+        cost=result.cost,
+        samples=samples,
+        loss_first=result.losses[0] if result.losses else float("nan"),
+        loss_last=result.losses[-1] if result.losses else float("nan"),
+        steps=len(result.losses),
+    )
+
+
+def failed_update(plan: ExpertPlan, result: LocalResult, sample_weight: float) -> ClientUpdate:
+    """The report of a client whose round failed: nothing to aggregate, the reason, and what it cost all the same."""
+    nothing_LE = np.zeros(plan.trainable_LE.shape)
+    return ClientUpdate(
+        client=plan.client,
+        round=plan.round,
+        deltas={},
+        expert_weight_LE=nothing_LE,
+        router_weight_LE=nothing_LE,
+        gate_weight=0.0,
+        sample_weight=sample_weight,
+        profile=None,
+        cost=result.cost,
+        samples=0,
+        status="failed",
+        error=result.error,
+    )
 
 
 def report_of(update: ClientUpdate) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from fedmoe_core.aggregate import Sums
-from fedmoe_core.algorithms.hfedmoe import HFedMoE, failed_update
+from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.client import LocalResult
 from fedmoe_core.plan import ExpertPlan, make_plan, plan_everything
+from fedmoe_core.reports import failed_update, finished_update
 from fedmoe_core.rng import counter_rng
 from fedmoe_core.state import Population, ServerState, initial_state
 from fedmoe_core.update import ClientUpdate
@@ -40,20 +41,14 @@ class FedAvg:
         if result.profile is None:
             return failed_update(plan, result, samples)
         everywhere_LE = np.full(plan.trainable_LE.shape, samples)
-        return ClientUpdate(
-            client=plan.client,
-            round=plan.round,
-            deltas=result.deltas,
+        return finished_update(
+            plan,
+            result,
+            samples=int(self.population.samples_C[plan.client]),
+            sample_weight=samples,
             expert_weight_LE=everywhere_LE,
             router_weight_LE=everywhere_LE,
             gate_weight=samples,
-            sample_weight=samples,
-            profile=result.profile,
-            cost=result.cost,
-            samples=int(self.population.samples_C[plan.client]),
-            loss_first=result.losses[0] if result.losses else float("nan"),
-            loss_last=result.losses[-1] if result.losses else float("nan"),
-            steps=len(result.losses),
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:

@@ -17,6 +17,7 @@ from fedmoe_core.aggregate import GateRule, Sums, dense_mean, expert_mean, gate_
 from fedmoe_core.client import LocalResult
 from fedmoe_core.importance import estimate_absent, expert_scores, importance_s, usage
 from fedmoe_core.plan import ExpertPlan, make_plan
+from fedmoe_core.reports import failed_update, finished_update
 from fedmoe_core.state import Population, ServerState, initial_state
 from fedmoe_core.update import ClientProfile, ClientUpdate
 
@@ -71,20 +72,14 @@ class HFedMoE:
             "literal": alpha * plan.trainable_LE,
             "fedavg": samples * plan.trainable_LE,
         }[gate_rule(self.population)]
-        return ClientUpdate(
-            client=plan.client,
-            round=plan.round,
-            deltas=result.deltas,
+        return finished_update(
+            plan,
+            result,
+            samples=int(self.population.samples_C[plan.client]),
+            sample_weight=samples,
             expert_weight_LE=samples * votes_LE,  # eq. 17: |D_c| 1[u >= tau]
             router_weight_LE=np.asarray(row_weight_LE, dtype=np.float64),
             gate_weight=samples if gate_rule(self.population) == "fedavg" else alpha,
-            sample_weight=samples,
-            profile=result.profile,
-            cost=result.cost,
-            samples=int(self.population.samples_C[plan.client]),
-            loss_first=result.losses[0] if result.losses else float("nan"),
-            loss_last=result.losses[-1] if result.losses else float("nan"),
-            steps=len(result.losses),
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
@@ -138,22 +133,3 @@ def gate_rule(population: Population) -> GateRule:
     if gate != "auto":
         return gate
     return "row-wise" if population.config.selection.mode == "compact" else "normalised"
-
-
-def failed_update(plan: ExpertPlan, result: LocalResult, sample_weight: float) -> ClientUpdate:
-    """The report of a client whose round failed: nothing to aggregate, the reason, and what it cost all the same."""
-    nothing_LE = np.zeros(plan.trainable_LE.shape)
-    return ClientUpdate(
-        client=plan.client,
-        round=plan.round,
-        deltas={},
-        expert_weight_LE=nothing_LE,
-        router_weight_LE=nothing_LE,
-        gate_weight=0.0,
-        sample_weight=sample_weight,
-        profile=None,
-        cost=result.cost,
-        samples=0,
-        status="failed",
-        error=result.error,
-    )

@@ -165,6 +165,25 @@ def test_inv2_predicted_memory_bounds_the_measured_peak(config, tmp_path):
         assert real <= predicted <= 1.10 * real, entry
 
 
+def test_inv2_holds_under_padding_token_dropout_and_a_trained_trunk(tmp_path):
+    rng = np.random.default_rng(0)
+    words = [[f"{topic}{n}" for n in range(30)] for topic in ("sun", "sea", "ice")]
+    table = tmp_path / "topics.csv"
+    table.write_text(
+        "label,text\n"
+        + "".join(f"{n % 3},{' '.join(rng.choice(words[n % 3], rng.integers(10, 40)))}\n" for n in range(300))
+    )
+    where = [f"data=csv:{table}", f"out={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}", "clients=3", "rounds=3"]
+    sizes = [word for word in TINY if word.startswith(("model_config", "warmup", "threads"))]
+    small = ["warmup.head_steps=5", "train.seq_len=32", "train.local_steps=3", "eval.sequences=2"]
+    tiers = "budgets=experts=25%;experts=50%;experts=100%"
+    summary = simulate.run(Config.load(None, [*where, *sizes, *small, "model_config.hidden_size=64", tiers]))
+    assert summary["accuracy_after"] is not None
+    for entry in lines(tmp_path / "run", "ledger.jsonl"):
+        predicted, real = entry["predicted"]["memory_bytes"], entry["real"]["memory_bytes"]
+        assert real <= predicted <= 1.10 * real, entry
+
+
 def test_inv10_resume_gives_the_bits_of_a_run_never_interrupted(config, tmp_path):
     whole = simulate.run(config(out="whole"))
 
