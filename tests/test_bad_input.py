@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tiny_runs import TINY, fedmoe, write_notes
+from tokenizers import Tokenizer, models
 
 Done = subprocess.CompletedProcess[str]
 Simulate = Callable[..., tuple[Done, Path]]
@@ -112,6 +113,10 @@ def test_a_model_without_moe_layers_is_refused(simulate: Simulate, tmp_path: Pat
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, **sizes}
     (dense / "config.json").write_text(json.dumps(config))
     save_file({"model.embed_tokens.weight": np.zeros((320, 16), np.float32)}, dense / "model.safetensors")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(dense / "tokenizer.json"))
+    (dense / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     done, out = simulate(f"model={dense}")
     one_sentence(done, "'llama' model has no MoE layers", "use a model of one of mixtral")
     assert_nothing_written(out)
