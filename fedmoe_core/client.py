@@ -56,6 +56,18 @@ class ProfileSums:
         last = [cast(RouterStats, layer.last_stats) for layer in self._adapter.moe]
         self._stats = [total + new for total, new in zip(self._stats, last, strict=True)] if self._stats else last
 
+    def rows_LE(self) -> np.ndarray:
+        """Rows that each held expert has processed so far. One host sync a layer."""
+        return self._scores("rows_B")
+
+    def _scores(self, name: str) -> np.ndarray:
+        """One importance sum of every layer, scattered to global coordinates."""
+        sums_LE = np.zeros((len(self._adapter.moe), self._adapter.spec.num_experts))
+        for sums_E, layer in zip(sums_LE, self._adapter.moe, strict=True):
+            if layer.scores is not None:
+                sums_E[list(layer.experts)] = getattr(layer.scores, name).double().cpu().numpy()
+        return sums_LE
+
     def finish(self) -> ClientProfile:
         """The profile in global coordinates, float64."""
         layers = self._adapter.moe
@@ -63,13 +75,6 @@ class ProfileSums:
 
         def router(name: str) -> np.ndarray:
             return np.stack([np.asarray(getattr(stats, name), dtype=np.float64) for stats in self._stats])
-
-        def scores(name: str) -> np.ndarray:
-            sums_LE = np.zeros((len(layers), experts))
-            for sums_E, layer in zip(sums_LE, layers, strict=True):
-                if layer.scores is not None:
-                    sums_E[list(layer.experts)] = getattr(layer.scores, name).double().cpu().numpy()
-            return sums_LE
 
         held_LE = np.zeros((len(layers), experts), dtype=bool)
         for held_E, layer in zip(held_LE, layers, strict=True):
@@ -81,11 +86,11 @@ class ProfileSums:
             prob_max_LE=router("prob_max_E"),
             plogp_sum_LE=router("plogp_sum_E"),
             lost_mass_L=router("lost_mass"),
-            rows_LE=scores("rows_B"),
-            taylor_LE=scores("taylor_B"),
-            taylor_abs_LE=scores("taylor_abs_B"),
-            fisher_LE=scores("fisher_B"),
-            grad_sq_LE=scores("grad_sq_B"),
+            rows_LE=self._scores("rows_B"),
+            taylor_LE=self._scores("taylor_B"),
+            taylor_abs_LE=self._scores("taylor_abs_B"),
+            fisher_LE=self._scores("fisher_B"),
+            grad_sq_LE=self._scores("grad_sq_B"),
             held_LE=held_LE,
         )
 
@@ -149,12 +154,16 @@ def _train(
     stepper = Stepper(adapter, optimizer, train, seed=plan.seed, log_prior_C=_log_prior(class_shares_C, train, device))
     sums = ProfileSums(adapter)
     losses: list[float] = []
-    flops, memory = 0.0, resident_bytes(adapter.model)
-    rows_before_LE = np.zeros(plan.permitted_LE.shape)
+    tokens, memory = 0, resident_bytes(adapter.model)
+    bound = plan.budget.flops
+    worst = costs.step_flops(plan.permitted_LE, plan.trainable_LE, top_k=plan.top_k)
+
+    def spent() -> float:
+        return costs.real_flops(sums.rows_LE(), plan.trainable_LE, tokens=tokens)
 
     for step, batch in zip(range(plan.local_steps), batches, strict=False):
-        worst = costs.step_flops(plan.permitted_LE, plan.trainable_LE, top_k=plan.top_k)
-        if plan.budget.flops is not None and flops + worst > plan.budget.flops:
+        # Counting rows waits for the device, so it is done at every step only where a bound may be met.
+        if bound is not None and spent() + worst > bound:
             break
         if step == min(1, plan.local_steps - 1):
             # The second step is the first with optimizer state in place; shapes repeat, so one step tells.
@@ -167,15 +176,13 @@ def _train(
         sums.add_batch()
         if not np.isfinite(losses[-1]):
             raise ArithmeticError(f"the loss became {losses[-1]} at local step {step + 1}")
-        rows_LE = sums.finish().rows_LE
-        flops += costs.real_flops(rows_LE - rows_before_LE, plan.trainable_LE, tokens=batch.tokens_SN.numel())
-        rows_before_LE = rows_LE
+        tokens += batch.tokens_SN.numel()
 
     deltas = {key: new - _old_rows(params[key], key, plan) for key, new in adapter.trained().items()}
     profile = sums.finish()
     cost = Cost(
         memory_bytes=memory,
-        flops=flops,
+        flops=spent(),
         bytes_down=received_bytes(adapter, whole_trunk=plan.first_participation, train_dense=train_dense),
         bytes_up=tensor_bytes(deltas.values()) + statistics_bytes(profile),
         experts=plan.counted_experts,
