@@ -1,0 +1,61 @@
+"""The activations and their derivatives inside a kernel, in float32; formulas as `reference.activate`."""
+
+import triton
+import triton.language as tl
+
+LIMIT = tl.constexpr(7.0)  # gpt-oss clamps both inputs at 7 and sharpens the gate's sigmoid by 1.702
+SHARPNESS = tl.constexpr(1.702)
+INV_SQRT2 = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def _value(z, ACTIVATION: tl.constexpr):
+    """f(z) and f'(z) of the ungated form."""
+    if ACTIVATION == "silu":
+        open_ = tl.sigmoid(z)
+        return z * open_, open_ * (1.0 + z * (1.0 - open_))
+    elif ACTIVATION == "gelu":
+        below = 0.5 * (1.0 + tl.erf(z * INV_SQRT2))
+        return z * below, below + z * tl.exp(-0.5 * z * z) * INV_SQRT_2PI
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        return tl.maximum(z, 0.0), tl.where(z > 0.0, 1.0, 0.0)
+
+
+@triton.jit
+def activate(gate, up, ACTIVATION: tl.constexpr):
+    """h of a block. Ungated forms read `gate` alone; pass it twice."""
+    if ACTIVATION == "swiglu":
+        return gate * tl.sigmoid(gate) * up
+    elif ACTIVATION == "geglu":
+        return gate * 0.5 * (1.0 + tl.erf(gate * INV_SQRT2)) * up
+    elif ACTIVATION == "swiglu_oai":
+        low = tl.minimum(gate, LIMIT)
+        return (tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0) * low * tl.sigmoid(SHARPNESS * low)
+    else:
+        return _value(gate, ACTIVATION)[0]
+
+
+@triton.jit
+def slopes(gate, up, d, ACTIVATION: tl.constexpr):
+    """(h, dgate, dup): the activation and the gradient d of h sent back to its inputs; dup only means something when
+    gated."""
+    if ACTIVATION == "swiglu":
+        value, slope = _value(gate, "silu")
+        return value * up, d * up * slope, d * value
+    elif ACTIVATION == "geglu":
+        value, slope = _value(gate, "gelu")
+        return value * up, d * up * slope, d * value
+    elif ACTIVATION == "swiglu_oai":
+        low = tl.minimum(gate, LIMIT)
+        lift = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+        open_ = tl.sigmoid(SHARPNESS * low)
+        slope = open_ * (1.0 + SHARPNESS * low * (1.0 - open_))
+        # As torch.clamp: the gradient passes at the limit itself and stops beyond it.
+        dgate = tl.where(gate <= LIMIT, d * lift * slope, 0.0)
+        dup = tl.where(tl.abs(up) <= LIMIT, d * low * open_, 0.0)
+        return lift * low * open_, dgate, dup
+    else:
+        value, slope = _value(gate, ACTIVATION)
+        return value, d * slope, d
