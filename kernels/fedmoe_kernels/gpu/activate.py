@@ -32,7 +32,7 @@ def activate(gate, up, ACTIVATION: tl.constexpr):
         return gate * 0.5 * (1.0 + tl.erf(gate * INV_SQRT2)) * up
     elif ACTIVATION == "swiglu_oai":
         low = tl.minimum(gate, LIMIT)
-        return (tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0) * low * tl.sigmoid(SHARPNESS * low)
+        return (tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0) * low * tl.sigmoid(low * SHARPNESS)
     else:
         return _value(gate, ACTIVATION)[0]
 
@@ -50,8 +50,8 @@ def slopes(gate, up, d, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "swiglu_oai":
         low = tl.minimum(gate, LIMIT)
         lift = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
-        open_ = tl.sigmoid(SHARPNESS * low)
-        slope = open_ * (1.0 + SHARPNESS * low * (1.0 - open_))
+        open_ = tl.sigmoid(low * SHARPNESS)
+        slope = open_ * (1.0 + low * SHARPNESS * (1.0 - open_))
         # As torch.clamp: the gradient passes at the limit itself and stops beyond it.
         dgate = tl.where(gate <= LIMIT, d * lift * slope, 0.0)
         dup = tl.where(tl.abs(up) <= LIMIT, d * low * open_, 0.0)
