@@ -36,9 +36,34 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{torch.cuda.get_device_capability(device)[0]}0"
 
 
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Which body `moe_mlp` runs, "triton" or "cpu" (the slot loops), for one of "auto", "cpu" and "triton".
+
+    Raises:
+        ValueError: for "triton" where it cannot serve, with the reason.
+    """
+    if backend == "cpu" or (backend == "auto" and device.type == "cpu"):
+        return "cpu"
+    reason = can_run_triton(device) or _lacks(device, dtype)
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"backend is 'triton', but {reason}; use backend='auto'")
+    warn_once("the experts run as loops over slots, which wait for the device and are slow", reason)
+    return "cpu"
+
+
 def warn_once(choice: str, reason: str) -> None:
     """Say what was chosen and why, once per process for each reason."""
     _warn(f"{reason}; {choice}")
+
+
+def _lacks(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"there are kernels for float32, bfloat16 and float16, not for {dtype}"
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        return "Triton's interpreter multiplies bfloat16 as raw bits"
+    return None
 
 
 def _without_triton() -> str | None:
