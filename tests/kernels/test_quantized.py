@@ -111,7 +111,7 @@ def test_inv4_equals_the_reference_on_dequantised_weights(bits: int, frozen_from
 
 def test_importance_counts_quantised_slots() -> None:
     p = problem(29, 64, 32, 4, 2)
-    codes, known = stored(p, 8, 2)
+    _, known = stored(p, 8, 2)
     scores, plain = ExpertScores(4), ExpertScores(4)
     solve_stored(p, 8, 2, torch.float64, scores=scores)
     solve(known, scores=plain, trainable_B=torch.tensor([True, True, False, False]))
