@@ -14,28 +14,30 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from fedmoe_kernels.configs import SHARED
 from fedmoe_kernels.gpu.launch import Launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # What the table counts, by the names of the machine's own instructions.
 OPCODES = {
-    "HGMMA": r"\b[HQ]GMMA",  # Hopper's products of whole warp groups, operands in shared memory
-    "UTCMMA": r"\bUTC[HQ]MMA",  # Blackwell's, result in tensor memory
-    "HMMA": r"\b[HQ]MMA",  # a warp's own product, from registers
-    "LDGSTS": r"\bLDGSTS",  # copies from memory to shared memory without registers
-    "UTMALDG": r"\bUTMALDG",  # the same by tensor descriptor
+    "HGMMA": r"\b[HQ]GMMA\b",  # Hopper's products of a whole warp group, operands in shared memory
+    "UTCHMMA": r"\bUTC[HQ]MMA\b",  # Blackwell's, result in tensor memory
+    "HMMA": r"\b[HQ]MMA\b",  # a warp's own product, from registers
+    "LDGSTS": r"\bLDGSTS\b",  # copies from memory to shared memory past the registers
+    "UTMALDG": r"\bUTMALDG\b",  # the same by tensor descriptor
     "LDG": r"\bLDG\b",  # plain loads
     "STL": r"\bSTL\b",  # spills: stores to and loads from a thread's own memory
     "LDL": r"\bLDL\b",
-    "ATOM": r"\b(?:ATOM|ATOMG|ATOMS|RED|REDG|UREDG|REDAS)\b",
+    "ATOMG": r"\b(?:ATOM|ATOMG|RED|REDG)\b",  # atomics on memory, whose order is nobody's
 }
+PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA")
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -49,9 +51,10 @@ class Job:
 
     Attributes:
         module, kernel: where the kernel is found.
-        signature: types of the parameters in order, as in "*bf16", "i32", "tensordesc<bf16[1,128,64]>", "constexpr".
-        constants: (position, value) of the constants, ones among the numbers included.
-        aligned: positions of the parameters known to be divisible by 16.
+        signature: (name, type) of the parameters in order; types as "*bf16", "i32", "constexpr",
+            "tensordesc<bf16[1, 128, 64]>".
+        constants: (place, value) of the constants, ones among the numbers included.
+        aligned: places of the parameters known to be divisible by 16.
     """
 
     arch: str
@@ -59,14 +62,40 @@ class Job:
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[tuple[int, ...], Any], ...]
-    aligned: tuple[tuple[tuple[int, ...], str], ...]
+    aligned: tuple[tuple[int, ...], ...]
     warps: int
     stages: int
 
     def constant(self, name: str) -> Any:
-        """The value of the constant parameter `name`, None where it has none of that name."""
+        """The value of the constant parameter `name`, None where there is none."""
         names = [parameter for parameter, _ in self.signature]
         return dict(self.constants).get((names.index(name),)) if name in names else None
+
+    def parts(self) -> dict[str, str]:
+        """Everything that decides, by the name of the parameter, to tell two jobs of a kernel apart."""
+        constants, aligned = dict(self.constants), set(self.aligned)
+        named = {
+            name: f"{kind}{' 16' if (i,) in aligned else ''}{f' = {constants[(i,)]!r}' if (i,) in constants else ''}"
+            for i, (name, kind) in enumerate(self.signature)
+        }
+        return {**named, "num_warps": str(self.warps), "num_stages": str(self.stages)}
+
+
+class Dot(NamedTuple):
+    """A product in a kernel: (m, k) @ (k, n) of `dtype`; `precision` is of float32; `looped` = streams its operands."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    precision: str
+    looped: bool
+
+    def instruction(self, arch: str) -> str | None:
+        """What `arch` has for it: warp-group products from 64 rows, a warp's own below; None = no tensor core."""
+        if self.dtype == "f32" and self.precision == "ieee":
+            return None
+        return {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(arch, "HMMA") if self.m >= 64 else "HMMA"
 
 
 @dataclass(frozen=True)
@@ -78,8 +107,8 @@ class Code:
         stack: bytes of a thread's own memory, 0 unless something spilled.
         shared: bytes of shared memory of a program.
         opcodes: how often each of `OPCODES` stands in the code.
-        dots: (M, N, K, dtype, precision) of every product in the kernel's source form.
-        waiting: two-dimensional loads by address left in a loop, not fetched ahead by the pipeliner.
+        dots: every product in the kernel's first form.
+        waiting: two-dimensional loads by address in a loop that the pipeliner did not fetch ahead.
         seconds: the compilation took.
         error: what the compiler said where it failed; everything else is then 0.
     """
@@ -88,10 +117,18 @@ class Code:
     stack: int = 0
     shared: int = 0
     opcodes: dict[str, int] = field(default_factory=dict)
-    dots: tuple[tuple[int, int, int, str, str], ...] = ()
+    dots: tuple[Dot, ...] = ()
     waiting: int = 0
     seconds: float = 0.0
     error: str = ""
+
+    def resident(self, job: Job) -> int:
+        """Programs that fit an SM at a time: by 64 K registers, 64 warps, and shared memory with 1 KB of overhead."""
+        if self.error:
+            return 0
+        registers = 8 * -(-max(self.registers, 1) // 8)
+        shared = SHARED[job.arch] + 1024
+        return min(65536 // (registers * 32 * job.warps), shared // (self.shared + 1024), 64 // job.warps)
 
 
 def job_of(launch: Launch, arch: str) -> Job:
@@ -104,13 +141,14 @@ def job_of(launch: Launch, arch: str) -> Job:
     _, signature, constants, attributes = kernel._pack_args(
         backend, {**launch.args, **options}, bound, specialization, extra
     )
+    assert all(value in ([], [["tt.divisibility", 16]]) for value in attributes.values()), attributes
     return Job(
         arch,
         kernel.fn.__module__,
         kernel.fn.__qualname__,
         tuple(signature.items()),
         tuple(constants.items()),
-        tuple((place, str(value)) for place, value in attributes.items() if value),
+        tuple(place for place, value in attributes.items() if value),
         launch.warps,
         launch.stages,
     )
@@ -124,7 +162,7 @@ def compiled(job: Job) -> Code:
         fn=kernel,
         signature=dict(job.signature),
         constexprs=dict(job.constants),
-        attrs={place: [["tt.divisibility", 16]] for place, _ in job.aligned},
+        attrs={place: [["tt.divisibility", 16]] for place in job.aligned},
     )
     options = {"num_warps": job.warps, "num_stages": job.stages}
     try:
@@ -140,38 +178,66 @@ def compiled(job: Job) -> Code:
         stack=int(found[2]),
         shared=built.metadata.shared,
         opcodes={name: len(re.findall(pattern, listing)) for name, pattern in OPCODES.items()},
-        dots=dots(built.asm["ttir"]),
-        waiting=waiting(built.asm["ttgir"]),
+        dots=tuple(_dots(built.asm["ttir"])),
+        waiting=len(_in_loops(built.asm["ttgir"], r"tt\.load .*tensor<\d+x\d+x!tt\.ptr")),
         seconds=time.perf_counter() - start,
     )
+
+
+def misses(job: Job, code: Code) -> list[str]:
+    """What a row of the table falls short of, each in a few words; empty = it passes."""
+    if code.error:
+        return [code.error]
+    count, found = code.opcodes, []
+    if code.stack or count["STL"] or count["LDL"]:
+        found.append(f"spills {code.stack} bytes")
+    if code.shared > SHARED[job.arch]:
+        found.append(f"{code.shared} bytes of shared memory, {SHARED[job.arch]} are there")
+    wanted = {dot.instruction(job.arch) for dot in code.dots} - {None}
+    for name in PRODUCTS:
+        if name in wanted and not count[name]:
+            found.append(f"no {name}")
+        if name not in wanted and count[name]:
+            found.append(f"{name} where none is expected")
+    if any(dot.looped for dot in code.dots) and not count["LDGSTS"] + count["UTMALDG"]:
+        found.append("operands pass through registers: neither LDGSTS nor UTMALDG")
+    if any(kind.startswith("tensordesc") for _, kind in job.signature) and not count["UTMALDG"]:
+        found.append("takes descriptors, but has no UTMALDG")
+    if count["ATOMG"]:
+        found.append("atomics")
+    return found
 
 
 def _dump(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        both = [
-            subprocess.run([str(TOOLS / "cuobjdump"), flag, file.name], capture_output=True, text=True, check=True)
-            for flag in ("-res-usage", "-sass")
-        ]
-    return both[0].stdout + both[0].stderr, both[1].stdout
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
+        both = subprocess.run(command, capture_output=True, text=True, check=True)
+    return both.stdout + both.stderr, both.stdout
 
 
-def dots(ttir: str) -> tuple[tuple[int, int, int, str, str], ...]:
-    """(M, N, K, dtype, precision) of each tt.dot."""
-    form = r"tt\.dot [^\n]*?(?:inputPrecision = (\w+)[^\n]*?)?: tensor<(\d+)x(\d+)x(\w+)[^\n]*?\* tensor<\d+x(\d+)x"
-    return tuple((int(m), int(n), int(k), kind, how) for how, m, k, kind, n in re.findall(form, ttir))
+def _dots(ttir: str) -> list[Dot]:
+    looped = set(_in_loops(ttir, r"tt\.dot "))
+    form = re.compile(
+        r"tt\.dot [^\n]*?(?:inputPrecision = (\w+)[^\n]*?)?: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x"
+    )
+    dots = []
+    for number, line in enumerate(ttir.splitlines()):
+        for how, m, k, kind, n in form.findall(line):
+            dots.append(Dot(int(m), int(n), int(k), kind, how or "ieee", number in looped))
+    return dots
 
 
-def waiting(ttgir: str) -> int:
-    """Loads of a block by address that are still plain loads inside a loop."""
-    count, depth, loops = 0, 0, []
-    for line in ttgir.splitlines():
-        if "scf.for" in line or "scf.while" in line:
+def _in_loops(text: str, pattern: str) -> list[int]:
+    """Numbers of the lines inside a loop that match."""
+    found, depth, loops = [], 0, []
+    for number, line in enumerate(text.splitlines()):
+        if loops and re.search(pattern, line):
+            found.append(number)
+        if re.search(r"\bscf\.(for|while)\b", line):
             loops.append(depth)
-        if loops and re.search(r"tt\.load .*tensor<\d+x\d+x!tt\.ptr", line):
-            count += 1
         depth += line.count("{") - line.count("}")
         while loops and depth <= loops[-1] and "}" in line:
             loops.pop()
-    return count
+    return found
