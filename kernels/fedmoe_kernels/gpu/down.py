@@ -31,8 +31,8 @@ from fedmoe_kernels.gpu.storage import (
     Direct,
     RankTerm,
     Stored,
+    decoding_tile,
     describable,
-    dividing,
     matrix_arguments,
     term_arguments,
 )
@@ -198,8 +198,7 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, las
     rows_XK, w, bias, out_XN, transposed, gather, direct, term = product
     rows, K, N = (rows_XK if gather is None else gather).shape[0], rows_XK.shape[1], out_XN.shape[1]
     served = w.served(part)
-    n, k = (dividing(tile.n, served.share), tile.k) if transposed else (tile.n, dividing(tile.k, served.share))
-    tile = replace(tile, n=n, k=k)
+    tile = decoding_tile(tile, served, transposed=transposed)
     tma_rows = tile.tma and gather is None and describable(rows_XK)
     tma = tile.tma and served.describable
     block = (tile.k, tile.n) if transposed else (tile.n, tile.k)

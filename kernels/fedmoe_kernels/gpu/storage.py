@@ -6,12 +6,14 @@ Shapes: B slots, Bt trainable slots, N x K one slot's matrix as it is stored.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.launch import TensorDescriptor
 
 
@@ -160,9 +162,17 @@ def term_arguments(term: RankTerm | None) -> dict[str, Any]:
     return {**tensors, "adapters": term.factor.shape[0], "RANK": rank, "CHUNK": chunk}
 
 
-def dividing(size: int, share: int) -> int:
-    """The largest block up to `size` columns of codes that meets whole groups of `share`, or lies within one."""
-    return size if size % share == 0 else math.gcd(size, share)
+def decoding_tile(tile: Tile, served: Stored, *, transposed: bool = False) -> Tile:
+    """The tile of a launch that reads `served`: with codes half the columns, whose sums leave registers to decode.
+
+    Along the axis of the codes, n if `transposed` and k otherwise, a block meets whole groups or lies within one.
+    """
+    if served.bits == 0:
+        return tile
+    n, k, share = max(16, tile.n // 2), tile.k, served.share
+    if transposed:
+        return replace(tile, n=n if n % share == 0 else math.gcd(n, share))
+    return replace(tile, n=n, k=k if k % share == 0 else math.gcd(k, share), split=max(1, tile.split // 2))
 
 
 def describable(tensor: Tensor) -> bool:

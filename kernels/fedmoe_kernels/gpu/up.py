@@ -6,8 +6,6 @@ F = 2 * I for gated activations and I for the others, r rank.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +25,7 @@ from fedmoe_kernels.gpu.blocks import (
 )
 from fedmoe_kernels.gpu.launch import Launch, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
-from fedmoe_kernels.gpu.storage import RankTerm, Stored, dividing, matrix_arguments, term_arguments
+from fedmoe_kernels.gpu.storage import RankTerm, Stored, decoding_tile, matrix_arguments, term_arguments
 
 
 @triton.jit
@@ -192,7 +190,7 @@ def up(
     launches = []
     for part in w.parts:
         served = w.served(part)
-        cut = replace(tile, k=dividing(tile.k, served.share))
+        cut = decoding_tile(tile, served)
         tma = tile.tma and served.describable
         args = {
             **common,
