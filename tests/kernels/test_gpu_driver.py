@@ -168,7 +168,7 @@ HUGE = {
 
 @pytest.mark.parametrize("shape", HUGE.values(), ids=HUGE.keys())
 def test_no_launch_argument_overflows(shape: dict) -> None:
-    """Every whole number that a kernel gets fits 32 signed bits, and so does every grid: larger offsets are made inside."""
+    """Every whole number that a kernel gets fits 32 signed bits, and every grid: larger offsets are made inside."""
     inputs = meta_inputs(**shape)
     sizes = [t.numel() for t in inputs if t is not None]
     assert max(*sizes, inputs.tokens_R.shape[0] * max(inputs.w_in.shape[1], inputs.x_TH.shape[1])) > 2**31
