@@ -34,38 +34,57 @@ def _pieces(block, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _send_back(
-    d, s, z, dz, sh, live, n0,
-    I: tl.constexpr, HALVES: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,  # noqa: E741
-    M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Columns n0..n0 + N - 1 of a tile: dz and sh are written; its parts of <d, h> and <z, dz> come back by row."""
-    n = n0 + tl.arange(0, N)
-    kept = live[:, None]
-    if not WHOLE:
-        kept &= n[None, :] < I
-    # z, dz and sh point at the tile's first row, so that offsets within it fit 32 bits and cost half the registers.
-    row = tl.arange(0, M)[:, None]
-    at = row * (HALVES * I) + n[None, :]
-    gate = tl.load(z + at, mask=kept, other=0.0).to(tl.float32)
+def _inside(live, n0, I: tl.constexpr, N: tl.constexpr):  # noqa: E741
+    """Which elements of columns n0..n0 + N - 1 exist: (M, N), or (M, 1) where columns are inside or outside as one."""
+    if I % N == 0:
+        return (live & (n0 < I))[:, None]
+    else:
+        return live[:, None] & ((n0 + tl.arange(0, N))[None, :] < I)
+
+
+@triton.jit
+def _load_piece(z, live, n0, I: tl.constexpr, HALVES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # noqa: E741
+    """(gate, up) of a piece as they are stored; without a gate, the same block twice."""
+    kept = _inside(live, n0, I, N)
+    at = z + tl.arange(0, M)[:, None] * (HALVES * I) + (n0 + tl.arange(0, N))[None, :]
+    gate = tl.load(at, mask=kept, other=0.0)
     up = gate
     if HALVES == 2:
-        up = tl.load(z + at + I, mask=kept, other=0.0).to(tl.float32)
-    h, dgate, dup = slopes(gate, up, d, ACTIVATION)
-    # What is masked may still be NaN: 0 * inf where a weight or a token overflowed.
-    ds = tl.sum(tl.where(kept, d * h, 0.0), 1)
-    dgate *= s[:, None]
+        up = tl.load(at + I, mask=kept, other=0.0)
+    return gate, up
+
+
+@triton.jit
+def _row_sum(block, live, kept, n0, I: tl.constexpr, N: tl.constexpr):  # noqa: E741
+    """The sum of each row over what exists. What is masked may be NaN: 0 * inf where a weight or token overflowed."""
+    if I % N == 0:
+        return tl.where(live & (n0 < I), tl.sum(block, 1), 0.0)
+    else:
+        return tl.sum(tl.where(kept, block, 0.0), 1)
+
+
+@triton.jit
+def _send_back(
+    d, s, gate, up, dz, sh, live, n0,
+    I: tl.constexpr, HALVES: tl.constexpr, ACTIVATION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,  # noqa: E741
+):  # fmt: skip
+    """Columns n0..n0 + N - 1 of a tile: dz and sh are written; its parts of <d, h> and <z, dz> come back by row."""
+    kept = _inside(live, n0, I, N)
+    # dz and sh point at the tile's first row, so that offsets within it fit 32 bits and cost half the registers.
+    row, n = tl.arange(0, M)[:, None], (n0 + tl.arange(0, N))[None, :]
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    h, dgate, dup = slopes(gate, up, d * s[:, None], ACTIVATION)
     zdz = gate * dgate
-    if dz is not None:
-        tl.store(dz + at, dgate.to(dz.dtype.element_ty), mask=kept)
     if HALVES == 2:
-        dup *= s[:, None]
         zdz += up * dup
-        if dz is not None:
-            tl.store(dz + at + I, dup.to(dz.dtype.element_ty), mask=kept)
+    if dz is not None:
+        at = dz + row * (HALVES * I) + n
+        tl.store(at, dgate.to(dz.dtype.element_ty), mask=kept)
+        if HALVES == 2:
+            tl.store(at + I, dup.to(dz.dtype.element_ty), mask=kept)
     if sh is not None:
-        tl.store(sh + row * I + n[None, :], (h * s[:, None]).to(sh.dtype.element_ty), mask=kept)
-    return ds, tl.sum(tl.where(kept, zdz, 0.0), 1)
+        tl.store(sh + row * I + n, (h * s[:, None]).to(sh.dtype.element_ty), mask=kept)
+    return _row_sum(d * h, live, kept, n0, I, N), _row_sum(zdz, live, kept, n0, I, N)
 
 
 @triton.jit(do_not_specialize=["tiles", "trainable", "steps"])
@@ -77,7 +96,8 @@ def _data_gradient_kernel(
 ):  # fmt: skip
     """One block of BM rows by BN columns of d = dy[tokens] @ w, w (X, H, I), sent back through the activation.
 
-    The epilogue runs in SPLIT pieces: as one, 128 x 128 blocks spill over 1 KB a thread.
+    The epilogue runs in SPLIT pieces: as one, 128 x 128 blocks spill over 1 KB a thread. Each piece's z is on its way
+    while the piece before it is computed.
     """
     COLUMNS: tl.constexpr = (I + BN - 1) // BN
     tile, column = position(tl.program_id(0), tiles, COLUMNS, GROUP)
@@ -87,28 +107,31 @@ def _data_gradient_kernel(
     index, source, _ = matrix(slot, bases, trainable, w, w_frozen, None, None, PART)
     n0 = column * BN
     token = tl.load(tokens + rows, mask=live, other=0)
+    place = tl.load(places + rows, mask=live, other=0)
+    s = tl.load(weights + place, mask=live, other=0.0).to(tl.float32)
     d = tl.zeros((BM, BN), tl.float32)
     for step in range(steps):
         left = row_block(dy, token, live, first, step * BK, H, BK, False)
         right = weight_block(source, index, n0, step * BK, I, H, BN, BK, True, TMA)
         d = tl.dot(left, right, d, input_precision=PRECISION)
 
-    place = tl.load(places + rows, mask=live, other=0)
-    s = tl.load(weights + place, mask=live, other=0.0).to(tl.float32)
+    N: tl.constexpr = BN // SPLIT
     start = first.to(tl.int64)
     z += start * (HALVES * I)
     if dz is not None:
         dz += start * (HALVES * I)
     if sh is not None:
         sh += start * I
+    gate, up = _load_piece(z, live, n0, I, HALVES, BM, N)
     pieces = _pieces(d, BM, BN, SPLIT)
-    WIDTH: tl.constexpr = BN // SPLIT
-    WHOLE: tl.constexpr = I % BN == 0
     ds_rows = tl.zeros((BM,), tl.float32)
     zdz_rows = tl.zeros((BM,), tl.float32)
     for i in tl.static_range(SPLIT):
+        gate_now, up_now = gate, up
+        if i + 1 < SPLIT:
+            gate, up = _load_piece(z, live, n0 + (i + 1) * N, I, HALVES, BM, N)
         ds_part, zdz_part = _send_back(
-            pieces[i], s, z, dz, sh, live, n0 + i * WIDTH, I, HALVES, ACTIVATION, WHOLE, BM, WIDTH
+            pieces[i], s, gate_now, up_now, dz, sh, live, n0 + i * N, I, HALVES, ACTIVATION, BM, N
         )
         ds_rows += ds_part
         zdz_rows += zdz_part
