@@ -251,7 +251,9 @@ def capture(run: Callable[[], Any], forget: Callable[[], None]) -> torch.cuda.CU
 
 def _row(seat: _Seat, key: Record, task: Problem, plan: Plan) -> Record:
     """What all rows of a contender in a case share."""
-    named = {"sizes": list(task.shape.sizes), "peer": seat.contender.name, "detail": seat.contender.detail}
+    contender = seat.contender
+    named = {"sizes": list(task.shape.sizes), "peer": contender.name, "detail": contender.detail}
+    named["stores_all"] = contender.stores_all
     found = {name: _number(error) for name, error in seat.errors.items()}
     source = None if plan.gpu is None else plan.gpu.source
     return key | named | {"errors": found, "roofline of": source} | _memory(seat, plan.device)
