@@ -14,6 +14,8 @@ from fedmoe_kernels.routing_ops import compute_dtype, place_rows_op, route_op
 from fedmoe_kernels.stats import RouterStats
 
 SCORINGS = ("softmax", "topk_softmax", "sigmoid")
+# Rows per slot that a cohort's tiles are chosen for when its plan says nothing: two tiles of the tallest kind.
+_COHORT_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,9 @@ class SlotMap:
         slot_of_expert: (E,) int64, the slot of each expert id, -1 = absent; or (C, E), the slots of C clients laid end
             to end. Every slot 0..num_slots-1 appears exactly once in the whole table.
         num_slots: B, the number of slots.
+        rows_per_slot: rows that a slot is expected to get, from the plan: tokens * k / slots of one client. It chooses
+            the kernels' tiles, so clients of a cohort get the bits that each gets alone with the same number.
+            None = from each call's own shapes, or for a cohort, whose shapes depend on who is in it, a fixed 256.
 
     Raises:
         ValueError: when the table is not a bijection between the present experts and the slots, or a client has none.
@@ -31,9 +36,12 @@ class SlotMap:
 
     slot_of_expert: Tensor
     num_slots: int
+    rows_per_slot: int | None = None
 
     def __post_init__(self) -> None:
         table = self.slot_of_expert
+        if self.rows_per_slot is not None and self.rows_per_slot < 1:
+            raise ValueError(f"rows_per_slot is {self.rows_per_slot}; give the plan's number, at least 1, or None")
         if table.dtype != torch.int64 or table.dim() not in (1, 2):
             raise ValueError(
                 f"slot_of_expert is {table.dtype} {tuple(table.shape)}; it must be int64 of shape (E,) or (C, E)"
@@ -48,12 +56,15 @@ class SlotMap:
             )
 
     @classmethod
-    def build(cls, permitted_E: Tensor, trainable_E: Tensor | None = None) -> SlotMap:
+    def build(
+        cls, permitted_E: Tensor, trainable_E: Tensor | None = None, *, rows_per_slot: int | None = None
+    ) -> SlotMap:
         """Number the permitted experts: trainable ones first, then frozen, by client and ascending expert id in each.
 
         Args:
             permitted_E: bool (E,), or (C, E) for a cohort: what each client stores. At least one per client.
             trainable_E: bool of the same shape, a subset of `permitted_E`; None = all permitted.
+            rows_per_slot: see the class.
 
         Returns:
             The map. In a cohort all clients' trainable slots come first, so that one trainable tensor serves them all.
@@ -72,7 +83,7 @@ class SlotMap:
         order = torch.cat([trainable_E.flatten().nonzero(), (permitted_E & ~trainable_E).flatten().nonzero()]).flatten()
         table = torch.full((permitted_E.numel(),), -1, dtype=torch.int64, device=permitted_E.device)
         table[order] = torch.arange(order.numel(), device=order.device)
-        return cls(table.view(permitted_E.shape), order.numel())
+        return cls(table.view(permitted_E.shape), order.numel(), rows_per_slot)
 
     @property
     def num_experts(self) -> int:
@@ -102,7 +113,14 @@ class SlotMap:
 
     def to(self, device: torch.device | str) -> SlotMap:
         """The same map on another device."""
-        return SlotMap(self.slot_of_expert.to(device), self.num_slots)
+        return SlotMap(self.slot_of_expert.to(device), self.num_slots, self.rows_per_slot)
+
+    @property
+    def tile_rows(self) -> int | None:
+        """The number that chooses the tiles; None = from a call's own shapes."""
+        if self.rows_per_slot is None and self.num_clients is not None:
+            return _COHORT_ROWS
+        return self.rows_per_slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +142,7 @@ class Routing:
         offsets_B1: (B + 1,); slot b owns rows offsets_B1[b]..offsets_B1[b + 1] - 1.
         num_slots: B.
         stats: this call's router statistics, None unless asked for.
+        rows_per_slot: what the kernels' tiles are chosen by, see `SlotMap`; None = from the shapes of this record.
     """
 
     weights_TK: Tensor
@@ -135,6 +154,7 @@ class Routing:
     offsets_B1: Tensor
     num_slots: int
     stats: RouterStats | None = None
+    rows_per_slot: int | None = None
 
     @property
     def counts_B(self) -> Tensor:
@@ -172,7 +192,8 @@ class Routing:
             experts_TK, table_CE, client_T, valid_T, slot_map.num_slots
         )
         weights_TK = weights_TK.to(compute_dtype(weights_TK.dtype)).where(slots_TK >= 0, 0.0)
-        return cls(weights_TK, experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1, slot_map.num_slots)
+        index = (experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1)
+        return cls(weights_TK, *index, slot_map.num_slots, rows_per_slot=slot_map.tile_rows)
 
 
 def route(
@@ -236,7 +257,8 @@ def route(
     if with_stats:
         cohort = slot_map is not None and slot_map.num_clients is not None
         stats = _stats(stats_C4E.detach(), tokens_C.detach(), table_CE, cohort=cohort)
-    return Routing(weights_TK, experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1, num_slots, stats)
+    index = (experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1)
+    return Routing(weights_TK, *index, num_slots, stats, None if slot_map is None else slot_map.tile_rows)
 
 
 def _slot_map(permitted_E: Tensor | SlotMap | None) -> SlotMap | None:

@@ -47,6 +47,21 @@ def row_block(a, rows, live, first, k0, WIDTH: tl.constexpr, K: tl.constexpr, TM
 
 
 @triton.jit
+def _load_within(
+    places, k, n, K: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """What lies at `places`, 0 where k >= K or n >= N; sizes that divide need no mask."""
+    if K % BK == 0 and N % BN == 0:
+        return tl.load(places)
+    elif K % BK == 0:
+        return tl.load(places, mask=n < N, other=0.0)
+    elif N % BN == 0:
+        return tl.load(places, mask=k < K, other=0.0)
+    else:
+        return tl.load(places, mask=(k < K) & (n < N), other=0.0)
+
+
+@triton.jit
 def weight_block(
     w, index, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
@@ -62,11 +77,49 @@ def weight_block(
         else:
             k, n = k0 + tl.arange(0, BK), n0 + tl.arange(0, BN)
             places = w + index.to(tl.int64) * (K * N) + k[:, None] * N + n[None, :]
-            return tl.load(places, mask=(k[:, None] < K) & (n[None, :] < N), other=0.0)
+            return _load_within(places, k[:, None], n[None, :], K, N, BK, BN)
     else:
         if TMA:
             return w.load([index, n0, k0]).reshape([BN, BK]).T
         else:
             k, n = k0 + tl.arange(0, BK), n0 + tl.arange(0, BN)
             places = w + index.to(tl.int64) * (N * K) + k[:, None] + n[None, :] * K
-            return tl.load(places, mask=(k[:, None] < K) & (n[None, :] < N), other=0.0)
+            return _load_within(places, k[:, None], n[None, :], K, N, BK, BN)
+
+
+@triton.jit
+def matrix(slot, bases, trainable, w, w_frozen, bias, bias_frozen, PART: tl.constexpr):
+    """(index, w, bias): where the matrix and the bias of a slot lie, as one stack each, and their index in it.
+
+    PART says what the stacks hold, see `Stored.part`. Chosen before the loop: two loops would double shared memory.
+    """
+    index = slot
+    if bases is not None:
+        index = tl.load(bases + slot).to(tl.int32)
+    source, source_bias = w, bias
+    if PART == "both" and index >= trainable:
+        index -= trainable
+        source, source_bias = w_frozen, bias_frozen
+    return index, source, source_bias
+
+
+@triton.jit
+def bias_block(bias, index, n0, N: tl.constexpr, BN: tl.constexpr):
+    """Columns n0..n0 + BN - 1 of row `index` of a stack (X, N) as (1, BN) float32; 0 outside."""
+    n = n0 + tl.arange(0, BN)
+    if N % BN == 0:
+        block = tl.load(bias + index.to(tl.int64) * N + n)
+    else:
+        block = tl.load(bias + index.to(tl.int64) * N + n, mask=n < N, other=0.0)
+    return block.to(tl.float32)[None, :]
+
+
+@triton.jit
+def store_block(out, rows, live, n0, value, WIDTH: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
+    """Write (M, BN) to columns n0.. of the live rows of a matrix (X, WIDTH), of whose columns the first N count."""
+    n = n0 + tl.arange(0, BN)
+    places = out + rows[:, None] * WIDTH + n[None, :]
+    if N % BN == 0:
+        tl.store(places, value.to(out.dtype.element_ty), mask=live[:, None])
+    else:
+        tl.store(places, value.to(out.dtype.element_ty), mask=live[:, None] & (n[None, :] < N))
