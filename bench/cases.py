@@ -79,7 +79,8 @@ class Case:
         trainable: share of the permitted experts that train; at least one, or none at 0.
         tokens: T in place of the shape's, None = the shape's.
         routes: "uniform"; "zipf", expert of rank i chosen in proportion to 1 / i; "empty", 30 % of the permitted
-            experts never chosen (as many as leave K).
+            experts never chosen (as many as leave K). For tests of correctness also "one", all rows to one expert
+            (K = 1), "gaps", a third of the places without a row, and "nowhere", no row at all.
     """
 
     name: str
@@ -189,11 +190,17 @@ def _tokens(
         chance = 1 / torch.arange(1, len(ids) + 1, device=device)
     if case.routes == "empty":
         chance[: min(int(0.3 * len(ids)), len(ids) - shape.K)] = 0
+    if case.routes == "one":
+        chance[1:] = 0
     # The K largest of log p + Gumbel noise are K draws without replacement.
     noise = -torch.empty(shape.T, len(ids), device=device).exponential_(generator=draw).log()
+    experts_TK = ids[(chance.log() + noise).topk(shape.K).indices]
+    if case.routes in ("gaps", "nowhere"):
+        kept = torch.rand(experts_TK.shape, generator=draw, device=device) * (case.routes == "gaps") > 1 / 3
+        experts_TK = experts_TK.where(kept, -1)
     size = shape.T, shape.H
     return {
-        "experts_TK": ids[(chance.log() + noise).topk(shape.K).indices],
+        "experts_TK": experts_TK,
         "x_TH": torch.randn(size, generator=draw, device=device).to(dtype),
         "dy_TH": torch.randn(size, generator=draw, device=device).to(dtype),
         "weights_TK": torch.rand(shape.T, shape.K, generator=draw, device=device).softmax(-1),
