@@ -130,7 +130,7 @@ def _cut(tile: Tile, columns: int, depth: int) -> Tile:
     k = tile.k
     while k > 32 and ((depth % k and depth % (k // 2) == 0) or k >= 2 * depth):
         k //= 2
-    return replace(tile, n=n, k=k, split=min(tile.split, n // 16))
+    return replace(tile, n=n, k=k, split=max(1, tile.split * n // tile.n))
 
 
 def _columns(n: int, columns: int) -> int:
