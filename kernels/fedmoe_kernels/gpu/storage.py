@@ -99,3 +99,16 @@ class RankTerm(NamedTuple):
 def describable(tensor: Tensor) -> bool:
     """Whether a tensor descriptor of a contiguous tensor can exist: base and rows at multiples of 16 bytes."""
     return tensor.shape[-1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+class RowIndex(NamedTuple):
+    """Where each row comes from: three fields of `Routing`.
+
+    Attributes:
+        tokens_R, places_R: (R,) int64, the token t and the place t * K + j of each row; not read from row N on.
+        weights_TK: (T, K), the routing weight of each place.
+    """
+
+    tokens_R: Tensor
+    places_R: Tensor
+    weights_TK: Tensor
