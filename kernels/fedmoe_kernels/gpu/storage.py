@@ -32,10 +32,10 @@ class Stored(NamedTuple):
         """Kernel arguments `name`, `name_frozen` (the same tensor where nothing is frozen) by address."""
         return {name: self.trainable, f"{name}_frozen": self.trainable if self.frozen is None else self.frozen}
 
-    def descriptors(self, name: str, block: tuple[int, int]) -> dict[str, Any]:
-        """The same two arguments as tensor descriptors of blocks (1, *block); an empty part repeats the other."""
+    def descriptors(self, name: str, block: tuple[int, int], matrices: int = 1) -> dict[str, Any]:
+        """The same two arguments as descriptors of blocks (matrices, *block); an empty part repeats the other."""
         parts = [p for p in (self.trainable, self.frozen) if p is not None and p.shape[0]]
-        first, last = (TensorDescriptor.from_tensor(p, [1, *block]) for p in (parts[0], parts[-1]))
+        first, last = (TensorDescriptor.from_tensor(p, [matrices, *block]) for p in (parts[0], parts[-1]))
         return {name: first, f"{name}_frozen": last}
 
     @property
