@@ -128,8 +128,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     if choose(backend, inputs.x_TH.device, inputs.x_TH.dtype) == "triton":
         from fedmoe_kernels.gpu import experts  # here, because it imports triton
 
-        setting = experts.Setting(activation, arch_of(inputs.x_TH.device), inputs.rows_per_slot(rows_per_slot))
-        return experts.forward(inputs, setting, keep_z=keep_z)
+        rows_per_slot, arch = inputs.rows_per_slot(rows_per_slot), arch_of(inputs.x_TH.device)
+        return experts.forward(inputs, activation=activation, keep_z=keep_z, rows_per_slot=rows_per_slot, arch=arch)
     return cpu.forward(inputs.x_TH, _rows(inputs), _experts(inputs), ACTIVATIONS[activation], keep_z=keep_z)
 
 
@@ -159,8 +159,9 @@ def _backward(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if choose(backend, inputs.x_TH.device, inputs.x_TH.dtype) == "triton":
         from fedmoe_kernels.gpu import experts  # here, because it imports triton
 
-        setting = experts.Setting(activation, arch_of(inputs.x_TH.device), inputs.rows_per_slot(rows_per_slot))
-        return experts.backward(dy_TH, z_RF, inputs, setting, needs=needs)
+        rows_per_slot, arch = inputs.rows_per_slot(rows_per_slot), arch_of(inputs.x_TH.device)
+        how = {"activation": activation, "needs": needs, "rows_per_slot": rows_per_slot, "arch": arch}
+        return experts.backward(dy_TH, z_RF, inputs, **how)
     return _backward_by_loops(dy_TH, z_RF, inputs, activation, needs)
 
 

@@ -97,6 +97,10 @@ class Quantized:
         """What the codes and scales occupy."""
         return sum(t.numel() * t.itemsize for t in (self.codes, self.scale))
 
+    def __getitem__(self, index: int) -> Quantized:
+        """One matrix, as a stack of one; a view."""
+        return Quantized(self.codes[index, None], self.scale[index, None])
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """(X, N, K): the product in float32 (float64 for float64), rounded once to `dtype`."""
         return dequantize(self.codes, self.scale, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,18 @@ def test_every_activation_with_and_without_bias(activation: str) -> None:
 def test_weights_by_descriptor(activation: str, trainable: int | None) -> None:
     r, x, w_in, bias = problem(EMPTY_SLOTS, 40, 48 if activation == "swiglu" else 24)
     check(r, x, w_in, bias, activation=activation, tile=DESCRIPTORS, trainable=trainable)
+
+
+@pytest.mark.parametrize(("n", "split"), [(16, 2), (32, 4)])
+@pytest.mark.parametrize("activation", ["swiglu_oai", "gelu"])
+def test_an_epilogue_in_pieces_has_the_same_bits(activation: str, n: int, split: int) -> None:
+    """I = 24 is a multiple of the piece but not of the block, so that the last block ends with a piece outside."""
+    r, x, w_in, bias = problem(EMPTY_SLOTS, 40, 48 if activation == "swiglu_oai" else 24)
+    whole = solve(r, x, w_in, bias, activation=activation, tile=POINTERS, trainable=2)
+    for tile in (POINTERS, DESCRIPTORS):
+        pieces = solve(r, x, w_in, bias, activation=activation, tile=replace(tile, n=n, split=split), trainable=2)
+        for one, other in zip(whole, pieces, strict=True):
+            assert torch.equal(one.nan_to_num(9), other.nan_to_num(9))
 
 
 @pytest.mark.parametrize("tile", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])

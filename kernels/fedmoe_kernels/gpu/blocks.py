@@ -47,7 +47,7 @@ def row_block(a, rows, live, first, k0, WIDTH: tl.constexpr, K: tl.constexpr, TM
 
 
 @triton.jit
-def _load_within(
+def load_within(
     places, k, n, K: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """What lies at `places`, 0 where k >= K or n >= N; sizes that divide need no mask."""
@@ -77,14 +77,14 @@ def weight_block(
         else:
             k, n = k0 + tl.arange(0, BK), n0 + tl.arange(0, BN)
             places = w + index.to(tl.int64) * (K * N) + k[:, None] * N + n[None, :]
-            return _load_within(places, k[:, None], n[None, :], K, N, BK, BN)
+            return load_within(places, k[:, None], n[None, :], K, N, BK, BN)
     else:
         if TMA:
             return w.load([index, n0, k0]).reshape([BN, BK]).T
         else:
             k, n = k0 + tl.arange(0, BK), n0 + tl.arange(0, BN)
             places = w + index.to(tl.int64) * (N * K) + k[:, None] + n[None, :] * K
-            return _load_within(places, k[:, None], n[None, :], K, N, BK, BN)
+            return load_within(places, k[:, None], n[None, :], K, N, BK, BN)
 
 
 @triton.jit
@@ -104,10 +104,10 @@ def matrix(slot, bases, trainable, w, w_frozen, bias, bias_frozen, PART: tl.cons
 
 
 @triton.jit
-def bias_block(bias, index, n0, N: tl.constexpr, BN: tl.constexpr):
-    """Columns n0..n0 + BN - 1 of row `index` of a stack (X, N) as (1, BN) float32; 0 outside."""
+def bias_block(bias, index, n0, N: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr):
+    """Columns n0..n0 + BN - 1 of row `index` of a stack (X, N) as (1, BN) float32, 0 outside; WHOLE = none is."""
     n = n0 + tl.arange(0, BN)
-    if N % BN == 0:
+    if WHOLE:
         block = tl.load(bias + index.to(tl.int64) * N + n)
     else:
         block = tl.load(bias + index.to(tl.int64) * N + n, mask=n < N, other=0.0)
@@ -115,11 +115,16 @@ def bias_block(bias, index, n0, N: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def store_block(out, rows, live, n0, value, WIDTH: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
-    """Write (M, BN) to columns n0.. of the live rows of a matrix (X, WIDTH), of whose columns the first N count."""
+def store_block(
+    out, rows, live, n0, value, WIDTH: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """Write (M, BN) to columns n0.. of the live rows of a matrix (X, WIDTH), of whose columns the first N count.
+
+    WHOLE = no column lies outside.
+    """
     n = n0 + tl.arange(0, BN)
     places = out + rows[:, None] * WIDTH + n[None, :]
-    if N % BN == 0:
+    if WHOLE:
         tl.store(places, value.to(out.dtype.element_ty), mask=live[:, None])
     else:
         tl.store(places, value.to(out.dtype.element_ty), mask=live[:, None] & (n[None, :] < N))

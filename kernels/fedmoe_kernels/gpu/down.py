@@ -30,7 +30,7 @@ def _clear_absent(out, rows_TK, block, tokens, CHOICES: tl.constexpr, N: tl.cons
     for j in tl.static_range(CHOICES):
         absent &= tl.load(rows_TK + token * CHOICES + j, mask=absent, other=0) < 0
     for n0 in range(0, N, BN):
-        store_block(out, token, absent, n0, tl.zeros((BM, BN), tl.float32), N, N, BN)
+        store_block(out, token, absent, n0, tl.zeros((BM, BN), tl.float32), N, N, BN, N % BN == 0)
 
 
 @triton.jit
@@ -67,13 +67,13 @@ def _rows_kernel(
         right = weight_block(source, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, TMA)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     if bias is not None:
-        acc += bias_block(source_bias, index, n0, N, BN)
+        acc += bias_block(source_bias, index, n0, N, BN, N % BN == 0)
     if targets is not None:
         if weights is not None:
             weight = tl.load(weights + tl.load(places + rows, mask=live, other=0), mask=live, other=0.0)
             acc *= weight.to(tl.float32)[:, None]
         rows = tl.load(targets + rows, mask=live, other=0)
-    store_block(out, rows, live, n0, acc, N, N, BN)
+    store_block(out, rows, live, n0, acc, N, N, BN, N % BN == 0)
 
 
 def down(

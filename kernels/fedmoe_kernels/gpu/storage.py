@@ -32,10 +32,10 @@ class Stored(NamedTuple):
         """Kernel arguments `name`, `name_frozen` (the same tensor where nothing is frozen) by address."""
         return {name: self.trainable, f"{name}_frozen": self.trainable if self.frozen is None else self.frozen}
 
-    def descriptors(self, name: str, block: tuple[int, int]) -> dict[str, Any]:
-        """The same two arguments as tensor descriptors of blocks (1, *block); an empty part repeats the other."""
+    def descriptors(self, name: str, block: tuple[int, int], matrices: int = 1) -> dict[str, Any]:
+        """The same two arguments as descriptors of blocks (matrices, *block); an empty part repeats the other."""
         parts = [p for p in (self.trainable, self.frozen) if p is not None and p.shape[0]]
-        first, last = (TensorDescriptor.from_tensor(p, [1, *block]) for p in (parts[0], parts[-1]))
+        first, last = (TensorDescriptor.from_tensor(p, [matrices, *block]) for p in (parts[0], parts[-1]))
         return {name: first, f"{name}_frozen": last}
 
     @property
@@ -99,3 +99,16 @@ class RankTerm(NamedTuple):
 def describable(tensor: Tensor) -> bool:
     """Whether a tensor descriptor of a contiguous tensor can exist: base and rows at multiples of 16 bytes."""
     return tensor.shape[-1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+class RowIndex(NamedTuple):
+    """Where each row comes from: three fields of `Routing`.
+
+    Attributes:
+        tokens_R, places_R: (R,) int64, the token t and the place t * K + j of each row; not read from row N on.
+        weights_TK: (T, K), the routing weight of each place.
+    """
+
+    tokens_R: Tensor
+    places_R: Tensor
+    weights_TK: Tensor

@@ -13,10 +13,23 @@ from torch import Tensor
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.activate import activate
-from fedmoe_kernels.gpu.blocks import bias_block, matrix, position, row_block, store_block, tile_rows, weight_block
+from fedmoe_kernels.gpu.blocks import bias_block, load_within, matrix, position, row_block, store_block, tile_rows
 from fedmoe_kernels.gpu.launch import Launch, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import RankTerm, Stored
+
+
+@triton.jit
+def _halves_block(w, index, n0, k0, I: tl.constexpr, H: tl.constexpr, HALVES: tl.constexpr,  # noqa: E741
+                  BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """(BK, HALVES * BN): the same columns of `HALVES` matrices (I, H) that follow each other from `index` on."""
+    if TMA:
+        return w.load([index, n0, k0]).reshape([HALVES * BN, BK]).T
+    else:
+        column = tl.arange(0, HALVES * BN)
+        n, k = n0 + column % BN, k0 + tl.arange(0, BK)
+        row = (index + column // BN).to(tl.int64) * I + n
+        return load_within(w + row[None, :] * H + k[:, None], k[:, None], n[None, :], H, I, BK, BN)
 
 
 @triton.jit
@@ -24,9 +37,12 @@ def _up_kernel(
     x, tokens, w, w_frozen, bias, bias_frozen, bases, z, h, table, tiles, trainable, steps,
     H: tl.constexpr, I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, PART: tl.constexpr,  # noqa: E741
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of BM rows by BN columns of h. With two halves, w is a stack (2X, I, H) of gates and ups in turn."""
+    """One block of BM rows by BN columns of h. Of a gated form, w is a stack (2X, I, H) of gates and ups in turn.
+
+    Both halves are one product HALVES * BN wide, so that each step is one load and one product, with one wait.
+    """
     COLUMNS: tl.constexpr = (I + BN - 1) // BN
     tile, column = position(tl.program_id(0), tiles, COLUMNS, GROUP)
     slot, _, rows, live = tile_rows(table, tile, BM)
@@ -36,29 +52,62 @@ def _up_kernel(
     index *= HALVES
     n0 = column * BN
     token = tl.load(tokens + rows, mask=live, other=0)
-    gate = tl.zeros((BM, BN), tl.float32)
-    up = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((BM, HALVES * BN), tl.float32)
     for step in range(steps):
-        k0 = step * BK
-        a = row_block(x, token, live, 0, k0, H, BK, False)
-        b = weight_block(source, index, n0, k0, I, H, BN, BK, False, TMA)
-        gate = tl.dot(a, b, gate, input_precision=PRECISION)
-        if HALVES == 2:
-            c = weight_block(source, index + 1, n0, k0, I, H, BN, BK, False, TMA)
-            up = tl.dot(a, c, up, input_precision=PRECISION)
-    if bias is not None:
-        gate += bias_block(source_bias, index, n0, I, BN)
-        if HALVES == 2:
-            up += bias_block(source_bias, index + 1, n0, I, BN)
-    if z is not None:
-        store_block(z, rows, live, n0, gate, HALVES * I, I, BN)
-        if HALVES == 2:
-            store_block(z + I, rows, live, n0, up, HALVES * I, I, BN)
-    if h is not None:
-        if HALVES == 2:
-            store_block(h, rows, live, n0, activate(gate, up, ACTIVATION), I, I, BN)
-        else:
-            store_block(h, rows, live, n0, activate(gate, gate, ACTIVATION), I, I, BN)
+        left = row_block(x, token, live, 0, step * BK, H, BK, False)
+        right = _halves_block(source, index, n0, step * BK, I, H, HALVES, BN, BK, TMA)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    if HALVES == 2:
+        gate, up = acc.reshape(BM, 2, BN).permute(0, 2, 1).split()
+    else:
+        gate, up = acc, acc
+    _finish(gate, up, source_bias, index, n0, z, h, rows, live, I, ACTIVATION, HALVES, BM, BN, SPLIT, I % BN == 0)
+
+
+@triton.jit
+def _finish(
+    gate, up, bias, index, n0, z, h, rows, live,
+    I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr,  # noqa: E741
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Add the biases, store z, activate and store h, in SPLIT pieces of the columns one after the other."""
+    if SPLIT > 1:
+        gates = gate.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        ups = up.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        for piece in tl.static_range(2):
+            at = n0 + piece * (BN // 2)
+            _finish(
+                gates[piece],
+                ups[piece],
+                bias,
+                index,
+                at,
+                z,
+                h,
+                rows,
+                live,
+                I,
+                ACTIVATION,
+                HALVES,
+                BM,
+                BN // 2,
+                SPLIT // 2,
+                WHOLE,
+            )
+    else:
+        if bias is not None:
+            gate += bias_block(bias, index, n0, I, BN, WHOLE)
+            if HALVES == 2:
+                up += bias_block(bias, index + 1, n0, I, BN, WHOLE)
+        if z is not None:
+            store_block(z, rows, live, n0, gate, HALVES * I, I, BN, WHOLE)
+            if HALVES == 2:
+                store_block(z + I, rows, live, n0, up, HALVES * I, I, BN, WHOLE)
+        if h is not None:
+            if HALVES == 2:
+                store_block(h, rows, live, n0, activate(gate, up, ACTIVATION), I, I, BN, WHOLE)
+            else:
+                store_block(h, rows, live, n0, activate(gate, gate, ACTIVATION), I, I, BN, WHOLE)
 
 
 def up(
@@ -97,7 +146,7 @@ def up(
     args = {
         "x": x_TH,
         "tokens": tokens_R,
-        **(w.descriptors("w", (tile.n, tile.k)) if tma else w.pointers("w")),
+        **(w.descriptors("w", (tile.n, tile.k), halves) if tma else w.pointers("w")),
         **({"bias": None, "bias_frozen": None} if bias is None else bias.pointers("bias")),
         "bases": w_in.base_of_slot_B,
         "z": z_RF,
@@ -111,6 +160,7 @@ def up(
         "ACTIVATION": activation,
         "HALVES": halves,
         "PART": w_in.part,
+        "SPLIT": tile.split,
         **row_constants(tile, x_TH.dtype, tma=tma),
     }
     written = sum(t.nbytes for t in (z_RF, h_RI) if t is not None)
