@@ -22,11 +22,12 @@ CHECKOUT = HERE.parent
 _MEASURED = ("kernels/fedmoe_kernels/**/*.py", "bench/*.py")
 
 
-def about(device: str) -> dict[str, Any]:
+def about(device: str, *, tiny: bool) -> dict[str, Any]:
     """The fields that every row carries, flat; those without a meaning on a CPU are None there."""
     gpu = device == "cuda"
     return {
         "device": device,
+        "rehearsal": tiny or not gpu,
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "driver": _nvidia_smi("driver_version") if gpu else None,
         "cuda": torch.version.cuda if gpu else None,

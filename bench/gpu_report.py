@@ -29,9 +29,9 @@ def write(data: Record, path: Path) -> list[Path]:
 def markdown(data: Record) -> str:
     """Everything in the file that a reader needs, numbers that are missing as a dash."""
     about = data["about"]
-    title = about["gpu"] or "CPU rehearsal"
+    title = "Rehearsal" if about["rehearsal"] else about["gpu"]
     lines = [f"# {title}, {about['date']}", ""]
-    if about["device"] != "cuda":
+    if about["rehearsal"]:
         lines += [f"**{NOT_A_GPU}.**", ""]
     keys = ("gpu", "driver", "cuda", "cpu", "torch", "triton", "transformers", "python", "commit", "sources")
     lines += [f"- {key}: {about[key]}" for key in keys if about.get(key)]
@@ -113,8 +113,8 @@ def _plots(data: Record, path: Path) -> list[Path]:
         across, among = ("case", "peer") if "shape" in pick else ("shape", "peer" if "case" in pick else "case")
         _bars(figure.add_subplot(), rows, across, among, key)
         chosen = ", ".join(f"{value}" for value in pick.values())
-        warning = "" if data["about"]["device"] == "cuda" else f"\n{NOT_A_GPU.split(':')[0]}"
-        about = f"{data['about']['gpu'] or 'CPU rehearsal'}, {data['about']['commit']}"
+        warning = f"\n{NOT_A_GPU}" if data["about"]["rehearsal"] else ""
+        about = f"{data['about']['gpu'] or data['about']['cpu']}, {data['about']['commit']}"
         figure.suptitle(f"{key}, {pass_}, {chosen} ({about}){warning}", fontsize=10)
         written.append(path.with_name(f"{path.stem}-{name}.png"))
         figure.savefig(written[-1], dpi=130)

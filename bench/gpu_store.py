@@ -17,21 +17,21 @@ from typing import Any
 from gpu_machine import slug
 
 # What must agree for a finished row to stand.
-AGREE = ("device", "gpu", "driver", "torch", "triton", "transformers", "sources")
+AGREE = ("device", "rehearsal", "gpu", "driver", "torch", "triton", "transformers", "sources")
 LISTS = ("checks", "rows", "left_out", "finished", "attempts")
-NOT_A_GPU = "NOT GPU NUMBERS: a rehearsal of the script on a CPU with tiny shapes; nothing here says how fast it is"
+NOT_A_GPU = "NOT GPU NUMBERS: a rehearsal of the script on tiny shapes; nothing here says how fast anything is"
 Record = dict[str, Any]
 
 
 def stem(about: Record) -> str:
-    """gpu-NAME for a GPU, rehearsal-cpu for anything else; the file's name is this and the date."""
-    return f"gpu-{slug(about['gpu'])}" if about["device"] == "cuda" else f"rehearsal-{about['device']}"
+    """gpu-NAME for a GPU's real shapes, rehearsal-DEVICE for anything else; the file's name is this and the date."""
+    return f"rehearsal-{about['device']}" if about["rehearsal"] else f"gpu-{slug(about['gpu'])}"
 
 
 def refuse_name(about: Record, path: Path) -> None:
-    """Numbers of a CPU never go under the name of a GPU's."""
-    if about["device"] != "cuda" and path.name.startswith("gpu-"):
-        raise ValueError(f"{path.name} is the name of a GPU's results and this is {about['device']}; name it otherwise")
+    """Numbers of a rehearsal never go under the name of a GPU's."""
+    if about["rehearsal"] and path.name.startswith("gpu-"):
+        raise ValueError(f"{path.name} is a name for a GPU's results, and this is a rehearsal; name it otherwise")
 
 
 class Store:
@@ -43,7 +43,7 @@ class Store:
         path: a file of one's own choice instead.
 
     Raises:
-        ValueError: for a GPU's file name without a GPU.
+        ValueError: for a rehearsal under the name of a GPU's results.
     """
 
     def __init__(self, about: Record, folder: Path, path: Path | None = None) -> None:
@@ -51,7 +51,7 @@ class Store:
         self.path = path or folder / f"{stem(about)}-{about['date']}.json"
         refuse_name(about, self.path)
         self.data: Record = {"about": about, "ceilings": {}} | {name: [] for name in LISTS}
-        if about["device"] != "cuda":
+        if about["rehearsal"]:
             self.data = {"warning": NOT_A_GPU} | self.data
         older = [self.path] if path else sorted(folder.glob(f"{stem(about)}-*.json"), reverse=True)
         for candidate in (candidate for candidate in older if candidate.exists()):

@@ -123,7 +123,7 @@ def _admit(
     named = key | {"peer": contender.name, "detail": contender.detail, "launch": "eager"}
     if store.find("left_out", **key, peer=contender.name, launch="eager"):
         return None
-    reason = contender.refuses(tasks[0].shape)
+    reason = contender.refuses(tasks[0])
     if reason is not None:
         return _leave_out(store, named, "unsupported", reason)
     if store.find("attempts", **key, peer=contender.name, launch="eager"):
@@ -138,7 +138,7 @@ def _admit(
         _leave_out(store, named, "failed", _sentence(error))
         _check_alive(plan.device)
         return None
-    tolerance = (OWN if contender.name == "fedmoe" else PEER)[plan.dtype]
+    tolerance = (OWN if contender.name.startswith("fedmoe") else PEER)[plan.dtype]
     wrong = {name: error for name, error in seat.errors.items() if not error < tolerance}
     if wrong:
         found = ", ".join(f"{name} {error:.1e}" for name, error in wrong.items())

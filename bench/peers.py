@@ -26,7 +26,7 @@ def _backward(y_TH: Tensor, dy_TH: Tensor) -> None:
     y_TH.backward(dy_TH)
 
 
-def _nothing_to_say(shape: Shape) -> str | None:
+def _never(task: Problem) -> str | None:
     return None
 
 
@@ -56,7 +56,7 @@ class Contender:
         name: short and stable; rows of results are keyed by it.
         detail: package, version and entry point.
         bind: problem -> Bound.
-        refuses: shape -> why it cannot run that, None = it can.
+        refuses: problem -> why it cannot or need not run that, None = it runs.
         stores_all: whether it must hold all experts, whatever is permitted.
         compares: whether it computes y and the gradients (the dense product does not).
         risky: whether it may take the process down; then the attempt is written down before it is made.
@@ -65,13 +65,13 @@ class Contender:
     name: str
     detail: str
     bind: Callable[[Problem], Bound]
-    refuses: Callable[[Shape], str | None] = _nothing_to_say
+    refuses: Callable[[Problem], str | None] = _never
     stores_all: bool = True
     compares: bool = True
     risky: bool = False
 
 
-def fedmoe(backend: str = "auto", name: str = "fedmoe") -> Contender:
+def fedmoe(backend: str = "auto", *, recompute: bool = False) -> Contender:
     """moe_mlp on compact storage: permitted experts only, gradients for trainable ones only."""
 
     def bind(task: Problem) -> Bound:
@@ -92,12 +92,15 @@ def fedmoe(backend: str = "auto", name: str = "fedmoe") -> Contender:
                 activation=task.shape.activation,
                 bias_in=bias_in,
                 bias_out=bias_out,
+                recompute=recompute,
                 backend=backend,
             )
 
         return Bound(forward, leaves, lambda grads: grads, total_bytes(held))
 
-    return Contender(name, f"fedmoe_kernels.moe_mlp, backend {backend!r}", bind, stores_all=False)
+    name = "fedmoe-recompute" if recompute else "fedmoe"
+    detail = f"fedmoe_kernels.moe_mlp, backend {backend!r}{', recompute=True' if recompute else ''}"
+    return Contender(name, detail, bind, stores_all=False)
 
 
 def activate(z_F: Tensor, activation: str) -> Tensor:
@@ -111,30 +114,47 @@ def activate(z_F: Tensor, activation: str) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
-def grouped_mm() -> Contender:
-    """torch.nn.functional.grouped_mm between a gather and a weighted sum, full storage, as one writes it by hand."""
+def grouped_mm(*, compact: bool = False) -> Contender:
+    """torch.nn.functional.grouped_mm between a gather and a weighted sum, as one writes it by hand.
+
+    Full storage; or with `compact` only the permitted experts, which no peer does by itself: what is left of fedmoe's
+    lead when someone does.
+    """
 
     def bind(task: Problem) -> Bound:
-        leaves = shared(task)
+        held = task.permitted_E if compact else torch.ones_like(task.permitted_E)
+        place_E, count = held.cumsum(0) - 1, int(held.sum())
+        trains = bool(task.trainable_E.any())
+        stacks = {n: full[held] for n, full in task.stacks.items()} if compact else task.stacks
+        leaves = {name: full.detach().requires_grad_(trains) for name, full in stacks.items()}
         w_in, w_out = leaves["w_in"].transpose(-2, -1), leaves["w_out"].transpose(-2, -1)
+        trained = task.trainable_E[held].nonzero().flatten()
 
         def forward(task: Problem, x_TH: Tensor, s_TK: Tensor) -> Tensor:
             shape = task.shape
-            expert_R, order_R = task.experts_TK.flatten().sort(stable=True)
-            ends_E = torch.searchsorted(expert_R, torch.arange(1, shape.E + 1, device=expert_R.device))
-            offs = ends_E.to(torch.int32)
+            slot_R, order_R = place_E[task.experts_TK.flatten()].sort(stable=True)
+            ends = torch.searchsorted(slot_R, torch.arange(1, count + 1, device=slot_R.device))
+            offs = ends.to(torch.int32)
             z_RF = tnf.grouped_mm(x_TH.index_select(0, order_R // shape.K), w_in, offs=offs)
             if "bias_in" in leaves:
-                z_RF = z_RF + leaves["bias_in"][expert_R]
+                z_RF = z_RF + leaves["bias_in"][slot_R]
             row_RH = tnf.grouped_mm(activate(z_RF, shape.activation), w_out, offs=offs)
             if "bias_out" in leaves:
-                row_RH = row_RH + leaves["bias_out"][expert_R]
+                row_RH = row_RH + leaves["bias_out"][slot_R]
             place_RH = torch.empty_like(row_RH).index_copy(0, order_R, row_RH).view(shape.T, shape.K, shape.H)
             return torch.bmm(s_TK.to(place_RH.dtype)[:, None], place_RH)[:, 0]
 
-        return Bound(forward, leaves, trained_only(task), total_bytes(leaves))
+        def in_order(grads: Outcome) -> Outcome:
+            return {name: grad[trained] for name, grad in grads.items()}
 
-    return Contender("grouped_mm", f"torch {torch.__version__} nn.functional.grouped_mm, gather and sum by hand", bind)
+        return Bound(forward, leaves, in_order, total_bytes(leaves))
+
+    def refuses(task: Problem) -> str | None:
+        return "all experts are permitted: the same as grouped_mm" if compact and task.permitted_E.all() else None
+
+    name = "grouped_mm-compact" if compact else "grouped_mm"
+    detail = f"torch {torch.__version__} nn.functional.grouped_mm, gather and sum by hand"
+    return Contender(name, detail, bind, refuses, stores_all=not compact)
 
 
 def transformers_experts(implementation: str) -> Contender:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as tnf
-from cases import Problem, Shape
+from cases import Problem
 from peers import Bound, Contender, Outcome, activate, leaf, shared, total_bytes, trained_only
 from torch import Tensor
 
@@ -159,11 +159,11 @@ OPTIONAL: Mapping[str, Callable[[], Contender]] = MappingProxyType(
 )
 
 
-def _only(*activations: str) -> Callable[[Shape], str | None]:
-    def refuses(shape: Shape) -> str | None:
-        if shape.activation not in activations:
-            return f"has no {shape.activation}"
-        return "takes no biases here" if shape.bias else None
+def _only(*activations: str) -> Callable[[Problem], str | None]:
+    def refuses(task: Problem) -> str | None:
+        if task.shape.activation not in activations:
+            return f"has no {task.shape.activation}"
+        return "takes no biases here" if task.shape.bias else None
 
     return refuses
 
