@@ -20,7 +20,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(path) for path in (HERE, HERE.parent / "kernels", HERE.parent / "bindings", HERE.parent)]
 PARTS = ("correct", "sanitize", "time", "plot")
 MINUTES = 8.5
-AGAIN = 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="all", choices=(*PARTS, "all", "sanitized"))
+    parser.add_argument("part", nargs="?", default="all", choices=(*PARTS, "all", "sanitized", "worker"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: a rehearsal, whose numbers mean nothing")
     parser.add_argument("--shapes", default="", help="names of bench/cases.py, by commas; default: all")
@@ -52,6 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=None, help="folder; default: bench/results, rehearsals runs/")
     parser.add_argument("--out", type=Path, default=None, help="one file of your choice instead")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="after which nothing new is begun")
+    parser.add_argument("--jobs", type=int, default=None, help="processes for `correct`; default: 8 on a GPU, else 1")
     parser.add_argument("--rounds", type=int, default=None, help="timed rounds; default 25, at least 20 on a GPU")
     return parser.parse_args(argv)
 

@@ -14,6 +14,7 @@ import gpu_correct
 import gpu_machine
 import gpu_report
 import gpu_sanitize
+import gpu_workers
 import torch
 from cases import CLIENT_CASES, STANDARD, TINY, Case, Shape
 from gpu_goals import summary
@@ -64,43 +65,53 @@ class Run:
     def part(self, name: str, until: float) -> int:
         """Run one part; 0 = done, 1 = something is wrong, 75 = not finished at `until`."""
         if name == "sanitized":
-            gpu_sanitize.run_case(self.options.device, self.backend)
+            gpu_sanitize.run_case(self._checks())
+            return 0
+        if name == "worker":
+            gpu_workers.serve(self._checks() | self._large_checks())
             return 0
         about = self.store.about
-        print(
-            f"== {name}: {about['gpu'] or about['cpu']}, torch {about['torch']}, triton {about['triton']}", flush=True
-        )
+        print(f"== {name}: {about['gpu'] or about['cpu']}, torch {about['torch']}, triton {about['triton']}")
         if about["rehearsal"]:
             print(f"*** {NOT_A_GPU} ***", flush=True)
-        code = {"correct": self._correct, "sanitize": self._sanitize, "time": self._time, "plot": self._plot}[name](
-            until
-        )
+        parts = {"correct": self._correct, "sanitize": self._sanitize, "time": self._time, "plot": self._plot}
+        code = parts[name](until)
         if about["rehearsal"]:
             print(f"*** {NOT_A_GPU} ***", flush=True)
         return code
 
     def _correct(self, until: float) -> int:
-        checks = self._checks()
-        done = {check["name"] for check in self.store.data["checks"] if check["status"] in ("passed", "skipped")}
-        for name, run in checks.items():
-            if name in done:
-                continue
-            if time.monotonic() > until:
-                return self._again("correct")
-            record = _result(name, run)
-            self._replace_checks([record])
-            print(f"{record['status']:>8}  {name}: {record['detail']}", flush=True)
-            if record["status"] == "failed" and not _alive(self.options.device):
-                print("the CUDA context is lost; the part is started again", flush=True)
-                return AGAIN if len(self.store.find("checks", name=name, status="failed")) < 2 else 1
-        failed = [check["name"] for check in self.store.data["checks"] if check["status"] == "failed"]
-        print(f"{len(checks) - len(failed)} of {len(checks)} checks did not fail", flush=True)
-        return 1 if set(failed) & set(checks) else 0
+        jobs = self.options.jobs or (8 if self.options.device == "cuda" else 1)
+        self._run_checks(self._checks(), jobs, until)
+        self._run_checks(self._large_checks(), 1, until)
+        status = {check["name"]: check["status"] for check in self.store.data["checks"]}
+        every = [*self._checks(), *self._large_checks()]
+        if any(name not in status for name in every):
+            return self._again("correct")
+        failed = [name for name in every if status[name] == "failed"]
+        skipped = [name for name in every if status[name] == "skipped"]
+        print(f"{len(every)} checks: {len(failed)} failed, {len(skipped)} skipped", flush=True)
+        return 1 if failed else 0
 
-    def _checks(self) -> Mapping[str, gpu_correct.Check]:
-        where = self.options.device, self.backend
-        tiny = self.options.tiny
+    def _run_checks(self, checks: Mapping[str, gpu_correct.Check], jobs: int, until: float) -> None:
+        """Those that have not passed yet; by one process in this one, by several each in its own."""
+        done = {check["name"] for check in self.store.data["checks"] if check["status"] in ("passed", "skipped")}
+        names = [name for name in checks if name not in done]
+        if self.options.device == "cuda" or jobs > 1:
+            options = ["--device", self.options.device, *(["--tiny"] if self.options.tiny else [])]
+            records = gpu_workers.run(names, min(jobs, len(names)), options, until)
+        else:
+            records = (gpu_workers.result(name, checks[name]) for name in names if time.monotonic() < until)
+        for record in records:
+            self._replace_checks([record])
+            print(f"{record['status']:>8}  {record['name']}: {record['detail']}", flush=True)
+
+    def _checks(self) -> dict[str, gpu_correct.Check]:
+        where, tiny = (self.options.device, self.backend), self.options.tiny
         return {**gpu_correct.checks(*where, tiny=tiny), **gpu_behave.checks(*where, tiny=tiny)}
+
+    def _large_checks(self) -> dict[str, gpu_correct.Check]:
+        return dict(gpu_behave.large_checks(self.options.device, self.backend, tiny=self.options.tiny))
 
     def _replace_checks(self, records: list[Record]) -> None:
         names = {record["name"] for record in records}
@@ -117,7 +128,11 @@ class Run:
 
     def _time(self, until: float) -> int:
         status = {check["name"]: check["status"] for check in self.store.data["checks"]}
-        red = [name for name in self._checks() if status.get(name, "not run") not in ("passed", "skipped")]
+        red = [
+            name
+            for name in (*self._checks(), *self._large_checks())
+            if status.get(name, "not run") not in ("passed", "skipped")
+        ]
         if red:
             print(f"no speed from a red test: {len(red)} checks are not passed (first: {red[0]}); run `correct`")
             return 1
@@ -203,27 +218,6 @@ def _chosen(offered: Sequence, names: str, option: str) -> tuple:
     if unknown:
         raise ValueError(f"{option} has no {unknown[0]}; choose from {', '.join(item.name for item in offered)}")
     return tuple(item for item in offered if not wanted or item.name in wanted)
-
-
-def _result(name: str, run: gpu_correct.Check) -> Record:
-    try:
-        status, detail = "passed", run()
-    except gpu_behave.Skipped as reason:
-        status, detail = "skipped", str(reason)
-    except AssertionError as error:
-        status, detail = "failed", str(error)
-    except Exception as error:
-        status, detail = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-    return {"name": name, "part": "correct", "status": status, "detail": detail}
-
-
-def _alive(device: str) -> bool:
-    try:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return True
-    except RuntimeError:
-        return False
 
 
 def _from_file(path: Path) -> Contender:

@@ -131,5 +131,7 @@ def _bars(axes: Any, rows: list[Record], across: str, among: str, key: str) -> N
         axes.bar(places, [heights[group] for group in groups if group in heights], width, label=name)
     axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right", fontsize=8)
     axes.set_ylabel(key.replace("_", " "))
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    if key == "ratio_to_best_peer":
+        axes.axhline(1, color="black", linewidth=0.8)
     axes.grid(axis="y", alpha=0.3)

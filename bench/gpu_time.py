@@ -162,7 +162,8 @@ def _compare(seat: _Seat, want: Outcome) -> dict[str, float]:
 
 def _memory(seat: _Seat, device: str) -> Record:
     """MB of 10^6 bytes: `kept` between the passes with y, `step` at the peak of one step, `held` as weights."""
-    gc.collect()
+    if device == "cuda":
+        gc.collect()
     seat.forget()
     memory = Memory(device)
     y = seat.forward(0)
@@ -301,9 +302,9 @@ def _set_ratios(rows: list[Record], peers: set[str]) -> None:
 
 def _check_alive(device: str) -> None:
     """Raise when an error has taken the CUDA context with it."""
-    gc.collect()
     if device != "cuda":
         return
+    gc.collect()
     try:
         torch.cuda.synchronize()
         torch.zeros(1, device=device).add_(1).item()
