@@ -189,6 +189,8 @@ class Routing:
                 f"experts_TK is {experts_TK.dtype} {tuple(experts_TK.shape)}, weights_TK {tuple(weights_TK.shape)}; "
                 "both must be (T, K), the experts integers"
             )
+        if weights_TK.device != experts_TK.device:
+            raise ValueError(f"weights_TK is on {weights_TK.device}, experts_TK on {experts_TK.device}; move one")
         _check_backend(backend)
         table_CE = _table(slot_map, experts_TK, client_T, valid_T)
         experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1 = place_rows_op(
