@@ -69,6 +69,8 @@ class MoE(nn.Module):
     w_in_scale: Tensor | None
     w_out_scale: Tensor | None
     router_rest: Tensor
+    trainable_experts: tuple[int, ...]
+    frozen_experts: tuple[int, ...]
     _slot_map: SlotMap
 
     def __init__(
@@ -334,8 +336,10 @@ class MoE(nn.Module):
                 rows = {} if source is None else {e: getattr(source, name)[i] for e, i in offered.items()}
                 if keep:
                     rows |= dict(zip(self.trainable_experts, getattr(self, name), strict=True))
-                    rows |= {} if coded else dict(zip(self.frozen_experts, self._frozen(name), strict=True))
-                codes = {e: self._frozen(name)[i] for i, e in enumerate(coded)}
+                stored = self._frozen(name) if keep else None
+                codes = {e: stored[i] for i, e in enumerate(coded)} if isinstance(stored, Quantized) else {}
+                if isinstance(stored, Tensor):
+                    rows |= dict(zip(self.frozen_experts, stored, strict=True))
                 setattr(self, name, nn.Parameter(stack(rows, trainable, like)))
                 values, scale = frozen_stack(rows, codes, frozen, bits=self.frozen_bits, like=like)
                 setattr(self, f"{name}_frozen", values)

@@ -9,90 +9,21 @@ Nothing here reads a value from the device or depends on one, so a CUDA graph ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedmoe_kernels.activations import ACTIVATIONS
-from fedmoe_kernels.configs import TileSet, arch_of, tiles_for
 from fedmoe_kernels.gpu.combine import combine
 from fedmoe_kernels.gpu.data_gradient import column_blocks, data_gradient
-from fedmoe_kernels.gpu.down import down, input_gradient, rank_product
+from fedmoe_kernels.gpu.down import down, input_gradient
 from fedmoe_kernels.gpu.launch import Execute, Launch
 from fedmoe_kernels.gpu.row_sums import routing_gradient, score_sums, tile_pieces
-from fedmoe_kernels.gpu.schedule import Schedule, schedule
-from fedmoe_kernels.gpu.storage import Direct, RankTerm, RowIndex, Stored
-from fedmoe_kernels.gpu.up import up
+from fedmoe_kernels.gpu.stage import Stage, aligned, stage_of
 from fedmoe_kernels.gpu.weight_gradient import bias_gradient, output_blocks, weight_gradient
 from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
 
 _FACTORS = ("a_in", "b_in", "a_out", "b_out")
-
-
-class _Stage(NamedTuple):
-    """What every step of one call needs."""
-
-    inputs: OpInputs
-    activation: str
-    tiles: TileSet
-    schedule: Schedule
-    execute: Execute
-
-    def run(self, launches: Iterable[Launch]) -> None:
-        for launch in launches:
-            self.execute(launch)
-
-    def rows(self, width: int) -> Tensor:
-        """(R, width) of x's dtype; rows from N on are never written."""
-        return self.inputs.x_TH.new_empty(self.inputs.tokens_R.shape[0], width)
-
-    @property
-    def w_in(self) -> Stored:
-        i = self.inputs
-        return _stored(i.w_in, i.w_in_frozen, i.w_in_scale, i.base_of_slot_B)
-
-    @property
-    def w_out(self) -> Stored:
-        i = self.inputs
-        return _stored(i.w_out, i.w_out_frozen, i.w_out_scale, i.base_of_slot_B)
-
-    @property
-    def bias_in(self) -> Stored | None:
-        i = self.inputs
-        return None if i.bias_in is None else _stored(i.bias_in, i.bias_in_frozen, None, i.base_of_slot_B)
-
-    @property
-    def bias_out(self) -> Stored | None:
-        i = self.inputs
-        return None if i.bias_out is None else _stored(i.bias_out, i.bias_out_frozen, None, i.base_of_slot_B)
-
-    def direct(self, weights_TK: Tensor | None) -> Direct | None:
-        """With one choice a token the last product writes to token order, and nothing is combined."""
-        i = self.inputs
-        return Direct(i.tokens_R, i.places_R, weights_TK, i.rows_TK) if i.rows_TK.shape[1] == 1 else None
-
-    def through(self, rows_XK: Tensor, factor: Tensor, *, transposed: bool, gather: bool) -> Tensor:
-        """(R, r): rows times an adapter's factor (Bl, r, K), or (Bl, K, r) if `transposed`."""
-        out_Rr = self.rows(factor.shape[2 if transposed else 1])
-        tokens_R = self.inputs.tokens_R if gather else None
-        self.run(
-            rank_product(
-                *(rows_XK, factor, out_Rr),
-                transposed=transposed,
-                tokens_R=tokens_R,
-                schedule=self.schedule,
-                tile=self.tiles.rank,
-            )
-        )
-        return out_Rr
-
-    def term(self, rows_Rr: Tensor | None, factor: Tensor | None) -> RankTerm | None:
-        if rows_Rr is None or factor is None:
-            return None
-        assert self.inputs.scale_B is not None
-        return RankTerm(rows_Rr, factor, self.inputs.scale_B)
 
 
 def forward(
@@ -114,12 +45,12 @@ def forward(
         arch: the key of the tile tables, see `configs.tiles_for`; None = that of the device.
         execute: what becomes of each launch.
     """
-    stage = _stage(inputs, activation, rows_per_slot, arch, execute)
+    stage = stage_of(inputs, activation, rows_per_slot, arch, execute)
     inputs = stage.inputs
     (T, H), (_, F) = inputs.x_TH.shape, inputs.w_in.shape[:2]
     z_RF = stage.rows(F) if keep_z else inputs.x_TH.new_empty(0, F)
     h_RI = stage.rows(inputs.w_out.shape[2])
-    _first_product(stage, z_RF if keep_z else None, h_RI)
+    stage.first_product(z_RF if keep_z else None, h_RI)
     ha_Rr = None if inputs.a_out is None else stage.through(h_RI, inputs.a_out, transposed=False, gather=False)
     direct = stage.direct(inputs.weights_TK)
     out_XH = stage.rows(H) if direct is None else inputs.x_TH.new_empty(T, H)
@@ -138,23 +69,6 @@ def forward(
     y_TH = inputs.x_TH.new_empty(T, H)
     stage.run(combine(out_XH, inputs.rows_TK, inputs.weights_TK, y_TH))
     return y_TH, z_RF
-
-
-def _first_product(stage: _Stage, z_RF: Tensor | None, h_RI: Tensor | None) -> None:
-    """z, f(z) or both, as the forward and a backward that recomputes make them: by one kernel, with the same bits."""
-    i = stage.inputs
-    xa_Rr = None if i.a_in is None else stage.through(i.x_TH, i.a_in, transposed=False, gather=True)
-    stage.run(
-        up(
-            *(i.x_TH, i.tokens_R, stage.w_in, stage.bias_in),
-            z_RF=z_RF,
-            h_RI=h_RI,
-            activation=stage.activation,
-            schedule=stage.schedule,
-            tile=stage.tiles.up,
-            term=stage.term(xa_Rr, i.b_in),
-        )
-    )
 
 
 def backward(
@@ -180,8 +94,8 @@ def backward(
         needs: one for each output.
     """
     need = dict(zip((*DIFFERENTIABLE, "scores_B6"), needs, strict=True))
-    stage = _stage(inputs, activation, rows_per_slot, arch, execute)
-    work = _Backward(stage, _aligned(dy_TH), need, _squares(stage, need))
+    stage = stage_of(inputs, activation, rows_per_slot, arch, execute)
+    work = _Backward(stage, aligned(dy_TH), need, _squares(stage, need))
     found: dict[str, Tensor] = {}
     i, adapters = stage.inputs, need["a_in"]
     dyb_Rr = None
@@ -220,9 +134,7 @@ def backward(
     if need["scores_B6"]:
         found["scores_B6"] = i.x_TH.new_empty(i.offsets_B1.shape[0] - 1, 6, dtype=torch.float32)
         squares_GN = None if work.squares is None else work.squares.whole_GN
-        stage.run(
-            score_sums(sums_S4, i.offsets_B1, found["scores_B6"], schedule=stage.schedule, squares_GN=squares_GN)
-        )
+        stage.run(score_sums(sums_S4, i.offsets_B1, found["scores_B6"], schedule=stage.schedule, squares_GN=squares_GN))
     return tuple(found.get(name, i.x_TH.new_empty(0)) if need[name] else i.x_TH.new_empty(0) for name in need)
 
 
@@ -236,15 +148,10 @@ class _Squares(NamedTuple):
 class _Backward(NamedTuple):
     """What every step of a backward needs."""
 
-    stage: _Stage
+    stage: Stage
     dy_TH: Tensor
     need: dict[str, bool]
     squares: _Squares | None
-
-    @property
-    def index(self) -> RowIndex:
-        i = self.stage.inputs
-        return RowIndex(i.tokens_R, i.places_R, i.weights_TK)
 
     def send_back(
         self, z_RF: Tensor, dyb_Rr: Tensor | None
@@ -260,7 +167,7 @@ class _Backward(NamedTuple):
         (R,), F, inner = i.tokens_R.shape, i.w_in.shape[1], i.w_out.shape[2]
         if z_RF.shape[0] < R:
             z_RF = stage.rows(F)
-            _first_product(stage, z_RF, None)
+            stage.first_product(z_RF, None)
         dz_RF = stage.rows(F) if want_dz else None
         sh_RI = stage.rows(inner) if want_sh else None
         columns = column_blocks(inner, stage.tiles.data_gradient)
@@ -270,7 +177,7 @@ class _Backward(NamedTuple):
             zdz_MC = i.x_TH.new_empty(stage.schedule.tiles, columns, dtype=torch.float32)
         stage.run(
             data_gradient(
-                *(self.dy_TH, z_RF, self.index, stage.w_out),
+                *(self.dy_TH, z_RF, stage.row_index, stage.w_out),
                 dz_RF=dz_RF,
                 sh_RI=sh_RI,
                 ds_RC=ds_RC,
@@ -293,7 +200,7 @@ class _Backward(NamedTuple):
             sums_S4 = i.x_TH.new_empty(tile_pieces(stage.schedule), 4, dtype=torch.float32)
         stage.run(
             routing_gradient(
-                *(ds_RC, self.index, i.rows_TK, out_TK),
+                *(ds_RC, stage.row_index, i.rows_TK, out_TK),
                 schedule=stage.schedule,
                 dy_TH=self.dy_TH,
                 bias_out=stage.bias_out,
@@ -331,10 +238,8 @@ class _Backward(NamedTuple):
         i = self.stage.inputs
         out_GN = torch.empty_like(getattr(i, name))
         assert rows_XN is not None
-        index = self.index if weighted else None
-        self.stage.run(
-            bias_gradient(rows_XN, out_GN, offsets_B1=i.offsets_B1, routing=index, learns_B=i.trainable_B)
-        )
+        index = self.stage.row_index if weighted else None
+        self.stage.run(bias_gradient(rows_XN, out_GN, offsets_B1=i.offsets_B1, routing=index, learns_B=i.trainable_B))
         return out_GN
 
     def input_gradient(self, dz_RF: Tensor | None, dzb_Rr: Tensor | None) -> Tensor:
@@ -359,41 +264,14 @@ class _Backward(NamedTuple):
         return dx_TH
 
 
-def _squares(stage: _Stage, need: dict[str, bool]) -> _Squares | None:
+def _squares(stage: Stage, need: dict[str, bool]) -> _Squares | None:
     """Room for the squared norms of all weight gradients that will be computed; None where nothing asks."""
     i = stage.inputs
     learned = {name: getattr(i, name) for name in ("w_in", "w_out", *_FACTORS) if need[name]}
     if not need["scores_B6"] or not learned:
         return None
-    widths = [output_blocks(*t.shape[1:], stage.tiles.weight_gradient) for t in learned.values()]
+    tile = stage.tiles.weight_gradient
+    widths = [output_blocks(t.shape[1], t.shape[2], tile) for t in learned.values()]
     slots = next(iter(learned.values())).shape[0]
     whole_GN = i.x_TH.new_empty(slots, sum(widths), dtype=torch.float32)
     return _Squares(whole_GN, dict(zip(learned, whole_GN.split(widths, dim=1), strict=True)))
-
-
-def _stage(inputs: OpInputs, activation: str, rows_per_slot: int, arch: str | None, execute: Execute) -> _Stage:
-    inputs = inputs._replace(**{name: _aligned(t) for name, t in inputs._asdict().items() if t is not None})
-    device = inputs.x_TH.device
-    tiles = tiles_for(
-        arch_of(device) if arch is None else arch,
-        inputs.x_TH.dtype,
-        rows_per_slot,
-        hidden=inputs.x_TH.shape[1],
-        inner=inputs.w_out.shape[2],
-        gated=ACTIVATIONS[activation].gated,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-    )
-    made = schedule(inputs.offsets_B1, inputs.tokens_R.shape[0], tiles.rows, execute)
-    return _Stage(inputs, activation, tiles, made, execute)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Itself, or a copy where it starts between two multiples of 16 bytes, which no descriptor or wide load can."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _stored(trainable: Tensor, frozen: Tensor | None, scale: Tensor | None, base_of_slot_B: Tensor | None) -> Stored:
-    """An empty frozen part is none."""
-    if frozen is not None and frozen.shape[0] == 0:
-        frozen, scale = None, None
-    return Stored(trainable, frozen, scale, base_of_slot_B)
