@@ -19,6 +19,7 @@ from fedmoe_kernels.stats import RouterStats
 
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
 INIT_STD = 0.02  # of fresh weights, as transformers' initializer_range
+ROUTING_BACKENDS = {"auto": "auto", "triton": "triton", "cpu": "torch", "reference": "torch"}
 GATED = ("swiglu", "geglu", "swiglu_oai")  # activations whose w_in is [gate; up]
 
 
@@ -115,6 +116,8 @@ class MoE(nn.Module):
             ValueError: k above E, an empty permitted set, or masks of the wrong shape, kind or inclusion.
         """
         super().__init__()
+        if backend not in ROUTING_BACKENDS:
+            raise ValueError(f"backend is {backend!r}; choose one of {', '.join(ROUTING_BACKENDS)}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} of {num_experts} experts is impossible; choose 1 to {num_experts}")
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
@@ -187,6 +190,7 @@ class MoE(nn.Module):
             renormalize=self.renormalize,
             valid_T=valid_T,
             with_stats=self.with_stats,
+            backend=ROUTING_BACKENDS[self.backend],
         )
         self.last_stats = routing.stats
         if self.keep_logits:
