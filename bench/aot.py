@@ -52,7 +52,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        return self.job.kernel.strip("_").removesuffix("_kernel")
+        """Of the kernel, after its file's where they differ."""
+        file, kernel = self.job.module.rsplit(".", 1)[-1], self.job.kernel.strip("_").removesuffix("_kernel")
+        return kernel if kernel == file else f"{file}.{kernel}"
 
     @property
     def block(self) -> str:
@@ -129,21 +131,27 @@ def collect(cases: Iterable[Case], archs: Iterable[str], kernel: str) -> tuple[d
 
 
 def recompiled(cases: Iterable[Case], archs: Iterable[str]) -> list[str]:
-    """Kernels that other numbers of tokens and slots would have compiled again, with the argument to blame."""
+    """Kernels that other numbers of tokens and slots would have compiled again, with the arguments to blame.
+
+    A yes or no that such numbers decide (are all experts permitted, do counts fit one block) is a case of its own.
+    """
     found = []
     for arch in archs:
         for case in cases:
             before = {job_of(launch, arch) for launch in launches(case, arch)}
             after = {job_of(launch, arch) for launch in launches(case.varied(), arch)}
-            for job in sorted(after - before, key=lambda job: job.kernel):
-                nearest = min(
-                    (other for other in before if other.kernel == job.kernel),
-                    key=lambda other: len(job.parts().items() - other.parts().items()),
-                    default=None,
-                )
-                changed = sorted(job.parts().items() - nearest.parts().items()) if nearest else "the kernel"
-                found.append(f"{arch} {case.name}: {job.kernel} is compiled again for {changed}")
-    return found
+            for job in after - before:
+                same = [other.parts() for other in before if (other.module, other.kernel) == (job.module, job.kernel)]
+                changes = [_changes(parts, job.parts()) for parts in same]
+                if changes and all(changes):
+                    found.append(f"{job.module}.{job.kernel}: {min(changes, key=len)}")
+    return sorted(set(found))
+
+
+def _changes(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
+    """What differs between two jobs of a kernel, but for constants that are true or false."""
+    differ = {name: f"{before[name]} -> {after[name]}" for name in before if before[name] != after[name]}
+    return {name: how for name, how in differ.items() if not after[name].endswith(("True", "False"))}
 
 
 def compile_all(jobs: dict[Job, tuple[Case, Launch]], workers: int) -> list[Row]:
@@ -226,7 +234,7 @@ def main() -> int:
     again = recompiled(cases, archs[:1])
     show(rows)
     for line in again:
-        print(line)
+        print("compiled again:", line)
     failed = sum(1 for row in rows if row.misses)
     about = {"triton": triton.__version__, "torch": torch.__version__}
     summary = (

@@ -24,7 +24,7 @@ class Case:
         bits: of the frozen slots, 16 = as the trainable ones; 8 and 4 are codes with a scale for every 64 columns.
         rank: of the adapters on every slot; the weights are then frozen, shared by the clients and half as many.
         clients: that share the launch.
-        rule: how the router chooses.
+        scoring, groups: how the router chooses among E experts.
     """
 
     name: str
@@ -43,26 +43,23 @@ class Case:
     keep_z: bool = True
     scoring: str = "softmax"
     groups: tuple[int, int] = (1, 1)
+    E: int = 128
 
     @property
     def rows_per_slot(self) -> int:
         """What the tiles are chosen by."""
         return max(1, self.T * self.K // self.B)
 
-    @property
-    def experts(self) -> int:
-        """E, ids of the router; every client holds a share of them."""
-        return self.B
-
     def varied(self) -> Case:
-        """The same plan with other numbers of tokens and slots, of which no kernel may need a compilation of its own."""
-        slots = self.B + 3
-        return replace(self, T=self.T * slots // self.B + 5, B=slots, Bt=self.Bt + 1 if self.Bt else 0)
+        """The same model with other numbers of tokens and slots, for which no kernel may need code of its own."""
+        slots = self.B - 3 * self.clients
+        trainable = slots if self.Bt == self.B else min(self.Bt, max(1, self.Bt - 1))
+        return replace(self, T=self.T * slots // self.B - 5, B=slots, Bt=trainable)
 
 
 QWEN = Case("qwen3-30b-a3b", 32768, 2048, 768, 128, 8, 32)
-OSS = Case("gpt-oss-20b", 16384, 2880, 2880, 32, 4, 32, "swiglu_oai", bias=True, scoring="topk_softmax")
-SWITCH = Case("switch-base-8", 16384, 768, 3072, 8, 1, 8, "relu")
+OSS = Case("gpt-oss-20b", 16384, 2880, 2880, 32, 4, 32, "swiglu_oai", bias=True, scoring="topk_softmax", E=32)
+SWITCH = Case("switch-base-8", 16384, 768, 3072, 8, 1, 8, "relu", E=8)
 
 CASES = (
     QWEN,
@@ -75,7 +72,7 @@ CASES = (
     replace(QWEN, name="qwen3, int8", bits=8),
     replace(QWEN, name="qwen3, int4", bits=4),
     replace(QWEN, name="qwen3, z recomputed", keep_z=False),
-    replace(OSS, name="edge, float32", T=512, H=512, I=256, B=16, K=2, Bt=4, dtype=torch.float32),
+    replace(OSS, name="edge, float32", T=512, H=512, I=256, B=16, K=2, Bt=4, dtype=torch.float32, E=16),
 )
 MORE = (
     replace(OSS, name="gpt-oss, 64 rows a slot", T=512),
@@ -91,10 +88,10 @@ MORE = (
     replace(QWEN, name="qwen3, geglu", activation="geglu", bias=True),
     replace(SWITCH, name="switch, gelu", activation="gelu", bias=True),
     replace(SWITCH, name="switch, silu", activation="silu"),
-    Case("mixtral-8x7b", 8192, 4096, 14336, 8, 2, 2),
-    Case("odd", 1000, 200, 120, 5, 3, 2, bias=True),
-    Case("unaligned", 1000, 100, 52, 5, 3, 2, bias=True),
-    replace(OSS, name="edge, float32, 8 rows a slot", T=64, H=512, I=256, B=16, K=2, Bt=4, dtype=torch.float32),
+    Case("mixtral-8x7b", 8192, 4096, 14336, 8, 2, 2, E=8),
+    Case("odd", 1000, 200, 120, 5, 3, 2, bias=True, E=5),
+    Case("unaligned", 1000, 100, 52, 5, 3, 2, bias=True, E=5),
+    replace(OSS, name="edge, float32, 8 rows a slot", T=64, H=512, I=256, B=16, K=2, Bt=4, dtype=torch.float32, E=16),
 )
 
 
@@ -117,11 +114,11 @@ def launches(case: Case, arch: str) -> list[Launch]:
 
 
 def _route(case: Case, found: list[Launch]) -> None:
-    held = torch.empty(case.clients, case.experts, dtype=torch.int64, device="meta")
+    held = torch.empty(case.clients, case.E, dtype=torch.int64, device="meta")
     client_T = _ids(case.T) if case.clients > 1 else None
     rule = Rule(case.K, case.scoring, True, *case.groups)
-    logits_TE = torch.empty(case.T, case.experts, dtype=torch.float32, device="meta")
-    bias_E = torch.empty(case.experts, dtype=torch.float32, device="meta") if case.scoring == "sigmoid" else None
+    logits_TE = torch.empty(case.T, case.E, dtype=torch.float32, device="meta")
+    bias_E = torch.empty(case.E, dtype=torch.float32, device="meta") if case.scoring == "sigmoid" else None
     how = {"num_slots": case.B, "execute": found.append}
     routed = routing.route(logits_TE, held, client_T, None, bias_E, rule=rule, with_stats=True, **how)
     weights_TK, experts_TK = routed[:2]

@@ -45,7 +45,16 @@ GPUS = {
         Gpu("A100", "sm_80", 312.0, 2.039, 108, 0.72, 5.0, "NVIDIA A100 data sheet, 80 GB SXM"),
         Gpu("H100", "sm_90", 989.4, 3.35, 132, 0.66, 7.0, "NVIDIA H100 data sheet, SXM, half of the sparse rate"),
         Gpu("H200", "sm_90", 989.4, 4.8, 132, 0.66, 7.0, "NVIDIA H200 data sheet, SXM, half of the sparse rate"),
-        Gpu("B200", "sm_100", 2250.0, 8.0, 148, 0.55, 12.0, "NVIDIA DGX B200 data sheet, an eighth, half of the sparse rate"),
+        Gpu(
+            "B200",
+            "sm_100",
+            2250.0,
+            8.0,
+            148,
+            0.55,
+            12.0,
+            "NVIDIA DGX B200 data sheet, an eighth, half of the sparse rate",
+        ),
     )
 }
 FASTEST_MEMORY = 0.90  # share of the memory's peak that long streams reach on these GPUs
