@@ -19,6 +19,7 @@ from fedmoe_kernels.stats import RouterStats
 
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
 INIT_STD = 0.02  # of fresh weights, as transformers' initializer_range
+ROUTING_BACKENDS = {"auto": "auto", "triton": "triton", "cpu": "torch", "reference": "torch"}
 GATED = ("swiglu", "geglu", "swiglu_oai")  # activations whose w_in is [gate; up]
 
 
@@ -69,6 +70,8 @@ class MoE(nn.Module):
     w_in_scale: Tensor | None
     w_out_scale: Tensor | None
     router_rest: Tensor
+    trainable_experts: tuple[int, ...]
+    frozen_experts: tuple[int, ...]
     _slot_map: SlotMap
 
     def __init__(
@@ -113,6 +116,8 @@ class MoE(nn.Module):
             ValueError: k above E, an empty permitted set, or masks of the wrong shape, kind or inclusion.
         """
         super().__init__()
+        if backend not in ROUTING_BACKENDS:
+            raise ValueError(f"backend is {backend!r}; choose one of {', '.join(ROUTING_BACKENDS)}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} of {num_experts} experts is impossible; choose 1 to {num_experts}")
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
@@ -185,6 +190,7 @@ class MoE(nn.Module):
             renormalize=self.renormalize,
             valid_T=valid_T,
             with_stats=self.with_stats,
+            backend=ROUTING_BACKENDS[self.backend],
         )
         self.last_stats = routing.stats
         if self.keep_logits:
@@ -334,8 +340,10 @@ class MoE(nn.Module):
                 rows = {} if source is None else {e: getattr(source, name)[i] for e, i in offered.items()}
                 if keep:
                     rows |= dict(zip(self.trainable_experts, getattr(self, name), strict=True))
-                    rows |= {} if coded else dict(zip(self.frozen_experts, self._frozen(name), strict=True))
-                codes = {e: self._frozen(name)[i] for i, e in enumerate(coded)}
+                stored = self._frozen(name) if keep else None
+                codes = {e: stored[i] for i, e in enumerate(coded)} if isinstance(stored, Quantized) else {}
+                if isinstance(stored, Tensor):
+                    rows |= dict(zip(self.frozen_experts, stored, strict=True))
                 setattr(self, name, nn.Parameter(stack(rows, trainable, like)))
                 values, scale = frozen_stack(rows, codes, frozen, bits=self.frozen_bits, like=like)
                 setattr(self, f"{name}_frozen", values)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_kernels.activations import ACTIVATIONS
-from fedmoe_kernels.backends import BACKENDS
+from fedmoe_kernels.backends import EXPERT_BACKENDS
 from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.routing import Routing
 from fedmoe_kernels.scores import ExpertScores
@@ -20,8 +20,8 @@ def check_call(x_TH: Tensor, activation: str, backend: str, scores: ExpertScores
         raise ValueError(f"x_TH is {what(x_TH)}; it must be a floating (tokens, hidden) matrix")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
+    if backend not in EXPERT_BACKENDS:
+        raise ValueError(f"backend {backend!r} does not exist; choose one of {', '.join(EXPERT_BACKENDS)}")
     if backend == "reference" and scores is not None:
         raise ValueError("scores need another backend than 'reference'; for that call reference.importance")
     if x_TH.device.type not in ("cpu", "cuda", "meta") and backend != "reference":

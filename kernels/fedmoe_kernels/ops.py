@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedmoe_kernels import cpu
 from fedmoe_kernels.activations import ACTIVATIONS
-from fedmoe_kernels.backends import arch_of, choose
+from fedmoe_kernels.backends import use_triton
 from fedmoe_kernels.slot import Adapter, Expert, Gradients, Packed
 
 
@@ -123,13 +123,22 @@ def _adapters(inputs: OpInputs) -> list[Adapter]:
     return [Adapter(a_in[b], b_in[b], a_out[b], b_out[b], scales[b]) for b in range(len(scales))]
 
 
+def _refusal(x_TH: Tensor) -> str | None:
+    """Why the kernels do not serve this x, None = they do."""
+    if x_TH.dtype == torch.float64:
+        return "x_TH is float64, and they compute in float32; cast it"
+    if x_TH.dtype == torch.bfloat16 and x_TH.device.type == "cpu":
+        return "x_TH is bfloat16, whose raw bits Triton's interpreter would multiply; cast it"
+    return None
+
+
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, (_, activation, keep_z, backend, rows_per_slot) = OpInputs(*args[:-5]), args[-5:]
-    if choose(backend, inputs.x_TH.device, inputs.x_TH.dtype) == "triton":
+    if use_triton(backend, inputs.x_TH.device, _refusal(inputs.x_TH), verb="moe_mlp"):
         from fedmoe_kernels.gpu import experts  # here, because it imports triton
 
-        rows_per_slot, arch = inputs.rows_per_slot(rows_per_slot), arch_of(inputs.x_TH.device)
-        return experts.forward(inputs, activation=activation, keep_z=keep_z, rows_per_slot=rows_per_slot, arch=arch)
+        rows_per_slot = inputs.rows_per_slot(rows_per_slot)
+        return experts.forward(inputs, activation=activation, keep_z=keep_z, rows_per_slot=rows_per_slot)
     return cpu.forward(inputs.x_TH, _rows(inputs), _experts(inputs), ACTIVATIONS[activation], keep_z=keep_z)
 
 
@@ -156,11 +165,10 @@ def _backward_fake(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...
 
 def _backward(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, (activation, needs, backend, rows_per_slot) = OpInputs(*args[:-4]), args[-4:]
-    if choose(backend, inputs.x_TH.device, inputs.x_TH.dtype) == "triton":
+    if use_triton(backend, inputs.x_TH.device, _refusal(inputs.x_TH), verb="moe_mlp"):
         from fedmoe_kernels.gpu import experts  # here, because it imports triton
 
-        rows_per_slot, arch = inputs.rows_per_slot(rows_per_slot), arch_of(inputs.x_TH.device)
-        how = {"activation": activation, "needs": needs, "rows_per_slot": rows_per_slot, "arch": arch}
+        how = {"activation": activation, "needs": needs, "rows_per_slot": inputs.rows_per_slot(rows_per_slot)}
         return experts.backward(dy_TH, z_RF, inputs, **how)
     return _backward_by_loops(dy_TH, z_RF, inputs, activation, needs)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedmoe_kernels.backends import BACKENDS
 from fedmoe_kernels.routing_ops import compute_dtype, place_rows_op, route_op
 from fedmoe_kernels.stats import RouterStats
 
@@ -170,6 +171,7 @@ class Routing:
         *,
         client_T: Tensor | None = None,
         valid_T: Tensor | None = None,
+        backend: str = "auto",
     ) -> Routing:
         """The record for a model that routes itself.
 
@@ -177,7 +179,7 @@ class Routing:
             experts_TK: integer expert ids, best first. Ids outside [0, E) and absent experts mean "not here": no row.
             weights_TK: their weights, differentiable; cast to float32 unless float64, and 0 where there is no row.
             slot_map: where the experts lie.
-            client_T, valid_T: as in `route`.
+            client_T, valid_T, backend: as in `route`.
 
         Raises:
             ValueError: for shapes, dtypes or devices that do not fit together.
@@ -187,9 +189,12 @@ class Routing:
                 f"experts_TK is {experts_TK.dtype} {tuple(experts_TK.shape)}, weights_TK {tuple(weights_TK.shape)}; "
                 "both must be (T, K), the experts integers"
             )
+        if weights_TK.device != experts_TK.device:
+            raise ValueError(f"weights_TK is on {weights_TK.device}, experts_TK on {experts_TK.device}; move one")
+        _check_backend(backend)
         table_CE = _table(slot_map, experts_TK, client_T, valid_T)
         experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1 = place_rows_op(
-            experts_TK, table_CE, client_T, valid_T, slot_map.num_slots
+            experts_TK, table_CE, client_T, valid_T, slot_map.num_slots, backend
         )
         weights_TK = weights_TK.to(compute_dtype(weights_TK.dtype)).where(slots_TK >= 0, 0.0)
         index = (experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1)
@@ -209,6 +214,7 @@ def route(
     client_T: Tensor | None = None,
     valid_T: Tensor | None = None,
     with_stats: bool = False,
+    backend: str = "auto",
 ) -> Routing:
     """Choose up to k permitted experts for each token and say which row each choice becomes.
 
@@ -236,6 +242,9 @@ def route(
             range is the caller's promise, because a check would wait for the device.
         valid_T: (T,) bool; False = padding: no row, no statistic, no gradient.
         with_stats: also fill `Routing.stats`.
+        backend: "auto": on a GPU the Triton kernels, or plain torch, with one warning per reason, where they cannot
+            serve; elsewhere plain torch. "torch" or "triton": this one or an error. The kernels serve k <= 16 and
+            logits other than float64.
 
     Returns:
         Routing, differentiable from weights_TK to the logits (once: there is no second derivative).
@@ -244,13 +253,14 @@ def route(
         ValueError: for an argument that does not fit; the sentence names it and the remedy.
     """
     _check_rule(logits_TE, k, scoring, bias_E, groups)
+    _check_backend(backend)
     slot_map = _slot_map(permitted_E)
     E = logits_TE.shape[1]
     if slot_map is not None and slot_map.num_experts != E:
         raise ValueError(f"permitted_E covers {slot_map.num_experts} experts, logits_TE {E}; they must agree")
     table_CE = _table(slot_map, logits_TE, client_T, valid_T)
     num_slots = E if slot_map is None else slot_map.num_slots
-    rule = (num_slots, k, scoring, renormalize, *(groups or (1, 1)), float(scale), with_stats)
+    rule = (num_slots, k, scoring, renormalize, *(groups or (1, 1)), float(scale), with_stats, backend)
     outputs = route_op(logits_TE, table_CE, client_T, valid_T, bias_E, *rule)
     weights_TK, experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1, stats_C4E, tokens_C = outputs
     stats = None
@@ -269,6 +279,11 @@ def _slot_map(permitted_E: Tensor | SlotMap | None) -> SlotMap | None:
     return SlotMap.build(permitted_E)
 
 
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+
+
 def _check_rule(logits_TE: Tensor, k: int, scoring: str, bias_E: Tensor | None, groups: tuple[int, int] | None) -> None:
     if logits_TE.dim() != 2 or not logits_TE.is_floating_point():
         raise ValueError(f"logits_TE is {logits_TE.dtype} {tuple(logits_TE.shape)}; it must be floating point (T, E)")
@@ -279,8 +294,11 @@ def _check_rule(logits_TE: Tensor, k: int, scoring: str, bias_E: Tensor | None, 
         raise ValueError(f"scoring={scoring!r} is unknown; choose one of {', '.join(SCORINGS)}")
     if scoring != "sigmoid" and (bias_E is not None or groups is not None):
         raise ValueError(f"bias_E and groups belong to scoring='sigmoid', not to {scoring!r}; leave them out")
-    if bias_E is not None and bias_E.shape != (E,):
-        raise ValueError(f"bias_E has shape {tuple(bias_E.shape)}; it must be ({E},), one number per expert")
+    if bias_E is not None and (bias_E.shape != (E,) or bias_E.device != logits_TE.device):
+        raise ValueError(
+            f"bias_E is {tuple(bias_E.shape)} on {bias_E.device}; it must be ({E},), one number per expert, "
+            f"on {logits_TE.device}"
+        )
     if groups is not None and not (groups[0] >= 1 and E % groups[0] == 0 and 1 <= groups[1] <= groups[0]):
         raise ValueError(
             f"groups={groups} does not fit {E} experts; n_group must divide {E} and topk_group lie in 1..n_group"
@@ -291,8 +309,13 @@ def _table(slot_map: SlotMap | None, like_T: Tensor, client_T: Tensor | None, va
     """The slot table (C, E) for these tokens, after the checks on the map and the per-token arguments."""
     T, E, device = like_T.shape[0], like_T.shape[1], like_T.device
     for name, per_token, dtype in (("client_T", client_T, torch.int64), ("valid_T", valid_T, torch.bool)):
-        if per_token is not None and (per_token.shape != (T,) or per_token.dtype != dtype):
-            raise ValueError(f"{name} is {per_token.dtype} {tuple(per_token.shape)}; it must be {dtype} ({T},)")
+        if per_token is None:
+            continue
+        if per_token.shape != (T,) or per_token.dtype != dtype or per_token.device != device:
+            raise ValueError(
+                f"{name} is {per_token.dtype} {tuple(per_token.shape)} on {per_token.device}; "
+                f"it must be {dtype} ({T},) on {device}"
+            )
     if (slot_map is not None and slot_map.num_clients is not None) != (client_T is not None):
         raise ValueError("client_T goes with a cohort's SlotMap of shape (C, E); give both or neither")
     if slot_map is None:

@@ -73,6 +73,19 @@ def stored(whole: Tensor, trainable: int | None) -> Stored:
     return Stored(fenced(whole[:trainable]), fenced(whole[trainable:]))
 
 
+def coded(whole: Tensor, trainable: int, bits: int, share: int = 32) -> tuple[Stored, Tensor]:
+    """Slots from `trainable` on as random codes with random scales, and all slots as they decode, in float64."""
+    frozen = whole[trainable:]
+    generator = torch.Generator().manual_seed(bits)
+    most = 2 ** (bits - 1) - 1
+    codes = torch.randint(-most, most + 1, frozen.shape, generator=generator, dtype=torch.int8)
+    scale = torch.rand(*frozen.shape[:2], frozen.shape[2] // share, generator=generator) / most
+    decoded = codes.double() * scale.double().repeat_interleave(share, 2)
+    low, high = (codes + 8).to(torch.uint8).unflatten(2, (-1, 2)).unbind(3)
+    kept = codes if bits == 8 else low | (high << 4)
+    return Stored(whole[:trainable].contiguous(), kept, scale), torch.cat([whole[:trainable].double(), decoded])
+
+
 def run(launches: list[Launch]) -> None:
     """Start all launches in order."""
     for launch in launches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from forward_cases import (
     POINTERS,
     Rows,
     assert_near,
+    coded,
     normal,
     per_row,
     rows,
@@ -29,7 +31,7 @@ from forward_cases import (
 
 from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.down import down, input_gradient, rank_product
-from fedmoe_kernels.gpu.storage import Direct
+from fedmoe_kernels.gpu.storage import Direct, RankTerm
 
 BOTH_TILES = pytest.mark.parametrize("tile", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
 BOTH_WAYS = pytest.mark.parametrize("transposed", [False, True], ids=["down", "input_gradient"])
@@ -156,6 +158,52 @@ def test_rank_sized_rows(tile: Tile, transposed: bool, rank: int, gathered: bool
     assert_near(out[: r.count][adapted], per_row(read, w, r.slot_N)[adapted], "rows")
     assert bool(out[: r.count][~adapted].isnan().all())
     assert bool(out[r.count :].isnan().all())
+
+
+@BOTH_TILES
+@BOTH_WAYS
+@pytest.mark.parametrize(("rank", "slots"), [(4, 3), (72, 5)])
+def test_adapters_on_the_first_slots(tile: Tile, transposed: bool, rank: int, slots: int) -> None:
+    """The rows of slots without an adapter are NaN and may not be read; beyond the factors in memory lies NaN."""
+    r, left, w, _ = problem(EMPTY_SLOTS, 40, 24)
+    factor, scale_B = normal(slots, 40, rank, seed=7), torch.linspace(0.5, 2.0, slots, dtype=torch.float64)
+    rows_Rr = unwritten(len(r.tokens_R), rank)
+    adapted = r.slot_N < slots
+    rows_Rr[: r.count][adapted] = normal(int(adapted.sum()), rank, seed=8)
+    term = RankTerm(rows_Rr, stored(factor.transpose(1, 2) if transposed else factor, None).trainable, scale_B)
+    out = unwritten(len(r.tokens_R), 40)
+    w_in, how = w.transpose(1, 2), {"schedule": r.schedule, "tile": tile, "term": term}
+    run(input_gradient(left, stored(w_in, 2), out, **how) if transposed else down(left, stored(w, 2), None, out, **how))
+    want, slot = per_row(left[: r.count], w, r.slot_N), r.slot_N[adapted]
+    want[adapted] += scale_B[slot, None] * per_row(rows_Rr[: r.count][adapted], factor, slot)
+    assert_near(out[: r.count], want, "rows")
+    assert bool(out[r.count :].isnan().all())
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("trainable", "share", "n", "k"), [(0, 32, 16, 16), (2, 96, 64, 64), (3, 32, 128, 64)])
+def test_frozen_slots_as_codes_by_token(
+    transposed: bool, bits: int, trainable: int, share: int, n: int, k: int
+) -> None:
+    """Groups of more columns than a block and of fewer; trainable slots are plain numbers; both launches clear once."""
+    r = rows((5, 2, 19, 0, 3), 7)
+    N, K = (96, 40) if transposed else (40, 96)
+    left, bias = unwritten(len(r.tokens_R), K), None if transposed else normal(5, N, seed=3)
+    left[: r.count] = normal(r.count, K, seed=2)
+    whole = normal(5, K, N, seed=1) if transposed else normal(5, N, K, seed=1)
+    w, decoded = coded(whole, trainable, bits, share)
+    direct = one_choice(r, 41, 1)
+    out, how = unwritten(41, N), {"schedule": r.schedule, "tile": replace(DESCRIPTORS, n=n, k=k), "direct": direct}
+    if transposed:
+        decoded = decoded.transpose(1, 2)
+        run(input_gradient(left, w, out, **how))
+    else:
+        run(down(left, w, stored(bias, trainable), out, **how))
+    want = torch.zeros(41, N, dtype=torch.float64)
+    token_N = direct.tokens_R[: r.count]
+    want[token_N] = direct.weights_TK.double()[token_N] * per_row(left[: r.count], decoded, r.slot_N, bias)
+    assert_near(out, want, "tokens")
 
 
 @BOTH_TILES

@@ -20,6 +20,7 @@ from forward_cases import (
     POINTERS,
     Rows,
     assert_near,
+    coded,
     normal,
     per_row,
     rows,
@@ -31,7 +32,7 @@ from forward_cases import (
 from fedmoe_kernels import reference
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import Tile
-from fedmoe_kernels.gpu.storage import Stored
+from fedmoe_kernels.gpu.storage import RankTerm, Stored
 from fedmoe_kernels.gpu.up import up
 
 
@@ -102,9 +103,9 @@ def test_weights_by_descriptor(activation: str, trainable: int | None) -> None:
 def test_an_epilogue_in_pieces_has_the_same_bits(activation: str, n: int, split: int) -> None:
     """I = 24 is a multiple of the piece but not of the block, so that the last block ends with a piece outside."""
     r, x, w_in, bias = problem(EMPTY_SLOTS, 40, 48 if activation == "swiglu_oai" else 24)
-    whole = solve(r, x, w_in, bias, activation=activation, tile=POINTERS, trainable=2)
-    for tile in (POINTERS, DESCRIPTORS):
-        pieces = solve(r, x, w_in, bias, activation=activation, tile=replace(tile, n=n, split=split), trainable=2)
+    for tile in (replace(POINTERS, n=n), replace(DESCRIPTORS, n=n)):
+        whole = solve(r, x, w_in, bias, activation=activation, tile=tile, trainable=2)
+        pieces = solve(r, x, w_in, bias, activation=activation, tile=replace(tile, split=split), trainable=2)
         for one, other in zip(whole, pieces, strict=True):
             assert torch.equal(one.nan_to_num(9), other.nan_to_num(9))
 
@@ -114,6 +115,49 @@ def test_an_epilogue_in_pieces_has_the_same_bits(activation: str, n: int, split:
 def test_one_slot_with_all_rows_one_token_and_full_tiles(tile: Tile, counts: Sequence[int], tokens: int) -> None:
     r, x, w_in, bias = problem(counts, 32, 32, tokens)
     check(r, x, w_in, bias, activation="swiglu", tile=tile, trainable=1)
+
+
+def adapters(r: Rows, F: int, rank: int, slots: int) -> tuple[RankTerm, Tensor]:
+    """The term of the first `slots` slots and what it adds to z; the rows of the other slots are NaN."""
+    factor, scale_B = normal(slots, F, rank, seed=7), torch.linspace(0.5, 2.0, slots, dtype=torch.float64)
+    rows_Rr = unwritten(len(r.tokens_R), rank)
+    adapted = r.slot_N < slots
+    rows_Rr[: r.count][adapted] = normal(int(adapted.sum()), rank, seed=8)
+    added = torch.zeros(r.count, F, dtype=torch.float64)
+    slot = r.slot_N[adapted]
+    added[adapted] = scale_B[slot, None] * per_row(rows_Rr[: r.count][adapted], factor, slot)
+    return RankTerm(rows_Rr, stored(factor, None).trainable, scale_B), added
+
+
+@pytest.mark.parametrize("tile", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(("rank", "slots", "activation"), [(4, 3, "swiglu"), (16, 5, "gelu"), (72, 1, "swiglu")])
+def test_adapters_on_the_first_slots(tile: Tile, rank: int, slots: int, activation: str) -> None:
+    """A rank below, of and above what one product takes; the others' slots hold NaN where an adapter would lie."""
+    r, x, w_in, bias = problem(EMPTY_SLOTS, 40, 48 if activation == "swiglu" else 24)
+    term, added = adapters(r, w_in.shape[1], rank, slots)
+    z_RF = unwritten(len(r.tokens_R), w_in.shape[1])
+    w, b = stored(w_in, 2), stored(bias, 2)
+    run(up(x, r.tokens_R, w, b, z_RF=z_RF, h_RI=None, activation=activation, schedule=r.schedule, tile=tile, term=term))
+    assert_near(z_RF[: r.count], per_row(x[r.tokens_R[: r.count]], w_in, r.slot_N, bias) + added, "z")
+    assert bool(z_RF[r.count :].isnan().all())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("trainable", "share", "k"), [(0, 32, 16), (2, 96, 64), (3, 32, 64)])
+def test_frozen_slots_as_codes(bits: int, trainable: int, share: int, k: int) -> None:
+    """Groups of more columns than a step and of fewer; trainable slots beside them are plain numbers."""
+    r, x, w_in, bias = problem((5, 2, 19, 0, 3), 96, 48)
+    w, decoded = coded(w_in, trainable, bits, share)
+    term, added = adapters(r, 48, 4, 4)
+    z_RF, h_RI = unwritten(len(r.tokens_R), 48), unwritten(len(r.tokens_R), 24)
+    tile, how = replace(DESCRIPTORS, k=k), {"activation": "swiglu", "schedule": r.schedule, "term": term}
+    launches = up(x, r.tokens_R, w, stored(bias, trainable), z_RF=z_RF, h_RI=h_RI, tile=tile, **how)
+    assert [launch.args["PART"] for launch in launches] == ["trainable", "frozen"][trainable == 0 :]
+    run(launches)
+    want = per_row(x[r.tokens_R[: r.count]], decoded, r.slot_N, bias) + added
+    assert_near(z_RF[: r.count], want, "z")
+    assert_near(h_RI[: r.count], reference.activate(want, "swiglu"), "h")
+    assert bool(z_RF[r.count :].isnan().all())
 
 
 def test_no_token() -> None:

@@ -36,7 +36,7 @@ def _pieces(block, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def _send_back(
     d, s, z, dz, sh, live, n0,
-    I: tl.constexpr, HALVES: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,
+    I: tl.constexpr, HALVES: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,  # noqa: E741
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Columns n0..n0 + N - 1 of a tile: dz and sh are written; its parts of <d, h> and <z, dz> come back by row."""
@@ -71,7 +71,7 @@ def _send_back(
 @triton.jit(do_not_specialize=["tiles", "trainable", "steps"])
 def _data_gradient_kernel(
     dy, tokens, places, weights, w, w_frozen, bases, z, dz, sh, ds, zdz, table, tiles, trainable, steps,
-    H: tl.constexpr, I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, PART: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, PART: tl.constexpr,  # noqa: E741
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +167,11 @@ def data_gradient(
         "weights": routing.weights_TK,
         **(w_out.descriptors("w", (tile.k, tile.n)) if tma else w_out.pointers("w")),
         "bases": w_out.base_of_slot_B,
-        **{"z": z_RF, "dz": dz_RF, "sh": sh_RI, "ds": ds_RC, "zdz": zdz_MC},
+        "z": z_RF,
+        "dz": dz_RF,
+        "sh": sh_RI,
+        "ds": ds_RC,
+        "zdz": zdz_MC,
         "table": schedule.table_M4,
         "tiles": schedule.tiles,
         "trainable": w_out.trainable.shape[0],

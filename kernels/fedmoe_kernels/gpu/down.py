@@ -15,10 +15,27 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmoe_kernels.configs import Tile
-from fedmoe_kernels.gpu.blocks import bias_block, matrix, position, row_block, store_block, tile_rows, weight_block
+from fedmoe_kernels.gpu.blocks import (
+    bias_block,
+    dequantized_block,
+    matrix,
+    position,
+    row_block,
+    store_block,
+    tile_rows,
+    weight_block,
+)
 from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
-from fedmoe_kernels.gpu.storage import Direct, RankTerm, Stored, describable
+from fedmoe_kernels.gpu.storage import (
+    Direct,
+    RankTerm,
+    Stored,
+    decoding_tile,
+    describable,
+    matrix_arguments,
+    term_arguments,
+)
 
 
 @triton.jit
@@ -33,11 +50,12 @@ def _clear_absent(out, rows_TK, block, tokens, CHOICES: tl.constexpr, N: tl.cons
         store_block(out, token, absent, n0, tl.zeros((BM, BN), tl.float32), N, N, BN, N % BN == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "trainable", "steps", "adapters", "num_tokens"])
 def _rows_kernel(
-    a, gather, w, w_frozen, bias, bias_frozen, bases, out, targets, places, weights, rows_TK, table,
-    tiles, trainable, steps, num_tokens,
+    a, gather, w, w_frozen, scale, bias, bias_frozen, bases, rank_rows, factor, adapter_scale,
+    out, targets, places, weights, rows_TK, table, tiles, trainable, steps, adapters, num_tokens,
     N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr, PART: tl.constexpr, CHOICES: tl.constexpr,
+    RANK: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, TMA_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -55,16 +73,32 @@ def _rows_kernel(
     if slot < 0:
         return
     index, source, source_bias = matrix(slot, bases, trainable, w, w_frozen, bias, bias_frozen, PART)
-    if PART == "trainable" and index >= trainable:
+    if index < 0:
         return
     n0 = column * BN
-    read = rows
+    # Rows in order are counted from the tile's first, so that offsets fit 32 bits, which cost half the registers.
+    start, row = first.to(tl.int64), tl.arange(0, BM)
     if gather is not None:
         read = tl.load(gather + rows, mask=live, other=0)
+    else:
+        read = row
+        if not TMA_ROWS:
+            a += start * K
     acc = tl.zeros((BM, BN), tl.float32)
+    if RANK > 0 and slot < adapters:
+        # First, not last: the term needs no second block of sums beside the product's.
+        for r0 in tl.static_range(0, RANK, CHUNK):
+            left = row_block(rank_rows, rows, live, first, r0, RANK, CHUNK, False)
+            right = weight_block(factor, slot, n0, r0, N, RANK, BN, CHUNK, TRANSPOSED, False)
+            acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc *= tl.load(adapter_scale + slot).to(tl.float32)
     for step in range(steps):
         left = row_block(a, read, live, first, step * BK, K, BK, TMA_ROWS)
-        right = weight_block(source, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, TMA)
+        if BITS > 0:
+            codes = dequantized_block(source, scale, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, SHARE, BITS)
+            right = codes.to(left.dtype)
+        else:
+            right = weight_block(source, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, TMA)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
     if bias is not None:
         acc += bias_block(source_bias, index, n0, N, BN, N % BN == 0)
@@ -72,8 +106,10 @@ def _rows_kernel(
         if weights is not None:
             weight = tl.load(weights + tl.load(places + rows, mask=live, other=0), mask=live, other=0.0)
             acc *= weight.to(tl.float32)[:, None]
-        rows = tl.load(targets + rows, mask=live, other=0)
-    store_block(out, rows, live, n0, acc, N, N, BN, N % BN == 0)
+        target = tl.load(targets + rows, mask=live, other=0)
+        store_block(out, target, live, n0, acc, N, N, BN, N % BN == 0)
+    else:
+        store_block(out + start * N, row, live, n0, acc, N, N, BN, N % BN == 0)
 
 
 def down(
@@ -99,8 +135,8 @@ def down(
         direct: where every token has at most one row: write weight * row to the token.
         term: what adapters add.
     """
-    product = _Operands(h_RI, w_out, bias_out, out_XH, False, direct=direct)
-    return [_launch(product, schedule, tile, w_out.part)] if schedule.tiles else []
+    product = _Product(h_RI, w_out, bias_out, out_XH, False, direct=direct, term=term)
+    return _launches(product, schedule, tile, w_out.parts)
 
 
 def input_gradient(
@@ -114,8 +150,8 @@ def input_gradient(
     term: RankTerm | None = None,
 ) -> list[Launch]:
     """out = dz @ w_in of each row's slot, w_in (B, F, H); the rest as in `down`."""
-    product = _Operands(dz_RF, w_in, None, out_XH, True, direct=direct)
-    return [_launch(product, schedule, tile, w_in.part)] if schedule.tiles else []
+    product = _Product(dz_RF, w_in, None, out_XH, True, direct=direct, term=term)
+    return _launches(product, schedule, tile, w_in.parts)
 
 
 def rank_product(
@@ -134,11 +170,11 @@ def rank_product(
     """
     width = max(16, triton.next_power_of_2(out_Rr.shape[1]))
     tile = replace(tile, n=min(tile.n, width))
-    adapters = _Operands(rows_XK, Stored(factor), None, out_Rr, transposed, gather=tokens_R)
-    return [_launch(adapters, schedule, tile, "trainable")] if schedule.tiles else []
+    product = _Product(rows_XK, Stored(factor), None, out_Rr, transposed, gather=tokens_R)
+    return _launches(product, schedule, tile, ("trainable",))
 
 
-class _Operands(NamedTuple):
+class _Product(NamedTuple):
     """rows @ w^T + bias, or rows @ w if `transposed`, into `out`; rows in order or gathered."""
 
     rows_XK: Tensor
@@ -148,40 +184,48 @@ class _Operands(NamedTuple):
     transposed: bool
     gather: Tensor | None = None
     direct: Direct | None = None
+    term: RankTerm | None = None
 
 
-def _launch(product: _Operands, schedule: Schedule, tile: Tile, part: str) -> Launch:
-    rows_XK, w, bias, out_XN, transposed, gather, direct = product
+def _launches(product: _Product, schedule: Schedule, tile: Tile, parts: tuple[str, ...]) -> list[Launch]:
+    if schedule.tiles == 0:
+        return []
+    return [_launch(product, schedule, tile, part, last=part == parts[-1]) for part in parts]
+
+
+def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, last: bool) -> Launch:
+    """The launch of the slots of `part`; the last one also clears the tokens without a row."""
+    rows_XK, w, bias, out_XN, transposed, gather, direct, term = product
     rows, K, N = (rows_XK if gather is None else gather).shape[0], rows_XK.shape[1], out_XN.shape[1]
+    served = w.served(part)
+    tile = decoding_tile(tile, served, transposed=transposed)
     tma_rows = tile.tma and gather is None and describable(rows_XK)
-    tma = tile.tma and w.describable
+    tma = tile.tma and served.describable
     block = (tile.k, tile.n) if transposed else (tile.n, tile.k)
     programs = schedule.tiles * triton.cdiv(N, tile.n)
     args: dict[str, Any] = {
         "a": TensorDescriptor.from_tensor(rows_XK, [tile.m, tile.k]) if tma_rows else rows_XK,
         "gather": gather,
-        **(w.descriptors("w", block) if tma else w.pointers("w")),
-        **({"bias": None, "bias_frozen": None} if bias is None else bias.pointers("bias")),
-        "bases": w.base_of_slot_B,
         "out": out_XN,
-        **dict.fromkeys(("targets", "places", "weights", "rows_TK"), None),
         "table": schedule.table_M4,
         "tiles": schedule.tiles,
-        "trainable": w.trainable.shape[0],
+        **matrix_arguments(w, bias, part, block if tma else None),
+        **term_arguments(term),
+        **dict.fromkeys(("targets", "places", "weights", "rows_TK"), None),
         "steps": triton.cdiv(K, tile.k),
         "num_tokens": 0,
+        "CHOICES": 1,
         "N": N,
         "K": K,
         "TRANSPOSED": transposed,
-        "PART": part,
-        "CHOICES": 1,
         "TMA_ROWS": tma_rows,
         **row_constants(tile, rows_XK.dtype, tma=tma),
     }
     if direct is not None:
         tokens, choices = direct.rows_TK.shape
-        programs += triton.cdiv(tokens, tile.m)
+        programs += triton.cdiv(tokens, tile.m) if last else 0
         args |= {"targets": direct.tokens_R, "places": direct.places_R, "weights": direct.weights_TK}
         args |= {"rows_TK": direct.rows_TK, "num_tokens": tokens, "CHOICES": choices}
-    moved = rows_XK.nbytes + w.nbytes + out_XN.nbytes
-    return Launch(_rows_kernel, (programs,), args, tile.warps, tile.stages, 2 * rows * N * K, moved)
+    share = served.slots / w.slots
+    cost = (round(2 * rows * N * K * share), round((rows_XK.nbytes + out_XN.nbytes) * share) + served.nbytes)
+    return Launch(_rows_kernel, (programs,), args, tile.warps, tile.stages, *cost)

@@ -99,10 +99,9 @@ def _score_kernel(
         acc += tl.load(sums + piece[:, None].to(tl.int64) * 4 + column[None, :], mask=piece[:, None] < stop, other=0.0)
     square = tl.zeros((BS,), tl.float32)
     if squares is not None:
-        if slot < learned:
-            for s0 in range(0, WIDTH, BS):
-                s = s0 + tl.arange(0, BS)
-                square += tl.load(squares + slot.to(tl.int64) * WIDTH + s, mask=s < WIDTH, other=0.0)
+        for s0 in range(0, WIDTH, BS):
+            s = s0 + tl.arange(0, BS)
+            square += tl.load(squares + slot.to(tl.int64) * WIDTH + s, mask=(s < WIDTH) & (slot < learned), other=0.0)
     rows = tl.load(offsets + slot + 1) - tl.load(offsets + slot)
     tl.store(out + slot * 6, rows.to(tl.float32))
     tl.store(out + slot * 6 + 1 + column, tl.sum(acc, 0))

@@ -13,15 +13,26 @@ from torch import Tensor
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.activate import activate
-from fedmoe_kernels.gpu.blocks import bias_block, load_within, matrix, position, row_block, store_block, tile_rows
+from fedmoe_kernels.gpu.blocks import (
+    bias_block,
+    dequantized,
+    load_within,
+    matrix,
+    position,
+    row_block,
+    store_block,
+    tile_rows,
+)
 from fedmoe_kernels.gpu.launch import Launch, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
-from fedmoe_kernels.gpu.storage import RankTerm, Stored
+from fedmoe_kernels.gpu.storage import RankTerm, Stored, decoding_tile, matrix_arguments, term_arguments
 
 
 @triton.jit
-def _halves_block(w, index, n0, k0, I: tl.constexpr, H: tl.constexpr, HALVES: tl.constexpr,  # noqa: E741
-                  BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+def _halves_block(
+    w, scale, index, n0, k0, I: tl.constexpr, H: tl.constexpr, HALVES: tl.constexpr,  # noqa: E741
+    BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
     """(BK, HALVES * BN): the same columns of `HALVES` matrices (I, H) that follow each other from `index` on."""
     if TMA:
         return w.load([index, n0, k0]).reshape([HALVES * BN, BK]).T
@@ -29,13 +40,19 @@ def _halves_block(w, index, n0, k0, I: tl.constexpr, H: tl.constexpr, HALVES: tl
         column = tl.arange(0, HALVES * BN)
         n, k = n0 + column % BN, k0 + tl.arange(0, BK)
         row = (index + column // BN).to(tl.int64) * I + n
-        return load_within(w + row[None, :] * H + k[:, None], k[:, None], n[None, :], H, I, BK, BN)
+        if BITS > 0:
+            inside = None if I % BN == 0 else n < I
+            return dequantized(w, scale, row, inside, k0, H, HALVES * BN, BK, SHARE, BITS).T
+        else:
+            return load_within(w + row[None, :] * H + k[:, None], k[:, None], n[None, :], H, I, BK, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "trainable", "steps", "adapters"])
 def _up_kernel(
-    x, tokens, w, w_frozen, bias, bias_frozen, bases, z, h, table, tiles, trainable, steps,
+    x, tokens, w, w_frozen, scale, bias, bias_frozen, bases, rank_rows, factor, adapter_scale, z, h, table,
+    tiles, trainable, steps, adapters,
     H: tl.constexpr, I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, PART: tl.constexpr,  # noqa: E741
+    RANK: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -45,23 +62,38 @@ def _up_kernel(
     """
     COLUMNS: tl.constexpr = (I + BN - 1) // BN
     tile, column = position(tl.program_id(0), tiles, COLUMNS, GROUP)
-    slot, _, rows, live = tile_rows(table, tile, BM)
+    slot, first, rows, live = tile_rows(table, tile, BM)
     if slot < 0:
         return
     index, source, source_bias = matrix(slot, bases, trainable, w, w_frozen, bias, bias_frozen, PART)
+    if index < 0:
+        return
     index *= HALVES
     n0 = column * BN
     token = tl.load(tokens + rows, mask=live, other=0)
     acc = tl.zeros((BM, HALVES * BN), tl.float32)
+    if RANK > 0 and slot < adapters:
+        # First, not last: the term needs no second block of sums beside the product's.
+        for r0 in tl.static_range(0, RANK, CHUNK):
+            left = row_block(rank_rows, rows, live, first, r0, RANK, CHUNK, False)
+            right = _halves_block(factor, None, slot * HALVES, n0, r0, I, RANK, HALVES, BN, CHUNK, False, 0, 1)
+            acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc *= tl.load(adapter_scale + slot).to(tl.float32)
     for step in range(steps):
-        left = row_block(x, token, live, 0, step * BK, H, BK, False)
-        right = _halves_block(source, index, n0, step * BK, I, H, HALVES, BN, BK, TMA)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        left = row_block(x, token, live, first, step * BK, H, BK, False)
+        right = _halves_block(source, scale, index, n0, step * BK, I, H, HALVES, BN, BK, TMA, BITS, SHARE)
+        acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
     if HALVES == 2:
         gate, up = acc.reshape(BM, 2, BN).permute(0, 2, 1).split()
     else:
         gate, up = acc, acc
-    _finish(gate, up, source_bias, index, n0, z, h, rows, live, I, ACTIVATION, HALVES, BM, BN, SPLIT, I % BN == 0)
+    if z is not None:
+        z += first.to(tl.int64) * (HALVES * I)
+    if h is not None:
+        h += first.to(tl.int64) * I
+    # z and h now begin at the tile, and offsets within it fit 32 bits, which cost half the registers.
+    row = tl.arange(0, BM)
+    _finish(gate, up, source_bias, index, n0, z, h, row, live, I, ACTIVATION, HALVES, BM, BN, SPLIT, I % BN == 0)
 
 
 @triton.jit
@@ -139,31 +171,36 @@ def up(
     if (z_RF is None and h_RI is None) or schedule.tiles == 0:
         return []
     halves = 2 if ACTIVATIONS[activation].gated else 1
-    rows, H, F = tokens_R.shape[0], x_TH.shape[1], w_in.trainable.shape[1]
-    intermediate = F // halves
+    (rows,), (_, F, H) = tokens_R.shape, w_in.trainable.shape
     w, bias = w_in.split(halves), None if bias_in is None else bias_in.split(halves)
-    tma = tile.tma and w.describable
-    args = {
+    common = {
         "x": x_TH,
         "tokens": tokens_R,
-        **(w.descriptors("w", (tile.n, tile.k), halves) if tma else w.pointers("w")),
-        **({"bias": None, "bias_frozen": None} if bias is None else bias.pointers("bias")),
-        "bases": w_in.base_of_slot_B,
         "z": z_RF,
         "h": h_RI,
         "table": schedule.table_M4,
         "tiles": schedule.tiles,
-        "trainable": w_in.trainable.shape[0],
-        "steps": triton.cdiv(H, tile.k),
         "H": H,
-        "I": intermediate,
+        "I": F // halves,
         "ACTIVATION": activation,
         "HALVES": halves,
-        "PART": w_in.part,
-        "SPLIT": tile.split,
-        **row_constants(tile, x_TH.dtype, tma=tma),
+        **term_arguments(term),
     }
-    written = sum(t.nbytes for t in (z_RF, h_RI) if t is not None)
-    grid = (schedule.tiles * triton.cdiv(intermediate, tile.n),)
-    flops, moved = 2 * rows * F * H, x_TH.nbytes + w_in.nbytes + written
-    return [Launch(_up_kernel, grid, args, tile.warps, tile.stages, flops, moved)]
+    moved = sum(t.nbytes for t in (x_TH, z_RF, h_RI) if t is not None)
+    launches = []
+    for part in w.parts:
+        served = w.served(part)
+        cut = decoding_tile(tile, served)
+        tma = tile.tma and served.describable
+        args = {
+            **common,
+            **matrix_arguments(w, bias, part, (cut.n, cut.k) if tma else None, halves),
+            **row_constants(cut, x_TH.dtype, tma=tma),
+            "steps": triton.cdiv(H, cut.k),
+            "SPLIT": cut.split,
+        }
+        grid = (schedule.tiles * triton.cdiv(F // halves, cut.n),)
+        share = served.slots / w.slots
+        cost = (round(2 * rows * F * H * share), round(moved * share) + served.nbytes)
+        launches.append(Launch(_up_kernel, grid, args, cut.warps, cut.stages, *cost))
+    return launches

@@ -41,10 +41,7 @@ def _matrix_rows(tokens, rows, live):
 
 @triton.jit
 def _store_matrix(out, value, p, q, P: tl.constexpr, Q: tl.constexpr, WHOLE: tl.constexpr, FLIPPED: tl.constexpr):
-    if FLIPPED:
-        places = out + q[None, :] * P + p[:, None]
-    else:
-        places = out + p[:, None] * Q + q[None, :]
+    places = out + q[None, :] * P + p[:, None] if FLIPPED else out + p[:, None] * Q + q[None, :]
     if WHOLE:
         tl.store(places, value)
     else:
@@ -97,7 +94,7 @@ def _weight_gradient_kernel(
 
 def _blocks(P: int, Q: int, tile: Tile) -> tuple[bool, int, int]:
     """(whether the transpose is computed, rows, columns of a block); no side is longer than the matrix needs."""
-    flipped = P < min(Q, _NARROW)
+    flipped = P < _NARROW and P < Q
     down, across = (Q, P) if flipped else (P, Q)
     return flipped, *(min(most, max(16, triton.next_power_of_2(n))) for n, most in ((down, tile.m), (across, tile.n)))
 
@@ -153,7 +150,11 @@ def weight_gradient(
         "P": left.shape[1],
         "Q": right.shape[1],
         "FLIPPED": flipped,
-        **{"BP": m, "BQ": n, "BT": tile.k, "GROUP": tile.group, "PRECISION": dot_precision(left.dtype)},
+        "BP": m,
+        "BQ": n,
+        "BT": tile.k,
+        "GROUP": tile.group,
+        "PRECISION": dot_precision(left.dtype),
     }
     rows = max((t.shape[0] for t in (left_tokens, right_tokens) if t is not None), default=left_XP.shape[0])
     moved = left_XP.nbytes + right_XQ.nbytes + out_GPQ.nbytes
@@ -210,7 +211,10 @@ def bias_gradient(
         "out": out_GN,
         "offsets": offsets_B1,
         "learns": learns_B,
-        **{"N": N, "BN": columns, "BT": 64, "STAGES": 4},
+        "N": N,
+        "BN": columns,
+        "BT": 64,
+        "STAGES": 4,
     }
     grid = (G * triton.cdiv(N, columns),)
     rows = values_XN.shape[0] if routing is None else routing.tokens_R.shape[0]
