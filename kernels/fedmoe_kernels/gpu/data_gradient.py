@@ -116,7 +116,7 @@ def _data_gradient_kernel(
     slot, first, rows, live = tile_rows(table, tile, BM)
     if slot < 0:
         return
-    index, source, _ = matrix(slot, bases, trainable, w, w_frozen, None, None, PART)
+    index, source, _ = matrix(slot, bases, trainable, w, w_frozen, w, w_frozen, PART)
     if index < 0:
         return
     n0 = column * BN
