@@ -19,11 +19,14 @@ import gpu_machine
 import torch
 from cases import SMALL_TOKENS, Case, Problem, Shape, problem, redrawn
 from clock import Clock, Memory
+from gpu_dry import sizes_of
 from gpu_store import Record, Store
 from peers import Bound, Contender, Outcome, errors, forget, leaf, outcome
 from roofline import Gpu, Layer, backward, forward, least_seconds
 from torch import Tensor
 from truth import truth
+
+from fedmoe_kernels.configs import arch_of
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
 ROUNDS, WARM_UP, SETS = 25, 5, 3
@@ -178,6 +181,15 @@ def _memory(seat: _Seat, device: str) -> Record:
     return {"MB": (held + peak) / 1e6, "MB kept": kept / 1e6, "MB step": peak / 1e6, "MB held": held / 1e6}
 
 
+def _predicted(seat: _Seat, task: Problem, plan: Plan) -> Record:
+    """What fedmoe's driver says that it will allocate, from a step on tensors without memory."""
+    if plan.device != "cuda" or not seat.contender.name.startswith("fedmoe"):
+        return {"MB predicted": None, "MB kept predicted": None}
+    arch, recompute = arch_of(torch.device("cuda")), seat.contender.name == "fedmoe-recompute"
+    sizes = sizes_of(task.shape, task.case, arch, dtype=plan.dtype, recompute=recompute)
+    return {"MB predicted": (seat.bound.held + sizes.peak) / 1e6, "MB kept predicted": sizes.kept / 1e6}
+
+
 Times = dict[tuple[str, str], list[float]]
 
 
@@ -257,7 +269,8 @@ def _row(seat: _Seat, key: Record, task: Problem, plan: Plan) -> Record:
     named["stores_all"] = contender.stores_all
     found = {name: _number(error) for name, error in seat.errors.items()}
     source = None if plan.gpu is None else plan.gpu.source
-    return key | named | {"errors": found, "roofline of": source} | _memory(seat, plan.device)
+    measured = _memory(seat, plan.device) | _predicted(seat, task, plan)
+    return key | named | {"errors": found, "roofline of": source} | measured
 
 
 def _roof(task: Problem, gpu: Gpu | None) -> dict[str, float]:
