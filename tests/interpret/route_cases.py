@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -32,17 +30,6 @@ def cohort(C: int, E: int, T: int, *, seed: int = 0) -> tuple[SlotMap, Tensor]:
     permitted_CE[torch.arange(C), torch.randint(E, (C,), generator=generator)] = True
     trainable_CE = permitted_CE & (torch.rand(C, E, generator=generator) < 0.5)
     return SlotMap.build(permitted_CE, trainable_CE), torch.randint(C, (T,), generator=generator)
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """torch.empty filled with NaN and the largest integers, so that what a kernel forgets to write is loud."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def relative(got: Tensor, truth: Tensor) -> float:
