@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fedmoe_kernels.configs import tiles_for
+from fedmoe_kernels.gpu import memory
 from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
 
 _BLOCK = 512  # CUDA's caching allocator counts in these
@@ -59,6 +61,28 @@ class Allocations(TorchDispatchMode):
 
     def _release(self, size: int) -> None:
         self.live -= size
+
+
+def predicted(shape: Shape, case: Case, arch: str, *, dtype: torch.dtype, recompute: bool = False) -> Sizes:
+    """The same as `sizes_of` in closed form, as a cost model has it, with room for the allocator to round 24 blocks up.
+
+    The record of the routing keeps rows, tokens and places (8 bytes each), weights (4) and where they are not 0 (1).
+    """
+    shape = case.shaped(shape)
+    held, gated = case.held(shape), shape.F == 2 * shape.I
+    per_slot = max(1, shape.T * shape.K // held)
+    tiles = tiles_for(arch, dtype, per_slot, hidden=shape.H, inner=shape.I, gated=gated)
+    sizes = memory.CallSizes(
+        *(shape.T, shape.K, shape.H, shape.I, held, gated, tiles),
+        learning=case.learning(shape),
+        itemsize=dtype.itemsize,
+    )
+    record = 29 * sizes.rows + 8 * (held + 1) + 24 * _BLOCK
+    record += dtype.itemsize * case.learning(shape) * (shape.F + shape.H) if shape.bias else 0
+    z = 0 if recompute else sizes.by_row(sizes.width)
+    kept = record + z + dtype.itemsize * shape.T * shape.H
+    forward = record + memory.forward_bytes(sizes, keep_z=not recompute)
+    return Sizes(kept, max(forward, kept + memory.backward_bytes(sizes, recompute=recompute, scores=False)))
 
 
 def sizes_of(shape: Shape, case: Case, arch: str, **how: Any) -> Sizes:

@@ -26,7 +26,7 @@ from peers import Contender, dense, fedmoe, grouped_mm, transformers_experts
 from peers_optional import OPTIONAL
 from roofline import Gpu
 
-from fedmoe_kernels import backends
+from fedmoe_kernels.backends import can_run_triton
 from fedmoe_kernels.configs import arch_of
 
 AGAIN = 75
@@ -63,7 +63,7 @@ class Run:
     @property
     def backend(self) -> str:
         """On a GPU the kernels or an error, never a fallback; on a CPU its own path."""
-        return "triton" if self.options.device == "cuda" or backends.interpreting() else "auto"
+        return "triton" if self.options.device == "cuda" else "auto"
 
     def part(self, name: str, until: float) -> int:
         """Run one part; 0 = done, 1 = something is wrong, 75 = not finished at `until`."""
@@ -153,8 +153,9 @@ class Run:
     def _kernels(self, until: float) -> int:
         if self._red():
             return 1
-        if self.options.device != "cuda" and not backends.interpreting():
-            print("skipped: the kernels run on a GPU, or on a CPU under TRITON_INTERPRET=1")
+        reason = can_run_triton(torch.device(self.options.device))
+        if reason is not None:
+            print(f"skipped: {reason}")
             return 0
         import gpu_kernels  # needs triton
 

@@ -19,7 +19,7 @@ import gpu_machine
 import torch
 from cases import SMALL_TOKENS, Case, Problem, Shape, problem, redrawn
 from clock import Clock, Memory
-from gpu_dry import sizes_of
+from gpu_dry import predicted
 from gpu_store import Record, Store
 from peers import Bound, Contender, Outcome, errors, forget, leaf, outcome
 from roofline import Gpu, Layer, backward, forward, least_seconds
@@ -182,11 +182,11 @@ def _memory(seat: _Seat, device: str) -> Record:
 
 
 def _predicted(seat: _Seat, task: Problem, plan: Plan) -> Record:
-    """What fedmoe's driver says that it will allocate, from a step on tensors without memory."""
+    """What the closed forms of the kernels' memory say that fedmoe will need, None for others."""
     if plan.device != "cuda" or not seat.contender.name.startswith("fedmoe"):
         return {"MB predicted": None, "MB kept predicted": None}
-    arch, recompute = arch_of(torch.device("cuda")), seat.contender.name == "fedmoe-recompute"
-    sizes = sizes_of(task.shape, task.case, arch, dtype=plan.dtype, recompute=recompute)
+    recompute = seat.contender.name == "fedmoe-recompute"
+    sizes = predicted(task.shape, task.case, arch_of("cuda"), dtype=plan.dtype, recompute=recompute)
     return {"MB predicted": (seat.bound.held + sizes.peak) / 1e6, "MB kept predicted": sizes.kept / 1e6}
 
 
