@@ -159,7 +159,9 @@ def weight_gradient(
     rows = max((t.shape[0] for t in (left_tokens, right_tokens) if t is not None), default=left_XP.shape[0])
     moved = left_XP.nbytes + right_XQ.nbytes + out_GPQ.nbytes
     grid = (G * output_blocks(P, Q, tile),)
-    return [Launch(_weight_gradient_kernel, grid, args, tile.warps, tile.stages, 2 * rows * P * Q, moved)]
+    return [
+        Launch(_weight_gradient_kernel, grid, args, tile.warps, tile.stages, 2 * rows * P * Q, moved, tile.registers)
+    ]
 
 
 @triton.jit
