@@ -21,7 +21,7 @@ from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.activate import slopes
 from fedmoe_kernels.gpu.blocks import dequantized_block, matrix, position, row_block, tile_rows, weight_block
-from fedmoe_kernels.gpu.launch import Launch, row_constants
+from fedmoe_kernels.gpu.launch import Launch, cdiv, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import (
     RankTerm,
@@ -191,7 +191,7 @@ def _store_sums(ds, zdz, ds_rows, zdz_rows, rows, live, tile, column, SUMS: tl.c
 
 def column_blocks(intermediate: int, tile: Tile, w_out: Stored) -> int:
     """C, how many partial sums `data_gradient` leaves per row and per tile: the most of its launches."""
-    return max(triton.cdiv(intermediate, _cut(tile, w_out.served(part)).n) for part in w_out.parts)
+    return max(cdiv(intermediate, _cut(tile, w_out.served(part)).n) for part in w_out.parts)
 
 
 def _cut(tile: Tile, served: Stored) -> Tile:
@@ -264,11 +264,11 @@ def data_gradient(
             **common,
             **matrix_arguments(w_out, None, part, (cut.k, cut.n) if tma else None),
             **row_constants(cut, dy_TH.dtype, tma=tma),
-            "steps": triton.cdiv(hidden, cut.k),
+            "steps": cdiv(hidden, cut.k),
             "SPLIT": cut.split,
         }
         del args["bias"], args["bias_frozen"]
-        grid = (schedule.tiles * triton.cdiv(inner, cut.n),)
+        grid = (schedule.tiles * cdiv(inner, cut.n),)
         share = served.slots / w_out.slots
         cost = (round(2 * rows * hidden * inner * share), round(moved * share) + served.nbytes)
         launches.append(Launch(_data_gradient_kernel, grid, args, cut.warps, cut.stages, *cost))

@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fedmoe_kernels.configs import Tile
-from fedmoe_kernels.gpu.launch import TensorDescriptor
+from fedmoe_kernels.gpu.launch import TensorDescriptor, power_of_2
 
 
 class Stored(NamedTuple):
@@ -158,7 +157,7 @@ def term_arguments(term: RankTerm | None) -> dict[str, Any]:
         return {**none, "adapters": 0, "RANK": 0, "CHUNK": 16}
     rank = term.rows_Rr.shape[1]
     tensors = {"rank_rows": term.rows_Rr, "factor": term.factor, "adapter_scale": term.scale_B}
-    chunk = min(64, max(16, triton.next_power_of_2(rank)))
+    chunk = min(64, max(16, power_of_2(rank)))
     return {**tensors, "adapters": term.factor.shape[0], "RANK": rank, "CHUNK": chunk}
 
 

@@ -23,7 +23,7 @@ from fedmoe_kernels.gpu.blocks import (
     store_block,
     tile_rows,
 )
-from fedmoe_kernels.gpu.launch import Launch, row_constants
+from fedmoe_kernels.gpu.launch import Launch, cdiv, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import RankTerm, Stored, decoding_tile, matrix_arguments, term_arguments
 
@@ -196,10 +196,10 @@ def up(
             **common,
             **matrix_arguments(w, bias, part, (cut.n, cut.k) if tma else None, halves),
             **row_constants(cut, x_TH.dtype, tma=tma),
-            "steps": triton.cdiv(H, cut.k),
+            "steps": cdiv(H, cut.k),
             "SPLIT": cut.split,
         }
-        grid = (schedule.tiles * triton.cdiv(F // halves, cut.n),)
+        grid = (schedule.tiles * cdiv(F // halves, cut.n),)
         share = served.slots / w.slots
         cost = (round(2 * rows * F * H * share), round(moved * share) + served.nbytes)
         launches.append(Launch(_up_kernel, grid, args, cut.warps, cut.stages, *cost))
