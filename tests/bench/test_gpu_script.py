@@ -105,7 +105,7 @@ def test_rows_carry_all_that_a_number_needs(rehearsal: Rehearsal) -> None:
         "detail",
     }
     keys |= {"launch", "pass", "ms", "ms quartiles", "rounds", "TFLOP/s", "MB", "MB kept", "MB held", "MB predicted"}
-    keys |= {"errors", "roofline ms", "percent_of_roofline", "best_peer", "ratio_to_best_peer", "stores_all"}
+    keys |= {"detail", "errors", "roofline ms", "percent_of_roofline", "best_peer", "ratio_to_best_peer", "stores_all"}
     assert all(keys <= row.keys() for row in data["rows"])
     timed = {(row["case"], row["peer"], row["pass"]) for row in data["rows"]}
     assert len(timed) == len(data["rows"])
