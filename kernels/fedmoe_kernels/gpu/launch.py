@@ -39,6 +39,16 @@ class Launch:
             self.kernel[self.grid](**self.args, num_warps=self.warps, num_stages=self.stages)
 
 
+def cdiv(total: int, size: int) -> int:
+    """Blocks of `size` that cover `total`; triton.cdiv takes 2 to 6 us outside a kernel, and a call has 30 of them."""
+    return -(-total // size)
+
+
+def power_of_2(least: int) -> int:
+    """The smallest power of two from `least` on."""
+    return 1 << max(0, least - 1).bit_length()
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of products of `dtype`: float32 is exact unless torch allows TF32; no other dtype asks."""
     return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
@@ -53,4 +63,4 @@ def row_constants(tile: Tile, dtype: torch.dtype, *, tma: bool) -> dict[str, Any
 Execute = Callable[[Launch], None]
 """What drivers do with each launch: `Launch.run`, or a list's `append` to look at them instead."""
 
-__all__ = ["Execute", "Launch", "TensorDescriptor", "dot_precision", "row_constants"]
+__all__ = ["Execute", "Launch", "TensorDescriptor", "cdiv", "dot_precision", "power_of_2", "row_constants"]

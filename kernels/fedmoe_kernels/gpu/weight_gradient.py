@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.blocks import position
-from fedmoe_kernels.gpu.launch import Launch, dot_precision
+from fedmoe_kernels.gpu.launch import Launch, cdiv, dot_precision, power_of_2
 from fedmoe_kernels.gpu.storage import RowIndex
 
 # Of each slot's matrix the side with fewer columns than this gives the columns of a block, whatever side it is: a
@@ -96,13 +96,13 @@ def _blocks(P: int, Q: int, tile: Tile) -> tuple[bool, int, int]:
     """(whether the transpose is computed, rows, columns of a block); no side is longer than the matrix needs."""
     flipped = P < _NARROW and P < Q
     down, across = (Q, P) if flipped else (P, Q)
-    return flipped, *(min(most, max(16, triton.next_power_of_2(n))) for n, most in ((down, tile.m), (across, tile.n)))
+    return flipped, min(tile.m, max(16, power_of_2(down))), min(tile.n, max(16, power_of_2(across)))
 
 
 def output_blocks(P: int, Q: int, tile: Tile) -> int:
     """How many sums of squares `weight_gradient` leaves for each slot's P x Q matrix."""
     flipped, m, n = _blocks(P, Q, tile)
-    return triton.cdiv(Q if flipped else P, m) * triton.cdiv(P if flipped else Q, n)
+    return cdiv(Q if flipped else P, m) * cdiv(P if flipped else Q, n)
 
 
 def weight_gradient(
@@ -202,7 +202,7 @@ def bias_gradient(
     (db_out, of dy).
     """
     G, N = out_GN.shape
-    columns = min(128, triton.next_power_of_2(N))
+    columns = min(128, power_of_2(N))
     args = {
         "values": values_XN,
         "tokens": None if routing is None else routing.tokens_R,
@@ -216,6 +216,6 @@ def bias_gradient(
         "BT": 64,
         "STAGES": 4,
     }
-    grid = (G * triton.cdiv(N, columns),)
+    grid = (G * cdiv(N, columns),)
     rows = values_XN.shape[0] if routing is None else routing.tokens_R.shape[0]
     return [Launch(_bias_gradient_kernel, grid, args, 4, 4, 2 * rows * N, values_XN.nbytes + out_GN.nbytes)]
