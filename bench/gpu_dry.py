@@ -78,11 +78,12 @@ def predicted(shape: Shape, case: Case, arch: str, *, dtype: torch.dtype, recomp
         itemsize=dtype.itemsize,
     )
     record = 29 * sizes.rows + 8 * (held + 1) + 24 * _BLOCK
-    record += dtype.itemsize * case.learning(shape) * (shape.F + shape.H) if shape.bias else 0
     z = 0 if recompute else sizes.by_row(sizes.width)
     kept = record + z + dtype.itemsize * shape.T * shape.H
     forward = record + memory.forward_bytes(sizes, keep_z=not recompute)
-    return Sizes(kept, max(forward, kept + memory.backward_bytes(sizes, recompute=recompute, scores=False)))
+    biases = dtype.itemsize * case.learning(shape) * (shape.F + shape.H) if shape.bias else 0
+    backward = memory.backward_bytes(sizes, recompute=recompute, scores=False) + biases
+    return Sizes(kept, max(forward, kept + backward))
 
 
 def sizes_of(shape: Shape, case: Case, arch: str, **how: Any) -> Sizes:
