@@ -162,13 +162,13 @@ def term_arguments(term: RankTerm | None) -> dict[str, Any]:
 
 
 def decoding_tile(tile: Tile, served: Stored, *, transposed: bool = False) -> Tile:
-    """The tile of a launch that reads `served`: with codes half the columns, whose sums leave registers to decode.
+    """The tile of a launch that reads `served`; with codes a large block is halved, to have registers for decoding.
 
     Along the axis of the codes, n if `transposed` and k otherwise, a block meets whole groups or lies within one.
     """
     if served.bits == 0:
         return tile
-    n, k, share = max(16, tile.n // 2), tile.k, served.share
+    n, k, share = tile.n // 2 if tile.m >= 64 else tile.n, tile.k, served.share
     if transposed:
         return replace(tile, n=n if n % share == 0 else math.gcd(n, share))
     return replace(tile, n=n, k=k if k % share == 0 else math.gcd(k, share), split=max(1, tile.split // 2))
