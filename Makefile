@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check interpret aot aot-3.6 demo bench clean
+.PHONY: help setup test check interpret aot aot-3.6 demo bench bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ demo: setup ## fine-tune a small MoE over ten budgeted clients, next to random e
 
 bench: setup ## CPU microbenchmarks against the experts of transformers and one dense product
 	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+bench-gpu: setup ## on a GPU: correctness, compute-sanitizer, times against peers, table and plots; goes on where it stopped
+	PYTHON=$(abspath $(BIN)/python) bash bench/gpu.sh
 
 clean: ## remove the environment and the runs
 	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info

@@ -123,7 +123,8 @@ def _rows_kernel(
     inside = (i < SIZE) & (place < places)
     slot = tl.load(slots + place, mask=inside, other=-1)
     rank = tl.zeros((P,), tl.int32)
-    for i0 in range(0, P, STEP):
+    # A bound that the compiler knows would have it unroll all P / STEP steps, and spill.
+    for i0 in range(0, tl.minimum(places - first, SIZE).to(tl.int32), STEP):
         other = i0 + tl.arange(0, STEP)
         theirs = tl.load(slots + first + other, mask=(other < SIZE) & (first + other < places), other=-1)
         rank += tl.sum(((theirs[None, :] == slot[:, None]) & (other[None, :] < i[:, None])).to(tl.int32), 1)

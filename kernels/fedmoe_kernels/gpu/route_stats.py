@@ -42,11 +42,11 @@ def _stats_kernel(
     the choices already made. LAST: there is one split, whose sums are the result."""
     c, split = tl.program_id(0), tl.program_id(1)
     e = tl.arange(0, EP)
-    hits = tl.zeros((EP,), tl.int64)
+    hits = tl.zeros((EP,), tl.int32)
     prob = tl.zeros((EP,), tl.int64)
     plogp = tl.zeros((EP,), tl.int64)
     most = tl.zeros((EP,), tl.float32)
-    number = tl.zeros((), tl.int64)
+    number = tl.zeros((), tl.int32)
     for block in range(split, tl.cdiv(tokens, BT), splits):
         t, _inside, live, owner = tokens_of_block(client, valid, block, tokens, clients, BT, HAS_CLIENT, HAS_VALID)
         live = live & (owner == c)
@@ -77,12 +77,12 @@ def _stats_kernel(
     else:
         row = row * splits + split
         at = parts + row * 4 * E + e
-        tl.store(at, hits, mask=e < E)
+        tl.store(at, hits.to(tl.int64), mask=e < E)
         tl.store(at + E, prob, mask=e < E)
         # The bits of floats that are not negative are ordered as the floats are.
         tl.store(at + 2 * E, most.to(tl.int32, bitcast=True).to(tl.int64), mask=e < E)
         tl.store(at + 3 * E, plogp, mask=e < E)
-        tl.store(part_tokens + row, number)
+        tl.store(part_tokens + row, number.to(tl.int64))
 
 
 @triton.jit
