@@ -271,5 +271,5 @@ def data_gradient(
         grid = (schedule.tiles * cdiv(inner, cut.n),)
         share = served.slots / w_out.slots
         cost = (round(2 * rows * hidden * inner * share), round(moved * share) + served.nbytes)
-        launches.append(Launch(_data_gradient_kernel, grid, args, cut.warps, cut.stages, *cost))
+        launches.append(Launch(_data_gradient_kernel, grid, args, cut.warps, cut.stages, *cost, cut.registers))
     return launches
