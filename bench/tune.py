@@ -49,11 +49,18 @@ STEPS = {
     "k": (16, 32, 64, 128),
     "warps": (4, 8),
     "stages": (2, 3, 4, 5, 6, 7),
-    "split": (1, 2, 4, 8),
+    "split": (1, 2, 4, 8, 16),
     "group": (1, 4, 8, 16),
     "tma": (False, True),
+    "registers": (0, 128, 168),
 }
-TOGETHER = (("n", "warps"), ("n", "stages"), ("k", "stages"), ("n", "split"))  # one hides what the other gains
+TOGETHER = (
+    ("n", "warps"),
+    ("n", "stages"),
+    ("k", "stages"),
+    ("n", "split"),
+    ("stages", "registers"),
+)  # one hides what the other gains
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 
@@ -149,7 +156,8 @@ def _milliseconds(layer: Layer, family: str, tile: Tile, clock: Clock) -> float:
 def brief(tile: Tile) -> str:
     """A tile in a few words."""
     text = f"{tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages, group {tile.group}"
-    return text + (f", split {tile.split}" if tile.split > 1 else "") + (", tma" if tile.tma else "")
+    text += f", split {tile.split}" if tile.split > 1 else ""
+    return text + (f", {tile.registers} registers" if tile.registers else "") + (", tma" if tile.tma else "")
 
 
 def say(line: str) -> None:

@@ -231,4 +231,4 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, las
         args |= {"rows_TK": direct.rows_TK, "num_tokens": tokens, "CHOICES": choices}
     share = served.slots / w.slots
     cost = (round(2 * rows * N * K * share), round((rows_XK.nbytes + out_XN.nbytes) * share) + served.nbytes)
-    return Launch(_rows_kernel, (programs,), args, tile.warps, tile.stages, *cost)
+    return Launch(_rows_kernel, (programs,), args, tile.warps, tile.stages, *cost, tile.registers)

@@ -185,5 +185,5 @@ def up(
         grid = (schedule.tiles * cdiv(F // halves, cut.n),)
         share = served.slots / w.slots
         cost = (round(2 * rows * F * H * share), round(moved * share) + served.nbytes)
-        launches.append(Launch(_up_kernel, grid, args, cut.warps, cut.stages, *cost))
+        launches.append(Launch(_up_kernel, grid, args, cut.warps, cut.stages, *cost, cut.registers))
     return launches

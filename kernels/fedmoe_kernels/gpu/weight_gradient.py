@@ -156,10 +156,19 @@ def weight_gradient(
         "GROUP": tile.group,
         "PRECISION": dot_precision(left.dtype),
     }
-    rows = max((t.shape[0] for t in (left_tokens, right_tokens) if t is not None), default=left_XP.shape[0])
-    moved = left_XP.nbytes + right_XQ.nbytes + out_GPQ.nbytes
+    # For predictions, rows count as spread evenly over the slots, of which G are looked at.
+    by_row = left_tokens if left_tokens is not None else right_tokens
+    rows = (left_XP if by_row is None else by_row).shape[0] * G // max(1, offsets_B1.shape[0] - 1)
+    moved = out_GPQ.nbytes + _read(rows, left_XP) + _read(rows, right_XQ)
     grid = (G * output_blocks(P, Q, tile),)
-    return [Launch(_weight_gradient_kernel, grid, args, tile.warps, tile.stages, 2 * rows * P * Q, moved)]
+    return [
+        Launch(_weight_gradient_kernel, grid, args, tile.warps, tile.stages, 2 * rows * P * Q, moved, tile.registers)
+    ]
+
+
+def _read(rows: int, operand: Tensor) -> int:
+    """The least bytes of an operand of which `rows` rows are read, some of them more than once."""
+    return min(operand.shape[0], rows) * operand.shape[1] * operand.element_size()
 
 
 @triton.jit
@@ -217,5 +226,6 @@ def bias_gradient(
         "STAGES": 4,
     }
     grid = (G * cdiv(N, columns),)
-    rows = values_XN.shape[0] if routing is None else routing.tokens_R.shape[0]
-    return [Launch(_bias_gradient_kernel, grid, args, 4, 4, 2 * rows * N, values_XN.nbytes + out_GN.nbytes)]
+    places = values_XN.shape[0] if routing is None else routing.tokens_R.shape[0]
+    rows = places * G // max(1, offsets_B1.shape[0] - 1)
+    return [Launch(_bias_gradient_kernel, grid, args, 4, 4, 2 * rows * N, _read(rows, values_XN) + out_GN.nbytes)]
