@@ -73,14 +73,14 @@ def _load_piece(
 
 
 @triton.jit
-def _row_sum(block, live, kept, n0, I: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr):  # noqa: E741
-    """The sum of each row over what exists. What is masked may be NaN: 0 * inf where a weight or token overflowed."""
+def _row_sum(block, n0, I: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr):  # noqa: E741
+    """The sum of each row over the columns that exist. Others may be NaN: 0 * inf where a token overflowed."""
     if WHOLE:
-        return tl.where(live, tl.sum(block, 1), 0.0)
+        return tl.sum(block, 1)
     elif I % N == 0:
-        return tl.where(live & (n0 < I), tl.sum(block, 1), 0.0)
+        return tl.where(n0 < I, tl.sum(block, 1), 0.0)
     else:
-        return tl.sum(tl.where(kept, block, 0.0), 1)
+        return tl.sum(tl.where((n0 + tl.arange(0, N))[None, :] < I, block, 0.0), 1)
 
 
 @triton.jit
@@ -95,9 +95,6 @@ def _send_back(
     row, n = tl.arange(0, M)[:, None], (n0 + tl.arange(0, N))[None, :]
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     h, dgate, dup = slopes(gate, up, d * s[:, None], ACTIVATION)
-    zdz = gate * dgate
-    if HALVES == 2:
-        zdz += up * dup
     if dz is not None:
         at = dz + row * (HALVES * I) + n
         tl.store(at, dgate.to(dz.dtype.element_ty), mask=kept)
@@ -105,7 +102,10 @@ def _send_back(
             tl.store(at + I, dup.to(dz.dtype.element_ty), mask=kept)
     if sh is not None:
         tl.store(sh + row * I + n, (h * s[:, None]).to(sh.dtype.element_ty), mask=kept)
-    return _row_sum(d * h, live, kept, n0, I, N, WHOLE), _row_sum(zdz, live, kept, n0, I, N, WHOLE)
+    zdz = gate * dgate
+    if HALVES == 2:
+        zdz += up * dup
+    return _row_sum(d * h, n0, I, N, WHOLE), _row_sum(zdz, n0, I, N, WHOLE)
 
 
 @triton.jit(do_not_specialize=["tiles", "trainable", "steps", "adapters"])
@@ -172,6 +172,7 @@ def _data_gradient_kernel(
         )
         ds_rows += ds_part
         zdz_rows += zdz_part
+    zdz_rows = tl.where(live, zdz_rows, 0.0)
     _store_sums(ds, zdz, ds_rows, zdz_rows, rows, live, tile, column, SUMS, BM)
     for c in tl.static_range(COLUMNS, SUMS, COLUMNS):
         # Another launch has more, narrower blocks, and all rows have as many sums: the rest are 0.
