@@ -65,10 +65,9 @@ def test_inv4_equals_the_reference(shape: dict) -> None:
     check(problem(**shape, biases=True))
 
 
-@pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_inv4_every_activation(activation: str, biases: bool) -> None:
-    p = problem(**SMALL, activation=activation, biases=biases)
+def test_inv4_every_activation(activation: str) -> None:
+    p = problem(**SMALL, activation=activation, biases=activation in ("swiglu_oai", "relu"))
     # gpt-oss clamps at 7: scale the gates up so that both sides of the clamps are met.
     p.tensors["w_in"].mul_(4 if activation == "swiglu_oai" else 1)
     check(p)
@@ -267,6 +266,13 @@ def test_inv4_adapters_over_shared_quantised_bases() -> None:
     y = moe_mlp(leaf["x"], p.routing(leaf["s"]), w_in, w_out, lora=lora, backend="triton")
     y.backward(p.dy_TH.float())
     assert_close({"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}, truth(p), TOLERANCE)
+
+
+def test_no_choice_at_all() -> None:
+    """K = 0, which a model that routes itself may send: exact zeros."""
+    p = problem(5, 8, 6, 3, 1)
+    p = replace(p, slots_TK=p.slots_TK[:, :0], tensors=p.tensors | {"s": p.tensors["s"][:, :0]})
+    assert all((value == 0).all() for value in by_kernels(p).values())
 
 
 def test_inv4_half_precision() -> None:

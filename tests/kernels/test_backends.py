@@ -1,73 +1,91 @@
-"""Who serves a call: asked for, found out, refused with a reason, and said once."""
+"""Which implementation serves a call: when Triton cannot, why, and that the surprise is told once."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import types
+import warnings
 
 import pytest
 import torch
+from expert_cases import leaves, problem, run, solve
 
-from fedmoe_kernels import Routing, SlotMap, route
-from fedmoe_kernels.backends import can_run_triton, use_triton, warn_once
+from fedmoe_kernels import backends
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-WHOLE = SlotMap.build(torch.ones(3, dtype=torch.bool))
-
-
-def test_the_kernels_refuse_cpu_tensors_by_name_and_with_a_remedy():
-    with pytest.raises(ValueError, match=r"backend='triton' .*cpu tensors.*TRITON_INTERPRET=1"):
-        route(torch.zeros(2, 3), 1, backend="triton")
-    with pytest.raises(ValueError, match=r"backend='triton' .*cpu tensors"):
-        Routing.from_topk(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), WHOLE, backend="triton")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend='cudnn' is unknown; choose one of auto, torch, triton"):
-        route(torch.zeros(2, 3), 1, backend="cudnn")
-    with pytest.raises(ValueError, match="backend='reference' is unknown"):
-        Routing.from_topk(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), WHOLE, backend="reference")
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A machine with one GPU whose compute capability the test may set; nothing is launched on it."""
+    found = types.SimpleNamespace(capability=(9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found.capability)
+    monkeypatch.setattr(backends, "_gpu_lacks", backends._gpu_lacks.__wrapped__)
+    monkeypatch.setattr(backends, "_missing_triton", lambda: None)
+    return found
 
 
-def test_auto_on_a_cpu_is_torch_without_a_word(recwarn):
-    assert torch.equal(route(torch.zeros(2, 3), 2).experts_TK, route(torch.zeros(2, 3), 2, backend="torch").experts_TK)
-    assert not recwarn.list
+@pytest.fixture(autouse=True)
+def _fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends.warn_once.cache_clear()
 
 
-def test_auto_on_a_gpu_says_once_for_each_reason_what_it_chose(recwarn):
-    warn_once.cache_clear()
-    for reason in ("k=17 is too many", "k=17 is too many", "logits_TE is float64", "k=17 is too many"):
-        assert not use_triton("auto", GPU, reason, verb="route")
-    warn_once.cache_clear()
-    said = [str(warning.message) for warning in recwarn.list]
-    assert said == [
-        "route runs in plain torch, not in Triton kernels: k=17 is too many",
-        "route runs in plain torch, not in Triton kernels: logits_TE is float64",
-    ]
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3)])
+def test_gpus_with_a_table_are_served(gpu: types.SimpleNamespace, capability: tuple[int, int]) -> None:
+    gpu.capability = capability
+    assert backends.can_run_triton(GPU) is None
+    assert backends.can_run_triton(torch.device("cuda")) is None
 
 
-def test_torch_is_taken_at_its_word_and_triton_too():
-    assert not use_triton("torch", GPU, None, verb="route")
-    with pytest.raises(ValueError, match=r"cannot serve route: k=17 is too many; or use backend='auto'"):
-        use_triton("triton", GPU, "k=17 is too many", verb="route")
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (12, 0)])
+def test_other_gpus_are_named_with_their_capability(gpu: types.SimpleNamespace, capability: tuple[int, int]) -> None:
+    gpu.capability = capability
+    reason = backends.can_run_triton(GPU)
+    assert "Some GPU" in reason
+    assert f"{capability[0]}.{capability[1]}" in reason
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says why there is no GPU, but there is one")
-def test_a_missing_gpu_is_a_reason():
-    assert can_run_triton(GPU)
-    assert can_run_triton(CPU)
+@pytest.mark.usefixtures("gpu")
+def test_rocm_and_a_missing_triton_are_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_missing_triton", lambda: "triton cannot be imported (gone)")
+    assert "gone" in backends.can_run_triton(GPU)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in backends.can_run_triton(GPU)
 
 
-def test_importing_the_package_does_not_import_triton():
-    code = "import sys, fedmoe_kernels; sys.exit('triton' in sys.modules or 'fedmoe_kernels.gpu' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+def test_other_devices_are_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in backends.can_run_triton(CPU)
+    assert "mps" in backends.can_run_triton(torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "CUDA" in backends.can_run_triton(GPU)
 
 
-def test_arguments_on_another_device_are_refused_by_name():
-    meta_2 = torch.zeros(2, dtype=torch.bool, device="meta")
-    with pytest.raises(ValueError, match=r"valid_T is torch.bool \(2,\) on meta"):
-        route(torch.zeros(2, 3), 1, valid_T=meta_2)
-    with pytest.raises(ValueError, match=r"bias_E is \(3,\) on meta"):
-        route(torch.zeros(2, 3), 1, scoring="sigmoid", bias_E=torch.zeros(3, device="meta"))
-    with pytest.raises(ValueError, match="weights_TK is on meta"):
-        Routing.from_topk(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1, device="meta"), WHOLE)
+@pytest.mark.usefixtures("gpu")
+def test_auto_takes_the_kernels_on_a_gpu_and_says_once_when_it_cannot() -> None:
+    assert backends.use_triton("auto", GPU, None, verb="moe_mlp")
+    assert not backends.use_triton("cpu", GPU, None, verb="moe_mlp")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for reason in ("x_TH is float64", "x_TH is float64", "k=17"):
+            assert not backends.use_triton("auto", GPU, reason, verb="moe_mlp")
+    assert [str(w.message).split(": ")[1] for w in told] == ["x_TH is float64", "k=17"]
+    assert all("moe_mlp runs in plain torch" in str(w.message) for w in told)
+
+
+def test_cpu_tensors_are_no_surprise() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not backends.use_triton("auto", CPU, None, verb="moe_mlp")
+        solve(problem(5, 8, 6, 3, 2))
+
+
+def test_triton_insists_and_names_what_is_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    p = problem(5, 8, 6, 3, 2)
+    with pytest.raises(ValueError, match=r"backend='triton' cannot serve moe_mlp: x_TH is float64"):
+        run(p, leaves(p), backend="triton")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        run(p, leaves(p, torch.float32), backend="triton")

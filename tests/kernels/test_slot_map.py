@@ -85,3 +85,22 @@ def test_route_refuses_integer_logits_and_from_topk_refuses_mismatched_shapes():
         route(torch.ones(3, 4, dtype=torch.int64), 2)
     with pytest.raises(ValueError, match="both must be"):
         Routing.from_topk(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 1), SlotMap.build(mask(1, 1)))
+
+
+def test_rows_per_slot_rides_from_the_plan_to_the_routing():
+    one = SlotMap.build(torch.tensor([True, False, True]), rows_per_slot=40)
+    assert one.to("cpu").rows_per_slot == 40
+    logits = torch.randn(4, 3)
+    assert route(logits, 2, permitted_E=one).rows_per_slot == 40
+    assert Routing.from_topk(torch.zeros(4, 1).long(), torch.ones(4, 1), one).rows_per_slot == 40
+    assert route(logits, 2).rows_per_slot is None  # from each call's own shapes
+
+
+def test_tiles_of_a_cohort_never_come_from_its_rows():
+    cohort = SlotMap.build(torch.ones(2, 3, dtype=torch.bool))
+    found = [
+        route(torch.randn(T, 3), 2, permitted_E=cohort, client_T=torch.zeros(T).long()).rows_per_slot for T in (4, 400)
+    ]
+    assert found == [256, 256]
+    planned = SlotMap.build(torch.ones(2, 3, dtype=torch.bool), rows_per_slot=8)
+    assert route(torch.randn(4, 3), 2, permitted_E=planned, client_T=torch.zeros(4).long()).rows_per_slot == 8

@@ -25,7 +25,7 @@ from fedmoe_kernels.gpu.blocks import (
     tile_rows,
     weight_block,
 )
-from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, row_constants
+from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, cdiv, power_of_2, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import (
     Direct,
@@ -39,21 +39,22 @@ from fedmoe_kernels.gpu.storage import (
 
 
 @triton.jit
-def _clear_absent(out, rows_TK, block, tokens, CHOICES: tl.constexpr, N: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr):  # fmt: skip
+def _clear_absent(
+    out, rows_TK, block, tokens, columns, CHOICES: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
     """Zeros to the tokens of block `block`, BM each, none of whose places has a row."""
     token = block.to(tl.int64) * BM + tl.arange(0, BM)
     absent = token < tokens
     for j in tl.static_range(CHOICES):
         absent &= tl.load(rows_TK + token * CHOICES + j, mask=absent, other=0) < 0
-    for n0 in range(0, N, BN):
-        store_block(out, token, absent, n0, tl.zeros((BM, BN), tl.float32), N, N, BN, N % BN == 0)
+    for column in range(columns):
+        store_block(out, token, absent, column * BN, tl.zeros((BM, BN), tl.float32), N, N, BN, N % BN == 0)
 
 
-@triton.jit(do_not_specialize=["tiles", "trainable", "steps", "adapters", "num_tokens"])
+@triton.jit(do_not_specialize=["tiles", "trainable", "steps", "adapters", "num_tokens", "columns"])
 def _rows_kernel(
     a, gather, w, w_frozen, scale, bias, bias_frozen, bases, rank_rows, factor, adapter_scale,
-    out, targets, places, weights, rows_TK, table, tiles, trainable, steps, adapters, num_tokens,
+    out, targets, places, weights, rows_TK, table, tiles, trainable, steps, adapters, num_tokens, columns,
     N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr, PART: tl.constexpr, CHOICES: tl.constexpr,
     RANK: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -66,7 +67,7 @@ def _rows_kernel(
     COLUMNS: tl.constexpr = (N + BN - 1) // BN
     program = tl.program_id(0)
     if targets is not None and program >= tiles * COLUMNS:
-        _clear_absent(out, rows_TK, program - tiles * COLUMNS, num_tokens, CHOICES, N, BM, BN)
+        _clear_absent(out, rows_TK, program - tiles * COLUMNS, num_tokens, columns, CHOICES, N, BM, BN)
         return
     tile, column = position(program, tiles, COLUMNS, GROUP)
     slot, first, rows, live = tile_rows(table, tile, BM)
@@ -168,7 +169,7 @@ def rank_product(
 
     Rows of slots from Bl on, which have no adapter, are left alone. With `tokens_R` rows_XK is read by token.
     """
-    width = max(16, triton.next_power_of_2(out_Rr.shape[1]))
+    width = max(16, power_of_2(out_Rr.shape[1]))
     tile = replace(tile, n=min(tile.n, width))
     product = _Product(rows_XK, Stored(factor), None, out_Rr, transposed, gather=tokens_R)
     return _launches(product, schedule, tile, ("trainable",))
@@ -202,7 +203,8 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, las
     tma_rows = tile.tma and gather is None and describable(rows_XK)
     tma = tile.tma and served.describable
     block = (tile.k, tile.n) if transposed else (tile.n, tile.k)
-    programs = schedule.tiles * triton.cdiv(N, tile.n)
+    columns = cdiv(N, tile.n)
+    programs = schedule.tiles * columns
     args: dict[str, Any] = {
         "a": TensorDescriptor.from_tensor(rows_XK, [tile.m, tile.k]) if tma_rows else rows_XK,
         "gather": gather,
@@ -212,8 +214,9 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, las
         **matrix_arguments(w, bias, part, block if tma else None),
         **term_arguments(term),
         **dict.fromkeys(("targets", "places", "weights", "rows_TK"), None),
-        "steps": triton.cdiv(K, tile.k),
+        "steps": cdiv(K, tile.k),
         "num_tokens": 0,
+        "columns": columns,
         "CHOICES": 1,
         "N": N,
         "K": K,
@@ -223,9 +226,9 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, las
     }
     if direct is not None:
         tokens, choices = direct.rows_TK.shape
-        programs += triton.cdiv(tokens, tile.m) if last else 0
+        programs += cdiv(tokens, tile.m) if last else 0
         args |= {"targets": direct.tokens_R, "places": direct.places_R, "weights": direct.weights_TK}
         args |= {"rows_TK": direct.rows_TK, "num_tokens": tokens, "CHOICES": choices}
     share = served.slots / w.slots
     cost = (round(2 * rows * N * K * share), round((rows_XK.nbytes + out_XN.nbytes) * share) + served.nbytes)
-    return Launch(_rows_kernel, (programs,), args, tile.warps, tile.stages, *cost)
+    return Launch(_rows_kernel, (programs,), args, tile.warps, tile.stages, *cost, tile.registers)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmoe_kernels.gpu.choose import Holders, tokens_of_block
-from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.gpu.launch import Launch, cdiv, power_of_2
 
 # Up to so many counts the programs that place rows add them up themselves, all of them (16 KB each, out of the L2
 # cache), which saves the two launches of about 3 us that a scan takes.
@@ -166,7 +166,7 @@ def slots(
         "num_slots": num_slots,
         "E": holders.table_CE.shape[1],
         "K": K,
-        "KP": triton.next_power_of_2(K),
+        "KP": power_of_2(K),
         "BT": per_block,
     }
     moved = T * K * (given_TK.element_size() + 16) + counts_XB.numel() * 4
@@ -199,11 +199,11 @@ def rows(
     if not few:
         sums = {"totals": totals_B, "num_slots": num_slots}
         scan = {"counts": counts_XB, "before": before_XB, **sums, "blocks": blocks, "BLOCKS": 128, "SLOTS": 32}
-        grid = (triton.cdiv(num_slots, 32),)
+        grid = (cdiv(num_slots, 32),)
         launches.append(Launch(_scan_kernel, grid, scan, 4, 1, bytes=counts_XB.numel() * 8))
         add = {**sums, "offsets": offsets_B1, "SLOTS": 1024}
         launches.append(Launch(_offsets_kernel, (1,), add, 4, 1, bytes=num_slots * 12))
-    P = triton.next_power_of_2(per_block * K)
+    P = power_of_2(per_block * K)
     args = {
         "slots": slots_TK,
         "counts": counts_XB,

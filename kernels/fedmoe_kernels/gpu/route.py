@@ -17,7 +17,7 @@ from fedmoe_kernels.gpu.choose import (
     sigmoid,
     tokens_of_block,
 )
-from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.gpu.launch import Launch, cdiv, power_of_2
 from fedmoe_kernels.gpu.place import count
 from fedmoe_kernels.routing_ops import SIGMOID_EPS
 
@@ -110,18 +110,18 @@ def route(
         "HAS_BIAS": bias_E is not None,
     }
     moved = T * E * logits_TE.element_size() + T * rule.k * 20 + counts_XB.numel() * 4
-    return [Launch(_route_kernel, (triton.cdiv(T, sizes["BT"]),), args, 8, 1, bytes=moved)]
+    return [Launch(_route_kernel, (cdiv(T, sizes["BT"]),), args, 8, 1, bytes=moved)]
 
 
 def shape_args(num_experts: int, rule: Rule, logits: int = 4096) -> dict[str, int]:
     """The sizes of a routing kernel's blocks of so many logits, and its groups."""
     return {
         "E": num_experts,
-        "EP": triton.next_power_of_2(num_experts),
+        "EP": power_of_2(num_experts),
         "K": rule.k,
-        "KP": triton.next_power_of_2(rule.k),
+        "KP": power_of_2(rule.k),
         "BT": block_tokens(rule.k, num_experts, logits),
         "N_GROUP": rule.n_group,
         "TOPK_GROUP": rule.topk_group,
-        "GP": triton.next_power_of_2(rule.n_group),
+        "GP": power_of_2(rule.n_group),
     }

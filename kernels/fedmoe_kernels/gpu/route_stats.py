@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmoe_kernels.gpu.choose import Holders, Rule, choose, finite, powers, tokens_of_block
-from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.gpu.launch import Launch, cdiv
 from fedmoe_kernels.gpu.route import shape_args
 
 # One term is at most 1 (a probability p) or 1 / e (-p log p), and a call has at most 2^24 tokens (`routing_ops` sees to
@@ -121,8 +121,8 @@ def splits_for(tokens: int, clients: int, num_experts: int, rule: Rule) -> int:
 
     It may depend on the cohort, because exact sums do not depend on it.
     """
-    blocks = triton.cdiv(tokens, _sizes(num_experts, rule)["BT"])
-    return max(1, min(triton.cdiv(blocks, 8), triton.cdiv(1024, clients)))
+    blocks = cdiv(tokens, _sizes(num_experts, rule)["BT"])
+    return max(1, min(cdiv(blocks, 8), cdiv(1024, clients)))
 
 
 def route_stats(
@@ -169,6 +169,6 @@ def route_stats(
     if splits > 1:
         sums = {"parts": parts_CS4E, "part_tokens": part_tokens_CS, "stats": stats_C4E, "stat_tokens": tokens_C}
         sizes = {"splits": splits, "E": E, "BE": 32, "BS": 16}
-        grid = (clients, triton.cdiv(E, 32))
+        grid = (clients, cdiv(E, 32))
         launches.append(Launch(_sum_kernel, grid, {**sums, **sizes}, 4, 1, bytes=parts_CS4E.numel() * 8))
     return launches
