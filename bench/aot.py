@@ -82,6 +82,9 @@ def compile_all(jobs: list[Job], workers: int) -> dict[Job, Code]:
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
             for job, code in zip(jobs, pool.map(compiled, jobs), strict=True):
                 codes[job] = code
+                wrong = misses(job, code)
+                if wrong:
+                    print(f"{job.arch} {job.kernel}: {'; '.join(wrong)}", file=sys.stderr)
                 if len(codes) % 25 == 0:
                     print(f"{len(codes)}/{len(jobs)} in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     return codes

@@ -67,7 +67,7 @@ class Row:
         size = self.case.dtype.itemsize
         return Tiling(
             programs=programs,
-            resident=self.code.resident(self.job),
+            resident=max(1, self.code.resident(self.job)),
             useful=min(1.0, self.launch.flops / computed) if computed else 1.0,
             streamed=steps * k * (m + columns) * size,
             stored=m * columns * size * EPILOGUE.get(self.name, 1.0),

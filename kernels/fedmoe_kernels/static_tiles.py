@@ -77,7 +77,7 @@ _SIXTY_FOUR = TileSet(  # weight-bound still: two programs an SM, so that one lo
     rank=Tile(64, 64, 64, 4, 4, tma=True),
 )
 _WIDE = TileSet(
-    up=Tile(128, 128, 64, 8, 4, split=2, tma=True),
+    up=Tile(128, 128, 64, 8, 4, split=4, tma=True),
     down=Tile(128, 256, 64, 8, 4, tma=True),
     data_gradient=Tile(128, 128, 64, 8, 4, split=8, tma=True),
     input_gradient=Tile(128, 256, 64, 8, 4, tma=True),
