@@ -178,6 +178,5 @@ def compile_steps(group: Sequence[tuple[Shape, Case]], how: dict[str, Any]) -> i
     """Compile one group by the way that a call itself takes, up to the launch."""
     launches = [launch for pair in group for launch in launches_of(*pair, **how) if 0 not in launch.grid]
     for launch in launches:
-        options = {"num_warps": launch.warps, "num_stages": launch.stages}
-        launch.kernel.warmup(**launch.args, **options, grid=launch.grid)
+        launch.kernel.warmup(**launch.args, **launch.options, grid=launch.grid)
     return len(launches)

@@ -20,8 +20,9 @@ from roofline import Gpu, Work
 from torch import Tensor
 
 from fedmoe_kernels import Routing, SlotMap
-from fedmoe_kernels.gpu import experts
-from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.gpu import experts, routing
+from fedmoe_kernels.gpu.choose import Rule
+from fedmoe_kernels.gpu.launch import Execute, Launch
 from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
 
 __all__ = ["CASES", "TINY", "measure", "predictions"]
@@ -67,6 +68,7 @@ def measure(case: Case, device: str, gpu: Gpu | None, rounds: int) -> list[Recor
     watch = _Stopwatch(device)
     how: dict[str, Any] = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "execute": watch}
     for turn in range(WARM_UP + rounds):
+        _route(case, device, watch)
         _, z_RF = experts.forward(inputs, keep_z=case.keep_z, **how)
         experts.backward(dy_TH, z_RF, inputs, needs=needs, **how)
         del z_RF
@@ -104,7 +106,7 @@ def _row(place: int, launch: Launch, ms: float, case: Case, gpu: Gpu | None) -> 
 
 
 def predictions(results: Path, arch: str) -> Mapping[tuple[str, str, int], float]:
-    """Milliseconds that the newest ahead-of-time table expects, by case, kernel and FLOPs; none without a table."""
+    """Milliseconds that the ahead-of-time tables expect, by case, kernel and FLOPs; of the newest triton last."""
     found: dict[tuple[str, str, int], float] = {}
     for path in sorted(results.glob("aot-*.json")):
         for row in json.loads(path.read_text()).get("rows", []):
@@ -119,6 +121,21 @@ def needs_of(case: Case) -> list[bool]:
     has = {"x_TH", "weights_TK", *(adapters if case.rank else ("w_in", "w_out"))}
     has |= {"bias_in", "bias_out"} if case.bias and not case.rank else set()
     return [*(name in has for name in DIFFERENTIABLE), True]
+
+
+def _route(case: Case, device: str, execute: Execute) -> None:
+    """The routing of the case, forward and backward, from logits; each client holds its first experts."""
+    draw = torch.Generator(device).manual_seed(1)
+    held = case.B // case.clients
+    table_CE = torch.full((case.clients, case.E), -1, dtype=torch.int64, device=device)
+    table_CE[:, :held] = torch.arange(case.B, device=device).view(case.clients, held)
+    client_T = torch.arange(case.T, device=device) * case.clients // case.T if case.clients > 1 else None
+    logits_TE = torch.randn(case.T, case.E, device=device, generator=draw)
+    bias_E = torch.randn(case.E, device=device, generator=draw) if case.scoring == "sigmoid" else None
+    rule = Rule(case.K, case.scoring, True, *case.groups)
+    how: dict[str, Any] = {"num_slots": case.B, "execute": execute}
+    routed = routing.route(logits_TE, table_CE, client_T, None, bias_E, rule=rule, with_stats=True, **how)
+    routing.route_backward(*(routed[0], logits_TE, routed[1], table_CE, client_T), rule=rule, execute=execute)
 
 
 def real_inputs(case: Case, device: str) -> tuple[OpInputs, Tensor]:
