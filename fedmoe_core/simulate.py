@@ -58,7 +58,7 @@ def run(config: Config, *, observer: Observer | None = None, force: bool = False
         state = world.algorithm.init(world.params)
         check_budgets(world, state)
         log = RunLog.create(out, world) if ranks.leads else None
-        return _play(world, state, log, observer)
+        return _play(world, state, log, observer, fresh=True)
 
 
 def resume(run_dir: Path, *, observer: Observer | None = None) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def resume(run_dir: Path, *, observer: Observer | None = None) -> dict[str, Any]
         world = build_world(config, ranks, observer)
         state = unpack_state(saved.tensors, round=int(saved.meta["round"]), device=ranks.device)
         log = RunLog.reopen(run_dir, world, saved.meta) if ranks.leads else None
-        return _play(world, state, log, observer)
+        return _play(world, state, log, observer, fresh=False)
 
 
 def dry_run(config: Config, *, observer: Observer | None = None) -> list[PlanRow]:
@@ -203,11 +203,14 @@ def _accumulator(world: World) -> Accumulator:
     )
 
 
-def _play(world: World, state: ServerState, log: RunLog | None, observer: Observer) -> dict[str, Any]:
-    """Rounds from ``state`` to the last, each evaluated, logged and committed; then the summary."""
+def _play(world: World, state: ServerState, log: RunLog | None, observer: Observer, *, fresh: bool) -> dict[str, Any]:
+    """Rounds from ``state`` to the last, each evaluated, logged and committed; then the summary.
+
+    A run that is not fresh has the line of the warm model already: there is no checkpoint without it.
+    """
     config = world.config
     observer.on_start(_headline(world, state))
-    if state.round == 0:
+    if fresh:
         warm = evaluate_clients(world, state)
         if log is not None:
             observer.on_round(0, config.rounds, log.before(warm))
