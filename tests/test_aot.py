@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def one(case: Any, name: str, arch: str) -> Any:
     """The first launch of a case whose kernel has `name` in its name."""
     from aot_cases import launches
 
-    return next(launch for launch in launches(case, arch) if name in launch.kernel.fn.__name__)
+    found = itertools.chain.from_iterable(launches(case, arch).values())
+    return next(launch for launch in found if name in launch.kernel.fn.__name__)
 
 
 @pytest.mark.usefixtures("bench")

@@ -31,7 +31,7 @@ def count(slot, counts, block, num_slots):
         tl.store(counts + block.to(tl.int64) * num_slots + b, rows, mask=b < num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "clients", "num_slots"])
 def _slots_kernel(
     given, table, client, valid, experts, slots, counts, tokens, clients, num_slots,
     E: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
@@ -51,7 +51,7 @@ def _slots_kernel(
     count(tl.reshape(slot, [BT * KP]).to(tl.int32), counts, block, num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "num_slots"])
 def _scan_kernel(counts, before, totals, blocks, num_slots, BLOCKS: tl.constexpr, SLOTS: tl.constexpr):
     """before[x, b]: rows of slot b in the blocks before x; totals[b]: in all of them. One program for SLOTS slots.
 
@@ -69,7 +69,7 @@ def _scan_kernel(counts, before, totals, blocks, num_slots, BLOCKS: tl.constexpr
     tl.store(totals + b, total, mask=b < num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _offsets_kernel(totals, offsets, num_slots, SLOTS: tl.constexpr):
     """One program adds up the totals of all slots."""
     tl.store(offsets, 0)
@@ -107,7 +107,7 @@ def _starts(slot, counts, offsets, block, blocks, num_slots, P: tl.constexpr):
     return start, real
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places", "blocks", "num_slots"])
 def _rows_kernel(
     slots, counts, before, offsets, rows, token_of_row, place_of_row, places, blocks, num_slots,
     K: tl.constexpr, SIZE: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr, FEW: tl.constexpr,

@@ -24,7 +24,7 @@ from fedmoe_kernels.routing_ops import SIGMOID_EPS
 EPS = tl.constexpr(SIGMOID_EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "clients", "num_slots"])
 def _route_kernel(
     logits, table, client, valid, bias, weights, experts, slots, counts, tokens, clients, num_slots, scale,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,

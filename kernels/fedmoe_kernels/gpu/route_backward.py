@@ -23,7 +23,7 @@ def _spread(value, expert, e, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexp
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "clients"])
 def _route_backward_kernel(
     grad, logits, experts, table, client, valid, out, tokens, clients, scale,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,

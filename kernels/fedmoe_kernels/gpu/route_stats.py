@@ -31,7 +31,7 @@ def _finish(stats, row, e, inside, hits, prob, most, plogp, E: tl.constexpr):
     tl.store(at + 3 * E, 0.0 - plogp.to(tl.float64) * UNIT, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "clients", "splits"])
 def _stats_kernel(
     logits, experts, table, client, valid, bias, parts, part_tokens, stats, stat_tokens, tokens, clients, splits,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
@@ -85,7 +85,7 @@ def _stats_kernel(
         tl.store(part_tokens + row, number.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _sum_kernel(parts, part_tokens, stats, stat_tokens, splits, E: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr):
     """One program adds up the splits of one client for BE experts."""
     c = tl.program_id(0).to(tl.int64)
