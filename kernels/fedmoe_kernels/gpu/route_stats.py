@@ -52,6 +52,12 @@ def _stats_kernel(
         live = live & (owner == c)
         # A block without a token of this client costs only the look at client_T; its logits are not loaded.
         if tl.max(live.to(tl.int32), 0) > 0:
+            if WHOLE:
+                taken = tl.zeros((BT, EP), tl.int32)
+                for j in range(K):
+                    expert = tl.load(experts + t * K + j, mask=live, other=-1).to(tl.int32)
+                    taken += (e[None, :] == expert[:, None]).to(tl.int32)
+                hits += tl.sum(taken, 0)
             mask = live[:, None] & (e < E)[None, :]
             x = finite(tl.load(logits + t[:, None] * E + e[None, :], mask=mask, other=-float("inf")))
             some = x > -float("inf")
@@ -62,11 +68,7 @@ def _stats_kernel(
             prob += tl.sum((p * ONE + 0.5).to(tl.int64), 0)
             plogp += tl.sum((tl.maximum(0.0 - p * log_p, 0.0) * ONE + 0.5).to(tl.int64), 0)
             most = tl.maximum(most, tl.max(p, 0))
-            if WHOLE:
-                for j in range(K):
-                    expert = tl.load(experts + t * K + j, mask=live, other=-1)
-                    hits += tl.sum((e[None, :] == expert[:, None]).to(tl.int32), 0)
-            else:
+            if not WHOLE:
                 _picked, taken = choose(x, bias, e, K, KP, BT, E, EP, SIGMOID, HAS_BIAS, N_GROUP, TOPK_GROUP, GP)
                 hits += tl.sum(taken.to(tl.int32), 0)
             number += tl.sum(counted, 0)
@@ -110,17 +112,17 @@ def _sum_kernel(parts, part_tokens, stats, stat_tokens, splits, E: tl.constexpr,
 
 
 def _sizes(num_experts: int, rule: Rule) -> dict[str, int]:
-    """Blocks of 1024 logits in 8 warps: 80 to 122 registers; with 2048 in 4 the three sums of 64 bits make it spill."""
-    return shape_args(num_experts, rule, logits=1024)
+    """Blocks of 512 logits: with more, the sums of 64 bits beside them make the compiler spill here and there."""
+    return shape_args(num_experts, rule, logits=512)
 
 
 def splits_for(tokens: int, clients: int, num_experts: int, rule: Rule) -> int:
-    """How many programs share one client's tokens: 4 blocks each, about 1024 programs at most.
+    """How many programs share one client's tokens: 8 blocks each, about 1024 programs at most.
 
     It may depend on the cohort, because exact sums do not depend on it.
     """
     blocks = cdiv(tokens, _sizes(num_experts, rule)["BT"])
-    return max(1, min(cdiv(blocks, 4), cdiv(1024, clients)))
+    return max(1, min(cdiv(blocks, 8), cdiv(1024, clients)))
 
 
 def route_stats(
@@ -162,7 +164,8 @@ def route_stats(
         "HAS_BIAS": bias_E is not None,
     }
     moved = T * E * logits_TE.element_size() + parts_CS4E.numel() * 8
-    launches = [Launch(_stats_kernel, (clients, splits), args, 8, 1, bytes=moved)]
+    warps = max(4, args["EP"] // 256)
+    launches = [Launch(_stats_kernel, (clients, splits), args, warps, 1, bytes=moved)]
     if splits > 1:
         sums = {"parts": parts_CS4E, "part_tokens": part_tokens_CS, "stats": stats_C4E, "stat_tokens": tokens_C}
         sizes = {"splits": splits, "E": E, "BE": 32, "BS": 16}
