@@ -225,9 +225,10 @@ def test_inv10_stopped_before_the_first_round_ends(config, tmp_path, monkeypatch
     def stop(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(simulate, "play_round", stop)
-        simulate.run(settings)
+        with pytest.raises(KeyboardInterrupt):
+            simulate.run(settings)
     simulate.resume(Path(settings.out))
     assert [line["round"] for line in lines(Path(settings.out), kind="round")] == list(range(settings.rounds + 1))
 
