@@ -163,9 +163,7 @@ def _start(job: Job, words: Sequence[str]) -> subprocess.Popen[bytes]:
     log = job.out.parent / f"{job.out.name}.log"
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.config.threads)}
     with log.open("wb") as sink:
-        return subprocess.Popen(
-            job.command(words), stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=environment
-        )
+        return subprocess.Popen(job.command(words), stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=environment)
 
 
 def _error(job: Job, process: subprocess.Popen[bytes]) -> str:
