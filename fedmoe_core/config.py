@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fedmoe_core.budget import Budget
+from fedmoe_core.names import ALGORITHMS
 from fedmoe_core.schema import (
     AtLeast,
     Between,
@@ -23,8 +24,6 @@ from fedmoe_core.schema import (
     schema_of,
     write_toml,
 )
-
-ALGORITHMS = ("hfedmoe", "fedavg", "random")
 
 Positive = Annotated[int, AtLeast(1)]
 Natural = Annotated[int, AtLeast(0)]

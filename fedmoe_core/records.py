@@ -18,6 +18,7 @@ from fedmoe_core.budget import Budget, Cost
 from fedmoe_core.checkpoint import save_checkpoint
 from fedmoe_core.evaluate import Held
 from fedmoe_core.metrics import JsonlLog, plain
+from fedmoe_core.names import TITLES
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.progress import PlanRow
 from fedmoe_core.state import ServerState, pack_state
@@ -185,8 +186,7 @@ class RunLog:
 
 def label_of(config: Any) -> str:
     """What people call this run: the algorithm and the choices that change its meaning."""
-    names = {"hfedmoe": "HFedMoE", "random": "random experts", "fedavg": "FedAvg, all experts"}
-    name = names.get(config.algorithm, config.algorithm)
+    name = TITLES[config.algorithm]
     if config.algorithm != "hfedmoe":
         return name
     parts = [f"score {config.selection.score}"]

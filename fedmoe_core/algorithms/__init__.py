@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmoe_core.aggregate import Sums
 from fedmoe_core.client import LocalResult
+from fedmoe_core.names import ALGORITHMS, PLACES
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.state import Population, ServerState
 from fedmoe_core.update import ClientUpdate
@@ -38,23 +39,15 @@ class Algorithm(Protocol):
         ...
 
 
-_WHERE = {
-    "hfedmoe": "fedmoe_core.algorithms.hfedmoe:HFedMoE",
-    "fedavg": "fedmoe_core.algorithms.baselines:FedAvg",
-    "random": "fedmoe_core.algorithms.baselines:RandomExperts",
-}
-NAMES = tuple(_WHERE)
-
-
 def find_algorithm(name: str, population: Population) -> Algorithm:
     """The algorithm called ``name``, for this population.
 
     Raises:
         ValueError: no such algorithm; the message names the nearest.
     """
-    if name not in _WHERE:
-        near = get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(NAMES)}"
+    if name not in PLACES:
+        near = get_close_matches(name, ALGORITHMS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(ALGORITHMS)}"
         raise ValueError(f"algorithm {name!r} is not implemented; {hint}")
-    module, _, attribute = _WHERE[name].partition(":")
+    module, _, attribute = PLACES[name].partition(":")
     return getattr(import_module(module), attribute)(population)
