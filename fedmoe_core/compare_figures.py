@@ -54,7 +54,7 @@ def learning(runs: Mapping[str, Sequence[Measures]]) -> Figure:
         figure = Figure(figsize=(WIDTH, 4.4))
         axes = figure.subplots()
         for label, of_seed in runs.items():
-            points = list(zip(*(run.curve for run in of_seed)))  # rounds that every seed has
+            points = list(zip(*(run.curve for run in of_seed), strict=False))  # rounds that every seed has
             moved = [fmean(spent.bytes_moved for spent, _ in point) / 2**30 for point in points]
             quality = [fmean(value for _, value in point) * scale for point in points]
             colour, line = kinds[label]
