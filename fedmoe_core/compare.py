@@ -21,7 +21,6 @@ from fedmoe_core.measures import Measures, measure
 from fedmoe_core.names import ALGORITHMS
 from fedmoe_core.records import write_json
 from fedmoe_core.runs import read_runs
-from fedmoe_core.schema import plain_words
 
 __all__ = ["Study", "compare"]
 
@@ -79,7 +78,7 @@ class Study:
         chosen = every if systems == "all" else [name.strip() for name in systems.split(",") if name.strip()]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return cls(
-            plain_words(words),
+            tuple(words),
             tuple(parse_variants(chosen, named)),
             parse_seeds(seeds),
             out,

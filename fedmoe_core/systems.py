@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from textwrap import fill
 from typing import Any, Literal
-
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 Tag = Literal["P", "N", "A", "D", "E"]
 TAGS: dict[Tag, str] = {
@@ -57,13 +54,18 @@ def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
     return [asdict(system) for system in systems]
 
 
-def listing(systems: Sequence[System]) -> Group:
-    """A table with one block per system, and what the tags mean."""
-    table = Table(title="systems", title_justify="left", show_lines=True)
-    for column in ("algorithm", "paper", "equations", "approximated", "missing"):
-        table.add_column(column, overflow="fold")
+def listing(systems: Sequence[System]) -> str:
+    """One block per system, wrapped at 100 columns, and what the tags mean."""
+    blocks = []
     for system in systems:
-        equations = Text("\n".join(f"{e.number} [{e.tag}] {e.what}" for e in system.equations))
-        rest = [Text("\n".join(part) or "nothing known") for part in (system.approximated, system.missing)]
-        table.add_row(f"{system.name}\n{system.title}", Text(system.paper), equations, *rest)
-    return Group(table, Text("\n".join(f"[{tag}] {meaning}" for tag, meaning in TAGS.items())))
+        lines = [f"{system.name}: {system.title} ({system.paper})"]
+        lines += [_wrapped(f"[{e.tag}] {e.number}: {e.what}") for e in system.equations]
+        lines += [_wrapped(f"approximated: {sentence}") for sentence in system.approximated]
+        lines += [_wrapped(f"missing: {sentence}") for sentence in system.missing]
+        lines += [] if system.global_model else [_wrapped("no global model: judged by each client's own")]
+        blocks.append("\n".join(lines))
+    return "\n\n".join([*blocks, "\n".join(f"[{tag}] {meaning}" for tag, meaning in TAGS.items())])
+
+
+def _wrapped(text: str) -> str:
+    return fill(text, 100, initial_indent="  ", subsequent_indent="      ")

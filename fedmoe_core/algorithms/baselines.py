@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +16,7 @@ from fedmoe_core.plan import ExpertPlan, make_plan, plan_everything
 from fedmoe_core.reports import failed_update, finished_update
 from fedmoe_core.rng import counter_rng
 from fedmoe_core.state import Population, ServerState, initial_state
+from fedmoe_core.systems import Equation, System
 from fedmoe_core.update import ClientUpdate
 
 
@@ -24,6 +26,14 @@ class FedAvg:
 
     Charged for what it needs; a run whose plans pass some budget is marked ``budgeted: false``.
     """
+
+    card: ClassVar[System] = System(
+        name="fedavg",
+        title="FedAvg, all experts",
+        paper="McMahan et al. 2017, arXiv 1602.05629",
+        equations=(Equation("algorithm 1", "P", "each tensor moves by the |D_c|-weighted mean of its deltas"),),
+        approximated=("AdamW instead of SGD on the clients, with fresh state each round",),
+    )
 
     population: Population
 
@@ -68,6 +78,13 @@ class RandomExperts:
     Redrawn rather than fixed per client, because a fixed draw was measured worse (global loss +.071 against +.037 nats
     under the per-contributor mean): the baseline is the better of the two.
     """
+
+    card: ClassVar[System] = System(
+        name="random",
+        title="random experts",
+        paper="the usual baseline",
+        equations=(Equation("choice", "E", "uniform over experts, anew each round, under the same budgets"),),
+    )
 
     population: Population
 

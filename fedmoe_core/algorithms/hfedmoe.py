@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +20,7 @@ from fedmoe_core.importance import estimate_absent, expert_scores, importance_s,
 from fedmoe_core.plan import ExpertPlan, make_plan
 from fedmoe_core.reports import failed_update, finished_update
 from fedmoe_core.state import Population, ServerState, initial_state
+from fedmoe_core.systems import Equation, System
 from fedmoe_core.update import ClientProfile, ClientUpdate
 
 
@@ -29,6 +31,28 @@ class HFedMoE:
     ``compact`` stores and runs only the chosen experts (a real memory bound, [E]); ``backward-masked`` is the paper's:
     full routing forward, gradients only for the chosen.
     """
+
+    card: ClassVar[System] = System(
+        name="hfedmoe",
+        title="HFedMoE",
+        paper="Fang et al., HFedMoE, arXiv 2601.00583",
+        equations=(
+            Equation("3-5", "N", "importance s: mean and largest gate value, mixed by lambda"),
+            Equation("10, 11, 14", "N", "information-bottleneck score I = s - beta * KL; sum of KL = I(router; input)"),
+            Equation("15", "N", "experts of largest score under a budget; exact for equal costs"),
+            Equation("15, real budgets", "E", "a knapsack over bytes, traffic and count; FLOPs by steps, k' and share"),
+            Equation("Taylor", "E", "importance |s * dL/ds| summed in the backward pass, in place of s"),
+            Equation("16, 17", "N", "usage, and the mean over clients above tau; on deltas, with true participation"),
+            Equation("17, damped", "E", "divided by all clients of the round instead"),
+            Equation("18-21", "N", "routing consistency and the importance-weighted gate, normalised or as printed"),
+            Equation("20, row-wise", "E", "one weight for each router row"),
+        ),
+        approximated=(
+            "compact mode (default) stores only the chosen experts; the paper's own form is selection.mode="
+            "backward-masked, which bounds no forward memory",
+            "eq. 14's score mixes units (a share and nats), as printed",
+        ),
+    )
 
     population: Population
 
