@@ -27,6 +27,9 @@ class Population:
         costs: the cost model, calibrated on this model, batch, sequence and backend.
         samples_C: |D_c|, private tokens or rows of each client.
         prior: the server's own pass over public data with the full model; stands in for clients not yet heard.
+        counts_CD: who holds what: private rows by class (classification) or private tokens by domain; None = unknown.
+        validation_tokens_C: tokens, padding included, of each client's validation pass; None where no algorithm of
+            this run needs validation.
     """
 
     config: Config
@@ -35,6 +38,8 @@ class Population:
     costs: CostModel
     samples_C: np.ndarray
     prior: ClientProfile
+    counts_CD: np.ndarray | None = None
+    validation_tokens_C: np.ndarray | None = None
 
     def sample_weight(self, client: int) -> float:
         """|D_c| over the largest |D_c|, in (0, 1]; 1 for all when weighting is "uniform"."""
