@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fedmoe_core.batch import Batch, Task
 from fedmoe_core.layer import MoE
-from fedmoe_core.update import ParamSpec
+from fedmoe_core.slots import Rows
+from fedmoe_core.update import Evaluation, ParamSpec
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,6 @@ class ModelSpec:
     intermediate_size: int
     activation: str
     params: tuple[ParamSpec, ...]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Sums over an evaluated batch; divide by ``count``."""
-
-    loss_sum: float  # nats
-    count: int  # predicted tokens, or samples
-    correct: int = 0
 
 
 class ModelAdapter(Protocol):
@@ -57,6 +49,8 @@ class ModelAdapter(Protocol):
         *,
         permitted_LE: np.ndarray | None = None,
         trainable_LE: np.ndarray | None = None,
+        rows: Rows | None = None,
+        alias_LE: np.ndarray | None = None,
         top_k: int | None = None,
         train_dense: bool = False,
         train_router: bool = True,
@@ -64,9 +58,10 @@ class ModelAdapter(Protocol):
     ) -> None:
         """Become a sub-model of ``state``: only permitted experts stored, only trainable ones as Parameters.
 
-        None means all experts. Dense parameters are copied in place from ``state`` and get gradients when
-        ``train_dense``; a classification head trains in any case unless ``train_head`` is False. The state is never
-        mutated nor aliased.
+        None means all experts. ``rows`` (key, then expert id) stand in for the state's own; an absent expert with an
+        alias (int (L, E), -1 = none) is served by the slot of that held expert. Dense parameters are copied in place
+        from ``state`` and get gradients when ``train_dense``; a classification head trains in any case unless
+        ``train_head`` is False. The state is never mutated nor aliased.
         """
         ...
 
@@ -94,8 +89,8 @@ class ModelAdapter(Protocol):
         """Mean next-token loss of the batch, whatever the task: a classifier's trunk predicts by its own embedding."""
         ...
 
-    def evaluate(self, batch: Batch) -> Evaluation:
-        """Loss sum, count and correct predictions, without gradients."""
+    def evaluate(self, batch: Batch, *, with_stats: bool = False) -> Evaluation:
+        """Loss sum, count and correct predictions, without gradients; ``with_stats`` lets the layers measure."""
         ...
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmoe_core.adapter import Batch, ModelAdapter
-from fedmoe_core.client import Stepper, local_optimizer
 from fedmoe_core.config import TrainConfig
 from fedmoe_core.costs import CostModel
+from fedmoe_core.local import Stepper, local_optimizer
 from fedmoe_core.memory import mark, resident_bytes, tensor_bytes, trace_memory
 
 
@@ -54,7 +54,17 @@ def calibrate(
             adapter.loss(batches[0]).backward()
         adapter.model.zero_grad(set_to_none=True)
         flops = max(flops, counted.get_total_flops() / model.tokens - model.router_flops_per_token)
-    return model.calibrated(peaks, few_LE, few_LE, buffer_bytes=buffers, flops_per_token=max(flops, 0.0))
+    with FlopCounterMode(display=False) as counted:
+        adapter.evaluate(batches[0])
+    forward = counted.get_total_flops() / model.tokens - 2 * model.total_experts * model.hidden_size
+    return model.calibrated(
+        peaks,
+        few_LE,
+        few_LE,
+        buffer_bytes=buffers,
+        flops_per_token=max(flops, 0.0),
+        forward_flops_per_token=max(forward, 0.0),
+    )
 
 
 def _stage_peaks(

@@ -110,6 +110,7 @@ class EvalConfig:
 
     sequences: Positive = 8  # per client
     every: Positive = 1  # rounds
+    validation: Positive = 64  # most rows or windows of one client's validation pass, where its algorithm has one
 
 
 @dataclass(frozen=True)

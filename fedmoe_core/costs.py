@@ -35,6 +35,7 @@ class TrunkCost:
         step_bytes: temporaries of the optimizer step; 0 for fused AdamW.
         buffer_bytes: non-parameter tensors that live as long as the model (rotary tables).
         flops_per_token: forward and backward of everything but routers and experts, per token of a training step.
+        forward_flops_per_token: the forward's part of it.
     """
 
     transients: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class TrunkCost:
     step_bytes: int = 0
     buffer_bytes: int = 0
     flops_per_token: float = 0.0
+    forward_flops_per_token: float = 0.0
 
     def stages(self, top_k: int) -> tuple[int, ...]:
         """Transient bytes of each stage at k'; where k' was not measured, those of the next larger one (a bound).
@@ -92,6 +94,8 @@ class CostModel:
         grad_bytes, optimizer_bytes: bytes per trainable parameter (AdamW: two fp32 moments).
         lora_rank: rank of the experts' adapters; None = the experts themselves train.
         train_router: whether the router rows of trainable experts train.
+        router_travels: whether routers are sent at all; False where each client keeps a gate of its own.
+        aux_tables: (tokens, experts) float32 tables per layer that an auxiliary router loss keeps alive.
         slot_bytes: index, offset and score storage per held expert.
     """
 
@@ -111,6 +115,8 @@ class CostModel:
     optimizer_bytes: int = 8
     lora_rank: int | None = None
     train_router: bool = True
+    router_travels: bool = True
+    aux_tables: int = 0
     slot_bytes: int = 64
 
     def __post_init__(self) -> None:
@@ -195,7 +201,8 @@ class CostModel:
     def resident_bytes(self) -> int:
         """Memory that is there whatever experts are held: trunk, its optimizer state, the whole router, buffers."""
         weights = (self.trunk_params + self.total_experts * self.hidden_size) * self.weight_bytes
-        return weights + self.trunk_trainable * self.optimizer_bytes + self.trunk.buffer_bytes
+        aux = self.aux_tables * self.tokens * self.total_experts * 4
+        return weights + self.trunk_trainable * self.optimizer_bytes + self.trunk.buffer_bytes + aux
 
     def memory(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> int:
         """Peak bytes of a local step from the second on (optimizer state exists): the largest of its stages."""
@@ -237,6 +244,28 @@ class CostModel:
         """
         trained = float(rows_LE[trainable_LE].sum())
         return self._flops(trained, float(rows_LE.sum()) - trained, tokens)
+
+    def forward_flops(self, served_LE: np.ndarray, *, tokens: int, top_k: int | None = None) -> float:
+        """Most operations of a pass without gradients: 2P a row, the routers, and the trunk's forward.
+
+        Args:
+            served_LE: experts that a token may choose, bool (L, E).
+            tokens: padding included.
+            top_k: choices per token; None = the model's own.
+        """
+        k = self.top_k if top_k is None else top_k
+        rows = float(tokens * np.minimum(k, served_LE.sum(axis=1)).sum())
+        routers = 2.0 * self.total_experts * self.hidden_size
+        expert = 2.0 * (self.expert_params + self.adapter_params)
+        return rows * expert + tokens * (routers + self.trunk.forward_flops_per_token)
+
+    def forward_memory(self, held_LE: np.ndarray, *, top_k: int | None = None) -> int:
+        """Bound of the peak of a pass without gradients over batches of the training shape, ``held_LE`` experts held.
+
+        Of a training step it has the weights and, at most, what lives while the forward and the loss run.
+        """
+        transient = max(self.trunk.stages(self.top_k if top_k is None else top_k)[0], 0)
+        return self.resident_bytes + int(held_LE.sum()) * self.held_bytes + transient
 
     def predict(
         self,
@@ -330,17 +359,21 @@ class CostModel:
 
     @property
     def _expert_up(self) -> int:
-        return (self.trained_params + self._router_row) * self.weight_bytes
+        return (self.trained_params + self._router_row * self.router_travels) * self.weight_bytes
 
     @property
     def _base_up(self) -> int:
-        # ClientProfile: 9 float64 and a bool per expert, 2 float64 per layer; ClientUpdate: 2 float64 per expert.
-        statistics = self.total_experts * (11 * 8 + 1) + self.num_layers * 2 * 8
-        return statistics + self.trunk_trainable * self.weight_bytes
+        # Beside the profile, ClientUpdate has 2 float64 per expert.
+        return self.profile_bytes + 2 * 8 * self.total_experts + self.trunk_trainable * self.weight_bytes
+
+    @property
+    def profile_bytes(self) -> int:
+        """A ClientProfile on the wire: 9 float64 and a bool per expert, 2 float64 per layer."""
+        return self.total_experts * (9 * 8 + 1) + self.num_layers * 2 * 8
 
     def _base_down(self, first_participation: bool) -> int:
         trunk = self.trunk_params if first_participation else self.trunk_trainable
-        return (self.total_experts * self.hidden_size + trunk) * self.weight_bytes
+        return (self.total_experts * self.hidden_size * self.router_travels + trunk) * self.weight_bytes
 
     @property
     def router_flops_per_token(self) -> float:

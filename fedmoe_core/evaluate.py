@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedmoe_core.adapter import Evaluation, ModelAdapter
 from fedmoe_core.batch import Batch, eval_batches
+from fedmoe_core.config import Config
+from fedmoe_core.data import ClientData
 from fedmoe_core.state import ServerState
 
 if TYPE_CHECKING:
@@ -64,6 +66,20 @@ def evaluate_clients(world: World, state: ServerState) -> Held:
         accuracy_C=tuple(shares[:clients]) if labelled else None,
         seconds=time.perf_counter() - began,
     )
+
+
+def validation_batches(client: ClientData, config: Config) -> Iterator[Batch]:
+    """All of a client's validation data, in batches of the training shape; none where it has no such data.
+
+    Of the training shape, so that the pass needs no more memory than a local step.
+    """
+    if client.validation is not None:
+        yield from eval_batches(
+            client.validation,
+            batch_size=config.train.batch_size,
+            seq_len=config.train.seq_len,
+            sequences=config.eval.validation,
+        )
 
 
 def evaluate(adapter: ModelAdapter, batches: Iterable[Batch]) -> Evaluation:

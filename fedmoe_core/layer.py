@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from fedmoe_core.slots import Rows, check_rows, slot_map_of
 from fedmoe_kernels.experts import ExpertScores, ExpertWeights, moe_mlp
 from fedmoe_kernels.routing import SlotMap, route
 from fedmoe_kernels.stats import RouterStats
 
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
 INIT_STD = 0.02  # of fresh weights, as transformers' initializer_range
+NO_ROWS: Rows = MappingProxyType({})
 GATED = ("swiglu", "geglu", "swiglu_oai")  # activations whose w_in is [gate; up]
 
 
@@ -51,7 +54,8 @@ class MoE(nn.Module):
         token_mask: bool (T,), False = padding (no row, no statistic); None = every token is real.
         with_stats: leave this forward's router statistics in ``last_stats``.
         with_scores: let every backward add importance sums to ``scores``.
-        keep_logits: leave the router logits of this forward's real tokens, with their graph, in ``last_logits_TE``.
+        keep_logits: leave the router logits of this forward's real tokens, with their graph, in ``last_logits_TE``, and
+            the choices of all its tokens, (T, K), -1 = none, in ``last_experts_TK``.
 
     ``last_stats`` is overwritten by each forward and never summed here, so that a forward repeated by activation
     checkpointing cannot count twice; whoever wants sums adds it once per micro-batch.
@@ -112,6 +116,7 @@ class MoE(nn.Module):
         self.token_mask: Tensor | None = None
         self.last_stats: RouterStats | None = None
         self.last_logits_TE: Tensor | None = None
+        self.last_experts_TK: Tensor | None = None
         self._scores: ExpertScores | None = None
         for name in ("w_in_frozen", "w_out_frozen", "router_rest"):
             self.register_buffer(name, None)
@@ -172,6 +177,7 @@ class MoE(nn.Module):
         self.last_stats = routing.stats
         if self.keep_logits:
             self.last_logits_TE = logits_TE if valid_T is None else logits_TE[valid_T]
+            self.last_experts_TK = routing.experts_TK
         y_TH = moe_mlp(
             x_TH,
             routing,
@@ -209,6 +215,21 @@ class MoE(nn.Module):
         """Expert id of every slot: the trainable ones first, ascending id within each part."""
         return self.trainable_experts + self.frozen_experts
 
+    def forget_logits(self) -> None:
+        """Release what ``keep_logits`` left behind."""
+        self.last_logits_TE, self.last_experts_TK = None, None
+
+    def chosen_rows_E(self) -> np.ndarray:
+        """Rows of each held expert in the last forward, (E,), by the choices that ``keep_logits`` left; one host sync.
+
+        A choice of an expert that another one serves counts for the one that serves.
+        """
+        chosen_R = cast(Tensor, self.last_experts_TK).flatten()
+        slots_N = self.slot_map.slot_of_expert[chosen_R[chosen_R >= 0]]
+        rows_E = np.zeros(self.num_experts)
+        rows_E[list(self.experts)] = torch.bincount(slots_N, minlength=len(self.experts)).cpu().numpy()
+        return rows_E
+
     def load_global(
         self,
         router: Tensor,
@@ -217,10 +238,22 @@ class MoE(nn.Module):
         *,
         permitted: ExpertMask | None = None,
         trainable: ExpertMask | None = None,
+        rows: Rows | None = None,
+        alias: np.ndarray | None = None,
     ) -> None:
-        """Become the sub-layer of a whole layer's tensors (E, ...): copies, never aliases, of the permitted experts."""
+        """Become the sub-layer of a whole layer's tensors (E, ...): copies of the permitted experts, never views.
+
+        Args:
+            router, w_in, w_out: the layer in global coordinates.
+            permitted, trainable: as the constructor.
+            rows: rows in place of those tensors' own, by "router", "w_in" or "w_out" and expert id.
+            alias: int (E,), the held expert whose slot serves an absent one, -1 = none; see ``SlotMap.shared``.
+
+        Raises:
+            ValueError: as the constructor; a row of another shape or of an expert that is not held; a bad alias.
+        """
         state = LayerState(tuple(range(self.num_experts)), router, w_in, w_out)
-        self._install(*self.check_masks(permitted, trainable), state)
+        self._install(*self.check_masks(permitted, trainable), state, own=rows or {}, alias=alias)
 
     def set_experts(
         self, permitted: ExpertMask | None, trainable: ExpertMask | None = None, *, source: LayerState | None = None
@@ -294,8 +327,18 @@ class MoE(nn.Module):
             )
         return array
 
-    def _install(self, held: np.ndarray, trains: np.ndarray, source: LayerState | None, *, keep: bool = False) -> None:
-        """Lay the experts out in slots. With ``keep``, what this layer has wins over ``source``."""
+    def _install(
+        self,
+        held: np.ndarray,
+        trains: np.ndarray,
+        source: LayerState | None,
+        *,
+        keep: bool = False,
+        own: Rows = NO_ROWS,
+        alias: np.ndarray | None = None,
+    ) -> None:
+        """Lay the experts out in slots. With ``keep``, what this layer has wins over ``source``; ``own`` over both."""
+        slot_map = slot_map_of(held, trains, alias)
         trainable = tuple(np.flatnonzero(trains).tolist())
         frozen = tuple(np.flatnonzero(held & ~trains).tolist())
         have = self.experts if keep else ()
@@ -305,6 +348,7 @@ class MoE(nn.Module):
             raise ValueError(f"expert {missing[0]} is new to this layer; pass a source that holds its weights")
         if source is not None:
             self._check(source)
+            check_rows(own, {name: getattr(source, name) for name in ("router", "w_in", "w_out")}, held)
         with torch.no_grad():
             router_EH = self.router_EH() if keep else cast(LayerState, source).router
             for name in ("w_in", "w_out"):
@@ -313,9 +357,10 @@ class MoE(nn.Module):
                 )
                 if keep:
                     rows |= dict(zip(have, self._rows(name), strict=True))
+                rows |= own.get(name, {})
                 setattr(self, name, nn.Parameter(_stack(rows, trainable)))
                 setattr(self, f"{name}_frozen", _stack(rows, frozen))
-            rows = dict(enumerate(router_EH))
+            rows = dict(enumerate(router_EH)) | dict(own.get("router", {}))
             steered = trainable if self.train_router else ()
             rest = tuple(e for e in range(self.num_experts) if e not in steered)
             self.router = nn.Parameter(_stack(rows, steered))
@@ -324,10 +369,11 @@ class MoE(nn.Module):
         order = steered + rest
         self._router_in_order = order == tuple(range(self.num_experts))
         self._row_of_expert = torch.tensor(order).argsort()
-        self._slot_map = SlotMap.build(torch.from_numpy(held.copy()), torch.from_numpy(trains.copy()))
+        self._slot_map = slot_map
         # Made here and not at the first forward, because a compiled forward cannot make a leaf.
         self._scores = ExpertScores(len(self.experts), device=self.w_in.device) if self.with_scores else None
-        self.last_stats, self.last_logits_TE = None, None
+        self.last_stats = None
+        self.forget_logits()
 
     def _check(self, source: LayerState) -> None:
         """The shapes of a source, before anything of this layer changes."""

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.adapter import Batch, ModelAdapter, find_adapter
-from fedmoe_core.algorithms import Algorithm, find_algorithm
+from fedmoe_core.algorithms import Algorithm, algorithm_class, find_algorithm
 from fedmoe_core.batch import public_batches
 from fedmoe_core.budget import Budget
 from fedmoe_core.calibrate import calibrate
 from fedmoe_core.config import Config
 from fedmoe_core.data import FederatedData, load_data
+from fedmoe_core.evaluate import validation_batches
 from fedmoe_core.progress import Observer
 from fedmoe_core.ranks import Ranks
 from fedmoe_core.state import Population
@@ -75,8 +76,9 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
         ValueError, OSError: one sentence that names the offender and the remedy.
     """
     torch.set_num_threads(config.threads)
+    needs_validation = algorithm_class(config.algorithm).needs_validation
     observer.on_stage(f"reading {config.data}")
-    data = read_data(config, ranks)
+    data = read_data(config, ranks, validation=needs_validation)
     adapter = load_model(config, data, ranks.device)
     spec = adapter.spec
     budgets = tuple(
@@ -92,6 +94,8 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
             budgets=budgets,
             costs=calibrate(adapter, params, config.train, first, padding=may_pad(config, data)),
             samples_C=np.array([client.samples for client in data.clients]),
+            counts_CD=data.counts_CD,
+            validation_tokens_C=validation_tokens(config, data) if needs_validation else None,
             prior=measure_profile(adapter, params, local_public_batches(config, data, PRIOR_STEPS)),
         )
 
@@ -108,11 +112,18 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
 
 def may_pad(config: Config, data: FederatedData) -> bool:
     """Whether some client's batches may hold padding: rows differ in length, and a short stream fills no window."""
-    shortest = min(len(client.private.tokens_N) for client in data.clients)
+    streams = [part for client in data.clients for part in (client.private, client.validation) if part is not None]
+    shortest = min(len(stream.tokens_N) for stream in streams)
     return data.task == "classification" or shortest < config.train.seq_len
 
 
-def read_data(config: Config, ranks: Ranks) -> FederatedData:
+def validation_tokens(config: Config, data: FederatedData) -> np.ndarray:
+    """Tokens, padding included, of each client's validation pass, (C,)."""
+    passes = [validation_batches(client, config) for client in data.clients]
+    return np.array([sum(batch.tokens_SN.numel() for batch in batches) for batches in passes])
+
+
+def read_data(config: Config, ranks: Ranks, *, validation: bool) -> FederatedData:
     """The corpus, split and encoded; rank 0 first, so that the others find the cache filled."""
     if not ranks.leads:
         ranks.wait()
@@ -124,6 +135,7 @@ def read_data(config: Config, ranks: Ranks) -> FederatedData:
         tokenizer=config.tokenizer,
         vocab_size=config.model_config.vocab_size,
         labels_per_class=config.warmup.labels_per_class,
+        validation=validation,
         pretrained=pretrained_tokenizer(config.model) if is_pretrained(config) else None,
         cache=cache_directory(config),
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
-from fedmoe_core.budget import Budget, Cost
+from fedmoe_core.budget import NOTHING, Budget, Cost
 from fedmoe_core.checkpoint import save_checkpoint
 from fedmoe_core.evaluate import Held
 from fedmoe_core.metrics import JsonlLog, plain
@@ -208,6 +208,14 @@ def _results(held: Held) -> dict[str, Any]:
 
 
 def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:
+    """One client's line of metrics.jsonl; validation and metrics are there where the algorithm has them."""
+    found: dict[str, Any] = {}
+    if update.validation is not None:
+        count = update.validation.count
+        found["validation_loss"] = update.validation.loss_sum / count
+        found["validation_accuracy"] = update.validation.correct / count
+    if update.metrics:
+        found["metrics"] = dict(update.metrics)
     return {
         "type": "client",
         "round": number,
@@ -221,6 +229,7 @@ def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: 
         "top_k": plan.top_k,
         "status": update.status,
         "error": update.error,
+        **found,
     }
 
 
@@ -233,6 +242,7 @@ def _ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: t
         "budget": budget,
         "predicted": asdict(plan.predicted),
         "real": asdict(update.cost),
+        **({} if plan.surcharge == NOTHING else {"surcharge": asdict(plan.surcharge)}),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from fedmoe_core.aggregate import Accumulator, SumSettings, model_hash
-from fedmoe_core.batch import client_batches
+from fedmoe_core.batch import Batch, client_batches
 from fedmoe_core.checkpoint import ensure_writable, load_checkpoint
 from fedmoe_core.client import train_client
 from fedmoe_core.config import Config, TrainConfig
 from fedmoe_core.data import FederatedData
-from fedmoe_core.evaluate import evaluate_clients
+from fedmoe_core.evaluate import evaluate_clients, validation_batches
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.prepare import World, build_world, pick_device
 from fedmoe_core.progress import NullObserver, Observer, PlanRow
@@ -58,7 +59,7 @@ def run(config: Config, *, observer: Observer | None = None, force: bool = False
         state = world.algorithm.init(world.params)
         check_budgets(world, state)
         log = RunLog.create(out, world) if ranks.leads else None
-        return _play(world, state, log, observer)
+        return _play(world, state, log, observer, fresh=True)
 
 
 def resume(run_dir: Path, *, observer: Observer | None = None) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def resume(run_dir: Path, *, observer: Observer | None = None) -> dict[str, Any]
         world = build_world(config, ranks, observer)
         state = unpack_state(saved.tensors, round=int(saved.meta["round"]), device=ranks.device)
         log = RunLog.reopen(run_dir, world, saved.meta) if ranks.leads else None
-        return _play(world, state, log, observer)
+        return _play(world, state, log, observer, fresh=False)
 
 
 def dry_run(config: Config, *, observer: Observer | None = None) -> list[PlanRow]:
@@ -151,25 +152,31 @@ def class_shares(data: FederatedData, client: int) -> np.ndarray | None:
 
 def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[ClientUpdate, float]:
     """One client's training and the update its algorithm makes of it."""
-    train = round_settings(world.config, plan.round)
-    batches = client_batches(
-        world.data.clients[plan.client].private,
-        seed=world.config.seed,
-        round=plan.round,
-        client=plan.client,
-        steps=plan.local_steps,
-        batch_size=train.batch_size,
-        seq_len=train.seq_len,
-    )
-    moved = (batch.to(world.ranks.device) for batch in batches)
+    train, device = round_settings(world.config, plan.round), world.ranks.device
+    data = world.data.clients[plan.client]
+
+    def draw() -> Iterator[Batch]:
+        batches = client_batches(
+            data.private,
+            seed=world.config.seed,
+            round=plan.round,
+            client=plan.client,
+            steps=plan.local_steps,
+            batch_size=train.batch_size,
+            seq_len=train.seq_len,
+        )
+        return (batch.to(device) for batch in batches)
+
     result = train_client(
         world.adapter,
         state.params,
         plan,
-        moved,
+        draw(),
         train=train,
         costs=world.population.costs,
         class_shares_C=class_shares(world.data, plan.client),
+        redraw=draw,
+        validation=lambda: (batch.to(device) for batch in validation_batches(data, world.config)),
     )
     return world.algorithm.client(plan, result), result.extract_seconds
 
@@ -203,11 +210,14 @@ def _accumulator(world: World) -> Accumulator:
     )
 
 
-def _play(world: World, state: ServerState, log: RunLog | None, observer: Observer) -> dict[str, Any]:
-    """Rounds from ``state`` to the last, each evaluated, logged and committed; then the summary."""
+def _play(world: World, state: ServerState, log: RunLog | None, observer: Observer, *, fresh: bool) -> dict[str, Any]:
+    """Rounds from ``state`` to the last, each evaluated, logged and committed; then the summary.
+
+    A ``fresh`` run has the warm model judged first; a resumed one has that line already.
+    """
     config = world.config
     observer.on_start(_headline(world, state))
-    if state.round == 0:
+    if fresh:
         warm = evaluate_clients(world, state)
         if log is not None:
             observer.on_round(0, config.rounds, log.before(warm))

@@ -37,7 +37,6 @@ class System:
         equations: what is implemented.
         approximated: sentences, each one departure from the paper.
         missing: sentences, each something of the paper that is not here.
-        global_model: whether it yields one model for everybody.
     """
 
     name: str
@@ -46,7 +45,6 @@ class System:
     equations: tuple[Equation, ...]
     approximated: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-    global_model: bool = True
 
 
 def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
@@ -62,7 +60,6 @@ def listing(systems: Sequence[System]) -> str:
         lines += [_wrapped(f"[{e.tag}] {e.number}: {e.what}") for e in system.equations]
         lines += [_wrapped(f"approximated: {sentence}") for sentence in system.approximated]
         lines += [_wrapped(f"missing: {sentence}") for sentence in system.missing]
-        lines += [] if system.global_model else [_wrapped("no global model: judged by each client's own")]
         blocks.append("\n".join(lines))
     return "\n\n".join([*blocks, "\n".join(f"[{tag}] {meaning}" for tag, meaning in TAGS.items())])
 

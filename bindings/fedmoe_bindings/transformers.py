@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +20,7 @@ from fedmoe_bindings.transformers_submodel import extract_submodel, merge_submod
 from fedmoe_core.adapter import Batch, Evaluation, ModelSpec, Task
 from fedmoe_core.config import ModelConfig
 from fedmoe_core.layer import MoE
+from fedmoe_core.slots import Rows, rows_of_layer
 from fedmoe_core.update import Kind, ParamSpec
 
 __all__ = ["TransformersAdapter", "extract_submodel", "load_adapter", "merge_submodel", "use_fedmoe"]
@@ -177,6 +178,8 @@ class TransformersAdapter:
         *,
         permitted_LE: np.ndarray | None = None,
         trainable_LE: np.ndarray | None = None,
+        rows: Rows | None = None,
+        alias_LE: np.ndarray | None = None,
         top_k: int | None = None,
         train_dense: bool = False,
         train_router: bool = True,
@@ -185,15 +188,16 @@ class TransformersAdapter:
         """Become a sub-model of ``state``, as ``ModelAdapter.configure``.
 
         Args:
-            state, permitted_LE, trainable_LE, top_k, train_dense, train_router: as the protocol.
+            state, permitted_LE, trainable_LE, rows, alias_LE, top_k, train_dense, train_router: as the protocol.
             train_head: whether the classification head trains; None = always in classification, whatever
                 ``train_dense`` says. A language-model head counts as trunk: it may be the embedding itself.
 
         Raises:
-            ValueError: a missing, foreign or misshapen tensor, a bad mask, or a top_k that is impossible; nothing of
-                the adapter has changed then.
+            ValueError: a missing, foreign or misshapen tensor, a bad mask, or a top_k that is impossible (nothing of
+                the adapter has changed then); rows or an alias that do not fit.
         """
         self._check(state)
+        self._check_rows(rows or {})
         k = self.spec.top_k if top_k is None else top_k
         if not 1 <= k <= self.spec.top_k:
             raise ValueError(f"top_k={k} is outside 1 to {self.spec.top_k}, the model's own")
@@ -211,6 +215,8 @@ class TransformersAdapter:
                 *(state[f"moe.{number}.{name}"].to(layer.w_in.device) for name in ("router", "w_in", "w_out")),
                 permitted=permitted[number],
                 trainable=trainable[number],
+                rows=rows_of_layer(rows or {}, number),
+                alias=None if alias_LE is None else alias_LE[number],
             )
         head = self.spec.task == "classification" if train_head is None else train_head
         with torch.no_grad():
@@ -277,10 +283,13 @@ class TransformersAdapter:
         return loss_sum / count
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Evaluation:
-        """Loss sum, count, and in classification the correct predictions; leaves ``last_stats`` as it was."""
+    def evaluate(self, batch: Batch, *, with_stats: bool = False) -> Evaluation:
+        """Loss sum, count, and in classification the correct predictions.
+
+        ``last_stats`` stays as it was, unless ``with_stats`` leaves those of this batch there.
+        """
         self.model.eval()
-        with _without_stats(self.moe):
+        with nullcontext() if with_stats else _without_stats(self.moe):
             loss_sum, count, correct = self._sums(batch)
         return Evaluation(float(loss_sum), int(count), int(correct))
 
@@ -334,6 +343,11 @@ class TransformersAdapter:
             activation=first.activation,
             params=tuple(params),
         )
+
+    def _check_rows(self, rows: Rows) -> None:
+        known = {spec.key for spec in self.spec.params if spec.layer >= 0}
+        if strange := sorted(set(rows) - known):
+            raise ValueError(f"rows are given for {strange[0]}; only tensors of MoE layers have rows")
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
         for spec in self.spec.params:

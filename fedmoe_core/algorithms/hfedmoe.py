@@ -12,20 +12,21 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from fedmoe_core.aggregate import GateRule, Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.algorithms import Algorithm
 from fedmoe_core.client import LocalResult
 from fedmoe_core.importance import estimate_absent, expert_scores, importance_s, usage
-from fedmoe_core.plan import ExpertPlan, make_plan
+from fedmoe_core.plan import ExpertPlan
+from fedmoe_core.planning import make_plan
 from fedmoe_core.reports import failed_update, finished_update
-from fedmoe_core.state import Population, ServerState, initial_state
+from fedmoe_core.state import Population, ServerState
 from fedmoe_core.systems import Equation, System
 from fedmoe_core.update import ClientProfile, ClientUpdate
 
 
 @dataclass(frozen=True)
-class HFedMoE:
+class HFedMoE(Algorithm):
     """The paper's system in two forms of spending a budget.
 
     ``compact`` stores and runs only the chosen experts (a real memory bound, [E]); ``backward-masked`` is the paper's:
@@ -53,12 +54,6 @@ class HFedMoE:
             "eq. 14's score mixes units (a share and nats), as printed",
         ),
     )
-
-    population: Population
-
-    def init(self, params: dict[str, Tensor]) -> ServerState:
-        """Nobody has been heard: every client's importance is the server's own, over public data."""
-        return initial_state(params, len(self.population.budgets))
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Eq. 15 for each client: the experts of largest score within its budget."""
