@@ -45,8 +45,8 @@ def select_joint(
     gain while one fits and gains at least 0; each chosen expert is then exchanged once for the outsider that raises F
     most, if one does; the same swaps are tried on the knapsack's set, and the better of the two is returned. As the
     penalty is never negative, the knapsack's value bounds F: ``gap`` is the distance to that bound, and far from tight.
-    Against brute force on 16 experts of one size it found the optimum in 100 of 100 draws. Ties: the smaller layer,
-    then the smaller expert id.
+    Against brute force on 12 and 16 experts of one size it found the optimum in 60 of 60 draws (the tests). Ties go to
+    the smaller layer, then the smaller expert id.
 
     Args:
         values_LE: I_e or another score, finite.

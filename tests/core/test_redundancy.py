@@ -66,7 +66,7 @@ def test_inv8_without_redundancy_it_is_the_exact_modular_choice(seed: int) -> No
 
 @pytest.mark.parametrize(("layers", "experts"), [(1, 12), (2, 8), (4, 4)])
 def test_inv8_gap_to_brute_force_with_equal_costs(layers: int, experts: int) -> None:
-    """Up to 16 experts: at least 19 of 20 exact, and no draw off by more than 5 %; the modular choice is far off."""
+    """Up to 16 experts: every draw exact, where the modular choice is far off."""
     masks = every_mask(layers, experts)
     gaps, modular = [], []
     for seed in range(20):
@@ -82,8 +82,7 @@ def test_inv8_gap_to_brute_force_with_equal_costs(layers: int, experts: int) -> 
         assert found.gap >= best - found.value - 1e-12
         gaps.append((best - found.value) / abs(best))
         modular.append((best - joint_value(knapsack(values, costs, [n]).chosen_LE, values, penalty)) / abs(best))
-    assert sum(gap < 1e-9 for gap in gaps) >= 19
-    assert max(gaps) <= 0.05
+    assert max(gaps) < 1e-9
     assert np.mean(modular) > 0.02
 
 
