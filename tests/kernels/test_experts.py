@@ -190,8 +190,8 @@ def test_inv5_one_gradient_alone(wanted: str, monkeypatch: pytest.MonkeyPatch) -
     p = problem(13, 8, 6, 3, 2, biases=True)
     leaf = {n: t.detach().requires_grad_(n == wanted) for n, t in leaves(p).items()}
     asked: list[list[bool]] = []
-    wanted_buffers = ops._wanted
-    monkeypatch.setattr(ops, "_wanted", lambda i, needs: asked.append(needs) or wanted_buffers(i, needs))
+    wanted_buffers = ops.wanted
+    monkeypatch.setattr(ops, "wanted", lambda i, needs: asked.append(needs) or wanted_buffers(i, needs))
     run(p, leaf).backward(p.dy_TH)
     assert_close({wanted: leaf[wanted].grad}, {wanted: truth(p)[f"d{wanted}"]}, 1e-12)
     assert sum(asked[0]) == (0 if wanted == "x" else 1)

@@ -128,7 +128,7 @@ def test_a_shared_map_refuses_an_alias_that_nobody_serves(alias, said):
 )
 def test_owners_must_lie_on_their_own_slots(table, owners):
     with pytest.raises(ValueError, match="owners"):
-        SlotMap(torch.tensor(table), 2, torch.tensor(owners))
+        SlotMap(torch.tensor(table), 2, owner_B=torch.tensor(owners))
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid"])
