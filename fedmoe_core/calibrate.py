@@ -42,7 +42,9 @@ def calibrate(
     model = CostModel.of(spec, tokens=batch.tokens_SN.numel(), train_dense=train_dense)
     adapter.configure(params, train_dense=train_dense)
     dense = sum(tensor.numel() for key, tensor in adapter.trained().items() if key.startswith("dense."))
-    model = replace(model, trunk_trainable=dense)  # a classification head trains also where the trunk does not
+    model = replace(
+        model, trunk_trainable=dense, anchored=train.prox > 0
+    )  # a classification head trains also where the trunk does not
     peaks, buffers, flops = {}, 0, 0.0
     for top_k in range(1, spec.top_k + 1):
         adapter.configure(params, permitted_LE=few_LE, trainable_LE=few_LE, top_k=top_k, train_dense=train_dense)
@@ -75,7 +77,7 @@ def _stage_peaks(
     device = batch.tokens_SN.device
     stepper = Stepper(adapter, optimizer, train)
     stepper.step(batch)  # optimizer state exists from here on
-    resident = resident_bytes(adapter.model, optimizer)
+    resident = resident_bytes(adapter.model, optimizer) + tensor_bytes(stepper.anchors)
     with ExitStack() as hooks:
         for depth, layer in enumerate(layers):
             stage = f"stage{len(layers) - depth}"

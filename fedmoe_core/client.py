@@ -121,7 +121,7 @@ def _train(
             break
         if step == min(1, plan.local_steps - 1):
             # The second step is the first with optimizer state in place; shapes repeat, so one step tells.
-            resident = resident_bytes(adapter.model, optimizer)
+            resident = resident_bytes(adapter.model, optimizer) + tensor_bytes(stepper.anchors)
             loss, trace = trace_memory(partial(stepper.step, batch), device)
             losses.append(loss)
             memory = max(memory, resident + trace.peak)

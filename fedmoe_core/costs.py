@@ -95,6 +95,7 @@ class CostModel:
         lora_rank: rank of the experts' adapters; None = the experts themselves train.
         train_router: whether the router rows of trainable experts train.
         router_travels: whether routers are sent at all; False where each client keeps a gate of its own.
+        anchored: whether a copy of what trains, as it was received, stays beside it (FedProx).
         aux_tables: (tokens, experts) float32 tables per layer that an auxiliary router loss keeps alive.
         slot_bytes: index, offset and score storage per held expert.
     """
@@ -116,6 +117,7 @@ class CostModel:
     lora_rank: int | None = None
     train_router: bool = True
     router_travels: bool = True
+    anchored: bool = False
     aux_tables: int = 0
     slot_bytes: int = 64
 
@@ -194,15 +196,20 @@ class CostModel:
 
     @property
     def state_bytes(self) -> int:
-        """Memory of the optimizer state of one trainable expert and of its router row."""
-        return (self.trained_params + self._router_row) * self.optimizer_bytes
+        """Memory of the optimizer state, and of the anchor, of one trainable expert and of its router row."""
+        return (self.trained_params + self._router_row) * self._kept_bytes
+
+    @property
+    def _kept_bytes(self) -> int:
+        """Bytes per trainable parameter that stay between two steps, beside its weight."""
+        return self.optimizer_bytes + self.anchored * self.weight_bytes
 
     @property
     def resident_bytes(self) -> int:
         """Memory that is there whatever experts are held: trunk, its optimizer state, the whole router, buffers."""
         weights = (self.trunk_params + self.total_experts * self.hidden_size) * self.weight_bytes
         aux = self.aux_tables * self.tokens * self.total_experts * 4
-        return weights + self.trunk_trainable * self.optimizer_bytes + self.trunk.buffer_bytes + aux
+        return weights + self.trunk_trainable * self._kept_bytes + self.trunk.buffer_bytes + aux
 
     def memory(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> int:
         """Peak bytes of a local step from the second on (optimizer state exists): the largest of its stages."""
