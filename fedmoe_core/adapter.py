@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedmoe_core.batch import Batch, Task
 from fedmoe_core.layer import MoE
-from fedmoe_core.slots import Rows
+from fedmoe_core.rows import Rows
 from fedmoe_core.update import Evaluation, ParamSpec
 
 

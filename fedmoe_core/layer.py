@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fedmoe_core.slots import Rows, check_rows, slot_map_of
+from fedmoe_core.rows import Rows, check_rows, slot_map_of
 from fedmoe_kernels.experts import ExpertScores, ExpertWeights, moe_mlp
 from fedmoe_kernels.routing import SlotMap, route
 from fedmoe_kernels.stats import RouterStats

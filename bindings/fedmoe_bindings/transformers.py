@@ -20,7 +20,7 @@ from fedmoe_bindings.transformers_submodel import extract_submodel, merge_submod
 from fedmoe_core.adapter import Batch, Evaluation, ModelSpec, Task
 from fedmoe_core.config import ModelConfig
 from fedmoe_core.layer import MoE
-from fedmoe_core.slots import Rows, rows_of_layer
+from fedmoe_core.rows import Rows, rows_of_layer
 from fedmoe_core.update import Kind, ParamSpec
 
 __all__ = ["TransformersAdapter", "extract_submodel", "load_adapter", "merge_submodel", "use_fedmoe"]
