@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo bench clean
+.PHONY: help setup test check interpret demo bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ check: setup ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+interpret: setup ## every Triton kernel in Triton's interpreter, on CPU, against the float64 reference
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/interpret
 
 DEMO := runs/demo
 demo: setup ## fine-tune a small MoE over ten budgeted clients, next to random experts and FedAvg, and write the report

@@ -3,7 +3,7 @@
 from setuptools import setup
 
 setup(
-    packages=["fedmoe_core", "fedmoe_core.algorithms", "fedmoe_kernels", "fedmoe_bindings"],
+    packages=["fedmoe_core", "fedmoe_core.algorithms", "fedmoe_kernels", "fedmoe_kernels.gpu", "fedmoe_bindings"],
     package_dir={
         "fedmoe_core": "fedmoe_core",
         "fedmoe_kernels": "kernels/fedmoe_kernels",

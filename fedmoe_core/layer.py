@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fedmoe_core.rows import Rows, check_rows, slot_map_of
+from fedmoe_core.slots import frozen_stack, group_of, stack
 from fedmoe_kernels.experts import ExpertScores, ExpertWeights, moe_mlp
+from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.routing import SlotMap, route
 from fedmoe_kernels.stats import RouterStats
 
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
 INIT_STD = 0.02  # of fresh weights, as transformers' initializer_range
 NO_ROWS: Rows = MappingProxyType({})
+ROUTING_BACKENDS = {"auto": "auto", "triton": "triton", "cpu": "torch", "reference": "torch"}
 GATED = ("swiglu", "geglu", "swiglu_oai")  # activations whose w_in is [gate; up]
 
 
@@ -56,6 +59,8 @@ class MoE(nn.Module):
         with_scores: let every backward add importance sums to ``scores``.
         keep_logits: leave the router logits of this forward's real tokens, with their graph, in ``last_logits_TE``, and
             the choices of all its tokens, (T, K), -1 = none, in ``last_experts_TK``.
+        recompute: keep no activations for the backward, which makes them again from x.
+        backend: as ``fedmoe_kernels.moe_mlp``.
 
     ``last_stats`` is overwritten by each forward and never summed here, so that a forward repeated by activation
     checkpointing cannot count twice; whoever wants sums adds it once per micro-batch.
@@ -66,7 +71,11 @@ class MoE(nn.Module):
     router: nn.Parameter
     w_in_frozen: Tensor
     w_out_frozen: Tensor
+    w_in_scale: Tensor | None
+    w_out_scale: Tensor | None
     router_rest: Tensor
+    trainable_experts: tuple[int, ...]
+    frozen_experts: tuple[int, ...]
     _slot_map: SlotMap
 
     def __init__(
@@ -84,6 +93,9 @@ class MoE(nn.Module):
         train_router: bool = True,
         with_stats: bool = False,
         with_scores: bool = False,
+        recompute: bool = False,
+        frozen_bits: int | None = None,
+        rows_per_slot: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         backend: str = "auto",
@@ -97,7 +109,10 @@ class MoE(nn.Module):
             activation: as ``fedmoe_kernels.moe_mlp``.
             scoring, renormalize: as ``fedmoe_kernels.route``.
             train_router: False freezes every router row.
-            with_stats, with_scores: see the class.
+            with_stats, with_scores, recompute: see the class.
+            frozen_bits: 8 or 4 stores the frozen experts in as many bits with a scale per 128 columns, which 32 must
+                divide; None = in ``dtype``. An expert so stored trains again only from a ``source``.
+            rows_per_slot: rows an expert is expected to get, see ``fedmoe_kernels.SlotMap``.
             dtype, device: of the weights.
             backend: as ``fedmoe_kernels.moe_mlp``.
 
@@ -105,6 +120,8 @@ class MoE(nn.Module):
             ValueError: k above E, an empty permitted set, or masks of the wrong shape, kind or inclusion.
         """
         super().__init__()
+        if backend not in ROUTING_BACKENDS:
+            raise ValueError(f"backend is {backend!r}; choose one of {', '.join(ROUTING_BACKENDS)}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} of {num_experts} experts is impossible; choose 1 to {num_experts}")
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
@@ -112,14 +129,19 @@ class MoE(nn.Module):
         self.activation, self.scoring, self.renormalize = activation, scoring, renormalize
         self.train_router = train_router
         self.with_stats, self.with_scores, self.keep_logits = with_stats, with_scores, False
-        self.backend = backend
+        self.recompute, self.backend = recompute, backend
+        self.frozen_bits, self.rows_per_slot = frozen_bits, rows_per_slot
         self.token_mask: Tensor | None = None
         self.last_stats: RouterStats | None = None
         self.last_logits_TE: Tensor | None = None
         self.last_experts_TK: Tensor | None = None
         self._scores: ExpertScores | None = None
-        for name in ("w_in_frozen", "w_out_frozen", "router_rest"):
+        for name in ("w_in_frozen", "w_out_frozen", "w_in_scale", "w_out_scale", "router_rest"):
             self.register_buffer(name, None)
+        if frozen_bits is not None:
+            if frozen_bits not in (8, 4):
+                raise ValueError(f"frozen_bits is {frozen_bits}; choose 8, 4 or None")
+            group_of(hidden_size), group_of(intermediate_size)
         width = intermediate_size * (2 if activation in GATED else 1)
         held, trains = self.check_masks(permitted, trainable)
         ids = tuple(np.flatnonzero(held).tolist())
@@ -173,6 +195,7 @@ class MoE(nn.Module):
             renormalize=self.renormalize,
             valid_T=valid_T,
             with_stats=self.with_stats,
+            backend=ROUTING_BACKENDS[self.backend],
         )
         self.last_stats = routing.stats
         if self.keep_logits:
@@ -181,10 +204,11 @@ class MoE(nn.Module):
         y_TH = moe_mlp(
             x_TH,
             routing,
-            ExpertWeights(self.w_in, self.w_in_frozen),
-            ExpertWeights(self.w_out, self.w_out_frozen),
+            ExpertWeights(self.w_in, self._frozen("w_in")),
+            ExpertWeights(self.w_out, self._frozen("w_out")),
             activation=self.activation,
             scores=self.scores,
+            recompute=self.recompute,
             backend=self.backend,
         )
         return y_TH.reshape(x.shape)
@@ -338,7 +362,7 @@ class MoE(nn.Module):
         alias: np.ndarray | None = None,
     ) -> None:
         """Lay the experts out in slots. With ``keep``, what this layer has wins over ``source``; ``own`` over both."""
-        slot_map = slot_map_of(held, trains, alias)
+        slot_map = slot_map_of(held, trains, alias, rows_per_slot=self.rows_per_slot)
         trainable = tuple(np.flatnonzero(trains).tolist())
         frozen = tuple(np.flatnonzero(held & ~trains).tolist())
         have = self.experts if keep else ()
@@ -346,25 +370,34 @@ class MoE(nn.Module):
         missing = [e for e in trainable + frozen if e not in have and e not in offered]
         if missing:
             raise ValueError(f"expert {missing[0]} is new to this layer; pass a source that holds its weights")
+        coded = self.frozen_experts if keep and self.frozen_bits else ()
+        lossy = [e for e in trainable if e in coded and e not in offered]
+        if lossy:
+            raise ValueError(f"expert {lossy[0]} is held in {self.frozen_bits} bits; pass a source to train it from")
         if source is not None:
             self._check(source)
             check_rows(own, {name: getattr(source, name) for name in ("router", "w_in", "w_out")}, held)
         with torch.no_grad():
             router_EH = self.router_EH() if keep else cast(LayerState, source).router
             for name in ("w_in", "w_out"):
-                rows: dict[int, Tensor] = (
-                    {} if source is None else {e: getattr(source, name)[i] for e, i in offered.items()}
-                )
+                like = getattr(self if keep else source, name)
+                rows = {} if source is None else {e: getattr(source, name)[i] for e, i in offered.items()}
                 if keep:
-                    rows |= dict(zip(have, self._rows(name), strict=True))
+                    rows |= dict(zip(self.trainable_experts, getattr(self, name), strict=True))
+                stored = self._frozen(name) if keep else None
+                codes = {e: stored[i] for i, e in enumerate(coded)} if isinstance(stored, Quantized) else {}
+                if isinstance(stored, Tensor):
+                    rows |= dict(zip(self.frozen_experts, stored, strict=True))
                 rows |= own.get(name, {})
-                setattr(self, name, nn.Parameter(_stack(rows, trainable)))
-                setattr(self, f"{name}_frozen", _stack(rows, frozen))
-            rows = dict(enumerate(router_EH)) | dict(own.get("router", {}))
+                setattr(self, name, nn.Parameter(stack(rows, trainable, like)))
+                values, scale = frozen_stack(rows, codes, frozen, bits=self.frozen_bits, like=like)
+                setattr(self, f"{name}_frozen", values)
+                setattr(self, f"{name}_scale", scale)
             steered = trainable if self.train_router else ()
             rest = tuple(e for e in range(self.num_experts) if e not in steered)
-            self.router = nn.Parameter(_stack(rows, steered))
-            self.router_rest = _stack(rows, rest)
+            rows = dict(enumerate(router_EH)) | dict(own.get("router", {}))
+            self.router = nn.Parameter(stack(rows, steered, router_EH))
+            self.router_rest = stack(rows, rest, router_EH)
         self.trainable_experts, self.frozen_experts = trainable, frozen
         order = steered + rest
         self._router_in_order = order == tuple(range(self.num_experts))
@@ -388,13 +421,20 @@ class MoE(nn.Module):
                 raise ValueError(f"{name} has shape {tuple(getattr(source, name).shape)}; this layer needs {shape}")
 
     def _rows(self, name: str) -> list[Tensor]:
-        """Views of every slot's weight, in slot order."""
-        return [*getattr(self, name).detach(), *getattr(self, f"{name}_frozen")]
+        """Every slot's weight, in slot order; views, but for those that are held in few bits."""
+        trainable, frozen = getattr(self, name).detach(), self._frozen(name)
+        return [*trainable, *(frozen.dequantize(trainable.dtype) if isinstance(frozen, Quantized) else frozen)]
 
+    def _frozen(self, name: str) -> Tensor | Quantized:
+        """The frozen slots of a matrix as they are stored."""
+        values, scale = getattr(self, f"{name}_frozen"), getattr(self, f"{name}_scale")
+        return values if scale is None else Quantized(values, scale)
 
-def _stack(rows: Mapping[int, Tensor], ids: Sequence[int]) -> Tensor:
-    """A fresh tensor of the rows ``ids``; with no ids, an empty one of the same row shape."""
-    if ids:
-        return torch.stack([rows[e].detach() for e in ids])
-    like = next(iter(rows.values()))
-    return like.new_empty((0, *like.shape))
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        """Another dtype for the layer is none for the scales of its codes, which stay float32."""
+        scales = {name: getattr(self, name) for name in ("w_in_scale", "w_out_scale")}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            if scale is not None and getattr(self, name).dtype != scale.dtype:
+                setattr(self, name, scale.to(getattr(self, name).device))
+        return self

@@ -13,7 +13,9 @@ from fedmoe_kernels.routing import SlotMap
 Rows = Mapping[str, Mapping[int, Tensor]]  # tensor name -> expert id -> row
 
 
-def slot_map_of(held_E: np.ndarray, trains_E: np.ndarray, alias_E: np.ndarray | None) -> SlotMap:
+def slot_map_of(
+    held_E: np.ndarray, trains_E: np.ndarray, alias_E: np.ndarray | None, *, rows_per_slot: int | None
+) -> SlotMap:
     """The map of a layer's masks, bool (E,); with ``alias_E``, int (E,), absent experts are served by held ones.
 
     Raises:
@@ -21,8 +23,9 @@ def slot_map_of(held_E: np.ndarray, trains_E: np.ndarray, alias_E: np.ndarray | 
     """
     masks = torch.from_numpy(held_E.copy()), torch.from_numpy(trains_E.copy())
     if alias_E is None:
-        return SlotMap.build(*masks)
-    return SlotMap.shared(*masks, alias_E=torch.from_numpy(np.asarray(alias_E, dtype=np.int64).copy()))
+        return SlotMap.build(*masks, rows_per_slot=rows_per_slot)
+    alias = torch.from_numpy(np.asarray(alias_E, dtype=np.int64).copy())
+    return SlotMap.shared(*masks, alias_E=alias, rows_per_slot=rows_per_slot)
 
 
 def check_rows(rows: Rows, like: Mapping[str, Tensor], held_E: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """Tensors in, tensors out: masked routing and grouped expert products; knows nothing of clients or rounds."""
 
 from fedmoe_kernels.experts import moe_mlp
+from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.routing import Routing, SlotMap, route
 from fedmoe_kernels.scores import ExpertScores
 from fedmoe_kernels.stats import RouterStats
@@ -10,6 +11,7 @@ __all__ = [
     "ExpertLora",
     "ExpertScores",
     "ExpertWeights",
+    "Quantized",
     "RouterStats",
     "Routing",
     "SlotMap",

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.backends import EXPERT_BACKENDS
+from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.routing import Routing
 from fedmoe_kernels.scores import ExpertScores
 from fedmoe_kernels.weights import ExpertLora, Stack, what
@@ -18,14 +20,12 @@ def check_call(x_TH: Tensor, activation: str, backend: str, scores: ExpertScores
         raise ValueError(f"x_TH is {what(x_TH)}; it must be a floating (tokens, hidden) matrix")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
-    if backend not in ("auto", "cpu", "reference"):
-        raise ValueError(f"backend {backend!r} does not exist here; choose 'auto', 'cpu' or 'reference'")
+    if backend not in EXPERT_BACKENDS:
+        raise ValueError(f"backend {backend!r} does not exist; choose one of {', '.join(EXPERT_BACKENDS)}")
     if backend == "reference" and scores is not None:
-        raise ValueError("scores need backend 'auto' or 'cpu'; for the reference call reference.importance")
-    if x_TH.device.type not in ("cpu", "meta") and backend != "reference":
-        raise ValueError(
-            f"x_TH is on {x_TH.device}, which has no kernel yet; move it to cpu or use backend='reference'"
-        )
+        raise ValueError("scores need another backend than 'reference'; for that call reference.importance")
+    if x_TH.device.type not in ("cpu", "cuda", "meta") and backend != "reference":
+        raise ValueError(f"x_TH is on {x_TH.device}, which has no kernel; move it or use backend='reference'")
 
 
 def check_routing(x_TH: Tensor, routing: Routing) -> int:
@@ -34,8 +34,18 @@ def check_routing(x_TH: Tensor, routing: Routing) -> int:
         raise ValueError(
             f"routing is of {routing.rows_TK.shape[0]} tokens, x_TH has {x_TH.shape[0]}; route the tokens of this x_TH"
         )
-    if routing.weights_TK.device != x_TH.device or routing.rows_TK.device != x_TH.device:
-        raise ValueError(f"routing is on {routing.rows_TK.device}, x_TH on {x_TH.device}; move one of them")
+    R = routing.rows_TK.numel()
+    index = {"rows_TK": tuple(routing.rows_TK.shape), "tokens_R": (R,), "places_R": (R,)}
+    for name, shape in (index | {"offsets_B1": (routing.num_slots + 1,)}).items():
+        value: Tensor = getattr(routing, name)
+        if value.dtype != torch.int64 or value.shape != shape:
+            raise ValueError(f"routing.{name} is {what(value)}; it must be int64 {shape}, as `route` makes it")
+        if value.device != x_TH.device:
+            raise ValueError(f"routing.{name} is on {value.device}, x_TH on {x_TH.device}; move one of them")
+    if routing.num_slots < 1:
+        raise ValueError("routing has no slot; permit at least one expert")
+    if routing.weights_TK.device != x_TH.device:
+        raise ValueError(f"routing.weights_TK is on {routing.weights_TK.device}, x_TH on {x_TH.device}; move one")
     if not routing.weights_TK.is_floating_point():
         raise ValueError(f"routing.weights_TK is {routing.weights_TK.dtype}; the weights must be floating")
     return routing.num_slots
@@ -77,6 +87,10 @@ def check_slots(
             raise ValueError(f"trainable_B is {what(trainable_B)}; it must be bool of shape ({slots},)")
         if w_in.frozen is not None:
             raise ValueError("trainable_B is given beside ExpertWeights, which already say what is trainable; drop it")
+        if trainable_B.device != w_in.trainable.device:
+            raise ValueError(f"trainable_B is on {trainable_B.device}, w_in on {w_in.trainable.device}; move one")
+    if scores is not None and scores.leaf_B6.device != w_in.trainable.device:
+        raise ValueError(f"scores is on {scores.leaf_B6.device}, w_in on {w_in.trainable.device}; make it there")
     if scores is not None and scores.num_slots != slots:
         raise ValueError(f"scores has {scores.num_slots} slots, routing {slots}; make one ExpertScores per layer")
 
@@ -101,8 +115,26 @@ def check_lora(x_TH: Tensor, stacks: dict[str, Stack], lora: ExpertLora, slots: 
     if isinstance(lora.scale, Tensor) and lora.scale.shape not in ((), (count,)):
         raise ValueError(f"lora.scale is {what(lora.scale)}; it must be a number or of shape ({count},)")
     base = lora.base_of_slot_B
+    for name, value in (("scale", lora.scale), ("base_of_slot_B", base)):
+        # A number on the CPU becomes a tensor where x is; a row of them would be a hidden copy, and a wait, every call.
+        if isinstance(value, Tensor) and value.dim() and value.device != x_TH.device:
+            raise ValueError(f"lora.{name} is on {value.device}, x_TH on {x_TH.device}; move one of them")
     if base is not None and (base.dtype != torch.int64 or base.shape != (slots,)):
         raise ValueError(f"lora.base_of_slot_B is {what(base)}; it must be int64 of shape ({slots},)")
+
+
+def check_stack_like(stack: Stack, x_TH: Tensor) -> None:
+    """Dtype and device of both parts."""
+    check_like(stack.name, stack.trainable, x_TH)
+    if isinstance(stack.frozen, Quantized):
+        if stack.name.startswith("bias"):
+            raise ValueError(f"{stack.name} is quantised; only w_in and w_out may be")
+        if stack.frozen.codes.device != x_TH.device:
+            raise ValueError(
+                f"{stack.name}'s frozen part is on {stack.frozen.codes.device}, x_TH on {x_TH.device}; move one of them"
+            )
+    elif stack.frozen is not None:
+        check_like(f"{stack.name}'s frozen part", stack.frozen, x_TH)
 
 
 def check_like(name: str, value: Tensor, x_TH: Tensor) -> None:

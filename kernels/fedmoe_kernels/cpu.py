@@ -1,8 +1,10 @@
-"""The experts on CPU: rows gathered in tiles, one product per slot and stage, every result written where it stays.
+"""The experts as loops over slots: rows gathered in tiles, one product per slot and stage, results written in place.
 
 Shapes: T tokens, K top-k, B slots, G slots with gradient buffers, R = T * K places, N <= R rows, H hidden,
 I intermediate, F = 2 * I when gated else I, C rows of a tile. Sums run in a fixed order: a rerun with as many threads
 gives the same bits. Places without a row are never read: N rows are all that the loops know.
+
+The path of CPU tensors, and of tensors on a GPU that the kernels cannot serve, where torch.mm makes the products.
 
 Memory: y or dx of all rows before they are combined, one tile's buffers, what one oneDNN product allocates (gemm.py),
 and the results; see `forward_bytes` and `backward_bytes`. Nothing else grows with the rows but 8 bytes of index each.
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from fedmoe_kernels import slot
 from fedmoe_kernels.activations import Activation
-from fedmoe_kernels.gemm import gemm_for, most_slack
+from fedmoe_kernels.gemm import Gemm, gemm_for, most_slack
 from fedmoe_kernels.slot import Expert, Gradients
 
 # Values per (C, I) buffer of a tile: 1 MB of float32 keeps the passes between two products in cache, and leaves the
@@ -64,30 +66,44 @@ def tile_rows(intermediate: int) -> int:
     return max(64, _TILE_VALUES // max(1, intermediate))
 
 
-def forward_bytes(tokens: int, rows: int, hidden: int, inner: int, *, gated: bool, itemsize: int = 4) -> int:
+def forward_bytes(
+    tokens: int, rows: int, hidden: int, inner: int, *, gated: bool, itemsize: int = 4, keep_z: bool = True
+) -> int:
     """The most bytes a forward allocates at once, for any routing of R = `rows` places.
 
-    Of these the saved z (R * F values) and y (T * H) stay. Exact to 64 kB (oneDNN's scratch) when one slot fills a
-    tile; other routings take less.
+    Of these the saved z (R * F values, with `keep_z`) and y (T * H) stay. Exact to 64 kB (oneDNN's scratch) when one
+    slot fills a tile; other routings take less. A quantised slot adds one dequantised matrix and its codes as floats.
     """
     width = 2 * inner if gated else inner
     most, room = _room(rows, inner)
     combining = tokens * hidden + 4 * rows + 4 * tokens  # 8-byte indices counted in values of 4
     working = room * (hidden + inner) + (most + most_slack(most)) * max(width, hidden)
-    return itemsize * (rows * width + (rows + 1) * hidden + max(working, combining))
+    z = rows if keep_z else room
+    return itemsize * (z * width + (rows + 1) * hidden + max(working, combining))
 
 
 def backward_bytes(
-    tokens: int, rows: int, hidden: int, inner: int, *, gated: bool, grad_slots: int, itemsize: int = 4
+    tokens: int,
+    rows: int,
+    hidden: int,
+    inner: int,
+    *,
+    gated: bool,
+    grad_slots: int,
+    itemsize: int = 4,
+    recompute: bool = False,
 ) -> int:
     """The most bytes a backward allocates at once, all gradients asked for.
 
-    Of these the weight gradients (G * (F + I) * H values) and dx (T * H) stay. Exact in the same sense.
+    Of these the weight gradients (G * (F + I) * H values) and dx (T * H) stay. Exact in the same sense. To recompute z
+    takes one tile of it, C * F values, beside the product that makes it.
     """
     width = 2 * inner if gated else inner
     most, room = _room(rows, inner)
     combining = tokens * hidden + 4 * rows + 4 * tokens
     working = room * (hidden + 2 * inner + width) + most * width + hidden * width
+    if recompute:
+        working += room * width
     weights = grad_slots * (width + inner) * hidden
     return itemsize * (weights + (rows + 1) * hidden + 3 * rows + max(working, combining))
 
@@ -109,7 +125,7 @@ def _forward_tiles(
     x_TH: Tensor, rows: Rows, experts: Sequence[Expert], activation: Activation, *, z_RF: Tensor | None, y_XH: Tensor
 ) -> None:
     hidden, inner = experts[0].w_out.shape
-    gemm = gemm_for(x_TH.dtype)
+    gemm = _gemm(x_TH)
     most, room = _room(rows.tokens_R.shape[0], inner)
     x_CH, h_CI = x_TH.new_empty(room, hidden), x_TH.new_empty(room, inner)
     z_CF = x_TH.new_empty(room if z_RF is None else 0, activation.width(inner))
@@ -138,7 +154,8 @@ def backward(
 
     With s the routing weight of a row and d = dy @ W_out: dS = <d, h> + <dy, b_out>, so no expert output is stored;
     dz = s * d * f'(z); dW_out = (s * dy).T @ h; dW_in = dz.T @ x; dx = the sum of dz @ W_in over a token's rows. A
-    frozen slot skips its dW and nothing else. Importance: the identities of `fedmoe_kernels.scores`.
+    frozen slot skips its dW and nothing else. A z of no rows was not kept: each tile makes its own again, by the same
+    products as the forward and so with the same bits. Importance: the identities of `fedmoe_kernels.scores`.
     """
     for b, expert in enumerate(experts):
         if rows.offsets[b] == rows.offsets[b + 1]:
@@ -185,13 +202,19 @@ def _backward_tiles(
 ) -> None:
     dy_TH, x_TH, z_RF = tensors
     hidden, inner = experts[0].w_out.shape
-    gemm = gemm_for(x_TH.dtype)
+    gemm = _gemm(x_TH)
     most, room = _room(rows.tokens_R.shape[0], inner)
     want_dz = out.dx_XH is not None or grads.want_in or grads.scores is not None
     row_CH, d_CI, h_CI, dz_CF = (x_TH.new_empty(room, n) for n in (hidden, inner, inner, z_RF.shape[1]))
+    z_CF = x_TH.new_empty(0 if z_RF.shape[0] else room, z_RF.shape[1])
     for low, high, pieces in _tiles(rows.offsets, experts, most):
         n, s_n1, tokens_n = high - low, out.s_N1[low:high], rows.tokens_R[low:high]
-        row_nH, z_nF, d_nI, h_nI, dz_nF = row_CH[:n], z_RF[low:high], d_CI[:n], h_CI[:n], dz_CF[:n]
+        row_nH, d_nI, h_nI, dz_nF = row_CH[:n], d_CI[:n], h_CI[:n], dz_CF[:n]
+        z_nF = z_RF[low:high] if z_RF.shape[0] else z_CF[:n]
+        if not z_RF.shape[0]:
+            torch.index_select(x_TH, 0, tokens_n, out=row_nH)
+            for piece, at in pieces:
+                slot.up(gemm, piece.expert, row_CH, at, out_mF=z_nF[at])
         learns = any(piece.expert.learns for piece, _ in pieces)
         torch.index_select(dy_TH, 0, tokens_n, out=row_nH)
         for piece, at in pieces:
@@ -226,7 +249,7 @@ def _backward_tiles(
 def _score(grads: Gradients, rows: Rows, sds_N: Tensor, taylor_in_B: Tensor) -> None:
     """Write (B, 6): rows, sum s*dS, sum |s*dS|, sum (s*dS)^2, sum <z, dz>, ||dW_in||^2 + ||dW_out||^2."""
     assert grads.scores is not None
-    offsets_B1 = torch.tensor(rows.offsets)
+    offsets_B1 = torch.tensor(rows.offsets, device=sds_N.device)
     terms_N3 = torch.stack([sds_N, sds_N.abs(), sds_N.square()], 1)
     sums_B3 = torch.segment_reduce(terms_N3, "sum", offsets=offsets_B1, axis=0, unsafe=True, initial=0)
     grad_sq_B = torch.zeros_like(taylor_in_B)
@@ -236,6 +259,10 @@ def _score(grads: Gradients, rows: Rows, sds_N: Tensor, taylor_in_B: Tensor) -> 
             grad_sq_B[: norm_G.shape[0]] += norm_G.square()
     columns = (offsets_B1.diff(), *sums_B3.unbind(1), taylor_in_B, grad_sq_B)
     grads.scores.copy_(torch.stack([c.to(sums_B3.dtype) for c in columns], 1))
+
+
+def _gemm(like: Tensor) -> Gemm:
+    return gemm_for(like.dtype) if like.device.type == "cpu" else Gemm(None)
 
 
 def _room(rows: int, inner: int) -> tuple[int, int]:
@@ -281,7 +308,7 @@ def _combine(rows_XH: Tensor, rows: Rows, *, weighted: bool) -> Tensor:
     zero = rows_XH.shape[0] - 1
     if rows_XH.dtype in (torch.float32, torch.float64):
         index_R = rows.rows_TK.flatten().remainder(zero + 1)
-        bags_T = torch.arange(0, T * K, K)
+        bags_T = torch.arange(0, T * K, K, device=rows_XH.device)
         weights_R = rows.weights_TK.flatten().to(rows_XH.dtype) if weighted else None
         return torch.embedding_bag(rows_XH, index_R, bags_T, False, 0, False, weights_R)[0]
     sum_TH = rows_XH.new_zeros(T, rows_XH.shape[1], dtype=torch.float32)

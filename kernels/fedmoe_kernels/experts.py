@@ -29,6 +29,7 @@ def moe_mlp(
     trainable_B: Tensor | None = None,
     lora: ExpertLora | None = None,
     scores: ExpertScores | None = None,
+    recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """y[t] = sum over the rows of token t of weight * (w_out @ f(w_in @ x[t] + bias_in) + bias_out); shape (T, H).
@@ -36,7 +37,7 @@ def moe_mlp(
     Differentiable by x, `routing.weights_TK`, trainable weights and biases, adapter factors. Exact for any routing:
     slots without a row get zero gradients, places without a row count nowhere. Two runs with the same inputs and
     threads give the same bits. Under torch.autocast, x and all weights are cast to the autocast dtype. One host read
-    of `routing.offsets_B1` per call and direction on CPU.
+    of `routing.offsets_B1` per call and direction in the slot loops; the kernels read nothing back.
 
     Args:
         x_TH: tokens; float32, float64, bfloat16 or float16.
@@ -49,7 +50,11 @@ def moe_mlp(
             full-sized and zero there. With `lora` it picks the adapters that learn.
         lora: adapters; the weights and biases must then be frozen.
         scores: importance sums to add to in the backward.
-        backend: "auto" and "cpu" take this device's fast path, "reference" the loops of `reference.py`.
+        recompute: keep no activations between the forward and the backward, which then makes z again from x: the same
+            bits for one more first product; R * F values less.
+        backend: "auto" takes the Triton kernels for tensors on a GPU that can run them, and the slot loops of `cpu.py`
+            for all others (on a GPU with one warning that says why). "triton" insists, on CPU tensors under
+            TRITON_INTERPRET=1; "cpu" means the slot loops anywhere; "reference" the loops of `reference.py`.
 
     Returns:
         (T, H) in the dtype of x.
@@ -64,36 +69,46 @@ def moe_mlp(
     checks.check_slots(slots, stacks, trainable_B, lora, scores)
     x_TH, stacks, lora = _autocast(x_TH, stacks, lora)
     for stack in stacks.values():
-        checks.check_like(stack.name, stack.trainable, x_TH)
+        checks.check_stack_like(stack, x_TH)
     if lora is not None:
         checks.check_lora(x_TH, stacks, lora, slots)
     if backend == "reference":
         return _by_reference(x_TH, routing, stacks, activation, trainable_B, lora)
     tensors = _tensors(x_TH, routing, stacks, trainable_B, lora)
     leaf_B6 = None if scores is None else scores.leaf_B6
-    keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, leaf_B6))
-    return moe_mlp_op(*tensors, leaf_B6, activation, keep_z)[0]
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, leaf_B6))
+    keep_z = differentiable and not recompute
+    return moe_mlp_op(*tensors, leaf_B6, activation, keep_z, backend, routing.rows_per_slot or 0)[0]
 
 
 def _tensors(
     x_TH: Tensor, routing: Routing, stacks: dict[str, Stack], trainable_B: Tensor | None, lora: ExpertLora | None
 ) -> list[Tensor | None]:
     """The operator's tensors, in the order of `ops.OpInputs`."""
-    weights = [stacks.get(name) for name in ("w_in", "w_out", "bias_in", "bias_out")]
+    given = [stacks.get(name) for name in ("w_in", "w_out", "bias_in", "bias_out")]
+    parts = [(None, None, None) if stack is None else stack.storage for stack in given]
     adapter: list[Tensor | None] = [None] * 6
     if lora is not None:
-        scale_B = torch.as_tensor(lora.scale, dtype=torch.float64, device=x_TH.device).detach()
-        adapter = [lora.a_in, lora.b_in, lora.a_out, lora.b_out, scale_B.expand(lora.a_in.shape[0])]
+        adapter = [lora.a_in, lora.b_in, lora.a_out, lora.b_out, _scales(lora, x_TH.device)]
         adapter.append(lora.base_of_slot_B)
     tensors = [
         x_TH,
         *(routing.weights_TK, routing.rows_TK, routing.tokens_R, routing.places_R, routing.offsets_B1),
-        *(None if stack is None else stack.trainable for stack in weights),
-        *(None if stack is None else stack.frozen for stack in weights),
+        *(trainable for trainable, _, _ in parts),
+        *(frozen for _, frozen, _ in parts),
+        *(scale for _, _, scale in parts[:2]),
         *adapter,
         trainable_B,
     ]
     return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _scales(lora: ExpertLora, device: torch.device) -> Tensor:
+    """(Bl,) float64; a number is filled in on the device, because a copy could not be part of a CUDA graph."""
+    count = lora.a_in.shape[0]
+    if isinstance(lora.scale, Tensor):
+        return lora.scale.detach().to(device, torch.float64).expand(count)
+    return torch.full((count,), lora.scale, dtype=torch.float64, device=device)
 
 
 def _by_reference(
@@ -107,8 +122,7 @@ def _by_reference(
     def whole(stack: Stack | None) -> Tensor | None:
         if stack is None:
             return None
-        both = stack.trainable if stack.frozen is None else torch.cat([stack.trainable, stack.frozen])
-        return _learn_only(both, trainable_B) if lora is None else both
+        return _learn_only(stack.whole(), trainable_B) if lora is None else stack.whole()
 
     if lora is not None:
         lora = _pad(lora, routing.num_slots, trainable_B)
@@ -157,10 +171,7 @@ def _autocast(
     if kind == "meta" or x_TH.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x_TH, stacks, lora
     dtype = torch.get_autocast_dtype(kind)
-    cast = {
-        name: Stack(name, stack.trainable.to(dtype), None if stack.frozen is None else stack.frozen.to(dtype))
-        for name, stack in stacks.items()
-    }
+    cast = {name: stack.cast(dtype) for name, stack in stacks.items()}
     if lora is not None:
         lora = replace(
             lora,

@@ -1,8 +1,11 @@
-"""The operators `fedmoe::moe_mlp` and `fedmoe::moe_mlp_backward`: schemas, shapes, derivative and the CPU bodies.
+"""The operators `fedmoe::moe_mlp` and `fedmoe::moe_mlp_backward`: schemas, shapes, derivative, and which body runs.
 
-A body for another device registers itself for the same two names; nothing here but `_forward_cpu` and `_backward_cpu`
-knows how the work is done. Both operators assume inputs that `experts.moe_mlp` has checked: contiguous, of one dtype
-(routing weights excepted) and on one device.
+Each call goes to the slot loops of `cpu.py` or to the Triton kernels of `gpu/experts.py`, which are imported when they
+are first needed. Both operators assume inputs that `experts.moe_mlp` has checked: contiguous, of one dtype (routing
+weights and quantised storage excepted) and on one device.
+
+Their last arguments: `backend` ("auto", "cpu" or "triton") and `rows_per_slot`, what the kernels' tiles are chosen by
+(0 = T * K / B of this call).
 """
 
 from __future__ import annotations
@@ -14,16 +17,18 @@ from torch import Tensor
 
 from fedmoe_kernels import cpu
 from fedmoe_kernels.activations import ACTIVATIONS
-from fedmoe_kernels.slot import Adapter, Expert, Gradients
+from fedmoe_kernels.backends import use_triton
+from fedmoe_kernels.slot import Adapter, Expert, Gradients, Packed
 
 
 class OpInputs(NamedTuple):
     """The tensors of both operators, in the order of their schemas.
 
     x_TH (T, H) and the fields of `Routing`. w_in (Bt, F, H), w_out (Bt, H, I) with the frozen slots' (B - Bt, ...)
-    beside them, biases alike. Adapters: a_in (Bl, r, H), b_in (Bl, F, r), a_out (Bl, r, I), b_out (Bl, H, r), scale_B
-    (Bl,) float64 and base_of_slot_B (B,) int64, the row of the weights that a slot runs. trainable_B (B,) bool: slots
-    that get a gradient, None = all that can.
+    beside them, biases alike; where a scale is given, the frozen matrices are the codes of `Quantized`. Adapters:
+    a_in (Bl, r, H), b_in (Bl, F, r), a_out (Bl, r, I), b_out (Bl, H, r), scale_B (Bl,) float64 and base_of_slot_B (B,)
+    int64, the row of the weights that a slot runs. trainable_B (B,) bool: slots that get a gradient, None = all that
+    can.
     """
 
     x_TH: Tensor
@@ -40,6 +45,8 @@ class OpInputs(NamedTuple):
     w_out_frozen: Tensor | None
     bias_in_frozen: Tensor | None
     bias_out_frozen: Tensor | None
+    w_in_scale: Tensor | None
+    w_out_scale: Tensor | None
     a_in: Tensor | None
     b_in: Tensor | None
     a_out: Tensor | None
@@ -47,6 +54,10 @@ class OpInputs(NamedTuple):
     scale_B: Tensor | None
     base_of_slot_B: Tensor | None
     trainable_B: Tensor | None
+
+    def rows_per_slot(self, given: int) -> int:
+        """What the tiles are chosen by: the number given, or T * K / B where that is 0."""
+        return given or max(1, self.tokens_R.shape[0] // (self.offsets_B1.shape[0] - 1))
 
 
 _OPTIONAL = OpInputs._fields[8:]
@@ -68,12 +79,12 @@ def _rows(inputs: OpInputs) -> cpu.Rows:
 def _experts(inputs: OpInputs) -> list[Expert]:
     """One record per slot; every tensor in it is a view."""
     slots = inputs.offsets_B1.shape[0] - 1
-    w_in, w_out, bias_in, bias_out = (
+    scales = (inputs.w_in_scale, inputs.w_out_scale)
+    w_in, w_out = (_matrices(*parts) for parts in zip(inputs[6:8], inputs[10:12], scales, strict=True))
+    bias_in, bias_out = (
         [*trainable.unbind(0), *(() if frozen is None else frozen.unbind(0))] if trainable is not None else None
-        for trainable, frozen in zip(inputs[6:10], inputs[10:14], strict=True)
+        for trainable, frozen in zip(inputs[8:10], inputs[12:14], strict=True)
     )
-    assert w_in is not None
-    assert w_out is not None
     adapters = _adapters(inputs)
     base = list(range(slots)) if inputs.base_of_slot_B is None else inputs.base_of_slot_B.tolist()
     if not all(0 <= index < len(w_in) for index in base):  # a value, so the launcher cannot see it under compile
@@ -94,6 +105,15 @@ def _experts(inputs: OpInputs) -> list[Expert]:
     ]
 
 
+def _matrices(trainable: Tensor, frozen: Tensor | None, scale: Tensor | None) -> list[Tensor | Packed]:
+    matrices: list[Tensor | Packed] = [*trainable.unbind(0)]
+    if frozen is not None and scale is not None:
+        matrices += [Packed(*parts) for parts in zip(frozen.unbind(0), scale.unbind(0), strict=True)]
+    elif frozen is not None:
+        matrices += frozen.unbind(0)
+    return matrices
+
+
 def _adapters(inputs: OpInputs) -> list[Adapter]:
     if inputs.a_in is None or inputs.b_in is None or inputs.a_out is None or inputs.b_out is None:
         return []
@@ -103,35 +123,63 @@ def _adapters(inputs: OpInputs) -> list[Adapter]:
     return [Adapter(a_in[b], b_in[b], a_out[b], b_out[b], scales[b]) for b in range(len(scales))]
 
 
-def _forward_cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, (_, activation, keep_z) = OpInputs(*args[:-3]), args[-3:]
+def _refusal(inputs: OpInputs) -> str | None:
+    """Why the kernels do not serve these inputs, None = they do."""
+    x_TH = inputs.x_TH
+    if inputs.tokens_R.shape[0] >= 2**31:
+        return f"routing has {inputs.tokens_R.shape[0]} places, and they number rows in 32 bits; split the tokens"
+    if x_TH.dtype == torch.float64:
+        return "x_TH is float64, and they compute in float32; cast it"
+    if x_TH.dtype == torch.bfloat16 and x_TH.device.type == "cpu":
+        return "x_TH is bfloat16, whose raw bits Triton's interpreter would multiply; cast it"
+    return None
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, (_, activation, keep_z, backend, rows_per_slot) = OpInputs(*args[:-5]), args[-5:]
+    if use_triton(backend, inputs.x_TH.device, _refusal(inputs), verb="moe_mlp"):
+        from fedmoe_kernels.gpu import experts  # here, because it imports triton
+
+        rows_per_slot = inputs.rows_per_slot(rows_per_slot)
+        return experts.forward(inputs, activation=activation, keep_z=keep_z, rows_per_slot=rows_per_slot)
     return cpu.forward(inputs.x_TH, _rows(inputs), _experts(inputs), ACTIVATIONS[activation], keep_z=keep_z)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, (_, _, keep_z) = OpInputs(*args[:-3]), args[-3:]
+    inputs, (_, _, keep_z, _, _) = OpInputs(*args[:-5]), args[-5:]
     rows = inputs.tokens_R.shape[0] if keep_z else 0
     return torch.empty_like(inputs.x_TH), inputs.x_TH.new_empty(rows, inputs.w_in.shape[1])
 
 
-def _wanted(inputs: OpInputs, needs: list[bool]) -> list[Tensor]:
+def wanted(inputs: OpInputs, needs: list[bool]) -> list[Tensor]:
     """Empty buffers for the gradients that are needed, (0,) for the others; the scores' last."""
     like = [getattr(inputs, name) for name in DIFFERENTIABLE]
-    wanted = [
+    buffers = [
         torch.empty_like(tensor) if need else inputs.x_TH.new_empty(0)
         for tensor, need in zip(like, needs[:-1], strict=True)
     ]
     slots = inputs.offsets_B1.shape[0] - 1
-    return [*wanted, inputs.x_TH.new_empty((slots, 6) if needs[-1] else (0,), dtype=torch.float32)]
+    return [*buffers, inputs.x_TH.new_empty((slots, 6) if needs[-1] else (0,), dtype=torch.float32)]
 
 
 def _backward_fake(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(_wanted(OpInputs(*args[:-2]), args[-1]))
+    return tuple(wanted(OpInputs(*args[:-4]), args[-3]))
 
 
-def _backward_cpu(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, (activation, needs) = OpInputs(*args[:-2]), args[-2:]
-    dx_TH, *buffers = _wanted(inputs, [False, *needs[1:]])
+def _backward(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs, (activation, needs, backend, rows_per_slot) = OpInputs(*args[:-4]), args[-4:]
+    if use_triton(backend, inputs.x_TH.device, _refusal(inputs), verb="moe_mlp"):
+        from fedmoe_kernels.gpu import experts  # here, because it imports triton
+
+        how = {"activation": activation, "needs": needs, "rows_per_slot": inputs.rows_per_slot(rows_per_slot)}
+        return experts.backward(dy_TH, z_RF, inputs, **how)
+    return _backward_by_loops(dy_TH, z_RF, inputs, activation, needs)
+
+
+def _backward_by_loops(
+    dy_TH: Tensor, z_RF: Tensor, inputs: OpInputs, activation: str, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    dx_TH, *buffers = wanted(inputs, [False, *needs[1:]])
     experts = _experts(inputs)
     for buffer, adapter in zip(buffers[1:9], [False] * 4 + [True] * 4, strict=True):
         for b in range(buffer.shape[0]):
@@ -150,19 +198,21 @@ def _backward_cpu(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]
     return (dx_TH if dx is None else dx, *buffers)
 
 
+_DEVICES = ("cpu", "cuda")
 moe_mlp_op = torch.library.custom_op(
     "fedmoe::moe_mlp",
-    _forward_cpu,
+    _forward,
     mutates_args=(),
-    device_types="cpu",
-    schema=f"({_TENSORS}, Tensor? scores_B6, str activation, bool keep_z) -> (Tensor, Tensor)",
+    device_types=_DEVICES,
+    schema=f"({_TENSORS}, Tensor? scores_B6, str activation, bool keep_z, str backend, int rows_per_slot) "
+    "-> (Tensor, Tensor)",
 )
 moe_mlp_backward_op = torch.library.custom_op(
     "fedmoe::moe_mlp_backward",
-    _backward_cpu,
+    _backward,
     mutates_args=(),
-    device_types="cpu",
-    schema=f"(Tensor dy_TH, Tensor z_RF, {_TENSORS}, str activation, bool[] needs) -> "
+    device_types=_DEVICES,
+    schema=f"(Tensor dy_TH, Tensor z_RF, {_TENSORS}, str activation, bool[] needs, str backend, int rows_per_slot) -> "
     f"({', '.join(['Tensor'] * (len(DIFFERENTIABLE) + 1))})",
 )
 moe_mlp_op.register_fake(_forward_fake)
@@ -170,7 +220,7 @@ moe_mlp_backward_op.register_fake(_backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _, ctx.activation, _ = inputs
+    *tensors, _, ctx.activation, _, ctx.backend, ctx.rows_per_slot = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
@@ -184,9 +234,10 @@ def _differentiate(ctx: Any, dy_TH: Tensor | None, _: Tensor | None) -> tuple[Te
     if dy_TH is not None:
         needs = [need[name] for name in (*DIFFERENTIABLE, "scores_B6")]
         needs[6:10] = [any(needs[6:10])] * 4  # an adapter's factors are computed together or not at all
-        outputs = moe_mlp_backward_op(dy_TH.contiguous(), z_RF, *tensors, ctx.activation, needs)
+        how = (ctx.activation, needs, ctx.backend, ctx.rows_per_slot)
+        outputs = moe_mlp_backward_op(dy_TH.contiguous(), z_RF, *tensors, *how)
         found = dict(zip((*DIFFERENTIABLE, "scores_B6"), outputs, strict=True))
-    return (*(found.get(name) if need[name] else None for name in names), None, None)
+    return (*(found.get(name) if need[name] else None for name in names), *[None] * 4)
 
 
 moe_mlp_op.register_autograd(_differentiate, setup_context=_setup_context)

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedmoe_kernels.backends import BACKENDS
 from fedmoe_kernels.routing_ops import compute_dtype, place_rows_op, route_op
 from fedmoe_kernels.stats import RouterStats
 
 SCORINGS = ("softmax", "topk_softmax", "sigmoid")
+# Rows per slot that a cohort's tiles are chosen for when its plan says nothing: two tiles of the tallest kind.
+_COHORT_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +27,9 @@ class SlotMap:
         slot_of_expert: (E,) int64, the slot of each expert id, -1 = absent; or (C, E), the slots of C clients laid end
             to end. Every slot 0..num_slots-1 appears exactly once in the whole table, or with `owner_B` at least once.
         num_slots: B, the number of slots.
+        rows_per_slot: rows that a slot is expected to get, from the plan: tokens * k / slots of one client. It chooses
+            the kernels' tiles, so clients of a cohort get the bits that each gets alone with the same number.
+            None = from each call's own shapes, or for a cohort, whose shapes depend on who is in it, a fixed 256.
         owner_B: (B,) int64, the place in the flattened table whose expert each slot stores, where other experts share
             slots (`SlotMap.shared`); None = no slot is shared.
 
@@ -34,10 +40,13 @@ class SlotMap:
 
     slot_of_expert: Tensor
     num_slots: int
+    rows_per_slot: int | None = None
     owner_B: Tensor | None = None
 
     def __post_init__(self) -> None:
         table = self.slot_of_expert
+        if self.rows_per_slot is not None and self.rows_per_slot < 1:
+            raise ValueError(f"rows_per_slot is {self.rows_per_slot}; give the plan's number, at least 1, or None")
         if table.dtype != torch.int64 or table.dim() not in (1, 2):
             raise ValueError(
                 f"slot_of_expert is {table.dtype} {tuple(table.shape)}; it must be int64 of shape (E,) or (C, E)"
@@ -55,12 +64,15 @@ class SlotMap:
             )
 
     @classmethod
-    def build(cls, permitted_E: Tensor, trainable_E: Tensor | None = None) -> SlotMap:
+    def build(
+        cls, permitted_E: Tensor, trainable_E: Tensor | None = None, *, rows_per_slot: int | None = None
+    ) -> SlotMap:
         """Number the permitted experts: trainable ones first, then frozen, by client and ascending expert id in each.
 
         Args:
             permitted_E: bool (E,), or (C, E) for a cohort: what each client stores. At least one per client.
             trainable_E: bool of the same shape, a subset of `permitted_E`; None = all permitted.
+            rows_per_slot: see the class.
 
         Returns:
             The map. In a cohort all clients' trainable slots come first, so that one trainable tensor serves them all.
@@ -79,24 +91,31 @@ class SlotMap:
         order = torch.cat([trainable_E.flatten().nonzero(), (permitted_E & ~trainable_E).flatten().nonzero()]).flatten()
         table = torch.full((permitted_E.numel(),), -1, dtype=torch.int64, device=permitted_E.device)
         table[order] = torch.arange(order.numel(), device=order.device)
-        return cls(table.view(permitted_E.shape), order.numel())
+        return cls(table.view(permitted_E.shape), order.numel(), rows_per_slot)
 
     @classmethod
-    def shared(cls, permitted_E: Tensor, trainable_E: Tensor | None = None, *, alias_E: Tensor) -> SlotMap:
+    def shared(
+        cls,
+        permitted_E: Tensor,
+        trainable_E: Tensor | None = None,
+        *,
+        alias_E: Tensor,
+        rows_per_slot: int | None = None,
+    ) -> SlotMap:
         """The map of `build`, with absent experts served by the slots of experts that the same client holds.
 
         Top-k still chooses among the original experts, held and served. Two choices of a token that land on one slot
         are two rows of it, whose weights add up in the sum over the token's rows.
 
         Args:
-            permitted_E, trainable_E: as `build`.
+            permitted_E, trainable_E, rows_per_slot: as `build`.
             alias_E: int64 of the same shape; the id of the permitted expert whose slot serves this one, -1 = none.
 
         Raises:
             ValueError: as `build`; or an alias of another dtype or shape, of a permitted expert to another one, or to
                 an expert that its client does not hold.
         """
-        own = cls.build(permitted_E, trainable_E)
+        own = cls.build(permitted_E, trainable_E, rows_per_slot=rows_per_slot)
         if alias_E.dtype != torch.int64 or alias_E.shape != permitted_E.shape:
             raise ValueError(
                 f"alias_E is {alias_E.dtype} {tuple(alias_E.shape)}; it must be int64 {tuple(permitted_E.shape)}"
@@ -110,7 +129,7 @@ class SlotMap:
         if not inside or not bool(permitted_E.gather(-1, target_E)[served].all()):
             raise ValueError("alias_E names an expert that its client does not hold; name a permitted one, or -1")
         table = torch.where(served, own.slot_of_expert.gather(-1, target_E), own.slot_of_expert)
-        return cls(table, own.num_slots, own._place_of_slot_B)
+        return cls(table, own.num_slots, rows_per_slot, own._place_of_slot_B)
 
     @property
     def num_experts(self) -> int:
@@ -143,7 +162,14 @@ class SlotMap:
     def to(self, device: torch.device | str) -> SlotMap:
         """The same map on another device."""
         owner_B = None if self.owner_B is None else self.owner_B.to(device)
-        return SlotMap(self.slot_of_expert.to(device), self.num_slots, owner_B)
+        return SlotMap(self.slot_of_expert.to(device), self.num_slots, self.rows_per_slot, owner_B)
+
+    @property
+    def tile_rows(self) -> int | None:
+        """The number that chooses the tiles; None = from a call's own shapes."""
+        if self.rows_per_slot is None and self.num_clients is not None:
+            return _COHORT_ROWS
+        return self.rows_per_slot
 
     def _check_owners(self, owner_B: Tensor) -> None:
         table = self.slot_of_expert.flatten()
@@ -178,6 +204,7 @@ class Routing:
         offsets_B1: (B + 1,); slot b owns rows offsets_B1[b]..offsets_B1[b + 1] - 1.
         num_slots: B.
         stats: this call's router statistics, None unless asked for.
+        rows_per_slot: what the kernels' tiles are chosen by, see `SlotMap`; None = from the shapes of this record.
     """
 
     weights_TK: Tensor
@@ -189,6 +216,7 @@ class Routing:
     offsets_B1: Tensor
     num_slots: int
     stats: RouterStats | None = None
+    rows_per_slot: int | None = None
 
     @property
     def counts_B(self) -> Tensor:
@@ -204,6 +232,7 @@ class Routing:
         *,
         client_T: Tensor | None = None,
         valid_T: Tensor | None = None,
+        backend: str = "auto",
     ) -> Routing:
         """The record for a model that routes itself.
 
@@ -211,7 +240,7 @@ class Routing:
             experts_TK: integer expert ids, best first. Ids outside [0, E) and absent experts mean "not here": no row.
             weights_TK: their weights, differentiable; cast to float32 unless float64, and 0 where there is no row.
             slot_map: where the experts lie.
-            client_T, valid_T: as in `route`.
+            client_T, valid_T, backend: as in `route`.
 
         Raises:
             ValueError: for shapes, dtypes or devices that do not fit together.
@@ -221,12 +250,16 @@ class Routing:
                 f"experts_TK is {experts_TK.dtype} {tuple(experts_TK.shape)}, weights_TK {tuple(weights_TK.shape)}; "
                 "both must be (T, K), the experts integers"
             )
+        if weights_TK.device != experts_TK.device:
+            raise ValueError(f"weights_TK is on {weights_TK.device}, experts_TK on {experts_TK.device}; move one")
+        _check_backend(backend)
         table_CE = _table(slot_map, experts_TK, client_T, valid_T)
         experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1 = place_rows_op(
-            experts_TK, table_CE, client_T, valid_T, slot_map.num_slots
+            experts_TK, table_CE, client_T, valid_T, slot_map.num_slots, backend
         )
         weights_TK = weights_TK.to(compute_dtype(weights_TK.dtype)).where(slots_TK >= 0, 0.0)
-        return cls(weights_TK, experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1, slot_map.num_slots)
+        index = (experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1)
+        return cls(weights_TK, *index, slot_map.num_slots, rows_per_slot=slot_map.tile_rows)
 
 
 def route(
@@ -242,6 +275,7 @@ def route(
     client_T: Tensor | None = None,
     valid_T: Tensor | None = None,
     with_stats: bool = False,
+    backend: str = "auto",
 ) -> Routing:
     """Choose up to k permitted experts for each token and say which row each choice becomes.
 
@@ -269,6 +303,9 @@ def route(
             range is the caller's promise, because a check would wait for the device.
         valid_T: (T,) bool; False = padding: no row, no statistic, no gradient.
         with_stats: also fill `Routing.stats`.
+        backend: "auto": on a GPU the Triton kernels, or plain torch, with one warning per reason, where they cannot
+            serve; elsewhere plain torch. "torch" or "triton": this one or an error. The kernels serve k <= 16 and
+            logits other than float64.
 
     Returns:
         Routing, differentiable from weights_TK to the logits (once: there is no second derivative).
@@ -277,20 +314,22 @@ def route(
         ValueError: for an argument that does not fit; the sentence names it and the remedy.
     """
     _check_rule(logits_TE, k, scoring, bias_E, groups)
+    _check_backend(backend)
     slot_map = _slot_map(permitted_E)
     E = logits_TE.shape[1]
     if slot_map is not None and slot_map.num_experts != E:
         raise ValueError(f"permitted_E covers {slot_map.num_experts} experts, logits_TE {E}; they must agree")
     table_CE = _table(slot_map, logits_TE, client_T, valid_T)
     num_slots = E if slot_map is None else slot_map.num_slots
-    rule = (num_slots, k, scoring, renormalize, *(groups or (1, 1)), float(scale), with_stats)
+    rule = (num_slots, k, scoring, renormalize, *(groups or (1, 1)), float(scale), with_stats, backend)
     outputs = route_op(logits_TE, table_CE, client_T, valid_T, bias_E, *rule)
     weights_TK, experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1, stats_C4E, tokens_C = outputs
     stats = None
     if with_stats:
         cohort = slot_map is not None and slot_map.num_clients is not None
         stats = _stats(stats_C4E.detach(), tokens_C.detach(), table_CE, cohort=cohort)
-    return Routing(weights_TK, experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1, num_slots, stats)
+    index = (experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1)
+    return Routing(weights_TK, *index, num_slots, stats, None if slot_map is None else slot_map.tile_rows)
 
 
 def _slot_map(permitted_E: Tensor | SlotMap | None) -> SlotMap | None:
@@ -299,6 +338,11 @@ def _slot_map(permitted_E: Tensor | SlotMap | None) -> SlotMap | None:
     if torch.compiler.is_compiling():
         raise ValueError("permitted_E is a bool mask in compiled code; make SlotMap.build(permitted_E) outside it")
     return SlotMap.build(permitted_E)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
 
 def _check_rule(logits_TE: Tensor, k: int, scoring: str, bias_E: Tensor | None, groups: tuple[int, int] | None) -> None:
@@ -311,8 +355,11 @@ def _check_rule(logits_TE: Tensor, k: int, scoring: str, bias_E: Tensor | None, 
         raise ValueError(f"scoring={scoring!r} is unknown; choose one of {', '.join(SCORINGS)}")
     if scoring != "sigmoid" and (bias_E is not None or groups is not None):
         raise ValueError(f"bias_E and groups belong to scoring='sigmoid', not to {scoring!r}; leave them out")
-    if bias_E is not None and bias_E.shape != (E,):
-        raise ValueError(f"bias_E has shape {tuple(bias_E.shape)}; it must be ({E},), one number per expert")
+    if bias_E is not None and (bias_E.shape != (E,) or bias_E.device != logits_TE.device):
+        raise ValueError(
+            f"bias_E is {tuple(bias_E.shape)} on {bias_E.device}; it must be ({E},), one number per expert, "
+            f"on {logits_TE.device}"
+        )
     if groups is not None and not (groups[0] >= 1 and E % groups[0] == 0 and 1 <= groups[1] <= groups[0]):
         raise ValueError(
             f"groups={groups} does not fit {E} experts; n_group must divide {E} and topk_group lie in 1..n_group"
@@ -323,8 +370,13 @@ def _table(slot_map: SlotMap | None, like_T: Tensor, client_T: Tensor | None, va
     """The slot table (C, E) for these tokens, after the checks on the map and the per-token arguments."""
     T, E, device = like_T.shape[0], like_T.shape[1], like_T.device
     for name, per_token, dtype in (("client_T", client_T, torch.int64), ("valid_T", valid_T, torch.bool)):
-        if per_token is not None and (per_token.shape != (T,) or per_token.dtype != dtype):
-            raise ValueError(f"{name} is {per_token.dtype} {tuple(per_token.shape)}; it must be {dtype} ({T},)")
+        if per_token is None:
+            continue
+        if per_token.shape != (T,) or per_token.dtype != dtype or per_token.device != device:
+            raise ValueError(
+                f"{name} is {per_token.dtype} {tuple(per_token.shape)} on {per_token.device}; "
+                f"it must be {dtype} ({T},) on {device}"
+            )
     if (slot_map is not None and slot_map.num_clients is not None) != (client_T is not None):
         raise ValueError("client_T goes with a cohort's SlotMap of shape (C, E); give both or neither")
     if slot_map is None:

@@ -1,8 +1,8 @@
 """The custom ops behind routing: tensors in, tensors out, every size known from the shapes, and nothing mutated.
 
-The bodies are plain tensor code without per-token Python and ask no device for a value, so they run wherever torch does
-(measured on the CPU only); a Triton body registers itself for "cuda" under the same names. The rules are in the
-docstring of `routing.route`.
+Each operator has two bodies. The one here is plain tensor code without per-token Python that asks no device for a
+value, so it runs wherever torch does; the other, `gpu.routing`, launches Triton kernels. `backend` says which (see
+`backends.use_triton`). The rules are in the docstring of `routing.route`.
 A table_CE is (C, E) int64: the slot of each expert of each client, -1 = absent; C = 1 without a cohort.
 """
 
@@ -13,8 +13,12 @@ import math
 import torch
 from torch import Tensor
 
+from fedmoe_kernels.backends import use_triton
+
 # A sigmoid score can underflow to 0 for every chosen expert; the models of this family add the same constant.
 SIGMOID_EPS = 1e-20
+# What the kernels serve: k passes over a row of logits in registers, sums of 2^24 fixed-point terms in 63 bits.
+MOST_CHOICES, MOST_EXPERTS, MOST_TOKENS = 16, 4096, 2**24
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -138,6 +142,21 @@ def _statistics(
     return sums_4CE.transpose(0, 1).contiguous(), tokens_C
 
 
+def _refusal(T: int, k: int, logits_TE: Tensor | None = None) -> str | None:
+    """Why the kernels do not serve a call, or None."""
+    if not 1 <= k <= MOST_CHOICES:
+        return f"k={k} is outside the 1..{MOST_CHOICES} choices per token of the kernels; choose a k in that range"
+    if T > MOST_TOKENS:
+        return f"the call has {T} tokens; the kernels serve up to {MOST_TOKENS}, split the batch"
+    if logits_TE is None:
+        return None
+    if logits_TE.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"logits_TE is {logits_TE.dtype}; the kernels compute in float32, convert it"
+    if logits_TE.shape[1] > MOST_EXPERTS:
+        return f"logits_TE has {logits_TE.shape[1]} experts; the kernels serve up to {MOST_EXPERTS}"
+    return None
+
+
 def _check_clients(client_T: Tensor | None, C: int) -> None:
     """Free on the CPU; on a GPU the check would wait for the device, so there the range is the caller's promise."""
     if client_T is None or client_T.device.type != "cpu" or client_T.numel() == 0:
@@ -162,6 +181,7 @@ def route_op(
     topk_group: int,
     scale: float,
     with_stats: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Route validated logits.
 
@@ -171,6 +191,12 @@ def route_op(
     """
     C, E = table_CE.shape
     _check_clients(client_T, C)
+    if use_triton(backend, logits_TE.device, _refusal(logits_TE.shape[0], k, logits_TE), verb="route"):
+        from fedmoe_kernels.gpu import routing as gpu
+
+        rule = gpu.Rule(k, scoring, renormalize, n_group, topk_group, scale)
+        who = (table_CE, client_T, valid_T)
+        return gpu.route(logits_TE, *who, bias_E, num_slots=num_slots, rule=rule, with_stats=with_stats)
     full_TE = _finite(logits_TE)
     # As many slots as (client, expert) pairs: nothing is absent, and the mask and the second choice fall away.
     whole = num_slots == C * E
@@ -212,6 +238,7 @@ def route_backward_op(
     scoring: str,
     renormalize: bool,
     scale: float,
+    backend: str = "auto",
 ) -> Tensor:
     """dL/dlogits (T, E) from dL/dweights (T, K); 0 at non-finite logits and for tokens without a row.
 
@@ -219,6 +246,12 @@ def route_backward_op(
     the chosen experts, or all permitted ones for "softmax" that is not renormalised. Sigmoid, w = s / (sum s + eps):
     dl = s * (1 - s) * (g - <g, w>) / (sum s + eps).
     """
+    T, k = experts_TK.shape
+    if use_triton(backend, logits_TE.device, _refusal(T, k, logits_TE), verb="route"):
+        from fedmoe_kernels.gpu import routing as gpu
+
+        rule = gpu.Rule(k, scoring, renormalize, scale=scale)
+        return gpu.route_backward(grad_TK, logits_TE, experts_TK, table_CE, client_T, rule=rule)
     held_TE = _hide_absent(_finite(logits_TE), table_CE, client_T)
     chosen, expert_TK = experts_TK >= 0, experts_TK.clamp(min=0)
     grad_TK = (grad_TK.to(held_TE.dtype) * scale).masked_fill(~chosen, 0.0)
@@ -245,10 +278,19 @@ def route_backward_op(
 
 @torch.library.custom_op("fedmoe::place_rows", mutates_args=())
 def place_rows_op(
-    experts_TK: Tensor, table_CE: Tensor, client_T: Tensor | None, valid_T: Tensor | None, num_slots: int
+    experts_TK: Tensor,
+    table_CE: Tensor,
+    client_T: Tensor | None,
+    valid_T: Tensor | None,
+    num_slots: int,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Place choices that were made elsewhere: experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1."""
     _check_clients(client_T, table_CE.shape[0])
+    if use_triton(backend, experts_TK.device, _refusal(*experts_TK.shape), verb="Routing.from_topk"):
+        from fedmoe_kernels.gpu import routing as gpu
+
+        return gpu.place(experts_TK, table_CE, client_T, valid_T, num_slots=num_slots)
     here = (experts_TK >= 0) & (experts_TK < table_CE.shape[1])
     here = here if valid_T is None else here & valid_T[:, None]
     slots_TK = _slots(torch.where(here, experts_TK.long(), -1), table_CE, client_T)
@@ -278,6 +320,7 @@ def _(
     topk_group: int,
     scale: float,
     with_stats: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, E = logits_TE.shape
     C = table_CE.shape[0] if with_stats else 0
@@ -296,13 +339,19 @@ def _(
     scoring: str,
     renormalize: bool,
     scale: float,
+    backend: str = "auto",
 ) -> Tensor:
     return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
 
 
 @place_rows_op.register_fake
 def _(
-    experts_TK: Tensor, table_CE: Tensor, client_T: Tensor | None, valid_T: Tensor | None, num_slots: int
+    experts_TK: Tensor,
+    table_CE: Tensor,
+    client_T: Tensor | None,
+    valid_T: Tensor | None,
+    num_slots: int,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _fake_places(experts_TK, num_slots)
 
@@ -310,14 +359,14 @@ def _(
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
     logits_TE, table_CE, client_T = inputs[:3]
     ctx.save_for_backward(logits_TE, output[1], table_CE, client_T)
-    ctx.scoring, ctx.renormalize, ctx.scale = inputs[7], inputs[8], inputs[11]  # type: ignore[attr-defined]
+    ctx.rule = (inputs[7], inputs[8], inputs[11], inputs[13])  # type: ignore[attr-defined]
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad_TK: Tensor, *_: Tensor | None) -> tuple:
     logits_TE, experts_TK, table_CE, client_T = ctx.saved_tensors  # type: ignore[attr-defined]
-    rule = (ctx.scoring, ctx.renormalize, ctx.scale)  # type: ignore[attr-defined]
+    rule = ctx.rule  # type: ignore[attr-defined]
     grad_TE = route_backward_op(grad_TK, logits_TE, experts_TK, table_CE, client_T, *rule)
-    return grad_TE, *(None,) * 12
+    return grad_TE, *(None,) * 13
 
 
 route_op.register_autograd(_backward, setup_context=_save)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_kernels.gemm import Gemm
+from fedmoe_kernels.quantized import dequantize
 
 
 class Adapter(NamedTuple):
@@ -27,6 +28,19 @@ class Adapter(NamedTuple):
     scale: float
 
 
+class Packed(NamedTuple):
+    """One matrix (N, K) of a quantised stack: its codes and scales, dequantised again by every product."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, K), whatever the packing."""
+        N, width = self.codes.shape
+        return torch.Size((N, width * (2 if self.codes.dtype == torch.uint8 else 1)))
+
+
 class Expert(NamedTuple):
     """The weights one slot runs, w_in (F, H), w_out (H, I), bias_in (F,), bias_out (H,).
 
@@ -34,8 +48,8 @@ class Expert(NamedTuple):
     frozen.
     """
 
-    w_in: Tensor
-    w_out: Tensor
+    w_in: Tensor | Packed
+    w_out: Tensor | Packed
     bias_in: Tensor | None
     bias_out: Tensor | None
     adapter: Adapter | None
@@ -84,7 +98,7 @@ class Gradients(NamedTuple):
 
 def up(gemm: Gemm, expert: Expert, x_CH: Tensor, at: slice, *, out_mF: Tensor) -> None:
     """z = x @ W_in.T + b_in."""
-    gemm.rows_into(out_mF, x_CH, at.start, expert.w_in, bias_N=expert.bias_in)
+    gemm.rows_into(out_mF, x_CH, at.start, _dense(expert.w_in, x_CH), bias_N=expert.bias_in)
     if expert.adapter is not None:
         a = expert.adapter
         out_mF.addmm_(x_CH[at] @ a.a_in.t(), a.b_in.t(), alpha=a.scale)
@@ -92,7 +106,7 @@ def up(gemm: Gemm, expert: Expert, x_CH: Tensor, at: slice, *, out_mF: Tensor) -
 
 def down(gemm: Gemm, expert: Expert, h_CI: Tensor, at: slice, *, out_mH: Tensor) -> None:
     """y = h @ W_out.T + b_out, not yet weighted by the router."""
-    gemm.rows_into(out_mH, h_CI, at.start, expert.w_out, bias_N=expert.bias_out)
+    gemm.rows_into(out_mH, h_CI, at.start, _dense(expert.w_out, h_CI), bias_N=expert.bias_out)
     if expert.adapter is not None:
         a = expert.adapter
         out_mH.addmm_(h_CI[at] @ a.a_out.t(), a.b_out.t(), alpha=a.scale)
@@ -100,7 +114,7 @@ def down(gemm: Gemm, expert: Expert, h_CI: Tensor, at: slice, *, out_mH: Tensor)
 
 def down_back(gemm: Gemm, expert: Expert, dy_CH: Tensor, at: slice, *, out_mI: Tensor) -> None:
     """d = dy @ W_out, the gradient of h before the routing weight."""
-    gemm.rows_into(out_mI, dy_CH, at.start, expert.w_out.t())
+    gemm.rows_into(out_mI, dy_CH, at.start, _dense(expert.w_out, dy_CH).t())
     if expert.adapter is not None:
         a = expert.adapter
         out_mI.addmm_(dy_CH[at] @ a.b_out, a.a_out, alpha=a.scale)
@@ -108,7 +122,7 @@ def down_back(gemm: Gemm, expert: Expert, dy_CH: Tensor, at: slice, *, out_mI: T
 
 def up_back(gemm: Gemm, expert: Expert, dz_CF: Tensor, at: slice, *, out_mH: Tensor) -> None:
     """dx of the rows = dz @ W_in."""
-    gemm.rows_into(out_mH, dz_CF, at.start, expert.w_in.t())
+    gemm.rows_into(out_mH, dz_CF, at.start, _dense(expert.w_in, dz_CF).t())
     if expert.adapter is not None:
         a = expert.adapter
         out_mH.addmm_(dz_CF[at] @ a.b_in, a.a_in, alpha=a.scale)
@@ -152,6 +166,10 @@ def clear(expert: Expert, grads: Gradients) -> None:
         for buffer in (grads.a_in, grads.b_in, grads.a_out, grads.b_out):
             if buffer is not None:
                 buffer[expert.adapter_grad].zero_()
+
+
+def _dense(weight: Tensor | Packed, like: Tensor) -> Tensor:
+    return weight if isinstance(weight, Tensor) else dequantize(*weight, like.dtype)
 
 
 def _sum_into(out_N: Tensor, rows_mN: Tensor, *, add: bool) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from fedmoe_kernels.quantized import Quantized
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,24 +21,26 @@ class ExpertWeights:
 
     Attributes:
         trainable: (Bt, ...), usually a Parameter; Bt may be 0.
-        frozen: (B - Bt, ...), usually a buffer; None when every slot is trainable.
+        frozen: (B - Bt, ...), usually a buffer, a matrix also `Quantized`; None when every slot is trainable.
 
     Raises:
         ValueError: when the two differ in dtype or trailing shape, or the frozen part asks for a gradient.
     """
 
     trainable: Tensor
-    frozen: Tensor | None = None
+    frozen: Tensor | Quantized | None = None
 
     def __post_init__(self) -> None:
         if self.frozen is None:
             return
-        if self.trainable.shape[1:] != self.frozen.shape[1:] or self.trainable.dtype != self.frozen.dtype:
+        plain = self.frozen if isinstance(self.frozen, Tensor) else None
+        dtype = self.trainable.dtype if plain is None else plain.dtype
+        if self.trainable.shape[1:] != self.frozen.shape[1:] or self.trainable.dtype != dtype:
             raise ValueError(
                 f"ExpertWeights: trainable is {what(self.trainable)}, frozen {what(self.frozen)}; "
                 "they must agree in dtype and in every axis but the first"
             )
-        if self.frozen.requires_grad:
+        if plain is not None and plain.requires_grad:
             raise ValueError("ExpertWeights: the frozen part requires a gradient; pass it detached, as a buffer")
 
 
@@ -63,11 +68,32 @@ class Stack(NamedTuple):
 
     name: str
     trainable: Tensor
-    frozen: Tensor | None
+    frozen: Tensor | Quantized | None
 
     @property
     def rows(self) -> int:
+        """Slots, or base experts, of both parts."""
         return self.trainable.shape[0] + (0 if self.frozen is None else self.frozen.shape[0])
+
+    @property
+    def storage(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(trainable, frozen, scale) with the codes as frozen where it is quantised."""
+        if isinstance(self.frozen, Quantized):
+            return self.trainable, self.frozen.codes, self.frozen.scale
+        return self.trainable, self.frozen, None
+
+    def cast(self, dtype: torch.dtype) -> Stack:
+        """The same weights in another dtype; codes and scales stay as they are."""
+        frozen = self.frozen.to(dtype) if isinstance(self.frozen, Tensor) else self.frozen
+        return Stack(self.name, self.trainable.to(dtype), frozen)
+
+    def whole(self) -> Tensor:
+        """Both parts laid end to end, dequantised."""
+        if self.frozen is None:
+            return self.trainable
+        dtype = self.trainable.dtype
+        frozen = self.frozen.dequantize(dtype) if isinstance(self.frozen, Quantized) else self.frozen
+        return torch.cat([self.trainable, frozen])
 
 
 def stacked(**given: Tensor | ExpertWeights | None) -> dict[str, Stack]:
@@ -85,5 +111,8 @@ def stacked(**given: Tensor | ExpertWeights | None) -> dict[str, Stack]:
     }
 
 
-def what(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)}"
+def what(value: Tensor | Quantized) -> str:
+    """Dtype and shape, as errors name a tensor."""
+    if isinstance(value, Quantized):
+        return f"int{value.bits} in groups of {value.group} {tuple(value.shape)}"
+    return f"{value.dtype} {tuple(value.shape)}"

@@ -307,75 +307,69 @@ def test_the_layer_compiles_into_one_graph_with_its_measurements():
     assert layer.scores.rows_B.sum() == 16
 
 
-def served(alias, *held):
-    array = np.full(E, -1)
-    for absent, by in alias.items():
-        array[absent] = by
-    return {"permitted": mask(*held), "alias": array}
+def few_bits(bits, trains=(1, 4), **options):
+    """A layer of 64 columns whose experts 0, 1, 4 and 5 are held, those that do not train in few bits."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((E, 64), (E, 64, 64), (E, 64, 32))]
+    held = mask(0, 1, 4, 5)
+    return weights, MoE.from_dense(*weights, K, permitted=held, trainable=mask(*trains), frozen_bits=bits, **options)
 
 
-@pytest.mark.parametrize("trains", [(1, 4), (4,), ()])
-def test_a_shared_slot_equals_the_layer_whose_merged_experts_are_copies(trains):
-    """Top-k on the original experts; where two choices of a token meet in a slot, its weights add up."""
-    weights = [w.requires_grad_() for w in dense(3)]
-    layer = MoE(H, I, E, 3, dtype=torch.float64, with_stats=True)
-    layer.load_global(*(w.detach() for w in weights), trainable=mask(*trains), **served({0: 4, 2: 4, 3: 1}, 1, 4))
-    x_TH = torch.randn(11, H, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    x, x_true = x_TH.clone().requires_grad_(), x_TH.clone().requires_grad_()
-    stands_for = [4, 1, 4, 1, 4]  # expert 5 is absent and nobody's
-    router, w_in, w_out = weights
-    routing = reference.route(x_true @ router[:5].T, 3)
-    y_true = reference.moe_mlp(x_true, routing.slots_TK, routing.weights_TK, w_in[stands_for], w_out[stands_for])
-    y = layer(x)
-    dy = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(5))
-    y.backward(dy)
-    y_true.backward(dy)
-    assert relative(y, y_true) < 1e-10
-    assert relative(x.grad, x_true.grad) < 1e-10
-    for name, whole in (("w_in", w_in), ("w_out", w_out), ("router", router)):
-        if trains:
-            assert relative(getattr(layer, name).grad, whole.grad[list(trains)]) < 1e-10, name
-    assert float(layer.last_stats.lost_mass) < float(layer.last_stats.prob_sum_E[5]) + 1e-9
+@pytest.mark.parametrize("bits", [8, 4])
+def test_frozen_experts_in_few_bits_run_as_what_their_codes_say(bits):
+    weights, layer = few_bits(bits)
+    state = layer.global_state()
+    assert state.experts == (0, 1, 4, 5)
+    assert torch.equal(state.w_in[[1, 2]], weights[1][[1, 4]])  # those that train are exact
+    assert 0 < relative(state.w_in, weights[1][[0, 1, 4, 5]]) < {8: 0.01, 4: 0.1}[bits]
+    x = torch.randn(7, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    dense_of = MoE.from_dense(weights[0][[0, 1, 4, 5]], state.w_in, state.w_out, K)
+    assert relative(layer(x), dense_of(x)) < 1e-12
+    stored = sum(t.numel() * t.element_size() for n, t in layer.named_buffers() if "frozen" in n or "scale" in n)
+    assert stored == 2 * (64 * 64 + 64 * 32) * bits // 8 + 2 * (64 + 64) * 4  # one scale a row: of 64 and of 32
 
 
-def test_one_expert_per_cluster_is_the_unmerged_layer_bit_for_bit():
-    plain, shared = MoE.from_dense(*dense(), K), MoE.from_dense(*dense(), K)
-    shared.load_global(*dense(), alias=np.arange(E))
-    x_TH = torch.randn(9, H, dtype=torch.float64)
-    assert torch.equal(plain(x_TH), shared(x_TH))
-    shared.set_experts(mask(0, 1))  # the sharing is the plan's and ends with it
-    assert shared.slot_map.slot_of_expert.tolist() == [0, 1, -1, -1, -1, -1]
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_keep_their_bits_when_the_experts_change(bits):
+    weights, layer = few_bits(bits)
+    codes = {e: layer.w_in_frozen[i].clone() for i, e in enumerate(layer.frozen_experts)}
+    layer.set_experts(mask(0, 1, 5), mask(1))
+    assert all(torch.equal(layer.w_in_frozen[i], codes[e]) for i, e in enumerate(layer.frozen_experts))
+    with pytest.raises(ValueError, match=f"expert 0 is held in {bits} bits"):
+        layer.set_experts(mask(0, 1, 5), mask(0, 1))
+    layer.set_experts(mask(0, 1, 5), mask(0, 1), source=LayerState(tuple(range(E)), *weights))
+    assert torch.equal(layer.w_in[0], weights[1][0])
+    layer.set_experts(mask(0, 1), mask(0, 1))
+    assert layer.w_in_frozen.shape[0] == 0
+    assert layer(torch.randn(3, 64, dtype=torch.float64)).isfinite().all()
 
 
-def test_rows_of_a_clients_own_stand_in_for_the_global_ones():
-    weights, other = dense(), dense(1)
-    own = {"router": {0: other[0][0], 5: other[0][5]}, "w_in": {2: other[1][2]}, "w_out": {2: other[2][2]}}
-    layer = MoE(H, I, E, K, dtype=torch.float64)
-    layer.load_global(*weights, permitted=mask(0, 2, 3), trainable=mask(2), rows=own)
-    held = layer.global_state()
-    router, w_in, w_out = (w.clone() for w in weights)
-    router[0], router[5] = other[0][0], other[0][5]
-    w_in[2], w_out[2] = other[1][2], other[2][2]
-    assert torch.equal(held.router, router)
-    assert torch.equal(held.w_in, w_in[[0, 2, 3]])
-    assert torch.equal(held.w_out, w_out[[0, 2, 3]])
-    own["w_in"][2].zero_()
-    assert torch.equal(layer.global_state().w_in, w_in[[0, 2, 3]]), "the rows were copied"
+def test_scales_stay_float32_whatever_the_layer_is_cast_to():
+    layer = few_bits(8)[1]
+    scale = layer.w_in_scale.clone()
+    layer.to(torch.bfloat16)
+    assert layer.w_in.dtype == torch.bfloat16
+    assert torch.equal(layer.w_in_scale, scale)
+    assert layer(torch.randn(3, 64, dtype=torch.bfloat16)).isfinite().all()
+    again = few_bits(8)[1].to(torch.bfloat16)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.w_in_frozen, layer.w_in_frozen)
+    assert few_bits(8)[1].to("meta").w_in_scale.device.type == "meta"
 
 
-@pytest.mark.parametrize(
-    ("own", "said"),
-    [
-        ({"bias": {0: torch.zeros(H)}}, "'bias'"),
-        ({"w_in": {1: torch.zeros(2 * I, H)}}, "expert 1, which is not held"),
-        ({"router": {E: torch.zeros(H)}}, "expert 6"),
-        ({"router": {0: torch.zeros(1)}}, "this layer needs torch.float64"),
-        ({"router": {0: torch.zeros(H, dtype=torch.float32)}}, "this layer needs torch.float64"),
-    ],
-)
-def test_rows_that_do_not_fit_are_refused_and_change_nothing(own, said):
-    layer = MoE.from_dense(*dense(), K)
-    with pytest.raises(ValueError, match=said):
-        layer.load_global(*dense(1), permitted=mask(0, 2), rows=own)
-    assert layer.experts == tuple(range(E))
-    assert torch.equal(layer.global_state().w_in, dense()[1])
+def test_few_bits_need_columns_that_32_divides():
+    with pytest.raises(ValueError, match="32 divides, not 12"):
+        MoE(H, I, E, K, frozen_bits=8)
+    with pytest.raises(ValueError, match="frozen_bits is 5"):
+        MoE(64, 64, E, K, frozen_bits=5)
+
+
+def test_recompute_and_rows_per_slot_change_no_bit():
+    gradients = []
+    for options in ({}, {"recompute": True, "rows_per_slot": 3}):
+        layer = MoE.from_dense(*dense(), K, permitted=mask(0, 1, 5), trainable=mask(1), **options)
+        assert layer.slot_map.rows_per_slot == options.get("rows_per_slot")
+        x = torch.randn(7, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        layer(x).pow(2).sum().backward()
+        gradients.append((x.grad, layer.w_in.grad, layer.w_out.grad, layer.router.grad))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))

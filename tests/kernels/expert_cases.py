@@ -136,6 +136,7 @@ def run(
     frozen_from: int | None = None,
     trainable_B: Tensor | None = None,
     scores: ExpertScores | None = None,
+    recompute: bool = False,
     backend: str = "auto",
     slot_map: SlotMap | None = None,
 ) -> Tensor:
@@ -160,6 +161,7 @@ def run(
         trainable_B=trainable_B,
         lora=lora,
         scores=scores,
+        recompute=recompute,
         backend=backend,
     )
 

@@ -128,7 +128,7 @@ def test_a_shared_map_refuses_an_alias_that_nobody_serves(alias, said):
 )
 def test_owners_must_lie_on_their_own_slots(table, owners):
     with pytest.raises(ValueError, match="owners"):
-        SlotMap(torch.tensor(table), 2, torch.tensor(owners))
+        SlotMap(torch.tensor(table), 2, owner_B=torch.tensor(owners))
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid"])
@@ -149,3 +149,22 @@ def test_two_choices_on_one_slot_are_two_rows_whose_weights_add_up(scoring):
     assert torch.equal(shared.stats.hits_E, whole.stats.hits_E)
     for place, row in enumerate(shared.rows_TK.flatten().tolist()):
         assert int(shared.places_R[row]) == place
+
+
+def test_rows_per_slot_rides_from_the_plan_to_the_routing():
+    one = SlotMap.build(torch.tensor([True, False, True]), rows_per_slot=40)
+    assert one.to("cpu").rows_per_slot == 40
+    logits = torch.randn(4, 3)
+    assert route(logits, 2, permitted_E=one).rows_per_slot == 40
+    assert Routing.from_topk(torch.zeros(4, 1).long(), torch.ones(4, 1), one).rows_per_slot == 40
+    assert route(logits, 2).rows_per_slot is None  # from each call's own shapes
+
+
+def test_tiles_of_a_cohort_never_come_from_its_rows():
+    cohort = SlotMap.build(torch.ones(2, 3, dtype=torch.bool))
+    found = [
+        route(torch.randn(T, 3), 2, permitted_E=cohort, client_T=torch.zeros(T).long()).rows_per_slot for T in (4, 400)
+    ]
+    assert found == [256, 256]
+    planned = SlotMap.build(torch.ones(2, 3, dtype=torch.bool), rows_per_slot=8)
+    assert route(torch.randn(4, 3), 2, permitted_E=planned, client_T=torch.zeros(4).long()).rows_per_slot == 8

@@ -47,6 +47,21 @@ def row_block(a, rows, live, first, k0, WIDTH: tl.constexpr, K: tl.constexpr, TM
 
 
 @triton.jit
+def load_within(
+    places, k, n, K: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """What lies at `places`, 0 where k >= K or n >= N; sizes that divide need no mask."""
+    if K % BK == 0 and N % BN == 0:
+        return tl.load(places)
+    elif K % BK == 0:
+        return tl.load(places, mask=n < N, other=0.0)
+    elif N % BN == 0:
+        return tl.load(places, mask=k < K, other=0.0)
+    else:
+        return tl.load(places, mask=(k < K) & (n < N), other=0.0)
+
+
+@triton.jit
 def weight_block(
     w, index, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
@@ -62,11 +77,110 @@ def weight_block(
         else:
             k, n = k0 + tl.arange(0, BK), n0 + tl.arange(0, BN)
             places = w + index.to(tl.int64) * (K * N) + k[:, None] * N + n[None, :]
-            return tl.load(places, mask=(k[:, None] < K) & (n[None, :] < N), other=0.0)
+            return load_within(places, k[:, None], n[None, :], K, N, BK, BN)
     else:
         if TMA:
             return w.load([index, n0, k0]).reshape([BN, BK]).T
         else:
             k, n = k0 + tl.arange(0, BK), n0 + tl.arange(0, BN)
             places = w + index.to(tl.int64) * (N * K) + k[:, None] + n[None, :] * K
-            return tl.load(places, mask=(k[:, None] < K) & (n[None, :] < N), other=0.0)
+            return load_within(places, k[:, None], n[None, :], K, N, BK, BN)
+
+
+@triton.jit
+def matrix(slot, bases, trainable, w, w_frozen, bias, bias_frozen, PART: tl.constexpr):
+    """(index, w, bias): where the matrix and the bias of a slot lie, as one stack each, and their index in it.
+
+    PART says which slots the stacks hold, see `Stored.parts`; the index is negative for a slot of another launch.
+    Chosen before the loop: two loops would double shared memory.
+    """
+    index = slot
+    if bases is not None:
+        index = tl.load(bases + slot).to(tl.int32)
+    source, source_bias = w, bias
+    if PART == "both" and index >= trainable:
+        index -= trainable
+        source, source_bias = w_frozen, bias_frozen
+    if PART == "frozen":
+        index -= trainable
+    if PART == "trainable" and index >= trainable:
+        index = -1
+    return index, source, source_bias
+
+
+@triton.jit
+def dequantized(
+    codes, scale, rows, inside, c0, C: tl.constexpr, X: tl.constexpr, BC: tl.constexpr,
+    SHARE: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Columns c0..c0 + BC - 1 of X rows of stacked codes, times their scales: (X, BC) float32, 0 outside.
+
+    Args:
+        codes: rows of C columns, int8, or uint8 with columns 2j and 2j + 1 in one byte, low bits first, plus 8.
+        scale: rows of C / SHARE float32; SHARE columns share one, and SHARE divides BC or BC divides SHARE.
+        rows: (X,) int64; `inside` (X,) bool, or None when all exist.
+    """
+    BYTE: tl.constexpr = 8 // BITS  # columns of a byte
+    GROUPS: tl.constexpr = BC // SHARE if BC > SHARE else 1
+    byte = c0 // BYTE + tl.arange(0, BC // BYTE)
+    group = c0 // SHARE + tl.arange(0, GROUPS)
+    read = (byte < C // BYTE)[None, :]
+    scaled = (group < C // SHARE)[None, :]
+    if inside is not None:
+        read &= inside[:, None]
+        scaled &= inside[:, None]
+    places = codes + rows[:, None] * (C // BYTE) + byte[None, :]
+    factors = scale + rows[:, None] * (C // SHARE) + group[None, :]
+    if C % BC == 0 and inside is None:
+        block, factor = tl.load(places), tl.load(factors)
+    else:
+        block, factor = tl.load(places, mask=read, other=0), tl.load(factors, mask=scaled, other=0.0)
+    if BITS == 4:
+        block = tl.join(block & 15, block >> 4).reshape(X, BC).to(tl.int8) - 8
+    value = block.to(tl.float32).reshape(X, GROUPS, BC // GROUPS) * factor[:, :, None]
+    return value.reshape(X, BC)
+
+
+@triton.jit
+def dequantized_block(
+    codes, scale, index, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SHARE: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """As `weight_block`, in float32, of codes (X, N, K), or (X, K, N) when TRANSPOSED, grouped along the last axis."""
+    if TRANSPOSED:
+        k = k0 + tl.arange(0, BK)
+        rows = index.to(tl.int64) * K + k
+        inside = None if K % BK == 0 else k < K
+        return dequantized(codes, scale, rows, inside, n0, N, BK, BN, SHARE, BITS)
+    else:
+        n = n0 + tl.arange(0, BN)
+        rows = index.to(tl.int64) * N + n
+        inside = None if N % BN == 0 else n < N
+        return dequantized(codes, scale, rows, inside, k0, K, BN, BK, SHARE, BITS).T
+
+
+@triton.jit
+def bias_block(bias, index, n0, N: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr):
+    """Columns n0..n0 + BN - 1 of row `index` of a stack (X, N) as (1, BN) float32, 0 outside; WHOLE = none is."""
+    n = n0 + tl.arange(0, BN)
+    if WHOLE:
+        block = tl.load(bias + index.to(tl.int64) * N + n)
+    else:
+        block = tl.load(bias + index.to(tl.int64) * N + n, mask=n < N, other=0.0)
+    return block.to(tl.float32)[None, :]
+
+
+@triton.jit
+def store_block(
+    out, rows, live, n0, value, WIDTH: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """Write (M, BN) to columns n0.. of the live rows of a matrix (X, WIDTH), of whose columns the first N count.
+
+    WHOLE = no column lies outside.
+    """
+    n = n0 + tl.arange(0, BN)
+    places = out + rows[:, None] * WIDTH + n[None, :]
+    if WHOLE:
+        tl.store(places, value.to(out.dtype.element_ty), mask=live[:, None])
+    else:
+        tl.store(places, value.to(out.dtype.element_ty), mask=live[:, None] & (n[None, :] < N))

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fedmoe_kernels.configs import Tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,18 @@ class Launch:
             self.kernel[self.grid](**self.args, num_warps=self.warps, num_stages=self.stages)
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of products of `dtype`: float32 is exact unless torch allows TF32; no other dtype asks."""
+    return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+
+
+def row_constants(tile: Tile, dtype: torch.dtype, *, tma: bool) -> dict[str, Any]:
+    """The constants that the kernels over rows take from their tile; `tma` where all descriptors can be made."""
+    sizes = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group}
+    return {**sizes, "TMA": tma, "PRECISION": dot_precision(dtype)}
+
+
 Execute = Callable[[Launch], None]
 """What drivers do with each launch: `Launch.run`, or a list's `append` to look at them instead."""
 
-__all__ = ["Execute", "Launch", "TensorDescriptor"]
+__all__ = ["Execute", "Launch", "TensorDescriptor", "dot_precision", "row_constants"]

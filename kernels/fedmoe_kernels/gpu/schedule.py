@@ -42,7 +42,7 @@ def most_tiles(rows: int, slots: int, height: int) -> int:
     return -(-(rows - slots + 1) // height) + slots - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "tiles"])
 def _schedule_kernel(
     offsets, table, first_tile, slots, tiles,
     HEIGHT: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr,
@@ -82,7 +82,7 @@ def schedule(offsets_B1: Tensor, rows: int, height: int, execute: Execute = Laun
     table_M4 = torch.empty(tiles, 4, dtype=torch.int32, device=offsets_B1.device)
     first_tile_B1 = torch.empty(slots + 1, dtype=torch.int32, device=offsets_B1.device)
     args = {"offsets": offsets_B1, "table": table_M4, "first_tile": first_tile_B1, "slots": slots, "tiles": tiles}
-    # One program at least, for it writes first_tile even when there is no row.
-    grid = (max(1, triton.cdiv(tiles, 128)),)
-    execute(Launch(_schedule_kernel, grid, {**args, "HEIGHT": height, "TILES": 128, "SLOTS": 128}, 4, 1))
+    # One program at least, for it writes first_tile even when there is no row. Blocks of 128 x 128 spill on triton 3.6.
+    grid = (max(1, triton.cdiv(tiles, 64)),)
+    execute(Launch(_schedule_kernel, grid, {**args, "HEIGHT": height, "TILES": 64, "SLOTS": 128}, 4, 1))
     return Schedule(table_M4, first_tile_B1, height)

@@ -1,0 +1,252 @@
+"""One Launch compiled for a GPU that is not there, and what its machine code says: registers, spills, instructions.
+
+A launch is turned into a `Job` by the same code that Triton runs when a kernel is called (its binder and its packing
+of arguments), so a job is what a GPU of that architecture would compile: pointers and numbers divisible by 16 are
+known to be, a 1 is a constant. A job holds plain data only and can be sent to another process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from fedmoe_kernels.configs import SHARED
+from fedmoe_kernels.gpu.launch import Launch
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# What the table counts, by the names of the machine's own instructions.
+OPCODES = {
+    "HGMMA": r"\b[HQ]GMMA\b",  # Hopper's products of a whole warp group, operands in shared memory
+    "UTCHMMA": r"\bUTC[HQ]MMA\b",  # Blackwell's, result in tensor memory
+    "HMMA": r"\b[HQ]MMA\b",  # a warp's own product, from registers
+    "LDGSTS": r"\bLDGSTS\b",  # copies from memory to shared memory past the registers
+    "UTMALDG": r"\bUTMALDG\b",  # the same by tensor descriptor
+    "LDG": r"\bLDG\b",  # plain loads
+    "STL": r"\bSTL\b",  # spills: stores to and loads from a thread's own memory
+    "LDL": r"\bLDL\b",
+    "ATOMG": r"\b(?:ATOM|ATOMG|RED|REDG)\b",  # atomics on memory, whose order is nobody's
+}
+PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA")
+
+
+def target_of(arch: str) -> GPUTarget:
+    """The compiler's name of "sm_90" and its like."""
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides the machine code of a launch; two launches with equal jobs share one.
+
+    Attributes:
+        module, kernel: where the kernel is found.
+        signature: (name, type) of the parameters in order; types as "*bf16", "i32", "constexpr",
+            "tensordesc<bf16[1, 128, 64]>".
+        constants: (place, value) of the constants, ones among the numbers included.
+        aligned: places of the parameters known to be divisible by 16.
+    """
+
+    arch: str
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[tuple[int, ...], Any], ...]
+    aligned: tuple[tuple[int, ...], ...]
+    warps: int
+    stages: int
+
+    def constant(self, name: str) -> Any:
+        """The value of the constant parameter `name`, None where there is none."""
+        names = [parameter for parameter, _ in self.signature]
+        return dict(self.constants).get((names.index(name),)) if name in names else None
+
+    def parts(self) -> dict[str, str]:
+        """Everything that decides, by the name of the parameter, to tell two jobs of a kernel apart."""
+        constants, aligned = dict(self.constants), set(self.aligned)
+        named = {
+            name: f"{kind}{' 16' if (i,) in aligned else ''}{f' = {constants[(i,)]!r}' if (i,) in constants else ''}"
+            for i, (name, kind) in enumerate(self.signature)
+        }
+        return {**named, "num_warps": str(self.warps), "num_stages": str(self.stages)}
+
+
+class Dot(NamedTuple):
+    """A product in a kernel: (m, k) @ (k, n) of `dtype`; `precision` is of float32; `looped` = streams its operands."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    precision: str
+    looped: bool
+
+    def instruction(self, arch: str) -> str | None:
+        """What `arch` has for it: warp-group products from 64 rows, a warp's own below; None = no tensor core."""
+        if self.dtype == "f32" and self.precision == "ieee":
+            return None
+        return {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(arch, "HMMA") if self.m >= 64 else "HMMA"
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one job compiled to.
+
+    Attributes:
+        registers: of a thread; 255 is the most there are.
+        stack: bytes of a thread's own memory, 0 unless something spilled.
+        shared: bytes of shared memory of a program.
+        opcodes: how often each of `OPCODES` stands in the code.
+        dots: every product in the kernel's first form.
+        waiting: two-dimensional loads by address in a loop that the pipeliner did not fetch ahead.
+        seconds: the compilation took.
+        error: what the compiler said where it failed; everything else is then 0.
+    """
+
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    opcodes: dict[str, int] = field(default_factory=dict)
+    dots: tuple[Dot, ...] = ()
+    waiting: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+    def resident(self, job: Job) -> int:
+        """Programs that fit an SM at a time: by 64 K registers, 64 warps, and shared memory with 1 KB of overhead."""
+        if self.error:
+            return 0
+        registers = 8 * -(-max(self.registers, 1) // 8)
+        shared = SHARED[job.arch] + 1024
+        return min(65536 // (registers * 32 * job.warps), shared // (self.shared + 1024), 64 // job.warps)
+
+
+def job_of(launch: Launch, arch: str) -> Job:
+    """The job of `launch` on `arch`; its tensors may be on "meta", for only types and alignment are read."""
+    kernel = launch.kernel
+    backend = make_backend(target_of(arch))
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, extra = binder(**launch.args, **options)
+    _, signature, constants, attributes = kernel._pack_args(
+        backend, {**launch.args, **options}, bound, specialization, extra
+    )
+    assert all(value in ([], [["tt.divisibility", 16]]) for value in attributes.values()), attributes
+    return Job(
+        arch,
+        kernel.fn.__module__,
+        kernel.fn.__qualname__,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple(place for place, value in attributes.items() if value),
+        launch.warps,
+        launch.stages,
+    )
+
+
+def compiled(job: Job) -> Code:
+    """Compile and read the code; a compiler's error becomes the record's, so that a table can show it."""
+    start = time.perf_counter()
+    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(job.signature),
+        constexprs=dict(job.constants),
+        attrs={place: [["tt.divisibility", 16]] for place in job.aligned},
+    )
+    options = {"num_warps": job.warps, "num_stages": job.stages}
+    try:
+        built = triton.compile(source, target=target_of(job.arch), options=options)
+    except Exception as error:
+        return Code(error=_reason(error))
+    usage, listing = _dump(built.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return Code(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=built.metadata.shared,
+        opcodes={name: len(re.findall(pattern, listing)) for name, pattern in OPCODES.items()},
+        dots=tuple(_dots(built.asm["ttir"])),
+        waiting=len(_in_loops(built.asm["ttgir"], r"tt\.load .*tensor<\d+x\d+x!tt\.ptr")),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def misses(job: Job, code: Code) -> list[str]:
+    """What a row of the table falls short of, each in a few words; empty = it passes."""
+    if code.error:
+        return [code.error]
+    count, found = code.opcodes, []
+    if code.stack or count["STL"] or count["LDL"]:
+        found.append(f"spills {code.stack} bytes")
+    if code.shared > SHARED[job.arch]:
+        found.append(f"{code.shared} bytes of shared memory, {SHARED[job.arch]} are there")
+    wanted = {dot.instruction(job.arch) for dot in code.dots} - {None}
+    for name in PRODUCTS:
+        if name in wanted and not count[name]:
+            found.append(f"no {name}")
+        if name not in wanted and count[name]:
+            found.append(f"{name} where none is expected")
+    if any(dot.looped for dot in code.dots) and not count["LDGSTS"] + count["UTMALDG"]:
+        found.append("operands pass through registers: neither LDGSTS nor UTMALDG")
+    if code.waiting and any(dot.looped for dot in code.dots):
+        found.append(f"{code.waiting} loads of blocks in a loop are not fetched ahead")
+    if any(kind.startswith("tensordesc") for _, kind in job.signature) and not count["UTMALDG"]:
+        found.append("takes descriptors, but has no UTMALDG")
+    if count["ATOMG"]:
+        found.append("atomics")
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost of a chain of compiler errors, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(getattr(error, "error_message", None) or error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+
+
+def _dump(cubin: bytes) -> tuple[str, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
+        both = subprocess.run(command, capture_output=True, text=True, check=True)
+    return both.stdout + both.stderr, both.stdout
+
+
+def _dots(ttir: str) -> list[Dot]:
+    looped = set(_in_loops(ttir, r"tt\.dot "))
+    form = re.compile(
+        r"tt\.dot [^\n]*?(?:inputPrecision = (\w+)[^\n]*?)?: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x"
+    )
+    dots = []
+    for number, line in enumerate(ttir.splitlines()):
+        for how, m, k, kind, n in form.findall(line):
+            dots.append(Dot(int(m), int(n), int(k), kind, how or "ieee", number in looped))
+    return dots
+
+
+def _in_loops(text: str, pattern: str) -> list[int]:
+    """Numbers of the lines inside a loop that match."""
+    found, depth, loops = [], 0, []
+    for number, line in enumerate(text.splitlines()):
+        if loops and re.search(pattern, line):
+            found.append(number)
+        if re.search(r"\bscf\.(for|while)\b", line):
+            loops.append(depth)
+        depth += line.count("{") - line.count("}")
+        while loops and depth <= loops[-1] and "}" in line:
+            loops.pop()
+    return found

@@ -1,0 +1,118 @@
+"""The most bytes that a call on a GPU allocates at once, in closed form; importable where there is no Triton.
+
+Shapes: T tokens, K top-k, R = T * K places, B slots, G slots with gradient buffers, M tiles, H hidden, I intermediate,
+F = 2 * I when gated else I, r rank. All bytes are as asked for; torch's allocator rounds each block up to 512.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedmoe_kernels.tile import Tile, TileSet
+
+# As in the kernels, which cannot be imported without Triton: rows of a program that adds up importance, and the width
+# below which a weight gradient is computed as its transpose.
+_PIECE, _NARROW = 32, 64
+
+
+@dataclass(frozen=True)
+class CallSizes:
+    """The sizes of one call.
+
+    Attributes:
+        tokens, choices, hidden, inner, slots: T, K, H, I and B.
+        gated: whether F = 2 * I.
+        tiles: what `configs.tiles_for` gives for this call.
+        learning: G, slots with weight gradients, or with adapters where there is a `rank`.
+        rank: r of adapters, 0 = none.
+        itemsize: bytes of a value of x.
+    """
+
+    tokens: int
+    choices: int
+    hidden: int
+    inner: int
+    slots: int
+    gated: bool
+    tiles: TileSet
+    learning: int = 0
+    rank: int = 0
+    itemsize: int = 2
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.tokens * self.choices
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return 2 * self.inner if self.gated else self.inner
+
+    @property
+    def most_tiles(self) -> int:
+        """M."""
+        if self.rows <= self.slots:
+            return self.rows
+        return -(-(self.rows - self.slots + 1) // self.tiles.rows) + self.slots - 1
+
+    @property
+    def schedule(self) -> int:
+        """Bytes of the tile table."""
+        return 16 * self.most_tiles + 4 * (self.slots + 1)
+
+    def by_row(self, *widths: int) -> int:
+        """Bytes of buffers with a row for every place."""
+        return self.itemsize * self.rows * sum(widths)
+
+
+def forward_bytes(sizes: CallSizes, *, keep_z: bool = True) -> int:
+    """The most a forward allocates at once; of these z (R * F values, with `keep_z`) and y (T * H) stay."""
+    z = sizes.by_row(sizes.width) if keep_z else 0
+    y = sizes.itemsize * sizes.tokens * sizes.hidden
+    products = sizes.by_row(sizes.inner, sizes.rank)
+    if sizes.choices == 1:
+        return sizes.schedule + z + products + y
+    return sizes.schedule + z + sizes.by_row(sizes.hidden) + max(products, y)
+
+
+def backward_bytes(sizes: CallSizes, *, recompute: bool = False, scores: bool = True) -> int:
+    """The most a backward allocates at once, all gradients but those of biases asked for.
+
+    Of these dx (T * H values), dS, the weight gradients (G * (F + I) * H) or the factors' and the scores stay.
+    """
+    columns = -(-sizes.inner // sizes.tiles.data_gradient.n)
+    small = sizes.schedule + (4 * sizes.learning * _blocks(sizes) if scores else 0)
+    partial = 4 * columns * (sizes.rows + (sizes.most_tiles if scores else 0))
+    height = sizes.tiles.rows
+    ds = 4 * sizes.rows
+    sums = 16 * sizes.most_tiles * (height // min(height, _PIECE)) if scores else 0
+    r, F, H, inner = sizes.rank, sizes.width, sizes.hidden, sizes.inner
+    dx = sizes.itemsize * sizes.tokens * H
+    by_slot = sizes.itemsize * sizes.learning
+    last, first = (by_slot * r * (H + inner), by_slot * r * (F + H)) if r else (by_slot * H * inner, by_slot * F * H)
+    sent = small + sizes.by_row(r, F, inner)  # with dyb, dz and s * h
+    peaks = [sent + partial + max(sizes.by_row(F) if recompute else 0, ds + sums)]
+    kept = ds + sums
+    peaks.append(sent + kept + last + sizes.by_row(r))  # s * ha
+    kept += last
+    rows = 0 if sizes.choices == 1 else sizes.by_row(H)
+    peaks.append(small + kept + sizes.by_row(F, r) + rows + dx)
+    peaks.append(small + kept + sizes.by_row(F, r, r) + dx + first + (24 * sizes.slots if scores else 0))
+    return max(peaks)
+
+
+def _blocks(sizes: CallSizes) -> int:
+    """How many squared norms the weight gradients of one slot leave."""
+    r, F, H, inner = sizes.rank, sizes.width, sizes.hidden, sizes.inner
+    matrices = ((r, H), (F, r), (r, inner), (H, r)) if r else ((F, H), (H, inner))
+    return sum(_output_blocks(P, Q, sizes.tiles.weight_gradient) for P, Q in matrices)
+
+
+def _output_blocks(P: int, Q: int, tile: Tile) -> int:
+    """As `weight_gradient.output_blocks`, which needs Triton."""
+    down, across = (Q, P) if min(Q, _NARROW) > P else (P, Q)
+    blocks = 1
+    for size, most in ((down, tile.m), (across, tile.n)):
+        blocks *= -(-size // min(most, max(16, 1 << (size - 1).bit_length())))
+    return blocks

@@ -1,0 +1,167 @@
+"""One call on a GPU as its steps see it: inputs, tiles, schedule, and the operands that several steps share.
+
+Shapes as in `experts`: R = T * K places of which the first N are rows, H hidden, I intermediate, F = 2 * I for gated
+activations and I for the others, r rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.configs import OVERRIDE, TileSet, arch_of, tiles_for
+from fedmoe_kernels.gpu.down import rank_product
+from fedmoe_kernels.gpu.launch import Execute, Launch
+from fedmoe_kernels.gpu.schedule import Schedule, schedule
+from fedmoe_kernels.gpu.storage import Direct, RankTerm, RowIndex, Stored
+from fedmoe_kernels.gpu.up import up
+from fedmoe_kernels.ops import OpInputs
+
+
+class Stage(NamedTuple):
+    """What every step of one call needs."""
+
+    inputs: OpInputs
+    activation: str
+    tiles: TileSet
+    schedule: Schedule
+    execute: Execute
+
+    def run(self, launches: Iterable[Launch]) -> None:
+        """Execute them in their order."""
+        for launch in launches:
+            self.execute(launch)
+
+    def rows(self, width: int) -> Tensor:
+        """(R, width) of x's dtype; rows from N on are never written."""
+        return self.inputs.x_TH.new_empty(self.inputs.tokens_R.shape[0], width)
+
+    @property
+    def w_in(self) -> Stored:
+        """(B, F, H), both parts."""
+        i = self.inputs
+        return _stored(i.w_in, i.w_in_frozen, i.w_in_scale, i.base_of_slot_B)
+
+    @property
+    def w_out(self) -> Stored:
+        """(B, H, I), both parts."""
+        i = self.inputs
+        return _stored(i.w_out, i.w_out_frozen, i.w_out_scale, i.base_of_slot_B)
+
+    @property
+    def bias_in(self) -> Stored | None:
+        """(B, F), both parts."""
+        i = self.inputs
+        return None if i.bias_in is None else _stored(i.bias_in, i.bias_in_frozen, None, i.base_of_slot_B)
+
+    @property
+    def bias_out(self) -> Stored | None:
+        """(B, H), both parts."""
+        i = self.inputs
+        return None if i.bias_out is None else _stored(i.bias_out, i.bias_out_frozen, None, i.base_of_slot_B)
+
+    def direct(self, weights_TK: Tensor | None) -> Direct | None:
+        """With one choice a token the last product writes to token order, and nothing is combined."""
+        i = self.inputs
+        return Direct(i.tokens_R, i.places_R, weights_TK, i.rows_TK) if i.rows_TK.shape[1] == 1 else None
+
+    def through(self, rows_XK: Tensor, factor: Tensor, *, transposed: bool, gather: bool) -> Tensor:
+        """(R, r): rows times an adapter's factor (Bl, r, K), or (Bl, K, r) if `transposed`."""
+        out_Rr = self.rows(factor.shape[2 if transposed else 1])
+        tokens_R = self.inputs.tokens_R if gather else None
+        self.run(
+            rank_product(
+                *(rows_XK, factor, out_Rr),
+                transposed=transposed,
+                tokens_R=tokens_R,
+                schedule=self.schedule,
+                tile=self.tiles.rank,
+            )
+        )
+        return out_Rr
+
+    def term(self, rows_Rr: Tensor | None, factor: Tensor | None) -> RankTerm | None:
+        """What adapters add to a product, None where there are none."""
+        if rows_Rr is None or factor is None:
+            return None
+        assert self.inputs.scale_B is not None
+        return RankTerm(rows_Rr, factor, self.inputs.scale_B)
+
+    @property
+    def row_index(self) -> RowIndex:
+        """Where the rows come from."""
+        return RowIndex(self.inputs.tokens_R, self.inputs.places_R, self.inputs.weights_TK)
+
+    def first_product(self, z_RF: Tensor | None, h_RI: Tensor | None) -> None:
+        """z, f(z) or both, as the forward and a backward that recomputes make them: one kernel, the same bits."""
+        i = self.inputs
+        xa_Rr = None if i.a_in is None else self.through(i.x_TH, i.a_in, transposed=False, gather=True)
+        self.run(
+            up(
+                *(i.x_TH, i.tokens_R, self.w_in, self.bias_in),
+                z_RF=z_RF,
+                h_RI=h_RI,
+                activation=self.activation,
+                schedule=self.schedule,
+                tile=self.tiles.up,
+                term=self.term(xa_Rr, i.b_in),
+            )
+        )
+
+
+def stage_of(inputs: OpInputs, activation: str, rows_per_slot: int, arch: str | None, execute: Execute) -> Stage:
+    """Choose the tiles and make the schedule; arguments as in `experts.forward`."""
+    inputs = inputs._replace(**{name: aligned(t) for name, t in inputs._asdict().items() if t is not None})
+    tiles = _tiles(
+        inputs.x_TH.device,
+        inputs.x_TH.dtype,
+        *(inputs.x_TH.shape[1], inputs.w_out.shape[2]),
+        gated=ACTIVATIONS[activation].gated,
+        rows_per_slot=rows_per_slot,
+        arch=arch,
+        override=os.environ.get(OVERRIDE),
+    )
+    made = schedule(inputs.offsets_B1, inputs.tokens_R.shape[0], tiles.rows, execute)
+    return Stage(inputs, activation, tiles, made, execute)
+
+
+@lru_cache(maxsize=256)
+def _tiles(
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    inner: int,
+    *,
+    gated: bool,
+    rows_per_slot: int,
+    arch: str | None,
+    override: str | None,
+) -> TileSet:
+    """`configs.tiles_for`, remembered: it costs as much as two launches. `override` is in the key alone."""
+    return tiles_for(
+        arch_of(device) if arch is None else arch,
+        dtype,
+        rows_per_slot,
+        hidden=hidden,
+        inner=inner,
+        gated=gated,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    )
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Itself, or a copy where it starts between two multiples of 16 bytes, which no descriptor or wide load can."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _stored(trainable: Tensor, frozen: Tensor | None, scale: Tensor | None, base_of_slot_B: Tensor | None) -> Stored:
+    """An empty frozen part is none."""
+    if frozen is not None and frozen.shape[0] == 0:
+        frozen, scale = None, None
+    return Stored(trainable, frozen, scale, base_of_slot_B)

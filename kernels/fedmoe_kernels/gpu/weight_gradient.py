@@ -1,0 +1,221 @@
+"""Gradients of weights: for each trainable slot the product of two sets of rows over the rows it ran, and of biases.
+
+Shapes: R places of which the first N are rows, X rows of an operand (tokens or places), B slots, G slots that have a
+gradient, P x Q one slot's matrix.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fedmoe_kernels.configs import Tile
+from fedmoe_kernels.gpu.blocks import position
+from fedmoe_kernels.gpu.launch import Launch, dot_precision
+from fedmoe_kernels.gpu.storage import RowIndex
+
+# Of each slot's matrix the side with fewer columns than this gives the columns of a block, whatever side it is: a
+# product of whole warp groups has at least 64 rows, and any 16 columns.
+_NARROW = 64
+
+
+@triton.jit
+def _rows_to_sum(slot, offsets, learns):
+    """(first, end) of the rows of a slot; none where it does not learn."""
+    start = tl.load(offsets + slot).to(tl.int32)
+    stop = tl.load(offsets + slot + 1).to(tl.int32)
+    if learns is not None:
+        stop = tl.where(tl.load(learns + slot), stop, start)
+    return start, stop
+
+
+@triton.jit
+def _matrix_rows(tokens, rows, live):
+    """Which rows of an operand the rows are, in 64 bits."""
+    if tokens is not None:
+        return tl.load(tokens + rows, mask=live, other=0).to(tl.int64)
+    else:
+        return rows.to(tl.int64)
+
+
+@triton.jit
+def _store_matrix(out, value, p, q, P: tl.constexpr, Q: tl.constexpr, WHOLE: tl.constexpr, FLIPPED: tl.constexpr):
+    places = out + q[None, :] * P + p[:, None] if FLIPPED else out + p[:, None] * Q + q[None, :]
+    if WHOLE:
+        tl.store(places, value)
+    else:
+        tl.store(places, value, mask=(p[:, None] < P) & (q[None, :] < Q))
+
+
+@triton.jit(do_not_specialize=["width"])
+def _weight_gradient_kernel(
+    left, left_tokens, right, right_tokens, out, offsets, learns, scale, squares, width,
+    P: tl.constexpr, Q: tl.constexpr, FLIPPED: tl.constexpr,
+    BP: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of BP x BQ of one slot's left^T @ right, BT rows a step; FLIPPED writes its transpose.
+
+    Programs of one slot follow one another, so that its rows are read from memory once and from the L2 cache after.
+    """
+    DOWN: tl.constexpr = (P + BP - 1) // BP
+    ACROSS: tl.constexpr = (Q + BQ - 1) // BQ
+    slot = tl.program_id(0) // (DOWN * ACROSS)
+    i, j = position(tl.program_id(0) % (DOWN * ACROSS), DOWN, ACROSS, GROUP)
+    start, stop = _rows_to_sum(slot, offsets, learns)
+    p = i * BP + tl.arange(0, BP)
+    q = j * BQ + tl.arange(0, BQ)
+    acc = tl.zeros((BP, BQ), tl.float32)
+    for first in range(start, stop, BT):
+        rows = first + tl.arange(0, BT)
+        live = rows < stop
+        # The left block is loaded as its transpose: by `.T` it would not be fetched ahead on sm_80.
+        left_at = left + (_matrix_rows(left_tokens, rows, live) * P)[None, :] + p[:, None]
+        right_at = right + (_matrix_rows(right_tokens, rows, live) * Q)[:, None] + q[None, :]
+        left_live = live[None, :]
+        right_live = live[:, None]
+        if P % BP != 0:
+            left_live &= p[:, None] < P
+        if Q % BQ != 0:
+            right_live &= q[None, :] < Q
+        a = tl.load(left_at, mask=left_live, other=0.0)
+        b = tl.load(right_at, mask=right_live, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    if scale is not None:
+        acc *= tl.load(scale + slot).to(tl.float32)
+    value = acc.to(out.dtype.element_ty)
+    _store_matrix(out + slot.to(tl.int64) * (P * Q), value, p, q, P, Q, P % BP == 0 and Q % BQ == 0, FLIPPED)
+    if squares is not None:
+        stored = value.to(tl.float32)
+        # Two-dimensional to the end: sums of one-dimensional blocks crash Triton 3.7 on sm_100 beside a product.
+        total = tl.sum(tl.sum(stored * stored, 1).reshape(1, BP), 1)
+        tl.store(squares + slot * width + i * ACROSS + j + tl.arange(0, 1), total)
+
+
+def _blocks(P: int, Q: int, tile: Tile) -> tuple[bool, int, int]:
+    """(whether the transpose is computed, rows, columns of a block); no side is longer than the matrix needs."""
+    flipped = P < _NARROW and P < Q
+    down, across = (Q, P) if flipped else (P, Q)
+    return flipped, *(min(most, max(16, triton.next_power_of_2(n))) for n, most in ((down, tile.m), (across, tile.n)))
+
+
+def output_blocks(P: int, Q: int, tile: Tile) -> int:
+    """How many sums of squares `weight_gradient` leaves for each slot's P x Q matrix."""
+    flipped, m, n = _blocks(P, Q, tile)
+    return triton.cdiv(Q if flipped else P, m) * triton.cdiv(P if flipped else Q, n)
+
+
+def weight_gradient(
+    left_XP: Tensor,
+    right_XQ: Tensor,
+    out_GPQ: Tensor,
+    *,
+    offsets_B1: Tensor,
+    left_tokens: Tensor | None = None,
+    right_tokens: Tensor | None = None,
+    tile: Tile,
+    learns_B: Tensor | None = None,
+    scale_B: Tensor | None = None,
+    squares_GN: Tensor | None = None,
+) -> list[Launch]:
+    """out[g] = scale[g] * the sum over the rows of slot g of left_row^T right_row, written whole, also where it is 0.
+
+    Args:
+        left_XP, right_XQ: the operands, by row, or by token where the row's token is given.
+        out_GPQ: contiguous; slots from G on are not looked at.
+        offsets_B1: as in `Routing`.
+        left_tokens, right_tokens: (R,) int64, the row of the operand that each row reads; None = its own.
+        tile: `m` and `n` sizes of an output block, `k` rows of a step. Loads of row numbers are pipelined too, and
+            share the stages: 5 stages keep three blocks of rows in flight, 4 only two.
+        learns_B: bool; slots outside it get zeros and cost no product. May be longer than G.
+        scale_B: any floating dtype.
+        squares_GN: float32, N = `output_blocks`, rows at any distance: the squared norm of each block of the gradient
+            as it is stored, that is after rounding.
+    """
+    G, P, Q = out_GPQ.shape
+    flipped, m, n = _blocks(P, Q, tile)
+    sides = [("left", left_XP, left_tokens), ("right", right_XQ, right_tokens)]
+    (_, left, left_by), (_, right, right_by) = reversed(sides) if flipped else sides
+    args = {
+        "left": left,
+        "left_tokens": left_by,
+        "right": right,
+        "right_tokens": right_by,
+        "out": out_GPQ,
+        "offsets": offsets_B1,
+        "learns": learns_B,
+        "scale": scale_B,
+        "squares": squares_GN,
+        "width": 0 if squares_GN is None else squares_GN.stride(0),
+        "P": left.shape[1],
+        "Q": right.shape[1],
+        "FLIPPED": flipped,
+        "BP": m,
+        "BQ": n,
+        "BT": tile.k,
+        "GROUP": tile.group,
+        "PRECISION": dot_precision(left.dtype),
+    }
+    rows = max((t.shape[0] for t in (left_tokens, right_tokens) if t is not None), default=left_XP.shape[0])
+    moved = left_XP.nbytes + right_XQ.nbytes + out_GPQ.nbytes
+    grid = (G * output_blocks(P, Q, tile),)
+    return [Launch(_weight_gradient_kernel, grid, args, tile.warps, tile.stages, 2 * rows * P * Q, moved)]
+
+
+@triton.jit
+def _bias_gradient_kernel(
+    values, tokens, places, weights, out, offsets, learns,
+    N: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BN columns of the sum of a slot's rows, each times its routing weight where there are weights."""
+    COLUMNS: tl.constexpr = (N + BN - 1) // BN
+    slot = tl.program_id(0) // COLUMNS
+    n = tl.program_id(0) % COLUMNS * BN + tl.arange(0, BN)
+    start, stop = _rows_to_sum(slot, offsets, learns)
+    acc = tl.zeros((BT, BN), tl.float32)
+    for first in tl.range(start, stop, BT, num_stages=STAGES):
+        rows = first + tl.arange(0, BT)
+        live = rows < stop
+        kept = live[:, None]
+        if N % BN != 0:
+            kept &= n[None, :] < N
+        at = values + (_matrix_rows(tokens, rows, live) * N)[:, None] + n[None, :]
+        block = tl.load(at, mask=kept, other=0.0).to(tl.float32)
+        if weights is not None:
+            place = tl.load(places + rows, mask=live, other=0)
+            block *= tl.load(weights + place, mask=live, other=0.0).to(tl.float32)[:, None]
+        acc += block
+    tl.store(out + slot.to(tl.int64) * N + n, tl.sum(acc, 0).to(out.dtype.element_ty), mask=n < N)
+
+
+def bias_gradient(
+    values_XN: Tensor,
+    out_GN: Tensor,
+    *,
+    offsets_B1: Tensor,
+    routing: RowIndex | None = None,
+    learns_B: Tensor | None = None,
+) -> list[Launch]:
+    """out[g] = the sum of the rows of slot g, zeros where it has none or does not learn.
+
+    Without `routing` values_XN is by row (db_in, of dz); with it by token, and each row counts with its routing weight
+    (db_out, of dy).
+    """
+    G, N = out_GN.shape
+    columns = min(128, triton.next_power_of_2(N))
+    args = {
+        "values": values_XN,
+        "tokens": None if routing is None else routing.tokens_R,
+        "places": None if routing is None else routing.places_R,
+        "weights": None if routing is None else routing.weights_TK,
+        "out": out_GN,
+        "offsets": offsets_B1,
+        "learns": learns_B,
+        "N": N,
+        "BN": columns,
+        "BT": 64,
+        "STAGES": 4,
+    }
+    grid = (G * triton.cdiv(N, columns),)
+    rows = values_XN.shape[0] if routing is None else routing.tokens_R.shape[0]
+    return [Launch(_bias_gradient_kernel, grid, args, 4, 4, 2 * rows * N, values_XN.nbytes + out_GN.nbytes)]

@@ -1,0 +1,48 @@
+"""The recompute dial: nothing kept between forward and backward, the same bits, and the memory that was promised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from expert_cases import leaves, names, problem, run
+
+from fedmoe_kernels import ExpertScores, cpu
+
+
+def solved(options: dict, dtype: torch.dtype, *, recompute: bool, **more: object) -> dict[str, torch.Tensor]:
+    p = problem(61, 24, 16, 5, 2, routes="gaps", **options).rounded(dtype)
+    scores, leaf = ExpertScores(5), leaves(p, dtype)
+    y = run(p, leaf, scores=scores, recompute=recompute, **more)
+    y.backward(p.dy_TH.to(dtype))
+    return {"y": y.detach(), "scores": scores.leaf_B6.grad, **{f"d{n}": leaf[n].grad for n in names(p)}}
+
+
+@pytest.mark.parametrize("rows", [7, 4096])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"biases": True, "activation": "swiglu_oai"}, {"rank": 2}])
+def test_same_bits_as_with_z_kept(
+    options: dict, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "tile_rows", lambda inner: rows)
+    kept, again = (solved(options, dtype, recompute=recompute) for recompute in (False, True))
+    assert all(torch.equal(kept[n], again[n]) for n in kept)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_keeps_no_activations(recompute: bool) -> None:
+    p = problem(13, 8, 6, 3, 2)
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        run(p, leaves(p), recompute=recompute)
+    assert ((26, 12) in saved) != recompute
+
+
+def test_one_gradient_alone() -> None:
+    p = problem(13, 8, 6, 3, 2)
+    for wanted in ("x", "s", "w_in", "w_out"):
+        got = []
+        for recompute in (False, True):
+            leaf = {n: t.detach().requires_grad_(n == wanted) for n, t in leaves(p).items()}
+            run(p, leaf, recompute=recompute).backward(p.dy_TH)
+            got.append(leaf[wanted].grad)
+        assert torch.equal(*got)
