@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Protocol
@@ -35,9 +35,40 @@ class ModelSpec:
     params: tuple[ParamSpec, ...]
     head: frozenset[str] = frozenset()
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """Keys of every tensor of the state."""
+        return frozenset(spec.key for spec in self.params)
+
     def trained(self, *, train_dense: bool) -> tuple[ParamSpec, ...]:
         """The tensors that may train: experts and routers, and of the dense ones all or the head."""
-        return tuple(spec for spec in self.params if spec.kind != "dense" or train_dense or spec.key in self.head)
+        moving = [spec for spec in self.params if spec.kind != "frozen"]
+        return tuple(spec for spec in moving if spec.kind != "dense" or train_dense or spec.key in self.head)
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Adapters on the experts, over frozen base experts, as an algorithm declares them for its run.
+
+    Attributes:
+        rank: r of the largest adapters.
+        alpha: the adapters' product counts alpha / rank, for every client alike whatever its own rank.
+        in_state: whether the global model has the factors: they are then aggregated like experts, and the experts
+            themselves never train. False: only plans with a ``lora_rank`` have adapters, made fresh (or from the plan's
+            rows) and gone with the round; the experts remain what is aggregated.
+    """
+
+    rank: int
+    alpha: float
+    in_state: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0:
+            raise ValueError(f"rank={self.rank}, alpha={self.alpha} is no adapter; give a rank and an alpha above 0")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 class ModelAdapter(Protocol):
@@ -63,6 +94,9 @@ class ModelAdapter(Protocol):
         train_dense: bool = False,
         train_router: bool = True,
         train_head: bool | None = None,
+        lora_rank: int | None = None,
+        lora_seed: int = 0,
+        out_scale_L: Sequence[float] | None = None,
     ) -> None:
         """Become a sub-model of ``state``: only permitted experts stored, only trainable ones as Parameters.
 
@@ -70,7 +104,15 @@ class ModelAdapter(Protocol):
         alias (int (L, E), -1 = none) is served by the slot of that held expert. Dense parameters are copied in place
         from ``state`` and get gradients when ``train_dense``; a classification head trains in any case unless
         ``train_head`` is False. The state is never mutated nor aliased.
+
+        After ``add_lora`` adapters train in place of the permitted experts, cut to the first ``lora_rank`` ranks; where
+        the state has no factors they exist only with a ``lora_rank``, fresh from ``lora_seed``. ``out_scale_L`` gives
+        each layer's output a trainable factor that starts there.
         """
+        ...
+
+    def add_lora(self, lora: LoraSpec, *, seed: int) -> dict[str, Tensor]:
+        """Let experts carry adapters from now on; the factors to add to the state (none unless ``lora.in_state``)."""
         ...
 
     def trained(self) -> dict[str, Tensor]:

@@ -19,9 +19,17 @@ from fedmoe_core.memory import mark, resident_bytes, tensor_bytes, trace_memory
 
 
 def calibrate(
-    adapter: ModelAdapter, params: dict[str, Tensor], train: TrainConfig, batch: Batch, *, padding: bool
+    adapter: ModelAdapter,
+    params: dict[str, Tensor],
+    train: TrainConfig,
+    batch: Batch,
+    *,
+    padding: bool,
+    lora_rank: int | None = None,
 ) -> CostModel:
     """The cost model of ``adapter`` for local steps on batches shaped like ``batch``, with measured trunk terms.
+
+    With ``lora_rank`` experts carry adapters of that rank, which then train in their place.
 
     Each k' from 1 to the model's k is traced once, holding the k experts of lowest id in every layer. Few experts are
     the worst case for the temporaries of the expert stage: with k held, each serves every token, and no token can
@@ -39,7 +47,7 @@ def calibrate(
     train_dense = train.trunk == "fedavg"
     few_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
     few_LE[:, : spec.top_k] = True
-    model = CostModel.of(spec, tokens=batch.tokens_SN.numel(), train_dense=train_dense)
+    model = CostModel.of(spec, tokens=batch.tokens_SN.numel(), train_dense=train_dense, lora_rank=lora_rank)
     adapter.configure(params, train_dense=train_dense)
     dense = sum(tensor.numel() for key, tensor in adapter.trained().items() if key.startswith("dense."))
     model = replace(
@@ -47,7 +55,14 @@ def calibrate(
     )  # a classification head trains also where the trunk does not
     peaks, buffers, flops = {}, 0, 0.0
     for top_k in range(1, spec.top_k + 1):
-        adapter.configure(params, permitted_LE=few_LE, trainable_LE=few_LE, top_k=top_k, train_dense=train_dense)
+        adapter.configure(
+            params,
+            permitted_LE=few_LE,
+            trainable_LE=few_LE,
+            top_k=top_k,
+            train_dense=train_dense,
+            lora_rank=lora_rank,
+        )
         optimizer = local_optimizer(adapter, train)
         traced = [_stage_peaks(adapter, each, optimizer, train) for each in batches]
         peaks[top_k] = tuple(max(stage) for stage in zip(*traced, strict=True))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from fedmoe_core.layer_lora import FACTORS
 from fedmoe_core.layer_store import GATED, ExpertMask, ExpertStore, LayerState
-from fedmoe_kernels.experts import ExpertScores, ExpertWeights, moe_mlp
+from fedmoe_kernels.experts import ExpertLora, ExpertScores, ExpertWeights, moe_mlp
 from fedmoe_kernels.routing import route
 from fedmoe_kernels.stats import RouterStats
 
@@ -34,10 +36,13 @@ class MoE(ExpertStore):
             the choices of all its tokens, (T, K), -1 = none, in ``last_experts_TK``.
         recompute: keep no activations for the backward, which makes them again from x.
         backend: as ``fedmoe_kernels.moe_mlp``.
+        out_scale: a scalar Parameter that the layer's output is multiplied by (FLAME's s_i); None = 1, for good.
 
     ``last_stats`` is overwritten by each forward and never summed here, so that a forward repeated by activation
     checkpointing cannot count twice; whoever wants sums adds it once per micro-batch.
     """
+
+    out_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -100,13 +105,14 @@ class MoE(ExpertStore):
         self.last_stats: RouterStats | None = None
         self.last_logits_TE: Tensor | None = None
         self.last_experts_TK: Tensor | None = None
+        self.register_parameter("out_scale", None)
         self._scores: ExpertScores | None = None
         width = intermediate_size * (2 if activation in GATED else 1)
         held, trains = self.check_masks(permitted, trainable)
         ids = tuple(np.flatnonzero(held).tolist())
         shapes = (num_experts, hidden_size), (len(ids), width, hidden_size), (len(ids), hidden_size, intermediate_size)
-        fresh = (torch.empty(s, dtype=dtype, device=device).normal_(std=INIT_STD) for s in shapes)
-        self._install(held, trains, LayerState(ids, *fresh))
+        router, w_in, w_out = (torch.empty(s, dtype=dtype, device=device).normal_(std=INIT_STD) for s in shapes)
+        self._install(held, trains, LayerState(ids, router, w_in, w_out))
 
     @classmethod
     def from_dense(
@@ -160,17 +166,40 @@ class MoE(ExpertStore):
         if self.keep_logits:
             self.last_logits_TE = logits_TE if valid_T is None else logits_TE[valid_T]
             self.last_experts_TK = routing.experts_TK
+        if self.out_scale is not None:  # by the weights, because T * k numbers are kept for its gradient and not T * H
+            routing = replace(routing, weights_TK=routing.weights_TK * self.out_scale)
+        lora = self._lora()
+        w_in, w_out = (self.w_in, self.w_out) if lora is None else (self.w_in.detach(), self.w_out.detach())
         y_TH = moe_mlp(
             x_TH,
             routing,
-            ExpertWeights(self.w_in, self._frozen("w_in")),
-            ExpertWeights(self.w_out, self._frozen("w_out")),
+            ExpertWeights(w_in, self._frozen("w_in")),
+            ExpertWeights(w_out, self._frozen("w_out")),
             activation=self.activation,
+            lora=lora,
             scores=self.scores,
             recompute=self.recompute,
             backend=self.backend,
         )
         return y_TH.reshape(x.shape)
+
+    def start_out_scale(self, value: float | None) -> None:
+        """Give the layer's output a trainable factor that starts at ``value``; None takes it away."""
+        dtype = torch.float64 if self.w_in.dtype == torch.float64 else torch.float32
+        start = None if value is None else torch.tensor(value, dtype=dtype, device=self.w_in.device)
+        self.out_scale = None if start is None else nn.Parameter(start)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """As ``ExpertStore``, and the output's factor where there is one."""
+        found = super().trained_state()
+        return found if self.out_scale is None else found | {"out_scale": self.out_scale.detach()}
+
+    def _lora(self) -> ExpertLora | None:
+        """The adapters of the trainable slots; None where there are none."""
+        if self.lora_scale is None or not self.trainable_experts:
+            return None
+        a_in, b_in, a_out, b_out = (cast(Tensor, getattr(self, name)) for name in FACTORS)
+        return ExpertLora(a_in, b_in, a_out, b_out, scale=self.lora_scale)
 
     @property
     def scores(self) -> ExpertScores | None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedmoe_core.layer_lora import FACTORS, LayerLora
 from fedmoe_core.rows import Rows, check_rows, slot_map_of
 from fedmoe_core.slots import frozen_stack, group_of, stack
 from fedmoe_kernels.quantized import Quantized
@@ -30,12 +31,14 @@ class LayerState:
         router: (E, H), always of all experts.
         w_in: (len(experts), 2I, H) for gated activations [gate; up], (len(experts), I, H) else.
         w_out: (len(experts), H, I).
+        lora: adapters over them, rows in the same order; None = none.
     """
 
     experts: tuple[int, ...]
     router: Tensor
     w_in: Tensor
     w_out: Tensor
+    lora: LayerLora | None = None
 
 
 class ExpertStore(nn.Module):
@@ -46,6 +49,10 @@ class ExpertStore(nn.Module):
     Parameter with the rows of the trainable experts, ``router_rest`` a buffer with all other rows: the whole router is
     small, and with it the demand for absent experts stays measurable. So a frozen or absent expert can have neither
     gradient nor optimizer state, whatever the optimizer (invariant 5).
+
+    With adapters (``load_global(lora=...)``) the experts themselves are frozen: ``w_in`` and ``w_out`` have no row, the
+    frozen buffers hold every slot, and ``a_in``, ``b_in``, ``a_out``, ``b_out`` are Parameters of the trainable
+    experts' factors. The adapter of an expert that does not train is merged into its weights.
 
     Args:
         hidden_size, intermediate_size, num_experts, activation, train_router, frozen_bits, rows_per_slot: as ``MoE``.
@@ -59,6 +66,11 @@ class ExpertStore(nn.Module):
     w_in_scale: Tensor | None
     w_out_scale: Tensor | None
     router_rest: Tensor
+    a_in: nn.Parameter | None
+    b_in: nn.Parameter | None
+    a_out: nn.Parameter | None
+    b_out: nn.Parameter | None
+    lora_scale: float | None
     trainable_experts: tuple[int, ...]
     frozen_experts: tuple[int, ...]
     _slot_map: SlotMap
@@ -80,6 +92,9 @@ class ExpertStore(nn.Module):
         self.frozen_bits, self.rows_per_slot = frozen_bits, rows_per_slot
         for name in ("w_in_frozen", "w_out_frozen", "w_in_scale", "w_out_scale", "router_rest"):
             self.register_buffer(name, None)
+        for name in FACTORS:
+            self.register_parameter(name, None)
+        self.lora_scale = None
         if frozen_bits is not None:
             if frozen_bits not in (8, 4):
                 raise ValueError(f"frozen_bits is {frozen_bits}; choose 8, 4 or None")
@@ -112,19 +127,21 @@ class ExpertStore(nn.Module):
         trainable: ExpertMask | None = None,
         rows: Rows | None = None,
         alias: np.ndarray | None = None,
+        lora: LayerLora | None = None,
     ) -> None:
         """Become the sub-layer of a whole layer's tensors (E, ...): copies of the permitted experts, never views.
 
         Args:
             router, w_in, w_out: the layer in global coordinates.
             permitted, trainable: as the constructor.
-            rows: rows in place of those tensors' own, by "router", "w_in" or "w_out" and expert id.
+            rows: rows in place of those tensors' own, by "router", "w_in", "w_out" or a factor's name, and expert id.
             alias: int (E,), the held expert whose slot serves an absent one, -1 = none; see ``SlotMap.shared``.
+            lora: adapters of all experts (E, ...), which then train in place of the experts.
 
         Raises:
             ValueError: as the constructor; a row of another shape or of an expert that is not held; a bad alias.
         """
-        state = LayerState(tuple(range(self.num_experts)), router, w_in, w_out)
+        state = LayerState(tuple(range(self.num_experts)), router, w_in, w_out, lora)
         self._install(*self.check_masks(permitted, trainable), state, own=rows or {}, alias=alias)
 
     def set_experts(
@@ -137,22 +154,33 @@ class ExpertStore(nn.Module):
             source: where experts that are new here come from; it may hold any experts, its router is not read.
 
         Raises:
-            ValueError: an expert is new and ``source`` does not hold it.
+            ValueError: an expert is new and ``source`` does not hold it, or the layer has adapters.
         """
+        if self.lora_scale is not None:
+            raise ValueError("a layer with adapters has merged some of them; change its experts by load_global")
         self._install(*self.check_masks(permitted, trainable), source, keep=True)
 
     def global_state(self) -> LayerState:
-        """Copies of the router and of the held experts, in ascending expert id."""
+        """Copies of the router and of the held experts, in ascending expert id.
+
+        Raises:
+            ValueError: the adapter of a frozen expert is merged into it and cannot be told apart any more.
+        """
+        if self.lora_scale is not None and self.frozen_experts:
+            raise ValueError("frozen experts of this layer have merged their adapters; let all train to read them back")
         order = sorted(range(len(self.experts)), key=self.experts.__getitem__)
         with torch.no_grad():
             w_in, w_out = (torch.stack([self._rows(name)[b] for b in order]) for name in ("w_in", "w_out"))
-            return LayerState(tuple(sorted(self.experts)), self.router_EH().detach().clone(), w_in, w_out)
+            factors = {n: p.detach().clone() for n in FACTORS if (p := getattr(self, n)) is not None}
+            lora = None if self.lora_scale is None else LayerLora.of(factors, self.lora_scale)
+            return LayerState(tuple(sorted(self.experts)), self.router_EH().detach().clone(), w_in, w_out, lora)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Detached views of what trains here, rows in ascending expert id; empty where no expert trains."""
         if not self.trainable_experts:
             return {}
-        names = ("router", "w_in", "w_out") if self.train_router else ("w_in", "w_out")
+        names = ("w_in", "w_out") if self.lora_scale is None else FACTORS
+        names = ("router", *names) if self.train_router else names
         return {name: getattr(self, name).detach() for name in names}
 
     def check_masks(self, permitted: ExpertMask | None, trainable: ExpertMask | None) -> tuple[np.ndarray, np.ndarray]:
@@ -205,6 +233,7 @@ class ExpertStore(nn.Module):
     ) -> None:
         """Lay the experts out in slots. With ``keep``, what this layer has wins over ``source``; ``own`` over both."""
         slot_map = slot_map_of(held, trains, alias, rows_per_slot=self.rows_per_slot)
+        lora = None if source is None else source.lora
         trainable = tuple(np.flatnonzero(trains).tolist())
         frozen = tuple(np.flatnonzero(held & ~trains).tolist())
         have = self.experts if keep else ()
@@ -218,11 +247,15 @@ class ExpertStore(nn.Module):
             raise ValueError(f"expert {lossy[0]} is held in {self.frozen_bits} bits; pass a source to train it from")
         if source is not None:
             self._check(source)
-            check_rows(own, {name: getattr(source, name) for name in ("router", "w_in", "w_out")}, held)
+            like = {name: getattr(source, name) for name in ("router", "w_in", "w_out")}
+            check_rows(own, like if lora is None else like | lora.factors, held)
+            lora = None if lora is None else lora.with_rows(own)
+        # Adapters train in place of the experts, which then lie in the frozen stack, trainable ones first all the same.
+        learning, stored_ids = (trainable, frozen) if lora is None else ((), trainable + frozen)
         with torch.no_grad():
             router_EH = self.router_EH() if keep else cast(LayerState, source).router
             for name in ("w_in", "w_out"):
-                like = getattr(self if keep else source, name)
+                shape = getattr(self if keep else source, name)
                 rows = {} if source is None else {e: getattr(source, name)[i] for e, i in offered.items()}
                 if keep:
                     rows |= dict(zip(self.trainable_experts, getattr(self, name), strict=True))
@@ -231,10 +264,13 @@ class ExpertStore(nn.Module):
                 if isinstance(stored, Tensor):
                     rows |= dict(zip(self.frozen_experts, stored, strict=True))
                 rows |= own.get(name, {})
-                setattr(self, name, nn.Parameter(stack(rows, trainable, like)))
-                values, scale = frozen_stack(rows, codes, frozen, bits=self.frozen_bits, like=like)
+                if lora is not None:
+                    rows |= {e: rows[e] + lora.change(name, e) for e in frozen}
+                setattr(self, name, nn.Parameter(stack(rows, learning, shape)))
+                values, scale = frozen_stack(rows, codes, stored_ids, bits=self.frozen_bits, like=shape)
                 setattr(self, f"{name}_frozen", values)
                 setattr(self, f"{name}_scale", scale)
+            self._install_factors(lora, trainable)
             steered = trainable if self.train_router else ()
             rest = tuple(e for e in range(self.num_experts) if e not in steered)
             rows = dict(enumerate(router_EH)) | dict(own.get("router", {}))
@@ -246,6 +282,12 @@ class ExpertStore(nn.Module):
         self._row_of_expert = torch.tensor(order).argsort()
         self._slot_map = slot_map
         self._installed()
+
+    def _install_factors(self, lora: LayerLora | None, trainable: tuple[int, ...]) -> None:
+        self.lora_scale = None if lora is None else lora.scale
+        for name in FACTORS:
+            factor = None if lora is None else getattr(lora, name)
+            setattr(self, name, None if factor is None else nn.Parameter(stack(factor, trainable, factor)))
 
     def _installed(self) -> None:
         """Called whenever the experts have changed."""

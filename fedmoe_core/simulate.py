@@ -20,6 +20,7 @@ from fedmoe_core.config import Config, TrainConfig
 from fedmoe_core.data import FederatedData
 from fedmoe_core.evaluate import evaluate_clients, validation_batches
 from fedmoe_core.plan import ExpertPlan
+from fedmoe_core.planning import plan_costs
 from fedmoe_core.prepare import World, build_world, pick_device
 from fedmoe_core.progress import NullObserver, Observer, PlanRow
 from fedmoe_core.ranks import open_ranks
@@ -173,7 +174,7 @@ def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[Clie
         plan,
         draw(),
         train=train,
-        costs=world.population.costs,
+        costs=plan_costs(world.population, plan),
         class_shares_C=class_shares(world.data, plan.client),
         redraw=draw,
         validation=lambda: (batch.to(device) for batch in validation_batches(data, world.config)),

@@ -11,8 +11,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fedmoe_core.adapter import LoraSpec
 from fedmoe_core.aggregate import Sums
 from fedmoe_core.client import LocalResult
+from fedmoe_core.config import Config
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.state import Population, ServerState, initial_state
 from fedmoe_core.update import ClientUpdate
@@ -23,7 +25,7 @@ class Algorithm(ABC):
     """What the simulator asks of an algorithm: a frozen dataclass that inherits this and adds no field.
 
     All methods are pure: same arguments, same answer, on every rank. What an algorithm learns goes into
-    ``ServerState.memory`` by way of ``apply``. What it needs before the first round it declares:
+    ``ServerState.memory`` by way of ``apply``. What it needs before the first round it declares, by these and ``lora``:
 
     Attributes:
         population: the fixed facts of the run.
@@ -35,6 +37,11 @@ class Algorithm(ABC):
     population: Population
     needs_validation: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = True
+
+    @classmethod
+    def lora(cls, config: Config) -> LoraSpec | None:
+        """Adapters that the experts of this run carry; None = none."""
+        return None
 
     def init(self, params: dict[str, Tensor]) -> ServerState:
         """The state before the first round; by default nothing is known about anybody."""
