@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe_core.batch import Batch, Task
+from fedmoe_core.graft import GraftSpec
 from fedmoe_core.layer import MoE
 from fedmoe_core.rows import Rows
 from fedmoe_core.update import Evaluation, ParamSpec
@@ -77,6 +78,7 @@ class ModelAdapter(Protocol):
     spec: ModelSpec
     model: nn.Module
     moe: tuple[MoE, ...]  # in depth order
+    frozen_moe: tuple[MoE, ...]  # original blocks that the layers of ``moe`` are grafted on; usually none
 
     def state(self) -> dict[str, Tensor]:
         """The whole model in global coordinates (keys of ``ParamSpec``), cloned; every expert must be held."""
@@ -113,6 +115,14 @@ class ModelAdapter(Protocol):
 
     def add_lora(self, lora: LoraSpec, *, seed: int) -> dict[str, Tensor]:
         """Let experts carry adapters from now on; the factors to add to the state (none unless ``lora.in_state``)."""
+        ...
+
+    def graft(self, graft: GraftSpec, *, seed: int) -> dict[str, Tensor]:
+        """Put a fresh mixture beside every MoE block; the whole state in the new coordinates.
+
+        The grafted layers become ``moe`` and what ``spec`` describes; the original blocks stay as they are, frozen,
+        under their own parameter names (kind "frozen").
+        """
         ...
 
     def trained(self) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedmoe_core.adapter import Batch, ModelAdapter
 from fedmoe_core.config import TrainConfig
 from fedmoe_core.costs import CostModel
+from fedmoe_core.layer import MoE
 from fedmoe_core.local import Stepper, local_optimizer
 from fedmoe_core.memory import mark, resident_bytes, tensor_bytes, trace_memory
 
@@ -51,8 +52,11 @@ def calibrate(
     adapter.configure(params, train_dense=train_dense)
     dense = sum(tensor.numel() for key, tensor in adapter.trained().items() if key.startswith("dense."))
     model = replace(
-        model, trunk_trainable=dense, anchored=train.prox > 0
-    )  # a classification head trains also where the trunk does not
+        model,
+        trunk_trainable=dense,  # a classification head trains also where the trunk does not
+        anchored=train.prox > 0,
+        base_experts=sum(layer.num_experts for layer in adapter.frozen_moe),
+    )
     peaks, buffers, flops = {}, 0, 0.0
     for top_k in range(1, spec.top_k + 1):
         adapter.configure(
@@ -74,14 +78,21 @@ def calibrate(
     with FlopCounterMode(display=False) as counted:
         adapter.evaluate(batches[0])
     forward = counted.get_total_flops() / model.tokens - 2 * model.total_experts * model.hidden_size
+    # The counter knows no expert products: of frozen blocks the forward and, at most, the gradient of their input.
+    frozen = 2.0 * sum(layer.top_k * _expert_params(layer) for layer in adapter.frozen_moe)
     return model.calibrated(
         peaks,
         few_LE,
         few_LE,
         buffer_bytes=buffers,
-        flops_per_token=max(flops, 0.0),
-        forward_flops_per_token=max(forward, 0.0),
+        flops_per_token=max(flops, 0.0) + 2 * frozen,
+        forward_flops_per_token=max(forward, 0.0) + frozen,
     )
+
+
+def _expert_params(layer: MoE) -> int:
+    """Weights of one expert of a layer that holds all of them."""
+    return (layer.w_in.numel() + layer.w_out.numel()) // layer.num_experts
 
 
 def _stage_peaks(
@@ -116,5 +127,5 @@ def _marker(stage: str, device: torch.device) -> Callable[[nn.Module, object, Te
 
 def _trunk_buffers(adapter: ModelAdapter) -> int:
     """Bytes of buffers that are not part of an MoE layer (rotary tables)."""
-    of_experts = {id(buffer) for layer in adapter.moe for buffer in layer.buffers()}
+    of_experts = {id(buffer) for layer in (*adapter.moe, *adapter.frozen_moe) for buffer in layer.buffers()}
     return tensor_bytes(buffer for buffer in adapter.model.buffers() if id(buffer) not in of_experts)

@@ -149,7 +149,7 @@ def _train(
         flops=flops,
         bytes_down=down,
         bytes_up=tensor_bytes((*deltas.values(), *returned)) + statistics_bytes(profile),
-        experts=plan.counted_experts,
+        experts=plan.counted_experts + costs.base_experts,
         seconds=time.perf_counter() - began,
     )
     return LocalResult(

@@ -53,6 +53,7 @@ class CostModel:
         base_bytes: bytes per expert weight under LoRA, where it is frozen and may be quantised (0.5 for 4 bits).
         grad_bytes, optimizer_bytes: bytes per trainable parameter (AdamW: two fp32 moments).
         lora_rank: rank of the experts' adapters; None = the experts themselves train.
+        base_experts: experts of the blocks that these layers are grafted on; resident, so they count as held.
         train_router: whether the router rows of trainable experts train.
         router_travels: whether routers are sent at all; False where each client keeps a gate of its own.
         anchored: whether a copy of what trains, as it was received, stays beside it (FedProx).
@@ -77,6 +78,7 @@ class CostModel:
     grad_bytes: int = 4
     optimizer_bytes: int = 8
     lora_rank: int | None = None
+    base_experts: int = 0
     train_router: bool = True
     router_travels: bool = True
     adapters_travel: bool = True
@@ -257,7 +259,7 @@ class CostModel:
             flops=local_steps * self.step_flops(permitted_LE, trainable_LE, top_k=top_k),
             bytes_down=self.bytes_down(permitted_LE, first_participation=first_participation, cached_LE=cached_LE),
             bytes_up=self.bytes_up(trainable_LE),
-            experts=int((permitted_LE if mode == "compact" else trainable_LE).sum()),
+            experts=self.base_experts + int((permitted_LE if mode == "compact" else trainable_LE).sum()),
         )
 
     def rows(self, mode: Mode, *, top_k: int | None = None, first_participation: bool = True) -> Rows:
@@ -282,7 +284,7 @@ class CostModel:
         ]
         entries.append(("down", base_down, np.full(shape, expert_down if compact else 0)))
         entries.append(("up", self._base_up, np.full(shape, self._expert_up)))
-        entries.append(("experts", 0, np.ones(shape, int)))
+        entries.append(("experts", self.base_experts, np.ones(shape, int)))
         names, bases, costs = zip(*entries, strict=True)
         return Rows(names, np.array(bases, dtype=np.int64), np.stack(costs).astype(np.int64))
 

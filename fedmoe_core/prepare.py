@@ -19,7 +19,7 @@ from fedmoe_core.algorithms import Algorithm, algorithm_class
 from fedmoe_core.batch import public_batches
 from fedmoe_core.budget import Budget
 from fedmoe_core.calibrate import calibrate
-from fedmoe_core.config import Config
+from fedmoe_core.config import Config, TrainConfig
 from fedmoe_core.data import FederatedData, load_data
 from fedmoe_core.evaluate import validation_batches
 from fedmoe_core.progress import Observer
@@ -92,7 +92,7 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
     def measured(model: ModelAdapter, params: dict[str, Tensor]) -> Population:
         first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
         lora = form.lora(config)
-        costs = partial(calibrate, model, params, config.train, first, padding=may_pad(config, data))
+        costs = partial(calibrate, model, params, local_settings(config, form), first, padding=may_pad(config, data))
         whole = costs(lora_rank=lora.rank if lora is not None and lora.in_state else None)
         return Population(
             config=config,
@@ -108,7 +108,8 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
 
     def refuse_early(untrained: dict[str, Tensor]) -> None:
         # A budget that cannot be served should be refused within seconds, not after minutes of warm-up.
-        twin = adapter if form.lora(config) is None else load_model(config, data, ranks.device)
+        changes = form.lora(config) is not None or form.graft(config) is not None
+        twin = load_model(config, data, ranks.device) if changes else adapter
         params = take_form(config, form, twin, untrained)
         algorithm = form(measured(twin, params))
         algorithm.plan(algorithm.init(params), range(config.clients))
@@ -124,11 +125,21 @@ def take_form(
     config: Config, form: type[Algorithm], adapter: ModelAdapter, params: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Give the live model the form that the algorithm declares; the state in that form, ``params`` are not changed."""
-    lora = form.lora(config)
-    if lora is None:
+    lora, graft = form.lora(config), form.graft(config)
+    if lora is not None and graft is not None:
+        raise ValueError(f"algorithm {config.algorithm!r} declares both adapters and grafts; declare one of them")
+    if lora is None and graft is None:
         return params
     adapter.configure(params)
+    if graft is not None:
+        return adapter.graft(graft, seed=counter_seed(config.seed, "graft"))
+    assert lora is not None
     return {**params, **adapter.add_lora(lora, seed=counter_seed(config.seed, "adapters"))}
+
+
+def local_settings(config: Config, form: type[Algorithm]) -> TrainConfig:
+    """Local training as configured, the trunk frozen where the algorithm says so."""
+    return config.train if form.trains_trunk else replace(config.train, trunk="frozen")
 
 
 def may_pad(config: Config, data: FederatedData) -> bool:

@@ -19,6 +19,7 @@ from fedmoe_bindings.transformers_mask import carry_token_mask
 from fedmoe_bindings.transformers_submodel import extract_submodel, merge_submodel, stock_model
 from fedmoe_core.adapter import LoraSpec, ModelSpec, Task
 from fedmoe_core.config import ModelConfig
+from fedmoe_core.graft import GraftSpec, fresh_graft
 from fedmoe_core.layer import MoE
 from fedmoe_core.layer_lora import FACTORS, LayerLora, lora_of_layer, lora_specs
 from fedmoe_core.rng import counter_seed
@@ -130,8 +131,8 @@ class TransformersAdapter(TaskLosses):
             model.set_submodule(block.name, layer)
             layers.append(layer)
         del blocks, block
-        carry_token_mask(root)
-        self.model, self.moe = root, tuple(layers)
+        self._carriers = carry_token_mask(root)
+        self.model, self.moe, self.frozen_moe = root, tuple(layers), ()
         self._lora: LoraSpec | None = None
         self._config = config
         self._dense = self._dense_parameters()
@@ -162,9 +163,11 @@ class TransformersAdapter(TaskLosses):
         (The live ``model`` has fedmoe layers, under names that ``from_pretrained`` does not know.)
 
         Raises:
-            ValueError: a layer does not hold every expert, or transformers has no model with this head.
+            ValueError: a layer does not hold every expert, or transformers has no model with this head or grafts.
         """
         state = self.state()
+        if self.frozen_moe:
+            raise ValueError("transformers has no model with grafted mixtures; save the state instead")
         places = [name for name, module in self.model.named_modules() if isinstance(module, MoE)]
         if not isinstance(self.model, SequenceClassifier):
             return stock_model(type(self.model), self._config, state, places)
@@ -230,10 +233,11 @@ class TransformersAdapter(TaskLosses):
                 lora=None if lora is None else lora.to(layer.w_in.device),
             )
         head = self.spec.task == "classification" if train_head is None else train_head
+        learning = {spec.key for spec in self.spec.params if spec.kind == "dense"}
         with torch.no_grad():
             for key, parameter in self._dense.items():
                 parameter.copy_(state[key])
-                parameter.requires_grad_(head if key in self.spec.head else train_dense)
+                parameter.requires_grad_(key in learning and (head if key in self.spec.head else train_dense))
                 parameter.grad = None
 
     def add_lora(self, lora: LoraSpec, *, seed: int) -> dict[str, Tensor]:
@@ -249,6 +253,22 @@ class TransformersAdapter(TaskLosses):
                 fresh |= {f"moe.{number}.{name}": factor for name, factor in drawn.factors.items()}
             self.spec = replace(self.spec, params=lora_specs(self.spec.params, lora.rank))
         return fresh
+
+    def graft(self, graft: GraftSpec, *, seed: int) -> dict[str, Tensor]:
+        """Put a fresh mixture beside every MoE block, as the protocol."""
+        if self.frozen_moe or self._lora is not None:
+            raise ValueError("the model was grafted or given adapters before; load it anew")
+        places = {module: name for name, module in self.model.named_modules() if isinstance(module, MoE)}
+        grown = []
+        for number, base in enumerate(self.moe):
+            grafted = fresh_graft(base, graft, seed=counter_seed(seed, "graft", number))
+            self.model.set_submodule(places[base], grafted)
+            self._carriers[base].serve(grafted.experts)
+            grown.append(grafted)
+        self.moe, self.frozen_moe = tuple(g.experts for g in grown), self.moe
+        self._dense = self._dense_parameters()
+        self.spec = self._describe(self.spec.task)
+        return self.state()
 
     def trained(self) -> dict[str, Tensor]:
         """Detached views of what this configuration trains; the keys and shapes of ``ClientUpdate.deltas``."""
@@ -272,7 +292,9 @@ class TransformersAdapter(TaskLosses):
             for name, tensor in held.items():
                 kind: Kind = "router" if name == "router" else "expert"
                 params.append(ParamSpec(f"moe.{number}.{name}", kind, tuple(tensor.shape), tensor.dtype, number))
-        params += [ParamSpec(key, "dense", tuple(p.shape), p.dtype) for key, p in self._dense.items()]
+        frozen = {id(parameter) for layer in self.frozen_moe for parameter in layer.parameters()}
+        for key, p in self._dense.items():
+            params.append(ParamSpec(key, "frozen" if id(p) in frozen else "dense", tuple(p.shape), p.dtype))
         return ModelSpec(
             family=self._config.model_type,
             task=task,

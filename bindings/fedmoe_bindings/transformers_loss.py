@@ -22,6 +22,7 @@ class TaskLosses:
     spec: ModelSpec
     model: nn.Module
     moe: tuple[MoE, ...]
+    frozen_moe: tuple[MoE, ...]
 
     def loss(
         self,
