@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from cases import CASES, SHAPES, Problem, problem
-from peers import check, dense, fedmoe, transformers_experts
+from peers import check, dense, fedmoe, step, transformers_experts
 from rich.console import Console
 from rich.table import Table
 
@@ -32,9 +32,9 @@ def measure(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list
     """Seconds of each step, `repeats` times, interleaved, after two warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 2):
-        for name, step in steps.items():
+        for name, run in steps.items():
             start = time.perf_counter()
-            step()
+            run()
             if turn > 1:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -43,25 +43,24 @@ def measure(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list
 def run_case(task: Problem, repeats: int) -> dict[str, Any]:
     """One row of the table: medians in ms and rates in GFLOP/s."""
     steps: dict[str, Callable[[], Any]] = {
-        "fedmoe": fedmoe(task),
-        "grouped_mm": transformers_experts(task, "grouped_mm"),
-        "eager": transformers_experts(task, "eager"),
+        "fedmoe": step(fedmoe(), task),
+        "grouped_mm": step(transformers_experts("grouped_mm"), task),
+        "eager": step(transformers_experts("eager"), task),
     }
     check(task, steps["fedmoe"], steps["grouped_mm"])
     check(task, steps["fedmoe"], steps["eager"])
-    seconds = measure(steps | {"dense": dense(task)}, repeats)
+    seconds = measure(steps | {"dense": step(dense(), task)}, repeats)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    dense_rate = task.shape.flops / median["dense"]
     return {
         "shape": task.shape.name,
         "case": task.case.name,
-        "T,H,I,E,K": [task.shape.T, task.shape.H, task.shape.I, task.shape.E, task.shape.K],
+        "T,H,I,E,K": list(task.shape.sizes),
         "gflop": task.flops / 1e9,
         "median_ms": {name: 1e3 * value for name, value in median.items()},
         "quartiles_ms": {name: [1e3 * q for q in statistics.quantiles(t, n=4)] for name, t in seconds.items()},
         "over_grouped_mm": median["grouped_mm"] / median["fedmoe"],
         "over_eager": median["eager"] / median["fedmoe"],
-        "of_dense_rate": task.flops / median["fedmoe"] / dense_rate,
+        "of_dense_rate": median["dense"] / median["fedmoe"],  # of equal FLOPs
     }
 
 

@@ -24,6 +24,9 @@ class Gpu:
         tbytes: memory, 10^12 bytes / s.
         sms: streaming multiprocessors.
         reached: share of `tflops` that the inner loop of a Triton kernel keeps up when nothing else is in the way.
+        l2_tbytes: what the L2 cache hands to the SMs, 10^12 bytes / s.
+
+    `reached` and `l2_tbytes` are assumptions, no data sheet has them; they only enter `expected`.
     """
 
     name: str
@@ -32,16 +35,26 @@ class Gpu:
     tbytes: float
     sms: int
     reached: float
+    l2_tbytes: float
     source: str
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", "sm_80", 312.0, 2.039, 108, 0.72, "NVIDIA A100 data sheet, 80 GB SXM"),
-        Gpu("H100", "sm_90", 989.4, 3.35, 132, 0.66, "NVIDIA H100 data sheet, SXM, half of the sparse rate"),
-        Gpu("H200", "sm_90", 989.4, 4.8, 132, 0.66, "NVIDIA H200 data sheet, SXM, half of the sparse rate"),
-        Gpu("B200", "sm_100", 2250.0, 8.0, 148, 0.55, "NVIDIA DGX B200 data sheet, an eighth, half of the sparse rate"),
+        Gpu("A100", "sm_80", 312.0, 2.039, 108, 0.72, 5.0, "NVIDIA A100 data sheet, 80 GB SXM"),
+        Gpu("H100", "sm_90", 989.4, 3.35, 132, 0.66, 7.0, "NVIDIA H100 data sheet, SXM, half of the sparse rate"),
+        Gpu("H200", "sm_90", 989.4, 4.8, 132, 0.66, 7.0, "NVIDIA H200 data sheet, SXM, half of the sparse rate"),
+        Gpu(
+            "B200",
+            "sm_100",
+            2250.0,
+            8.0,
+            148,
+            0.55,
+            12.0,
+            "NVIDIA DGX B200 data sheet, an eighth, half of the sparse rate",
+        ),
     )
 }
 FASTEST_MEMORY = 0.90  # share of the memory's peak that long streams reach on these GPUs
@@ -153,17 +166,19 @@ class Tiling:
         programs: that have something to do.
         resident: programs that fit an SM at a time.
         useful: share of the computed products that is asked for; the rest is the edges of tiles.
-        stored: bytes a program writes when its products are done.
+        streamed: bytes of operands that a program takes from the L2 cache.
+        stored: bytes that it writes when its products are done.
     """
 
-    programs: int
+    programs: float
     resident: int = 1
     useful: float = 1.0
+    streamed: float = 0.0
     stored: int = 0
 
 
 def expected(work: Work, gpu: Gpu, tiling: Tiling) -> float:
-    """Seconds predicted for one launch.
+    """Seconds predicted for one launch: the slowest of its products, its operands' way through L2, and its memory.
 
     The programs come in waves of `resident * sms`. A program's share of the tensor cores idles while its pipeline
     fills and its result drains, unless another one on the same SM fills the gap: then 1 / resident of that time shows.
@@ -172,8 +187,8 @@ def expected(work: Work, gpu: Gpu, tiling: Tiling) -> float:
     if not work.flops or not tiling.programs:
         return memory + START_SECONDS
     waves = math.ceil(tiling.programs / (tiling.resident * gpu.sms))
-    per_sm = gpu.tflops * 1e12 * gpu.reached / gpu.sms
-    busy = work.flops / tiling.useful / tiling.programs * tiling.resident / per_sm
-    drain = tiling.stored / (gpu.tbytes * 1e12 * FASTEST_MEMORY / gpu.sms)
-    compute = waves * (busy + (FILL_SECONDS + drain) / tiling.resident)
-    return max(compute, memory) + START_SECONDS
+    products = work.flops / tiling.useful / tiling.programs / (gpu.tflops * 1e12 * gpu.reached / gpu.sms)
+    operands = tiling.streamed / (gpu.l2_tbytes * 1e12 / gpu.sms)
+    drain = tiling.stored / (gpu.l2_tbytes * 1e12 / gpu.sms)
+    busy = max(products, operands) * tiling.resident + (FILL_SECONDS + drain) / tiling.resident
+    return max(waves * busy, memory) + START_SECONDS

@@ -168,8 +168,7 @@ def compiled(job: Job) -> Code:
     try:
         built = triton.compile(source, target=target_of(job.arch), options=options)
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return Code(error=f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300])
+        return Code(error=_reason(error))
     usage, listing = _dump(built.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
@@ -201,11 +200,21 @@ def misses(job: Job, code: Code) -> list[str]:
             found.append(f"{name} where none is expected")
     if any(dot.looped for dot in code.dots) and not count["LDGSTS"] + count["UTMALDG"]:
         found.append("operands pass through registers: neither LDGSTS nor UTMALDG")
+    if code.waiting and any(dot.looped for dot in code.dots):
+        found.append(f"{code.waiting} loads of blocks in a loop are not fetched ahead")
     if any(kind.startswith("tensordesc") for _, kind in job.signature) and not count["UTMALDG"]:
         found.append("takes descriptors, but has no UTMALDG")
     if count["ATOMG"]:
         found.append("atomics")
     return found
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost of a chain of compiler errors, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(getattr(error, "error_message", None) or error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 
 
 def _dump(cubin: bytes) -> tuple[str, str]:

@@ -8,20 +8,23 @@ for it has no way to skip some. bench/cpu.py interleaves the contenders and is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from cases import CASES, SHAPES, Case, Problem, Shape, problem
-from peers import check, dense, fedmoe, transformers_experts
+from peers import Contender, check, dense, fedmoe, step, transformers_experts
 
-CONTENDERS: dict[str, Callable[[Problem], Callable[[], Any]]] = {
-    "fedmoe": fedmoe,
-    "grouped_mm": lambda task: transformers_experts(task, "grouped_mm"),
-    "eager": lambda task: transformers_experts(task, "eager"),
-    "dense": dense,
-}
+CONTENDERS: Mapping[str, Callable[[], Contender]] = MappingProxyType(
+    {
+        "fedmoe": fedmoe,
+        "grouped_mm": lambda: transformers_experts("grouped_mm"),
+        "eager": lambda: transformers_experts("eager"),
+        "dense": dense,
+    }
+)
 
 
 @cache
@@ -29,7 +32,7 @@ def checked(shape: Shape, case: Case) -> Problem:
     """The problem, after fedmoe has given on it what both peers give: no time is taken of a wrong result."""
     task = problem(shape, case)
     for peer in ("grouped_mm", "eager"):
-        check(task, fedmoe(task), CONTENDERS[peer](task))
+        check(task, step(fedmoe(), task), step(CONTENDERS[peer](), task))
     return task
 
 
@@ -37,7 +40,7 @@ def checked(shape: Shape, case: Case) -> Problem:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_bench_experts(benchmark: Any, shape: Shape, case: Case, contender: str) -> None:
-    benchmark.group = f"{shape.name} {(shape.T, shape.H, shape.I, shape.E, shape.K)}, {case.name}"
-    step = CONTENDERS[contender](checked(shape, case))
-    benchmark.extra_info["gflop"] = checked(shape, case).flops / 1e9
-    benchmark.pedantic(step, rounds=7, warmup_rounds=2)
+    benchmark.group = f"{shape.name} {shape.sizes}, {case.name}"
+    task = checked(shape, case)
+    benchmark.extra_info["gflop"] = task.flops / 1e9
+    benchmark.pedantic(step(CONTENDERS[contender](), task), rounds=7, warmup_rounds=2)

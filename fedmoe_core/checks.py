@@ -110,6 +110,8 @@ def _weights(update: ClientUpdate, plan: ExpertPlan) -> str | None:
         return "sample_weight is 0: the client has no data"
     if "router" in plan.keeps and (update.gate_weight > 0 or update.router_weight_LE.any()):
         return "the router has a weight, but it stays on the client; give gate and router weight 0"
+    if "expert" in plan.keeps and update.expert_weight_LE.any():
+        return "experts have a weight, but they stay on the client; give expert weight 0"
     if update.gate_weight > 0 and not plan.trainable_LE.any():
         return "gate_weight is positive, but no expert and so no router row was trained"
     return None

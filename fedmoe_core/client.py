@@ -35,7 +35,8 @@ class LocalResult:
         losses: mean loss of each local step, in nats.
         status, error: "failed" and why, when a loss was not finite or the step raised.
         extract_seconds: time spent cutting the sub-model out of the global one, not training it.
-        kept: trained rows (not deltas) of what the plan keeps on the client, keyed and shaped as ``deltas``.
+        kept: trained rows (not deltas) of what the plan keeps on the client and of adapters that the state does not
+            have, keyed and shaped as ``deltas``; ``moe.{l}.out_scale`` where the plan asked for it.
         probed: what the plan's probes answered.
         validation, validation_profile: of the trained sub-model on the client's validation data, where the plan asks
             for it; rows are those of the sub-model's own choices, importance is 0.
@@ -121,7 +122,7 @@ def _train(
             break
         if step == min(1, plan.local_steps - 1):
             # The second step is the first with optimizer state in place; shapes repeat, so one step tells.
-            resident = resident_bytes(adapter.model, optimizer)
+            resident = resident_bytes(adapter.model, optimizer) + tensor_bytes(stepper.anchors)
             loss, trace = trace_memory(partial(stepper.step, batch), device)
             losses.append(loss)
             memory = max(memory, resident + trace.peak)
@@ -133,7 +134,11 @@ def _train(
         tokens += batch.tokens_SN.numel()
 
     trained = adapter.trained()
-    kept = {key: new.clone() for key, new in trained.items() if kind_of(key) in plan.keeps}
+    staying = plan.keeps | {"scale"}
+    # Adapters that the state does not have are sent whole, since nobody else knows what they started from.
+    whole = {key for key in trained if key not in bench.params}
+    kept = {key: new.clone() for key, new in trained.items() if key in whole or kind_of(key) in staying}
+    returned = [kept[key] for key in whole if kind_of(key) not in staying]
     deltas = {key: new - start_of(bench.params, key, plan) for key, new in trained.items() if key not in kept}
     profile = sums.finish()
     flops, down = spent(), received_bytes(adapter, plan)
@@ -143,8 +148,8 @@ def _train(
         memory_bytes=max(memory, peak),
         flops=flops,
         bytes_down=down,
-        bytes_up=tensor_bytes(deltas.values()) + statistics_bytes(profile),
-        experts=plan.counted_experts,
+        bytes_up=tensor_bytes((*deltas.values(), *returned)) + statistics_bytes(profile),
+        experts=plan.counted_experts + costs.base_experts,
         seconds=time.perf_counter() - began,
     )
     return LocalResult(

@@ -18,7 +18,11 @@ def local_optimizer(adapter: ModelAdapter, train: TrainConfig) -> torch.optim.Op
 
 
 class Stepper:
-    """One optimizer step after another on the live model as it is configured."""
+    """One optimizer step after another on the live model as it is configured.
+
+    With ``train.prox`` = mu > 0 each step descends on the loss plus mu/2 ||w - w0||^2 over all trainable parameters
+    (FedProx, arXiv 1812.06127 eq. 2 [E]), w0 being their values now; ``anchors`` holds the copies.
+    """
 
     def __init__(
         self,
@@ -34,11 +38,15 @@ class Stepper:
         self.log_prior_C, self.aux = log_prior_C, aux
         self.dropping = torch.Generator().manual_seed(seed)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.anchors = [p.detach().clone() for p in self.parameters] if train.prox > 0 else []
 
     def step(self, batch: Batch) -> float:
-        """Forward, backward, clip, update; the batch's mean loss in nats, without the auxiliary one."""
+        """Forward, backward, clip, update; the batch's mean loss in nats, without auxiliary and proximal terms."""
         loss, auxiliary = self._forward(batch)
         (loss if auxiliary is None else loss + auxiliary).backward()
+        for parameter, anchor in zip(self.parameters, self.anchors, strict=bool(self.anchors)):
+            if parameter.grad is not None:  # in place, so that no copy but the anchor is ever made
+                parameter.grad.add_(parameter.detach(), alpha=self.train.prox).add_(anchor, alpha=-self.train.prox)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.train.clip, foreach=False)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

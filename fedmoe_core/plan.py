@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmoe_core.budget import NOTHING, Budget, Cost
 from fedmoe_core.costs import Mode
+from fedmoe_core.layer_lora import FACTORS
 
 if TYPE_CHECKING:
     from fedmoe_core.balance import AuxLoss
@@ -46,8 +47,13 @@ class ExpertPlan:
         before, after: what the client measures on the live model before and after local training; see ``probe``.
         aux: auxiliary loss of the routers, added to the task's at every local step.
         validate: evaluate the trained sub-model on the client's validation data; the algorithm needs_validation.
-        keeps: kinds of tensors that train here and never leave the client ("router": a local gate), neither sent nor
-            received; their trained rows come back in ``LocalResult.kept``.
+        keeps: kinds of tensors that train here and are not sent back, "router" or "expert"; their trained rows are in
+            ``LocalResult.kept``. A kept router is the client's own gate, so it is not sent to it either.
+        lora_rank: rank of this client's adapters, at most that of the declared ``LoraSpec``; None = all ranks of the
+            state's factors, or no adapters where the state has none.
+        cached_LE: experts whose frozen base, under adapters, the client still has from an earlier round.
+        out_scale_L: start of a trainable factor on each MoE layer's output, which never leaves the client (FLAME);
+            what it became is in ``LocalResult.kept`` under ``moe.{l}.out_scale``. None = no such factor.
     """
 
     client: int
@@ -69,6 +75,9 @@ class ExpertPlan:
     aux: AuxLoss | None = None
     validate: bool = False
     keeps: frozenset[str] = frozenset()
+    lora_rank: int | None = None
+    cached_LE: np.ndarray | None = None
+    out_scale_L: tuple[float, ...] | None = None
 
     @property
     def counted_experts(self) -> int:
@@ -98,10 +107,8 @@ class ExpertPlan:
             raise ValueError(f"client {self.client}: layer {empty[0]} has no permitted expert; permit at least one")
         if self.alias_LE is not None:
             self._check_alias(self.alias_LE)
-        if not self.keeps <= {"router"}:
-            raise ValueError(
-                f"client {self.client}: keeps={sorted(self.keeps)}; only the router can stay on the client"
-            )
+        if strange := sorted(self.keeps - {"router", "expert"}):
+            raise ValueError(f"client {self.client}: keeps={strange}; only the router and the expert can stay behind")
         if over := self.budget.violations(self.predicted):
             raise ValueError(f"client {self.client}: the plan exceeds its budget ({over[0]}); plan less")
 
@@ -131,3 +138,8 @@ def taught(trainable_LE: np.ndarray, alias_LE: np.ndarray | None) -> np.ndarray:
         return trainable_LE
     by_LE = np.take_along_axis(trainable_LE, alias_LE.clip(0, alias_LE.shape[1] - 1), axis=1)
     return trainable_LE | (by_LE & (alias_LE >= 0))
+
+
+def sends_adapters(rows: Mapping[str, Mapping[int, Tensor]], *, in_state: bool) -> bool:
+    """Whether a client is sent its adapters: the state's, or the rows of its plan; fresh ones it makes itself."""
+    return in_state or any(key.rpartition(".")[2] in FACTORS for key in rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedmoe_core.balance import AuxLoss
 from fedmoe_core.budget import NOTHING, Budget, Cost
 from fedmoe_core.costs import CostModel, Mode
-from fedmoe_core.plan import ExpertPlan, taught
+from fedmoe_core.plan import ExpertPlan, sends_adapters, taught
 from fedmoe_core.probe import Probe
 from fedmoe_core.rng import counter_rng, counter_seed
 from fedmoe_core.selection import choose, explore, fit_flops
@@ -32,6 +32,9 @@ class Asks(TypedDict, total=False):
     aux: AuxLoss | None
     validate: bool
     keeps: frozenset[str]
+    lora_rank: int | None
+    cached_LE: np.ndarray | None
+    out_scale_L: tuple[float, ...] | None
 
 
 def make_plan(
@@ -55,7 +58,7 @@ def make_plan(
     config, mode = population.config, population.config.selection.mode
     permitted_LE, trainable_LE = choose(
         _left(population, client, asks),
-        client_costs(population, asks),
+        asked_costs(population, asks),
         scores_LE,
         client=client,
         mode=mode,
@@ -98,7 +101,7 @@ def plan_of_masks(
     Raises:
         ValueError: the plan passes the client's budget in some resource, by name, need and limit; or a bad mask.
     """
-    config, costs = population.config, client_costs(population, asks)
+    config, costs = population.config, asked_costs(population, asks)
     budget = population.budgets[client] if budgeted else Budget(name="unlimited")
     alias_LE = asks.get("alias_LE")
     served_LE = permitted_LE if alias_LE is None else permitted_LE | (alias_LE >= 0)
@@ -116,7 +119,13 @@ def plan_of_masks(
     trained_LE = trainable_LE & fit.trainable_LE
     first = state.visits[client] == 0
     predicted = costs.predict(
-        permitted_LE, trained_LE, local_steps=fit.local_steps, top_k=fit.top_k, first_participation=first, mode=mode
+        permitted_LE,
+        trained_LE,
+        local_steps=fit.local_steps,
+        top_k=fit.top_k,
+        first_participation=first,
+        cached_LE=asks.get("cached_LE"),
+        mode=mode,
     )
     flops = fit.local_steps * costs.step_flops(served_LE, taught(trained_LE, alias_LE), top_k=fit.top_k)
     surcharge = whole_surcharge(population, client, asks, served_LE=served_LE, top_k=fit.top_k)
@@ -143,14 +152,21 @@ def plan_everything(population: Population, state: ServerState, client: int) -> 
     return plan_of_masks(population, state, client, all_LE, budgeted=False)
 
 
-def client_costs(population: Population, asks: Asks) -> CostModel:
+def asked_costs(population: Population, asks: Asks) -> CostModel:
     """The cost model of a client that is asked for these things."""
-    aux = asks.get("aux")
+    keeps, aux = asks.get("keeps", frozenset()), asks.get("aux")
     return replace(
-        population.costs,
-        router_travels="router" not in asks.get("keeps", ()),
+        population.costs_at(asks.get("lora_rank")),
+        router_travels="router" not in keeps,
+        adapters_travel=sends_adapters(asks.get("rows", {}), in_state=population.costs.lora_rank is not None),
+        experts_return="expert" not in keeps,
         aux_tables=0 if aux is None else aux.tables,
     )
+
+
+def plan_costs(population: Population, plan: ExpertPlan) -> CostModel:
+    """The cost model that a plan was made with."""
+    return asked_costs(population, Asks(keeps=plan.keeps, aux=plan.aux, lora_rank=plan.lora_rank, rows=plan.rows))
 
 
 def whole_surcharge(
@@ -162,7 +178,7 @@ def whole_surcharge(
         return surcharge
     if population.validation_tokens_C is None:
         raise ValueError("a plan asks for validation; declare needs_validation = True in its algorithm")
-    costs, tokens = population.costs, int(population.validation_tokens_C[client])
+    costs, tokens = asked_costs(population, asks), int(population.validation_tokens_C[client])
     spent = costs.forward_flops(served_LE, tokens=tokens, top_k=top_k)
     return surcharge.with_extra(Cost(flops=spent, bytes_up=costs.profile_bytes + EVALUATION_BYTES))
 

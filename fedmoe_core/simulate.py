@@ -20,7 +20,8 @@ from fedmoe_core.config import Config, TrainConfig
 from fedmoe_core.data import FederatedData
 from fedmoe_core.evaluate import evaluate_clients, validation_batches
 from fedmoe_core.plan import ExpertPlan
-from fedmoe_core.prepare import World, build_world, pick_device
+from fedmoe_core.planning import plan_costs
+from fedmoe_core.prepare import World, build_world, local_settings, pick_device
 from fedmoe_core.progress import NullObserver, Observer, PlanRow
 from fedmoe_core.ranks import open_ranks
 from fedmoe_core.records import RunLog, client_record, label_of, plan_row
@@ -134,10 +135,10 @@ def sample_clients(config: Config, round: int) -> list[int]:
     return sorted(int(client) for client in rng.choice(config.clients, size=count, replace=False))
 
 
-def round_settings(config: Config, round: int) -> TrainConfig:
-    """Local training as configured, at this round's learning rate: from lr to lr_final of it along half a cosine."""
-    train = config.train
-    done = round / max(1, config.rounds - 1)
+def round_settings(world: World, round: int) -> TrainConfig:
+    """Local training of this run, at this round's learning rate: from lr to lr_final of it along half a cosine."""
+    train = local_settings(world.config, type(world.algorithm))
+    done = round / max(1, world.config.rounds - 1)
     factor = train.lr_final + (1 - train.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
     return replace(train, lr=train.lr * factor)
 
@@ -152,7 +153,7 @@ def class_shares(data: FederatedData, client: int) -> np.ndarray | None:
 
 def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[ClientUpdate, float]:
     """One client's training and the update its algorithm makes of it."""
-    train, device = round_settings(world.config, plan.round), world.ranks.device
+    train, device = round_settings(world, plan.round), world.ranks.device
     data = world.data.clients[plan.client]
 
     def draw() -> Iterator[Batch]:
@@ -173,7 +174,7 @@ def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[Clie
         plan,
         draw(),
         train=train,
-        costs=world.population.costs,
+        costs=plan_costs(world.population, plan),
         class_shares_C=class_shares(world.data, plan.client),
         redraw=draw,
         validation=lambda: (batch.to(device) for batch in validation_batches(data, world.config)),
@@ -201,11 +202,13 @@ def _accumulator(world: World) -> Accumulator:
         norm_bound=rule.norm_bound,
         max_clients=config.clients_per_round or config.clients,
     )
+    train = local_settings(config, type(world.algorithm))
+    specs = world.adapter.spec.trained(train_dense=train.trunk == "fedavg")
     return Accumulator(
-        world.adapter.spec.params,
+        specs,
         settings,
         lr=config.train.lr,
-        train_dense=config.train.trunk == "fedavg",
+        train_dense=any(spec.kind == "dense" for spec in specs),
         device=world.ranks.device,
     )
 

@@ -30,6 +30,7 @@ class Population:
         counts_CD: who holds what: private rows by class (classification) or private tokens by domain; None = unknown.
         validation_tokens_C: tokens, padding included, of each client's validation pass; None where no algorithm of
             this run needs validation.
+        lora_costs: the cost model under adapters of the declared rank, where ``costs`` is not that one already.
     """
 
     config: Config
@@ -40,6 +41,22 @@ class Population:
     prior: ClientProfile
     counts_CD: np.ndarray | None = None
     validation_tokens_C: np.ndarray | None = None
+    lora_costs: CostModel | None = None
+
+    def costs_at(self, lora_rank: int | None) -> CostModel:
+        """The cost model of a client whose adapters have this rank; None as ``ExpertPlan.lora_rank``.
+
+        Raises:
+            ValueError: no adapters were declared, or not of such a rank.
+        """
+        if lora_rank is None:
+            return self.costs
+        model = self.costs if self.costs.lora_rank is not None else self.lora_costs
+        if model is None or model.lora_rank is None:
+            raise ValueError(f"a plan asks for adapters of rank {lora_rank}; declare them by the algorithm's lora()")
+        if not 1 <= lora_rank <= model.lora_rank:
+            raise ValueError(f"a plan asks for adapters of rank {lora_rank}; 1 to {model.lora_rank} were declared")
+        return replace(model, lora_rank=lora_rank)
 
     def sample_weight(self, client: int) -> float:
         """|D_c| over the largest |D_c|, in (0, 1]; 1 for all when weighting is "uniform"."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fedmoe_core.budget import Cost
 
-# Kinds of tensors in global coordinates. "expert" and "router" tensors have experts on dimension 0.
-Kind = Literal["expert", "router", "dense"]
+# Kinds of tensors in global coordinates. "expert" and "router" tensors have experts on dimension 0; "frozen" ones (base
+# experts under adapters, the blocks that adapters are grafted on) never train in this run.
+Kind = Literal["expert", "router", "dense", "frozen"]
 
 
 @dataclass(frozen=True)

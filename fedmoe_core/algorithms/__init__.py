@@ -11,8 +11,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fedmoe_core.adapter import LoraSpec
 from fedmoe_core.aggregate import Sums
 from fedmoe_core.client import LocalResult
+from fedmoe_core.config import Config
+from fedmoe_core.graft import GraftSpec
 from fedmoe_core.names import ALGORITHMS, PLACES
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.state import Population, ServerState, initial_state
@@ -25,7 +28,8 @@ class Algorithm(ABC):
     """What the simulator asks of an algorithm: a frozen dataclass that inherits this and adds no field.
 
     All methods are pure: same arguments, same answer, on every rank. What an algorithm learns goes into
-    ``ServerState.memory`` by way of ``apply``. What it needs before the first round it declares:
+    ``ServerState.memory`` by way of ``apply``. What it needs before the first round it declares, by ``lora``, ``graft``
+    and these:
 
     Attributes:
         population: the fixed facts of the run.
@@ -33,12 +37,24 @@ class Algorithm(ABC):
         needs_validation: hold back a tenth of every client's private data, for plans with ``validate``.
         has_global_model: False where no model serves everybody (local gates): global loss and accuracy are then null,
             and the run is judged by ``personal`` models.
+        trains_trunk: False where the trunk stays frozen whatever ``train.trunk`` says (a classification head trains).
     """
 
     population: Population
     card: ClassVar[System]
     needs_validation: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = True
+    trains_trunk: ClassVar[bool] = True
+
+    @classmethod
+    def lora(cls, config: Config) -> LoraSpec | None:
+        """Adapters that the experts of this run carry; None = none."""
+        return None
+
+    @classmethod
+    def graft(cls, config: Config) -> GraftSpec | None:
+        """A mixture grafted onto every MoE block, which is then what the run trains; None = none."""
+        return None
 
     def init(self, params: dict[str, Tensor]) -> ServerState:
         """The state before the first round; by default nothing is known about anybody."""

@@ -123,8 +123,11 @@ def _adapters(inputs: OpInputs) -> list[Adapter]:
     return [Adapter(a_in[b], b_in[b], a_out[b], b_out[b], scales[b]) for b in range(len(scales))]
 
 
-def _refusal(x_TH: Tensor) -> str | None:
-    """Why the kernels do not serve this x, None = they do."""
+def _refusal(inputs: OpInputs) -> str | None:
+    """Why the kernels do not serve these inputs, None = they do."""
+    x_TH = inputs.x_TH
+    if inputs.tokens_R.shape[0] >= 2**31:
+        return f"routing has {inputs.tokens_R.shape[0]} places, and they number rows in 32 bits; split the tokens"
     if x_TH.dtype == torch.float64:
         return "x_TH is float64, and they compute in float32; cast it"
     if x_TH.dtype == torch.bfloat16 and x_TH.device.type == "cpu":
@@ -134,7 +137,7 @@ def _refusal(x_TH: Tensor) -> str | None:
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, (_, activation, keep_z, backend, rows_per_slot) = OpInputs(*args[:-5]), args[-5:]
-    if use_triton(backend, inputs.x_TH.device, _refusal(inputs.x_TH), verb="moe_mlp"):
+    if use_triton(backend, inputs.x_TH.device, _refusal(inputs), verb="moe_mlp"):
         from fedmoe_kernels.gpu import experts  # here, because it imports triton
 
         rows_per_slot = inputs.rows_per_slot(rows_per_slot)
@@ -165,7 +168,7 @@ def _backward_fake(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...
 
 def _backward(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, (activation, needs, backend, rows_per_slot) = OpInputs(*args[:-4]), args[-4:]
-    if use_triton(backend, inputs.x_TH.device, _refusal(inputs.x_TH), verb="moe_mlp"):
+    if use_triton(backend, inputs.x_TH.device, _refusal(inputs), verb="moe_mlp"):
         from fedmoe_kernels.gpu import experts  # here, because it imports triton
 
         how = {"activation": activation, "needs": needs, "rows_per_slot": inputs.rows_per_slot(rows_per_slot)}

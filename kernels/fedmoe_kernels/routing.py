@@ -108,7 +108,7 @@ class SlotMap:
         are two rows of it, whose weights add up in the sum over the token's rows.
 
         Args:
-            permitted_E, trainable_E: as `build`.
+            permitted_E, trainable_E, rows_per_slot: as `build`.
             alias_E: int64 of the same shape; the id of the permitted expert whose slot serves this one, -1 = none.
 
         Raises:
@@ -164,6 +164,13 @@ class SlotMap:
         owner_B = None if self.owner_B is None else self.owner_B.to(device)
         return SlotMap(self.slot_of_expert.to(device), self.num_slots, self.rows_per_slot, owner_B)
 
+    @property
+    def tile_rows(self) -> int | None:
+        """The number that chooses the tiles; None = from a call's own shapes."""
+        if self.rows_per_slot is None and self.num_clients is not None:
+            return _COHORT_ROWS
+        return self.rows_per_slot
+
     def _check_owners(self, owner_B: Tensor) -> None:
         table = self.slot_of_expert.flatten()
         slots_B = torch.arange(self.num_slots, device=table.device)
@@ -176,13 +183,6 @@ class SlotMap:
                 f"slot_of_expert does not map its owners onto the slots 0..{self.num_slots - 1}; "
                 "build it with SlotMap.shared(permitted_E, trainable_E, alias_E=...)"
             )
-
-    @property
-    def tile_rows(self) -> int | None:
-        """The number that chooses the tiles; None = from a call's own shapes."""
-        if self.rows_per_slot is None and self.num_clients is not None:
-            return _COHORT_ROWS
-        return self.rows_per_slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +250,8 @@ class Routing:
                 f"experts_TK is {experts_TK.dtype} {tuple(experts_TK.shape)}, weights_TK {tuple(weights_TK.shape)}; "
                 "both must be (T, K), the experts integers"
             )
+        if weights_TK.device != experts_TK.device:
+            raise ValueError(f"weights_TK is on {weights_TK.device}, experts_TK on {experts_TK.device}; move one")
         _check_backend(backend)
         table_CE = _table(slot_map, experts_TK, client_T, valid_T)
         experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1 = place_rows_op(

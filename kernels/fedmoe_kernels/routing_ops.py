@@ -1,7 +1,7 @@
 """The custom ops behind routing: tensors in, tensors out, every size known from the shapes, and nothing mutated.
 
-Each operator has two bodies. The one here is plain tensor code without per-token Python that asks no device for a value,
-so it runs wherever torch does; the other, `gpu.routing`, launches Triton kernels. `backend` says which (see
+Each operator has two bodies. The one here is plain tensor code without per-token Python that asks no device for a
+value, so it runs wherever torch does; the other, `gpu.routing`, launches Triton kernels. `backend` says which (see
 `backends.use_triton`). The rules are in the docstring of `routing.route`.
 A table_CE is (C, E) int64: the slot of each expert of each client, -1 = absent; C = 1 without a cohort.
 """

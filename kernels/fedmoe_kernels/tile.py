@@ -95,6 +95,11 @@ class Entry:
     hidden: int | None = None
     inner: int | None = None
 
+    @property
+    def exact(self) -> bool:
+        """Whether it is for one shape only."""
+        return self.hidden is not None and self.inner is not None
+
     def serves(self, bytes_: int, rows_per_slot: float, hidden: int | None, inner: int | None) -> bool:
         """Whether this line is meant for a call."""
         return (

@@ -14,7 +14,7 @@ from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.data_gradient import column_blocks, data_gradient
 from fedmoe_kernels.gpu.schedule import Schedule, schedule
-from fedmoe_kernels.gpu.storage import RowIndex, Stored
+from fedmoe_kernels.gpu.storage import RankTerm, RowIndex, Stored
 
 TILE = Tile(16, 16, 16, 1, 1, group=2, split=2)
 HEIGHT = TILE.m
@@ -93,13 +93,21 @@ class Outputs:
     zdz: Tensor
 
 
-def solve(c: Case, *, tile: Tile = TILE, trainable: int | None = None, w: Stored | None = None) -> Outputs:
+def solve(
+    c: Case,
+    *,
+    tile: Tile = TILE,
+    trainable: int | None = None,
+    w: Stored | None = None,
+    term: RankTerm | None = None,
+) -> Outputs:
     """By the kernel, into NaN; slots from `trainable` on are frozen."""
     R, F = c.z_RF.shape
-    blocks = column_blocks(c.inner, tile)
+    w = stored(c.w_out, trainable) if w is None else w
+    blocks = column_blocks(c.inner, tile, w)
     out = Outputs(*(unwritten(R, F), unwritten(R, c.inner), unwritten(R, blocks), unwritten(c.schedule.tiles, blocks)))
     launches = data_gradient(
-        *(c.dy_TH, c.z_RF, c.index, stored(c.w_out, trainable) if w is None else w),
+        *(c.dy_TH, c.z_RF, c.index, w),
         dz_RF=out.dz,
         sh_RI=out.sh,
         ds_RC=out.ds,
@@ -107,6 +115,7 @@ def solve(c: Case, *, tile: Tile = TILE, trainable: int | None = None, w: Stored
         activation=c.activation,
         schedule=c.schedule,
         tile=tile,
+        term=term,
     )
     run(launches)
     return out
@@ -123,7 +132,8 @@ class Truth:
     zdz: Tensor
 
 
-def truth(c: Case) -> Truth:
+def truth(c: Case, added_NI: Tensor | None = None) -> Truth:
+    """`added_NI` is what adapters add to d = dy @ W_out."""
     n = c.count
     z = c.z_RF[:n].double().requires_grad_()
     s = c.routing.weights_TK.flatten()[c.routing.places_R[:n]].double().requires_grad_()
@@ -131,6 +141,9 @@ def truth(c: Case) -> Truth:
     dy = c.dy_TH.double()[c.routing.tokens_R[:n]]
     h = reference.activate(z, c.activation)
     y = torch.einsum("ni,nhi->nh", h, w)
-    dz, ds = torch.autograd.grad((s[:, None] * y * dy).sum(), [z, s])
+    loss = (s[:, None] * y * dy).sum()
+    if added_NI is not None:
+        loss = loss + (s[:, None] * h * added_NI).sum()
+    dz, ds = torch.autograd.grad(loss, [z, s])
     sh = (s[:, None] * h).detach()
     return Truth(dz, sh, ds, ds + (dy * bias).sum(1), (z * dz).sum(1).detach())

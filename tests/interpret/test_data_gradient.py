@@ -7,23 +7,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a process with TRITON_INTERPRET=1", allow_module_level=True)
 
 from backward_cases import TILE, Case, Outputs, case, choices, solve, truth
-from forward_cases import CROWDED, EMPTY_SLOTS, assert_near, run, stored
+from forward_cases import CROWDED, EMPTY_SLOTS, assert_near, coded, normal, run, stored, unwritten
 
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.gpu.data_gradient import data_gradient
-from fedmoe_kernels.gpu.storage import Stored
+from fedmoe_kernels.gpu.storage import RankTerm, Stored
 
 DESCRIPTORS = replace(TILE, tma=True)
 
 
-def assert_right(c: Case, out: Outputs) -> None:
-    """Every output by name on the rows, and nothing written past them."""
-    want, n = truth(c), c.count
+def assert_right(c: Case, out: Outputs, added_NI: Tensor | None = None) -> None:
+    """Every output by name on the rows, and nothing written past them; `added_NI` as in `truth`."""
+    want, n = truth(c, added_NI), c.count
     assert_near(out.dz[:n], want.dz, "dz")
     assert_near(out.sh[:n], want.sh, "sh")
     assert_near(out.ds[:n].double().sum(1), want.ds, "ds")
@@ -102,6 +103,48 @@ def test_outputs_that_are_not_wanted_are_not_needed() -> None:
     nothing = {"dz_RF": None, "sh_RI": None, "zdz_MC": None}
     run(data_gradient(c.dy_TH, c.z_RF, c.index, stored(c.w_out, None), ds_RC=ds, **nothing, **options))
     assert torch.equal(ds, whole.ds)
+
+
+@pytest.mark.parametrize("rank", [4, 16, 20, 70])
+@pytest.mark.parametrize("tma", [False, True])
+def test_adapters_add_their_term_on_the_slots_that_have_one(rank: int, tma: bool) -> None:
+    """Two of four slots have one; the rank-sized rows of the others are never read. 70 takes two products."""
+    c = case(choices((5, 18, 0, 4), 14, 2), 4, 20, 36)
+    n, adapted = c.count, c.slot_N < 2
+    rows_Rr, factor = unwritten(len(c.z_RF), rank), normal(2, rank, 36, seed=11) / rank**0.5
+    rows_Rr[:n][adapted] = normal(int(adapted.sum()), rank, seed=12)
+    scale_B = torch.tensor([0.7, -2.0], dtype=torch.float64)
+    added_NI = torch.zeros(n, 36, dtype=torch.float64)
+    own_N = c.slot_N[adapted]
+    product = torch.einsum("nr,nri->ni", rows_Rr[:n][adapted].double(), factor.double()[own_N])
+    added_NI[adapted] = scale_B[own_N, None] * product
+    tile, term = DESCRIPTORS if tma else TILE, RankTerm(rows_Rr, factor, scale_B)
+    assert_right(c, solve(c, tile=tile, trainable=0, term=term), added_NI)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("inner", "share", "n"), [(64, 32, 16), (64, 64, 64), (96, 96, 64), (32, 32, 32)])
+@pytest.mark.parametrize("trainable", [0, 2])
+def test_frozen_slots_as_codes(bits: int, inner: int, share: int, n: int, trainable: int) -> None:
+    """Blocks of n within a group, of whole groups, and of groups that no power of two divides.
+
+    Codes take a launch of their own with narrower blocks, so that rows of plain slots have sums that it never fills.
+    """
+    c = case(choices((5, 18, 0, 4), 14, 2), 4, 20, inner)
+    w, decoded = coded(c.w_out, trainable, bits, share)
+    out = solve(c, tile=replace(TILE, n=n, split=n // 16), w=w)
+    assert_right(replace(c, w_out=decoded), out)
+    assert out.ds[: c.count].isfinite().all()
+
+
+def test_adapters_over_coded_matrices_that_slots_share() -> None:
+    c = case(choices((5, 6, 7), 9, 2), 3, 20, 32)
+    own, decoded = coded(c.w_out[:2], 0, 4)
+    base_of_slot_B = torch.tensor([1, 0, 1])
+    term = RankTerm(normal(len(c.z_RF), 4, seed=1), normal(3, 4, 32, seed=2), torch.ones(3))
+    added_NI = torch.einsum("nr,nri->ni", term.rows_Rr[: c.count].double(), term.factor.double()[c.slot_N])
+    merged = replace(c, w_out=decoded[base_of_slot_B])
+    assert_right(merged, solve(merged, w=own._replace(base_of_slot_B=base_of_slot_B), term=term), added_NI)
 
 
 @pytest.mark.parametrize("tma", [False, True])

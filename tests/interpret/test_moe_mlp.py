@@ -65,10 +65,9 @@ def test_inv4_equals_the_reference(shape: dict) -> None:
     check(problem(**shape, biases=True))
 
 
-@pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_inv4_every_activation(activation: str, biases: bool) -> None:
-    p = problem(**SMALL, activation=activation, biases=biases)
+def test_inv4_every_activation(activation: str) -> None:
+    p = problem(**SMALL, activation=activation, biases=activation in ("swiglu_oai", "relu"))
     # gpt-oss clamps at 7: scale the gates up so that both sides of the clamps are met.
     p.tensors["w_in"].mul_(4 if activation == "swiglu_oai" else 1)
     check(p)

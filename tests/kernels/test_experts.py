@@ -301,40 +301,6 @@ def test_from_masked_route_to_logits() -> None:
     assert torch.autograd.gradcheck(f, (logits,))
 
 
-def _call(**changes: object) -> None:
-    p = problem(5, 8, 6, 3, 2)
-    t = {n: v.float() for n, v in p.tensors.items()}
-    given = {"x_TH": t["x"], "routing": p.routing(t["s"]), "w_in": t["w_in"], "w_out": t["w_out"]} | changes
-    moe_mlp(**given)
-
-
-REFUSED = {
-    "x is a vector": ({"x_TH": torch.zeros(8)}, "x_TH"),
-    "x of integers": ({"x_TH": torch.zeros(5, 8, dtype=torch.int64)}, "x_TH"),
-    "other tokens": ({"x_TH": torch.zeros(6, 8)}, "routing"),
-    "mixed dtypes": ({"x_TH": torch.zeros(5, 8, dtype=torch.bfloat16)}, "w_in"),
-    "no slot": ({"w_in": torch.zeros(0, 12, 8), "w_out": torch.zeros(0, 8, 6)}, "w_in"),
-    "other slots": ({"w_in": torch.zeros(4, 12, 8), "w_out": torch.zeros(4, 8, 6)}, "w_in has 4 slots"),
-    "slots that differ": ({"w_out": torch.zeros(4, 8, 6)}, "w_in|w_out"),
-    "w_out turned": ({"w_out": torch.zeros(3, 6, 8)}, "w_out"),
-    "w_in without its gate": ({"w_in": torch.zeros(3, 6, 8)}, "w_in"),
-    "bias of another width": ({"bias_in": torch.zeros(3, 6)}, "bias_in"),
-    "bias in another form": ({"bias_out": ExpertWeights(torch.zeros(3, 8))}, "w_in"),
-    "unknown activation": ({"activation": "swish"}, "swiglu"),
-    "triton": ({"backend": "triton"}, "triton"),
-    "mask of another length": ({"trainable_B": torch.ones(4, dtype=torch.bool)}, "trainable_B"),
-    "mask of integers": ({"trainable_B": torch.ones(3)}, "trainable_B"),
-    "scores of another layer": ({"scores": ExpertScores(4)}, "scores"),
-    "scores by reference": ({"scores": ExpertScores(3), "backend": "reference"}, "scores"),
-}
-
-
-@pytest.mark.parametrize(("changes", "named"), REFUSED.values(), ids=REFUSED.keys())
-def test_refuses_by_name(changes: dict, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        _call(**changes)
-
-
 def test_refuses_trainable_base_under_lora() -> None:
     p = problem(5, 8, 6, 3, 2, rank=2)
     leaf = leaves(p)

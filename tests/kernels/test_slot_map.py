@@ -149,3 +149,22 @@ def test_two_choices_on_one_slot_are_two_rows_whose_weights_add_up(scoring):
     assert torch.equal(shared.stats.hits_E, whole.stats.hits_E)
     for place, row in enumerate(shared.rows_TK.flatten().tolist()):
         assert int(shared.places_R[row]) == place
+
+
+def test_rows_per_slot_rides_from_the_plan_to_the_routing():
+    one = SlotMap.build(torch.tensor([True, False, True]), rows_per_slot=40)
+    assert one.to("cpu").rows_per_slot == 40
+    logits = torch.randn(4, 3)
+    assert route(logits, 2, permitted_E=one).rows_per_slot == 40
+    assert Routing.from_topk(torch.zeros(4, 1).long(), torch.ones(4, 1), one).rows_per_slot == 40
+    assert route(logits, 2).rows_per_slot is None  # from each call's own shapes
+
+
+def test_tiles_of_a_cohort_never_come_from_its_rows():
+    cohort = SlotMap.build(torch.ones(2, 3, dtype=torch.bool))
+    found = [
+        route(torch.randn(T, 3), 2, permitted_E=cohort, client_T=torch.zeros(T).long()).rows_per_slot for T in (4, 400)
+    ]
+    assert found == [256, 256]
+    planned = SlotMap.build(torch.ones(2, 3, dtype=torch.bool), rows_per_slot=8)
+    assert route(torch.randn(4, 3), 2, permitted_E=planned, client_T=torch.zeros(4).long()).rows_per_slot == 8

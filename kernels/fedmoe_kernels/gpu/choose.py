@@ -44,13 +44,13 @@ class Holders(NamedTuple):
         }
 
 
-def block_tokens(k: int, num_experts: int = 1) -> int:
-    """Tokens of a block: at most 4096 logits (32 registers a thread in 4 warps) and 256 places.
+def block_tokens(k: int, num_experts: int = 1, logits: int = 4096) -> int:
+    """Tokens of a block: at most 256 places and so many logits (4096 are 32 registers a thread in 4 warps).
 
     A function of E and k alone: the order in which a token's logits are summed follows from the block's shape, and it
     must not depend on how many tokens others bring.
     """
-    return max(1, min(4096 // triton.next_power_of_2(num_experts), 256 // triton.next_power_of_2(k)))
+    return max(1, min(logits // triton.next_power_of_2(num_experts), 256 // triton.next_power_of_2(k)))
 
 
 @triton.jit

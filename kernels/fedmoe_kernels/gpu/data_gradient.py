@@ -1,7 +1,7 @@
 """The gradient of each row's pre-activation, with all else that one look at it gives: dS, s * h and importance sums.
 
 Shapes: T tokens, K top-k, R places of which the first N are rows, B slots, M tiles, C column blocks of a row, H hidden,
-I intermediate, F = 2 * I for gated activations and I for the others.
+I intermediate, F = 2 * I for gated activations and I for the others, r rank.
 
 With s the routing weight of a row and d = dy @ W_out, the gradient of h before that weight:
     dz = s * d * f'(z)      dS = <d, h> (+ <dy, b_out>, which `row_sums` adds)      sh = s * h
@@ -10,6 +10,9 @@ so neither the experts' outputs nor h are ever stored, and <z, dz> is the row's 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,10 +20,17 @@ from torch import Tensor
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.activate import slopes
-from fedmoe_kernels.gpu.blocks import matrix, position, row_block, tile_rows, weight_block
+from fedmoe_kernels.gpu.blocks import dequantized_block, matrix, position, row_block, tile_rows, weight_block
 from fedmoe_kernels.gpu.launch import Launch, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
-from fedmoe_kernels.gpu.storage import RankTerm, RowIndex, Stored
+from fedmoe_kernels.gpu.storage import (
+    RankTerm,
+    RowIndex,
+    Stored,
+    decoding_tile,
+    matrix_arguments,
+    term_arguments,
+)
 
 
 @triton.jit
@@ -34,50 +44,72 @@ def _pieces(block, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _send_back(
-    d, s, z, dz, sh, live, n0,
-    I: tl.constexpr, HALVES: tl.constexpr, ACTIVATION: tl.constexpr, WHOLE: tl.constexpr,  # noqa: E741
-    M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Columns n0..n0 + N - 1 of a tile: dz and sh are written; its parts of <d, h> and <z, dz> come back by row."""
-    n = n0 + tl.arange(0, N)
-    kept = live[:, None]
-    if not WHOLE:
-        kept &= n[None, :] < I
-    # z, dz and sh point at the tile's first row, so that offsets within it fit 32 bits and cost half the registers.
-    row = tl.arange(0, M)[:, None]
-    at = row * (HALVES * I) + n[None, :]
-    gate = tl.load(z + at, mask=kept, other=0.0).to(tl.float32)
+def _inside(live, n0, I: tl.constexpr, N: tl.constexpr):  # noqa: E741
+    """Which elements of columns n0..n0 + N - 1 exist: (M, N), or (M, 1) where columns are inside or outside as one."""
+    if I % N == 0:
+        return (live & (n0 < I))[:, None]
+    else:
+        return live[:, None] & ((n0 + tl.arange(0, N))[None, :] < I)
+
+
+@triton.jit
+def _load_piece(z, live, n0, I: tl.constexpr, HALVES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # noqa: E741
+    """(gate, up) of a piece as they are stored; without a gate, the same block twice."""
+    kept = _inside(live, n0, I, N)
+    at = z + tl.arange(0, M)[:, None] * (HALVES * I) + (n0 + tl.arange(0, N))[None, :]
+    gate = tl.load(at, mask=kept, other=0.0)
     up = gate
     if HALVES == 2:
-        up = tl.load(z + at + I, mask=kept, other=0.0).to(tl.float32)
-    h, dgate, dup = slopes(gate, up, d, ACTIVATION)
-    # What is masked may still be NaN: 0 * inf where a weight or a token overflowed.
-    ds = tl.sum(tl.where(kept, d * h, 0.0), 1)
-    dgate *= s[:, None]
+        up = tl.load(at + I, mask=kept, other=0.0)
+    return gate, up
+
+
+@triton.jit
+def _row_sum(block, live, kept, n0, I: tl.constexpr, N: tl.constexpr):  # noqa: E741
+    """The sum of each row over what exists. What is masked may be NaN: 0 * inf where a weight or token overflowed."""
+    if I % N == 0:
+        return tl.where(live & (n0 < I), tl.sum(block, 1), 0.0)
+    else:
+        return tl.sum(tl.where(kept, block, 0.0), 1)
+
+
+@triton.jit
+def _send_back(
+    d, s, gate, up, dz, sh, live, n0,
+    I: tl.constexpr, HALVES: tl.constexpr, ACTIVATION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,  # noqa: E741
+):  # fmt: skip
+    """Columns n0..n0 + N - 1 of a tile: dz and sh are written; its parts of <d, h> and <z, dz> come back by row."""
+    kept = _inside(live, n0, I, N)
+    # dz and sh point at the tile's first row, so that offsets within it fit 32 bits and cost half the registers.
+    row, n = tl.arange(0, M)[:, None], (n0 + tl.arange(0, N))[None, :]
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
+    h, dgate, dup = slopes(gate, up, d * s[:, None], ACTIVATION)
     zdz = gate * dgate
-    if dz is not None:
-        tl.store(dz + at, dgate.to(dz.dtype.element_ty), mask=kept)
     if HALVES == 2:
-        dup *= s[:, None]
         zdz += up * dup
-        if dz is not None:
-            tl.store(dz + at + I, dup.to(dz.dtype.element_ty), mask=kept)
+    if dz is not None:
+        at = dz + row * (HALVES * I) + n
+        tl.store(at, dgate.to(dz.dtype.element_ty), mask=kept)
+        if HALVES == 2:
+            tl.store(at + I, dup.to(dz.dtype.element_ty), mask=kept)
     if sh is not None:
-        tl.store(sh + row * I + n[None, :], (h * s[:, None]).to(sh.dtype.element_ty), mask=kept)
-    return ds, tl.sum(tl.where(kept, zdz, 0.0), 1)
+        tl.store(sh + row * I + n, (h * s[:, None]).to(sh.dtype.element_ty), mask=kept)
+    return _row_sum(d * h, live, kept, n0, I, N), _row_sum(zdz, live, kept, n0, I, N)
 
 
-@triton.jit(do_not_specialize=["tiles", "trainable", "steps"])
+@triton.jit(do_not_specialize=["tiles", "trainable", "steps", "adapters"])
 def _data_gradient_kernel(
-    dy, tokens, places, weights, w, w_frozen, bases, z, dz, sh, ds, zdz, table, tiles, trainable, steps,
+    dy, tokens, places, weights, w, w_frozen, scale, bases, rank_rows, factor, adapter_scale,
+    z, dz, sh, ds, zdz, table, tiles, trainable, steps, adapters,
     H: tl.constexpr, I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, PART: tl.constexpr,  # noqa: E741
+    RANK: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, SUMS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of BM rows by BN columns of d = dy[tokens] @ w, w (X, H, I), sent back through the activation.
 
-    The epilogue runs in SPLIT pieces: as one, 128 x 128 blocks spill over 1 KB a thread.
+    The epilogue runs in SPLIT pieces: as one, 128 x 128 blocks spill over 1 KB a thread. Each piece's z is on its way
+    while the piece before it is computed. Partial sums have SUMS columns, of which this launch may fill fewer.
     """
     COLUMNS: tl.constexpr = (I + BN - 1) // BN
     tile, column = position(tl.program_id(0), tiles, COLUMNS, GROUP)
@@ -85,43 +117,75 @@ def _data_gradient_kernel(
     if slot < 0:
         return
     index, source, _ = matrix(slot, bases, trainable, w, w_frozen, None, None, PART)
+    if index < 0:
+        return
     n0 = column * BN
     token = tl.load(tokens + rows, mask=live, other=0)
-    d = tl.zeros((BM, BN), tl.float32)
-    for step in range(steps):
-        left = row_block(dy, token, live, first, step * BK, H, BK, False)
-        right = weight_block(source, index, n0, step * BK, I, H, BN, BK, True, TMA)
-        d = tl.dot(left, right, d, input_precision=PRECISION)
-
     place = tl.load(places + rows, mask=live, other=0)
     s = tl.load(weights + place, mask=live, other=0.0).to(tl.float32)
+    d = tl.zeros((BM, BN), tl.float32)
+    if RANK > 0 and slot < adapters:
+        # First, not last: the term needs no second block of sums beside the product's.
+        for r0 in tl.static_range(0, RANK, CHUNK):
+            left = row_block(rank_rows, rows, live, first, r0, RANK, CHUNK, False)
+            right = weight_block(factor, slot, n0, r0, I, RANK, BN, CHUNK, True, False)
+            d = tl.dot(left, right, d, input_precision=PRECISION)
+        d *= tl.load(adapter_scale + slot).to(tl.float32)
+    for step in range(steps):
+        left = row_block(dy, token, live, first, step * BK, H, BK, False)
+        if BITS > 0:
+            codes = dequantized_block(source, scale, index, n0, step * BK, I, H, BN, BK, True, SHARE, BITS)
+            right = codes.to(left.dtype)
+        else:
+            right = weight_block(source, index, n0, step * BK, I, H, BN, BK, True, TMA)
+        d = tl.dot(left, right, d, input_precision=PRECISION)
+
+    N: tl.constexpr = BN // SPLIT
     start = first.to(tl.int64)
     z += start * (HALVES * I)
     if dz is not None:
         dz += start * (HALVES * I)
     if sh is not None:
         sh += start * I
+    gate, up = _load_piece(z, live, n0, I, HALVES, BM, N)
     pieces = _pieces(d, BM, BN, SPLIT)
-    WIDTH: tl.constexpr = BN // SPLIT
-    WHOLE: tl.constexpr = I % BN == 0
     ds_rows = tl.zeros((BM,), tl.float32)
     zdz_rows = tl.zeros((BM,), tl.float32)
     for i in tl.static_range(SPLIT):
+        gate_now, up_now = gate, up
+        if i + 1 < SPLIT:
+            gate, up = _load_piece(z, live, n0 + (i + 1) * N, I, HALVES, BM, N)
         ds_part, zdz_part = _send_back(
-            pieces[i], s, z, dz, sh, live, n0 + i * WIDTH, I, HALVES, ACTIVATION, WHOLE, BM, WIDTH
+            pieces[i], s, gate_now, up_now, dz, sh, live, n0 + i * N, I, HALVES, ACTIVATION, BM, N
         )
         ds_rows += ds_part
         zdz_rows += zdz_part
+    _store_sums(ds, zdz, ds_rows, zdz_rows, rows, live, tile, column, SUMS, BM)
+    for c in tl.static_range(COLUMNS, SUMS, COLUMNS):
+        # Another launch has more, narrower blocks, and all rows have as many sums: the rest are 0.
+        if column + c < SUMS:
+            nothing = tl.zeros((BM,), tl.float32)
+            _store_sums(ds, zdz, nothing, nothing, rows, live, tile, column + c, SUMS, BM)
+
+
+@triton.jit
+def _store_sums(ds, zdz, ds_rows, zdz_rows, rows, live, tile, column, SUMS: tl.constexpr, BM: tl.constexpr):
     if ds is not None:
-        tl.store(ds + rows * COLUMNS + column, ds_rows, mask=live)
+        tl.store(ds + rows * SUMS + column, ds_rows, mask=live)
     if zdz is not None:
         # Two-dimensional to the end: sums of one-dimensional blocks crash Triton 3.7 on sm_100 beside a product.
-        tl.store(zdz + tile * COLUMNS + column + tl.arange(0, 1), tl.sum(zdz_rows.reshape(1, BM), 1))
+        tl.store(zdz + tile * SUMS + column + tl.arange(0, 1), tl.sum(zdz_rows.reshape(1, BM), 1))
 
 
-def column_blocks(intermediate: int, tile: Tile) -> int:
-    """C, how many partial sums `data_gradient` leaves per row and per tile."""
-    return triton.cdiv(intermediate, tile.n)
+def column_blocks(intermediate: int, tile: Tile, w_out: Stored) -> int:
+    """C, how many partial sums `data_gradient` leaves per row and per tile: the most of its launches."""
+    return max(triton.cdiv(intermediate, _cut(tile, w_out.served(part)).n) for part in w_out.parts)
+
+
+def _cut(tile: Tile, served: Stored) -> Tile:
+    """The tile of the launch that reads `served`."""
+    cut = decoding_tile(tile, served, transposed=True)
+    return cut if cut is tile else replace(cut, split=max(1, min(tile.split, cut.n // 16)))
 
 
 def data_gradient(
@@ -159,14 +223,11 @@ def data_gradient(
         return []
     halves = 2 if ACTIVATIONS[activation].gated else 1
     rows, hidden, inner = z_RF.shape[0], dy_TH.shape[1], z_RF.shape[1] // halves
-    tma = tile.tma and w_out.describable
-    args = {
+    common: dict[str, Any] = {
         "dy": dy_TH,
         "tokens": routing.tokens_R,
         "places": routing.places_R,
         "weights": routing.weights_TK,
-        **(w_out.descriptors("w", (tile.k, tile.n)) if tma else w_out.pointers("w")),
-        "bases": w_out.base_of_slot_B,
         "z": z_RF,
         "dz": dz_RF,
         "sh": sh_RI,
@@ -174,18 +235,29 @@ def data_gradient(
         "zdz": zdz_MC,
         "table": schedule.table_M4,
         "tiles": schedule.tiles,
-        "trainable": w_out.trainable.shape[0],
-        "steps": triton.cdiv(hidden, tile.k),
         "H": hidden,
         "I": inner,
         "ACTIVATION": activation,
         "HALVES": halves,
-        "PART": w_out.part,
-        "SPLIT": tile.split,
-        **row_constants(tile, dy_TH.dtype, tma=tma),
+        "SUMS": column_blocks(inner, tile, w_out),
+        **term_arguments(term),
     }
-    grid = (schedule.tiles * column_blocks(inner, tile),)
-    moved = w_out.nbytes + sum(t.nbytes for t in (dy_TH, z_RF, dz_RF, sh_RI, ds_RC, zdz_MC) if t is not None)
-    return [
-        Launch(_data_gradient_kernel, grid, args, tile.warps, tile.stages, 2 * rows * hidden * inner, moved),
-    ]
+    moved = sum(t.nbytes for t in (dy_TH, z_RF, dz_RF, sh_RI, ds_RC, zdz_MC) if t is not None)
+    launches = []
+    for part in w_out.parts:
+        served = w_out.served(part)
+        cut = _cut(tile, served)
+        tma = cut.tma and served.describable
+        args = {
+            **common,
+            **matrix_arguments(w_out, None, part, (cut.k, cut.n) if tma else None),
+            **row_constants(cut, dy_TH.dtype, tma=tma),
+            "steps": triton.cdiv(hidden, cut.k),
+            "SPLIT": cut.split,
+        }
+        del args["bias"], args["bias_frozen"]
+        grid = (schedule.tiles * triton.cdiv(inner, cut.n),)
+        share = served.slots / w_out.slots
+        cost = (round(2 * rows * hidden * inner * share), round(moved * share) + served.nbytes)
+        launches.append(Launch(_data_gradient_kernel, grid, args, cut.warps, cut.stages, *cost))
+    return launches

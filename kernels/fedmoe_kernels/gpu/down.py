@@ -39,21 +39,22 @@ from fedmoe_kernels.gpu.storage import (
 
 
 @triton.jit
-def _clear_absent(out, rows_TK, block, tokens, CHOICES: tl.constexpr, N: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr):  # fmt: skip
+def _clear_absent(
+    out, rows_TK, block, tokens, columns, CHOICES: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
     """Zeros to the tokens of block `block`, BM each, none of whose places has a row."""
     token = block.to(tl.int64) * BM + tl.arange(0, BM)
     absent = token < tokens
     for j in tl.static_range(CHOICES):
         absent &= tl.load(rows_TK + token * CHOICES + j, mask=absent, other=0) < 0
-    for n0 in range(0, N, BN):
-        store_block(out, token, absent, n0, tl.zeros((BM, BN), tl.float32), N, N, BN, N % BN == 0)
+    for column in range(columns):
+        store_block(out, token, absent, column * BN, tl.zeros((BM, BN), tl.float32), N, N, BN, N % BN == 0)
 
 
-@triton.jit(do_not_specialize=["tiles", "trainable", "steps", "adapters", "num_tokens"])
+@triton.jit(do_not_specialize=["tiles", "trainable", "steps", "adapters", "num_tokens", "columns"])
 def _rows_kernel(
     a, gather, w, w_frozen, scale, bias, bias_frozen, bases, rank_rows, factor, adapter_scale,
-    out, targets, places, weights, rows_TK, table, tiles, trainable, steps, adapters, num_tokens,
+    out, targets, places, weights, rows_TK, table, tiles, trainable, steps, adapters, num_tokens, columns,
     N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr, PART: tl.constexpr, CHOICES: tl.constexpr,
     RANK: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -66,7 +67,7 @@ def _rows_kernel(
     COLUMNS: tl.constexpr = (N + BN - 1) // BN
     program = tl.program_id(0)
     if targets is not None and program >= tiles * COLUMNS:
-        _clear_absent(out, rows_TK, program - tiles * COLUMNS, num_tokens, CHOICES, N, BM, BN)
+        _clear_absent(out, rows_TK, program - tiles * COLUMNS, num_tokens, columns, CHOICES, N, BM, BN)
         return
     tile, column = position(program, tiles, COLUMNS, GROUP)
     slot, first, rows, live = tile_rows(table, tile, BM)
@@ -202,7 +203,8 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, las
     tma_rows = tile.tma and gather is None and describable(rows_XK)
     tma = tile.tma and served.describable
     block = (tile.k, tile.n) if transposed else (tile.n, tile.k)
-    programs = schedule.tiles * triton.cdiv(N, tile.n)
+    columns = triton.cdiv(N, tile.n)
+    programs = schedule.tiles * columns
     args: dict[str, Any] = {
         "a": TensorDescriptor.from_tensor(rows_XK, [tile.m, tile.k]) if tma_rows else rows_XK,
         "gather": gather,
@@ -214,6 +216,7 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, las
         **dict.fromkeys(("targets", "places", "weights", "rows_TK"), None),
         "steps": triton.cdiv(K, tile.k),
         "num_tokens": 0,
+        "columns": columns,
         "CHOICES": 1,
         "N": N,
         "K": K,

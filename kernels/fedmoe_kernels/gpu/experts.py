@@ -170,7 +170,7 @@ class _Backward(NamedTuple):
             stage.first_product(z_RF, None)
         dz_RF = stage.rows(F) if want_dz else None
         sh_RI = stage.rows(inner) if want_sh else None
-        columns = column_blocks(inner, stage.tiles.data_gradient)
+        columns = column_blocks(inner, stage.tiles.data_gradient, stage.w_out)
         ds_RC = i.x_TH.new_empty(R, columns, dtype=torch.float32) if want_ds else None
         zdz_MC = None
         if need["scores_B6"]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from fedmoe_kernels.gpu.choose import Holders, tokens_of_block
 from fedmoe_kernels.gpu.launch import Launch
 
-# Up to so many counts one program sums everything up, the slots' bounds too; beyond, programs share the slots and a
-# second launch (about 3 us) adds up their totals. 16384 counts are 4 tiles, one after another.
-ONE_PROGRAM = 16384
+# Up to so many counts the programs that place rows add them up themselves, all of them (16 KB each, out of the L2
+# cache), which saves the two launches of about 3 us that a scan takes.
+FEW_COUNTS = 4096
 
 
 @triton.jit
@@ -52,36 +52,21 @@ def _slots_kernel(
 
 
 @triton.jit
-def _scan_kernel(
-    counts, before, totals, offsets, blocks, num_slots,
-    WHOLE: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """before[x, b]: rows of slot b in the blocks before x. WHOLE: one program does all slots and writes their bounds.
+def _scan_kernel(counts, before, totals, blocks, num_slots, BLOCKS: tl.constexpr, SLOTS: tl.constexpr):
+    """before[x, b]: rows of slot b in the blocks before x; totals[b]: in all of them. One program for SLOTS slots.
 
-    The sums go to a second buffer: a thread may read a count again that another has finished with.
+    The sums go to a second buffer, because a thread may still have to read a count that another is done with.
     """
-    first = tl.program_id(0) * SLOTS
-    stop = first + 1
-    if WHOLE:
-        stop = first + num_slots
-        tl.store(offsets, 0)
-    base = tl.zeros((), tl.int64)
-    for s0 in range(first, stop, SLOTS):
-        b = s0 + tl.arange(0, SLOTS)
-        total = tl.zeros((SLOTS,), tl.int32)
-        for x0 in range(0, blocks, BLOCKS):
-            x = x0 + tl.arange(0, BLOCKS)
-            inside = (x < blocks)[:, None] & (b < num_slots)[None, :]
-            at = x.to(tl.int64)[:, None] * num_slots + b[None, :]
-            rows = tl.load(counts + at, mask=inside, other=0)
-            tl.store(before + at, total[None, :] + tl.cumsum(rows, 0) - rows, mask=inside)
-            total += tl.sum(rows, 0)
-        if WHOLE:
-            end = base + tl.cumsum(total, 0)
-            tl.store(offsets + 1 + b, end, mask=b < num_slots)
-            base += tl.sum(total, 0)
-        else:
-            tl.store(totals + b, total, mask=b < num_slots)
+    b = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    total = tl.zeros((SLOTS,), tl.int32)
+    for x0 in range(0, blocks, BLOCKS):
+        x = x0 + tl.arange(0, BLOCKS)
+        inside = (x < blocks)[:, None] & (b < num_slots)[None, :]
+        at = x.to(tl.int64)[:, None] * num_slots + b[None, :]
+        rows = tl.load(counts + at, mask=inside, other=0)
+        tl.store(before + at, total[None, :] + tl.cumsum(rows, 0) - rows, mask=inside)
+        total += tl.sum(rows, 0)
+    tl.store(totals + b, total, mask=b < num_slots)
 
 
 @triton.jit
@@ -91,17 +76,46 @@ def _offsets_kernel(totals, offsets, num_slots, SLOTS: tl.constexpr):
     base = tl.zeros((), tl.int64)
     for s0 in range(0, num_slots, SLOTS):
         b = s0 + tl.arange(0, SLOTS)
-        total = tl.load(totals + b, mask=b < num_slots, other=0)
+        total = tl.load(totals + b, mask=b < num_slots, other=0).to(tl.int64)
         tl.store(offsets + 1 + b, base + tl.cumsum(total, 0), mask=b < num_slots)
         base += tl.sum(total, 0)
 
 
 @triton.jit
+def _starts(slot, counts, offsets, block, blocks, num_slots, P: tl.constexpr):
+    """(first row of the block's places of each place's slot (P,), N) out of all counts; block 0 writes the bounds."""
+    start = tl.zeros((P,), tl.int64)
+    real = tl.zeros((), tl.int64)
+    for s0 in range(0, num_slots, 16):
+        b = s0 + tl.arange(0, 16)
+        total = tl.zeros((16,), tl.int32)
+        before = tl.zeros((16,), tl.int32)
+        for x0 in range(0, blocks, 32):
+            x = x0 + tl.arange(0, 32)
+            inside = (x < blocks)[:, None] & (b < num_slots)[None, :]
+            rows = tl.load(counts + x[:, None] * num_slots + b[None, :], mask=inside, other=0)
+            total += tl.sum(rows, 0)
+            before += tl.sum(tl.where((x < block)[:, None], rows, 0), 0)
+        smaller = tl.where(b[None, :] < slot[:, None], total[None, :], 0)
+        same = tl.where(b[None, :] == slot[:, None], before[None, :], 0)
+        start += tl.sum(smaller + same, 1)
+        if block == 0:
+            tl.store(offsets + 1 + b, real + tl.cumsum(total, 0), mask=b < num_slots)
+        real += tl.sum(total, 0)
+    if block == 0:
+        tl.store(offsets, 0)
+    return start, real
+
+
+@triton.jit
 def _rows_kernel(
-    slots, before, offsets, rows, token_of_row, place_of_row, places, num_slots,
-    K: tl.constexpr, SIZE: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr,
+    slots, counts, before, offsets, rows, token_of_row, place_of_row, places, blocks, num_slots,
+    K: tl.constexpr, SIZE: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
-    """One program gives the SIZE places of a block their rows; it also writes -1 to those of its rows from N on."""
+    """One program gives the SIZE places of a block their rows; it also writes -1 to those of its rows from N on.
+
+    FEW: the sums over blocks and slots are made here, not read from `before` and `offsets`.
+    """
     block = tl.program_id(0)
     i = tl.arange(0, P)
     first = block.to(tl.int64) * SIZE
@@ -113,17 +127,20 @@ def _rows_kernel(
         other = i0 + tl.arange(0, STEP)
         theirs = tl.load(slots + first + other, mask=(other < SIZE) & (first + other < places), other=-1)
         rank += tl.sum(((theirs[None, :] == slot[:, None]) & (other[None, :] < i[:, None])).to(tl.int32), 1)
-    real = slot >= 0
-    start = tl.load(offsets + slot, mask=real, other=0)
-    start += tl.load(before + block.to(tl.int64) * num_slots + slot, mask=real, other=0)
-    row = tl.where(real, start + rank, -1)
+    taken = slot >= 0
+    if FEW:
+        start, real = _starts(slot.to(tl.int32), counts, offsets, block, blocks, num_slots, P)
+    else:
+        start = tl.load(offsets + slot, mask=taken, other=0)
+        start += tl.load(before + block.to(tl.int64) * num_slots + slot, mask=taken, other=0)
+        real = tl.load(offsets + num_slots)
+    row = tl.where(taken, start + rank, -1)
     tl.store(rows + place, row, mask=inside)
-    tl.store(token_of_row + row, place // K, mask=real)
-    tl.store(place_of_row + row, place, mask=real)
-    unused = inside & (place >= tl.load(offsets + num_slots))
+    tl.store(token_of_row + row, place // K, mask=taken)
+    tl.store(place_of_row + row, place, mask=taken)
     nothing = tl.full((P,), -1, tl.int64)
-    tl.store(token_of_row + place, nothing, mask=unused)
-    tl.store(place_of_row + place, nothing, mask=unused)
+    tl.store(token_of_row + place, nothing, mask=inside & (place >= real))
+    tl.store(place_of_row + place, nothing, mask=inside & (place >= real))
 
 
 def slots(
@@ -167,7 +184,7 @@ def rows(
     places_R: Tensor,
     offsets_B1: Tensor,
 ) -> list[Launch]:
-    """Fill rows_TK, tokens_R, places_R and offsets_B1 from slots and their counts: 2 launches, 3 for many counts.
+    """Fill rows_TK, tokens_R, places_R and offsets_B1 from slots and their counts: 1 launch, 3 for many counts.
 
     Args:
         slots_TK: int64, -1 = no row.
@@ -176,28 +193,33 @@ def rows(
         before_XB, totals_B: int32 scratch of the shapes (blocks, B) and (B,).
     """
     blocks, num_slots = counts_XB.shape
-    K = slots_TK.shape[1]
-    whole = counts_XB.numel() <= ONE_PROGRAM
-    tables = {"counts": counts_XB, "before": before_XB, "totals": totals_B, "offsets": offsets_B1}
-    sizes = {"blocks": blocks, "num_slots": num_slots, "WHOLE": whole, "BLOCKS": 128, "SLOTS": 32}
-    programs = 1 if whole else triton.cdiv(num_slots, 32)
-    launches = [Launch(_scan_kernel, (programs,), {**tables, **sizes}, 4, 1, bytes=counts_XB.numel() * 8)]
-    if not whole:
-        sums = {"totals": totals_B, "offsets": offsets_B1, "num_slots": num_slots, "SLOTS": 1024}
-        launches.append(Launch(_offsets_kernel, (1,), sums, 4, 1, bytes=num_slots * 12))
-    placing = {
+    K, few = slots_TK.shape[1], counts_XB.numel() <= FEW_COUNTS
+    launches = []
+    if not few:
+        sums = {"totals": totals_B, "num_slots": num_slots}
+        scan = {"counts": counts_XB, "before": before_XB, **sums, "blocks": blocks, "BLOCKS": 128, "SLOTS": 32}
+        grid = (triton.cdiv(num_slots, 32),)
+        launches.append(Launch(_scan_kernel, grid, scan, 4, 1, bytes=counts_XB.numel() * 8))
+        add = {**sums, "offsets": offsets_B1, "SLOTS": 1024}
+        launches.append(Launch(_offsets_kernel, (1,), add, 4, 1, bytes=num_slots * 12))
+    P = triton.next_power_of_2(per_block * K)
+    args = {
         "slots": slots_TK,
+        "counts": counts_XB,
         "before": before_XB,
         "offsets": offsets_B1,
         "rows": rows_TK,
         "token_of_row": tokens_R,
         "place_of_row": places_R,
         "places": slots_TK.numel(),
+        "blocks": blocks,
         "num_slots": num_slots,
         "K": K,
         "SIZE": per_block * K,
-        "P": triton.next_power_of_2(per_block * K),
+        "P": P,
         "STEP": 16,
+        "FEW": few,
     }
     moved = slots_TK.numel() * 36 + counts_XB.numel() * 4
-    return [*launches, Launch(_rows_kernel, (blocks,), placing, 4, 1, bytes=moved)]
+    # One program at least: it writes offsets_B1 even where there is no token.
+    return [*launches, Launch(_rows_kernel, (max(1, blocks),), args, max(1, P // 32), 1, bytes=moved)]

@@ -88,7 +88,7 @@ def route(
         rule: what to choose and how to weight it.
     """
     T, E = logits_TE.shape
-    tokens = block_tokens(rule.k, E)
+    sizes = shape_args(E, rule)
     args = {
         "logits": logits_TE,
         **holders.args(logits_TE),
@@ -100,24 +100,24 @@ def route(
         "tokens": T,
         "num_slots": num_slots,
         "scale": rule.scale,
-        **shape_args(E, rule),
+        **sizes,
         "SCORING": rule.scoring,
         "RENORMALIZE": rule.renormalize,
         "WHOLE": num_slots == holders.table_CE.numel(),
         "HAS_BIAS": bias_E is not None,
     }
     moved = T * E * logits_TE.element_size() + T * rule.k * 20 + counts_XB.numel() * 4
-    return [Launch(_route_kernel, (triton.cdiv(T, tokens),), args, warps(E), 1, bytes=moved)]
+    return [Launch(_route_kernel, (triton.cdiv(T, sizes["BT"]),), args, warps(E), 1, bytes=moved)]
 
 
-def shape_args(num_experts: int, rule: Rule) -> dict[str, int]:
-    """The sizes of a routing kernel's blocks, and its groups."""
+def shape_args(num_experts: int, rule: Rule, logits: int = 4096) -> dict[str, int]:
+    """The sizes of a routing kernel's blocks of so many logits, and its groups."""
     return {
         "E": num_experts,
         "EP": triton.next_power_of_2(num_experts),
         "K": rule.k,
         "KP": triton.next_power_of_2(rule.k),
-        "BT": block_tokens(rule.k, num_experts),
+        "BT": block_tokens(rule.k, num_experts, logits),
         "N_GROUP": rule.n_group,
         "TOPK_GROUP": rule.topk_group,
         "GP": triton.next_power_of_2(rule.n_group),
@@ -125,5 +125,5 @@ def shape_args(num_experts: int, rule: Rule) -> dict[str, int]:
 
 
 def warps(num_experts: int) -> int:
-    """4 up to 4096 logits a block."""
+    """4, so that a block of 2048 logits is 16 registers a thread, and 8 where one token has more logits than that."""
     return 4 if num_experts <= 2048 else 8

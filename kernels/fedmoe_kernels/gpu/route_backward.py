@@ -74,7 +74,7 @@ def route_backward(
 ) -> list[Launch]:
     """Fill out_TE, of the logits' dtype, from the gradient of the weights and the choices made; all contiguous."""
     T, E = logits_TE.shape
-    sizes = shape_args(E, rule)
+    sizes = shape_args(E, rule, logits=2048)  # 128 registers at most; with 4096 239
     args = {
         "grad": grad_TK,
         "logits": logits_TE,

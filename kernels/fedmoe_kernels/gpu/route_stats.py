@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fedmoe_kernels.gpu.choose import Holders, Rule, choose, finite, powers, tokens_of_block
 from fedmoe_kernels.gpu.launch import Launch
-from fedmoe_kernels.gpu.route import shape_args, warps
+from fedmoe_kernels.gpu.route import shape_args
 
 # One term is at most 1 (a probability p) or 1 / e (-p log p), and a call has at most 2^24 tokens (`routing_ops` sees to
-# it): a sum stays below 2^38 * 2^24 = 2^62. A term is off by at most 2^-39 = 1.8e-12; the float32 softmax under it by about 1e-7 of itself.
+# it): a sum stays below 2^38 * 2^24 = 2^62. A term is rounded by at most 2^-39 = 1.8e-12; the float32 softmax under it
+# is off by about 1e-7 of itself, or 1e-6 for logits 20 below the largest.
 ONE = tl.constexpr(2.0**38)
 UNIT = tl.constexpr(2.0**-38)
 
@@ -108,12 +109,18 @@ def _sum_kernel(parts, part_tokens, stats, stat_tokens, splits, E: tl.constexpr,
         tl.store(stat_tokens + c, number.to(tl.float64))
 
 
-def splits_for(tokens: int, clients: int, per_block: int) -> int:
+def _sizes(num_experts: int, rule: Rule) -> dict[str, int]:
+    """Blocks of 1024 logits in 8 warps: 80 to 122 registers; with 2048 in 4 the three sums of 64 bits make it spill."""
+    return shape_args(num_experts, rule, logits=1024)
+
+
+def splits_for(tokens: int, clients: int, num_experts: int, rule: Rule) -> int:
     """How many programs share one client's tokens: 4 blocks each, about 1024 programs at most.
 
     It may depend on the cohort, because exact sums do not depend on it.
     """
-    return max(1, min(triton.cdiv(triton.cdiv(tokens, per_block), 4), triton.cdiv(1024, clients)))
+    blocks = triton.cdiv(tokens, _sizes(num_experts, rule)["BT"])
+    return max(1, min(triton.cdiv(blocks, 4), triton.cdiv(1024, clients)))
 
 
 def route_stats(
@@ -148,17 +155,17 @@ def route_stats(
         "stat_tokens": tokens_C,
         "tokens": T,
         "splits": splits,
-        **shape_args(E, rule),
+        **_sizes(E, rule),
         "SIGMOID": rule.scoring == "sigmoid",
         "WHOLE": whole,
         "LAST": splits == 1,
         "HAS_BIAS": bias_E is not None,
     }
     moved = T * E * logits_TE.element_size() + parts_CS4E.numel() * 8
-    launches = [Launch(_stats_kernel, (clients, splits), args, warps(E), 1, bytes=moved)]
+    launches = [Launch(_stats_kernel, (clients, splits), args, 8, 1, bytes=moved)]
     if splits > 1:
         sums = {"parts": parts_CS4E, "part_tokens": part_tokens_CS, "stats": stats_C4E, "stat_tokens": tokens_C}
-        sizes = {"splits": splits, "E": E, "BE": 32, "BS": 32}
+        sizes = {"splits": splits, "E": E, "BE": 32, "BS": 16}
         grid = (clients, triton.cdiv(E, 32))
         launches.append(Launch(_sum_kernel, grid, {**sums, **sizes}, 4, 1, bytes=parts_CS4E.numel() * 8))
     return launches

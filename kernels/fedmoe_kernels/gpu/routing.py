@@ -14,6 +14,8 @@ from fedmoe_kernels.gpu.route_backward import route_backward as route_backward_l
 from fedmoe_kernels.gpu.route_stats import route_stats, splits_for
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]
+Placed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Routed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _holders(table_CE: Tensor, client_T: Tensor | None, valid_T: Tensor | None) -> Holders:
@@ -64,8 +66,8 @@ def route(
     rule: Rule,
     with_stats: bool,
     execute: Execute = Launch.run,
-) -> tuple[Tensor, ...]:
-    """What `routing_ops.route_op` returns, in 3 launches (4 from 16384 counts on), and 1 or 2 more for statistics.
+) -> Routed:
+    """What `routing_ops.route_op` returns, in 2 launches, 4 where blocks * B exceeds 4096, and 1 or 2 for statistics.
 
     Tokens of a client outside [0, C) get no row. Nothing waits for the device.
     """
@@ -94,7 +96,7 @@ def route(
         stats_C4E = _new(logits_TE, clients, 4, E, dtype=torch.float64)
         tokens_C = _new(logits_TE, clients, dtype=torch.float64)
         if with_stats:
-            splits = splits_for(T, clients, per_block)
+            splits = splits_for(T, clients, E, rule)
             for launch in route_stats(
                 logits_TE,
                 experts_TK,
@@ -144,8 +146,8 @@ def place(
     *,
     num_slots: int,
     execute: Execute = Launch.run,
-) -> tuple[Tensor, ...]:
-    """What `routing_ops.place_rows_op` returns, in 3 launches (4 from 16384 counts on)."""
+) -> Placed:
+    """What `routing_ops.place_rows_op` returns, in 2 launches (4 where blocks * B exceeds 4096)."""
     with torch.cuda.device_of(experts_TK):
         T, K = experts_TK.shape
         per_block = block_tokens(K)

@@ -42,7 +42,7 @@ def most_tiles(rows: int, slots: int, height: int) -> int:
     return -(-(rows - slots + 1) // height) + slots - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "tiles"])
 def _schedule_kernel(
     offsets, table, first_tile, slots, tiles,
     HEIGHT: tl.constexpr, TILES: tl.constexpr, SLOTS: tl.constexpr,

@@ -6,14 +6,16 @@ activations and I for the others, r rank.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedmoe_kernels.activations import ACTIVATIONS
-from fedmoe_kernels.configs import TileSet, arch_of, tiles_for
+from fedmoe_kernels.configs import OVERRIDE, TileSet, arch_of, tiles_for
 from fedmoe_kernels.gpu.down import rank_product
 from fedmoe_kernels.gpu.launch import Execute, Launch
 from fedmoe_kernels.gpu.schedule import Schedule, schedule
@@ -116,18 +118,41 @@ class Stage(NamedTuple):
 def stage_of(inputs: OpInputs, activation: str, rows_per_slot: int, arch: str | None, execute: Execute) -> Stage:
     """Choose the tiles and make the schedule; arguments as in `experts.forward`."""
     inputs = inputs._replace(**{name: aligned(t) for name, t in inputs._asdict().items() if t is not None})
-    device = inputs.x_TH.device
-    tiles = tiles_for(
-        arch_of(device) if arch is None else arch,
+    tiles = _tiles(
+        inputs.x_TH.device,
         inputs.x_TH.dtype,
-        rows_per_slot,
-        hidden=inputs.x_TH.shape[1],
-        inner=inputs.w_out.shape[2],
+        *(inputs.x_TH.shape[1], inputs.w_out.shape[2]),
         gated=ACTIVATIONS[activation].gated,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        rows_per_slot=rows_per_slot,
+        arch=arch,
+        override=os.environ.get(OVERRIDE),
     )
     made = schedule(inputs.offsets_B1, inputs.tokens_R.shape[0], tiles.rows, execute)
     return Stage(inputs, activation, tiles, made, execute)
+
+
+@lru_cache(maxsize=256)
+def _tiles(
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: int,
+    inner: int,
+    *,
+    gated: bool,
+    rows_per_slot: int,
+    arch: str | None,
+    override: str | None,
+) -> TileSet:
+    """`configs.tiles_for`, remembered: it costs as much as two launches. `override` is in the key alone."""
+    return tiles_for(
+        arch_of(device) if arch is None else arch,
+        dtype,
+        rows_per_slot,
+        hidden=hidden,
+        inner=inner,
+        gated=gated,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    )
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -1,0 +1,177 @@
+"""The calls whose kernels are compiled ahead of time: tensors without memory, handed to the operators' own drivers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.gpu import experts, routing
+from fedmoe_kernels.gpu.choose import Rule
+from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer as one client or cohort runs it.
+
+    Attributes:
+        T, H, I, B, K: tokens, hidden and intermediate size, slots and choices of all clients together.
+        Bt: trainable slots.
+        bits: of the frozen slots, 16 = as the trainable ones; 8 and 4 are codes with a scale for every 64 columns.
+        rank: of the adapters on every slot; the weights are then frozen, shared by the clients and half as many.
+        clients: that share the launch.
+        scoring, groups: how the router chooses among E experts.
+    """
+
+    name: str
+    T: int
+    H: int
+    I: int  # noqa: E741 - the house's letter for the intermediate size
+    B: int
+    K: int
+    Bt: int
+    activation: str = "swiglu"
+    bias: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    bits: int = 16
+    rank: int = 0
+    clients: int = 1
+    keep_z: bool = True
+    scoring: str = "softmax"
+    groups: tuple[int, int] = (1, 1)
+    E: int = 128
+
+    @property
+    def rows_per_slot(self) -> int:
+        """What the tiles are chosen by."""
+        return max(1, self.T * self.K // self.B)
+
+    def varied(self) -> Case:
+        """The same model with other numbers of tokens and slots, for which no kernel may need code of its own."""
+        slots = self.B - 3 * self.clients
+        trainable = slots if self.Bt == self.B else min(self.Bt, max(1, self.Bt - 1))
+        return replace(self, T=self.T * slots // self.B - 5, B=slots, Bt=trainable)
+
+
+QWEN = Case("qwen3-30b-a3b", 32768, 2048, 768, 128, 8, 32)
+OSS = Case("gpt-oss-20b", 16384, 2880, 2880, 32, 4, 32, "swiglu_oai", bias=True, scoring="topk_softmax", E=32)
+SWITCH = Case("switch-base-8", 16384, 768, 3072, 8, 1, 8, "relu", E=8)
+
+CASES = (
+    QWEN,
+    OSS,
+    SWITCH,
+    replace(QWEN, name="qwen3, 64 rows a slot", T=1024),
+    replace(QWEN, name="qwen3, 32 rows a slot", T=512),
+    replace(QWEN, name="qwen3, 12 rows a slot", T=192),
+    replace(QWEN, name="qwen3, adapters of 4 clients", rank=16, clients=4, Bt=0, scoring="sigmoid", groups=(8, 4)),
+    replace(QWEN, name="qwen3, int8", bits=8),
+    replace(QWEN, name="qwen3, int4", bits=4),
+    replace(QWEN, name="qwen3, z recomputed", keep_z=False),
+    replace(OSS, name="edge, float32", T=512, H=512, I=256, B=16, K=2, Bt=4, dtype=torch.float32, E=16),
+)
+MORE = (
+    replace(OSS, name="gpt-oss, 64 rows a slot", T=512),
+    replace(OSS, name="gpt-oss, 12 rows a slot", T=96),
+    replace(SWITCH, name="switch, 64 rows a slot", T=512),
+    replace(SWITCH, name="switch, 12 rows a slot", T=96),
+    replace(QWEN, name="qwen3, adapters, 64 rows a slot", T=1024, rank=16, clients=4, Bt=0),
+    replace(QWEN, name="qwen3, adapters, 12 rows a slot", T=192, rank=16, clients=4, Bt=0),
+    replace(QWEN, name="qwen3, adapters of rank 64", rank=64, Bt=0),
+    replace(QWEN, name="qwen3, int8, 64 rows a slot", T=1024, bits=8),
+    replace(QWEN, name="qwen3, int4, 12 rows a slot", T=192, bits=4),
+    replace(QWEN, name="qwen3, float16", dtype=torch.float16),
+    replace(QWEN, name="qwen3, geglu", activation="geglu", bias=True),
+    replace(SWITCH, name="switch, gelu", activation="gelu", bias=True),
+    replace(SWITCH, name="switch, silu", activation="silu"),
+    Case("mixtral-8x7b", 8192, 4096, 14336, 8, 2, 2, E=8),
+    Case("odd", 1000, 200, 120, 5, 3, 2, bias=True, E=5),
+    Case("unaligned", 1000, 100, 52, 5, 3, 2, bias=True, E=5),
+    replace(OSS, name="edge, float32, 8 rows a slot", T=64, H=512, I=256, B=16, K=2, Bt=4, dtype=torch.float32, E=16),
+)
+
+
+def launches(case: Case, arch: str) -> list[Launch]:
+    """Everything that one step of the case starts on `arch`: routing, forward, backward, all gradients and scores."""
+    found: list[Launch] = []
+    _route(case, found)
+    inputs = inputs_of(case)
+    how = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "arch": arch, "execute": found.append}
+    y_TH, z_RF = experts.forward(inputs, keep_z=case.keep_z, **how)
+    needs = [True] * (len(DIFFERENTIABLE) + 1)
+    if case.rank:
+        needs[2:6] = [False] * 4
+    else:
+        needs[6:10] = [False] * 4
+    if not case.bias:
+        needs[4:6] = [False] * 2
+    experts.backward(y_TH, z_RF, inputs, needs=needs, **how)
+    return found
+
+
+def _route(case: Case, found: list[Launch]) -> None:
+    held = torch.empty(case.clients, case.E, dtype=torch.int64, device="meta")
+    client_T = _ids(case.T) if case.clients > 1 else None
+    rule = Rule(case.K, case.scoring, True, *case.groups)
+    logits_TE = torch.empty(case.T, case.E, dtype=torch.float32, device="meta")
+    bias_E = torch.empty(case.E, dtype=torch.float32, device="meta") if case.scoring == "sigmoid" else None
+    how = {"num_slots": case.B, "execute": found.append}
+    routed = routing.route(logits_TE, held, client_T, None, bias_E, rule=rule, with_stats=True, **how)
+    weights_TK, experts_TK = routed[:2]
+    routing.route_backward(weights_TK, logits_TE, experts_TK, held, client_T, rule=rule, execute=found.append)
+    routing.place(experts_TK, held, client_T, None, **how)
+
+
+def inputs_of(case: Case) -> OpInputs:
+    """The operator's tensors, on "meta"."""
+    T, H, I, K = case.T, case.H, case.I, case.K  # noqa: E741
+    F, R = ACTIVATIONS[case.activation].width(I), case.T * case.K
+    real = lambda *size: torch.empty(*size, dtype=case.dtype, device="meta")  # noqa: E731
+    held = case.B // case.clients if case.rank else case.B
+    trainable, frozen = (held, 0) if case.rank else (case.Bt, case.B - case.Bt)
+    w_in_frozen, w_in_scale = _frozen(case, frozen, F, H)
+    w_out_frozen, w_out_scale = _frozen(case, frozen, H, I)
+    rank = case.rank
+    return OpInputs(
+        x_TH=real(T, H),
+        weights_TK=torch.empty(T, K, dtype=torch.float32, device="meta"),
+        rows_TK=_ids(T, K),
+        tokens_R=_ids(R),
+        places_R=_ids(R),
+        offsets_B1=_ids(case.B + 1),
+        w_in=real(trainable, F, H),
+        w_out=real(trainable, H, I),
+        bias_in=real(trainable, F) if case.bias else None,
+        bias_out=real(trainable, H) if case.bias else None,
+        w_in_frozen=w_in_frozen,
+        w_out_frozen=w_out_frozen,
+        bias_in_frozen=real(frozen, F) if case.bias and frozen else None,
+        bias_out_frozen=real(frozen, H) if case.bias and frozen else None,
+        w_in_scale=w_in_scale,
+        w_out_scale=w_out_scale,
+        a_in=real(case.B, rank, H) if rank else None,
+        b_in=real(case.B, F, rank) if rank else None,
+        a_out=real(case.B, rank, I) if rank else None,
+        b_out=real(case.B, H, rank) if rank else None,
+        scale_B=torch.empty(case.B, dtype=torch.float64, device="meta") if rank else None,
+        base_of_slot_B=_ids(case.B) if rank else None,
+        trainable_B=None,
+    )
+
+
+def _ids(*size: int) -> Tensor:
+    return torch.empty(*size, dtype=torch.int64, device="meta")
+
+
+def _frozen(case: Case, slots: int, rows: int, columns: int) -> tuple[Tensor | None, Tensor | None]:
+    if not slots:
+        return None, None
+    if case.bits == 16:
+        return torch.empty(slots, rows, columns, dtype=case.dtype, device="meta"), None
+    kind, width = (torch.int8, columns) if case.bits == 8 else (torch.uint8, columns // 2)
+    codes = torch.empty(slots, rows, width, dtype=kind, device="meta")
+    return codes, torch.empty(slots, rows, columns // 64, dtype=torch.float32, device="meta")

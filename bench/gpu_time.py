@@ -1,0 +1,322 @@
+"""The part `time`: every contender on every client case of a shape, interleaved, after its results have been compared.
+
+A row is one contender, one pass ("fwd", "bwd", "fwd+bwd") and one way of launching: "eager" as a training loop calls
+it, or for few tokens also "graph", the replay of a CUDA graph, which takes the host out of the time.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import gpu_machine
+import torch
+from cases import SMALL_TOKENS, Case, Problem, Shape, problem, redrawn
+from clock import Clock, Memory
+from gpu_store import Record, Store
+from peers import Bound, Contender, Outcome, errors, forget, leaf, outcome
+from roofline import Gpu, Layer, backward, forward, least_seconds
+from torch import Tensor
+from truth import truth
+
+PASSES = ("fwd", "bwd", "fwd+bwd")
+ROUNDS, WARM_UP, SETS = 25, 5, 3
+# What fedmoe is held to, and what a peer may be off before its time means nothing. Some peers sum gradients of routing
+# weights or of x in half precision.
+OWN = {torch.bfloat16: 1e-2, torch.float16: 3e-3, torch.float32: 1e-5}
+PEER = {torch.bfloat16: 5e-2, torch.float16: 5e-2, torch.float32: 1e-4}
+
+
+class DeadDeviceError(RuntimeError):
+    """The CUDA context is lost; nothing more can be run in this process."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a case is measured.
+
+    Attributes:
+        device, dtype: where and in what.
+        gpu: peaks for the rooflines, None = unknown.
+        rounds, warm_up: timed and untimed rounds; in a round every contender runs once.
+        sets: how many sets of tokens the rounds rotate through.
+    """
+
+    device: str
+    dtype: torch.dtype
+    gpu: Gpu | None
+    rounds: int = ROUNDS
+    warm_up: int = WARM_UP
+    sets: int = SETS
+
+
+class _Seat(NamedTuple):
+    """A contender that takes part, with its leaves for every set of tokens and its errors on the first set."""
+
+    contender: Contender
+    bound: Bound
+    tasks: list[Problem]
+    leaves: list[tuple[Tensor, Tensor]]
+    errors: dict[str, float]
+
+    def forget(self) -> None:
+        for pair in self.leaves:
+            forget(self.bound, *pair)
+
+    def forward(self, turn: int) -> Any:
+        at = turn % len(self.tasks)
+        return self.bound.forward(self.tasks[at], *self.leaves[at])
+
+    def backward(self, y: Any, turn: int) -> None:
+        self.bound.backward(y, self.tasks[turn % len(self.tasks)].dy_TH)
+
+
+def run_case(shape: Shape, case: Case, contenders: Sequence[Contender], plan: Plan, store: Store) -> None:
+    """Measure one case, unless the store has it finished; what is there of an unfinished one is measured again.
+
+    Where fedmoe itself cannot run or is wrong, nobody is timed: no speed comes from a red test.
+    """
+    key = {"shape": shape.name, "case": case.name, "dtype": str(plan.dtype).removeprefix("torch.")}
+    if store.find("finished", **key):
+        return
+    store.data["rows"] = [row for row in store.data["rows"] if any(row.get(k) != v for k, v in key.items())]
+    began, before = time.perf_counter(), gpu_machine.clocks()
+    task = problem(shape, case, device=plan.device, dtype=plan.dtype)
+    tasks = [task, *(redrawn(task, seed) for seed in range(1, plan.sets))]
+    want = truth(task)
+    seats = [seat for c in contenders if (seat := _admit(c, tasks, want, store, key, plan))]
+    del want
+    if any(seat.contender.name == "fedmoe" for seat in seats):
+        store.add("rows", _measure(seats, task, plan, store, key))
+    about = {"seconds": round(time.perf_counter() - began, 1), "tau": round(task.tau, 4)}
+    store.add("finished", [key | about | {"clocks before": before, "clocks after": gpu_machine.clocks()}])
+
+
+def _measure(seats: list[_Seat], task: Problem, plan: Plan, store: Store, key: Record) -> list[Record]:
+    """The rows of all who take part."""
+    rows = [_row(seat, key, task, plan) for seat in seats]
+    times = {"eager": _eager(seats, plan)}
+    if plan.device == "cuda" and task.shape.T <= SMALL_TOKENS:
+        times["graph"] = _graphs(seats, plan, store, key)
+    roof = _roof(task, plan.gpu)
+    timed = [
+        row | {"launch": launch, "pass": name} | _times(seconds[seat.contender.name, name], task, name, roof)
+        for launch, seconds in times.items()
+        for seat, row in zip(seats, rows, strict=True)
+        for name in PASSES
+        if (seat.contender.name, name) in seconds
+    ]
+    _set_ratios(timed, {s.contender.name for s in seats if s.contender.stores_all and s.contender.compares})
+    return timed
+
+
+def _admit(
+    contender: Contender, tasks: list[Problem], want: Outcome, store: Store, key: Record, plan: Plan
+) -> _Seat | None:
+    """A seat for a contender that can run the case and gives what is right there; else the reason goes on record."""
+    named = key | {"peer": contender.name, "detail": contender.detail, "launch": "eager"}
+    if store.find("left_out", **key, peer=contender.name, launch="eager"):
+        return None
+    reason = contender.refuses(tasks[0])
+    if reason is not None:
+        return _leave_out(store, named, "unsupported", reason)
+    if store.find("attempts", **key, peer=contender.name, launch="eager"):
+        return _leave_out(store, named, "died", "an earlier process ended while it ran; it is not tried again")
+    try:
+        with store.attempt(named) if contender.risky else nullcontext():
+            leaves = [(leaf(task.x_TH), leaf(task.weights_TK)) for task in tasks]
+            seat = _Seat(contender, contender.bind(tasks[0]), tasks, leaves, {})
+            if contender.compares:
+                seat.errors.update(_compare(seat, want))
+    except Exception as error:
+        _leave_out(store, named, "failed", _sentence(error))
+        _check_alive(plan.device)
+        return None
+    tolerance = (OWN if contender.name.startswith("fedmoe") else PEER)[plan.dtype]
+    wrong = {name: error for name, error in seat.errors.items() if not error < tolerance}
+    if wrong:
+        found = ", ".join(f"{name} {error:.1e}" for name, error in wrong.items())
+        return _leave_out(store, named, "wrong", f"relative error against float64 not under {tolerance:.0e}: {found}")
+    return seat
+
+
+def _leave_out(store: Store, named: Record, status: str, reason: str) -> None:
+    store.add("left_out", [named | {"status": status, "reason": reason}])
+
+
+def _compare(seat: _Seat, want: Outcome) -> dict[str, float]:
+    """Relative errors of y and every gradient on the first set of tokens."""
+    seat.forget()
+    y = seat.forward(0)
+    seat.backward(y, 0)
+    found = errors(outcome(seat.bound, y, *seat.leaves[0]), want)
+    seat.forget()
+    return found
+
+
+def _memory(seat: _Seat, device: str) -> Record:
+    """MB of 10^6 bytes: `kept` between the passes with y, `step` at the peak of one step, `held` as weights."""
+    if device == "cuda":
+        gc.collect()
+    seat.forget()
+    memory = Memory(device)
+    y = seat.forward(0)
+    kept = memory.now()
+    seat.backward(y, 0)
+    peak = memory.peak()
+    del y
+    seat.forget()
+    if kept is None or peak is None:
+        return {"MB": None, "MB kept": None, "MB step": None, "MB held": seat.bound.held / 1e6}
+    held = seat.bound.held
+    return {"MB": (held + peak) / 1e6, "MB kept": kept / 1e6, "MB step": peak / 1e6, "MB held": held / 1e6}
+
+
+Times = dict[tuple[str, str], list[float]]
+
+
+def _eager(seats: Sequence[_Seat], plan: Plan) -> Times:
+    """Milliseconds of every pass of every contender; whoever starts a round starts the next one last."""
+    clock, times = Clock(plan.device), {(s.contender.name, name): [] for s in seats for name in PASSES}
+    for turn in range(plan.warm_up + plan.rounds):
+        first = turn % len(seats) if seats else 0
+        for seat in (*seats[first:], *seats[:first]):
+            seat.forget()
+            clock.start()
+            marks = [clock.mark()]
+            y = seat.forward(turn)
+            marks.append(clock.mark())
+            seat.backward(y, turn)
+            marks.append(clock.mark())
+            del y
+            if turn >= plan.warm_up:
+                for name, (a, b) in zip(PASSES, ((0, 1), (1, 2), (0, 2)), strict=True):
+                    times[seat.contender.name, name].append(clock.milliseconds(marks[a], marks[b]))
+    for seat in seats:
+        seat.forget()
+    return times
+
+
+def _graphs(seats: Sequence[_Seat], plan: Plan, store: Store, key: Record) -> Times:
+    """The same for replays of captured graphs, forward alone and both; who cannot be captured goes on record."""
+    graphs: dict[tuple[str, str], torch.cuda.CUDAGraph] = {}
+    for seat in seats:
+        named = key | {"peer": seat.contender.name, "detail": seat.contender.detail, "launch": "graph"}
+        if store.find("left_out", **key, peer=seat.contender.name, launch="graph"):
+            continue
+        if store.find("attempts", **key, peer=seat.contender.name, launch="graph"):
+            _leave_out(store, named, "died", "an earlier process ended while it was captured; it is not tried again")
+            continue
+        try:
+            with store.attempt(named):
+                graphs[seat.contender.name, "fwd"] = capture(lambda seat=seat: seat.forward(0), seat.forget)
+                graphs[seat.contender.name, "fwd+bwd"] = capture(
+                    lambda seat=seat: seat.backward(seat.forward(0), 0), seat.forget
+                )
+        except Exception as error:
+            _leave_out(store, named, "failed", _sentence(error))
+            _check_alive(plan.device)
+    clock, times = Clock(plan.device), {key: [] for key in graphs}
+    for turn in range(plan.warm_up + plan.rounds):
+        for name, graph in graphs.items():
+            clock.start()
+            first = clock.mark()
+            graph.replay()
+            last = clock.mark()
+            if turn >= plan.warm_up:
+                times[name].append(clock.milliseconds(first, last))
+    return times
+
+
+def capture(run: Callable[[], Any], forget: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A graph of `run`, warmed up on a stream of its own as capturing needs; its gradients stay in the graph's pool."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            forget()
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    forget()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def _row(seat: _Seat, key: Record, task: Problem, plan: Plan) -> Record:
+    """What all rows of a contender in a case share."""
+    contender = seat.contender
+    named = {"sizes": list(task.shape.sizes), "peer": contender.name, "detail": contender.detail}
+    named["stores_all"] = contender.stores_all
+    found = {name: _number(error) for name, error in seat.errors.items()}
+    source = None if plan.gpu is None else plan.gpu.source
+    return key | named | {"errors": found, "roofline of": source} | _memory(seat, plan.device)
+
+
+def _roof(task: Problem, gpu: Gpu | None) -> dict[str, float]:
+    """Least milliseconds of every pass, for a client that holds only what it is permitted; {} for an unknown GPU."""
+    if gpu is None:
+        return {}
+    layer = layer_of(task)
+    fwd, bwd = (1e3 * least_seconds(stages, gpu) for stages in (forward(layer), backward(layer)))
+    return {"fwd": fwd, "bwd": bwd, "fwd+bwd": fwd + bwd}
+
+
+def layer_of(task: Problem) -> Layer:
+    """The closed forms' view of a problem; only slots that get rows count, for the others need not be read."""
+    shape, itemsize = task.shape, task.x_TH.element_size()
+    busy_E = torch.bincount(task.experts_TK.flatten(), minlength=shape.E) > 0
+    slots, learning = int(busy_E.sum()), int((busy_E & task.trainable_E).sum())
+    gated = shape.F == 2 * shape.I
+    return Layer(shape.T, shape.H, shape.I, slots, shape.K, learning, gated, task.tau, itemsize)
+
+
+def _times(values: list[float], task: Problem, name: str, roof: dict[str, float]) -> Record:
+    ms = statistics.median(values)
+    share = {"fwd": 1 / 3, "bwd": (1 + task.tau) / 3, "fwd+bwd": (2 + task.tau) / 3}[name]
+    return {
+        "ms": ms,
+        "ms quartiles": statistics.quantiles(values, n=4)[::2],
+        "rounds": len(values),
+        "TFLOP/s": task.shape.flops * share / ms / 1e9,
+        "roofline ms": roof.get(name),
+        "percent_of_roofline": 100 * roof[name] / ms if name in roof else None,
+    }
+
+
+def _set_ratios(rows: list[Record], peers: set[str]) -> None:
+    """How many times faster than the best of the peers that store all experts, launched in the same way."""
+    for row in rows:
+        same = [r for r in rows if r["pass"] == row["pass"] and r["launch"] == row["launch"] and r["peer"] in peers]
+        best = min(same, key=lambda r: r["ms"], default=None)
+        row["best_peer"] = best and best["peer"]
+        row["ratio_to_best_peer"] = best["ms"] / row["ms"] if best else None
+
+
+def _check_alive(device: str) -> None:
+    """Raise when an error has taken the CUDA context with it."""
+    if device != "cuda":
+        return
+    gc.collect()
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device=device).add_(1).item()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        raise DeadDeviceError(_sentence(error)) from error
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _number(value: float) -> float | str:
+    """A float that JSON can hold."""
+    return float(f"{value:.3g}") if math.isfinite(value) else str(value)

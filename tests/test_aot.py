@@ -1,0 +1,169 @@
+"""Every kernel compiled ahead of time, in a process of its own; and that the table would notice what it looks for."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HOUSE = Path(__file__).parents[1]
+# The compiler, ptxas and cuobjdump come in triton's wheel, which exists for Linux only.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The modules of bench/ can be imported, and what they compile is not kept."""
+    monkeypatch.syspath_prepend(str(HOUSE / "bench"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return
+
+
+@pytest.mark.timeout(1800)
+def test_every_kernel_passes_ahead_of_time() -> None:
+    """0 spills, shared memory, tensor cores, streaming, on sm_80, sm_90 and sm_100; the same as `make aot`."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FEDMOE_TILES")
+    }
+    command = [sys.executable, "bench/aot.py"]
+    done = subprocess.run(command, cwd=HOUSE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+
+
+def small(**changes: Any) -> Any:
+    from aot_cases import CASES
+
+    return replace(CASES[0], **{"T": 2048, "B": 16, "Bt": 4, "K": 2, "E": 16, **changes})
+
+
+def one(case: Any, name: str, arch: str) -> Any:
+    """The first launch of a case whose kernel has `name` in its name."""
+    from aot_cases import launches
+
+    return next(launch for launch in launches(case, arch) if name in launch.kernel.fn.__name__)
+
+
+@pytest.mark.usefixtures("bench")
+def test_a_job_is_what_triton_would_compile() -> None:
+    """Alignment, ones and constants as the JIT sees them; a cohort's numbers do not enter."""
+    from sass import job_of
+
+    case = small()
+    launch = one(case, "_up", "sm_90")
+    job = job_of(launch, "sm_90")
+    parts = job.parts()
+    assert parts["x"] == "*bf16 16"
+    assert parts["w"].startswith("tensordesc<bf16[")
+    assert parts["H"] == "constexpr = 2048"
+    assert parts["tiles"] == "i32"
+    assert job == job_of(one(case.varied(), "_up", "sm_90"), "sm_90")
+    assert job_of(one(case, "_up", "sm_80"), "sm_80").parts()["w"] == "*bf16 16"
+
+
+@pytest.mark.usefixtures("bench")
+def test_a_spill_is_seen() -> None:
+    """The data gradient of 128 x 128 in one piece needs more registers than there are: it is why tiles have `split`."""
+    from sass import compiled, job_of, misses
+
+    launch = one(small(), "_data_gradient", "sm_90")
+    assert launch.args["SPLIT"] > 1
+    whole = replace(launch, args={**launch.args, "SPLIT": 1})
+    job = job_of(whole, "sm_90")
+    code = compiled(job)
+    assert code.registers == 255
+    assert any("spills" in miss for miss in misses(job, code))
+
+
+@pytest.mark.usefixtures("bench")
+def test_too_much_shared_memory_is_seen() -> None:
+    from sass import compiled, job_of, misses
+
+    launch = replace(one(small(), "_up", "sm_90"), stages=12)
+    job = job_of(launch, "sm_90")
+    assert any("shared memory" in miss for miss in misses(job, compiled(job)))
+
+
+@pytest.mark.usefixtures("bench")
+def test_the_gates_by_hand() -> None:
+    from sass import Code, Dot, job_of, misses
+
+    job = job_of(one(small(), "_up", "sm_90"), "sm_90")
+    tall, low = Dot(128, 128, 64, "bf16", "tf32", True), Dot(16, 128, 64, "bf16", "tf32", True)
+    none = dict.fromkeys(("HGMMA", "UTCHMMA", "HMMA", "LDGSTS", "UTMALDG", "LDG", "STL", "LDL", "ATOMG"), 0)
+    good = none | {"HGMMA": 4, "LDGSTS": 8, "UTMALDG": 4}
+
+    def found(dots: tuple[Any, ...], **opcodes: int) -> str:
+        return "; ".join(misses(job, Code(registers=100, shared=1000, opcodes=good | opcodes, dots=dots)))
+
+    assert found((tall,)) == ""
+    assert "no HGMMA" in found((tall,), HGMMA=0)
+    assert "HMMA where none" in found((tall,), HMMA=1)
+    assert found((low,), HGMMA=0, HMMA=4) == ""
+    assert "HGMMA where none" in found(())
+    assert "pass through registers" in found((tall,), LDGSTS=0, UTMALDG=0)
+    assert "no UTMALDG" in found((tall,), UTMALDG=0)
+    assert "spills" in found((tall,), STL=1)
+    assert "atomics" in found((tall,), ATOMG=1)
+    exact = Dot(64, 64, 32, "f32", "ieee", True)
+    assert "HGMMA where none" in found((exact,)), "float32 is exact unless TF32 is allowed"
+    assert misses(job, Code(error="CompilationError: no")) == ["CompilationError: no"]
+
+
+@pytest.mark.usefixtures("bench")
+def test_the_products_of_a_kernel_are_read_off_its_source_form() -> None:
+    from sass import Dot, _dots
+
+    text = """
+    tt.func public @k(%a: i32) {
+      %0 = tt.dot %x, %y, %z : tensor<64x16xf32> * tensor<16x32xf32> -> tensor<64x32xf32>
+      %1 = scf.for %i = %c0 to %a step %c1 iter_args(%acc = %0) -> (tensor<64x32xf32>)  : i32 {
+        %2 = tt.dot %u, %v, %acc, inputPrecision = tf32 : tensor<64x64xbf16> * tensor<64x32xbf16> -> tensor<64x32xf32>
+        scf.yield %2 : tensor<64x32xf32>
+      }
+      %3 = tt.dot %x, %y, %1, inputPrecision = tf32 : tensor<64x16xf32> * tensor<16x32xf32> -> tensor<64x32xf32>
+    }
+    """
+    assert _dots(text) == [
+        Dot(64, 32, 16, "f32", "ieee", False),
+        Dot(64, 32, 64, "bf16", "tf32", True),
+        Dot(64, 32, 16, "f32", "tf32", False),
+    ]
+
+
+STANDARD = [  # T, H, I, E, K, gated; TFLOP and GB forward and backward, least ms forward, backward, backward all frozen
+    ((8192, 4096, 14336, 8, 2, True), (5.77, 11.55), (5.1, 10.9), (5.90, 11.73, 5.90)),
+    ((16384, 2048, 1024, 64, 8, True), (1.65, 3.30), (3.1, 5.6), (1.85, 3.52, 1.85)),
+    ((32768, 2048, 768, 128, 8, True), (2.47, 4.95), (5.2, 9.1), (2.86, 5.36, 2.86)),
+    ((16384, 2880, 2880, 32, 4, True), (3.26, 6.52), (4.1, 8.1), (3.44, 6.74, 3.44)),
+    ((16384, 768, 3072, 8, 1, False), (0.155, 0.309), (0.48, 0.91), (0.172, 0.358, 0.202)),
+    ((1024, 2048, 768, 128, 8, True), (0.077, 0.155), (1.33, 2.63), (0.398, 0.784, 0.409)),
+]
+
+
+@pytest.mark.usefixtures("bench")
+@pytest.mark.parametrize(("sizes", "tflop", "gigabytes", "ms"), STANDARD, ids=lambda value: str(value)[:24])
+def test_the_rooflines_by_hand(sizes: Any, tflop: Any, gigabytes: Any, ms: Any) -> None:
+    from roofline import GPUS, Layer, backward, forward, least_seconds
+
+    T, H, I, E, K, gated = sizes  # noqa: E741
+    layer = Layer(T, H, I, E, K, gated=gated)
+    passes = (forward(layer), backward(layer), backward(replace(layer, Bt=0)))
+    assert [sum(work.flops for work in stages) / 1e12 for stages in passes[:2]] == pytest.approx(tflop, rel=0.01)
+    assert [sum(work.bytes for work in stages) / 1e9 for stages in passes[:2]] == pytest.approx(gigabytes, rel=0.02)
+    assert [1e3 * least_seconds(stages, GPUS["H100"]) for stages in passes] == pytest.approx(ms, rel=0.006)
+
+
+@pytest.mark.usefixtures("bench")
+def test_a_prediction_is_never_below_the_roofline() -> None:
+    from roofline import GPUS, Tiling, Work, expected
+
+    for gpu in GPUS.values():
+        for work in (Work("many rows", 10**13, 10**9), Work("few rows", 10**9, 10**9), Work("copy", 0, 10**8)):
+            for programs in (1, 100, 10_000):
+                assert expected(work, gpu, Tiling(programs, streamed=1e5, stored=65536)) > work.seconds(gpu)
