@@ -1,6 +1,6 @@
 """Compile every kernel as the operators launch it, for GPUs that are not there, and check the machine code.
 
-    python bench/aot.py [--all] [--arch sm_90] [--kernel up] [--out bench/results/aot-triton-3.7.1]
+    python bench/aot.py [--all] [--arch sm_90] [--kernel up] [--keep]
 
 The drivers run on meta tensors and hand over their launches instead of starting them; equal launches are compiled
 once. A row passes when nothing spills, the program fits the shared memory, products run on the tensor cores that the
@@ -38,6 +38,8 @@ from fedmoe_kernels.gpu.launch import Launch
 
 # Whose peaks a prediction takes; the GPUs of sm_86 are many, so it has none.
 GPU_OF = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
+
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="more cases, and sm_86 too")
     parser.add_argument("--arch", choices=SHARED, action="append", help="only this one; may be given again")
     parser.add_argument("--kernel", default="", help="only kernels whose name has this in it")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--keep", action="store_true", help="write bench/results/aot-triton-VERSION.json and .md")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     chosen = parser.parse_args()
     archs = chosen.arch or [arch for arch in SHARED if chosen.all or arch in GPU_OF]
@@ -242,11 +244,11 @@ def main() -> int:
         f"{len(again)} would be compiled again for other numbers of tokens or slots."
     )
     print(f"{summary} {time.perf_counter() - started:.0f} s")
-    if chosen.out:
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    if chosen.keep:
         content = {**about, "rows": [row.record() for row in rows], "compiled_again": again}
-        Path(f"{chosen.out}.json").write_text(json.dumps(content, indent=1) + "\n")
-        Path(f"{chosen.out}.md").write_text(markdown(rows, about, summary))
+        kept = RESULTS / f"aot-triton-{triton.__version__}"
+        Path(f"{kept}.json").write_text(json.dumps(content, indent=1) + "\n")
+        Path(f"{kept}.md").write_text(markdown(rows, about, summary))
     return 1 if failed or again or not rows else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import os
 import platform
 import re
 import statistics
@@ -16,10 +17,12 @@ import torch
 from clock import Clock
 from roofline import GPUS, Gpu
 
+from fedmoe_kernels.configs import OVERRIDE
+
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent
 # What the numbers depend on; documents and tests may change without making a finished row void.
-_MEASURED = ("kernels/fedmoe_kernels/**/*.py", "bench/*.py")
+_MEASURED = ("kernels/fedmoe_kernels/**/*.py", "kernels/fedmoe_kernels/**/*.json", "bench/*.py")
 
 
 def about(device: str, *, tiny: bool) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def about(device: str, *, tiny: bool) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": _git("describe", "--always", "--dirty") or "unknown",
         "sources": sources(),
+        "tiles": _override(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -48,6 +52,12 @@ def sources() -> str:
     for path in sorted(path for pattern in _MEASURED for path in CHECKOUT.glob(pattern)):
         digest.update(str(path.relative_to(CHECKOUT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _override() -> str | None:
+    """The tile tables that the environment puts in the place of the shipped ones, by content."""
+    named = os.environ.get(OVERRIDE)
+    return hashlib.sha256(Path(named).read_bytes()).hexdigest()[:12] if named else None
 
 
 def slug(name: str) -> str:

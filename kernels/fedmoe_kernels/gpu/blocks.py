@@ -97,10 +97,11 @@ def matrix(slot, bases, trainable, w, w_frozen, bias, bias_frozen, PART: tl.cons
     index = slot
     if bases is not None:
         index = tl.load(bases + slot).to(tl.int32)
-    source, source_bias = w, bias
+    # Without a bias w stands in for it, unread: Triton 3.6 cannot return a None.
+    source, source_bias = w, w if bias is None else bias
     if PART == "both" and index >= trainable:
         index -= trainable
-        source, source_bias = w_frozen, bias_frozen
+        source, source_bias = w_frozen, w_frozen if bias is None else bias_frozen
     if PART == "frozen":
         index -= trainable
     if PART == "trainable" and index >= trainable:
@@ -168,6 +169,16 @@ def bias_block(bias, index, n0, N: tl.constexpr, BN: tl.constexpr, WHOLE: tl.con
     else:
         block = tl.load(bias + index.to(tl.int64) * N + n, mask=n < N, other=0.0)
     return block.to(tl.float32)[None, :]
+
+
+@triton.jit
+def pieces(block, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
+    """The block (M, N) as COUNT blocks of N / COUNT columns, in order; no value changes its thread."""
+    if COUNT == 1:
+        return (block,)
+    else:
+        left, right = block.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+        return pieces(left, M, N // 2, COUNT // 2) + pieces(right, M, N // 2, COUNT // 2)
 
 
 @triton.jit

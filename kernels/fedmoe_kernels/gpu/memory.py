@@ -79,7 +79,8 @@ def forward_bytes(sizes: CallSizes, *, keep_z: bool = True) -> int:
 def backward_bytes(sizes: CallSizes, *, recompute: bool = False, scores: bool = True) -> int:
     """The most a backward allocates at once, all gradients but those of biases asked for.
 
-    Of these dx (T * H values), dS, the weight gradients (G * (F + I) * H) or the factors' and the scores stay.
+    Of these dx (T * H values), dS, the weight gradients (G * (F + I) * H) or the factors' and the scores stay. Frozen
+    experts in codes take narrower blocks, and so up to twice the partial sums by row: 4 bytes a row and block.
     """
     columns = -(-sizes.inner // sizes.tiles.data_gradient.n)
     small = sizes.schedule + (4 * sizes.learning * _blocks(sizes) if scores else 0)

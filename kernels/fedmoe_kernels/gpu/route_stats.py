@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmoe_kernels.gpu.choose import Holders, Rule, choose, finite, powers, tokens_of_block
-from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.gpu.launch import Launch, cdiv
 from fedmoe_kernels.gpu.route import shape_args
 
 # One term is at most 1 (a probability p) or 1 / e (-p log p), and a call has at most 2^24 tokens (`routing_ops` sees to
@@ -42,11 +42,11 @@ def _stats_kernel(
     the choices already made. LAST: there is one split, whose sums are the result."""
     c, split = tl.program_id(0), tl.program_id(1)
     e = tl.arange(0, EP)
-    hits = tl.zeros((EP,), tl.int64)
+    hits = tl.zeros((EP,), tl.int32)
     prob = tl.zeros((EP,), tl.int64)
     plogp = tl.zeros((EP,), tl.int64)
     most = tl.zeros((EP,), tl.float32)
-    number = tl.zeros((), tl.int64)
+    number = tl.zeros((), tl.int32)
     for block in range(split, tl.cdiv(tokens, BT), splits):
         t, _inside, live, owner = tokens_of_block(client, valid, block, tokens, clients, BT, HAS_CLIENT, HAS_VALID)
         live = live & (owner == c)
@@ -77,12 +77,12 @@ def _stats_kernel(
     else:
         row = row * splits + split
         at = parts + row * 4 * E + e
-        tl.store(at, hits, mask=e < E)
+        tl.store(at, hits.to(tl.int64), mask=e < E)
         tl.store(at + E, prob, mask=e < E)
         # The bits of floats that are not negative are ordered as the floats are.
         tl.store(at + 2 * E, most.to(tl.int32, bitcast=True).to(tl.int64), mask=e < E)
         tl.store(at + 3 * E, plogp, mask=e < E)
-        tl.store(part_tokens + row, number)
+        tl.store(part_tokens + row, number.to(tl.int64))
 
 
 @triton.jit
@@ -119,8 +119,8 @@ def splits_for(tokens: int, clients: int, num_experts: int, rule: Rule) -> int:
 
     It may depend on the cohort, because exact sums do not depend on it.
     """
-    blocks = triton.cdiv(tokens, _sizes(num_experts, rule)["BT"])
-    return max(1, min(triton.cdiv(blocks, 4), triton.cdiv(1024, clients)))
+    blocks = cdiv(tokens, _sizes(num_experts, rule)["BT"])
+    return max(1, min(cdiv(blocks, 4), cdiv(1024, clients)))
 
 
 def route_stats(
@@ -166,6 +166,6 @@ def route_stats(
     if splits > 1:
         sums = {"parts": parts_CS4E, "part_tokens": part_tokens_CS, "stats": stats_C4E, "stat_tokens": tokens_C}
         sizes = {"splits": splits, "E": E, "BE": 32, "BS": 16}
-        grid = (clients, triton.cdiv(E, 32))
+        grid = (clients, cdiv(E, 32))
         launches.append(Launch(_sum_kernel, grid, {**sums, **sizes}, 4, 1, bytes=parts_CS4E.numel() * 8))
     return launches

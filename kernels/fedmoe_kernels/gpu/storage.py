@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fedmoe_kernels.configs import Tile
-from fedmoe_kernels.gpu.launch import TensorDescriptor
+from fedmoe_kernels.gpu.launch import TensorDescriptor, power_of_2
 
 
 class Stored(NamedTuple):
@@ -158,18 +157,18 @@ def term_arguments(term: RankTerm | None) -> dict[str, Any]:
         return {**none, "adapters": 0, "RANK": 0, "CHUNK": 16}
     rank = term.rows_Rr.shape[1]
     tensors = {"rank_rows": term.rows_Rr, "factor": term.factor, "adapter_scale": term.scale_B}
-    chunk = min(64, max(16, triton.next_power_of_2(rank)))
+    chunk = min(64, max(16, power_of_2(rank)))
     return {**tensors, "adapters": term.factor.shape[0], "RANK": rank, "CHUNK": chunk}
 
 
 def decoding_tile(tile: Tile, served: Stored, *, transposed: bool = False) -> Tile:
-    """The tile of a launch that reads `served`: with codes half the columns, whose sums leave registers to decode.
+    """The tile of a launch that reads `served`; with codes a large block is halved, to have registers for decoding.
 
     Along the axis of the codes, n if `transposed` and k otherwise, a block meets whole groups or lies within one.
     """
     if served.bits == 0:
         return tile
-    n, k, share = max(16, tile.n // 2), tile.k, served.share
+    n, k, share = tile.n // 2 if tile.m >= 64 else tile.n, tile.k, served.share
     if transposed:
         return replace(tile, n=n if n % share == 0 else math.gcd(n, share))
     return replace(tile, n=n, k=k if k % share == 0 else math.gcd(k, share), split=max(1, tile.split // 2))
