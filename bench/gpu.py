@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     import gpu_parts  # imports torch and the packages of the checkout
 
+    if options.part in ("worker", "sanitized"):
+        gpu_parts.serve(options)
+        return 0
     try:
         run = gpu_parts.Run.begin(options)
     except ValueError as error:

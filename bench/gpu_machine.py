@@ -66,10 +66,10 @@ def slug(name: str) -> str:
 
 
 def data_sheet(gpu_name: str | None) -> Gpu | None:
-    """The peaks that percentages refer to, None for a GPU that the table lacks; PCIe cards are other GPUs."""
-    if gpu_name is None or "PCIe" in gpu_name or "NVL" in gpu_name:
+    """The peaks that percentages refer to, None for a GPU that the table lacks: the other makes of these are others."""
+    if gpu_name is None or re.search("PCIe|PCIE|NVL|40GB|MIG", gpu_name):
         return None
-    return next((gpu for name, gpu in GPUS.items() if name in gpu_name), None)
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", gpu_name)), None)
 
 
 def clocks() -> str | None:

@@ -60,19 +60,8 @@ class Run:
         store = Store(about, options.results or folder, options.out)
         return cls(options, store, shapes, cases)
 
-    @property
-    def backend(self) -> str:
-        """On a GPU the kernels or an error, never a fallback; on a CPU its own path."""
-        return "triton" if self.options.device == "cuda" else "auto"
-
     def part(self, name: str, until: float) -> int:
         """Run one part; 0 = done, 1 = something is wrong, 75 = not finished at `until`."""
-        if name == "sanitized":
-            gpu_sanitize.run_case(self._checks())
-            return 0
-        if name == "worker":
-            gpu_workers.serve(self._checks() | self._large_checks())
-            return 0
         about = self.store.about
         print(f"== {name}: {about['gpu'] or about['cpu']}, torch {about['torch']}, triton {about['triton']}")
         if about["rehearsal"]:
@@ -108,12 +97,11 @@ class Run:
             self._replace_checks([record])
             print(f"{record['status']:>8}  {record['name']}: {record['detail']}", flush=True)
 
-    def _checks(self) -> dict[str, gpu_correct.Check]:
-        where, tiny = (self.options.device, self.backend), self.options.tiny
-        return {**gpu_correct.checks(*where, tiny=tiny), **gpu_behave.checks(*where, tiny=tiny)}
+    def _checks(self) -> Mapping[str, gpu_correct.Check]:
+        return _checks(self.options)
 
-    def _large_checks(self) -> dict[str, gpu_correct.Check]:
-        return dict(gpu_behave.large_checks(self.options.device, self.backend, tiny=self.options.tiny))
+    def _large_checks(self) -> Mapping[str, gpu_correct.Check]:
+        return gpu_behave.large_checks(self.options.device, _backend(self.options), tiny=self.options.tiny)
 
     def _replace_checks(self, records: list[Record]) -> None:
         names = {record["name"] for record in records}
@@ -217,7 +205,8 @@ class Run:
 
     def _contenders(self) -> list[Contender]:
         """fedmoe and whoever can be imported; who cannot is put on record once."""
-        found = [fedmoe(self.backend), fedmoe(self.backend, recompute=True), grouped_mm(), grouped_mm(compact=True)]
+        backend = _backend(self.options)
+        found = [fedmoe(backend), fedmoe(backend, recompute=True), grouped_mm(), grouped_mm(compact=True)]
         makers = {f"transformers-{how}": lambda how=how: transformers_experts(how) for how in ("grouped_mm", "eager")}
         makers |= OPTIONAL if self.options.device == "cuda" else {}
         makers |= {path.stem: lambda path=path: _from_file(path) for path in self.options.peer}
@@ -247,6 +236,25 @@ class Run:
         print(f"written: {self.store.path}")
         print("\n".join(summary(self.store.data)))
         return 0
+
+
+def serve(options: argparse.Namespace) -> None:
+    """A process that another one started: a worker of `correct`, or what compute-sanitizer watches; no store."""
+    if options.part == "sanitized":
+        gpu_sanitize.run_case(_checks(options))
+        return
+    large = gpu_behave.large_checks(options.device, _backend(options), tiny=options.tiny)
+    gpu_workers.serve({**_checks(options), **large})
+
+
+def _backend(options: argparse.Namespace) -> str:
+    """On a GPU the kernels or an error, never a fallback; on a CPU its own path."""
+    return "triton" if options.device == "cuda" else "auto"
+
+
+def _checks(options: argparse.Namespace) -> Mapping[str, gpu_correct.Check]:
+    where, tiny = (options.device, _backend(options)), options.tiny
+    return {**gpu_correct.checks(*where, tiny=tiny), **gpu_behave.checks(*where, tiny=tiny)}
 
 
 def _chosen(offered: Sequence, names: str, option: str) -> tuple:

@@ -115,6 +115,25 @@ def test_rooflines_count_what_the_case_asks_for() -> None:
     assert 1e3 * least_seconds(backward(layer), GPUS["H100"]) == pytest.approx(5.36, abs=0.06)
 
 
+@pytest.mark.parametrize(
+    ("name", "sheet"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GH200 480GB", None),
+        (None, None),
+    ],
+)
+def test_peaks_are_those_of_the_very_gpu(name: str | None, sheet: str | None) -> None:
+    from gpu_machine import data_sheet
+
+    found = data_sheet(name)
+    assert (found and found.name) == sheet
+
+
 def _hollow(shape: Any, case: Any) -> Any:
     """A problem that has its routing and no weights."""
     from cases import Problem
@@ -139,7 +158,7 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
 
     shape = cases.Shape("qwen3-30b-a3b", 64, 32, 16, 8, 2)
     monkeypatch.setattr(gpu_parts, "STANDARD", (shape,))
-    monkeypatch.setattr(gpu_parts.Run, "backend", "auto")
+    monkeypatch.setattr(gpu_parts, "_backend", lambda options: "auto")
     monkeypatch.setattr(
         gpu_parts.gpu_machine, "ceilings", lambda *_, **__: {"product TFLOP/s": 700.0, "copy TB/s": 3.0}
     )

@@ -105,6 +105,7 @@ def test_outputs_that_are_not_wanted_are_not_needed() -> None:
     assert torch.equal(ds, whole.ds)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("where", ["a weight", "a token"])
 @pytest.mark.parametrize("inner", [19, 24, 32])
 def test_what_is_masked_enters_no_sum_even_where_it_is_nan(inner: int, where: str) -> None:

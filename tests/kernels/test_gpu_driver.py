@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, moe_mlp, route
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import tiles_for
 from fedmoe_kernels.gpu.memory import CallSizes, backward_bytes, forward_bytes
@@ -19,7 +20,8 @@ from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
 
 pytest.importorskip("triton", reason="triton is not installed on this platform")
 
-from fedmoe_kernels.gpu import experts
+from fedmoe_kernels.gpu import experts, routing
+from fedmoe_kernels.gpu.choose import Rule
 from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
@@ -125,6 +127,50 @@ def test_nothing_is_read_from_the_device(form: dict, recompute: bool) -> None:
     shapes = [t.shape for t in wanted] + [torch.Size((inputs.offsets_B1.shape[0] - 1, 6))]
     assert [t.shape for t in got] == [s for s in shapes if s != (0,)]
     assert len(launches) >= 2
+
+
+RULES = {
+    "softmax": Rule(2, "softmax", True),
+    "softmax, not renormalised": Rule(2, "softmax", False),
+    "top-k first": Rule(2, "topk_softmax", True),
+    "sigmoid with groups": Rule(2, "sigmoid", True, n_group=4, topk_group=2),
+}
+
+
+@pytest.mark.usefixtures("no_reads")
+@pytest.mark.parametrize("tokens", [0, 64, 2**20])
+@pytest.mark.parametrize("cohort", [False, True])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_routing_reads_nothing_from_the_device(rule: Rule, cohort: bool, tokens: int) -> None:
+    with torch.device("meta"):
+        logits_TE, bias_E = torch.empty(tokens, 16), torch.empty(16) if rule.scoring == "sigmoid" else None
+        table_CE = torch.empty(3 if cohort else 1, 16, dtype=torch.int64)
+        client_T = torch.empty(tokens, dtype=torch.int64) if cohort else None
+        valid_T = torch.empty(tokens, dtype=torch.bool)
+        launches: list[Launch] = []
+        how = {"execute": launches.append}
+        weights_TK, experts_TK, *_ = routing.route(
+            *(logits_TE, table_CE, client_T, valid_T, bias_E), num_slots=12, rule=rule, with_stats=True, **how
+        )
+        routing.route_backward(weights_TK, logits_TE, experts_TK, table_CE, client_T, rule=rule, **how)
+        routing.place(experts_TK, table_CE, client_T, valid_T, num_slots=12, **how)
+    assert len(launches) > 5
+
+
+@pytest.mark.usefixtures("no_reads")
+def test_the_launchers_read_nothing_from_the_device() -> None:
+    """From logits to gradients through what users call, on tensors without values."""
+    with torch.device("meta"):
+        routed = route(torch.empty(16, 8, requires_grad=True), 2, with_stats=True)
+        x_TH = torch.empty(16, 32, requires_grad=True)
+        w_in, w_out = torch.empty(8, 64, 32, requires_grad=True), torch.empty(8, 32, 32, requires_grad=True)
+        scores = ExpertScores(8, device="meta")
+        moe_mlp(x_TH, routed, w_in, w_out, scores=scores).backward(torch.empty(16, 32), retain_graph=True)
+        factors = [torch.empty(s, requires_grad=True) for s in ((8, 2, 32), (8, 64, 2), (8, 2, 32), (8, 32, 2))]
+        frozen = [ExpertWeights(w.detach()[:2], Quantized(torch.empty(6, w.shape[1], 32, dtype=torch.int8),
+                  torch.empty(6, w.shape[1], 1))) for w in (w_in, w_out)]  # fmt: skip
+        moe_mlp(x_TH, routed, *frozen, lora=ExpertLora(*factors), recompute=True).backward(torch.empty(16, 32))
+    assert all(t.grad is not None for t in (x_TH, w_in, w_out, scores.leaf_B6, *factors))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
