@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fedmoe_core.budget import Budget
+from fedmoe_core.names import ALGORITHMS
 from fedmoe_core.schema import (
     AtLeast,
     Between,
@@ -23,8 +24,6 @@ from fedmoe_core.schema import (
     schema_of,
     write_toml,
 )
-
-ALGORITHMS = ("hfedmoe", "fedavg", "random")
 
 Positive = Annotated[int, AtLeast(1)]
 Natural = Annotated[int, AtLeast(0)]
@@ -74,6 +73,7 @@ class TrainConfig:
     lr_final: Share = 1.0  # share of lr left in the last round; the rate falls between them along a cosine
     weight_decay: NaturalReal = 0.0
     clip: PositiveReal = 1.0
+    prox: NaturalReal = 0.0  # mu of FedProx (arXiv 1812.06127): mu/2 ||w - w0||^2 over what trains, w0 as received
     trunk: Literal["frozen", "fedavg"] = "frozen"
     token_dropout: Annotated[float, Between(0.0, 0.95)] = 0.0  # classification only
     logit_adjustment: NaturalReal = 0.0  # classification only: weight of the client's log class shares in its loss
@@ -107,10 +107,12 @@ class AggregationConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation of the global model on every client's test split."""
+    """Held-out evaluation on every client's test split."""
 
     sequences: Positive = 8  # per client
     every: Positive = 1  # rounds
+    personal: bool = False  # also every client's own deployable model, on its own test split
+    validation: Positive = 64  # most rows or windows of one client's validation pass, where its algorithm has one
 
 
 @dataclass(frozen=True)

@@ -9,32 +9,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from fedmoe_core.aggregate import GateRule, Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.algorithms import Algorithm
 from fedmoe_core.client import LocalResult
 from fedmoe_core.importance import estimate_absent, expert_scores, importance_s, usage
-from fedmoe_core.plan import ExpertPlan, make_plan
+from fedmoe_core.plan import ExpertPlan
+from fedmoe_core.planning import make_plan
 from fedmoe_core.reports import failed_update, finished_update
-from fedmoe_core.state import Population, ServerState, initial_state
+from fedmoe_core.state import Population, ServerState
+from fedmoe_core.systems import Equation, System
 from fedmoe_core.update import ClientProfile, ClientUpdate
 
 
 @dataclass(frozen=True)
-class HFedMoE:
+class HFedMoE(Algorithm):
     """The paper's system in two forms of spending a budget.
 
     ``compact`` stores and runs only the chosen experts (a real memory bound, [E]); ``backward-masked`` is the paper's:
     full routing forward, gradients only for the chosen.
     """
 
-    population: Population
-
-    def init(self, params: dict[str, Tensor]) -> ServerState:
-        """Nobody has been heard: every client's importance is the server's own, over public data."""
-        return initial_state(params, len(self.population.budgets))
+    card: ClassVar[System] = System(
+        name="hfedmoe",
+        title="HFedMoE",
+        paper="Fang et al., HFedMoE, arXiv 2601.00583",
+        equations=(
+            Equation("3-5", "N", "importance s: mean and largest gate value, mixed by lambda"),
+            Equation("10, 11, 14", "N", "information-bottleneck score I = s - beta * KL; sum of KL = I(router; input)"),
+            Equation("15", "N", "experts of largest score under a budget; exact for equal costs"),
+            Equation("15, real budgets", "E", "a knapsack over bytes, traffic and count; FLOPs by steps, k' and share"),
+            Equation("Taylor", "E", "importance |s * dL/ds| summed in the backward pass, in place of s"),
+            Equation("16, 17", "N", "usage, and the mean over clients above tau; on deltas, with true participation"),
+            Equation("17, damped", "E", "divided by all clients of the round instead"),
+            Equation("18-21", "N", "routing consistency and the importance-weighted gate, normalised or as printed"),
+            Equation("20, row-wise", "E", "one weight for each router row"),
+        ),
+        approximated=(
+            "compact mode (default) stores only the chosen experts; the paper's own form is selection.mode="
+            "backward-masked, which bounds no forward memory",
+            "eq. 14's score mixes units (a share and nats), as printed",
+        ),
+    )
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Eq. 15 for each client: the experts of largest score within its budget."""

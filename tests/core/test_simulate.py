@@ -200,6 +200,19 @@ def test_inv10_resume_gives_the_bits_of_a_run_never_interrupted(config, tmp_path
     assert [line["round"] for line in lines(tmp_path / "cut", kind="round")] == [0, 1, 2]
 
 
+def test_inv10_resume_before_the_first_round_was_over(config, tmp_path):
+    whole = simulate.run(config(out="whole"))
+
+    class Stop(NullObserver):
+        def on_client(self, round, client, record):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate.run(config(out="cut"), observer=Stop())
+    assert simulate.resume(tmp_path / "cut")["model_hash"] == whole["model_hash"]
+    assert [line["round"] for line in lines(tmp_path / "cut", kind="round")] == [0, 1, 2]
+
+
 def test_inv10_killed_and_resumed(config, tmp_path):
     settings = config("rounds=6", out="whole")
     whole = simulate.run(settings)
