@@ -20,7 +20,8 @@ from fedmoe_core.measure import ProfileSums, run_probe, statistics_bytes, valida
 from fedmoe_core.memory import resident_bytes, tensor_bytes, trace_memory
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.probe import Batches, Bench
-from fedmoe_core.submodel import configure_for, kind_of, received_bytes, start_of
+from fedmoe_core.rescheduling import BatchChooser, SlotAdamW
+from fedmoe_core.submodel import configure_for, kind_of, received_bytes, returned_bytes, start_of
 from fedmoe_core.update import ClientProfile, Evaluation
 
 
@@ -40,6 +41,8 @@ class LocalResult:
         probed: what the plan's probes answered.
         validation, validation_profile: of the trained sub-model on the client's validation data, where the plan asks
             for it; rows are those of the sub-model's own choices, importance is 0.
+        trained_LE: experts that learnt from some batch: the plan's trainable ones, unless every batch had its own. The
+            others of the plan have deltas of zero, which are not sent.
     """
 
     deltas: dict[str, Tensor]
@@ -53,6 +56,7 @@ class LocalResult:
     probed: dict[str, Tensor] = field(default_factory=dict)
     validation: Evaluation | None = None
     validation_profile: ClientProfile | None = None
+    trained_LE: np.ndarray | None = None
 
 
 def train_client(
@@ -104,24 +108,29 @@ def _train(
     extracting = time.perf_counter()
     configure_for(adapter, bench.params, plan, train_dense=train.trunk == "fedavg")
     extracted = time.perf_counter()
-    optimizer = local_optimizer(adapter, train)
+    chooser = None if plan.per_batch is None else BatchChooser(adapter, plan.per_batch, costs, plan.top_k)
+    optimizer = local_optimizer(adapter, train) if chooser is None else SlotAdamW(adapter, train)
     prior_C = log_prior(class_shares_C, train, device)
     stepper = Stepper(adapter, optimizer, train, seed=plan.seed, log_prior_C=prior_C, aux=plan.aux)
     sums = ProfileSums(adapter)
     losses: list[float] = []
     tokens, memory = 0, max(memory, resident_bytes(adapter.model))
+    rows_LE = np.zeros(plan.trainable_LE.shape)
     bound = None if plan.budget.flops is None else plan.budget.flops - plan.surcharge.flops
     worst = costs.step_flops(plan.served_LE, plan.taught_LE, top_k=plan.top_k)
 
     def spent() -> float:
-        return costs.real_flops(sums.rows_LE(), plan.trainable_LE, tokens=tokens)
+        return chooser.flops if chooser else costs.real_flops(sums.rows_LE(), plan.trainable_LE, tokens=tokens)
 
     for step, batch in zip(range(plan.local_steps), batches, strict=False):
         # Counting rows waits for the device, so it is done at every step only where a bound may be met.
         if bound is not None and spent() + worst > bound:
             break
-        if step == min(1, plan.local_steps - 1):
-            # The second step is the first with optimizer state in place; shapes repeat, so one step tells.
+        if chooser is not None:
+            memory = max(memory, chooser.choose(batch, optimizer))
+        if step == min(1, plan.local_steps - 1) or chooser is not None:
+            # The second step is the first with optimizer state in place; shapes repeat, so one step tells, unless every
+            # batch has experts of its own.
             resident = resident_bytes(adapter.model, optimizer) + tensor_bytes(stepper.anchors)
             loss, trace = trace_memory(partial(stepper.step, batch), device)
             losses.append(loss)
@@ -129,10 +138,18 @@ def _train(
         else:
             losses.append(stepper.step(batch))
         sums.add_batch()
+        if chooser is not None:
+            chooser.bill(sums.rows_LE() - rows_LE, batch.tokens_SN.numel())
+            sums.harvest()
+            rows_LE = sums.rows_LE()
         if not np.isfinite(losses[-1]):
             raise ArithmeticError(f"the loss became {losses[-1]} at local step {step + 1}")
         tokens += batch.tokens_SN.numel()
 
+    trained_LE = plan.trainable_LE
+    if chooser is not None:
+        chooser.settle(plan.trainable_LE)
+        trained_LE = chooser.trained_LE
     trained = adapter.trained()
     staying = plan.keeps | {"scale"}
     # Adapters that the state does not have are sent whole, since nobody else knows what they started from.
@@ -148,7 +165,7 @@ def _train(
         memory_bytes=max(memory, peak),
         flops=flops,
         bytes_down=down,
-        bytes_up=tensor_bytes((*deltas.values(), *returned)) + statistics_bytes(profile),
+        bytes_up=returned_bytes(deltas, trained_LE, plan) + tensor_bytes(returned) + statistics_bytes(profile),
         experts=plan.counted_experts + costs.base_experts,
         seconds=time.perf_counter() - began,
     )
@@ -162,4 +179,5 @@ def _train(
         probed=probed | answer,
         validation=None if found is None else found[0],
         validation_profile=None if found is None else found[1],
+        trained_LE=trained_LE,
     )

@@ -85,6 +85,7 @@ class SelectionConfig:
 
     score: Literal["s", "ib", "taylor"] = "ib"
     mode: Literal["compact", "backward-masked"] = "compact"
+    reschedule: Literal["round", "batch"] = "round"  # when eq. 15 is solved; per batch only backward-masked
     lam: Share = 0.5  # lambda of eq. 5
     beta: NaturalReal = 0.1  # beta of eq. 14
     explore: Share = 0.1  # chance per client and layer that one held expert gives way to an absent one
@@ -163,6 +164,7 @@ class Config:
         sampled = self.clients_per_round or self.clients
         if sampled > self.clients:
             raise ValueError(f"clients_per_round={sampled} exceeds clients={self.clients}; lower it, or 0 for all")
+        _check_reschedule(self.selection, self.train)
         if self.min_clients > sampled:
             raise ValueError(f"min_clients={self.min_clients} exceeds the {sampled} clients of a round; lower it")
 
@@ -253,6 +255,17 @@ def flatten(record: object, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + item.name] = value
     return flat
+
+
+def _check_reschedule(selection: SelectionConfig, train: TrainConfig) -> None:
+    if selection.reschedule == "round":
+        return
+    if selection.mode != "backward-masked":
+        raise ValueError("selection.reschedule=batch needs every expert resident; set selection.mode=backward-masked")
+    if selection.score == "taylor":
+        raise ValueError("selection.score=taylor needs a backward pass, which no scoring pass has; choose s or ib")
+    if train.prox > 0:
+        raise ValueError("train.prox holds experts of a whole round; set selection.reschedule=round with it")
 
 
 def _check_partition(partition: str) -> None:

@@ -59,6 +59,8 @@ class CostModel:
         anchored: whether a copy of what trains, as it was received, stays beside it (FedProx).
         adapters_travel: whether adapters are sent to the client; False where it makes them itself.
         experts_return: whether trained experts, or their adapters, are sent back.
+        chosen_per_batch, chosen_in_round: most experts that learn from one batch and in one round, where every batch
+            chooses its own; then a step has a scoring pass before it.
         aux_tables: (tokens, experts) float32 tables per layer that an auxiliary router loss keeps alive.
         slot_bytes: index, offset and score storage per held expert.
     """
@@ -84,6 +86,8 @@ class CostModel:
     adapters_travel: bool = True
     experts_return: bool = True
     anchored: bool = False
+    chosen_per_batch: int | None = None
+    chosen_in_round: int | None = None
     aux_tables: int = 0
     slot_bytes: int = 64
 
@@ -181,6 +185,8 @@ class CostModel:
 
     def memory(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> int:
         """Peak bytes of a local step from the second on (optimizer state exists): the largest of its stages."""
+        if self.chosen_per_batch is not None:
+            return self._rescheduled_memory(permitted_LE, top_k=top_k)
         rows = self.rows("compact", top_k=top_k)
         frozen = int((permitted_LE & ~trainable_LE).sum()) * self.held_bytes
         memory_D = rows.base_D + (rows.costs_DLE * trainable_LE).sum(axis=(1, 2)) + frozen
@@ -199,7 +205,8 @@ class CostModel:
 
     def bytes_up(self, trainable_LE: np.ndarray) -> int:
         """Bytes from the client: deltas of trainable experts and router rows, statistics, the trunk if it trains."""
-        return int(trainable_LE.sum()) * self._expert_up + self._base_up
+        count = int(trainable_LE.sum())
+        return min(count, self.chosen_in_round or count) * self._expert_up + self._base_up
 
     def step_flops(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> float:
         """Most operations that one local step can need, over every routing of its tokens.
@@ -209,8 +216,12 @@ class CostModel:
         """
         k = self.top_k if top_k is None else top_k
         rows_L = self.tokens * np.minimum(k, permitted_LE.sum(axis=1))
-        trained_L = self.tokens * np.minimum(k, trainable_LE.sum(axis=1))
-        return self._flops(float(trained_L.sum()), float((rows_L - trained_L).sum()), self.tokens)
+        trained = float(self.tokens * np.minimum(k, trainable_LE.sum(axis=1)).sum())
+        scoring = 0.0
+        if self.chosen_per_batch is not None:
+            trained = min(trained, float(self.tokens * self.chosen_per_batch))
+            scoring = self.forward_flops(permitted_LE, tokens=self.tokens, top_k=top_k)
+        return self._flops(trained, float(rows_L.sum()) - trained, self.tokens) + scoring
 
     def real_flops(self, rows_LE: np.ndarray, trainable_LE: np.ndarray, *, tokens: int) -> float:
         """Operations of one local step that gave each expert ``rows_LE`` rows; never above ``step_flops``.
@@ -254,12 +265,13 @@ class CostModel:
         mode: Mode = "compact",
     ) -> Cost:
         """Cost of a round. ``experts`` counts the permitted (compact) or the trainable ones (backward-masked)."""
+        counted_LE = permitted_LE if mode == "compact" else trainable_LE
         return Cost(
             memory_bytes=self.memory(permitted_LE, trainable_LE, top_k=top_k),
             flops=local_steps * self.step_flops(permitted_LE, trainable_LE, top_k=top_k),
             bytes_down=self.bytes_down(permitted_LE, first_participation=first_participation, cached_LE=cached_LE),
             bytes_up=self.bytes_up(trainable_LE),
-            experts=self.base_experts + int((permitted_LE if mode == "compact" else trainable_LE).sum()),
+            experts=self.base_experts + (self.chosen_per_batch or int(counted_LE.sum())),
         )
 
     def rows(self, mode: Mode, *, top_k: int | None = None, first_participation: bool = True) -> Rows:
@@ -320,6 +332,22 @@ class CostModel:
                 )
             transients[top_k] = left
         return replace(base, trunk=replace(base.trunk, transients=transients))
+
+    def _rescheduled_memory(self, permitted_LE: np.ndarray, *, top_k: int | None) -> int:
+        """Peak bytes where experts are chosen anew for every batch: moments of all that ever learnt, gradients of few.
+
+        A bound: that every batch chooses others, and that a batch's choice lies in the layers that are reached first.
+        """
+        stages = self.trunk.stages(self.top_k if top_k is None else top_k)
+        chosen, ever = self.chosen_per_batch or 0, self.chosen_in_round or 0
+        resident = self.resident_bytes + int(permitted_LE.sum()) * self.held_bytes + ever * self.state_bytes
+        of = len(stages)
+        reached = [self.num_layers if of == 1 else stage for stage in range(of)]
+        gradients = [self.gradient_bytes * min(chosen, self.num_experts * layers) for layers in reached]
+        peaks = [transient + gradient for transient, gradient in zip(stages, gradients, strict=True)]
+        step = chosen * self.gradient_bytes + self.trunk_trainable * self.grad_bytes + self.trunk.step_bytes
+        layout = self.num_experts * (self.held_bytes + self.hidden_size * self.weight_bytes)  # a layer laid out anew
+        return resident + max(step, layout, *peaks)
 
     def _gradients(self, stage: int, *, of: int) -> np.ndarray:
         """Bytes of gradients (L, 1) that a trainable expert of each layer adds in a stage.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,17 @@ from torch import Tensor
 from fedmoe_core.adapter import Batch, ModelAdapter
 from fedmoe_core.balance import AuxLoss
 from fedmoe_core.config import TrainConfig
+
+
+class LocalOptimizer(Protocol):
+    """What a local step needs of an optimizer; its parameters may change between steps."""
+
+    @property
+    def param_groups(self) -> list[Any]: ...
+    @property
+    def state(self) -> Any: ...
+    def step(self) -> Any: ...
+    def zero_grad(self, *, set_to_none: bool = True) -> None: ...
 
 
 def local_optimizer(adapter: ModelAdapter, train: TrainConfig) -> torch.optim.Optimizer:
@@ -27,7 +40,7 @@ class Stepper:
     def __init__(
         self,
         adapter: ModelAdapter,
-        optimizer: torch.optim.Optimizer,
+        optimizer: LocalOptimizer,
         train: TrainConfig,
         *,
         seed: int = 0,
@@ -37,8 +50,12 @@ class Stepper:
         self.adapter, self.optimizer, self.train = adapter, optimizer, train
         self.log_prior_C, self.aux = log_prior_C, aux
         self.dropping = torch.Generator().manual_seed(seed)
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.anchors = [p.detach().clone() for p in self.parameters] if train.prox > 0 else []
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What learns now."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def step(self, batch: Batch) -> float:
         """Forward, backward, clip, update; the batch's mean loss in nats, without auxiliary and proximal terms."""

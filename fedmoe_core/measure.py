@@ -16,6 +16,8 @@ from fedmoe_core.probe import Bench, Probe
 from fedmoe_core.update import ClientProfile, Evaluation, profile_arrays
 from fedmoe_kernels import RouterStats
 
+IMPORTANCE = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "grad_sq_B")  # of the layers' scores
+
 
 class ProfileSums:
     """Router statistics and importance sums of a round, added up over micro-batches in global coordinates.
@@ -28,6 +30,7 @@ class ProfileSums:
         self._adapter, self._forward_only = adapter, forward_only
         self._stats: list[RouterStats] = []
         self._chosen_LE = np.zeros((len(adapter.moe), adapter.spec.num_experts))
+        self._harvested: dict[str, np.ndarray] = {}
 
     def add_batch(self) -> None:
         """Take each layer's statistics of the forward that just ran; call once per micro-batch."""
@@ -40,13 +43,20 @@ class ProfileSums:
         """Rows that each held expert has processed so far. One host sync a layer."""
         return self._chosen_LE if self._forward_only else self._scores("rows_B")
 
+    def harvest(self) -> None:
+        """Take the importance sums out of the layers, which lose them when their experts change."""
+        self._harvested = {name: self._scores(name) for name in IMPORTANCE}
+        for layer in self._adapter.moe:
+            if layer.scores is not None:
+                layer.scores.reset()
+
     def _scores(self, name: str) -> np.ndarray:
         """One importance sum of every layer, scattered to global coordinates."""
         sums_LE = np.zeros((len(self._adapter.moe), self._adapter.spec.num_experts))
         for sums_E, layer in zip(sums_LE, self._adapter.moe, strict=True):
             if layer.scores is not None and not self._forward_only:
                 sums_E[list(layer.experts)] = getattr(layer.scores, name).double().cpu().numpy()
-        return sums_LE
+        return sums_LE + self._harvested[name] if self._harvested else sums_LE
 
     def finish(self) -> ClientProfile:
         """The profile in global coordinates, float64."""

@@ -16,6 +16,7 @@ from fedmoe_core.layer_lora import FACTORS
 if TYPE_CHECKING:
     from fedmoe_core.balance import AuxLoss
     from fedmoe_core.probe import Probe
+    from fedmoe_core.rescheduling import BatchRule
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class ExpertPlan:
         cached_LE: experts whose frozen base, under adapters, the client still has from an earlier round.
         out_scale_L: start of a trainable factor on each MoE layer's output, which never leaves the client (FLAME);
             what it became is in ``LocalResult.kept`` under ``moe.{l}.out_scale``. None = no such factor.
+        per_batch: chooses which of the trainable experts learn from each batch, after a scoring pass over it; every
+            expert must then be permitted and trainable. None = all of them learn from every batch.
     """
 
     client: int
@@ -78,10 +81,13 @@ class ExpertPlan:
     lora_rank: int | None = None
     cached_LE: np.ndarray | None = None
     out_scale_L: tuple[float, ...] | None = None
+    per_batch: BatchRule | None = None
 
     @property
     def counted_experts(self) -> int:
         """Experts that an expert budget counts."""
+        if self.per_batch is not None:
+            return self.per_batch.count
         return int((self.permitted_LE if self.mode == "compact" else self.trainable_LE).sum())
 
     @property
@@ -107,6 +113,8 @@ class ExpertPlan:
             raise ValueError(f"client {self.client}: layer {empty[0]} has no permitted expert; permit at least one")
         if self.alias_LE is not None:
             self._check_alias(self.alias_LE)
+        if self.per_batch is not None and not self.trainable_LE.all():
+            raise ValueError(f"client {self.client}: per_batch chooses among all experts; permit and train all of them")
         if strange := sorted(self.keeps - {"router", "expert"}):
             raise ValueError(f"client {self.client}: keeps={strange}; only the router and the expert can stay behind")
         if over := self.budget.violations(self.predicted):

@@ -14,6 +14,7 @@ from fedmoe_core.budget import NOTHING, Budget, Cost
 from fedmoe_core.costs import CostModel, Mode
 from fedmoe_core.plan import ExpertPlan, sends_adapters, taught
 from fedmoe_core.probe import Probe
+from fedmoe_core.rescheduling import BatchRule
 from fedmoe_core.rng import counter_rng, counter_seed
 from fedmoe_core.selection import choose, explore, fit_flops
 
@@ -35,6 +36,7 @@ class Asks(TypedDict, total=False):
     lora_rank: int | None
     cached_LE: np.ndarray | None
     out_scale_L: tuple[float, ...] | None
+    per_batch: BatchRule | None
 
 
 def make_plan(
@@ -154,19 +156,25 @@ def plan_everything(population: Population, state: ServerState, client: int) -> 
 
 def asked_costs(population: Population, asks: Asks) -> CostModel:
     """The cost model of a client that is asked for these things."""
-    keeps, aux = asks.get("keeps", frozenset()), asks.get("aux")
+    keeps, aux, rule = asks.get("keeps", frozenset()), asks.get("aux"), asks.get("per_batch")
+    total = population.spec.num_layers * population.spec.num_experts
     return replace(
         population.costs_at(asks.get("lora_rank")),
         router_travels="router" not in keeps,
         adapters_travel=sends_adapters(asks.get("rows", {}), in_state=population.costs.lora_rank is not None),
         experts_return="expert" not in keeps,
         aux_tables=0 if aux is None else aux.tables,
+        chosen_per_batch=None if rule is None else rule.count,
+        chosen_in_round=None if rule is None else min(total, rule.count * population.config.train.local_steps),
     )
 
 
 def plan_costs(population: Population, plan: ExpertPlan) -> CostModel:
     """The cost model that a plan was made with."""
-    return asked_costs(population, Asks(keeps=plan.keeps, aux=plan.aux, lora_rank=plan.lora_rank, rows=plan.rows))
+    return asked_costs(
+        population,
+        Asks(keeps=plan.keeps, aux=plan.aux, lora_rank=plan.lora_rank, rows=plan.rows, per_batch=plan.per_batch),
+    )
 
 
 def whole_surcharge(

@@ -56,6 +56,19 @@ def start_of(params: Mapping[str, Tensor], key: str, plan: ExpertPlan) -> Tensor
     return start
 
 
+def returned_bytes(deltas: Mapping[str, Tensor], trained_LE: np.ndarray, plan: ExpertPlan) -> int:
+    """Bytes of the deltas that are sent back: of experts and routers the rows that learnt something this round."""
+    total = 0
+    for key, delta in deltas.items():
+        if not key.startswith("moe."):
+            total += delta.nbytes
+            continue
+        rows_E = plan.trainable_LE[int(key.split(".")[1])]
+        learnt = int((trained_LE[int(key.split(".")[1])] & rows_E).sum())
+        total += delta.nbytes * learnt // max(int(rows_E.sum()), 1)
+    return total
+
+
 def received_bytes(adapter: ModelAdapter, plan: ExpertPlan) -> int:
     """Bytes of the tensors that a client of this configuration is sent: experts, whole routers, and trunk where due."""
     own = {id(layer.out_scale) for layer in adapter.moe}
