@@ -112,7 +112,7 @@ def _sum_kernel(parts, part_tokens, stats, stat_tokens, splits, E: tl.constexpr,
 
 
 def _sizes(num_experts: int, rule: Rule) -> dict[str, int]:
-    """Blocks of 512 logits: with more, the sums of 64 bits beside them make the compiler spill here and there."""
+    """Blocks of 512 logits, because three sums of 64 bits lie beside them."""
     return shape_args(num_experts, rule, logits=512)
 
 
@@ -165,7 +165,9 @@ def route_stats(
     }
     moved = T * E * logits_TE.element_size() + parts_CS4E.numel() * 8
     warps = max(4, args["EP"] // 256)
-    launches = [Launch(_stats_kernel, (clients, splits), args, warps, 1, bytes=moved)]
+    # Told how many registers there are, the compiler keeps the sums in them; else it spills two to run more programs.
+    registers = min(255, 65536 // (32 * warps))
+    launches = [Launch(_stats_kernel, (clients, splits), args, warps, 1, bytes=moved, registers=registers)]
     if splits > 1:
         sums = {"parts": parts_CS4E, "part_tokens": part_tokens_CS, "stats": stats_C4E, "stat_tokens": tokens_C}
         sizes = {"splits": splits, "E": E, "BE": 32, "BS": 16}
