@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Protocol
@@ -12,13 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe_core.batch import Batch, Task
+from fedmoe_core.graft import GraftSpec
 from fedmoe_core.layer import MoE
-from fedmoe_core.update import ParamSpec
+from fedmoe_core.rows import Rows
+from fedmoe_core.update import Evaluation, ParamSpec
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The facts that budgets and plans need of a model; every MoE layer has the same sizes."""
+    """The facts that budgets and plans need of a model; every MoE layer has the same sizes.
+
+    ``head`` names the dense tensors that train even where the trunk is frozen: a classification head, which is fresh.
+    """
 
     family: str
     task: Task
@@ -29,15 +34,42 @@ class ModelSpec:
     intermediate_size: int
     activation: str
     params: tuple[ParamSpec, ...]
+    head: frozenset[str] = frozenset()
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Keys of every tensor of the state."""
+        return frozenset(spec.key for spec in self.params)
+
+    def trained(self, *, train_dense: bool) -> tuple[ParamSpec, ...]:
+        """The tensors that may train: experts and routers, and of the dense ones all or the head."""
+        moving = [spec for spec in self.params if spec.kind != "frozen"]
+        return tuple(spec for spec in moving if spec.kind != "dense" or train_dense or spec.key in self.head)
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Sums over an evaluated batch; divide by ``count``."""
+class LoraSpec:
+    """Adapters on the experts, over frozen base experts, as an algorithm declares them for its run.
 
-    loss_sum: float  # nats
-    count: int  # predicted tokens, or samples
-    correct: int = 0
+    Attributes:
+        rank: r of the largest adapters.
+        alpha: the adapters' product counts alpha / rank, for every client alike whatever its own rank.
+        in_state: whether the global model has the factors: they are then aggregated like experts, and the experts
+            themselves never train. False: only plans with a ``lora_rank`` have adapters, made fresh (or from the plan's
+            rows) and gone with the round; the experts remain what is aggregated.
+    """
+
+    rank: int
+    alpha: float
+    in_state: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0:
+            raise ValueError(f"rank={self.rank}, alpha={self.alpha} is no adapter; give a rank and an alpha above 0")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 class ModelAdapter(Protocol):
@@ -46,6 +78,7 @@ class ModelAdapter(Protocol):
     spec: ModelSpec
     model: nn.Module
     moe: tuple[MoE, ...]  # in depth order
+    frozen_moe: tuple[MoE, ...]  # original blocks that the layers of ``moe`` are grafted on; usually none
 
     def state(self) -> dict[str, Tensor]:
         """The whole model in global coordinates (keys of ``ParamSpec``), cloned; every expert must be held."""
@@ -57,16 +90,38 @@ class ModelAdapter(Protocol):
         *,
         permitted_LE: np.ndarray | None = None,
         trainable_LE: np.ndarray | None = None,
+        rows: Rows | None = None,
+        alias_LE: np.ndarray | None = None,
         top_k: int | None = None,
         train_dense: bool = False,
         train_router: bool = True,
         train_head: bool | None = None,
+        lora_rank: int | None = None,
+        lora_seed: int = 0,
+        out_scale_L: Sequence[float] | None = None,
     ) -> None:
         """Become a sub-model of ``state``: only permitted experts stored, only trainable ones as Parameters.
 
-        None means all experts. Dense parameters are copied in place from ``state`` and get gradients when
-        ``train_dense``; a classification head trains in any case unless ``train_head`` is False. The state is never
-        mutated nor aliased.
+        None means all experts. ``rows`` (key, then expert id) stand in for the state's own; an absent expert with an
+        alias (int (L, E), -1 = none) is served by the slot of that held expert. Dense parameters are copied in place
+        from ``state`` and get gradients when ``train_dense``; a classification head trains in any case unless
+        ``train_head`` is False. The state is never mutated nor aliased.
+
+        After ``add_lora`` adapters train in place of the permitted experts, cut to the first ``lora_rank`` ranks; where
+        the state has no factors they exist only with a ``lora_rank``, fresh from ``lora_seed``. ``out_scale_L`` gives
+        each layer's output a trainable factor that starts there.
+        """
+        ...
+
+    def add_lora(self, lora: LoraSpec, *, seed: int) -> dict[str, Tensor]:
+        """Let experts carry adapters from now on; the factors to add to the state (none unless ``lora.in_state``)."""
+        ...
+
+    def graft(self, graft: GraftSpec, *, seed: int) -> dict[str, Tensor]:
+        """Put a fresh mixture beside every MoE block; the whole state in the new coordinates.
+
+        The grafted layers become ``moe`` and what ``spec`` describes; the original blocks stay as they are, frozen,
+        under their own parameter names (kind "frozen").
         """
         ...
 
@@ -94,8 +149,8 @@ class ModelAdapter(Protocol):
         """Mean next-token loss of the batch, whatever the task: a classifier's trunk predicts by its own embedding."""
         ...
 
-    def evaluate(self, batch: Batch) -> Evaluation:
-        """Loss sum, count and correct predictions, without gradients."""
+    def evaluate(self, batch: Batch, *, with_stats: bool = False) -> Evaluation:
+        """Loss sum, count and correct predictions, without gradients; ``with_stats`` lets the layers measure."""
         ...
 
 

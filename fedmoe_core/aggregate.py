@@ -70,7 +70,7 @@ class Accumulator:
         self.specs = tuple(spec for spec in specs if spec.kind in kinds)
         if len({spec.key for spec in specs}) != len(specs):
             raise ValueError("two tensors of the model share a key; give each ParamSpec its own")
-        heights = {spec.shape[0] for spec in specs if spec.kind != "dense"}
+        heights = {spec.shape[0] for spec in specs if spec.kind in ("expert", "router")}
         if len(heights) != 1:
             raise ValueError(f"MoE layers have {sorted(heights)} experts; give all layers the same number")
         self.num_experts = heights.pop()

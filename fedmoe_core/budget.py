@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fractions import Fraction
 
@@ -106,6 +106,21 @@ class Budget:
         """Whether ``cost`` stays within every limit."""
         return not self.violations(cost)
 
+    def after(self, extra: Cost) -> Budget:
+        """What is left of traffic and operations once ``extra`` is paid; peaks and counts are not spent by it.
+
+        Raises:
+            ValueError: ``extra`` alone needs more than is allowed of some resource.
+        """
+        if over := self.violations(extra):
+            raise ValueError(f"the work beside training alone needs more than the budget ({over[0]}); raise the budget")
+        return replace(
+            self,
+            flops=None if self.flops is None else self.flops - extra.flops,
+            bytes_down=None if self.bytes_down is None else self.bytes_down - extra.bytes_down,
+            bytes_up=None if self.bytes_up is None else self.bytes_up - extra.bytes_up,
+        )
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -117,6 +132,20 @@ class Cost:
     bytes_up: int = 0
     experts: int = 0
     seconds: float = 0.0
+
+    def with_extra(self, extra: Cost) -> Cost:
+        """This cost and that of work done before or after it: traffic, operations and time add up, peaks do not."""
+        return Cost(
+            memory_bytes=max(self.memory_bytes, extra.memory_bytes),
+            flops=self.flops + extra.flops,
+            bytes_down=self.bytes_down + extra.bytes_down,
+            bytes_up=self.bytes_up + extra.bytes_up,
+            experts=max(self.experts, extra.experts),
+            seconds=self.seconds + extra.seconds,
+        )
+
+
+NOTHING = Cost()
 
 
 def device_budget(device: Device) -> Budget:

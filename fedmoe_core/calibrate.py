@@ -12,16 +12,25 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmoe_core.adapter import Batch, ModelAdapter
-from fedmoe_core.client import Stepper, local_optimizer
 from fedmoe_core.config import TrainConfig
 from fedmoe_core.costs import CostModel
+from fedmoe_core.layer import MoE
+from fedmoe_core.local import Stepper, local_optimizer
 from fedmoe_core.memory import mark, resident_bytes, tensor_bytes, trace_memory
 
 
 def calibrate(
-    adapter: ModelAdapter, params: dict[str, Tensor], train: TrainConfig, batch: Batch, *, padding: bool
+    adapter: ModelAdapter,
+    params: dict[str, Tensor],
+    train: TrainConfig,
+    batch: Batch,
+    *,
+    padding: bool,
+    lora_rank: int | None = None,
 ) -> CostModel:
     """The cost model of ``adapter`` for local steps on batches shaped like ``batch``, with measured trunk terms.
+
+    With ``lora_rank`` experts carry adapters of that rank, which then train in their place.
 
     Each k' from 1 to the model's k is traced once, holding the k experts of lowest id in every layer. Few experts are
     the worst case for the temporaries of the expert stage: with k held, each serves every token, and no token can
@@ -39,13 +48,25 @@ def calibrate(
     train_dense = train.trunk == "fedavg"
     few_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
     few_LE[:, : spec.top_k] = True
-    model = CostModel.of(spec, tokens=batch.tokens_SN.numel(), train_dense=train_dense)
+    model = CostModel.of(spec, tokens=batch.tokens_SN.numel(), train_dense=train_dense, lora_rank=lora_rank)
     adapter.configure(params, train_dense=train_dense)
     dense = sum(tensor.numel() for key, tensor in adapter.trained().items() if key.startswith("dense."))
-    model = replace(model, trunk_trainable=dense)  # a classification head trains also where the trunk does not
+    model = replace(
+        model,
+        trunk_trainable=dense,  # a classification head trains also where the trunk does not
+        anchored=train.prox > 0,
+        base_experts=sum(layer.num_experts for layer in adapter.frozen_moe),
+    )
     peaks, buffers, flops = {}, 0, 0.0
     for top_k in range(1, spec.top_k + 1):
-        adapter.configure(params, permitted_LE=few_LE, trainable_LE=few_LE, top_k=top_k, train_dense=train_dense)
+        adapter.configure(
+            params,
+            permitted_LE=few_LE,
+            trainable_LE=few_LE,
+            top_k=top_k,
+            train_dense=train_dense,
+            lora_rank=lora_rank,
+        )
         optimizer = local_optimizer(adapter, train)
         traced = [_stage_peaks(adapter, each, optimizer, train) for each in batches]
         peaks[top_k] = tuple(max(stage) for stage in zip(*traced, strict=True))
@@ -54,7 +75,24 @@ def calibrate(
             adapter.loss(batches[0]).backward()
         adapter.model.zero_grad(set_to_none=True)
         flops = max(flops, counted.get_total_flops() / model.tokens - model.router_flops_per_token)
-    return model.calibrated(peaks, few_LE, few_LE, buffer_bytes=buffers, flops_per_token=max(flops, 0.0))
+    with FlopCounterMode(display=False) as counted:
+        adapter.evaluate(batches[0])
+    forward = counted.get_total_flops() / model.tokens - 2 * model.total_experts * model.hidden_size
+    # The counter knows no expert products: of frozen blocks the forward and, at most, the gradient of their input.
+    frozen = 2.0 * sum(layer.top_k * _expert_params(layer) for layer in adapter.frozen_moe)
+    return model.calibrated(
+        peaks,
+        few_LE,
+        few_LE,
+        buffer_bytes=buffers,
+        flops_per_token=max(flops, 0.0) + 2 * frozen,
+        forward_flops_per_token=max(forward, 0.0) + frozen,
+    )
+
+
+def _expert_params(layer: MoE) -> int:
+    """Weights of one expert of a layer that holds all of them."""
+    return (layer.w_in.numel() + layer.w_out.numel()) // layer.num_experts
 
 
 def _stage_peaks(
@@ -65,7 +103,7 @@ def _stage_peaks(
     device = batch.tokens_SN.device
     stepper = Stepper(adapter, optimizer, train)
     stepper.step(batch)  # optimizer state exists from here on
-    resident = resident_bytes(adapter.model, optimizer)
+    resident = resident_bytes(adapter.model, optimizer) + tensor_bytes(stepper.anchors)
     with ExitStack() as hooks:
         for depth, layer in enumerate(layers):
             stage = f"stage{len(layers) - depth}"
@@ -89,5 +127,5 @@ def _marker(stage: str, device: torch.device) -> Callable[[nn.Module, object, Te
 
 def _trunk_buffers(adapter: ModelAdapter) -> int:
     """Bytes of buffers that are not part of an MoE layer (rotary tables)."""
-    of_experts = {id(buffer) for layer in adapter.moe for buffer in layer.buffers()}
+    of_experts = {id(buffer) for layer in (*adapter.moe, *adapter.frozen_moe) for buffer in layer.buffers()}
     return tensor_bytes(buffer for buffer in adapter.model.buffers() if id(buffer) not in of_experts)

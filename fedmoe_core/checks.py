@@ -33,14 +33,16 @@ def expected_shapes(specs: Sequence[ParamSpec], plan: ExpertPlan) -> dict[str, t
     """Key and shape of every delta that ``plan`` asks for.
 
     Expert and router tensors of a layer with Bt > 0 trainable experts come as (Bt, ...), dense tensors whole; a layer
-    without a trainable expert sends nothing.
+    without a trainable expert sends nothing, and so does a kind that the plan keeps on the client.
 
     Args:
         specs: the tensors that may train in this run.
         plan: the client's plan.
     """
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for spec in specs:
+        if spec.kind in plan.keeps:
+            continue
         if spec.kind == "dense":
             shapes[spec.key] = tuple(spec.shape)
         elif plan.trainable_LE[spec.layer].any():
@@ -61,7 +63,9 @@ def refusal(update: ClientUpdate, plan: ExpertPlan, specs: Sequence[ParamSpec], 
         reason = (
             _header(update, plan)
             or _weights(update, plan)
-            or _profile(update.profile, plan)
+            or _profile("profile", update.profile, plan)
+            or _profile("validation_profile", update.validation_profile, plan)
+            or _reported(update)
             or _tensors(update.deltas, {spec.key: spec for spec in specs}, expected_shapes(specs, plan))
             or _values(update.deltas, settings)
         )
@@ -104,12 +108,16 @@ def _weights(update: ClientUpdate, plan: ExpertPlan) -> str | None:
             return f"{name} is {'negative' if weight < 0 else 'above 1'} ({float(weight):g})"
     if update.sample_weight == 0:
         return "sample_weight is 0: the client has no data"
+    if "router" in plan.keeps and (update.gate_weight > 0 or update.router_weight_LE.any()):
+        return "the router has a weight, but it stays on the client; give gate and router weight 0"
+    if "expert" in plan.keeps and update.expert_weight_LE.any():
+        return "experts have a weight, but they stay on the client; give expert weight 0"
     if update.gate_weight > 0 and not plan.trainable_LE.any():
         return "gate_weight is positive, but no expert and so no router row was trained"
     return None
 
 
-def _profile(profile: ClientProfile | None, plan: ExpertPlan) -> str | None:
+def _profile(name: str, profile: ClientProfile | None, plan: ExpertPlan) -> str | None:
     """Statistics steer the next plans, so NaN must not enter through them either."""
     if profile is None:
         return None
@@ -117,9 +125,24 @@ def _profile(profile: ClientProfile | None, plan: ExpertPlan) -> str | None:
     for field in fields(ClientProfile):
         value, shape = getattr(profile, field.name), shape_LE if field.name.endswith("_LE") else shape_LE[:1]
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub" or value.shape != shape:
-            return f"profile.{field.name} is not a numeric array of shape {shape}"
+            return f"{name}.{field.name} is not a numeric array of shape {shape}"
         if not np.isfinite(value).all():
-            return f"profile.{field.name} holds NaN or infinity"
+            return f"{name}.{field.name} holds NaN or infinity"
+    return None
+
+
+def _reported(update: ClientUpdate) -> str | None:
+    """What an algorithm keeps of a client steers its later plans, so it must be plain finite numbers too."""
+    if (found := update.validation) is not None and not (math.isfinite(found.loss_sum) and found.count > 0):
+        return f"validation has loss sum {found.loss_sum:g} over {found.count} predictions"
+    for name, tensor in update.private.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
+            return f"private {name!r:.80} is not a dense tensor with data"
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            return f"private {name!r:.80} holds NaN or infinity"
+    for name, value in update.metrics.items():
+        if not isinstance(value, float) or not math.isfinite(value):
+            return f"metric {name!r:.80} is {value!r:.40}, not a finite number"
     return None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fedmoe_core.budget import Budget
+from fedmoe_core.names import ALGORITHMS
 from fedmoe_core.schema import (
     AtLeast,
     Between,
@@ -23,8 +24,6 @@ from fedmoe_core.schema import (
     schema_of,
     write_toml,
 )
-
-ALGORITHMS = ("hfedmoe", "fedavg", "random")
 
 Positive = Annotated[int, AtLeast(1)]
 Natural = Annotated[int, AtLeast(0)]
@@ -74,6 +73,7 @@ class TrainConfig:
     lr_final: Share = 1.0  # share of lr left in the last round; the rate falls between them along a cosine
     weight_decay: NaturalReal = 0.0
     clip: PositiveReal = 1.0
+    prox: NaturalReal = 0.0  # mu of FedProx (arXiv 1812.06127): mu/2 ||w - w0||^2 over what trains, w0 as received
     trunk: Literal["frozen", "fedavg"] = "frozen"
     token_dropout: Annotated[float, Between(0.0, 0.95)] = 0.0  # classification only
     logit_adjustment: NaturalReal = 0.0  # classification only: weight of the client's log class shares in its loss
@@ -85,6 +85,7 @@ class SelectionConfig:
 
     score: Literal["s", "ib", "taylor"] = "ib"
     mode: Literal["compact", "backward-masked"] = "compact"
+    reschedule: Literal["round", "batch"] = "round"  # when eq. 15 is solved; per batch only backward-masked
     lam: Share = 0.5  # lambda of eq. 5
     beta: NaturalReal = 0.1  # beta of eq. 14
     explore: Share = 0.1  # chance per client and layer that one held expert gives way to an absent one
@@ -107,10 +108,12 @@ class AggregationConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation of the global model on every client's test split."""
+    """Held-out evaluation on every client's test split."""
 
     sequences: Positive = 8  # per client
     every: Positive = 1  # rounds
+    personal: bool = False  # also every client's own deployable model, on its own test split
+    validation: Positive = 64  # most rows or windows of one client's validation pass, where its algorithm has one
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ class Config:
         sampled = self.clients_per_round or self.clients
         if sampled > self.clients:
             raise ValueError(f"clients_per_round={sampled} exceeds clients={self.clients}; lower it, or 0 for all")
+        _check_reschedule(self.selection, self.train)
         if self.min_clients > sampled:
             raise ValueError(f"min_clients={self.min_clients} exceeds the {sampled} clients of a round; lower it")
 
@@ -251,6 +255,17 @@ def flatten(record: object, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + item.name] = value
     return flat
+
+
+def _check_reschedule(selection: SelectionConfig, train: TrainConfig) -> None:
+    if selection.reschedule == "round":
+        return
+    if selection.mode != "backward-masked":
+        raise ValueError("selection.reschedule=batch needs every expert resident; set selection.mode=backward-masked")
+    if selection.score == "taylor":
+        raise ValueError("selection.score=taylor needs a backward pass, which no scoring pass has; choose s or ib")
+    if train.prox > 0:
+        raise ValueError("train.prox holds experts of a whole round; set selection.reschedule=round with it")
 
 
 def _check_partition(partition: str) -> None:

@@ -4,57 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from fedmoe_core.budget import Cost
+from fedmoe_core.trunk import UNMEASURED, TrunkCost
 
 if TYPE_CHECKING:
     from fedmoe_core.adapter import ModelSpec
 
 # compact: only permitted experts are stored and run. backward-masked: all are, and only trainable ones get gradients.
 Mode = Literal["compact", "backward-masked"]
-
-
-@dataclass(frozen=True)
-class TrunkCost:
-    """What no closed form covers, taken from dry steps of one (model, batch, sequence, backend).
-
-    A step passes through stages: stage 0 until the first expert gradient exists (forward, loss, backward of the
-    head), stage s while the gradients of the s deepest MoE layers exist, stage L after the last. Live memory that is
-    neither weights, optimizer state nor expert and router gradients is the stage's transient; it depends on the
-    rows T * k', not on the experts held. ``CostModel.calibrated`` fills it in from measured peaks.
-
-    Attributes:
-        transients: k' -> bytes at each of the L + 1 stages, or one entry for the whole step (then every expert
-            gradient is taken to coincide with it: safe, less tight).
-        gradient_copies: further copies of one layer's expert gradients while its backward runs; 0 where the backend
-            writes gradients in place, 1 where autograd stacks per-slot gradients or clones them.
-        step_bytes: temporaries of the optimizer step; 0 for fused AdamW.
-        buffer_bytes: non-parameter tensors that live as long as the model (rotary tables).
-        flops_per_token: forward and backward of everything but routers and experts, per token of a training step.
-    """
-
-    transients: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    gradient_copies: int = 0
-    step_bytes: int = 0
-    buffer_bytes: int = 0
-    flops_per_token: float = 0.0
-
-    def stages(self, top_k: int) -> tuple[int, ...]:
-        """Transient bytes of each stage at k'; where k' was not measured, those of the next larger one (a bound).
-
-        Raises:
-            ValueError: something was measured, but nothing at k' or above.
-        """
-        if not self.transients:
-            return (0,)
-        measured = min((k for k in self.transients if k >= top_k), default=None)
-        if measured is None:
-            raise ValueError(f"no dry step covers top_k={top_k}; calibrate at {top_k} or more")
-        return self.transients[measured]
 
 
 @dataclass(frozen=True)
@@ -91,7 +53,15 @@ class CostModel:
         base_bytes: bytes per expert weight under LoRA, where it is frozen and may be quantised (0.5 for 4 bits).
         grad_bytes, optimizer_bytes: bytes per trainable parameter (AdamW: two fp32 moments).
         lora_rank: rank of the experts' adapters; None = the experts themselves train.
+        base_experts: experts of the blocks that these layers are grafted on; resident, so they count as held.
         train_router: whether the router rows of trainable experts train.
+        router_travels: whether routers are sent at all; False where each client keeps a gate of its own.
+        anchored: whether a copy of what trains, as it was received, stays beside it (FedProx).
+        adapters_travel: whether adapters are sent to the client; False where it makes them itself.
+        experts_return: whether trained experts, or their adapters, are sent back.
+        chosen_per_batch, chosen_in_round: most experts that learn from one batch and in one round, where every batch
+            chooses its own; then a step has a scoring pass before it.
+        aux_tables: (tokens, experts) float32 tables per layer that an auxiliary router loss keeps alive.
         slot_bytes: index, offset and score storage per held expert.
     """
 
@@ -103,14 +73,22 @@ class CostModel:
     tokens: int
     trunk_params: int = 0
     trunk_trainable: int = 0
-    trunk: TrunkCost = TrunkCost()
+    trunk: TrunkCost = UNMEASURED
     gated: bool = True
     weight_bytes: int = 4
     base_bytes: float | None = None
     grad_bytes: int = 4
     optimizer_bytes: int = 8
     lora_rank: int | None = None
+    base_experts: int = 0
     train_router: bool = True
+    router_travels: bool = True
+    adapters_travel: bool = True
+    experts_return: bool = True
+    anchored: bool = False
+    chosen_per_batch: int | None = None
+    chosen_in_round: int | None = None
+    aux_tables: int = 0
     slot_bytes: int = 64
 
     def __post_init__(self) -> None:
@@ -123,7 +101,9 @@ class CostModel:
     @classmethod
     def of(cls, spec: ModelSpec, *, tokens: int, train_dense: bool = False, lora_rank: int | None = None) -> CostModel:
         """The model behind an adapter, not yet calibrated; ``train_dense`` trains every dense tensor."""
-        w_in = next(param for param in spec.params if param.kind == "expert" and param.key.endswith(".w_in"))
+        w_in = next(p for p in spec.params if p.kind in ("expert", "frozen") and p.key.endswith(".w_in"))
+        of_trunk = [p for p in spec.params if p.kind == "dense" or (p.kind == "frozen" and p.layer < 0)]
+        trunk = sum(math.prod(param.shape) for param in of_trunk)
         dense = sum(math.prod(param.shape) for param in spec.params if param.kind == "dense")
         return cls(
             num_layers=spec.num_layers,
@@ -132,7 +112,7 @@ class CostModel:
             hidden_size=spec.hidden_size,
             intermediate_size=spec.intermediate_size,
             tokens=tokens,
-            trunk_params=dense,
+            trunk_params=trunk,
             trunk_trainable=dense if train_dense else 0,
             gated=w_in.shape[1] == 2 * spec.intermediate_size,
             weight_bytes=w_in.dtype.itemsize,
@@ -188,17 +168,25 @@ class CostModel:
 
     @property
     def state_bytes(self) -> int:
-        """Memory of the optimizer state of one trainable expert and of its router row."""
-        return (self.trained_params + self._router_row) * self.optimizer_bytes
+        """Memory of the optimizer state, and of the anchor, of one trainable expert and of its router row."""
+        return (self.trained_params + self._router_row) * self._kept_bytes
+
+    @property
+    def _kept_bytes(self) -> int:
+        """Bytes per trainable parameter that stay between two steps, beside its weight."""
+        return self.optimizer_bytes + self.anchored * self.weight_bytes
 
     @property
     def resident_bytes(self) -> int:
         """Memory that is there whatever experts are held: trunk, its optimizer state, the whole router, buffers."""
         weights = (self.trunk_params + self.total_experts * self.hidden_size) * self.weight_bytes
-        return weights + self.trunk_trainable * self.optimizer_bytes + self.trunk.buffer_bytes
+        aux = self.aux_tables * self.tokens * self.total_experts * 4
+        return weights + self.trunk_trainable * self._kept_bytes + self.trunk.buffer_bytes + aux
 
     def memory(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> int:
         """Peak bytes of a local step from the second on (optimizer state exists): the largest of its stages."""
+        if self.chosen_per_batch is not None:
+            return self._rescheduled_memory(permitted_LE, top_k=top_k)
         rows = self.rows("compact", top_k=top_k)
         frozen = int((permitted_LE & ~trainable_LE).sum()) * self.held_bytes
         memory_D = rows.base_D + (rows.costs_DLE * trainable_LE).sum(axis=(1, 2)) + frozen
@@ -212,12 +200,13 @@ class CostModel:
         ``cached_LE``: experts whose frozen LoRA base the client still has; only their adapters travel.
         """
         new_LE = permitted_LE if cached_LE is None or self.lora_rank is None else permitted_LE & ~cached_LE
-        adapters = int(permitted_LE.sum()) * self.adapter_params * self.weight_bytes
+        adapters = int(permitted_LE.sum()) * self._adapter_down
         return int(new_LE.sum()) * self._base_expert + adapters + self._base_down(first_participation)
 
     def bytes_up(self, trainable_LE: np.ndarray) -> int:
         """Bytes from the client: deltas of trainable experts and router rows, statistics, the trunk if it trains."""
-        return int(trainable_LE.sum()) * self._expert_up + self._base_up
+        count = int(trainable_LE.sum())
+        return min(count, self.chosen_in_round or count) * self._expert_up + self._base_up
 
     def step_flops(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> float:
         """Most operations that one local step can need, over every routing of its tokens.
@@ -227,8 +216,12 @@ class CostModel:
         """
         k = self.top_k if top_k is None else top_k
         rows_L = self.tokens * np.minimum(k, permitted_LE.sum(axis=1))
-        trained_L = self.tokens * np.minimum(k, trainable_LE.sum(axis=1))
-        return self._flops(float(trained_L.sum()), float((rows_L - trained_L).sum()), self.tokens)
+        trained = float(self.tokens * np.minimum(k, trainable_LE.sum(axis=1)).sum())
+        scoring = 0.0
+        if self.chosen_per_batch is not None:
+            trained = min(trained, float(self.tokens * self.chosen_per_batch))
+            scoring = self.forward_flops(permitted_LE, tokens=self.tokens, top_k=top_k)
+        return self._flops(trained, float(rows_L.sum()) - trained, self.tokens) + scoring
 
     def real_flops(self, rows_LE: np.ndarray, trainable_LE: np.ndarray, *, tokens: int) -> float:
         """Operations of one local step that gave each expert ``rows_LE`` rows; never above ``step_flops``.
@@ -238,6 +231,28 @@ class CostModel:
         trained = float(rows_LE[trainable_LE].sum())
         return self._flops(trained, float(rows_LE.sum()) - trained, tokens)
 
+    def forward_flops(self, served_LE: np.ndarray, *, tokens: int, top_k: int | None = None) -> float:
+        """Most operations of a pass without gradients: 2P a row, the routers, and the trunk's forward.
+
+        Args:
+            served_LE: experts that a token may choose, bool (L, E).
+            tokens: padding included.
+            top_k: choices per token; None = the model's own.
+        """
+        k = self.top_k if top_k is None else top_k
+        rows = float(tokens * np.minimum(k, served_LE.sum(axis=1)).sum())
+        routers = 2.0 * self.total_experts * self.hidden_size
+        expert = 2.0 * (self.expert_params + self.adapter_params)
+        return rows * expert + tokens * (routers + self.trunk.forward_flops_per_token)
+
+    def forward_memory(self, held_LE: np.ndarray, *, top_k: int | None = None) -> int:
+        """Bound of the peak of a pass without gradients over batches of the training shape, ``held_LE`` experts held.
+
+        Of a training step it has the weights and, at most, what lives while the forward and the loss run.
+        """
+        transient = max(self.trunk.stages(self.top_k if top_k is None else top_k)[0], 0)
+        return self.resident_bytes + int(held_LE.sum()) * self.held_bytes + transient
+
     def predict(
         self,
         permitted_LE: np.ndarray,
@@ -246,15 +261,17 @@ class CostModel:
         local_steps: int,
         top_k: int | None = None,
         first_participation: bool = True,
+        cached_LE: np.ndarray | None = None,
         mode: Mode = "compact",
     ) -> Cost:
         """Cost of a round. ``experts`` counts the permitted (compact) or the trainable ones (backward-masked)."""
+        counted_LE = permitted_LE if mode == "compact" else trainable_LE
         return Cost(
             memory_bytes=self.memory(permitted_LE, trainable_LE, top_k=top_k),
             flops=local_steps * self.step_flops(permitted_LE, trainable_LE, top_k=top_k),
-            bytes_down=self.bytes_down(permitted_LE, first_participation=first_participation),
+            bytes_down=self.bytes_down(permitted_LE, first_participation=first_participation, cached_LE=cached_LE),
             bytes_up=self.bytes_up(trainable_LE),
-            experts=int((permitted_LE if mode == "compact" else trainable_LE).sum()),
+            experts=self.base_experts + (self.chosen_per_batch or int(counted_LE.sum())),
         )
 
     def rows(self, mode: Mode, *, top_k: int | None = None, first_participation: bool = True) -> Rows:
@@ -269,7 +286,7 @@ class CostModel:
         held = np.full(shape, (self.held_bytes if compact else 0) + self.state_bytes)
         base = self.resident_bytes + (0 if compact else self.total_experts * self.held_bytes)
         resident_LE = np.full(shape, not compact)
-        expert_down = self._base_expert + self.adapter_params * self.weight_bytes
+        expert_down = self._base_expert + self._adapter_down
         base_down = self.bytes_down(resident_LE, first_participation=first_participation)
         step = base + self.trunk_trainable * self.grad_bytes + self.trunk.step_bytes
         entries = [("memory", step, held + self.gradient_bytes)]
@@ -279,7 +296,7 @@ class CostModel:
         ]
         entries.append(("down", base_down, np.full(shape, expert_down if compact else 0)))
         entries.append(("up", self._base_up, np.full(shape, self._expert_up)))
-        entries.append(("experts", 0, np.ones(shape, int)))
+        entries.append(("experts", self.base_experts, np.ones(shape, int)))
         names, bases, costs = zip(*entries, strict=True)
         return Rows(names, np.array(bases, dtype=np.int64), np.stack(costs).astype(np.int64))
 
@@ -316,6 +333,22 @@ class CostModel:
             transients[top_k] = left
         return replace(base, trunk=replace(base.trunk, transients=transients))
 
+    def _rescheduled_memory(self, permitted_LE: np.ndarray, *, top_k: int | None) -> int:
+        """Peak bytes where experts are chosen anew for every batch: moments of all that ever learnt, gradients of few.
+
+        A bound: that every batch chooses others, and that a batch's choice lies in the layers that are reached first.
+        """
+        stages = self.trunk.stages(self.top_k if top_k is None else top_k)
+        chosen, ever = self.chosen_per_batch or 0, self.chosen_in_round or 0
+        resident = self.resident_bytes + int(permitted_LE.sum()) * self.held_bytes + ever * self.state_bytes
+        of = len(stages)
+        reached = [self.num_layers if of == 1 else stage for stage in range(of)]
+        gradients = [self.gradient_bytes * min(chosen, self.num_experts * layers) for layers in reached]
+        peaks = [transient + gradient for transient, gradient in zip(stages, gradients, strict=True)]
+        step = chosen * self.gradient_bytes + self.trunk_trainable * self.grad_bytes + self.trunk.step_bytes
+        layout = self.num_experts * (self.held_bytes + self.hidden_size * self.weight_bytes)  # a layer laid out anew
+        return resident + max(step, layout, *peaks)
+
     def _gradients(self, stage: int, *, of: int) -> np.ndarray:
         """Bytes of gradients (L, 1) that a trainable expert of each layer adds in a stage.
 
@@ -329,18 +362,27 @@ class CostModel:
         return self.gradient_bytes * ((layer_L1 >= running) + copies * (layer_L1 == running))
 
     @property
+    def _adapter_down(self) -> int:
+        return self.adapter_params * self.weight_bytes * self.adapters_travel
+
+    @property
     def _expert_up(self) -> int:
-        return (self.trained_params + self._router_row) * self.weight_bytes
+        params = self.trained_params * self.experts_return + self._router_row * self.router_travels
+        return params * self.weight_bytes
 
     @property
     def _base_up(self) -> int:
-        # ClientProfile: 9 float64 and a bool per expert, 2 float64 per layer; ClientUpdate: 2 float64 per expert.
-        statistics = self.total_experts * (11 * 8 + 1) + self.num_layers * 2 * 8
-        return statistics + self.trunk_trainable * self.weight_bytes
+        # Beside the profile, ClientUpdate has 2 float64 per expert.
+        return self.profile_bytes + 2 * 8 * self.total_experts + self.trunk_trainable * self.weight_bytes
+
+    @property
+    def profile_bytes(self) -> int:
+        """A ClientProfile on the wire: 9 float64 and a bool per expert, 2 float64 per layer."""
+        return self.total_experts * (9 * 8 + 1) + self.num_layers * 2 * 8
 
     def _base_down(self, first_participation: bool) -> int:
         trunk = self.trunk_params if first_participation else self.trunk_trainable
-        return (self.total_experts * self.hidden_size + trunk) * self.weight_bytes
+        return (self.total_experts * self.hidden_size * self.router_travels + trunk) * self.weight_bytes
 
     @property
     def router_flops_per_token(self) -> float:

@@ -13,7 +13,7 @@ import torch
 
 from fedmoe_core.batch import Encoded, Task
 from fedmoe_core.corpus import Corpus, read_jsonl, read_stdlib
-from fedmoe_core.splits import Splits, count_holdings, split_corpus
+from fedmoe_core.splits import Splits, count_holdings, split_corpus, with_validation
 from fedmoe_core.tables import read_csv
 from fedmoe_core.tokens import DEFAULT_VOCAB, Kind, TextTokenizer, encode_corpus
 from fedmoe_core.wording import unknown
@@ -23,11 +23,15 @@ SOURCES = ("stdlib", "csv:FILE", "jsonl:FILE")
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """What one client owns: private text to train on and held-out text to be judged by."""
+    """What one client owns: private text to train on and held-out text to be judged by.
+
+    ``validation`` is private text too, held back from training where the algorithm needs it; else None.
+    """
 
     name: str  # its domains, or "client 3"
     private: Encoded
     test: Encoded
+    validation: Encoded | None = None
 
     @property
     def samples(self) -> int:
@@ -102,6 +106,7 @@ def load_data(
     tokenizer: str = "auto",
     vocab_size: int | None = None,
     labels_per_class: int = 25,
+    validation: bool = False,
     pretrained: TextTokenizer | None = None,
     cache: Path | None = None,
 ) -> FederatedData:
@@ -115,6 +120,7 @@ def load_data(
         tokenizer: ``bpe``, ``bpe-lower``, ``word``, or ``auto``: ``bpe`` for language modelling, else ``bpe-lower``.
         vocab_size: most ids; None = 2048 (``bpe``), 4096 (``bpe-lower``) or 8000 (``word``).
         labels_per_class: public rows of each class whose label is given (classification).
+        validation: whether a tenth of each client's private data is held back for validation.
         pretrained: a model's own tokenizer, in place of ``tokenizer`` and ``vocab_size``.
         cache: folder for encoded corpora; None = encode anew.
 
@@ -124,6 +130,8 @@ def load_data(
     corpus = load_corpus(source)
     kind = _kind(tokenizer, corpus.task)
     splits = split_corpus(corpus, clients=clients, scheme=partition, seed=seed, labels_per_class=labels_per_class)
+    if validation:
+        splits = with_validation(splits, seed=seed)
     trained, encoded = encode_corpus(
         corpus.texts,
         splits.public_P,
@@ -151,7 +159,12 @@ def load_data(
         public=public,
         public_labelled=None if corpus.labels_P is None else encoded.take(splits.labelled_P),
         clients=tuple(
-            ClientData(_client_name(splits.partition, client, names), encoded.take(private), encoded.take(test))
+            ClientData(
+                _client_name(splits.partition, client, names),
+                encoded.take(private),
+                encoded.take(test),
+                encoded.take(splits.validation[client]) if validation else None,
+            )
             for client, (private, test, names) in enumerate(
                 zip(splits.private, splits.tests, _domains_of(corpus, splits), strict=True)
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,14 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+class HasState(Protocol):
+    """An optimizer, as far as its memory goes."""
+
+    @property
+    def state(self) -> Any: ...
+
+
+def resident_bytes(model: nn.Module, optimizer: HasState | None = None) -> int:
     """Bytes held between two steps: parameters, buffers, gradients and optimizer state."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

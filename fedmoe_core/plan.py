@@ -1,26 +1,30 @@
-"""What the server decides for one client in one round."""
+"""What the server decides for one client in one round: the record, checked when it is made."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
-from fedmoe_core.budget import Budget, Cost
+from fedmoe_core.budget import NOTHING, Budget, Cost
 from fedmoe_core.costs import Mode
-from fedmoe_core.rng import counter_rng, counter_seed
-from fedmoe_core.selection import choose, explore, fit_flops
+from fedmoe_core.layer_lora import FACTORS
 
 if TYPE_CHECKING:
-    from fedmoe_core.state import Population, ServerState
+    from fedmoe_core.balance import AuxLoss
+    from fedmoe_core.probe import Probe
+    from fedmoe_core.rescheduling import BatchRule
 
 
 @dataclass(frozen=True)
 class ExpertPlan:
     """One client's part in one round: its experts, its work, and what that will cost.
 
-    Shapes: L MoE layers, E experts per layer. Masks are boolean numpy arrays in global coordinates.
+    Shapes: L MoE layers, E experts per layer. Masks are boolean numpy arrays in global coordinates. ``planning`` makes
+    plans; an algorithm that needs another field passes it there by its name.
 
     Attributes:
         client: index of the client, 0..C-1.
@@ -34,6 +38,25 @@ class ExpertPlan:
         predicted: what the cost model expects; inside ``budget`` in every resource, or the plan is refused.
         first_participation: whether the frozen trunk travels to the client with this plan.
         mode: "compact" counts the permitted experts against an expert budget, "backward-masked" the trainable ones.
+        rows: rows of expert and router tensors that this client gets in place of the global ones, by key
+            (``moe.{l}.router``) and expert id: a personal gate, a merged expert. Its deltas are relative to them.
+        alias_LE: int (L, E); an absent expert with an alias is served by the slot of that permitted expert, and may be
+            chosen by top-k; -1 = none. None = nobody is served.
+        surcharge: work that the algorithm makes the client do beside training (profiling, probing), declared in closed
+            form; part of ``predicted`` and of the real cost (``Cost.with_extra``), so the budget holds for both.
+            ``planning`` adds what validation costs.
+        before, after: what the client measures on the live model before and after local training; see ``probe``.
+        aux: auxiliary loss of the routers, added to the task's at every local step.
+        validate: evaluate the trained sub-model on the client's validation data; the algorithm needs_validation.
+        keeps: kinds of tensors that train here and are not sent back, "router" or "expert"; their trained rows are in
+            ``LocalResult.kept``. A kept router is the client's own gate, so it is not sent to it either.
+        lora_rank: rank of this client's adapters, at most that of the declared ``LoraSpec``; None = all ranks of the
+            state's factors, or no adapters where the state has none.
+        cached_LE: experts whose frozen base, under adapters, the client still has from an earlier round.
+        out_scale_L: start of a trainable factor on each MoE layer's output, which never leaves the client (FLAME);
+            what it became is in ``LocalResult.kept`` under ``moe.{l}.out_scale``. None = no such factor.
+        per_batch: chooses which of the trainable experts learn from each batch, after a scoring pass over it; every
+            expert must then be permitted and trainable. None = all of them learn from every batch.
     """
 
     client: int
@@ -47,11 +70,35 @@ class ExpertPlan:
     predicted: Cost
     first_participation: bool = True
     mode: Mode = "compact"
+    rows: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    alias_LE: np.ndarray | None = None
+    surcharge: Cost = NOTHING
+    before: Probe | None = None
+    after: Probe | None = None
+    aux: AuxLoss | None = None
+    validate: bool = False
+    keeps: frozenset[str] = frozenset()
+    lora_rank: int | None = None
+    cached_LE: np.ndarray | None = None
+    out_scale_L: tuple[float, ...] | None = None
+    per_batch: BatchRule | None = None
 
     @property
     def counted_experts(self) -> int:
         """Experts that an expert budget counts."""
+        if self.per_batch is not None:
+            return self.per_batch.count
         return int((self.permitted_LE if self.mode == "compact" else self.trainable_LE).sum())
+
+    @property
+    def served_LE(self) -> np.ndarray:
+        """Experts that a token may choose: those permitted, and those served by a permitted one."""
+        return self.permitted_LE if self.alias_LE is None else self.permitted_LE | (self.alias_LE >= 0)
+
+    @property
+    def taught_LE(self) -> np.ndarray:
+        """Experts whose rows meet a trainable slot: those trainable, and those served by a trainable one."""
+        return taught(self.trainable_LE, self.alias_LE)
 
     def __post_init__(self) -> None:
         if self.permitted_LE.shape != self.trainable_LE.shape:
@@ -64,83 +111,43 @@ class ExpertPlan:
         empty = np.flatnonzero(~self.permitted_LE.any(axis=1))
         if empty.size:
             raise ValueError(f"client {self.client}: layer {empty[0]} has no permitted expert; permit at least one")
+        if self.alias_LE is not None:
+            self._check_alias(self.alias_LE)
+        if self.per_batch is not None and not self.trainable_LE.all():
+            raise ValueError(f"client {self.client}: per_batch chooses among all experts; permit and train all of them")
+        if strange := sorted(self.keeps - {"router", "expert"}):
+            raise ValueError(f"client {self.client}: keeps={strange}; only the router and the expert can stay behind")
         if over := self.budget.violations(self.predicted):
             raise ValueError(f"client {self.client}: the plan exceeds its budget ({over[0]}); plan less")
 
-
-def make_plan(
-    population: Population,
-    state: ServerState,
-    client: int,
-    scores_LE: np.ndarray,
-    *,
-    explore_absent: bool = True,
-) -> ExpertPlan:
-    """The experts of largest score within the client's budget, then as much work as its FLOPs allow.
-
-    Memory, traffic and count choose the experts (HFedMoE eq. 15 and its real-budget form); FLOPs then set local steps,
-    k' and the trainable share. With ``explore_absent`` an absent expert sometimes takes the place of the least valued
-    held one, in proportion to the client's own demand for it, so that no expert stays unseen for ever [E].
-
-    Raises:
-        ValueError: the budget cannot hold one expert per MoE layer or pay one step; the message says what would do.
-    """
-    config, costs, budget = population.config, population.costs, population.budgets[client]
-    first, mode = state.visits[client] == 0, config.selection.mode
-    permitted_LE, trainable_LE = choose(budget, costs, scores_LE, client=client, mode=mode, first_participation=first)
-    if explore_absent and mode == "compact" and config.selection.explore > 0:
-        demand_LE = (state.profiles[client] or population.prior).prob_sum_LE
-        rng = counter_rng(config.seed, "explore", state.round, client)
-        permitted_LE = explore(permitted_LE, demand_LE, scores_LE, chance=config.selection.explore, rng=rng)
-        trainable_LE = permitted_LE
-    fit = fit_flops(
-        budget,
-        costs,
-        permitted_LE,
-        trainable_LE,
-        local_steps=config.train.local_steps,
-        scores_LE=scores_LE,
-        client=client,
-    )
-    predicted = costs.predict(
-        permitted_LE,
-        fit.trainable_LE,
-        local_steps=fit.local_steps,
-        top_k=fit.top_k,
-        first_participation=first,
-        mode=mode,
-    )
-    return ExpertPlan(
-        client=client,
-        round=state.round,
-        permitted_LE=permitted_LE,
-        trainable_LE=fit.trainable_LE,
-        top_k=fit.top_k,
-        local_steps=fit.local_steps,
-        seed=counter_seed(config.seed, "client", state.round, client),
-        budget=budget,
-        predicted=predicted,
-        first_participation=first,
-        mode=mode,
-    )
+    def _check_alias(self, alias_LE: np.ndarray) -> None:
+        if alias_LE.dtype.kind != "i" or alias_LE.shape != self.permitted_LE.shape:
+            raise ValueError(
+                f"client {self.client}: alias_LE is {alias_LE.dtype} {alias_LE.shape}; "
+                f"it must be whole numbers of shape {self.permitted_LE.shape}"
+            )
+        for layer, expert in np.argwhere(alias_LE >= 0):
+            by = alias_LE[layer, expert]
+            if by >= alias_LE.shape[1] or not self.permitted_LE[layer, by]:
+                raise ValueError(
+                    f"client {self.client}: expert {expert} of layer {layer} is served by expert {by}, which is not "
+                    "permitted; permit it or name another"
+                )
+            if self.permitted_LE[layer, expert] and by != expert:
+                raise ValueError(
+                    f"client {self.client}: expert {expert} of layer {layer} is permitted and served by expert {by}; "
+                    "only absent experts have an alias"
+                )
 
 
-def plan_everything(population: Population, state: ServerState, client: int) -> ExpertPlan:
-    """All experts, all steps, no limit: what FedAvg asks of every client, and is charged for."""
-    config, spec = population.config, population.spec
-    all_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
-    first = state.visits[client] == 0
-    return ExpertPlan(
-        client=client,
-        round=state.round,
-        permitted_LE=all_LE,
-        trainable_LE=all_LE,
-        top_k=spec.top_k,
-        local_steps=config.train.local_steps,
-        seed=counter_seed(config.seed, "client", state.round, client),
-        budget=Budget(name="unlimited"),
-        predicted=population.costs.predict(
-            all_LE, all_LE, local_steps=config.train.local_steps, first_participation=first
-        ),
-        first_participation=first,
-    )
+def taught(trainable_LE: np.ndarray, alias_LE: np.ndarray | None) -> np.ndarray:
+    """The trainable experts and those that a trainable one serves, bool (L, E)."""
+    if alias_LE is None:
+        return trainable_LE
+    by_LE = np.take_along_axis(trainable_LE, alias_LE.clip(0, alias_LE.shape[1] - 1), axis=1)
+    return trainable_LE | (by_LE & (alias_LE >= 0))
+
+
+def sends_adapters(rows: Mapping[str, Mapping[int, Tensor]], *, in_state: bool) -> bool:
+    """Whether a client is sent its adapters: the state's, or the rows of its plan; fresh ones it makes itself."""
+    return in_state or any(key.rpartition(".")[2] in FACTORS for key in rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.adapter import Batch, ModelAdapter, find_adapter
-from fedmoe_core.algorithms import Algorithm, find_algorithm
+from fedmoe_core.algorithms import Algorithm, algorithm_class
 from fedmoe_core.batch import public_batches
 from fedmoe_core.budget import Budget
 from fedmoe_core.calibrate import calibrate
-from fedmoe_core.config import Config
+from fedmoe_core.config import Config, TrainConfig
 from fedmoe_core.data import FederatedData, load_data
+from fedmoe_core.evaluate import validation_batches
 from fedmoe_core.progress import Observer
 from fedmoe_core.ranks import Ranks
+from fedmoe_core.rng import counter_seed
 from fedmoe_core.state import Population
 from fedmoe_core.tokens import pretrained_tokenizer
 from fedmoe_core.warmup import cached_warmup, measure_profile, warm_up, warmup_key
@@ -76,7 +79,7 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
     """
     torch.set_num_threads(config.threads)
     observer.on_stage(f"reading {config.data}")
-    data = read_data(config, ranks)
+    data = read_data(config, ranks, validation=algorithm_class(config.algorithm).needs_validation)
     adapter = load_model(config, data, ranks.device)
     spec = adapter.spec
     budgets = tuple(
@@ -84,35 +87,75 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
         for client in range(config.clients)
     )
 
-    def measured(params: dict[str, Tensor]) -> Population:
+    form = algorithm_class(config.algorithm)
+
+    def measured(model: ModelAdapter, params: dict[str, Tensor]) -> Population:
         first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
+        lora = form.lora(config)
+        costs = partial(calibrate, model, params, local_settings(config, form), first, padding=may_pad(config, data))
+        whole = costs(lora_rank=lora.rank if lora is not None and lora.in_state else None)
         return Population(
             config=config,
-            spec=spec,
+            spec=model.spec,
             budgets=budgets,
-            costs=calibrate(adapter, params, config.train, first, padding=may_pad(config, data)),
+            costs=whole,
             samples_C=np.array([client.samples for client in data.clients]),
-            prior=measure_profile(adapter, params, local_public_batches(config, data, PRIOR_STEPS)),
+            counts_CD=data.counts_CD,
+            validation_tokens_C=validation_tokens(config, data) if form.needs_validation else None,
+            lora_costs=None if lora is None else whole if lora.in_state else costs(lora_rank=lora.rank),
+            prior=measure_profile(model, params, local_public_batches(config, data, PRIOR_STEPS)),
         )
 
     def refuse_early(untrained: dict[str, Tensor]) -> None:
         # A budget that cannot be served should be refused within seconds, not after minutes of warm-up.
-        algorithm = find_algorithm(config.algorithm, measured(untrained))
-        algorithm.plan(algorithm.init(untrained), range(config.clients))
+        changes = form.lora(config) is not None or form.graft(config) is not None
+        twin = load_model(config, data, ranks.device) if changes else adapter
+        params = take_form(config, form, twin, untrained)
+        algorithm = form(measured(twin, params))
+        algorithm.plan(algorithm.init(params), range(config.clients))
 
     params = warm_model(config, data, adapter, ranks, observer, train=train_warmup, before_training=refuse_early)
     observer.on_stage("measuring one local step and the value of experts on public text")
-    population = measured(params)
-    return World(config, data, adapter, params, population, find_algorithm(config.algorithm, population), ranks)
+    params = take_form(config, form, adapter, params)
+    population = measured(adapter, params)
+    return World(config, data, adapter, params, population, form(population), ranks)
+
+
+def take_form(
+    config: Config, form: type[Algorithm], adapter: ModelAdapter, params: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Give the live model the form that the algorithm declares; the state in that form, ``params`` are not changed."""
+    lora, graft = form.lora(config), form.graft(config)
+    if lora is not None and graft is not None:
+        raise ValueError(f"algorithm {config.algorithm!r} declares both adapters and grafts; declare one of them")
+    if lora is None and graft is None:
+        return params
+    adapter.configure(params)
+    if graft is not None:
+        return adapter.graft(graft, seed=counter_seed(config.seed, "graft"))
+    assert lora is not None
+    return {**params, **adapter.add_lora(lora, seed=counter_seed(config.seed, "adapters"))}
+
+
+def local_settings(config: Config, form: type[Algorithm]) -> TrainConfig:
+    """Local training as configured, the trunk frozen where the algorithm says so."""
+    return config.train if form.trains_trunk else replace(config.train, trunk="frozen")
 
 
 def may_pad(config: Config, data: FederatedData) -> bool:
     """Whether some client's batches may hold padding: rows differ in length, and a short stream fills no window."""
-    shortest = min(len(client.private.tokens_N) for client in data.clients)
+    streams = [part for client in data.clients for part in (client.private, client.validation) if part is not None]
+    shortest = min(len(stream.tokens_N) for stream in streams)
     return data.task == "classification" or shortest < config.train.seq_len
 
 
-def read_data(config: Config, ranks: Ranks) -> FederatedData:
+def validation_tokens(config: Config, data: FederatedData) -> np.ndarray:
+    """Tokens, padding included, of each client's validation pass, (C,)."""
+    passes = [validation_batches(client, config) for client in data.clients]
+    return np.array([sum(batch.tokens_SN.numel() for batch in batches) for batches in passes])
+
+
+def read_data(config: Config, ranks: Ranks, *, validation: bool) -> FederatedData:
     """The corpus, split and encoded; rank 0 first, so that the others find the cache filled."""
     if not ranks.leads:
         ranks.wait()
@@ -124,6 +167,7 @@ def read_data(config: Config, ranks: Ranks) -> FederatedData:
         tokenizer=config.tokenizer,
         vocab_size=config.model_config.vocab_size,
         labels_per_class=config.warmup.labels_per_class,
+        validation=validation,
         pretrained=pretrained_tokenizer(config.model) if is_pretrained(config) else None,
         cache=cache_directory(config),
     )

@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_core import show
-
-NAMES = {
-    "hfedmoe": "HFedMoE",
-    "fedavg": "FedAvg",
-    "random": "random experts",
-}
+from fedmoe_core.names import TITLES
 
 # Keys that may differ between two runs of one comparison: they name the method, or where and how fast it ran.
 METHOD = ("algorithm", "out", "cache", "ranks", "threads", "selection", "aggregation")
@@ -58,6 +53,10 @@ class Run:
     @property
     def has_accuracy(self) -> bool:
         return show.known(self.summary.get("accuracy_after"))
+
+    def personal(self, kind: str, *, first: bool = False) -> list[float]:
+        """``loss`` or ``accuracy`` of every client's own model, last evaluated (or first); empty where it was not."""
+        return [value for value in self.last(f"personal_{kind}_C", first=first) or () if show.known(value)]
 
     @property
     def seed(self) -> int:
@@ -148,7 +147,7 @@ def _read(path: Path) -> Run:
     algorithm = str(summary.get("algorithm", config.get("algorithm", "run")))
     return Run(
         path=path,
-        name=str(summary.get("label") or NAMES.get(algorithm, algorithm)),
+        name=str(summary.get("label") or TITLES.get(algorithm, algorithm)),
         summary=summary,
         config=config,
         rounds=rounds,
@@ -161,7 +160,8 @@ def _read(path: Path) -> Run:
 
 def _summary_so_far(config: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first, last = rounds[0], rounds[-1]
-    losses = [value for value in last.get("loss_clients") or () if show.known(value)]
+    own = last.get("personal_loss_C")
+    losses = [value for value in last.get("loss_clients") or own or () if show.known(value)]
     return {
         "algorithm": config.get("algorithm"),
         "seed": config.get("seed", 0),
@@ -171,6 +171,8 @@ def _summary_so_far(config: Mapping[str, Any], rounds: Sequence[Mapping[str, Any
         "accuracy_before": first.get("accuracy") if first["round"] == 0 else None,
         "accuracy_after": last.get("accuracy"),
         "worst_client_loss": max(losses, default=None),
+        "personal_loss_C": own,
+        "personal_accuracy_C": last.get("personal_accuracy_C"),
         "bytes_down": last.get("bytes_down_total"),
         "bytes_up": last.get("bytes_up_total"),
         "flops": last.get("flops_total"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from fedmoe_core.aggregate import Accumulator, SumSettings, model_hash
-from fedmoe_core.batch import client_batches
+from fedmoe_core.batch import Batch, client_batches
 from fedmoe_core.checkpoint import ensure_writable, load_checkpoint
 from fedmoe_core.client import train_client
 from fedmoe_core.config import Config, TrainConfig
 from fedmoe_core.data import FederatedData
-from fedmoe_core.evaluate import evaluate_clients
+from fedmoe_core.evaluate import evaluate_clients, validation_batches
 from fedmoe_core.plan import ExpertPlan
-from fedmoe_core.prepare import World, build_world, pick_device
+from fedmoe_core.planning import plan_costs
+from fedmoe_core.prepare import World, build_world, local_settings, pick_device
 from fedmoe_core.progress import NullObserver, Observer, PlanRow
 from fedmoe_core.ranks import open_ranks
 from fedmoe_core.records import RunLog, client_record, label_of, plan_row
@@ -58,7 +60,7 @@ def run(config: Config, *, observer: Observer | None = None, force: bool = False
         state = world.algorithm.init(world.params)
         check_budgets(world, state)
         log = RunLog.create(out, world) if ranks.leads else None
-        return _play(world, state, log, observer)
+        return _play(world, state, log, observer, fresh=True)
 
 
 def resume(run_dir: Path, *, observer: Observer | None = None) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def resume(run_dir: Path, *, observer: Observer | None = None) -> dict[str, Any]
         world = build_world(config, ranks, observer)
         state = unpack_state(saved.tensors, round=int(saved.meta["round"]), device=ranks.device)
         log = RunLog.reopen(run_dir, world, saved.meta) if ranks.leads else None
-        return _play(world, state, log, observer)
+        return _play(world, state, log, observer, fresh=False)
 
 
 def dry_run(config: Config, *, observer: Observer | None = None) -> list[PlanRow]:
@@ -133,10 +135,10 @@ def sample_clients(config: Config, round: int) -> list[int]:
     return sorted(int(client) for client in rng.choice(config.clients, size=count, replace=False))
 
 
-def round_settings(config: Config, round: int) -> TrainConfig:
-    """Local training as configured, at this round's learning rate: from lr to lr_final of it along half a cosine."""
-    train = config.train
-    done = round / max(1, config.rounds - 1)
+def round_settings(world: World, round: int) -> TrainConfig:
+    """Local training of this run, at this round's learning rate: from lr to lr_final of it along half a cosine."""
+    train = local_settings(world.config, type(world.algorithm))
+    done = round / max(1, world.config.rounds - 1)
     factor = train.lr_final + (1 - train.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
     return replace(train, lr=train.lr * factor)
 
@@ -151,25 +153,31 @@ def class_shares(data: FederatedData, client: int) -> np.ndarray | None:
 
 def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[ClientUpdate, float]:
     """One client's training and the update its algorithm makes of it."""
-    train = round_settings(world.config, plan.round)
-    batches = client_batches(
-        world.data.clients[plan.client].private,
-        seed=world.config.seed,
-        round=plan.round,
-        client=plan.client,
-        steps=plan.local_steps,
-        batch_size=train.batch_size,
-        seq_len=train.seq_len,
-    )
-    moved = (batch.to(world.ranks.device) for batch in batches)
+    train, device = round_settings(world, plan.round), world.ranks.device
+    data = world.data.clients[plan.client]
+
+    def draw() -> Iterator[Batch]:
+        batches = client_batches(
+            data.private,
+            seed=world.config.seed,
+            round=plan.round,
+            client=plan.client,
+            steps=plan.local_steps,
+            batch_size=train.batch_size,
+            seq_len=train.seq_len,
+        )
+        return (batch.to(device) for batch in batches)
+
     result = train_client(
         world.adapter,
         state.params,
         plan,
-        moved,
+        draw(),
         train=train,
-        costs=world.population.costs,
+        costs=plan_costs(world.population, plan),
         class_shares_C=class_shares(world.data, plan.client),
+        redraw=draw,
+        validation=lambda: (batch.to(device) for batch in validation_batches(data, world.config)),
     )
     return world.algorithm.client(plan, result), result.extract_seconds
 
@@ -194,20 +202,25 @@ def _accumulator(world: World) -> Accumulator:
         norm_bound=rule.norm_bound,
         max_clients=config.clients_per_round or config.clients,
     )
+    train = local_settings(config, type(world.algorithm))
+    specs = world.adapter.spec.trained(train_dense=train.trunk == "fedavg")
     return Accumulator(
-        world.adapter.spec.params,
+        specs,
         settings,
         lr=config.train.lr,
-        train_dense=config.train.trunk == "fedavg",
+        train_dense=any(spec.kind == "dense" for spec in specs),
         device=world.ranks.device,
     )
 
 
-def _play(world: World, state: ServerState, log: RunLog | None, observer: Observer) -> dict[str, Any]:
-    """Rounds from ``state`` to the last, each evaluated, logged and committed; then the summary."""
+def _play(world: World, state: ServerState, log: RunLog | None, observer: Observer, *, fresh: bool) -> dict[str, Any]:
+    """Rounds from ``state`` to the last, each evaluated, logged and committed; then the summary.
+
+    A ``fresh`` run has the warm model judged first; a resumed one has that line already.
+    """
     config = world.config
     observer.on_start(_headline(world, state))
-    if state.round == 0:
+    if fresh:
         warm = evaluate_clients(world, state)
         if log is not None:
             observer.on_round(0, config.rounds, log.before(warm))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from fedmoe_core.rng import counter_rng
 # Language modelling: shares of the text that clients may own; classification: shares of all rows.
 PUBLIC_TEXT, TEST_TEXT = 0.10, 0.20
 PUBLIC_ROWS, TEST_ROWS = 0.20, 0.15
+VALIDATION = 0.10  # of a client's private rows, where its algorithm needs them
 DEFAULT_ALPHA = 0.5  # label skew where ``auto`` finds no domains
 
 
@@ -28,6 +29,7 @@ class Splits:
         tests: one held-out array per client. Language modelling: the client's own text, disjoint between clients.
             Classification: rows of ``test_P`` in the client's own label mix; two clients may share rows.
         partition: the resolved partitioner.
+        validation: one array per client, taken out of ``private``; empty unless the algorithm needs validation data.
     """
 
     public_P: np.ndarray
@@ -36,6 +38,7 @@ class Splits:
     private: tuple[np.ndarray, ...]
     tests: tuple[np.ndarray, ...]
     partition: str
+    validation: tuple[np.ndarray, ...] = ()
 
 
 def split_corpus(corpus: Corpus, *, clients: int, scheme: str, seed: int, labels_per_class: int = 25) -> Splits:
@@ -62,6 +65,28 @@ def split_corpus(corpus: Corpus, *, clients: int, scheme: str, seed: int, labels
     if corpus.task == "classification":
         return _split_rows(corpus, clients, scheme, (seed, labels_per_class))
     return _split_text(corpus, clients, scheme, seed)
+
+
+def with_validation(splits: Splits, *, seed: int) -> Splits:
+    """The same splits with a tenth of each client's private rows, at least one, held back for validation.
+
+    The rest keeps its order. Which rows go depends on the seed and the client alone.
+
+    Raises:
+        ValueError: a client owns a single row.
+    """
+    private, validation = [], []
+    for client, rows in enumerate(splits.private):
+        if len(rows) < 2:
+            raise ValueError(
+                f"client {client} owns {len(rows)} private row and needs 2, one to train on and one to validate on; "
+                "lower clients, use partition=iid, or give it more data"
+            )
+        count = max(1, _share(len(rows), VALIDATION))
+        held = counter_rng(seed, "validation", client).permutation(len(rows)) < count
+        private.append(rows[~held])
+        validation.append(rows[held])
+    return replace(splits, private=tuple(private), validation=tuple(validation))
 
 
 def owned_domains(corpus: Corpus, *, clients: int, scheme: str) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,6 +27,10 @@ class Population:
         costs: the cost model, calibrated on this model, batch, sequence and backend.
         samples_C: |D_c|, private tokens or rows of each client.
         prior: the server's own pass over public data with the full model; stands in for clients not yet heard.
+        counts_CD: who holds what: private rows by class (classification) or private tokens by domain; None = unknown.
+        validation_tokens_C: tokens, padding included, of each client's validation pass; None where no algorithm of
+            this run needs validation.
+        lora_costs: the cost model under adapters of the declared rank, where ``costs`` is not that one already.
     """
 
     config: Config
@@ -34,6 +39,24 @@ class Population:
     costs: CostModel
     samples_C: np.ndarray
     prior: ClientProfile
+    counts_CD: np.ndarray | None = None
+    validation_tokens_C: np.ndarray | None = None
+    lora_costs: CostModel | None = None
+
+    def costs_at(self, lora_rank: int | None) -> CostModel:
+        """The cost model of a client whose adapters have this rank; None as ``ExpertPlan.lora_rank``.
+
+        Raises:
+            ValueError: no adapters were declared, or not of such a rank.
+        """
+        if lora_rank is None:
+            return self.costs
+        model = self.costs if self.costs.lora_rank is not None else self.lora_costs
+        if model is None or model.lora_rank is None:
+            raise ValueError(f"a plan asks for adapters of rank {lora_rank}; declare them by the algorithm's lora()")
+        if not 1 <= lora_rank <= model.lora_rank:
+            raise ValueError(f"a plan asks for adapters of rank {lora_rank}; 1 to {model.lora_rank} were declared")
+        return replace(model, lora_rank=lora_rank)
 
     def sample_weight(self, client: int) -> float:
         """|D_c| over the largest |D_c|, in (0, 1]; 1 for all when weighting is "uniform"."""
@@ -51,18 +74,32 @@ class ServerState:
         params: the global model in global coordinates.
         profiles: each client's latest profile, None while it has not reported.
         visits: how many plans each client has been sent (the frozen trunk travels with the first).
+        memory: the algorithm's own state by name, tensors of any dtype on the CPU; empty where it needs none. Numbers
+            and counters go in as tensors, so that a checkpoint holds them and a resumed run has the same bits.
     """
 
     round: int
     params: dict[str, Tensor]
     profiles: tuple[ClientProfile | None, ...]
     visits: tuple[int, ...]
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def advance(self, params: dict[str, Tensor], reports: dict[int, ClientProfile], planned: list[int]) -> ServerState:
-        """The next round's state: new parameters, fresher profiles, one more visit for every planned client."""
+    def advance(
+        self,
+        params: dict[str, Tensor],
+        reports: dict[int, ClientProfile],
+        planned: list[int],
+        *,
+        memory: Mapping[str, Tensor] | None = None,
+    ) -> ServerState:
+        """The next round's state: new parameters, fresher profiles, one more visit for every planned client.
+
+        ``memory`` replaces the algorithm's own state as a whole; None keeps it.
+        """
         profiles = tuple(reports.get(client, profile) for client, profile in enumerate(self.profiles))
         visits = tuple(count + (client in set(planned)) for client, count in enumerate(self.visits))
-        return replace(self, round=self.round + 1, params=params, profiles=profiles, visits=visits)
+        kept = self.memory if memory is None else memory
+        return replace(self, round=self.round + 1, params=params, profiles=profiles, visits=visits, memory=kept)
 
 
 def initial_state(params: dict[str, Tensor], clients: int) -> ServerState:
@@ -73,6 +110,7 @@ def initial_state(params: dict[str, Tensor], clients: int) -> ServerState:
 def pack_state(state: ServerState) -> dict[str, Tensor]:
     """Every tensor of the state under one flat naming, for a checkpoint; ``unpack_state`` is the inverse."""
     packed = {f"params/{key}": tensor for key, tensor in state.params.items()}
+    packed |= {f"memory/{key}": tensor for key, tensor in state.memory.items()}
     packed["visits"] = torch.tensor(state.visits, dtype=torch.int64)
     for client, profile in enumerate(state.profiles):
         if profile is not None:
@@ -82,7 +120,7 @@ def pack_state(state: ServerState) -> dict[str, Tensor]:
 
 
 def unpack_state(packed: dict[str, Tensor], *, round: int, device: torch.device | str = "cpu") -> ServerState:
-    """Rebuild what ``pack_state`` took apart, the model on ``device``.
+    """Rebuild what ``pack_state`` took apart, the model on ``device``, the algorithm's memory on the CPU.
 
     Raises:
         ValueError: the checkpoint holds no model or no visit counts.
@@ -98,4 +136,5 @@ def unpack_state(packed: dict[str, Tensor], *, round: int, device: torch.device 
         if arrays:
             arrays["held_LE"] = arrays["held_LE"].astype(bool)
         profiles.append(ClientProfile(**arrays) if arrays else None)
-    return ServerState(round, params, tuple(profiles), visits)
+    memory = {key.removeprefix("memory/"): tensor for key, tensor in packed.items() if key.startswith("memory/")}
+    return ServerState(round, params, tuple(profiles), visits, memory)

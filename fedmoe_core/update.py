@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fedmoe_core.budget import Cost
 
-# Kinds of tensors in global coordinates. "expert" and "router" tensors have experts on dimension 0.
-Kind = Literal["expert", "router", "dense"]
+# Kinds of tensors in global coordinates. "expert" and "router" tensors have experts on dimension 0; "frozen" ones (base
+# experts under adapters, the blocks that adapters are grafted on) never train in this run.
+Kind = Literal["expert", "router", "dense", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,15 @@ class ParamSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     layer: int = -1  # index of the MoE layer, -1 for dense tensors
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over evaluated batches; divide by ``count``."""
+
+    loss_sum: float  # nats
+    count: int  # predicted tokens, or samples
+    correct: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,11 @@ class ClientUpdate:
         loss_first, loss_last: mean loss of the first and of the last local step (nats).
         status: "ok"; "failed" by the client or "refused" by the server, with the reason in ``error``.
         steps: optimizer steps taken.
+        validation, validation_profile: of the trained sub-model on the client's validation data; None where the plan
+            did not ask.
+        private: small tensors that the server simulation keeps for this client and never aggregates (a local gate);
+            ``ServerState.memory`` is where they go.
+        metrics: numbers of the algorithm's own about this client and round.
     """
 
     client: int
@@ -97,6 +112,10 @@ class ClientUpdate:
     status: Literal["ok", "failed", "refused"] = "ok"
     error: str = ""
     steps: int = 0
+    validation: Evaluation | None = None
+    validation_profile: ClientProfile | None = None
+    private: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def profile_arrays(profile: ClientProfile) -> dict[str, np.ndarray]:

@@ -17,9 +17,9 @@ from fedmoe_core.adapter import ModelAdapter
 from fedmoe_core.balance import balance_loss
 from fedmoe_core.batch import Batch, public_batches
 from fedmoe_core.checkpoint import load_checkpoint, save_checkpoint
-from fedmoe_core.client import ProfileSums
 from fedmoe_core.config import Config, WarmupConfig
 from fedmoe_core.data import FederatedData
+from fedmoe_core.measure import ProfileSums
 from fedmoe_core.rng import counter_seed
 from fedmoe_core.update import ClientProfile
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, pad
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fedmoe_bindings.transformers_experts import use_fedmoe
 from fedmoe_bindings.transformers_families import family_of, sparse_blocks
 from fedmoe_bindings.transformers_load import Pool, SequenceClassifier, load_model, small_model
-from fedmoe_bindings.transformers_mask import TOKEN_MASK, carry_token_mask
+from fedmoe_bindings.transformers_loss import TaskLosses
+from fedmoe_bindings.transformers_mask import carry_token_mask
 from fedmoe_bindings.transformers_submodel import extract_submodel, merge_submodel, stock_model
-from fedmoe_core.adapter import Batch, Evaluation, ModelSpec, Task
+from fedmoe_core.adapter import LoraSpec, ModelSpec, Task
 from fedmoe_core.config import ModelConfig
+from fedmoe_core.graft import GraftSpec, fresh_graft
 from fedmoe_core.layer import MoE
+from fedmoe_core.layer_lora import FACTORS, LayerLora, lora_of_layer, lora_specs
+from fedmoe_core.rng import counter_seed
+from fedmoe_core.rows import Rows, rows_of_layer
 from fedmoe_core.update import Kind, ParamSpec
 
 __all__ = ["TransformersAdapter", "extract_submodel", "load_adapter", "merge_submodel", "use_fedmoe"]
@@ -77,7 +81,7 @@ def load_adapter(
     )
 
 
-class TransformersAdapter:
+class TransformersAdapter(TaskLosses):
     """A transformers model whose MoE blocks are ``fedmoe_core.MoE`` layers; implements ``ModelAdapter``.
 
     Attributes:
@@ -85,10 +89,6 @@ class TransformersAdapter:
         model: the causal LM, or a ``SequenceClassifier``.
         moe: its MoE layers in depth order, with statistics and importance sums on.
     """
-
-    spec: ModelSpec
-    model: nn.Module
-    moe: tuple[MoE, ...]
 
     def __init__(
         self,
@@ -131,11 +131,11 @@ class TransformersAdapter:
             model.set_submodule(block.name, layer)
             layers.append(layer)
         del blocks, block
-        carry_token_mask(root)
-        self.model, self.moe = root, tuple(layers)
+        self._carriers = carry_token_mask(root)
+        self.model, self.moe, self.frozen_moe = root, tuple(layers), ()
+        self._lora: LoraSpec | None = None
         self._config = config
         self._dense = self._dense_parameters()
-        self._head = self._head_keys(task)
         self.spec = self._describe(task)
 
     def state(self) -> dict[str, Tensor]:
@@ -153,6 +153,8 @@ class TransformersAdapter:
                 )
             held = layer.global_state()
             state |= {f"moe.{number}.{name}": getattr(held, name) for name in ("router", "w_in", "w_out")}
+            if held.lora is not None and self._lora is not None and self._lora.in_state:
+                state |= {f"moe.{number}.{name}": factor for name, factor in held.lora.factors.items()}
         return state | {key: parameter.detach().clone() for key, parameter in self._dense.items()}
 
     def export(self) -> PreTrainedModel:
@@ -161,9 +163,11 @@ class TransformersAdapter:
         (The live ``model`` has fedmoe layers, under names that ``from_pretrained`` does not know.)
 
         Raises:
-            ValueError: a layer does not hold every expert, or transformers has no model with this head.
+            ValueError: a layer does not hold every expert, or transformers has no model with this head or grafts.
         """
         state = self.state()
+        if self.frozen_moe:
+            raise ValueError("transformers has no model with grafted mixtures; save the state instead")
         places = [name for name, module in self.model.named_modules() if isinstance(module, MoE)]
         if not isinstance(self.model, SequenceClassifier):
             return stock_model(type(self.model), self._config, state, places)
@@ -177,23 +181,30 @@ class TransformersAdapter:
         *,
         permitted_LE: np.ndarray | None = None,
         trainable_LE: np.ndarray | None = None,
+        rows: Rows | None = None,
+        alias_LE: np.ndarray | None = None,
         top_k: int | None = None,
         train_dense: bool = False,
         train_router: bool = True,
         train_head: bool | None = None,
+        lora_rank: int | None = None,
+        lora_seed: int = 0,
+        out_scale_L: Sequence[float] | None = None,
     ) -> None:
         """Become a sub-model of ``state``, as ``ModelAdapter.configure``.
 
         Args:
-            state, permitted_LE, trainable_LE, top_k, train_dense, train_router: as the protocol.
+            state, permitted_LE, trainable_LE, rows, alias_LE, top_k, train_dense, train_router, lora_rank, lora_seed,
+                out_scale_L: as the protocol.
             train_head: whether the classification head trains; None = always in classification, whatever
                 ``train_dense`` says. A language-model head counts as trunk: it may be the embedding itself.
 
         Raises:
-            ValueError: a missing, foreign or misshapen tensor, a bad mask, or a top_k that is impossible; nothing of
-                the adapter has changed then.
+            ValueError: a missing, foreign or misshapen tensor, a bad mask, or a top_k that is impossible (nothing of
+                the adapter has changed then); rows or an alias that do not fit.
         """
         self._check(state)
+        self._check_rows(rows or {})
         k = self.spec.top_k if top_k is None else top_k
         if not 1 <= k <= self.spec.top_k:
             raise ValueError(f"top_k={k} is outside 1 to {self.spec.top_k}, the model's own")
@@ -205,19 +216,59 @@ class TransformersAdapter:
             )
         for layer, held_E, trains_E in zip(self.moe, permitted, trainable, strict=True):
             layer.check_masks(held_E, trains_E)
+        if lora_rank is not None and self._lora is None:
+            raise ValueError(f"lora_rank={lora_rank}, but this model has no adapters; call add_lora first")
         for number, layer in enumerate(self.moe):
             layer.top_k, layer.train_router = k, train_router
+            layer.start_out_scale(None if out_scale_L is None else float(out_scale_L[number]))
+            lora = None
+            if self._lora is not None and (self._lora.in_state or lora_rank is not None):
+                lora = lora_of_layer(state, number, self._lora, rank=lora_rank, seed=lora_seed)
             layer.load_global(
                 *(state[f"moe.{number}.{name}"].to(layer.w_in.device) for name in ("router", "w_in", "w_out")),
                 permitted=permitted[number],
                 trainable=trainable[number],
+                rows=rows_of_layer(rows or {}, number),
+                alias=None if alias_LE is None else alias_LE[number],
+                lora=None if lora is None else lora.to(layer.w_in.device),
             )
         head = self.spec.task == "classification" if train_head is None else train_head
+        learning = {spec.key for spec in self.spec.params if spec.kind == "dense"}
         with torch.no_grad():
             for key, parameter in self._dense.items():
                 parameter.copy_(state[key])
-                parameter.requires_grad_(head if key in self._head else train_dense)
+                parameter.requires_grad_(key in learning and (head if key in self.spec.head else train_dense))
                 parameter.grad = None
+
+    def add_lora(self, lora: LoraSpec, *, seed: int) -> dict[str, Tensor]:
+        """Let experts carry adapters from now on, as the protocol."""
+        self._lora = lora
+        fresh: dict[str, Tensor] = {}
+        if lora.in_state:
+            for number, layer in enumerate(self.moe):
+                held = layer.global_state()
+                drawn = LayerLora.fresh(
+                    held.w_in, held.w_out, rank=lora.rank, scale=lora.scale, seed=counter_seed(seed, "adapters", number)
+                )
+                fresh |= {f"moe.{number}.{name}": factor for name, factor in drawn.factors.items()}
+            self.spec = replace(self.spec, params=lora_specs(self.spec.params, lora.rank))
+        return fresh
+
+    def graft(self, graft: GraftSpec, *, seed: int) -> dict[str, Tensor]:
+        """Put a fresh mixture beside every MoE block, as the protocol."""
+        if self.frozen_moe or self._lora is not None:
+            raise ValueError("the model was grafted or given adapters before; load it anew")
+        places = {module: name for name, module in self.model.named_modules() if isinstance(module, MoE)}
+        grown = []
+        for number, base in enumerate(self.moe):
+            grafted = fresh_graft(base, graft, seed=counter_seed(seed, "graft", number))
+            self.model.set_submodule(places[base], grafted)
+            self._carriers[base].serve(grafted.experts)
+            grown.append(grafted)
+        self.moe, self.frozen_moe = tuple(g.experts for g in grown), self.moe
+        self._dense = self._dense_parameters()
+        self.spec = self._describe(self.spec.task)
+        return self.state()
 
     def trained(self) -> dict[str, Tensor]:
         """Detached views of what this configuration trains; the keys and shapes of ``ClientUpdate.deltas``."""
@@ -228,91 +279,10 @@ class TransformersAdapter:
         }
         return views | {key: p.detach() for key, p in self._dense.items() if p.requires_grad}
 
-    def loss(
-        self,
-        batch: Batch,
-        *,
-        training: bool = True,
-        token_dropout: float = 0.0,
-        generator: torch.Generator | None = None,
-        log_prior_C: Tensor | None = None,
-    ) -> Tensor:
-        """Mean loss of the batch, in nats per predicted token or per sample; padding neither routed nor counted.
-
-        Args:
-            batch: as ``Batch``; a token is predicted where it and its predecessor are real.
-            training: the mode of dropout layers and of activation checkpointing.
-            token_dropout: classification only; each real token is treated as padding with this probability (a
-                sequence never loses all its tokens).
-            generator: a CPU generator for token dropout.
-            log_prior_C: classification only; added to the logits, so that what a client learns is not its own class
-                shares (logit adjustment, arXiv 2007.07314 [E]).
-
-        Raises:
-            ValueError: labels are missing, or token dropout is asked of a language model.
-        """
-        self.model.train(training)
-        if token_dropout:
-            if self.spec.task == "causal_lm":
-                raise ValueError("token_dropout is for classification; set it to 0 for a language model")
-            batch = _drop_tokens(batch, token_dropout, generator)
-        loss_sum, count, _ = self._sums(batch, log_prior_C)
-        return loss_sum / count
-
-    def text_loss(self, batch: Batch) -> Tensor:
-        """Mean next-token loss in nats; a classifier's trunk predicts with its own embedding as output layer."""
-        self.model.train()
-        if self.spec.task == "causal_lm":
-            loss_sum, count, _ = self._sums(batch)
-            return loss_sum / count
-        trunk = cast(SequenceClassifier, self.model).model
-        hidden_SNH = trunk(
-            input_ids=batch.tokens_SN,
-            attention_mask=batch.mask_SN.long(),
-            use_cache=False,
-            **{TOKEN_MASK: batch.mask_SN.reshape(-1)},
-        ).last_hidden_state
-        embedding = cast(nn.Embedding, trunk.get_input_embeddings())
-        loss_sum, count = _next_token_loss(linear(hidden_SNH, embedding.weight), batch)
-        return loss_sum / count
-
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Evaluation:
-        """Loss sum, count, and in classification the correct predictions; leaves ``last_stats`` as it was."""
-        self.model.eval()
-        with _without_stats(self.moe):
-            loss_sum, count, correct = self._sums(batch)
-        return Evaluation(float(loss_sum), int(count), int(correct))
-
-    def _sums(self, batch: Batch, log_prior_C: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss sum, number of predictions (at least 1) and correct ones (0 in causal LM)."""
-        mask_SN = batch.mask_SN
-        options: dict[str, Any] = {TOKEN_MASK: mask_SN.reshape(-1)}
-        if self.spec.task == "classification":
-            if batch.labels_S is None:
-                raise ValueError("the batch has no labels; classification needs labels_S")
-            logits_SC = self.model(batch.tokens_SN, mask_SN, **options).float()
-            correct = (logits_SC.argmax(dim=-1) == batch.labels_S).sum()
-            adjusted_SC = logits_SC if log_prior_C is None else logits_SC + log_prior_C
-            loss_sum = cross_entropy(adjusted_SC, batch.labels_S, reduction="sum")
-            return loss_sum, torch.tensor(max(len(batch), 1), device=loss_sum.device), correct
-        logits_SNV = self.model(
-            input_ids=batch.tokens_SN,
-            attention_mask=mask_SN.long(),
-            use_cache=False,
-            output_router_logits=False,
-            **options,
-        ).logits
-        loss_sum, count = _next_token_loss(logits_SNV, batch)
-        return loss_sum, count, loss_sum.new_zeros((), dtype=torch.int64)
-
     def _dense_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter outside the MoE layers; ``named_parameters`` yields tied ones once."""
         inside = {id(parameter) for layer in self.moe for parameter in layer.parameters()}
         return {f"dense.{name}": p for name, p in self.model.named_parameters() if id(p) not in inside}
-
-    def _head_keys(self, task: Task) -> frozenset[str]:
-        return frozenset({"dense.score.weight"} if task == "classification" else ())
 
     def _describe(self, task: Task) -> ModelSpec:
         first = self.moe[0]
@@ -322,7 +292,9 @@ class TransformersAdapter:
             for name, tensor in held.items():
                 kind: Kind = "router" if name == "router" else "expert"
                 params.append(ParamSpec(f"moe.{number}.{name}", kind, tuple(tensor.shape), tensor.dtype, number))
-        params += [ParamSpec(key, "dense", tuple(p.shape), p.dtype) for key, p in self._dense.items()]
+        frozen = {id(parameter) for layer in self.frozen_moe for parameter in layer.parameters()}
+        for key, p in self._dense.items():
+            params.append(ParamSpec(key, "frozen" if id(p) in frozen else "dense", tuple(p.shape), p.dtype))
         return ModelSpec(
             family=self._config.model_type,
             task=task,
@@ -333,7 +305,15 @@ class TransformersAdapter:
             intermediate_size=first.intermediate_size,
             activation=first.activation,
             params=tuple(params),
+            head=frozenset({"dense.score.weight"} if task == "classification" else ()),
         )
+
+    def _check_rows(self, rows: Rows) -> None:
+        known = {spec.key for spec in self.spec.params if spec.layer >= 0}
+        if self._lora is not None:
+            known |= {f"moe.{number}.{name}" for number in range(len(self.moe)) for name in FACTORS}
+        if strange := sorted(set(rows) - known):
+            raise ValueError(f"rows are given for {strange[0]}; only tensors of MoE layers have rows")
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
         for spec in self.spec.params:
@@ -342,33 +322,3 @@ class TransformersAdapter:
             if tuple(state[spec.key].shape) != spec.shape:
                 found = tuple(state[spec.key].shape)
                 raise ValueError(f"the state's {spec.key} has shape {found}; this model needs {spec.shape}")
-
-
-@contextmanager
-def _without_stats(layers: tuple[MoE, ...]) -> Iterator[None]:
-    """Within the block no layer measures; afterwards the last measurement is still there."""
-    before = [(layer.with_stats, layer.last_stats) for layer in layers]
-    for layer in layers:
-        layer.with_stats = False
-    try:
-        yield
-    finally:
-        for layer, (with_stats, last_stats) in zip(layers, before, strict=True):
-            layer.with_stats, layer.last_stats = with_stats, last_stats
-
-
-def _next_token_loss(logits_SNV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Loss sum in nats and number of predictions (at least 1): a token is predicted where it and the last are real."""
-    mask_SN = batch.mask_SN
-    # The targets are shifted, not the logits: slicing (S, N, V) would copy the largest tensor of the step.
-    predicted_SN = pad(mask_SN[:, 1:] & mask_SN[:, :-1], (0, 1))
-    targets_SN = pad(batch.tokens_SN[:, 1:], (0, 1)).masked_fill(~predicted_SN, -100)
-    loss_sum = cross_entropy(logits_SNV.flatten(0, 1).float(), targets_SN.flatten(), reduction="sum")
-    return loss_sum, predicted_SN.sum().clamp(min=1)
-
-
-def _drop_tokens(batch: Batch, probability: float, generator: torch.Generator | None) -> Batch:
-    """The batch with each real token made padding with ``probability``; a sequence that would lose all keeps all."""
-    mask_SN = batch.mask_SN
-    kept_SN = mask_SN & (torch.rand(mask_SN.shape, generator=generator) >= probability).to(mask_SN.device)
-    return Batch(batch.tokens_SN, torch.where(kept_SN.any(dim=1, keepdim=True), kept_SN, mask_SN), batch.labels_S)

@@ -2,59 +2,100 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
+from fedmoe_core.adapter import LoraSpec
 from fedmoe_core.aggregate import Sums
 from fedmoe_core.client import LocalResult
+from fedmoe_core.config import Config
+from fedmoe_core.graft import GraftSpec
+from fedmoe_core.names import ALGORITHMS, PLACES
 from fedmoe_core.plan import ExpertPlan
-from fedmoe_core.state import Population, ServerState
+from fedmoe_core.state import Population, ServerState, initial_state
+from fedmoe_core.systems import System
 from fedmoe_core.update import ClientUpdate
 
 
-class Algorithm(Protocol):
-    """What the simulator asks of an algorithm. All four are pure: same arguments, same answer, on every rank."""
+@dataclass(frozen=True)
+class Algorithm(ABC):
+    """What the simulator asks of an algorithm: a frozen dataclass that inherits this and adds no field.
+
+    All methods are pure: same arguments, same answer, on every rank. What an algorithm learns goes into
+    ``ServerState.memory`` by way of ``apply``. What it needs before the first round it declares, by ``lora``, ``graft``
+    and these:
+
+    Attributes:
+        population: the fixed facts of the run.
+        card: what ``fedmoe systems`` says of it.
+        needs_validation: hold back a tenth of every client's private data, for plans with ``validate``.
+        has_global_model: False where no model serves everybody (local gates): global loss and accuracy are then null,
+            and the run is judged by ``personal`` models.
+        trains_trunk: False where the trunk stays frozen whatever ``train.trunk`` says (a classification head trains).
+    """
 
     population: Population
+    card: ClassVar[System]
+    needs_validation: ClassVar[bool] = False
+    has_global_model: ClassVar[bool] = True
+    trains_trunk: ClassVar[bool] = True
+
+    @classmethod
+    def lora(cls, config: Config) -> LoraSpec | None:
+        """Adapters that the experts of this run carry; None = none."""
+        return None
+
+    @classmethod
+    def graft(cls, config: Config) -> GraftSpec | None:
+        """A mixture grafted onto every MoE block, which is then what the run trains; None = none."""
+        return None
 
     def init(self, params: dict[str, Tensor]) -> ServerState:
-        """The state before the first round."""
-        ...
+        """The state before the first round; by default nothing is known about anybody."""
+        return initial_state(params, len(self.population.budgets))
 
+    @abstractmethod
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """One plan per sampled client, each inside that client's budget."""
-        ...
 
+    @abstractmethod
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
         """What a client that finished its plan sends back: its deltas under this algorithm's weights."""
-        ...
 
+    @abstractmethod
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
         """The next state. ``sums`` are exact and over all ranks; ``updates`` carry no deltas here, only reports."""
-        ...
+
+    def personal(self, state: ServerState, client: int) -> ExpertPlan:
+        """The model that this client would deploy, as the plan that makes it: by default its next plan."""
+        return self.plan(state, [client])[0]
 
 
-_WHERE = {
-    "hfedmoe": "fedmoe_core.algorithms.hfedmoe:HFedMoE",
-    "fedavg": "fedmoe_core.algorithms.baselines:FedAvg",
-    "random": "fedmoe_core.algorithms.baselines:RandomExperts",
-}
-NAMES = tuple(_WHERE)
+def algorithm_class(name: str) -> type[Algorithm]:
+    """The class of the algorithm called ``name``, with what it declares.
+
+    Raises:
+        ValueError: no such algorithm; the message names the nearest.
+    """
+    if name not in PLACES:
+        near = get_close_matches(name, ALGORITHMS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(ALGORITHMS)}"
+        raise ValueError(f"algorithm {name!r} is not implemented; {hint}")
+    module, _, attribute = PLACES[name].partition(":")
+    found: type[Algorithm] = getattr(import_module(module), attribute)
+    return found
 
 
 def find_algorithm(name: str, population: Population) -> Algorithm:
     """The algorithm called ``name``, for this population.
 
     Raises:
-        ValueError: no such algorithm; the message names the nearest.
+        ValueError: as ``algorithm_class``.
     """
-    if name not in _WHERE:
-        near = get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(NAMES)}"
-        raise ValueError(f"algorithm {name!r} is not implemented; {hint}")
-    module, _, attribute = _WHERE[name].partition(":")
-    return getattr(import_module(module), attribute)(population)
+    return algorithm_class(name)(population)

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from fedmoe_core.aggregate import Sums
+from fedmoe_core.algorithms import Algorithm
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.client import LocalResult
-from fedmoe_core.plan import ExpertPlan, make_plan, plan_everything
+from fedmoe_core.plan import ExpertPlan
+from fedmoe_core.planning import make_plan, plan_everything
 from fedmoe_core.reports import failed_update, finished_update
 from fedmoe_core.rng import counter_rng
-from fedmoe_core.state import Population, ServerState, initial_state
+from fedmoe_core.state import ServerState
+from fedmoe_core.systems import Equation, System
 from fedmoe_core.update import ClientUpdate
 
 
 @dataclass(frozen=True)
-class FedAvg:
+class FedAvg(Algorithm):
     """Every client trains every expert, whatever its budget: the oracle that no budget allows (McMahan et al. 2017).
 
     Charged for what it needs; a run whose plans pass some budget is marked ``budgeted: false``.
     """
 
-    population: Population
-
-    def init(self, params: dict[str, Tensor]) -> ServerState:
-        """Nothing is learned about clients."""
-        return initial_state(params, len(self.population.budgets))
+    card: ClassVar[System] = System(
+        name="fedavg",
+        title="FedAvg, all experts",
+        paper="McMahan et al. 2017, arXiv 1602.05629",
+        equations=(Equation("algorithm 1", "P", "each tensor moves by the |D_c|-weighted mean of its deltas"),),
+        approximated=("AdamW instead of SGD on the clients, with fresh state each round",),
+    )
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """All experts permitted and trainable for everybody."""
@@ -62,18 +67,19 @@ class FedAvg:
 
 
 @dataclass(frozen=True)
-class RandomExperts:
+class RandomExperts(Algorithm):
     """Uniformly random experts, drawn anew each round under the same budgets; all else exactly as HFedMoE's.
 
     Redrawn rather than fixed per client, because a fixed draw was measured worse (global loss +.071 against +.037 nats
     under the per-contributor mean): the baseline is the better of the two.
     """
 
-    population: Population
-
-    def init(self, params: dict[str, Tensor]) -> ServerState:
-        """Nothing is learned about clients."""
-        return initial_state(params, len(self.population.budgets))
+    card: ClassVar[System] = System(
+        name="random",
+        title="random experts",
+        paper="the usual baseline",
+        equations=(Equation("choice", "E", "uniform over experts, anew each round, under the same budgets"),),
+    )
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Random scores in place of importance; positive, so that the budget is filled."""

@@ -9,37 +9,74 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from fedmoe_core.aggregate import GateRule, Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.algorithms import Algorithm
 from fedmoe_core.client import LocalResult
 from fedmoe_core.importance import estimate_absent, expert_scores, importance_s, usage
-from fedmoe_core.plan import ExpertPlan, make_plan
+from fedmoe_core.plan import ExpertPlan
+from fedmoe_core.planning import make_plan, plan_of_masks
 from fedmoe_core.reports import failed_update, finished_update
-from fedmoe_core.state import Population, ServerState, initial_state
+from fedmoe_core.rescheduling import TopScores
+from fedmoe_core.state import Population, ServerState
+from fedmoe_core.systems import Equation, System
 from fedmoe_core.update import ClientProfile, ClientUpdate
 
 
 @dataclass(frozen=True)
-class HFedMoE:
+class HFedMoE(Algorithm):
     """The paper's system in two forms of spending a budget.
 
     ``compact`` stores and runs only the chosen experts (a real memory bound, [E]); ``backward-masked`` is the paper's:
     full routing forward, gradients only for the chosen.
     """
 
-    population: Population
-
-    def init(self, params: dict[str, Tensor]) -> ServerState:
-        """Nobody has been heard: every client's importance is the server's own, over public data."""
-        return initial_state(params, len(self.population.budgets))
+    card: ClassVar[System] = System(
+        name="hfedmoe",
+        title="HFedMoE",
+        paper="Fang et al., HFedMoE, arXiv 2601.00583",
+        equations=(
+            Equation("3-5", "N", "importance s: mean and largest gate value, mixed by lambda"),
+            Equation("10, 11, 14", "N", "information-bottleneck score I = s - beta * KL; sum of KL = I(router; input)"),
+            Equation("15", "N", "experts of largest score under a budget; exact for equal costs"),
+            Equation("15, real budgets", "E", "a knapsack over bytes, traffic and count; FLOPs by steps, k' and share"),
+            Equation("Taylor", "E", "importance |s * dL/ds| summed in the backward pass, in place of s"),
+            Equation("16, 17", "N", "usage, and the mean over clients above tau; on deltas, with true participation"),
+            Equation("17, damped", "E", "divided by all clients of the round instead"),
+            Equation("18-21", "N", "routing consistency and the importance-weighted gate, normalised or as printed"),
+            Equation("20, row-wise", "E", "one weight for each router row"),
+        ),
+        approximated=(
+            "compact mode (default) stores only the chosen experts; the paper's own form is selection.mode="
+            "backward-masked, which bounds no forward memory",
+            "eq. 14's score mixes units (a share and nats), as printed",
+        ),
+    )
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Eq. 15 for each client: the experts of largest score within its budget."""
+        if self.population.config.selection.reschedule == "batch":
+            return [self.per_batch(state, client) for client in clients]
         scores = self.scores(state)
         return [make_plan(self.population, state, client, scores[client]) for client in clients]
+
+    def per_batch(self, state: ServerState, client: int) -> ExpertPlan:
+        """Eq. 15 anew for every batch, as printed: all experts resident, the chosen ones learn."""
+        spec, chosen = self.population.spec, self.population.config.selection
+        budget = self.population.budgets[client]
+        every_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
+        count = every_LE.size if budget.experts is None else budget.experts
+        if count < spec.num_layers:
+            raise ValueError(
+                f"client {client}: experts budget {count} cannot hold one expert per MoE layer; "
+                f"at least {spec.num_layers} is needed"
+            )
+        # A budget for the whole model leaves nothing to choose, and nothing to score (invariant 9).
+        rule = TopScores(count, chosen.score, chosen.lam, chosen.beta) if count < every_LE.size else None
+        return plan_of_masks(self.population, state, client, every_LE, mode="backward-masked", per_batch=rule)
 
     def scores(self, state: ServerState) -> list[np.ndarray]:
         """One score per (layer, expert) and client: eq. 5 ("s"), eq. 14 ("ib"), or Taylor importance [E]."""
@@ -62,15 +99,16 @@ class HFedMoE:
             result.profile.tokens_L,
             lam=self.population.config.selection.lam,
         )  # eq. 5
-        passes_LE = (u_LE >= rule.tau) & plan.trainable_LE
+        trained_LE = plan.trainable_LE if result.trained_LE is None else result.trained_LE
+        passes_LE = (u_LE >= rule.tau) & trained_LE
         votes_LE = passes_LE & (result.profile.rows_LE > 0) if rule.participation else passes_LE  # 1.3d [E]
         p_LE = u_LE * s_LE * passes_LE  # eq. 19, S_c cut to what the client holds and trains
         alpha = float(p_LE.sum()) / layers  # eq. 20; L bounds the sum, and 1/|S_global| is the server's to apply
         row_weight_LE = {
             "row-wise": p_LE,
-            "normalised": alpha * plan.trainable_LE,
-            "literal": alpha * plan.trainable_LE,
-            "fedavg": samples * plan.trainable_LE,
+            "normalised": alpha * trained_LE,
+            "literal": alpha * trained_LE,
+            "fedavg": samples * trained_LE,
         }[gate_rule(self.population)]
         return finished_update(
             plan,

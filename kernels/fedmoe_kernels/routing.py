@@ -25,19 +25,23 @@ class SlotMap:
 
     Attributes:
         slot_of_expert: (E,) int64, the slot of each expert id, -1 = absent; or (C, E), the slots of C clients laid end
-            to end. Every slot 0..num_slots-1 appears exactly once in the whole table.
+            to end. Every slot 0..num_slots-1 appears exactly once in the whole table, or with `owner_B` at least once.
         num_slots: B, the number of slots.
         rows_per_slot: rows that a slot is expected to get, from the plan: tokens * k / slots of one client. It chooses
             the kernels' tiles, so clients of a cohort get the bits that each gets alone with the same number.
             None = from each call's own shapes, or for a cohort, whose shapes depend on who is in it, a fixed 256.
+        owner_B: (B,) int64, the place in the flattened table whose expert each slot stores, where other experts share
+            slots (`SlotMap.shared`); None = no slot is shared.
 
     Raises:
-        ValueError: when the table is not a bijection between the present experts and the slots, or a client has none.
+        ValueError: when the table is not a bijection between the present experts and the slots, or, with `owner_B`, not
+            onto them; or when a client has no expert.
     """
 
     slot_of_expert: Tensor
     num_slots: int
     rows_per_slot: int | None = None
+    owner_B: Tensor | None = None
 
     def __post_init__(self) -> None:
         table = self.slot_of_expert
@@ -50,6 +54,9 @@ class SlotMap:
         present = table >= 0
         if not bool(present.any(dim=-1).all()):
             raise ValueError("a client of slot_of_expert has no permitted expert; permit at least one per client")
+        if self.owner_B is not None:
+            self._check_owners(self.owner_B)
+            return
         if not torch.equal(table[present].sort().values, torch.arange(self.num_slots, device=table.device)):
             raise ValueError(
                 f"slot_of_expert does not hold each slot of 0..{self.num_slots - 1} exactly once; "
@@ -86,6 +93,44 @@ class SlotMap:
         table[order] = torch.arange(order.numel(), device=order.device)
         return cls(table.view(permitted_E.shape), order.numel(), rows_per_slot)
 
+    @classmethod
+    def shared(
+        cls,
+        permitted_E: Tensor,
+        trainable_E: Tensor | None = None,
+        *,
+        alias_E: Tensor,
+        rows_per_slot: int | None = None,
+    ) -> SlotMap:
+        """The map of `build`, with absent experts served by the slots of experts that the same client holds.
+
+        Top-k still chooses among the original experts, held and served. Two choices of a token that land on one slot
+        are two rows of it, whose weights add up in the sum over the token's rows.
+
+        Args:
+            permitted_E, trainable_E, rows_per_slot: as `build`.
+            alias_E: int64 of the same shape; the id of the permitted expert whose slot serves this one, -1 = none.
+
+        Raises:
+            ValueError: as `build`; or an alias of another dtype or shape, of a permitted expert to another one, or to
+                an expert that its client does not hold.
+        """
+        own = cls.build(permitted_E, trainable_E, rows_per_slot=rows_per_slot)
+        if alias_E.dtype != torch.int64 or alias_E.shape != permitted_E.shape:
+            raise ValueError(
+                f"alias_E is {alias_E.dtype} {tuple(alias_E.shape)}; it must be int64 {tuple(permitted_E.shape)}"
+            )
+        served = alias_E >= 0
+        itself_E = torch.arange(own.num_experts, device=alias_E.device).expand_as(alias_E)
+        if bool((served & permitted_E & (alias_E != itself_E)).any()):
+            raise ValueError("alias_E sends a permitted expert to another slot; only absent experts may be served so")
+        target_E = alias_E.clamp(min=0)
+        inside = bool((target_E < own.num_experts).all())
+        if not inside or not bool(permitted_E.gather(-1, target_E)[served].all()):
+            raise ValueError("alias_E names an expert that its client does not hold; name a permitted one, or -1")
+        table = torch.where(served, own.slot_of_expert.gather(-1, target_E), own.slot_of_expert)
+        return cls(table, own.num_slots, rows_per_slot, own._place_of_slot_B)
+
     @property
     def num_experts(self) -> int:
         """E, the number of experts of the global layer."""
@@ -98,7 +143,7 @@ class SlotMap:
 
     @property
     def expert_of_slot_B(self) -> Tensor:
-        """(B,) int64, the expert id that each slot holds."""
+        """(B,) int64, the expert id whose weights each slot stores."""
         return self._place_of_slot_B % self.num_experts
 
     @property
@@ -108,13 +153,16 @@ class SlotMap:
 
     @property
     def _place_of_slot_B(self) -> Tensor:
+        if self.owner_B is not None:
+            return self.owner_B
         table = self.slot_of_expert.flatten()
         # Absent experts sort first, so the last B places of the order are the slots 0..B-1.
         return table.argsort(stable=True)[table.numel() - self.num_slots :]
 
     def to(self, device: torch.device | str) -> SlotMap:
         """The same map on another device."""
-        return SlotMap(self.slot_of_expert.to(device), self.num_slots, self.rows_per_slot)
+        owner_B = None if self.owner_B is None else self.owner_B.to(device)
+        return SlotMap(self.slot_of_expert.to(device), self.num_slots, self.rows_per_slot, owner_B)
 
     @property
     def tile_rows(self) -> int | None:
@@ -122,6 +170,19 @@ class SlotMap:
         if self.rows_per_slot is None and self.num_clients is not None:
             return _COHORT_ROWS
         return self.rows_per_slot
+
+    def _check_owners(self, owner_B: Tensor) -> None:
+        table = self.slot_of_expert.flatten()
+        slots_B = torch.arange(self.num_slots, device=table.device)
+        if (
+            owner_B.shape != slots_B.shape
+            or not torch.equal(table[owner_B], slots_B)
+            or int(table.max()) >= len(slots_B)
+        ):
+            raise ValueError(
+                f"slot_of_expert does not map its owners onto the slots 0..{self.num_slots - 1}; "
+                "build it with SlotMap.shared(permitted_E, trainable_E, alias_E=...)"
+            )
 
 
 @dataclass(frozen=True, eq=False)

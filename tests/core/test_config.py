@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_core.config import ALGORITHMS, CLASSIFICATION_DEFAULTS, INDIFFERENT, Config, TrainConfig, flatten
+from fedmoe_core.config import CLASSIFICATION_DEFAULTS, INDIFFERENT, Config, TrainConfig, flatten
+from fedmoe_core.names import ALGORITHMS
 from fedmoe_core.schema import AtLeast, Between, MoreThan, OneOf, Setting, schema_of
 
 SCHEMA = schema_of(Config)

@@ -200,6 +200,19 @@ def test_inv10_resume_gives_the_bits_of_a_run_never_interrupted(config, tmp_path
     assert [line["round"] for line in lines(tmp_path / "cut", kind="round")] == [0, 1, 2]
 
 
+def test_inv10_resume_before_the_first_round_was_over(config, tmp_path):
+    whole = simulate.run(config(out="whole"))
+
+    class Stop(NullObserver):
+        def on_client(self, round, client, record):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate.run(config(out="cut"), observer=Stop())
+    assert simulate.resume(tmp_path / "cut")["model_hash"] == whole["model_hash"]
+    assert [line["round"] for line in lines(tmp_path / "cut", kind="round")] == [0, 1, 2]
+
+
 def test_inv10_killed_and_resumed(config, tmp_path):
     settings = config("rounds=6", out="whole")
     whole = simulate.run(settings)
@@ -217,6 +230,20 @@ def test_inv10_killed_and_resumed(config, tmp_path):
     assert (cut / "checkpoint").exists(), process.stderr.read().decode()
     assert simulate.resume(cut)["model_hash"] == whole["model_hash"]
     assert [line["round"] for line in lines(cut, kind="round")] == list(range(7))
+
+
+def test_inv10_stopped_before_the_first_round_ends(config, tmp_path, monkeypatch):
+    settings = config(out="early")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(simulate, "play_round", stop)
+        with pytest.raises(KeyboardInterrupt):
+            simulate.run(settings)
+    simulate.resume(Path(settings.out))
+    assert [line["round"] for line in lines(Path(settings.out), kind="round")] == list(range(settings.rounds + 1))
 
 
 def test_inv10_two_ranks_give_the_bits_of_one(config, tmp_path):

@@ -249,8 +249,9 @@ class _Peak(TorchDispatchMode):
 @pytest.mark.parametrize("scores", [True, False])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
-    "form", [{}, {"K": 1}, {"rank": 8}, {"H": 512}, {"I": 1024, "K": 1}, {"T": 4096, "activation": "relu"}]
-)
+    "form", [{}, {"K": 1}, {"rank": 8}, {"H": 512}, {"I": 1024, "K": 1}, {"T": 4096, "activation": "relu"},
+     {"trainable": 3}, {"trainable": 0}, {"trainable": 0, "K": 1}],
+)  # fmt: skip
 def test_peak_bytes_are_those_promised(form: dict, recompute: bool, scores: bool) -> None:
     form = {"T": 1024, "B": 8} | form
     activation = form.get("activation", "swiglu")
@@ -262,7 +263,7 @@ def test_peak_bytes_are_those_promised(form: dict, recompute: bool, scores: bool
         inputs.w_out.shape[2],
     )
     tiles = tiles_for("sm_90", torch.bfloat16, 2048, hidden=H, inner=inner, gated=gated)
-    sizes = CallSizes(T, K, H, inner, 8, gated, tiles, learning=8, rank=form.get("rank", 0))
+    sizes = CallSizes(T, K, H, inner, 8, gated, tiles, learning=form.get("trainable", 8), rank=form.get("rank", 0))
     how = {"activation": activation, "rows_per_slot": 2048, "arch": "sm_90", "execute": lambda launch: None}
     with _Peak() as forward:
         y_TH, z_RF = experts.forward(inputs, keep_z=not recompute, **how)

@@ -87,6 +87,70 @@ def test_route_refuses_integer_logits_and_from_topk_refuses_mismatched_shapes():
         Routing.from_topk(torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 1), SlotMap.build(mask(1, 1)))
 
 
+def test_a_shared_map_serves_absent_experts_by_held_ones():
+    shared = SlotMap.shared(mask(1, 0, 0, 1, 1), mask(0, 0, 0, 0, 1), alias_E=torch.tensor([-1, 4, -1, -1, 4]))
+    assert shared.slot_of_expert.tolist() == [1, 0, -1, 2, 0]
+    assert shared.expert_of_slot_B.tolist() == [4, 0, 3]
+    assert (shared.num_slots, shared.num_experts) == (3, 5)
+    moved = shared.to("cpu")
+    assert moved.expert_of_slot_B.tolist() == [4, 0, 3]
+    nothing = SlotMap.shared(mask(1, 0, 1), alias_E=torch.full((3,), -1))
+    assert nothing.slot_of_expert.tolist() == SlotMap.build(mask(1, 0, 1)).slot_of_expert.tolist()
+
+
+def test_a_shared_map_of_a_cohort_stays_within_each_client():
+    permitted = torch.stack([mask(1, 1, 0), mask(0, 0, 1)])
+    trainable = torch.stack([mask(0, 1, 0), mask(0, 0, 1)])
+    shared = SlotMap.shared(permitted, trainable, alias_E=torch.tensor([[-1, -1, 1], [2, 2, -1]]))
+    assert shared.slot_of_expert.tolist() == [[2, 0, 0], [1, 1, 1]]
+    assert shared.expert_of_slot_B.tolist() == [1, 2, 0]
+    assert shared.client_of_slot_B.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("alias", "said"),
+    [
+        ([-1, 2, -1], "does not hold"),  # 2 is absent as well
+        ([-1, 5, -1], "does not hold"),
+        ([-1, 1, -1], "does not hold"),  # itself, but absent
+        ([1, -1, -1], "permitted expert to another"),
+        ([-1.0, 0.0, -1.0], "int64"),
+        ([-1, 0], "int64"),
+    ],
+)
+def test_a_shared_map_refuses_an_alias_that_nobody_serves(alias, said):
+    with pytest.raises(ValueError, match=said):
+        SlotMap.shared(mask(1, 0, 0), alias_E=torch.tensor(alias))
+
+
+@pytest.mark.parametrize(
+    ("table", "owners"), [([0, 1, 2], [0, 1]), ([0, 0, -1], [0, 1]), ([0, 1, -1], [1, 0]), ([0, 1, 1], [0])]
+)
+def test_owners_must_lie_on_their_own_slots(table, owners):
+    with pytest.raises(ValueError, match="owners"):
+        SlotMap(torch.tensor(table), 2, owner_B=torch.tensor(owners))
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid"])
+def test_two_choices_on_one_slot_are_two_rows_whose_weights_add_up(scoring):
+    logits_TE = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole = route(logits_TE, 3, scoring=scoring, with_stats=True)
+    alias_E = torch.tensor([-1, 0, 0, -1, 3])
+    shared = route(
+        logits_TE, 3, permitted_E=SlotMap.shared(mask(1, 0, 0, 1, 0), alias_E=alias_E), scoring=scoring, with_stats=True
+    )
+    # Every expert is held or served, so the choice and the weights are those of the whole layer.
+    assert torch.equal(shared.experts_TK, whole.experts_TK)
+    assert torch.equal(shared.weights_TK, whole.weights_TK)
+    assert shared.slots_TK.tolist() == torch.tensor([0, 0, 0, 1, 1])[whole.experts_TK].tolist()
+    assert int(shared.offsets_B1[-1]) == 27
+    assert bool((shared.counts_B > 9).any())  # more rows than tokens
+    assert float(shared.stats.lost_mass) == 0
+    assert torch.equal(shared.stats.hits_E, whole.stats.hits_E)
+    for place, row in enumerate(shared.rows_TK.flatten().tolist()):
+        assert int(shared.places_R[row]) == place
+
+
 def test_rows_per_slot_rides_from_the_plan_to_the_routing():
     one = SlotMap.build(torch.tensor([True, False, True]), rows_per_slot=40)
     assert one.to("cpu").rows_per_slot == 40

@@ -92,7 +92,7 @@ def backward_bytes(sizes: CallSizes, *, recompute: bool = False, scores: bool = 
     dx = sizes.itemsize * sizes.tokens * H
     by_slot = sizes.itemsize * sizes.learning
     last, first = (by_slot * r * (H + inner), by_slot * r * (F + H)) if r else (by_slot * H * inner, by_slot * F * H)
-    sent = small + sizes.by_row(r, F, inner)  # with dyb, dz and s * h
+    sent = small + sizes.by_row(r, F, inner if sizes.learning else 0)  # with dyb, dz and s * h
     peaks = [sent + partial + max(sizes.by_row(F) if recompute else 0, ds + sums)]
     kept = ds + sums
     peaks.append(sent + kept + last + sizes.by_row(r))  # s * ha

@@ -1,0 +1,129 @@
+"""Low-rank adapters of the experts of one MoE layer, in global coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedmoe_core.rng import counter_seed
+from fedmoe_core.update import ParamSpec
+
+if TYPE_CHECKING:
+    from fedmoe_core.adapter import LoraSpec
+
+FACTORS = ("a_in", "b_in", "a_out", "b_out")
+
+
+@dataclass(frozen=True)
+class LayerLora:
+    """W_in + scale * b_in @ a_in and W_out + scale * b_out @ a_out of every expert, over frozen W (LoRA, 2106.09685).
+
+    Attributes:
+        a_in, b_in: (E, r, H) and (E, F, r), F = 2I for gated activations and I else.
+        a_out, b_out: (E, r, I) and (E, H, r).
+        scale: one number for all; it does not depend on a client's rank, so a truncated adapter means the same.
+    """
+
+    a_in: Tensor
+    b_in: Tensor
+    a_out: Tensor
+    b_out: Tensor
+    scale: float
+
+    @classmethod
+    def fresh(cls, w_in: Tensor, w_out: Tensor, *, rank: int, scale: float, seed: int) -> LayerLora:
+        """Adapters that change nothing yet, for experts (E, F, H) and (E, H, I): a uniform in +-1/sqrt(fan-in), b = 0.
+
+        Drawn on the CPU from ``seed``, the same on every device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        factors = {}
+        for side, weight in (("in", w_in), ("out", w_out)):
+            experts, rows, columns = weight.shape
+            drawn = torch.rand(experts, rank, columns, generator=generator).mul_(2).sub_(1).mul_(columns**-0.5)
+            factors[f"a_{side}"], factors[f"b_{side}"] = drawn.to(weight), weight.new_zeros(experts, rows, rank)
+        return cls.of(factors, scale)
+
+    @classmethod
+    def of(cls, factors: Mapping[str, Tensor], scale: float) -> LayerLora:
+        """From a mapping that has every name of ``FACTORS``."""
+        return cls(factors["a_in"], factors["b_in"], factors["a_out"], factors["b_out"], scale)
+
+    @property
+    def rank(self) -> int:
+        return self.a_in.shape[1]
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """By name, in the order of ``FACTORS``."""
+        return {name: getattr(self, name) for name in FACTORS}
+
+    def to(self, device: torch.device) -> LayerLora:
+        """The same on another device."""
+        return LayerLora.of({name: factor.to(device) for name, factor in self.factors.items()}, self.scale)
+
+    def truncated(self, rank: int) -> LayerLora:
+        """The first ``rank`` ranks (HetLoRA's truncation).
+
+        Raises:
+            ValueError: a rank outside 1..r.
+        """
+        if not 1 <= rank <= self.rank:
+            raise ValueError(f"rank {rank} is outside 1..{self.rank}, the rank of the adapters; choose one inside")
+        cut = {name: first_ranks(name, factor, rank) for name, factor in self.factors.items()}
+        return LayerLora.of(cut, self.scale)
+
+    def with_rows(self, rows: Mapping[str, Mapping[int, Tensor]]) -> LayerLora:
+        """The same with some experts' factors replaced, by name and expert id; nothing given is changed."""
+        own = {}
+        for name in FACTORS:
+            if given := rows.get(name, {}):
+                own[name] = getattr(self, name).clone()
+                for e, row in given.items():
+                    own[name][e] = row
+        return replace(self, **own) if own else self
+
+    def change(self, name: str, expert: int) -> Tensor:
+        """scale * b @ a of one expert's ``w_in`` or ``w_out``."""
+        side = name.removeprefix("w_")
+        a, b = getattr(self, f"a_{side}")[expert], getattr(self, f"b_{side}")[expert]
+        return self.scale * (b @ a)
+
+
+def lora_specs(specs: Sequence[ParamSpec], rank: int) -> tuple[ParamSpec, ...]:
+    """The tensors of a model whose experts carry adapters of ``rank``: factors are what trains, experts are frozen."""
+    found: list[ParamSpec] = []
+    for spec in specs:
+        name = spec.key.rpartition(".")[2]
+        if spec.kind != "expert":
+            found.append(spec)
+            continue
+        side = name.removeprefix("w_")
+        experts, rows, columns = spec.shape
+        prefix = spec.key.removesuffix(name)
+        found.append(replace(spec, kind="frozen"))
+        found.append(replace(spec, key=f"{prefix}a_{side}", shape=(experts, rank, columns)))
+        found.append(replace(spec, key=f"{prefix}b_{side}", shape=(experts, rows, rank)))
+    return tuple(found)
+
+
+def lora_of_layer(state: Mapping[str, Tensor], layer: int, lora: LoraSpec, *, rank: int | None, seed: int) -> LayerLora:
+    """The adapters of one layer: the state's, cut to ``rank`` (None = whole), or fresh ones where it has none."""
+    prefix = f"moe.{layer}."
+    if lora.in_state:
+        whole = LayerLora.of({name: state[prefix + name] for name in FACTORS}, lora.scale)
+        return whole if rank is None else whole.truncated(rank)
+    w_in, w_out = state[f"{prefix}w_in"], state[f"{prefix}w_out"]
+    rank = lora.rank if rank is None else rank
+    if not 1 <= rank <= lora.rank:
+        raise ValueError(f"rank {rank} is outside 1..{lora.rank}, the rank that was declared; choose one inside")
+    return LayerLora.fresh(w_in, w_out, rank=rank, scale=lora.scale, seed=counter_seed(seed, "adapters", layer))
+
+
+def first_ranks(name: str, factor: Tensor, rank: int) -> Tensor:
+    """A view of the first ``rank`` ranks of a stack of factors called ``name``: rows of an a, columns of a b."""
+    return factor[:, :rank] if name.startswith("a_") else factor[..., :rank]

@@ -1,0 +1,125 @@
+"""What a client measures: router statistics and importance while it trains, its loss where it validates, and probes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.adapter import Batch, ModelAdapter
+from fedmoe_core.memory import resident_bytes, trace_memory
+from fedmoe_core.probe import Bench, Probe
+from fedmoe_core.update import ClientProfile, Evaluation, profile_arrays
+from fedmoe_kernels import RouterStats
+
+IMPORTANCE = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "grad_sq_B")  # of the layers' scores
+
+
+class ProfileSums:
+    """Router statistics and importance sums of a round, added up over micro-batches in global coordinates.
+
+    Rows and importance come from the backward pass. With ``forward_only`` there is none: rows are then counted by the
+    choices that each layer keeps (``keep_logits``), and importance is 0.
+    """
+
+    def __init__(self, adapter: ModelAdapter, *, forward_only: bool = False) -> None:
+        self._adapter, self._forward_only = adapter, forward_only
+        self._stats: list[RouterStats] = []
+        self._chosen_LE = np.zeros((len(adapter.moe), adapter.spec.num_experts))
+        self._harvested: dict[str, np.ndarray] = {}
+
+    def add_batch(self) -> None:
+        """Take each layer's statistics of the forward that just ran; call once per micro-batch."""
+        last = [cast(RouterStats, layer.last_stats) for layer in self._adapter.moe]
+        self._stats = [total + new for total, new in zip(self._stats, last, strict=True)] if self._stats else last
+        if self._forward_only:
+            self._chosen_LE += np.stack([layer.chosen_rows_E() for layer in self._adapter.moe])
+
+    def rows_LE(self) -> np.ndarray:
+        """Rows that each held expert has processed so far. One host sync a layer."""
+        return self._chosen_LE if self._forward_only else self._scores("rows_B")
+
+    def harvest(self) -> None:
+        """Take the importance sums out of the layers, which lose them when their experts change."""
+        self._harvested = {name: self._scores(name) for name in IMPORTANCE}
+        for layer in self._adapter.moe:
+            if layer.scores is not None:
+                layer.scores.reset()
+
+    def _scores(self, name: str) -> np.ndarray:
+        """One importance sum of every layer, scattered to global coordinates."""
+        sums_LE = np.zeros((len(self._adapter.moe), self._adapter.spec.num_experts))
+        for sums_E, layer in zip(sums_LE, self._adapter.moe, strict=True):
+            if layer.scores is not None and not self._forward_only:
+                sums_E[list(layer.experts)] = getattr(layer.scores, name).double().cpu().numpy()
+        return sums_LE + self._harvested[name] if self._harvested else sums_LE
+
+    def finish(self) -> ClientProfile:
+        """The profile in global coordinates, float64."""
+        layers = self._adapter.moe
+        experts = self._adapter.spec.num_experts
+
+        def router(name: str) -> np.ndarray:
+            return np.stack([np.asarray(getattr(stats, name), dtype=np.float64) for stats in self._stats])
+
+        held_LE = np.zeros((len(layers), experts), dtype=bool)
+        for held_E, layer in zip(held_LE, layers, strict=True):
+            held_E[list(layer.experts)] = True
+        return ClientProfile(
+            tokens_L=router("tokens"),
+            hits_LE=router("hits_E"),
+            prob_sum_LE=router("prob_sum_E"),
+            prob_max_LE=router("prob_max_E"),
+            plogp_sum_LE=router("plogp_sum_E"),
+            lost_mass_L=router("lost_mass"),
+            rows_LE=self.rows_LE(),
+            taylor_LE=self._scores("taylor_B"),
+            taylor_abs_LE=self._scores("taylor_abs_B"),
+            fisher_LE=self._scores("fisher_B"),
+            grad_sq_LE=self._scores("grad_sq_B"),
+            held_LE=held_LE,
+        )
+
+
+def statistics_bytes(profile: ClientProfile) -> int:
+    """Bytes of a profile and of the two weights per expert that travel with it."""
+    return sum(array.nbytes for array in profile_arrays(profile).values()) + 2 * profile.hits_LE.nbytes
+
+
+def validate(adapter: ModelAdapter, batches: Iterable[Batch]) -> tuple[Evaluation, ClientProfile]:
+    """Loss and profile of the live model over ``batches``, without gradients.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    sums, total = ProfileSums(adapter, forward_only=True), Evaluation(0.0, 0)
+    for layer in adapter.moe:
+        layer.keep_logits = True
+    try:
+        for batch in batches:
+            found = adapter.evaluate(batch, with_stats=True)
+            total = Evaluation(
+                total.loss_sum + found.loss_sum, total.count + found.count, total.correct + found.correct
+            )
+            sums.add_batch()
+    finally:
+        for layer in adapter.moe:
+            layer.keep_logits = False
+            layer.forget_logits()
+    if not total.count:
+        raise ValueError("there is no validation data; declare needs_validation = True in the algorithm")
+    return total, sums.finish()
+
+
+def run_probe(probe: Probe | None, bench: Bench, device: torch.device) -> tuple[dict[str, Tensor], int]:
+    """A probe's answer, detached and on the CPU, and its peak memory in bytes; nothing where there is no probe."""
+    if probe is None:
+        return {}, 0
+    answer, trace = trace_memory(partial(probe, bench), device)
+    bench.adapter.model.zero_grad(set_to_none=True)
+    found = {name: tensor.detach().cpu().clone() for name, tensor in answer.items()}
+    return found, resident_bytes(bench.adapter.model) + trace.peak

@@ -1,0 +1,16 @@
+"""The systems by the names that configurations, runs and reports use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+# The value of ``algorithm``, what people call it, and where it is.
+_SYSTEMS = (
+    ("hfedmoe", "HFedMoE", "hfedmoe:HFedMoE"),
+    ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
+    ("random", "random experts", "baselines:RandomExperts"),
+)
+ALGORITHMS = tuple(name for name, _, _ in _SYSTEMS)
+TITLES: Mapping[str, str] = MappingProxyType({name: title for name, title, _ in _SYSTEMS})
+PLACES: Mapping[str, str] = MappingProxyType({n: f"fedmoe_core.algorithms.{place}" for n, _, place in _SYSTEMS})

@@ -1,0 +1,113 @@
+"""FedMoE's expert search (arXiv 2408.11304, eq. 3): the most used experts of every layer, as deep as memory goes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The chosen experts (L, E) and ``theta``, the smallest share of activations that they cover in any layer."""
+
+    chosen_LE: np.ndarray
+    theta: float
+
+
+def activation_shares(p_LE: np.ndarray) -> np.ndarray:
+    """p of every layer divided by the layer's sum [E].
+
+    The paper's p_ij = n_ij / N sums to 1 in each layer because its router is top-1; under top-k it sums to k, and theta
+    in [0, 1] needs shares. A layer without any activation gives every expert the same share.
+
+    Raises:
+        ValueError: a value is negative or not finite.
+    """
+    if not (np.isfinite(p_LE) & (p_LE >= 0)).all():
+        layer, expert = np.argwhere(~(np.isfinite(p_LE) & (p_LE >= 0)))[0]
+        raise ValueError(f"p of layer {layer}, expert {expert} is {p_LE[layer, expert]}; give activations >= 0")
+    total_L1 = p_LE.sum(axis=1, keepdims=True)
+    return np.where(total_L1 > 0, p_LE / np.where(total_L1 > 0, total_L1, 1.0), 1.0 / p_LE.shape[1])
+
+
+def prefixes(p_LE: np.ndarray, theta: float) -> np.ndarray:
+    """In each layer the fewest experts, taken by descending p, whose shares add up to theta; at least one (L, E).
+
+    Ties go to the smaller expert id. A sum that misses theta only by rounding counts as having reached it.
+    """
+    shares_LE = activation_shares(p_LE)
+    order_LE = np.argsort(-shares_LE, axis=1, kind="stable")
+    reached_LE = np.cumsum(np.take_along_axis(shares_LE, order_LE, axis=1), axis=1) >= theta - 1e-12
+    # The first place that reaches theta ends the prefix; rounding may leave the last sum short of 1.
+    length_L = np.where(reached_LE.any(axis=1), reached_LE.argmax(axis=1) + 1, p_LE.shape[1])
+    chosen_LE = np.zeros(p_LE.shape, dtype=bool)
+    np.put_along_axis(chosen_LE, order_LE, np.arange(p_LE.shape[1]) < length_L[:, None], axis=1)
+    return chosen_LE
+
+
+def prefix_search(
+    p_LE: np.ndarray,
+    costs_DLE: np.ndarray,
+    limits_D: np.ndarray,
+    *,
+    base_D: np.ndarray | None = None,
+    fill: float = 1.0,
+    tolerance: float = 1e-9,
+) -> Prefix:
+    """FedMoE eq. 3 [P]: max theta with sum_j x_ij p_ij >= theta in each layer and min(sum_ij x_ij w_ij + w_d) <= a*M.
+
+    Bisection on theta in [0, 1], as the paper does: the descending-p prefixes of each layer either fit, then theta may
+    rise, or they do not. Prefixes are nested, so this finds the best theta of all prefixes; with experts of one size no
+    other set does better [D]. With unequal sizes another set may, the general problem being NP-hard. The smallest
+    prefix has one expert per layer, so routing never runs empty [E]. Memory is one row of D: bytes down and up and a
+    plain count are limits of the same kind.
+
+    Args:
+        p_LE: activations of each expert on validation data, in any unit.
+        costs_DLE: integers >= 0, w_ij.
+        limits_D: integers, M.
+        base_D: integers, w_d, spent before any expert; None = 0.
+        fill: a in (0, 1]; 1 - a of every limit is kept for growth in later rounds.
+        tolerance: width of the last interval of theta.
+
+    Raises:
+        ValueError: the most used expert of each layer already exceeds a limit; the message names one that would do.
+    """
+    if not 0 < fill <= 1:
+        raise ValueError(f"fill={fill} is outside (0, 1]; it is the share of the limit that may be used now")
+    limits = np.asarray(limits_D, dtype=np.int64)
+    base = np.zeros_like(limits) if base_D is None else np.asarray(base_D, dtype=np.int64)
+    room_D = np.array([math.floor(fill * int(limit)) for limit in limits], dtype=np.int64) - base
+
+    def fits(chosen_LE: np.ndarray) -> bool:
+        return bool(((costs_DLE * chosen_LE).sum(axis=(1, 2)) <= room_D).all())
+
+    least_LE = prefixes(p_LE, 0.0)
+    if not fits(least_LE):
+        used_D = (costs_DLE * least_LE).sum(axis=(1, 2))
+        row = int(np.flatnonzero(used_D > room_D)[0])
+        needed = _smallest_limit(int(used_D[row] + base[row]), fill)
+        raise ValueError(
+            f"limit {limits[row]}, of which {fill:g} may be used, cannot hold the most used expert of every MoE layer; "
+            f"at least {needed} is needed"
+        )
+    low, high = 0.0, 1.0
+    if fits(prefixes(p_LE, high)):
+        low = high
+    while high - low > tolerance:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(prefixes(p_LE, middle)) else (low, middle)
+    chosen_LE = prefixes(p_LE, low)
+    return Prefix(chosen_LE, float((activation_shares(p_LE) * chosen_LE).sum(axis=1).min()))
+
+
+def _smallest_limit(used: int, fill: float) -> int:
+    """The smallest limit M with floor(fill * M) >= used, in the same floating point as the check."""
+    limit = math.ceil(used / fill)
+    while math.floor(fill * limit) < used:
+        limit += 1
+    while limit > 0 and math.floor(fill * (limit - 1)) >= used:
+        limit -= 1
+    return limit

@@ -1,0 +1,53 @@
+"""What a plan may change of a layer beside its masks: whose slot serves an absent expert, and a client's own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_kernels.routing import SlotMap
+
+Rows = Mapping[str, Mapping[int, Tensor]]  # tensor name -> expert id -> row
+
+
+def slot_map_of(
+    held_E: np.ndarray, trains_E: np.ndarray, alias_E: np.ndarray | None, *, rows_per_slot: int | None
+) -> SlotMap:
+    """The map of a layer's masks, bool (E,); with ``alias_E``, int (E,), absent experts are served by held ones.
+
+    Raises:
+        ValueError: as ``SlotMap.shared``.
+    """
+    masks = torch.from_numpy(held_E.copy()), torch.from_numpy(trains_E.copy())
+    if alias_E is None:
+        return SlotMap.build(*masks, rows_per_slot=rows_per_slot)
+    alias = torch.from_numpy(np.asarray(alias_E, dtype=np.int64).copy())
+    return SlotMap.shared(*masks, alias_E=alias, rows_per_slot=rows_per_slot)
+
+
+def check_rows(rows: Rows, like: Mapping[str, Tensor], held_E: np.ndarray) -> None:
+    """Refuse rows that do not fit the tensors (E, ...) they stand in for.
+
+    Raises:
+        ValueError: an unknown name, an expert that is not held (router rows may be anybody's), another shape or dtype.
+    """
+    for name, given in rows.items():
+        if name not in like:
+            raise ValueError(f"rows of {name!r} are given; this layer has {', '.join(like)}")
+        for e, row in given.items():
+            if not 0 <= e < len(held_E) or (name != "router" and not held_E[e]):
+                raise ValueError(f"a row of {name} is given for expert {e}, which is not held here; permit it")
+            if row.shape != like[name].shape[1:] or row.dtype != like[name].dtype:
+                raise ValueError(
+                    f"the row of {name} for expert {e} is {row.dtype} {tuple(row.shape)}; "
+                    f"this layer needs {like[name].dtype} {tuple(like[name].shape[1:])}"
+                )
+
+
+def rows_of_layer(rows: Rows, layer: int) -> Rows:
+    """The rows under ``moe.{layer}.{name}``, by the layer's own names."""
+    prefix = f"moe.{layer}."
+    return {key.removeprefix(prefix): given for key, given in rows.items() if key.startswith(prefix)}
