@@ -105,6 +105,17 @@ class AggregationConfig:
 
 
 @dataclass(frozen=True)
+class FedMoEConfig:
+    """FedMoE's settings (arXiv 2408.11304), none of which the paper gives a value for."""
+
+    fill: Annotated[float, Between(0.01, 1.0)] = 0.9  # a of eq. 3: share of a budget that stage one may use
+    balance: NaturalReal = 0.01  # alpha of eq. 1: weight of the load-balance loss
+    similar: Positive = 5  # K of eq. 5: how many similar clients advise
+    patience: Positive = 3  # participations without improvement before a sub-model changes, or is reverted
+    smoothing: Share = 0.5  # weight of the newest profile in a client's running one
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation of the global model on every client's test split."""
 
@@ -143,6 +154,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    fedmoe: FedMoEConfig = field(default_factory=FedMoEConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 # The value of ``algorithm``, what people call it, and where it is.
 _SYSTEMS = (
     ("hfedmoe", "HFedMoE", "hfedmoe:HFedMoE"),
+    ("fedmoe", "FedMoE", "fedmoe:FedMoE"),
     ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
     ("random", "random experts", "baselines:RandomExperts"),
 )
