@@ -19,7 +19,10 @@ from fedmoe_core.update import Evaluation, ParamSpec
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The facts that budgets and plans need of a model; every MoE layer has the same sizes."""
+    """The facts that budgets and plans need of a model; every MoE layer has the same sizes.
+
+    ``head`` names the dense tensors that train even where the trunk is frozen: a classification head, which is fresh.
+    """
 
     family: str
     task: Task
@@ -30,6 +33,11 @@ class ModelSpec:
     intermediate_size: int
     activation: str
     params: tuple[ParamSpec, ...]
+    head: frozenset[str] = frozenset()
+
+    def trained(self, *, train_dense: bool) -> tuple[ParamSpec, ...]:
+        """The tensors that may train: experts and routers, and of the dense ones all or the head."""
+        return tuple(spec for spec in self.params if spec.kind != "dense" or train_dense or spec.key in self.head)
 
 
 class ModelAdapter(Protocol):

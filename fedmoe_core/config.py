@@ -117,10 +117,11 @@ class FedMoEConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation of the global model on every client's test split."""
+    """Held-out evaluation on every client's test split."""
 
     sequences: Positive = 8  # per client
     every: Positive = 1  # rounds
+    personal: bool = False  # also every client's own deployable model, on its own test split
     validation: Positive = 64  # most rows or windows of one client's validation pass, where its algorithm has one
 
 

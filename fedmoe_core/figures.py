@@ -25,10 +25,23 @@ RESOURCES = {
 
 
 def learning(runs: Sequence[Run]) -> Figure | None:
-    """Held-out loss, and accuracy where there is one, against rounds, bytes moved and FLOPs; one line a run."""
-    metrics = [("loss", "held-out loss (nats)", 1.0)]
-    if any(record.get("accuracy") is not None for run in runs for record in run.rounds):
-        metrics.append(("accuracy", "held-out accuracy (%)", 100.0))
+    """Held-out loss, and accuracy where there is one, against rounds, bytes moved and FLOPs; one line a run.
+
+    Of the global model where some run has one, and of the clients' own models, on average, where those were evaluated.
+    """
+    every = [record for run in runs for record in run.rounds]
+    metrics = [
+        (value, label, scale)
+        for value, label, scale in (
+            (_value("loss"), "held-out loss (nats)", 1.0),
+            (_value("accuracy"), "held-out accuracy (%)", 100.0),
+            (_mean("personal_loss_C"), "clients' own models: mean loss (nats)", 1.0),
+            (_mean("personal_accuracy_C"), "clients' own models: mean accuracy (%)", 100.0),
+        )
+        if any(show.known(value(record)) for record in every)
+    ]
+    if not metrics:
+        return None
     axes_of: list[tuple[str, Callable[[Mapping[str, Any]], float | None], float]] = [
         ("rounds", lambda r: r["round"], 1.0),
         *_scaled(
@@ -42,7 +55,7 @@ def learning(runs: Sequence[Run]) -> Figure | None:
         for axes, (name, place, unit) in zip(row, axes_of, strict=True):
             ends: list[tuple[float, float, str, str]] = []
             for run, colour in zip(runs, _colours(runs), strict=True):
-                found = [(place(r), r.get(metric)) for r in run.rounds]
+                found = [(place(r), metric(r)) for r in run.rounds]
                 points = [(x / unit, y * scale) for x, y in found if show.known(x) and show.known(y)]  # type: ignore[operator]
                 if not points:
                     continue
@@ -61,8 +74,11 @@ def learning(runs: Sequence[Run]) -> Figure | None:
 
 
 def spread(runs: Sequence[Run]) -> Figure | None:
-    """Every client's held-out loss per round, with the worst, the mean and the best named; one panel a run."""
-    tables = [[r for r in run.rounds if r.get("loss_clients")] for run in runs]
+    """Every client's held-out loss per round, with the worst, the mean and the best named; one panel a run.
+
+    Of the global model, or of each client's own where there is no global one.
+    """
+    tables = [[r for r in run.rounds if r.get("loss_clients") or r.get("personal_loss_C")] for run in runs]
     if not any(tables):
         return None
     columns = min(len(runs), 3)
@@ -76,7 +92,9 @@ def spread(runs: Sequence[Run]) -> Figure | None:
             axes.set_visible(False)
             continue
         x = [r["round"] for r in table]
-        loss_RC = np.array([[np.nan if v is None else v for v in r["loss_clients"]] for r in table], float)
+        loss_RC = np.array(
+            [[np.nan if v is None else v for v in r.get("loss_clients") or r["personal_loss_C"]] for r in table], float
+        )
         axes.plot(x, loss_RC, color="#c3ccd4", lw=0.8 if loss_RC.shape[1] <= 40 else 0.3)
         worst, best = np.nanargmax(loss_RC[-1]), np.nanargmin(loss_RC[-1])
         lines = (
@@ -261,6 +279,18 @@ def _scaled(
     power = min(int(np.log(largest) / np.log(base)), 5)
     prefix = ("", "K", "M", "G", "T", "P")[power] + ("i" if base == 1024 and power else "")
     return [(f"{name} ({prefix}{unit})", place, float(base) ** power)]
+
+
+def _value(key: str) -> Callable[[Mapping[str, Any]], float | None]:
+    return lambda record: record.get(key)
+
+
+def _mean(key: str) -> Callable[[Mapping[str, Any]], float | None]:
+    def mean(record: Mapping[str, Any]) -> float | None:
+        known = [value for value in record.get(key) or () if show.known(value)]
+        return float(np.mean(known)) if known else None
+
+    return mean
 
 
 def _plus(a: float | None, b: float | None) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedmoe_core import drawing, figures, show, theme
-from fedmoe_core.report import held, ranking
+from fedmoe_core.report import held, judged_by, ranking
 from fedmoe_core.runs import Run
 
 
@@ -48,7 +48,8 @@ def _comparison(runs: Sequence[Run], verdicts: Sequence[str]) -> str:
         rows.append(("first" if place == 1 else "apart" if place is None else "", cells))
     names = ["", "run", *(["seed"] if seeds else []), *(["accuracy"] if accurate else []), "held-out loss"]
     names += ["worst client", "moved", "computed", "peak memory", "experts held", "budgets exceeded", "time"]
-    by = "accuracy" if all(run.has_accuracy for run in runs) else "loss"
+    figure = judged_by(runs)
+    by = ("accuracy" if figure.accurate else "loss") + (" of the clients' own models" if figure.personal else "")
     html += (
         f"<h2>Ranking</h2><p class='muted'>By final held-out {by}; only runs under the same conditions are ranked.</p>"
     )
@@ -103,6 +104,10 @@ def _heading(run: Run, *, alone: bool) -> str:
         points = _minus(s.get("accuracy_after"), s.get("accuracy_before"))
         shown = show.signed(None if points is None else 100 * points, 1)
         tiles.insert(0, (_change(s, "accuracy", show.share), f"held-out accuracy ({shown} points)"))
+    for kind, text in (("loss", show.number), ("accuracy", show.share)):
+        if own := run.personal(kind):
+            worst = max(own) if kind == "loss" else min(own)
+            tiles.append((text(float(np.mean(own))), f"mean {kind} of the clients' own models, worst {text(worst)}"))
     limits = _count(run.violations) if run.budgeted else "<span class='bad'>not bound</span>"
     engine = _ratio(s.get("engine_seconds"), s.get("seconds"))
     down, up = show.size(s.get("bytes_down")), show.size(s.get("bytes_up"))
@@ -164,8 +169,9 @@ def _tiers(run: Run) -> str:
     tiers = run.tiers
     if not tiers:
         return ""
-    final = run.last("loss_clients") or []
-    first = run.last("loss_clients", first=True) or []
+    key = "loss_clients" if run.last("loss_clients") else "personal_loss_C"
+    final, first = run.last(key) or [], run.last(key, first=True) or []
+    own = run.last("personal_accuracy_C") or []
     rows = []
     for tier in dict.fromkeys(tiers[client] for client in run.client_ids if client in tiers):
         members = [client for client, name in tiers.items() if name == tier]
@@ -182,8 +188,14 @@ def _tiers(run: Run) -> str:
         start = [first[c] for c in members if c < len(first) and show.known(first[c])]
         mean = float(np.mean(end)) if end else None
         cells += [show.number(mean), show.signed(_minus(mean, float(np.mean(start)) if start else None))]
-        rows.append(("", [*cells, show.number(max(end, default=None))]))
+        cells.append(show.number(max(end, default=None)))
+        right = [own[c] for c in members if c < len(own) and show.known(own[c])]
+        cells += (
+            [f"{show.share(float(np.mean(right)))}, {show.share(min(right))}"] if right else [show.NONE] * bool(own)
+        )
+        rows.append(("", cells))
     names = ["tier", "clients", *(label for label, _ in figures.RESOURCES.values()), "mean loss", "change", "worst"]
+    names += ["own accuracy: mean, worst"] if own else []
     note = "<p class='muted'>Most that a client of the tier used in any round, beside its share of the limit.</p>"
     return f"<h2>Tiers</h2>{note}" + _table(names, rows, left=(0,))
 

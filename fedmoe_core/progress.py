@@ -201,7 +201,10 @@ class RoundLines:
             self.loss = loss
         if record.get("accuracy") is not None:
             parts.append(f"accuracy {show.share(record['accuracy'])}")
-        losses = [value for value in record.get("loss_clients") or () if value is not None]
+        own = [value for value in record.get("personal_loss_C") or () if value is not None]
+        if own:
+            parts.append(f"own models {show.number(sum(own) / len(own))}")
+        losses = [value for value in record.get("loss_clients") or own if value is not None]
         if losses:
             parts.append(f"worst client {show.number(max(losses))}")
         if round:

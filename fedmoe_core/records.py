@@ -146,7 +146,7 @@ class RunLog:
         config, data = self.world.config, self.world.data
         rounds = [line for line in self.metrics.read() if line["type"] == "round"]
         entries = self.ledger.read()
-        judged = [line for line in rounds if line.get("loss") is not None]
+        judged = [line for line in rounds if "evaluate_seconds" in line]
         first, last = judged[0], judged[-1]
         overruns = [entry for entry in entries if _over(entry)]
         held = [int(entry["real"]["experts"]) for entry in entries if entry["real"]["experts"]]
@@ -160,9 +160,10 @@ class RunLog:
             "loss_after": last["loss"],
             "accuracy_before": first["accuracy"],
             "accuracy_after": last["accuracy"],
-            "worst_client_loss_before": max(first["loss_clients"]),
-            "worst_client_loss": max(last["loss_clients"]),
-            "worst_client_accuracy": min(last["accuracy_clients"]) if last["accuracy_clients"] else None,
+            "worst_client_loss_before": _worst(first, "loss", max),
+            "worst_client_loss": _worst(last, "loss", max),
+            "worst_client_accuracy": _worst(last, "accuracy", min),
+            **_personal_summary(last, self.world.population.budgets),
             "bytes_down": rounds[-1]["bytes_down_total"],
             "bytes_up": rounds[-1]["bytes_up_total"],
             "flops": rounds[-1]["flops_total"],
@@ -201,10 +202,39 @@ def _results(held: Held) -> dict[str, Any]:
     return {
         "loss": held.loss,
         "accuracy": held.accuracy,
-        "loss_clients": list(held.loss_C),
+        "loss_clients": None if held.loss_C is None else list(held.loss_C),
         "accuracy_clients": None if held.accuracy_C is None else list(held.accuracy_C),
         "evaluate_seconds": held.seconds,
+        **({} if held.personal_loss_C is None else _personal_results(held)),
     }
+
+
+def _personal_results(held: Held) -> dict[str, Any]:
+    accuracy_C = held.personal_accuracy_C
+    return {
+        "personal_loss_C": list(held.personal_loss_C or ()),
+        "personal_accuracy_C": None if accuracy_C is None else list(accuracy_C),
+    }
+
+
+def _worst(line: Mapping[str, Any], kind: str, pick: Any) -> float | None:
+    """The worst client's figure: of the global model, or of the clients' own where there is no global one."""
+    values = line[f"{kind}_clients"] if line["loss_clients"] else line.get(f"personal_{kind}_C")
+    return pick(values) if values else None
+
+
+def _personal_summary(line: Mapping[str, Any], budgets: tuple[Budget, ...]) -> dict[str, Any]:
+    """Each client's own model after the last round, and by tier (the budget's own words) its mean and its worst."""
+    loss_C, accuracy_C = line.get("personal_loss_C"), line.get("personal_accuracy_C")
+    tiers: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(budget.name for budget in budgets if loss_C):
+        members = [client for client, budget in enumerate(budgets) if budget.name == name]
+        tiers[name] = {"clients": len(members)}
+        for kind, values, pick in (("loss", loss_C, max), ("accuracy", accuracy_C, min)):
+            own = [values[client] for client in members] if values else []
+            tiers[name] |= {f"{kind}_mean": float(np.mean(own)) if own else None}
+            tiers[name] |= {f"{kind}_worst": pick(own) if own else None}
+    return {"personal_loss_C": loss_C, "personal_accuracy_C": accuracy_C, "personal_tiers": tiers or None}
 
 
 def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:

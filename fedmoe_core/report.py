@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -46,6 +47,10 @@ def line(run: Run) -> str:
     summary = run.summary
     before, after = summary.get("loss_before"), summary.get("loss_after")
     parts = [f"{run.name}: held-out loss {show.number(before)} -> {show.number(after)}"]
+    if own := run.personal("loss"):
+        parts.append(f"clients' own models {show.number(fmean(own))}")
+    if own := run.personal("accuracy"):
+        parts.append(f"their accuracy {show.share(fmean(own))}")
     if run.has_accuracy:
         accuracy = summary.get("accuracy_before"), summary.get("accuracy_after")
         parts.append(f"accuracy {show.share(accuracy[0])} -> {show.share(accuracy[1])}")
@@ -92,9 +97,8 @@ def _verdict(mine: Sequence[Run], theirs: Sequence[Run]) -> str:
             return f"{name} and {other} cannot be compared yet: {run.name} is unfinished."
         if run.violations and run.budgeted:
             return f"{name} and {other} cannot be compared: {run.name} exceeded {run.violations} budgets."
-    accurate = all(run.has_accuracy for pair in pairs for run in pair)
-    key = "accuracy_after" if accurate else "loss_after"
-    found = [(a.summary.get(key), b.summary.get(key)) for a, b in pairs]
+    figure = judged_by([run for pair in pairs for run in pair])
+    found = [(figure.of(a), figure.of(b)) for a, b in pairs]
     values = [(float(a), float(b)) for a, b in found if a is not None and b is not None]
     if len(values) < len(pairs):
         return f"{name} and {other} cannot be compared: a held-out figure is missing."
@@ -104,7 +108,31 @@ def _verdict(mine: Sequence[Run], theirs: Sequence[Run]) -> str:
     starts = [float(run.summary.get("loss_before") or "nan") for run in pairs[0]]
     if abs(starts[0] - starts[1]) > LEVEL and not seeds_differ:
         also += f"; they did not start level ({show.number(starts[0])} and {show.number(starts[1])})"
-    return f"{_sentence(name, other + _terms(mine[0], theirs[0], unlike), values, accurate=accurate)}{also}."
+    if figure.personal:
+        also = f", on their clients' own models{also}"
+    return f"{_sentence(name, other + _terms(mine[0], theirs[0], unlike), values, accurate=figure.accurate)}{also}."
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a comparison goes by: accuracy or loss, of the global models or of the clients' own on average."""
+
+    accurate: bool
+    personal: bool
+
+    def of(self, run: Run) -> float | None:
+        kind = "accuracy" if self.accurate else "loss"
+        if self.personal:
+            own = run.personal(kind)
+            return fmean(own) if own else None
+        value = run.summary.get(f"{kind}_after")
+        return value if show.known(value) else None
+
+
+def judged_by(runs: Sequence[Run]) -> Figure:
+    """The first figure that all of these runs have: a system of local gates has no global model to be judged by."""
+    order = [Figure(True, False), Figure(False, False), Figure(True, True), Figure(False, True)]
+    return next((figure for figure in order if all(figure.of(run) is not None for run in runs)), order[1])
 
 
 def _terms(a: Run, b: Run, unlike: Sequence[str]) -> str:
@@ -138,11 +166,11 @@ def _group_name(runs: Sequence[Run]) -> str:
 
 def ranking(runs: Sequence[Run]) -> list[tuple[int | None, Run, str]]:
     """Runs from best to worst with their place; None and a reason where a run may not be ranked."""
-    accurate = all(run.has_accuracy for run in runs)
+    figure = judged_by(runs)
 
     def merit(run: Run) -> float:
-        value = run.summary.get("accuracy_after" if accurate else "loss_after")
-        return float("inf") if not show.known(value) else -float(value) if accurate else float(value)  # type: ignore[arg-type]
+        value = figure.of(run)
+        return float("inf") if value is None else -value if figure.accurate else value
 
     fair: list[Run] = []
     apart: list[tuple[int | None, Run, str]] = []

@@ -54,6 +54,10 @@ class Run:
     def has_accuracy(self) -> bool:
         return show.known(self.summary.get("accuracy_after"))
 
+    def personal(self, kind: str, *, first: bool = False) -> list[float]:
+        """``loss`` or ``accuracy`` of every client's own model, last evaluated (or first); empty where it was not."""
+        return [value for value in self.last(f"personal_{kind}_C", first=first) or () if show.known(value)]
+
     @property
     def seed(self) -> int:
         return int(self.summary.get("seed", self.config.get("seed", 0)))
@@ -156,7 +160,8 @@ def _read(path: Path) -> Run:
 
 def _summary_so_far(config: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first, last = rounds[0], rounds[-1]
-    losses = [value for value in last.get("loss_clients") or () if show.known(value)]
+    own = last.get("personal_loss_C")
+    losses = [value for value in last.get("loss_clients") or own or () if show.known(value)]
     return {
         "algorithm": config.get("algorithm"),
         "seed": config.get("seed", 0),
@@ -166,6 +171,8 @@ def _summary_so_far(config: Mapping[str, Any], rounds: Sequence[Mapping[str, Any
         "accuracy_before": first.get("accuracy") if first["round"] == 0 else None,
         "accuracy_after": last.get("accuracy"),
         "worst_client_loss": max(losses, default=None),
+        "personal_loss_C": own,
+        "personal_accuracy_C": last.get("personal_accuracy_C"),
         "bytes_down": last.get("bytes_down_total"),
         "bytes_up": last.get("bytes_up_total"),
         "flops": last.get("flops_total"),

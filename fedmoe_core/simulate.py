@@ -201,11 +201,12 @@ def _accumulator(world: World) -> Accumulator:
         norm_bound=rule.norm_bound,
         max_clients=config.clients_per_round or config.clients,
     )
+    specs = world.adapter.spec.trained(train_dense=config.train.trunk == "fedavg")
     return Accumulator(
-        world.adapter.spec.params,
+        specs,
         settings,
         lr=config.train.lr,
-        train_dense=config.train.trunk == "fedavg",
+        train_dense=any(spec.kind == "dense" for spec in specs),
         device=world.ranks.device,
     )
 

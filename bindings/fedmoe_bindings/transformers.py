@@ -136,7 +136,6 @@ class TransformersAdapter:
         self.model, self.moe = root, tuple(layers)
         self._config = config
         self._dense = self._dense_parameters()
-        self._head = self._head_keys(task)
         self.spec = self._describe(task)
 
     def state(self) -> dict[str, Tensor]:
@@ -222,7 +221,7 @@ class TransformersAdapter:
         with torch.no_grad():
             for key, parameter in self._dense.items():
                 parameter.copy_(state[key])
-                parameter.requires_grad_(head if key in self._head else train_dense)
+                parameter.requires_grad_(head if key in self.spec.head else train_dense)
                 parameter.grad = None
 
     def trained(self) -> dict[str, Tensor]:
@@ -320,9 +319,6 @@ class TransformersAdapter:
         inside = {id(parameter) for layer in self.moe for parameter in layer.parameters()}
         return {f"dense.{name}": p for name, p in self.model.named_parameters() if id(p) not in inside}
 
-    def _head_keys(self, task: Task) -> frozenset[str]:
-        return frozenset({"dense.score.weight"} if task == "classification" else ())
-
     def _describe(self, task: Task) -> ModelSpec:
         first = self.moe[0]
         params = []
@@ -342,6 +338,7 @@ class TransformersAdapter:
             intermediate_size=first.intermediate_size,
             activation=first.activation,
             params=tuple(params),
+            head=frozenset({"dense.score.weight"} if task == "classification" else ()),
         )
 
     def _check_rows(self, rows: Rows) -> None:

@@ -144,3 +144,14 @@ def test_inv1_a_plan_of_masks_that_does_not_fit_is_refused_by_client_and_amount(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         simulate.run(config("algorithm=random", f"budgets={budget}"))
+
+
+def test_a_classification_head_is_averaged_over_a_frozen_trunk(config: Make, tmp_path: Path) -> None:
+    settings = config("algorithm=hfedmoe", "train.trunk=frozen", "budgets=unlimited", labelled=True)
+    world, state, round_ = played(settings)
+    assert [update.error for update in round_.updates] == [""] * 3
+    moved = {key for key, old in world.params.items() if not torch.equal(old, state.params[key])}
+    assert {key for key in moved if key.startswith("dense.")} == {"dense.score.weight"}
+    for plan, update in zip(round_.plans, round_.updates, strict=True):
+        assert update.cost.bytes_up == plan.predicted.bytes_up
+        assert update.cost.bytes_down == plan.predicted.bytes_down
