@@ -116,6 +116,18 @@ class FedMoEConfig:
 
 
 @dataclass(frozen=True)
+class FlexMoEConfig:
+    """FLEX-MoE's settings (arXiv 2512.23070); the values are ours."""
+
+    exploration: NaturalReal = 0.2  # xi: what a pair never tried is worth in fitness, times sqrt(log t)
+    rate: Share = 0.5  # g: weight of the newest quality in a pair's moving average
+    deficit_weight: NaturalReal = 1.0  # eta: what being owed one mean load is worth, in z-scores of fitness
+    delta: Share = 0.1  # how far a load may be from the mean
+    slack_price: PositiveReal = 3.0  # M: what one mean client of load outside those bounds costs, in z-scores
+    feedback: Natural = 32  # local samples over which a client measures loss and accuracy by expert
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation on every client's test split."""
 
@@ -156,6 +168,7 @@ class Config:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     fedmoe: FedMoEConfig = field(default_factory=FedMoEConfig)
+    flex_moe: FlexMoEConfig = field(default_factory=FlexMoEConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 _SYSTEMS = (
     ("hfedmoe", "HFedMoE", "hfedmoe:HFedMoE"),
     ("fedmoe", "FedMoE", "fedmoe:FedMoE"),
+    ("flex_moe", "FLEX-MoE", "flex_moe:FlexMoE"),
     ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
     ("random", "random experts", "baselines:RandomExperts"),
 )
