@@ -24,10 +24,12 @@ from fedmoe_core.budget import Cost
 from fedmoe_core.checkpoint import load_checkpoint
 from fedmoe_core.client import LocalResult
 from fedmoe_core.config import Config
+from fedmoe_core.measures import measure
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.prepare import build_world
 from fedmoe_core.progress import NullObserver
 from fedmoe_core.ranks import Ranks
+from fedmoe_core.runs import read_runs
 from fedmoe_core.state import Population, ServerState, recall, remember
 from fedmoe_core.update import ClientUpdate
 
@@ -315,7 +317,9 @@ def test_inv10_a_resumed_run_has_the_same_bits(config: Make, tmp_path: Path) -> 
 def test_the_feature_extractor_is_averaged_where_it_trains(config: Make, tmp_path: Path) -> None:
     summary = simulate.run(config("rounds=2", labelled=True))
     assert summary["refused_updates"] == 0
-    assert summary["personal_accuracy_C"] is not None
+    found = measure(read_runs([tmp_path / "run"])[0], "flex_moe")
+    assert (found.accuracy, found.whole) == (True, None)  # so the study ranks it by its clients
+    assert found.clients == pytest.approx(np.mean(summary["personal_accuracy_C"]))
     world = build_world(config("rounds=2", labelled=True).resolved(), Ranks(), NullObserver())
     tensors = load_checkpoint(tmp_path / "run" / "checkpoint").tensors
     dense = [key for key in world.params if key.startswith("dense.")]
