@@ -107,6 +107,29 @@ class AggregationConfig:
 
 
 @dataclass(frozen=True)
+class FedMoEConfig:
+    """FedMoE's settings (arXiv 2408.11304), none of which the paper gives a value for."""
+
+    fill: Annotated[float, Between(0.01, 1.0)] = 0.9  # a of eq. 3: share of a budget that stage one may use
+    balance: NaturalReal = 0.01  # alpha of eq. 1: weight of the load-balance loss
+    similar: Positive = 5  # K of eq. 5: how many similar clients advise
+    patience: Positive = 3  # participations without improvement before a sub-model changes, or is reverted
+    smoothing: Share = 0.5  # weight of the newest profile in a client's running one
+
+
+@dataclass(frozen=True)
+class FlexMoEConfig:
+    """FLEX-MoE's settings (arXiv 2512.23070); the values are ours."""
+
+    exploration: NaturalReal = 0.2  # xi: what a pair never tried is worth in fitness, times sqrt(log t)
+    rate: Share = 0.5  # g: weight of the newest quality in a pair's moving average
+    deficit_weight: NaturalReal = 1.0  # eta: what being owed one mean load is worth, in z-scores of fitness
+    delta: Share = 0.1  # how far a load may be from the mean
+    slack_price: PositiveReal = 3.0  # M: what one mean client of load outside those bounds costs, in z-scores
+    feedback: Natural = 32  # local samples over which a client measures loss and accuracy by expert
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation on every client's test split."""
 
@@ -146,6 +169,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    fedmoe: FedMoEConfig = field(default_factory=FedMoEConfig)
+    flex_moe: FlexMoEConfig = field(default_factory=FlexMoEConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:

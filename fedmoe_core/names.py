@@ -8,6 +8,8 @@ from types import MappingProxyType
 # The value of ``algorithm``, what people call it, and where it is.
 _SYSTEMS = (
     ("hfedmoe", "HFedMoE", "hfedmoe:HFedMoE"),
+    ("fedmoe", "FedMoE", "fedmoe:FedMoE"),
+    ("flex_moe", "FLEX-MoE", "flex_moe:FlexMoE"),
     ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
     ("random", "random experts", "baselines:RandomExperts"),
 )

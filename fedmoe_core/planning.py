@@ -16,7 +16,7 @@ from fedmoe_core.plan import ExpertPlan, sends_adapters, taught
 from fedmoe_core.probe import Probe
 from fedmoe_core.rescheduling import BatchRule
 from fedmoe_core.rng import counter_rng, counter_seed
-from fedmoe_core.selection import choose, explore, fit_flops
+from fedmoe_core.selection import Room, choose, explore, fit_flops, room_of
 
 if TYPE_CHECKING:
     from fedmoe_core.state import Population, ServerState
@@ -152,6 +152,16 @@ def plan_everything(population: Population, state: ServerState, client: int) -> 
     """All experts, all steps, no limit: what FedAvg asks of every client, and is charged for."""
     all_LE = np.ones((population.spec.num_layers, population.spec.num_experts), dtype=bool)
     return plan_of_masks(population, state, client, all_LE, budgeted=False)
+
+
+def client_room(population: Population, client: int, *, first_participation: bool, **asks: Unpack[Asks]) -> Room:
+    """What the client's budget leaves for experts once the work beside training is paid, whatever the experts.
+
+    Raises:
+        ValueError: the budget cannot hold one expert per MoE layer; the message says what would do.
+    """
+    left, costs = _left(population, client, asks), asked_costs(population, asks)
+    return room_of(left, costs, client=client, first_participation=first_participation)
 
 
 def asked_costs(population: Population, asks: Asks) -> CostModel:

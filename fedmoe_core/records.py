@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
+from fedmoe_core.assignment import coefficient_of_variation
 from fedmoe_core.budget import NOTHING, Budget, Cost
 from fedmoe_core.checkpoint import save_checkpoint
 from fedmoe_core.evaluate import Held
@@ -136,10 +137,17 @@ class RunLog:
             "applied": played.applied,
             "importance_LE": np.mean(scores, axis=0).tolist(),
             "lost_mass": float(np.mean(lost)) if lost else None,
+            "load_cv": self._load_cv(played),
             "coverage": float(np.mean(np.any(trained, axis=0))) if trained else 0.0,
         }
         self.metrics.append(*[client_record(number, u, plans[u.client], budgets) for u in played.updates], line)
         return line
+
+    def _load_cv(self, played: Round) -> float | None:
+        """Coefficient of variation of the load, the data of the clients that trained an expert; mean over layers."""
+        samples_C, done = self.world.population.samples_C, {u.client for u in played.updates if u.status == "ok"}
+        loads = [samples_C[plan.client] * plan.trainable_LE for plan in played.plans if plan.client in done]
+        return float(np.mean([coefficient_of_variation(load_E) for load_E in sum(loads)])) if loads else None
 
     def finish(self, state: ServerState, model_hash: str) -> dict[str, Any]:
         """Write ``summary.json`` from what the logs hold, so that a resumed run sums up the same."""
