@@ -8,7 +8,10 @@ from types import MappingProxyType
 # The value of ``algorithm``, what people call it, and where it is.
 _SYSTEMS = (
     ("hfedmoe", "HFedMoE", "hfedmoe:HFedMoE"),
+    ("hfedmoe_plus", "HFedMoE+", "hfedmoe_plus:HFedMoEPlus"),
     ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
+    ("fedavg_smallest", "FedAvg, smallest budget", "rivals:FedAvgSmallest"),
+    ("most_activated", "most activated experts", "rivals:MostActivated"),
     ("random", "random experts", "baselines:RandomExperts"),
 )
 ALGORITHMS = tuple(name for name, _, _ in _SYSTEMS)

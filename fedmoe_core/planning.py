@@ -32,6 +32,7 @@ class Asks(TypedDict, total=False):
     aux: AuxLoss | None
     validate: bool
     keeps: frozenset[str]
+    train_router: bool
     lora_rank: int | None
     cached_LE: np.ndarray | None
     out_scale_L: tuple[float, ...] | None
@@ -157,6 +158,7 @@ def asked_costs(population: Population, asks: Asks) -> CostModel:
     keeps, aux = asks.get("keeps", frozenset()), asks.get("aux")
     return replace(
         population.costs_at(asks.get("lora_rank")),
+        train_router=asks.get("train_router", True),
         router_travels="router" not in keeps,
         adapters_travel=sends_adapters(asks.get("rows", {}), in_state=population.costs.lora_rank is not None),
         experts_return="expert" not in keeps,
@@ -166,7 +168,10 @@ def asked_costs(population: Population, asks: Asks) -> CostModel:
 
 def plan_costs(population: Population, plan: ExpertPlan) -> CostModel:
     """The cost model that a plan was made with."""
-    return asked_costs(population, Asks(keeps=plan.keeps, aux=plan.aux, lora_rank=plan.lora_rank, rows=plan.rows))
+    asks = Asks(
+        keeps=plan.keeps, train_router=plan.train_router, aux=plan.aux, lora_rank=plan.lora_rank, rows=plan.rows
+    )
+    return asked_costs(population, asks)
 
 
 def whole_surcharge(
