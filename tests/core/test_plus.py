@@ -158,7 +158,7 @@ def test_smallest_without_limits_is_fedavg() -> None:
 
 
 SETTINGS = ("plus.importance=ib", "plus.mean=participation", "plus.gate=row-wise", "plus.explore=0.1")
-TIERS = 'budgets=["experts=25%", "experts=50%", "experts=100%", "memory=400KiB"]'
+TIERS = 'budgets=["experts=25%", "experts=50%", "experts=100%", "memory=600KiB"]'
 
 
 def test_inv9_with_hfedmoes_settings_every_bit_is_hfedmoes(config: Make) -> None:
