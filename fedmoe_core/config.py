@@ -130,6 +130,22 @@ class FlexMoEConfig:
 
 
 @dataclass(frozen=True)
+class PlusConfig:
+    """Ingredients of HFedMoE+ (``algorithm = "hfedmoe_plus"``), which come before [selection] and [aggregation] there.
+
+    Each can be switched off alone: importance=ib, mean=participation and explore=0 are HFedMoE without it.
+    """
+
+    importance: Literal["taylor", "s", "ib", "hits"] = "taylor"  # hits: how often the client's own tokens choose it
+    mean: Literal["damped", "participation"] = "damped"
+    gate: Literal["row-wise", "frozen", "normalised"] = "row-wise"  # frozen: routers neither train nor travel
+    explore: Share = 0.1  # as selection.explore
+    redundancy: NaturalReal = (
+        0.0  # rho: how much two experts that say the same are worth less; measured to gain nothing
+    )
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation on every client's test split."""
 
@@ -171,6 +187,7 @@ class Config:
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     fedmoe: FedMoEConfig = field(default_factory=FedMoEConfig)
     flex_moe: FlexMoEConfig = field(default_factory=FlexMoEConfig)
+    plus: PlusConfig = field(default_factory=PlusConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,10 @@ _SYSTEMS = (
     ("hfedmoe", "HFedMoE", "hfedmoe:HFedMoE"),
     ("fedmoe", "FedMoE", "fedmoe:FedMoE"),
     ("flex_moe", "FLEX-MoE", "flex_moe:FlexMoE"),
+    ("hfedmoe_plus", "HFedMoE+", "hfedmoe_plus:HFedMoEPlus"),
     ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
+    ("fedavg_smallest", "FedAvg, smallest budget", "rivals:FedAvgSmallest"),
+    ("most_activated", "most activated experts", "rivals:MostActivated"),
     ("random", "random experts", "baselines:RandomExperts"),
 )
 ALGORITHMS = tuple(name for name, _, _ in _SYSTEMS)

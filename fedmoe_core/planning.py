@@ -33,6 +33,7 @@ class Asks(TypedDict, total=False):
     aux: AuxLoss | None
     validate: bool
     keeps: frozenset[str]
+    train_router: bool
     lora_rank: int | None
     cached_LE: np.ndarray | None
     out_scale_L: tuple[float, ...] | None
@@ -170,6 +171,7 @@ def asked_costs(population: Population, asks: Asks) -> CostModel:
     total = population.spec.num_layers * population.spec.num_experts
     return replace(
         population.costs_at(asks.get("lora_rank")),
+        train_router=asks.get("train_router", True),
         router_travels="router" not in keeps,
         adapters_travel=sends_adapters(asks.get("rows", {}), in_state=population.costs.lora_rank is not None),
         experts_return="expert" not in keeps,
@@ -181,10 +183,15 @@ def asked_costs(population: Population, asks: Asks) -> CostModel:
 
 def plan_costs(population: Population, plan: ExpertPlan) -> CostModel:
     """The cost model that a plan was made with."""
-    return asked_costs(
-        population,
-        Asks(keeps=plan.keeps, aux=plan.aux, lora_rank=plan.lora_rank, rows=plan.rows, per_batch=plan.per_batch),
+    asks = Asks(
+        keeps=plan.keeps,
+        train_router=plan.train_router,
+        aux=plan.aux,
+        lora_rank=plan.lora_rank,
+        rows=plan.rows,
+        per_batch=plan.per_batch,
     )
+    return asked_costs(population, asks)
 
 
 def whole_surcharge(
