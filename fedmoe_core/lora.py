@@ -152,6 +152,23 @@ def flame_weights(
     return np.asarray(gamma_CLE / np.where(total_LE > 0, total_LE, 1.0))
 
 
+def flame_share(rows_LE: np.ndarray, *, steps: int, tokens: int, samples: float, temperature: float) -> np.ndarray:
+    """|D_i| (a_i^j / S_i)^t of one client before ``flame_weights`` normalises it over clients, (L, E), in [0, 1].
+
+    a / S is divided by the tokens of a step, an upper bound of it and the same for all clients, so that it fits a
+    weight's range; the normalised weights are those of FLAME [D].
+
+    Args:
+        rows_LE: a, activations of each expert.
+        steps: S, local steps.
+        tokens: tokens of a local step, padding included.
+        samples: |D| over the largest |D|.
+        temperature: t.
+    """
+    rate_LE = np.minimum(rows_LE / max(1, steps * tokens), 1.0)
+    return np.asarray(samples * rate_LE**temperature)
+
+
 def flame_rescale(top_k: int, client_k: int) -> float:
     """Where FLAME's learnable output scale s_i starts: k / k_i, for a client that activates k_i of k experts [N].
 

@@ -8,6 +8,8 @@ from types import MappingProxyType
 # The value of ``algorithm``, what people call it, and where it is.
 _SYSTEMS = (
     ("hfedmoe", "HFedMoE", "hfedmoe:HFedMoE"),
+    ("fft_moe", "FFT-MoE", "fft_moe:FftMoE"),
+    ("flame", "FLAME", "flame:Flame"),
     ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
     ("random", "random experts", "baselines:RandomExperts"),
 )

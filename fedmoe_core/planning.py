@@ -155,8 +155,13 @@ def plan_everything(population: Population, state: ServerState, client: int) -> 
 def asked_costs(population: Population, asks: Asks) -> CostModel:
     """The cost model of a client that is asked for these things."""
     keeps, aux = asks.get("keeps", frozenset()), asks.get("aux")
+    costs = population.costs_at(asks.get("lora_rank"))
+    if asks.get("out_scale_L") is not None:
+        # Scaled routing weights live until the backward; the factor itself has a gradient, moments and a step count.
+        scaled = costs.num_layers * (costs.tokens * costs.top_k * 4 + 64)
+        costs = replace(costs, trunk=replace(costs.trunk, buffer_bytes=costs.trunk.buffer_bytes + scaled))
     return replace(
-        population.costs_at(asks.get("lora_rank")),
+        costs,
         router_travels="router" not in keeps,
         adapters_travel=sends_adapters(asks.get("rows", {}), in_state=population.costs.lora_rank is not None),
         experts_return="expert" not in keeps,
