@@ -96,6 +96,11 @@ def tail_penalty(adapter: Adapter, keep: int) -> Tensor:
     return torch.linalg.matrix_norm(tail_b) * torch.linalg.matrix_norm(tail_a)
 
 
+def kept_ranks(rank: int, keep_share: float) -> int:
+    """floor(gamma r), at least 1: what HetLoRA's pruning leaves [N]."""
+    return max(1, math.floor(keep_share * rank + 1e-9))
+
+
 def pruned_rank(before: Adapter, after: Adapter, *, keep_share: float) -> int:
     """HetLoRA's self-pruning [N]: the rank falls to floor(gamma r), at least 1, if the tail's norm product has shrunk.
 
@@ -106,7 +111,7 @@ def pruned_rank(before: Adapter, after: Adapter, *, keep_share: float) -> int:
     """
     if not 0 < keep_share <= 1:
         raise ValueError(f"keep_share={keep_share} is outside (0, 1]; it is the share of ranks that pruning keeps")
-    keep = max(1, math.floor(keep_share * after.rank + 1e-9))
+    keep = kept_ranks(after.rank, keep_share)
     shrunk = float(tail_penalty(after, keep).sum()) < float(tail_penalty(before, keep).sum())
     return keep if shrunk else after.rank
 

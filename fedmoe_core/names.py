@@ -10,6 +10,8 @@ _SYSTEMS = (
     ("hfedmoe", "HFedMoE", "hfedmoe:HFedMoE"),
     ("fft_moe", "FFT-MoE", "fft_moe:FftMoE"),
     ("flame", "FLAME", "flame:Flame"),
+    ("hetlora", "HetLoRA", "lora_rivals:HetLora"),
+    ("flexlora", "FlexLoRA", "lora_rivals:FlexLora"),
     ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
     ("random", "random experts", "baselines:RandomExperts"),
 )
