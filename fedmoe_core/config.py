@@ -146,6 +146,30 @@ class PlusConfig:
 
 
 @dataclass(frozen=True)
+class FftMoEConfig:
+    """FFT-MoE's settings (arXiv 2508.18663), none of which is known from the paper."""
+
+    experts: Positive = 4  # M, experts of each grafted mixture
+    width: Positive = 16  # r, bottleneck of an expert
+    top_k: Positive = 2  # k_max
+    balance: NaturalReal = 0.01  # lambda0: weight of the balance loss on a client of even data that runs k_max
+    pull: NaturalReal = 0.01  # mu: weight of the divergence from the client's own target distribution
+    smoothing: Share = 0.5  # weight of the newest routing distribution in a client's running one
+    aggregation: Literal["fedavg", "usage"] = "fedavg"  # usage: FLAME's weights, by how often an expert was activated
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters on the experts: FLAME, HetLoRA and FlexLoRA, and FLAME's weights wherever they are used."""
+
+    rank: Positive = 8  # of a client without limits
+    alpha: PositiveReal = 16.0  # the product counts alpha / rank, for clients of every rank
+    temperature: NaturalReal = 2.0  # t of FLAME's activation weights; 0 is FedAvg
+    keep_share: Annotated[float, Between(0.01, 1.0)] = 0.99  # HetLoRA's gamma: share of the ranks that pruning keeps
+    tail: NaturalReal = 0.005  # HetLoRA's weight of the tail-rank regulariser
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation on every client's test split."""
 
@@ -188,6 +212,8 @@ class Config:
     fedmoe: FedMoEConfig = field(default_factory=FedMoEConfig)
     flex_moe: FlexMoEConfig = field(default_factory=FlexMoEConfig)
     plus: PlusConfig = field(default_factory=PlusConfig)
+    fft_moe: FftMoEConfig = field(default_factory=FftMoEConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
@@ -203,6 +229,10 @@ class Config:
             Budget.parse(tier, spec_experts=1)  # its words; what a share of experts comes to is known with the model
         _check_partition(self.partition)
         _check_model(self.model_config)
+        if self.fft_moe.top_k > self.fft_moe.experts:
+            raise ValueError(
+                f"fft_moe.top_k={self.fft_moe.top_k} exceeds fft_moe.experts={self.fft_moe.experts}; lower it"
+            )
         sampled = self.clients_per_round or self.clients
         if sampled > self.clients:
             raise ValueError(f"clients_per_round={sampled} exceeds clients={self.clients}; lower it, or 0 for all")

@@ -169,8 +169,13 @@ def asked_costs(population: Population, asks: Asks) -> CostModel:
     """The cost model of a client that is asked for these things."""
     keeps, aux, rule = asks.get("keeps", frozenset()), asks.get("aux"), asks.get("per_batch")
     total = population.spec.num_layers * population.spec.num_experts
+    costs = population.costs_at(asks.get("lora_rank"))
+    if asks.get("out_scale_L") is not None:
+        # Scaled routing weights live until the backward; the factor itself has a gradient, moments and a step count.
+        scaled = costs.num_layers * (costs.tokens * costs.top_k * 4 + 64)
+        costs = replace(costs, trunk=replace(costs.trunk, buffer_bytes=costs.trunk.buffer_bytes + scaled))
     return replace(
-        population.costs_at(asks.get("lora_rank")),
+        costs,
         train_router=asks.get("train_router", True),
         router_travels="router" not in keeps,
         adapters_travel=sends_adapters(asks.get("rows", {}), in_state=population.costs.lora_rank is not None),
@@ -190,6 +195,7 @@ def plan_costs(population: Population, plan: ExpertPlan) -> CostModel:
         lora_rank=plan.lora_rank,
         rows=plan.rows,
         per_batch=plan.per_batch,
+        out_scale_L=plan.out_scale_L,
     )
     return asked_costs(population, asks)
 
