@@ -71,6 +71,17 @@ def test_every_system_starts_at_the_warm_model(config: Make, name: str) -> None:
     assert evaluate_clients(world, state).loss_C == evaluate_clients(plain, before).loss_C
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("fft_moe", 0.97887), ("flame", 0.71385), ("hetlora", 0.71562), ("flexlora", 0.71524)]
+)
+def test_three_rounds_end_where_they_always_did(config: Make, name: str, wanted: float) -> None:
+    words = (f"algorithm={name}", "budgets=unlimited", "rounds=3", "eval.every=3", "eval.personal=true")
+    summary = simulate.run(config(*words, labelled=True))
+    assert summary["loss_before"] == pytest.approx(1.10616, abs=1e-3)
+    assert summary["loss_after"] == pytest.approx(wanted, abs=1e-3)
+    assert summary["budgeted"]
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_inv1_inv2_what_a_client_cannot_bear_is_charged_and_named(config: Make, name: str, tmp_path: Path) -> None:
     summary = simulate.run(config(f"algorithm={name}", TIERS, "rounds=3"))
