@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,6 +179,7 @@ class RunLog:
             "experts_held_min": min(held, default=0),
             "experts_held_max": max(held, default=0),
             "budget_violations": len(overruns),
+            "over_budget": _first_overruns(overruns),
             "refused_updates": sum(len(line["refused"]) for line in rounds),
             "seconds": math.fsum(line["seconds"] for line in rounds),
             "engine_seconds": math.fsum(line["engine_seconds"] for line in rounds),
@@ -286,5 +287,16 @@ def _ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: t
 
 def _over(entry: Mapping[str, Any]) -> bool:
     """Whether a ledger line shows more than its budget, predicted or real."""
+    return bool(_excess(entry))
+
+
+def _excess(entry: Mapping[str, Any]) -> list[str]:
+    """What a ledger line needs more of than its budget allows, predicted first."""
     budget = Budget(**entry["budget"])
-    return any(budget.violations(Cost(**entry[kind])) for kind in ("predicted", "real"))
+    return [line for kind in ("predicted", "real") for line in budget.violations(Cost(**entry[kind]))]
+
+
+def _first_overruns(overruns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which clients needed more than their budgets and by how much, one line each, at their first time."""
+    first = {entry["client"]: _excess(entry)[0] for entry in reversed(overruns)}
+    return [f"client {client}: {first[client]}" for client in sorted(first)]
