@@ -6,13 +6,12 @@ Letters: ``L`` MoE layers, ``E`` experts of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedmoe_core.aggregate import Sums, dense_mean, expert_mean, gate_mean
 from fedmoe_core.algorithms import Algorithm
@@ -20,9 +19,9 @@ from fedmoe_core.budget import NOTHING, Cost
 from fedmoe_core.client import LocalResult
 from fedmoe_core.clustering import expert_features
 from fedmoe_core.forward_only import ForwardEstimates, estimate_cost
-from fedmoe_core.merging import Merge, merge_budgets, merged_rows, plan_merge
+from fedmoe_core.merging import merge_budgets, merged_experts, plan_merge
 from fedmoe_core.plan import ExpertPlan
-from fedmoe_core.planning import plan_of_masks
+from fedmoe_core.planning import bears, plan_of_masks
 from fedmoe_core.quantised_profile import QuantisedProfile, profile_cost
 from fedmoe_core.reports import failed_update, finished_update
 from fedmoe_core.rng import counter_rng
@@ -214,7 +213,9 @@ class Flux(Algorithm):
             held_LE = tuned_LE.copy()
             held_LE[tuple(places[:slots].T)] = True
             exploring = estimate_cost(self.population.costs, held_LE, explored=explored, probes=probes)
-            return self._fits(state, client, (held_LE, roles.exploit_LE), profiling.with_extra(exploring))
+            return bears(
+                self.population, state, client, (held_LE, roles.exploit_LE), surcharge=profiling.with_extra(exploring)
+            )
 
         if not fits(least):
             return None
@@ -223,19 +224,13 @@ class Flux(Algorithm):
             least, most = (middle, most) if fits(middle) else (least, middle - 1)
         return least
 
-    def _fits(self, state: ServerState, client: int, masks: tuple[np.ndarray, np.ndarray], surcharge: Cost) -> bool:
-        """Whether the budget bears these held and trained experts for at least one step at k' = 1."""
-        costs, (held_LE, trained_LE) = self.population.costs, masks
-        cost = costs.predict(held_LE, trained_LE, local_steps=1, first_participation=state.visits[client] == 0)
-        step = costs.step_flops(np.ones_like(held_LE), trained_LE, top_k=1)
-        return self.population.budgets[client].fits(replace(cost, flops=step).with_extra(surcharge))
-
     def _profiling(self, state: ServerState, client: int) -> Cost:
         """What profiling in 4 bits costs the client; nothing where its budget cannot bear that and some training."""
         cost = profile_cost(self.population)
         least_LE = np.zeros((self.population.spec.num_layers, self.population.spec.num_experts), dtype=bool)
         least_LE[:, :1] = True
-        return cost if cost is not None and self._fits(state, client, (least_LE, least_LE), cost) else NOTHING
+        masks = (least_LE, least_LE)
+        return cost if cost and bears(self.population, state, client, masks, surcharge=cost) else NOTHING
 
     def _trainable(
         self, state: ServerState, client: int, utility_LE: np.ndarray, profiling: Cost
@@ -258,14 +253,3 @@ def utilities(known: Profile) -> np.ndarray:
     usual = float((known.freq_LE * known.grad_LE)[measured_LE].sum()) / weight
     grad_LE = np.where(measured_LE, known.grad_LE, usual)
     return utility(known.freq_LE, known.freq_LE * grad_LE**2)
-
-
-def merged_experts(params: Mapping[str, Tensor], merge: Merge) -> dict[str, Mapping[int, Tensor]]:
-    """Rows of a plan: the merged weights of every cluster of more than one expert."""
-    rows: dict[str, Mapping[int, Tensor]] = {}
-    for layer, alias_E in enumerate(merge.alias_LE):
-        ids, sizes = np.unique(alias_E, return_counts=True)
-        for key in (f"moe.{layer}.w_in", f"moe.{layer}.w_out"):
-            merged = merged_rows(params[key], merge, layer)
-            rows[key] = {int(e): row for e, size, row in zip(ids, sizes, merged, strict=True) if size > 1}
-    return rows
