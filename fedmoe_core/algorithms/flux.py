@@ -29,7 +29,7 @@ from fedmoe_core.selection import choose
 from fedmoe_core.state import ServerState
 from fedmoe_core.systems import Equation, System
 from fedmoe_core.update import ClientUpdate
-from fedmoe_core.utilities import Roles, assign_roles, exploit_share, first_utility, utility
+from fedmoe_core.utilities import Roles, assign_roles, exploit_share
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,8 @@ class Flux(Algorithm):
         before = None if profiling == NOTHING else QuantisedProfile()
         found = self._roles(state, client, utility_LE, profiling)
         if found is None:
-            held_LE, _ = self._trainable(state, client, utility_LE, profiling)
-            return plan_of_masks(
-                facts, state, client, held_LE, scores_LE=utility_LE, surcharge=profiling, before=before
-            )
+            best_LE = self._trainable(state, client, utility_LE, profiling)
+            return plan_of_masks(facts, state, client, best_LE, surcharge=profiling, before=before)
         roles, slots = found
         merged_LE = ~(roles.exploit_LE | roles.explore_LE)
         merge = plan_merge(
@@ -187,7 +185,7 @@ class Flux(Algorithm):
         None where no layer has a slot for merged experts. Exploring is given up before tuning is.
         """
         facts, chosen = self.population, self.population.config.flux
-        room, layers = int(self._trainable(state, client, utility_LE, profiling)[0].sum()), len(utility_LE)
+        room, layers = int(self._trainable(state, client, utility_LE, profiling).sum()), len(utility_LE)
         epsilon = exploit_share(
             state.round, start=chosen.epsilon_start, step=chosen.epsilon_step, most=chosen.epsilon_most
         )
@@ -232,24 +230,7 @@ class Flux(Algorithm):
         masks = (least_LE, least_LE)
         return cost if cost and bears(self.population, state, client, masks, surcharge=cost) else NOTHING
 
-    def _trainable(
-        self, state: ServerState, client: int, utility_LE: np.ndarray, profiling: Cost
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _trainable(self, state: ServerState, client: int, utility_LE: np.ndarray, profiling: Cost) -> np.ndarray:
         """The experts of most utility that the budget could hold and train, if nothing were merged."""
         budget, first = self.population.budgets[client].after(profiling), state.visits[client] == 0
-        return choose(budget, self.population.costs, utility_LE, client=client, first_participation=first)
-
-
-def utilities(known: Profile) -> np.ndarray:
-    """Eq. 3: |D_e| times the root mean squared gradient norm; norm(f_e) before any gradient, (L, E).
-
-    |D_e| is proportional to f_e within a client. An expert never measured has the mean norm of those that were, by
-    frequency [E].
-    """
-    measured_LE = known.grad_LE >= 0
-    weight = float(known.freq_LE[measured_LE].sum())
-    if weight == 0:
-        return first_utility(known.freq_LE)
-    usual = float((known.freq_LE * known.grad_LE)[measured_LE].sum()) / weight
-    grad_LE = np.where(measured_LE, known.grad_LE, usual)
-    return utility(known.freq_LE, known.freq_LE * grad_LE**2)
+        return choose(budget, self.population.costs, utility_LE, client=client, first_participation=first)[0]

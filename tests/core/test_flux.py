@@ -15,13 +15,16 @@ from hand_made import SAMPLES, TRAINED, WEIGHTS, model, plan_for, play, populati
 from tiny_corpus import make_config
 
 from fedmoe_core import simulate
+from fedmoe_core.aggregate import Accumulator
 from fedmoe_core.algorithms.flux import Flux, Profile, utilities
+from fedmoe_core.batch import client_batches
 from fedmoe_core.budget import Budget, Cost
 from fedmoe_core.client import LocalResult
+from fedmoe_core.clustering import expert_features
 from fedmoe_core.config import Config
 from fedmoe_core.forward_only import ForwardEstimates
 from fedmoe_core.measure import run_probe
-from fedmoe_core.merging import Merge, merge_budgets, merge_shares, merged_rows
+from fedmoe_core.merging import Merge, merge_budgets, merge_shares, merged_experts, merged_rows, plan_merge
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.prepare import World, build_world
 from fedmoe_core.probe import Bench
@@ -103,8 +106,6 @@ def test_estimates_and_profiles_are_remembered_and_old_norms_stay() -> None:
 
 
 def play_sums(algorithm: Flux) -> Any:
-    from fedmoe_core.aggregate import Accumulator
-
     return Accumulator(algorithm.population.spec.params).sums()
 
 
@@ -157,6 +158,7 @@ def test_inv10_plans_do_not_depend_on_who_else_is_planned() -> None:
 
 def test_one_expert_per_cluster_equals_the_unmerged_model_and_merging_does_not(config: Callable[..., Config]) -> None:
     world = world_of(config("budgets=unlimited"))
+    assert isinstance(world.algorithm, Flux)
     plan = world.algorithm.plan(world.algorithm.init(world.params), [0])[0]
     assert plan.permitted_LE.all()
     batch = next(iter(simulate_batches(world)))
@@ -164,11 +166,29 @@ def test_one_expert_per_cluster_equals_the_unmerged_model_and_merging_does_not(c
     whole = world.adapter.evaluate(batch)
     configure_for(world.adapter, world.params, plan, train_dense=False)
     assert world.adapter.evaluate(batch).loss_sum == pytest.approx(whole.loss_sum, rel=1e-6)
+    known, all_LE = world.algorithm.profile(world.algorithm.init(world.params), 0), np.ones((2, 8), dtype=bool)
+    weights = [(world.params[f"moe.{layer}.w_in"], world.params[f"moe.{layer}.w_out"]) for layer in range(2)]
+    for slots, same in ((16, True), (4, False)):
+        merge = plan_merge(
+            expert_features(weights, seed=0),
+            all_LE,
+            merge_budgets(known.freq_LE, all_LE, slots),
+            freq_LE=known.freq_LE,
+            attention_LE=known.attention_LE,
+            seed=0,
+        )
+        merged = replace(
+            plan,
+            permitted_LE=merge.stored_LE,
+            trainable_LE=np.zeros_like(all_LE),
+            rows=merged_experts(world.params, merge),
+            alias_LE=np.where(merge.stored_LE, -1, merge.alias_LE),
+        )
+        configure_for(world.adapter, world.params, merged, train_dense=False)
+        assert (world.adapter.evaluate(batch).loss_sum == pytest.approx(whole.loss_sum, rel=1e-6)) is same
 
 
 def simulate_batches(world: World) -> Any:
-    from fedmoe_core.batch import client_batches
-
     return client_batches(world.data.clients[0].private, seed=0, round=0, client=0, steps=2, batch_size=2, seq_len=32)
 
 
@@ -215,7 +235,7 @@ def test_profiles_are_one_round_stale(config: Callable[..., Config]) -> None:
     state = world.algorithm.init(world.params)
     after, _ = simulate.play_round(world, state, NullObserver())
     plan = world.algorithm.plan(state, [0])[0]
-    draw = simulate.client_batches(
+    draw = client_batches(
         world.data.clients[0].private, seed=world.config.seed, round=0, client=0, steps=2, batch_size=2, seq_len=32
     )
     batches = list(draw)
