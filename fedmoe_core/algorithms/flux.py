@@ -29,7 +29,7 @@ from fedmoe_core.selection import choose
 from fedmoe_core.state import ServerState
 from fedmoe_core.systems import Equation, System
 from fedmoe_core.update import ClientUpdate
-from fedmoe_core.utilities import Roles, assign_roles, exploit_share
+from fedmoe_core.utilities import Roles, assign_roles, exploit_share, first_utility, utility
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,9 @@ class Flux(Algorithm):
 
     def _plan(self, state: ServerState, client: int, features_LED: np.ndarray) -> ExpertPlan:
         facts, chosen = self.population, self.population.config.flux
-        known = self.profile(state, client)
-        profiling = self._profiling(state, client)
+        known, profiling = self.profile(state, client), self._profiling(state, client)
         utility_LE = utilities(known)
-        before = None if profiling == NOTHING else QuantisedProfile()
+        before = QuantisedProfile() if profiling != NOTHING else None
         found = self._roles(state, client, utility_LE, profiling)
         if found is None:
             best_LE = self._trainable(state, client, utility_LE, profiling)
@@ -234,3 +233,18 @@ class Flux(Algorithm):
         """The experts of most utility that the budget could hold and train, if nothing were merged."""
         budget, first = self.population.budgets[client].after(profiling), state.visits[client] == 0
         return choose(budget, self.population.costs, utility_LE, client=client, first_participation=first)[0]
+
+
+def utilities(known: Profile) -> np.ndarray:
+    """Eq. 3: |D_e| times the root mean squared gradient norm; norm(f_e) before any gradient, (L, E).
+
+    |D_e| is proportional to f_e within a client. An expert never measured has the mean norm of those that were, by
+    frequency [E].
+    """
+    measured_LE = known.grad_LE >= 0
+    weight = float(known.freq_LE[measured_LE].sum())
+    if weight == 0:
+        return first_utility(known.freq_LE)
+    usual = float((known.freq_LE * known.grad_LE)[measured_LE].sum()) / weight
+    grad_LE = np.where(measured_LE, known.grad_LE, usual)
+    return utility(known.freq_LE, known.freq_LE * grad_LE**2)
