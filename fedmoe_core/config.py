@@ -170,6 +170,18 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class FluxConfig:
+    """Flux's settings (arXiv 2508.19078); the values are ours."""
+
+    tune_share: Share = 0.5  # share of the experts a client could train that it tunes; the rest are merged slots
+    epsilon_start: Share = 0.3  # share of the tuned that are trained in the first round; the others are explored
+    epsilon_step: NaturalReal = 0.1  # growth of that share in a round
+    epsilon_most: Share = 0.9
+    probes: Positive = 4  # pairs of forward passes for each explored expert
+    sigma: PositiveReal = 1e-3  # size of the change of weights that they try
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation on every client's test split."""
 
@@ -214,6 +226,7 @@ class Config:
     plus: PlusConfig = field(default_factory=PlusConfig)
     fft_moe: FftMoEConfig = field(default_factory=FftMoEConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    flux: FluxConfig = field(default_factory=FluxConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ _SYSTEMS = (
     ("flame", "FLAME", "flame:Flame"),
     ("hetlora", "HetLoRA", "lora_rivals:HetLora"),
     ("flexlora", "FlexLoRA", "lora_rivals:FlexLora"),
+    ("flux", "Flux", "flux:Flux"),
     ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
     ("fedavg_smallest", "FedAvg, smallest budget", "rivals:FedAvgSmallest"),
     ("most_activated", "most activated experts", "rivals:MostActivated"),

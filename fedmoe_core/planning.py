@@ -165,6 +165,21 @@ def client_room(population: Population, client: int, *, first_participation: boo
     return room_of(left, costs, client=client, first_participation=first_participation)
 
 
+def bears(
+    population: Population,
+    state: ServerState,
+    client: int,
+    masks: tuple[np.ndarray, np.ndarray],
+    *,
+    surcharge: Cost = NOTHING,
+) -> bool:
+    """Whether the client's budget bears these held and trained experts, all others served, for a step at k' = 1."""
+    costs, (held_LE, trained_LE) = population.costs, masks
+    cost = costs.predict(held_LE, trained_LE, local_steps=1, first_participation=state.visits[client] == 0)
+    step = costs.step_flops(np.ones_like(held_LE), trained_LE, top_k=1)
+    return population.budgets[client].fits(replace(cost, flops=step).with_extra(surcharge))
+
+
 def asked_costs(population: Population, asks: Asks) -> CostModel:
     """The cost model of a client that is asked for these things."""
     keeps, aux, rule = asks.get("keeps", frozenset()), asks.get("aux"), asks.get("per_batch")
