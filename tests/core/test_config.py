@@ -47,7 +47,7 @@ FREE = {key: setting for key, setting in SCHEMA.items() if key not in CROSS_CHEC
 def replaced(values: dict[str, object]) -> Config:
     """A configuration with some values changed, built without the loader under test."""
     top: dict[str, object] = {k: v for k, v in values.items() if "." not in k}
-    for section in ("warmup", "train", "selection", "aggregation", "eval"):
+    for section in sorted({key.partition(".")[0] for key in FREE if "." in key}):
         inner = {k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{section}.")}
         top[section] = dataclasses.replace(getattr(Config(), section), **inner)
     return dataclasses.replace(Config(), **top)
