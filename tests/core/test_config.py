@@ -39,7 +39,9 @@ def values_of(setting: Setting) -> st.SearchStrategy[object]:
     return st.floats(low, high, exclude_min=isinstance(setting.rule, MoreThan))
 
 
-CROSS_CHECKED = {"clients", "clients_per_round", "min_clients", "ranks"} | {k for k in SCHEMA if "model_config" in k}
+CROSS_CHECKED = {"clients", "clients_per_round", "min_clients", "ranks", "selection.reschedule"} | {
+    k for k in SCHEMA if "model_config" in k
+}
 FREE = {key: setting for key, setting in SCHEMA.items() if key not in CROSS_CHECKED}
 
 
