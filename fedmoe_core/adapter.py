@@ -51,6 +51,23 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class PlaceLosses:
+    """Losses of one batch by place, (S, N).
+
+    Attributes:
+        loss_SN: in nats; of the next token (language modelling), or of the sequence, repeated at each of its places.
+        correct_SN: whether that prediction is right.
+        counted_SN: places that predict something; the others mean nothing.
+        total: what ``evaluate`` gives for the batch.
+    """
+
+    loss_SN: Tensor
+    correct_SN: Tensor
+    counted_SN: Tensor
+    total: Evaluation
+
+
+@dataclass(frozen=True)
 class LoraSpec:
     """Adapters on the experts, over frozen base experts, as an algorithm declares them for its run.
 
@@ -102,6 +119,7 @@ class ModelAdapter(Protocol):
         lora_rank: int | None = None,
         lora_seed: int = 0,
         out_scale_L: Sequence[float] | None = None,
+        frozen_bits: int | None = None,
     ) -> None:
         """Become a sub-model of ``state``: only permitted experts stored, only trainable ones as Parameters.
 
@@ -112,12 +130,24 @@ class ModelAdapter(Protocol):
 
         After ``add_lora`` adapters train in place of the permitted experts, cut to the first ``lora_rank`` ranks; where
         the state has no factors they exist only with a ``lora_rank``, fresh from ``lora_seed``. ``out_scale_L`` gives
-        each layer's output a trainable factor that starts there.
+        each layer's output a trainable factor that starts there. ``frozen_bits`` (8 or 4) stores the experts that do
+        not train in as many bits, for a cheap look at the whole model.
         """
         ...
 
     def add_lora(self, lora: LoraSpec, *, seed: int) -> dict[str, Tensor]:
         """Let experts carry adapters from now on; the factors to add to the state (none unless ``lora.in_state``)."""
+        ...
+
+    def place_losses(self, batch: Batch) -> PlaceLosses:
+        """The losses behind ``evaluate``, place by place, without gradients; the layers measure."""
+        ...
+
+    def attention_received(self, batch: Batch) -> Tensor:
+        """Attention that each place gets in the attention before each MoE layer, (L, S, N), 0 at padding.
+
+        Mean over heads, and over the real places that can see it (itself and those after it).
+        """
         ...
 
     def graft(self, graft: GraftSpec, *, seed: int) -> dict[str, Tensor]:
