@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check interpret demo bench clean
+.PHONY: help setup test check interpret aot aot-3.6 demo bench bench-gpu clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: setup.py pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fedmoe needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
@@ -32,7 +32,20 @@ check: setup ## lint, format and types
 interpret: setup ## every Triton kernel in Triton's interpreter, on CPU, against the float64 reference
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/interpret
 
-DEMO := runs/demo
+aot: setup ## compile every kernel for GPUs that are not here, check the code, keep the table in bench/results
+	$(BIN)/python bench/aot.py --keep
+
+# The oldest triton that is supported, beside the newest torch: it is what runs kernels, and torch only makes tensors.
+OLDEST := .venv-3.6
+$(OLDEST)/.ready:
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 "numpy<2.4" rich
+	@touch $@
+
+aot-3.6: $(OLDEST)/.ready ## the same with triton 3.6.0, in an environment of its own
+	PYTHONPATH=kernels $(OLDEST)/bin/python bench/aot.py --keep
+
 demo: setup ## fine-tune a small MoE over ten budgeted clients, next to random experts and FedAvg, and write the report
 	$(BIN)/fedmoe simulate examples/demo.toml algorithm=hfedmoe out=$(DEMO)/hfedmoe --force
 	$(BIN)/fedmoe simulate examples/demo.toml algorithm=random out=$(DEMO)/random --force
@@ -42,5 +55,8 @@ demo: setup ## fine-tune a small MoE over ten budgeted clients, next to random e
 bench: setup ## CPU microbenchmarks against the experts of transformers and one dense product
 	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
+bench-gpu: setup ## on a GPU: correctness, compute-sanitizer, times against peers, table and plots; goes on where it stopped
+	PYTHON=$(abspath $(BIN)/python) bash bench/gpu.sh
+
 clean: ## remove the environment and the runs
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info

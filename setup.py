@@ -9,4 +9,5 @@ setup(
         "fedmoe_kernels": "kernels/fedmoe_kernels",
         "fedmoe_bindings": "bindings/fedmoe_bindings",
     },
+    package_data={"fedmoe_kernels": ["tiles/*.json"]},
 )

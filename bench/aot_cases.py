@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,13 +97,16 @@ MORE = (
 )
 
 
-def launches(case: Case, arch: str) -> list[Launch]:
-    """Everything that one step of the case starts on `arch`: routing, forward, backward, all gradients and scores."""
-    found: list[Launch] = []
-    _route(case, found)
+def launches(case: Case, arch: str) -> dict[str, list[Launch]]:
+    """All that one step of the case starts on `arch`, by pass: routing, forward, backward with all gradients.
+
+    "routing" has what a step of the layer starts; "more" has the statistics and the placing of a given choice.
+    """
+    found: dict[str, list[Launch]] = {"routing": [], "more": [], "forward": [], "backward": []}
+    grad_TK = _route(case, found)
     inputs = inputs_of(case)
-    how = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "arch": arch, "execute": found.append}
-    y_TH, z_RF = experts.forward(inputs, keep_z=case.keep_z, **how)
+    how: dict[str, Any] = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "arch": arch}
+    y_TH, z_RF = experts.forward(inputs, keep_z=case.keep_z, execute=found["forward"].append, **how)
     needs = [True] * (len(DIFFERENTIABLE) + 1)
     if case.rank:
         needs[2:6] = [False] * 4
@@ -109,21 +114,29 @@ def launches(case: Case, arch: str) -> list[Launch]:
         needs[6:10] = [False] * 4
     if not case.bias:
         needs[4:6] = [False] * 2
-    experts.backward(y_TH, z_RF, inputs, needs=needs, **how)
+    experts.backward(y_TH, z_RF, inputs, needs=needs, execute=found["backward"].append, **how)
+    grad_TK(found["backward"])
     return found
 
 
-def _route(case: Case, found: list[Launch]) -> None:
+def _route(case: Case, found: dict[str, list[Launch]]) -> Callable[[list[Launch]], object]:
+    """Everything of the router but its backward, which is returned."""
     held = torch.empty(case.clients, case.E, dtype=torch.int64, device="meta")
     client_T = _ids(case.T) if case.clients > 1 else None
     rule = Rule(case.K, case.scoring, True, *case.groups)
     logits_TE = torch.empty(case.T, case.E, dtype=torch.float32, device="meta")
     bias_E = torch.empty(case.E, dtype=torch.float32, device="meta") if case.scoring == "sigmoid" else None
-    how = {"num_slots": case.B, "execute": found.append}
-    routed = routing.route(logits_TE, held, client_T, None, bias_E, rule=rule, with_stats=True, **how)
-    weights_TK, experts_TK = routed[:2]
-    routing.route_backward(weights_TK, logits_TE, experts_TK, held, client_T, rule=rule, execute=found.append)
-    routing.place(experts_TK, held, client_T, None, **how)
+
+    def route(execute: list[Launch], *, with_stats: bool) -> tuple[Tensor, ...]:
+        how = {"rule": rule, "num_slots": case.B, "with_stats": with_stats, "execute": execute.append}
+        return routing.route(logits_TE, held, client_T, None, bias_E, **how)
+
+    weights_TK, experts_TK = route(found["routing"], with_stats=False)[:2]
+    route(found["more"], with_stats=True)
+    routing.place(experts_TK, held, client_T, None, num_slots=case.B, execute=found["more"].append)
+    return lambda kept: routing.route_backward(
+        weights_TK, logits_TE, experts_TK, held, client_T, rule=rule, execute=kept.append
+    )
 
 
 def inputs_of(case: Case) -> OpInputs:

@@ -89,6 +89,14 @@ class Case:
     tokens: int | None = None
     routes: str = "uniform"
 
+    def held(self, shape: Shape) -> int:
+        """B, how many experts are permitted."""
+        return max(shape.K, int(shape.E * self.permitted))
+
+    def learning(self, shape: Shape) -> int:
+        """Bt, how many of them are trainable."""
+        return max(1, int(self.held(shape) * self.trainable)) if self.trainable else 0
+
     def shaped(self, shape: Shape) -> Shape:
         """The shape with this case's tokens; never more than it has."""
         return shape if self.tokens is None else replace(shape, T=min(self.tokens, shape.T))
@@ -156,13 +164,12 @@ def problem(
     def randn(*size: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*size, generator=draw, device=device).mul_(scale).to(dtype)
 
-    held = max(shape.K, int(shape.E * case.permitted))
+    held = case.held(shape)
     permitted_E = torch.zeros(shape.E, dtype=torch.bool, device=device)
     permitted_E[torch.randperm(shape.E, generator=draw, device=device)[:held]] = True
     ids = permitted_E.nonzero().flatten()
-    learning = max(1, int(held * case.trainable)) if case.trainable else 0
     trainable_E = torch.zeros_like(permitted_E)
-    trainable_E[ids[torch.randperm(held, generator=draw, device=device)[:learning]]] = True
+    trainable_E[ids[torch.randperm(held, generator=draw, device=device)[: case.learning(shape)]]] = True
     stacks = {
         "w_in": randn(shape.E, shape.F, shape.H, scale=shape.H**-0.5),
         "w_out": randn(shape.E, shape.H, shape.I, scale=shape.I**-0.5),

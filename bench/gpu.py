@@ -3,8 +3,9 @@
     python bench/gpu.py [PART] [--shapes NAME,...] [--cases NAME,...] [--results DIR]
     python bench/gpu.py --device cpu --tiny            # rehearse the whole script without a GPU
 
-PART is correct, sanitize, time, plot, or all. Each part writes into one JSON file as it goes and skips what is finished
-there for the same sources, versions and GPU. A part that runs out of its minutes ends with code 75: start it again.
+PART is correct, sanitize, warm (compile for `time` on all cores), time, kernels (each launch alone), plot, or all. Each
+part writes into one JSON file as it goes and skips what is finished there for the same sources, versions and GPU. A
+part that runs out of its minutes ends with code 75: start it again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # Nothing need be installed: the checkout's own packages come first.
 sys.path[:0] = [str(path) for path in (HERE, HERE.parent / "kernels", HERE.parent / "bindings", HERE.parent)]
-PARTS = ("correct", "sanitize", "time", "plot")
+PARTS = ("correct", "sanitize", "warm", "time", "kernels", "plot")
 MINUTES = 8.5
 
 
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     import gpu_parts  # imports torch and the packages of the checkout
 
+    if options.part in ("worker", "sanitized"):
+        gpu_parts.serve(options)
+        return 0
     try:
         run = gpu_parts.Run.begin(options)
     except ValueError as error:

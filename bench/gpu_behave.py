@@ -119,7 +119,7 @@ def _together(clients: list[_Client], rows_per_slot: int | None, device: str, ba
     sizes = [task.shape.T for task in tasks]
     client_T = torch.repeat_interleave(torch.arange(len(tasks), device=device), torch.tensor(sizes, device=device))
     experts_TK = torch.cat([task.experts_TK for task in tasks])
-    routing = Routing.from_topk(experts_TK, s_TK, slot_map, client_T=client_T)
+    routing = Routing.from_topk(experts_TK, s_TK, slot_map, client_T=client_T, backend=backend)
     poison(device)
     y_TH = moe_mlp(x_TH, routing, backend=backend, **stacks)
     y_TH.backward(torch.cat([task.dy_TH for task in tasks]))
@@ -175,7 +175,7 @@ def _layer(dtype: torch.dtype, device: str, backend: str) -> _Layer:
     logits_TE, x_TH = leaf(torch.randn(512, 16, device=device)), leaf(task.x_TH)
 
     def run() -> Tensor:
-        routing = route(logits_TE, task.shape.K, permitted_E=slot_map)
+        routing = route(logits_TE, task.shape.K, permitted_E=slot_map, backend=backend)
         return moe_mlp(x_TH, routing, backend=backend, **stacks)
 
     leaves = {"logits": logits_TE, "x": x_TH} | {name: stack.trainable for name, stack in stacks.items()}

@@ -75,7 +75,7 @@ def checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
         for bits in (8, 4):
             found[f"{short}: frozen experts in {bits} bits"] = _bind(_quantised, bits, device, backend, dtype)
     for name, rule in _RULES.items():
-        found[f"route: {name}"] = _bind(_route, rule, device, tiny)
+        found[f"route: {name}"] = _bind(_route, rule, device, backend, tiny)
     return MappingProxyType(found)
 
 
@@ -124,7 +124,7 @@ def _scores(device: str, backend: str, dtype: torch.dtype) -> str:
     slot_map = SlotMap.build(task.permitted_E, task.trainable_E)
     stacks = {n: stored(full[slot_map.expert_of_slot_B], task.trainable_E) for n, full in task.stacks.items()}
     scores, s_TK = ExpertScores(slot_map.num_slots, device=device), leaf(task.weights_TK)
-    routing = Routing.from_topk(task.experts_TK, s_TK, slot_map)
+    routing = Routing.from_topk(task.experts_TK, s_TK, slot_map, backend=backend)
     poison(device)
     y_TH = moe_mlp(leaf(task.x_TH), routing, scores=scores, backend=backend, **stacks)
     y_TH.backward(task.dy_TH)
@@ -187,7 +187,8 @@ def _quantised(bits: int, device: str, backend: str, dtype: torch.dtype) -> str:
     want = truth(replace(task, stacks=meant), keep=torch.float64)
     x_TH, s_TK = leaf(task.x_TH), leaf(task.weights_TK)
     poison(device)
-    y_TH = moe_mlp(x_TH, Routing.from_topk(task.experts_TK, s_TK, slot_map), backend=backend, **held)
+    routing = Routing.from_topk(task.experts_TK, s_TK, slot_map, backend=backend)
+    y_TH = moe_mlp(x_TH, routing, backend=backend, **held)
     y_TH.backward(task.dy_TH)
     got = {"y": y_TH.detach(), "dx": x_TH.grad, "ds": s_TK.grad}
     return hold(errors(got | {f"d{n}": value.trainable.grad for n, value in held.items()}, want), TOLERANCE[dtype])
@@ -207,7 +208,7 @@ _RULES: Mapping[str, dict[str, Any]] = MappingProxyType(
 )
 
 
-def _route(rule: Mapping[str, Any], device: str, tiny: bool) -> str:
+def _route(rule: Mapping[str, Any], device: str, backend: str, tiny: bool) -> str:
     """On this device and by the CPU's path; logits on a grid, so that ties are ties and nothing else is near one."""
     T, E, k = (97, 32, 4) if tiny else (4099, 64, 8)
     draw = torch.Generator().manual_seed(5)
@@ -230,7 +231,8 @@ def _route(rule: Mapping[str, Any], device: str, tiny: bool) -> str:
     grad_TK = torch.randn(T, k, generator=draw)
     poison(device)
     (got, got_grad), (want, want_grad) = (
-        _routed(logits_TE, k, slot_map, grad_TK, where, tensors, options) for where in (device, "cpu")
+        _routed(logits_TE, k, slot_map, grad_TK, where, tensors, options | {"backend": how})
+        for where, how in ((device, backend), ("cpu", "torch"))
     )
     same = float((got["experts_TK"].cpu() == want["experts_TK"]).all(1).float().mean())
     # Two sigmoids plus two biases can come so near that a rounding decides; on a grid nothing else can.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import os
 import platform
 import re
 import statistics
@@ -16,10 +17,12 @@ import torch
 from clock import Clock
 from roofline import GPUS, Gpu
 
+from fedmoe_kernels.configs import OVERRIDE
+
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent
 # What the numbers depend on; documents and tests may change without making a finished row void.
-_MEASURED = ("kernels/fedmoe_kernels/**/*.py", "bench/*.py")
+_MEASURED = ("kernels/fedmoe_kernels/**/*.py", "kernels/fedmoe_kernels/**/*.json", "bench/*.py")
 
 
 def about(device: str, *, tiny: bool) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def about(device: str, *, tiny: bool) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": _git("describe", "--always", "--dirty") or "unknown",
         "sources": sources(),
+        "tiles": _override(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -50,16 +54,22 @@ def sources() -> str:
     return digest.hexdigest()[:12]
 
 
+def _override() -> str | None:
+    """The tile tables that the environment puts in the place of the shipped ones, by content."""
+    named = os.environ.get(OVERRIDE)
+    return hashlib.sha256(Path(named).read_bytes()).hexdigest()[:12] if named else None
+
+
 def slug(name: str) -> str:
     """A GPU's name as a part of a file's name: "NVIDIA H100 80GB HBM3" to "h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
 
 
 def data_sheet(gpu_name: str | None) -> Gpu | None:
-    """The peaks that percentages refer to, None for a GPU that the table lacks; PCIe cards are other GPUs."""
-    if gpu_name is None or "PCIe" in gpu_name or "NVL" in gpu_name:
+    """The peaks that percentages refer to, None for a GPU that the table lacks: the other makes of these are others."""
+    if gpu_name is None or re.search("PCIe|PCIE|NVL|40GB|MIG", gpu_name):
         return None
-    return next((gpu for name, gpu in GPUS.items() if name in gpu_name), None)
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", gpu_name)), None)
 
 
 def clocks() -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import gpu_behave
 import gpu_correct
+import gpu_dry
 import gpu_machine
 import gpu_report
 import gpu_sanitize
@@ -24,7 +26,8 @@ from peers import Contender, dense, fedmoe, grouped_mm, transformers_experts
 from peers_optional import OPTIONAL
 from roofline import Gpu
 
-from fedmoe_kernels import backends
+from fedmoe_kernels.backends import can_run_triton
+from fedmoe_kernels.configs import arch_of
 
 AGAIN = 75
 FEWEST_ROUNDS = 20
@@ -57,25 +60,13 @@ class Run:
         store = Store(about, options.results or folder, options.out)
         return cls(options, store, shapes, cases)
 
-    @property
-    def backend(self) -> str:
-        """On a GPU the kernels or an error, never a fallback; on a CPU its own path."""
-        return "triton" if self.options.device == "cuda" or backends.interpreting() else "auto"
-
     def part(self, name: str, until: float) -> int:
         """Run one part; 0 = done, 1 = something is wrong, 75 = not finished at `until`."""
-        if name == "sanitized":
-            gpu_sanitize.run_case(self._checks())
-            return 0
-        if name == "worker":
-            gpu_workers.serve(self._checks() | self._large_checks())
-            return 0
         about = self.store.about
         print(f"== {name}: {about['gpu'] or about['cpu']}, torch {about['torch']}, triton {about['triton']}")
         if about["rehearsal"]:
             print(f"*** {NOT_A_GPU} ***", flush=True)
-        parts = {"correct": self._correct, "sanitize": self._sanitize, "time": self._time, "plot": self._plot}
-        code = parts[name](until)
+        code = getattr(self, f"_{name}")(until)
         if about["rehearsal"]:
             print(f"*** {NOT_A_GPU} ***", flush=True)
         return code
@@ -106,12 +97,11 @@ class Run:
             self._replace_checks([record])
             print(f"{record['status']:>8}  {record['name']}: {record['detail']}", flush=True)
 
-    def _checks(self) -> dict[str, gpu_correct.Check]:
-        where, tiny = (self.options.device, self.backend), self.options.tiny
-        return {**gpu_correct.checks(*where, tiny=tiny), **gpu_behave.checks(*where, tiny=tiny)}
+    def _checks(self) -> Mapping[str, gpu_correct.Check]:
+        return _checks(self.options)
 
-    def _large_checks(self) -> dict[str, gpu_correct.Check]:
-        return dict(gpu_behave.large_checks(self.options.device, self.backend, tiny=self.options.tiny))
+    def _large_checks(self) -> Mapping[str, gpu_correct.Check]:
+        return gpu_behave.large_checks(self.options.device, _backend(self.options), tiny=self.options.tiny)
 
     def _replace_checks(self, records: list[Record]) -> None:
         names = {record["name"] for record in records}
@@ -126,15 +116,50 @@ class Run:
             print(f"{check['status']:>8}  {check['name']}: {check['detail']}", flush=True)
         return 1 if any(check["status"] == "failed" for check in found) else 0
 
-    def _time(self, until: float) -> int:
-        status = {check["name"]: check["status"] for check in self.store.data["checks"]}
-        red = [
-            name
-            for name in (*self._checks(), *self._large_checks())
-            if status.get(name, "not run") not in ("passed", "skipped")
-        ]
+    def _warm(self, until: float) -> int:
+        """Compile what `time` will start, one process a shape and number of tokens; without it `time` compiles."""
+        if self.options.device != "cuda":
+            print("skipped: nothing is compiled for a CPU")
+            return 0
+        groups: dict[tuple[str, int], list[tuple[Shape, Case]]] = {}
+        for shape in self.shapes:
+            for case in self.cases:
+                groups.setdefault((shape.name, case.shaped(shape).T), []).append((shape, case))
+        arch = arch_of(torch.device("cuda"))
+        count = gpu_dry.warm(list(groups.values()), os.cpu_count() or 1, arch=arch)
+        print(f"compiled what {count} launches need")
+        return 0
+
+    def _red(self) -> bool:
+        """Whether a check has not passed; no speed is reported from a red test."""
+        green = {check["name"] for check in self.store.data["checks"] if check["status"] in ("passed", "skipped")}
+        red = [name for name in (*self._checks(), *self._large_checks()) if name not in green]
         if red:
             print(f"no speed from a red test: {len(red)} checks are not passed (first: {red[0]}); run `correct`")
+        return bool(red)
+
+    def _kernels(self, until: float) -> int:
+        if self._red():
+            return 1
+        reason = can_run_triton(torch.device(self.options.device))
+        if reason is not None:
+            print(f"skipped: {reason}")
+            return 0
+        import gpu_kernels  # needs triton
+
+        cases = gpu_kernels.TINY if self.options.tiny else gpu_kernels.CASES
+        for case in cases:
+            if self.store.find("kernels", case=case.name):
+                continue
+            if time.monotonic() > until:
+                return self._again("kernels")
+            rows = gpu_kernels.measure(case, self.options.device, self._peaks(), self._plan().rounds)
+            self.store.add("kernels", rows)
+            print(f"{case.name}: {sum(row['ms'] for row in rows):.2f} ms in {len(rows)} launches", flush=True)
+        return 0
+
+    def _time(self, until: float) -> int:
+        if self._red():
             return 1
         if not self.store.data["ceilings"]:
             self.store.data["ceilings"] = gpu_machine.ceilings(self.options.device, tiny=self.options.tiny)
@@ -174,13 +199,14 @@ class Run:
         if known is not None:
             return known
         reached = self.store.data["ceilings"]
-        arch = backends.arch_of(torch.device("cuda"))
+        arch = arch_of(torch.device("cuda"))
         peaks = reached["product TFLOP/s"], reached["copy TB/s"]
         return Gpu(self.store.about["gpu"], arch, *peaks, 1, 1.0, "measured here: a bfloat16 product and a copy")
 
     def _contenders(self) -> list[Contender]:
         """fedmoe and whoever can be imported; who cannot is put on record once."""
-        found = [fedmoe(self.backend), fedmoe(self.backend, recompute=True), grouped_mm(), grouped_mm(compact=True)]
+        backend = _backend(self.options)
+        found = [fedmoe(backend), fedmoe(backend, recompute=True), grouped_mm(), grouped_mm(compact=True)]
         makers = {f"transformers-{how}": lambda how=how: transformers_experts(how) for how in ("grouped_mm", "eager")}
         makers |= OPTIONAL if self.options.device == "cuda" else {}
         makers |= {path.stem: lambda path=path: _from_file(path) for path in self.options.peer}
@@ -210,6 +236,25 @@ class Run:
         print(f"written: {self.store.path}")
         print("\n".join(summary(self.store.data)))
         return 0
+
+
+def serve(options: argparse.Namespace) -> None:
+    """A process that another one started: a worker of `correct`, or what compute-sanitizer watches; no store."""
+    if options.part == "sanitized":
+        gpu_sanitize.run_case(_checks(options))
+        return
+    large = gpu_behave.large_checks(options.device, _backend(options), tiny=options.tiny)
+    gpu_workers.serve({**_checks(options), **large})
+
+
+def _backend(options: argparse.Namespace) -> str:
+    """On a GPU the kernels or an error, never a fallback; on a CPU its own path."""
+    return "triton" if options.device == "cuda" else "auto"
+
+
+def _checks(options: argparse.Namespace) -> Mapping[str, gpu_correct.Check]:
+    where, tiny = (options.device, _backend(options)), options.tiny
+    return {**gpu_correct.checks(*where, tiny=tiny), **gpu_behave.checks(*where, tiny=tiny)}
 
 
 def _chosen(offered: Sequence, names: str, option: str) -> tuple:

@@ -42,6 +42,7 @@ def markdown(data: Record) -> str:
     lines += _checks(data)
     for shape in _ordered(data["rows"], "shape"):
         lines += _shape_table([row for row in data["rows"] if row["shape"] == shape], shape)
+    lines += _kernels(data)
     lines += _left_out(data)
     return "\n".join(lines) + "\n"
 
@@ -64,6 +65,20 @@ def _shape_table(rows: list[Record], shape: str) -> list[str]:
     for row in rows:
         cells = [row["case"], row["pass"], row["launch"], row["peer"]]
         cells += [_cell(row.get(key), form) for _, key, form in _COLUMNS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _kernels(data: Record) -> list[str]:
+    """Single launches beside what was predicted of them."""
+    if not data["kernels"]:
+        return []
+    heads = ("case", "kernel", "ms", "predicted ms", "TFLOP/s", "TB/s", "% of roofline")
+    lines = ["## Single launches, cold", "", "| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * 5]
+    for row in data["kernels"]:
+        cells = [row["case"], row["kernel"], _cell(row["ms"], "{:.4f}"), _cell(row["expected ms"], "{:.4f}")]
+        cells += [_cell(row["TFLOP/s"], "{:.0f}"), _cell(row["TB/s"], "{:.2f}")]
+        cells += [_cell(row["percent_of_roofline"], "{:.0f}")]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 

@@ -1,7 +1,8 @@
 """The file that a GPU run writes into as it goes, so that a run that was cut off goes on where it stopped.
 
-One JSON object: `about` (machine, versions, sources), `ceilings`, `checks`, `rows` (times), `left_out` (who was not
-timed and why), `finished` (cases) and `attempts` (what was begun that may take the process down). A file made of other
+One JSON object: `about` (machine, versions, sources), `ceilings`, `checks`, `rows` (times), `kernels` (times of
+single launches), `left_out` (who was not timed and why), `finished` (cases) and `attempts` (what was begun that may
+take the process down). A file made of other
 sources or versions is never added to: its numbers are of something else.
 """
 
@@ -17,8 +18,8 @@ from typing import Any
 from gpu_machine import slug
 
 # What must agree for a finished row to stand.
-AGREE = ("device", "rehearsal", "gpu", "driver", "torch", "triton", "transformers", "sources")
-LISTS = ("checks", "rows", "left_out", "finished", "attempts")
+AGREE = ("device", "rehearsal", "gpu", "driver", "torch", "triton", "transformers", "sources", "tiles")
+LISTS = ("checks", "rows", "kernels", "left_out", "finished", "attempts")
 NOT_A_GPU = "NOT GPU NUMBERS: a rehearsal of the script on tiny shapes; nothing here says how fast anything is"
 Record = dict[str, Any]
 

@@ -19,11 +19,14 @@ import gpu_machine
 import torch
 from cases import SMALL_TOKENS, Case, Problem, Shape, problem, redrawn
 from clock import Clock, Memory
+from gpu_dry import predicted
 from gpu_store import Record, Store
 from peers import Bound, Contender, Outcome, errors, forget, leaf, outcome
 from roofline import Gpu, Layer, backward, forward, least_seconds
 from torch import Tensor
 from truth import truth
+
+from fedmoe_kernels.configs import arch_of
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
 ROUNDS, WARM_UP, SETS = 25, 5, 3
@@ -178,6 +181,15 @@ def _memory(seat: _Seat, device: str) -> Record:
     return {"MB": (held + peak) / 1e6, "MB kept": kept / 1e6, "MB step": peak / 1e6, "MB held": held / 1e6}
 
 
+def _predicted(seat: _Seat, task: Problem, plan: Plan) -> Record:
+    """What the closed forms of the kernels' memory say that fedmoe will need, None for others."""
+    if plan.device != "cuda" or not seat.contender.name.startswith("fedmoe"):
+        return {"MB predicted": None, "MB kept predicted": None}
+    recompute = seat.contender.name == "fedmoe-recompute"
+    sizes = predicted(task.shape, task.case, arch_of("cuda"), dtype=plan.dtype, recompute=recompute)
+    return {"MB predicted": (seat.bound.held + sizes.peak) / 1e6, "MB kept predicted": sizes.kept / 1e6}
+
+
 Times = dict[tuple[str, str], list[float]]
 
 
@@ -257,7 +269,8 @@ def _row(seat: _Seat, key: Record, task: Problem, plan: Plan) -> Record:
     named["stores_all"] = contender.stores_all
     found = {name: _number(error) for name, error in seat.errors.items()}
     source = None if plan.gpu is None else plan.gpu.source
-    return key | named | {"errors": found, "roofline of": source} | _memory(seat, plan.device)
+    measured = _memory(seat, plan.device) | _predicted(seat, task, plan)
+    return key | named | {"errors": found, "roofline of": source} | measured
 
 
 def _roof(task: Problem, gpu: Gpu | None) -> dict[str, float]:

@@ -81,9 +81,10 @@ def fedmoe(backend: str = "auto", *, recompute: bool = False) -> Contender:
         leaves = {name: leaf(stack[:count]) for name, stack in held.items()}
         stored = {name: ExpertWeights(leaves[name], stack[count:].clone()) for name, stack in held.items()}
         bias_in, bias_out = stored.get("bias_in"), stored.get("bias_out")
+        routed = "triton" if backend == "triton" else "auto"
 
         def forward(task: Problem, x_TH: Tensor, s_TK: Tensor) -> Tensor:
-            routing = Routing.from_topk(task.experts_TK, s_TK, slot_map)
+            routing = Routing.from_topk(task.experts_TK, s_TK, slot_map, backend=routed)
             return moe_mlp(
                 x_TH,
                 routing,

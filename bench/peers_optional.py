@@ -93,8 +93,9 @@ def sonicmoe() -> Contender:
             shape = task.shape
             token_R = torch.arange(shape.T * shape.K, dtype=torch.int32, device=x_TH.device) // shape.K
             chosen_R = task.experts_TK.flatten().to(torch.int32)
-            args = (x_TH, s_TK.flatten(), token_R, chosen_R, w_in, None, w_out, None, shape.E, stream, kind)
-            return sonic.moe_general_routing_inputs(*args)[0]
+            how = {"E": shape.E, "stream_id": stream, "activation_type": kind}
+            args = (x_TH, s_TK.flatten(), token_R, chosen_R, w_in, None, w_out, None)
+            return sonic.moe_general_routing_inputs(*args, **how)[0]
 
         def in_order(grads: Outcome) -> Outcome:
             unturned = {n: _halves(g) if n in turned else g for n, g in grads.items()}

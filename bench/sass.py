@@ -55,6 +55,7 @@ class Job:
             "tensordesc<bf16[1, 128, 64]>".
         constants: (place, value) of the constants, ones among the numbers included.
         aligned: places of the parameters known to be divisible by 16.
+        limit: on the registers of a thread, 0 = none.
     """
 
     arch: str
@@ -65,6 +66,13 @@ class Job:
     aligned: tuple[tuple[int, ...], ...]
     warps: int
     stages: int
+    limit: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As `Launch.options`."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return {**options, "maxnreg": self.limit} if self.limit else options
 
     def constant(self, name: str) -> Any:
         """The value of the constant parameter `name`, None where there is none."""
@@ -78,7 +86,7 @@ class Job:
             name: f"{kind}{' 16' if (i,) in aligned else ''}{f' = {constants[(i,)]!r}' if (i,) in constants else ''}"
             for i, (name, kind) in enumerate(self.signature)
         }
-        return {**named, "num_warps": str(self.warps), "num_stages": str(self.stages)}
+        return named | {name: str(value) for name, value in self.options.items()}
 
 
 class Dot(NamedTuple):
@@ -135,7 +143,7 @@ def job_of(launch: Launch, arch: str) -> Job:
     """The job of `launch` on `arch`; its tensors may be on "meta", for only types and alignment are read."""
     kernel = launch.kernel
     backend = make_backend(target_of(arch))
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = launch.options
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, extra = binder(**launch.args, **options)
     _, signature, constants, attributes = kernel._pack_args(
@@ -151,6 +159,7 @@ def job_of(launch: Launch, arch: str) -> Job:
         tuple(place for place, value in attributes.items() if value),
         launch.warps,
         launch.stages,
+        launch.registers,
     )
 
 
@@ -164,9 +173,8 @@ def compiled(job: Job) -> Code:
         constexprs=dict(job.constants),
         attrs={place: [["tt.divisibility", 16]] for place in job.aligned},
     )
-    options = {"num_warps": job.warps, "num_stages": job.stages}
     try:
-        built = triton.compile(source, target=target_of(job.arch), options=options)
+        built = triton.compile(source, target=target_of(job.arch), options=job.options)
     except Exception as error:
         return Code(error=_reason(error))
     usage, listing = _dump(built.asm["cubin"])
@@ -178,7 +186,7 @@ def compiled(job: Job) -> Code:
         shared=built.metadata.shared,
         opcodes={name: len(re.findall(pattern, listing)) for name, pattern in OPCODES.items()},
         dots=tuple(_dots(built.asm["ttir"])),
-        waiting=len(_in_loops(built.asm["ttgir"], r"tt\.load .*tensor<\d+x\d+x!tt\.ptr")),
+        waiting=waiting(built.asm["ttgir"]),
         seconds=time.perf_counter() - start,
     )
 
@@ -236,6 +244,16 @@ def _dots(ttir: str) -> list[Dot]:
         for how, m, k, kind, n in form.findall(line):
             dots.append(Dot(int(m), int(n), int(k), kind, how or "ieee", number in looped))
     return dots
+
+
+def waiting(ttgir: str) -> int:
+    """Loads of blocks by address whose value the same turn of a loop uses; one fetched ahead goes to a later turn."""
+    lines, count = ttgir.splitlines(), 0
+    for number in _in_loops(ttgir, r"tt\.load .*tensor<\d+x\d+x!tt\.ptr"):
+        name = re.escape(lines[number].split("=")[0].strip())
+        used = (line for line in lines[number + 1 :] if "scf.yield" not in line)
+        count += any(re.search(rf"{name}\b(?!_)", line) for line in used)
+    return count
 
 
 def _in_loops(text: str, pattern: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Protocol
@@ -23,6 +24,7 @@ class ModelSpec:
     """The facts that budgets and plans need of a model; every MoE layer has the same sizes.
 
     ``head`` names the dense tensors that train even where the trunk is frozen: a classification head, which is fresh.
+    ``heads`` is the number of attention heads; 0 = attention cannot be watched.
     """
 
     family: str
@@ -35,6 +37,7 @@ class ModelSpec:
     activation: str
     params: tuple[ParamSpec, ...]
     head: frozenset[str] = frozenset()
+    heads: int = 0
 
     @property
     def keys(self) -> frozenset[str]:
@@ -181,6 +184,13 @@ class ModelAdapter(Protocol):
 
     def evaluate(self, batch: Batch, *, with_stats: bool = False) -> Evaluation:
         """Loss sum, count and correct predictions, without gradients; ``with_stats`` lets the layers measure."""
+        ...
+
+    def watch_attention(self) -> AbstractContextManager[list[Tensor | None]]:
+        """Within the block, after each forward and for each MoE layer, what attention the tokens receive, (S, N).
+
+        That is the mean over heads and over the places that see the token; None where attention cannot be watched.
+        """
         ...
 
 

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedmoe_core import launch, show
+from fedmoe_core import cli_study, launch, show
 from fedmoe_core.config import Config
 from fedmoe_core.progress import NullObserver, PlanRow, observer_for
 
@@ -140,6 +140,36 @@ def report(
         typer.echo(f"report: {path}")
 
 
+@app.command()
+def compare(
+    words: cli_study.Words = None,
+    systems: cli_study.Systems = "all",
+    seeds: cli_study.Seeds = "0-2",
+    out: cli_study.Out = Path("runs/compare"),
+    workers: cli_study.Workers = 0,
+    target: cli_study.Target = None,
+    variants: cli_study.Variants = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run systems over seeds under identical budgets and write a table and figures; stop it and go on at any time."""
+    with _errors(debug) as stop:
+        stop.again = "fedmoe compare with the same words"
+        from fedmoe_core.compare import Study
+
+        study = Study.of(
+            words or [], systems=systems, seeds=seeds, out=out, workers=workers, target=target, variants=variants
+        )
+        raise typer.Exit(cli_study.run(study, Console(stderr=True, quiet=quiet)))
+
+
+@app.command()
+def systems(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Every system: its paper, the equations implemented, how sure we are of each, what is approximated or missing."""
+    with _errors(debug):
+        cli_study.show_systems(as_json=as_json)
+
+
 def main() -> None:
     """Entry point of the ``fedmoe`` command."""
     # Before torch loads. GNU OpenMP spins at every barrier for as long as it takes while a core is busy elsewhere: with
@@ -155,6 +185,7 @@ class _Stop:
     """Where a stopped run could go on; set once the command knows it."""
 
     run_dir: Path | None = None
+    again: str = ""  # what goes on where it is no run that stopped
 
 
 @contextmanager
@@ -165,7 +196,7 @@ def _errors(debug: bool) -> Iterator[_Stop]:
         yield stop
     except KeyboardInterrupt:
         if launch.speaks():
-            typer.echo(_stopped(stop.run_dir), err=True)
+            typer.echo(f"stopped; go on with: {stop.again}" if stop.again else _stopped(stop.run_dir), err=True)
         raise typer.Exit(130) from None
     except launch.RankError as error:
         if error.code == 130:

@@ -1,120 +1,117 @@
-"""Whether one system beats another over the same seeds: intervals, paired tests, Holm's correction, and what is bold.
-
-A value that does not exist (a system without a global model has no global accuracy) is None or NaN, and so is every
-number that would rest on it.
-"""
+"""Whether one system is really better than another: intervals, paired tests over seeds, and Holm's correction."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
 
-Values = Sequence[float | None]
-Test = Literal["t", "wilcoxon"]
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean and its confidence interval; ``count`` values were there. NaN where too few were (none, or one)."""
+class MeanInterval:
+    """A mean and half the width of its 95 % confidence interval (Student's t); NaN half width for one value."""
 
     mean: float
-    low: float
-    high: float
+    half_width: float
     count: int
 
 
+def mean_interval(values: Sequence[float]) -> MeanInterval:
+    """The mean of at least one value."""
+    array = np.asarray(values, dtype=float)
+    if len(array) < 2:
+        return MeanInterval(float(array.mean()), math.nan, len(array))
+    half = stats.t.ppf(1 - LEVEL / 2, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array))
+    return MeanInterval(float(array.mean()), float(half), len(array))
+
+
 @dataclass(frozen=True)
-class Verdict:
-    """The best system of a column and how sure that is.
+class Comparison:
+    """Paired tests of one system against another over the seeds that both have.
 
     Attributes:
-        best: largest (or smallest) mean; None where no system has a value.
-        bold: every other system with values is significantly worse after Holm's correction.
-        p: each other system's corrected p-value against the best; NaN where it shares too few seeds with it.
+        difference: mean of other minus subject.
+        pairs: number of seeds.
+        t_p, wilcoxon_p: two-sided p values, corrected over the family; NaN with fewer than two pairs.
+        family_size: tests that the correction covers.
     """
 
-    best: str | None
-    bold: bool
-    p: dict[str, float]
+    difference: float
+    pairs: int
+    t_p: float
+    wilcoxon_p: float
+    family_size: int = 1
+
+    @property
+    def wilcoxon_reaches(self) -> bool:
+        """Whether ranks alone could reach 5 %: n pairs give p >= 2^(1 - n), and Holm multiplies that by the family."""
+        return self.family_size * 2.0 ** (1 - self.pairs) < LEVEL
+
+    @property
+    def significant(self) -> bool:
+        """Whether t is below 5 %, and Wilcoxon too where it can be (8 seeds: families of up to 6)."""
+        return self.t_p < LEVEL and (self.wilcoxon_p < LEVEL or not self.wilcoxon_reaches)
+
+    @staticmethod
+    def family(subject: Mapping[int, float], others: Mapping[str, Mapping[int, float]]) -> dict[str, Comparison]:
+        """Every other system against the subject; p values are corrected over all of them. Values by seed."""
+        single = {label: paired(subject, values) for label, values in others.items()}
+        t_p = holm([one.t_p for one in single.values()])
+        rank_p = holm([one.wilcoxon_p for one in single.values()])
+        return {
+            label: replace(one, t_p=t, wilcoxon_p=rank, family_size=len(single))
+            for (label, one), t, rank in zip(single.items(), t_p, rank_p, strict=True)
+        }
 
 
-def mean_interval(values: Values, *, confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean over seeds."""
-    there = _numbers(values)
-    there = there[~np.isnan(there)]
-    if not len(there):
-        return Interval(math.nan, math.nan, math.nan, 0)
-    mean = float(there.mean())
-    if len(there) == 1:
-        return Interval(mean, math.nan, math.nan, 1)
-    half = float(stats.t.ppf((1 + confidence) / 2, len(there) - 1) * there.std(ddof=1) / math.sqrt(len(there)))
-    return Interval(mean, mean - half, mean + half, len(there))
+def paired(subject: Mapping[int, float], other: Mapping[int, float]) -> Comparison:
+    """Uncorrected paired t and Wilcoxon signed-rank tests over common seeds."""
+    seeds = sorted(set(subject) & set(other))
+    gaps = np.array([other[seed] - subject[seed] for seed in seeds], dtype=float)
+    if len(gaps) < 2:
+        return Comparison(float(gaps.mean()) if len(gaps) else math.nan, len(gaps), math.nan, math.nan)
+    if np.all(gaps == gaps[0]):  # no spread: t divides by zero; equal is no evidence, a constant gap is all evidence
+        p = 1.0 if gaps[0] == 0 else 0.0
+        rank_p = 1.0 if gaps[0] == 0 else float(stats.wilcoxon(gaps).pvalue)
+        return Comparison(float(gaps[0]), len(gaps), p, rank_p)
+    return Comparison(
+        float(gaps.mean()),
+        len(gaps),
+        float(stats.ttest_1samp(gaps, 0.0).pvalue),
+        float(stats.wilcoxon(gaps).pvalue),
+    )
 
 
-def paired_p(first: Values, second: Values, *, test: Test = "t") -> float:
-    """Two-sided p-value that two systems are equal, from their differences seed by seed.
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (Holm 1979): p values that may be read at the level of the whole family.
 
-    "t" is the paired t-test; "wilcoxon" the signed-rank test, exact where differences are distinct in size. Seeds that
-    either lacks are left out. Fewer than two pairs: NaN. All differences 0: 1. With n pairs Wilcoxon's p cannot fall
-    below 2 / 2^n: at 8 seeds .0078, which Holm's correction over seven or more rivals never lets under .05.
-
-    Raises:
-        ValueError: the two have different numbers of seeds, so that they cannot be paired.
+    NaN stays NaN and is not counted.
     """
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} values cannot be paired with {len(second)}; give both systems the same seeds")
-    difference = _numbers(first) - _numbers(second)
-    difference = difference[~np.isnan(difference)]
-    if len(difference) < 2:
-        return math.nan
-    if not difference.any():
-        return 1.0
-    if test == "wilcoxon":
-        return float(stats.wilcoxon(difference).pvalue)
-    error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
-    if error == 0:  # the same difference in every seed
-        return 0.0
-    return float(2 * stats.t.sf(abs(float(difference.mean())) / error, len(difference) - 1))
-
-
-def holm(p_values: Values) -> list[float]:
-    """Holm's step-down correction of a family of p-values; those that are n/a stay so and do not count.
-
-    The i-th smallest of m is multiplied by m - i + 1, then none may be below a smaller one's, nor above 1.
-    """
-    p = _numbers(p_values)
-    there = [int(place) for place in np.argsort(p, kind="stable") if not math.isnan(p[place])]
-    corrected, floor = [math.nan] * len(p), 0.0
-    for place, index in enumerate(there):
-        floor = max(floor, min(1.0, (len(there) - place) * float(p[index])))
-        corrected[index] = floor
+    known = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    corrected = [math.nan] * len(p_values)
+    highest = 0.0
+    for rank, (p, place) in enumerate(known):
+        highest = max(highest, min(1.0, (len(known) - rank) * p))
+        corrected[place] = highest
     return corrected
 
 
-def judge(
-    column: Mapping[str, Values], *, higher_is_better: bool = True, level: float = 0.05, test: Test = "t"
-) -> Verdict:
-    """Which system is best by its mean, and whether it may be printed bold: best against each of the others, by Holm.
+def best_of(values: Mapping[str, Mapping[int, float]], *, more: bool) -> str | None:
+    """The system that is significantly better than every other one, None where there is no such system.
 
-    Systems without a value are out. One system alone is best and not bold: it beats nobody. A system that shares too
-    few seeds with the best for a test keeps the best from being bold. Ties in the mean go to the first.
+    Args:
+        values: by system and seed; at least one value each.
+        more: whether larger is better.
     """
-    means = {name: mean_interval(values).mean for name, values in column.items()}
-    ranked = {name: mean for name, mean in means.items() if not math.isnan(mean)}
-    if not ranked:
-        return Verdict(None, False, {})
-    best = max(ranked, key=lambda name: ranked[name] if higher_is_better else -ranked[name])
-    rivals = [name for name in ranked if name != best]
-    corrected = holm([paired_p(column[best], column[rival], test=test) for rival in rivals])
-    bold = bool(rivals) and all(p < level for p in corrected)
-    return Verdict(best, bold, dict(zip(rivals, corrected, strict=True)))
-
-
-def _numbers(values: Values) -> np.ndarray:
-    """Float64, NaN for None."""
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+    if len(values) < 2:
+        return None
+    means = {label: float(np.mean(list(of_seed.values()))) for label, of_seed in values.items()}
+    leader = (max if more else min)(means, key=means.__getitem__)
+    others = {label: of_seed for label, of_seed in values.items() if label != leader}
+    beaten = Comparison.family(values[leader], others)
+    return leader if all(one.significant for one in beaten.values()) else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -14,7 +16,10 @@ import pytest
 
 HOUSE = Path(__file__).parents[1]
 # The compiler, ptxas and cuobjdump come in triton's wheel, which exists for Linux only.
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="where Triton interprets, it cannot compile"),
+]
 
 
 @pytest.fixture
@@ -46,7 +51,8 @@ def one(case: Any, name: str, arch: str) -> Any:
     """The first launch of a case whose kernel has `name` in its name."""
     from aot_cases import launches
 
-    return next(launch for launch in launches(case, arch) if name in launch.kernel.fn.__name__)
+    found = itertools.chain.from_iterable(launches(case, arch).values())
+    return next(launch for launch in found if name in launch.kernel.fn.__name__)
 
 
 @pytest.mark.usefixtures("bench")
@@ -167,3 +173,35 @@ def test_a_prediction_is_never_below_the_roofline() -> None:
         for work in (Work("many rows", 10**13, 10**9), Work("few rows", 10**9, 10**9), Work("copy", 0, 10**8)):
             for programs in (1, 100, 10_000):
                 assert expected(work, gpu, Tiling(programs, streamed=1e5, stored=65536)) > work.seconds(gpu)
+
+
+def tune(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FEDMOE_TILES")}
+    command = [sys.executable, "bench/tune.py", *options]
+    return subprocess.run(command, cwd=HOUSE, env={**clean, **environment}, capture_output=True, text=True)
+
+
+def test_the_tuner_says_without_a_gpu_what_it_would_try() -> None:
+    options = ("--shape", "edge", "--rows", "64", "--family", "data_gradient", "--most", "2")
+    done = tune("--dry-run", "--arch", "sm_90", *options)
+    assert done.returncode == 0, done.stderr
+    tried = [line for line in done.stderr.splitlines() if "registers" in line]
+    assert len(tried) == 6, "two tiles at each of three heights"
+    assert {line.rsplit("  ", 1)[1] == "ok" for line in tried} == {True, False}, "some are refused, and it says why"
+    assert "no GPU to time on" in tune().stderr or importlib.import_module("torch").cuda.is_available()
+
+
+def test_the_tuner_writes_a_table_that_the_kernels_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, but with Triton's interpreter for a GPU: what is timed means nothing, what is checked does."""
+    import torch
+
+    from fedmoe_kernels.configs import tiles_for
+
+    out = tmp_path / "table.json"
+    effort = ("--rows", "12", "--dtype", "float32", "--most", "2", "--walks", "1", "--repeats", "1", "--out", str(out))
+    done = tune("--rehearse", "--arch", "sm_80", "--shape", "tiny-relu", *effort, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert "written to" in done.stdout
+    monkeypatch.setenv("FEDMOE_TILES", str(out))
+    found = tiles_for("sm_80", torch.float32, 12, hidden=16, inner=24, gated=False)
+    assert f"up              {found.rows}x{found.up.n}x" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import cast
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from fedmoe_bindings.transformers_attention import attention_received
 from fedmoe_bindings.transformers_experts import use_fedmoe
 from fedmoe_bindings.transformers_families import family_of, sparse_blocks
 from fedmoe_bindings.transformers_load import Pool, SequenceClassifier, load_model, small_model
@@ -280,6 +282,10 @@ class TransformersAdapter(PlaceMeasures):
         }
         return views | {key: p.detach() for key, p in self._dense.items() if p.requires_grad}
 
+    def watch_attention(self) -> AbstractContextManager[list[Tensor | None]]:
+        """What attention the tokens receive in the block of each MoE layer, as the protocol."""
+        return attention_received(self.model, self.moe)
+
     def _dense_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter outside the MoE layers; ``named_parameters`` yields tied ones once."""
         inside = {id(parameter) for layer in self.moe for parameter in layer.parameters()}
@@ -307,6 +313,7 @@ class TransformersAdapter(PlaceMeasures):
             activation=first.activation,
             params=tuple(params),
             head=frozenset({"dense.score.weight"} if task == "classification" else ()),
+            heads=getattr(self._config, "num_attention_heads", 0),
         )
 
     def _check_rows(self, rows: Rows) -> None:

@@ -16,8 +16,10 @@ from fedmoe_core.aggregate import Sums
 from fedmoe_core.client import LocalResult
 from fedmoe_core.config import Config
 from fedmoe_core.graft import GraftSpec
+from fedmoe_core.names import ALGORITHMS, PLACES
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.state import Population, ServerState, initial_state
+from fedmoe_core.systems import System
 from fedmoe_core.update import ClientUpdate
 
 
@@ -31,6 +33,7 @@ class Algorithm(ABC):
 
     Attributes:
         population: the fixed facts of the run.
+        card: what ``fedmoe systems`` says of it.
         needs_validation: hold back a tenth of every client's private data, for plans with ``validate``.
         has_global_model: False where no model serves everybody (local gates): global loss and accuracy are then null,
             and the run is judged by ``personal`` models.
@@ -38,6 +41,7 @@ class Algorithm(ABC):
     """
 
     population: Population
+    card: ClassVar[System]
     needs_validation: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = True
     trains_trunk: ClassVar[bool] = True
@@ -73,25 +77,17 @@ class Algorithm(ABC):
         return self.plan(state, [client])[0]
 
 
-_WHERE = {
-    "hfedmoe": "fedmoe_core.algorithms.hfedmoe:HFedMoE",
-    "fedavg": "fedmoe_core.algorithms.baselines:FedAvg",
-    "random": "fedmoe_core.algorithms.baselines:RandomExperts",
-}
-NAMES = tuple(_WHERE)
-
-
 def algorithm_class(name: str) -> type[Algorithm]:
     """The class of the algorithm called ``name``, with what it declares.
 
     Raises:
         ValueError: no such algorithm; the message names the nearest.
     """
-    if name not in _WHERE:
-        near = get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(NAMES)}"
+    if name not in PLACES:
+        near = get_close_matches(name, ALGORITHMS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(ALGORITHMS)}"
         raise ValueError(f"algorithm {name!r} is not implemented; {hint}")
-    module, _, attribute = _WHERE[name].partition(":")
+    module, _, attribute = PLACES[name].partition(":")
     found: type[Algorithm] = getattr(import_module(module), attribute)
     return found
 

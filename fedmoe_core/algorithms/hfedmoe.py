@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from fedmoe_core.planning import make_plan, plan_of_masks
 from fedmoe_core.reports import failed_update, finished_update
 from fedmoe_core.rescheduling import TopScores
 from fedmoe_core.state import Population, ServerState
+from fedmoe_core.systems import Equation, System
 from fedmoe_core.update import ClientProfile, ClientUpdate
 
 
@@ -31,6 +33,28 @@ class HFedMoE(Algorithm):
     ``compact`` stores and runs only the chosen experts (a real memory bound, [E]); ``backward-masked`` is the paper's:
     full routing forward, gradients only for the chosen.
     """
+
+    card: ClassVar[System] = System(
+        name="hfedmoe",
+        title="HFedMoE",
+        paper="Fang et al., HFedMoE, arXiv 2601.00583",
+        equations=(
+            Equation("3-5", "N", "importance s: mean and largest gate value, mixed by lambda"),
+            Equation("10, 11, 14", "N", "information-bottleneck score I = s - beta * KL; sum of KL = I(router; input)"),
+            Equation("15", "N", "experts of largest score under a budget; exact for equal costs"),
+            Equation("15, real budgets", "E", "a knapsack over bytes, traffic and count; FLOPs by steps, k' and share"),
+            Equation("Taylor", "E", "importance |s * dL/ds| summed in the backward pass, in place of s"),
+            Equation("16, 17", "N", "usage, and the mean over clients above tau; on deltas, with true participation"),
+            Equation("17, damped", "E", "divided by all clients of the round instead"),
+            Equation("18-21", "N", "routing consistency and the importance-weighted gate, normalised or as printed"),
+            Equation("20, row-wise", "E", "one weight for each router row"),
+        ),
+        approximated=(
+            "compact mode (default) stores only the chosen experts; the paper's own form is selection.mode="
+            "backward-masked, which bounds no forward memory",
+            "eq. 14's score mixes units (a share and nats), as printed",
+        ),
+    )
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Eq. 15 for each client: the experts of largest score within its budget."""

@@ -100,7 +100,10 @@ def check_lora(x_TH: Tensor, stacks: dict[str, Stack], lora: ExpertLora, slots: 
         if stack.trainable.requires_grad:
             raise ValueError(f"{stack.name} requires a gradient under lora; adapters sit on frozen weights, detach it")
     width, hidden = stacks["w_in"].trainable.shape[1:]
-    inner, rank, count = stacks["w_out"].trainable.shape[2], lora.a_in.shape[1], lora.a_in.shape[0]
+    inner = stacks["w_out"].trainable.shape[2]
+    if lora.a_in.dim() != 3 or 0 in lora.a_in.shape:
+        raise ValueError(f"lora.a_in is {what(lora.a_in)}; it must be 3-D with at least one slot and rank 1")
+    count, rank, _ = lora.a_in.shape
     expected = {
         "a_in": (count, rank, hidden),
         "b_in": (count, width, rank),

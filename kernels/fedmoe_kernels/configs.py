@@ -159,7 +159,7 @@ def load(path: Path, named: str) -> Table:
     """Read and check a table of tiles.
 
     The file is an object whose "tiles" is a list of objects: arch, bytes, optional below, hidden and inner (see
-    `Entry`), and one object per kernel family with the fields of `Tile`. Other keys of the file are notes.
+    `Entry`), and one object per kernel family with the fields of `Tile`. Other keys of the file, and "ms", are notes.
 
     Raises:
         ValueError: names the file, the line of the table and what is wrong with it.
@@ -175,7 +175,7 @@ def load(path: Path, named: str) -> Table:
 
 
 def _entry(line: Mapping[str, Any], where: str) -> Entry:
-    known = {"arch", "bytes", "below", "hidden", "inner", *FAMILIES}
+    known = {"arch", "bytes", "below", "hidden", "inner", "ms", *FAMILIES}
     wrong = sorted(line.keys() - known) or sorted({"arch", "bytes", *FAMILIES} - line.keys())
     if wrong:
         raise ValueError(f"{where} has {wrong[0]!r} unknown or missing; its keys are {', '.join(sorted(known))}")

@@ -141,7 +141,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
         from fedmoe_kernels.gpu import experts  # here, because it imports triton
 
         rows_per_slot = inputs.rows_per_slot(rows_per_slot)
-        return experts.forward(inputs, activation=activation, keep_z=keep_z, rows_per_slot=rows_per_slot)
+        with torch.cuda.device_of(inputs.x_TH):  # Triton launches on the current device, whatever its arguments
+            return experts.forward(inputs, activation=activation, keep_z=keep_z, rows_per_slot=rows_per_slot)
     return cpu.forward(inputs.x_TH, _rows(inputs), _experts(inputs), ACTIVATIONS[activation], keep_z=keep_z)
 
 
@@ -172,7 +173,8 @@ def _backward(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]:
         from fedmoe_kernels.gpu import experts  # here, because it imports triton
 
         how = {"activation": activation, "needs": needs, "rows_per_slot": inputs.rows_per_slot(rows_per_slot)}
-        return experts.backward(dy_TH, z_RF, inputs, **how)
+        with torch.cuda.device_of(inputs.x_TH):
+            return experts.backward(dy_TH, z_RF, inputs, **how)
     return _backward_by_loops(dy_TH, z_RF, inputs, activation, needs)
 
 

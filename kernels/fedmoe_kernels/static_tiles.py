@@ -35,7 +35,7 @@ _AMPERE = (
         TileSet(
             up=Tile(64, 64, 64, 4, 4),
             down=Tile(64, 128, 64, 4, 4),
-            data_gradient=Tile(64, 128, 64, 4, 3, split=4),
+            data_gradient=Tile(64, 128, 64, 4, 3, split=8),
             input_gradient=Tile(64, 128, 64, 4, 4),
             weight_gradient=Tile(128, 128, 32, 8, 7),
             rank=Tile(64, 64, 64, 4, 4),
@@ -46,7 +46,7 @@ _AMPERE = (
         TileSet(
             up=Tile(128, 64, 32, 8, 5),
             down=Tile(128, 128, 64, 8, 4),
-            data_gradient=Tile(128, 128, 64, 8, 4, split=4),
+            data_gradient=Tile(128, 128, 64, 8, 4, split=8),
             input_gradient=Tile(128, 128, 64, 8, 4),
             weight_gradient=Tile(128, 256, 32, 8, 7),
             rank=Tile(128, 64, 64, 8, 3),
@@ -61,7 +61,7 @@ _NARROW = (
         TileSet(
             up=Tile(128, 64, 32, 8, 5),
             down=Tile(128, 128, 64, 8, 3),
-            data_gradient=Tile(128, 128, 64, 8, 3, split=4),
+            data_gradient=Tile(128, 128, 64, 8, 3, split=8),
             input_gradient=Tile(128, 128, 64, 8, 3),
             weight_gradient=Tile(128, 128, 32, 8, 7),
             rank=Tile(128, 64, 64, 8, 3),
@@ -71,15 +71,15 @@ _NARROW = (
 _SIXTY_FOUR = TileSet(  # weight-bound still: two programs an SM, so that one loads while the other stores
     up=Tile(64, 64, 64, 4, 4, tma=True),
     down=Tile(64, 128, 64, 4, 4, tma=True),
-    data_gradient=Tile(64, 128, 64, 4, 4, split=4, tma=True),
+    data_gradient=Tile(64, 128, 64, 4, 4, split=8, tma=True),
     input_gradient=Tile(64, 128, 64, 4, 4, tma=True),
     weight_gradient=Tile(128, 128, 32, 4, 7),
     rank=Tile(64, 64, 64, 4, 4, tma=True),
 )
 _WIDE = TileSet(
-    up=Tile(128, 128, 64, 8, 4, split=2, tma=True),
+    up=Tile(128, 128, 64, 8, 4, split=4, tma=True),
     down=Tile(128, 256, 64, 8, 4, tma=True),
-    data_gradient=Tile(128, 128, 64, 8, 4, split=4, tma=True),
+    data_gradient=Tile(128, 128, 64, 8, 3, split=8, tma=True),  # two programs an SM, where 128 registers do
     input_gradient=Tile(128, 256, 64, 8, 4, tma=True),
     weight_gradient=Tile(128, 256, 64, 8, 7),
     rank=Tile(128, 64, 64, 4, 4, tma=True),
@@ -93,7 +93,7 @@ _HOPPER = (
 # Sums lie in tensor memory, so the data gradient's blocks can be twice as wide; the epilogue then needs smaller pieces.
 _BLACKWELL = (
     *_HOPPER[:3],
-    (None, replace(_WIDE, data_gradient=Tile(128, 256, 64, 8, 4, split=8, tma=True))),
+    (None, replace(_WIDE, data_gradient=Tile(128, 256, 64, 8, 4, split=16, tma=True))),
 )
 # float32 runs on the ordinary cores unless torch allows TF32: small blocks, for every product is held in registers.
 _FLOAT = (

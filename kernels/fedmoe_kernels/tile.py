@@ -20,6 +20,7 @@ class Tile:
         group: row blocks that run together for the sake of the L2 cache.
         split: pieces in which the epilogue is computed; more pieces, fewer registers.
         tma: whether operands that lie in order come by tensor descriptor (sm_90 and later).
+        registers: the most that a thread may have, so that more programs fit an SM; 0 = as many as the compiler likes.
     """
 
     m: int
@@ -30,6 +31,7 @@ class Tile:
     group: int = 8
     split: int = 1
     tma: bool = False
+    registers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("m", "n", "k", "warps", "stages", "group", "split"):
@@ -44,6 +46,8 @@ class Tile:
             raise ValueError(f"warps is {self.warps}; give 1, 2, 4, 8 or 16")
         if self.n % self.split or self.split & (self.split - 1):
             raise ValueError(f"split is {self.split}; give a power of two that divides n = {self.n}")
+        if type(self.registers) is not int or self.registers not in (0, *range(64, 256, 8)):
+            raise ValueError(f"registers is {self.registers!r}; give 0 or a multiple of 8 from 64 to 248")
         if type(self.tma) is not bool:
             raise ValueError(f"tma is {self.tma!r}; give true or false")
 

@@ -76,7 +76,7 @@ class ToyGraft(Algorithm):
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.setitem(algorithms._WHERE, "random", "test_graft:ToyGraft")
+    monkeypatch.setattr(algorithms, "PLACES", {**algorithms.PLACES, "random": "test_graft:ToyGraft"})
     return make_config(tmp_path, tmp_path_factory.getbasetemp() / "framework")
 
 

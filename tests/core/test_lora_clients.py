@@ -32,7 +32,7 @@ def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 @pytest.fixture(params=["ToyLora", "ToyRound"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setitem(algorithms._WHERE, "random", f"toy_lora:{request.param}")
+    monkeypatch.setattr(algorithms, "PLACES", {**algorithms.PLACES, "random": f"toy_lora:{request.param}"})
     return str(request.param)
 
 

@@ -90,7 +90,7 @@ def test_a_system_without_a_global_model_is_judged_by_its_clients_own(
     config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulate.run(config("algorithm=fedavg", "eval.personal=true", "budgets=unlimited", out_name="fedavg"))
-    monkeypatch.setitem(algorithms._WHERE, "random", "toy:Toy")
+    monkeypatch.setattr(algorithms, "PLACES", {**algorithms.PLACES, "random": "toy:Toy"})
     simulate.run(config("algorithm=random", "eval.personal=true", "budgets=unlimited", out_name="toy"))
     summary = summary_of(tmp_path / "toy")
     assert [summary[key] for key in ("loss_before", "loss_after", "accuracy_after")] == [None, None, None]

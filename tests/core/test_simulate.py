@@ -232,6 +232,20 @@ def test_inv10_killed_and_resumed(config, tmp_path):
     assert [line["round"] for line in lines(cut, kind="round")] == list(range(7))
 
 
+def test_inv10_stopped_before_the_first_round_ends(config, tmp_path, monkeypatch):
+    settings = config(out="early")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(simulate, "play_round", stop)
+        with pytest.raises(KeyboardInterrupt):
+            simulate.run(settings)
+    simulate.resume(Path(settings.out))
+    assert [line["round"] for line in lines(Path(settings.out), kind="round")] == list(range(settings.rounds + 1))
+
+
 def test_inv10_two_ranks_give_the_bits_of_one(config, tmp_path):
     settings = config(out="one")
     one = simulate.run(settings)

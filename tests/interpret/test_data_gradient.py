@@ -105,6 +105,23 @@ def test_outputs_that_are_not_wanted_are_not_needed() -> None:
     assert torch.equal(ds, whole.ds)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("where", ["a weight", "a token"])
+@pytest.mark.parametrize("inner", [19, 24, 32])
+def test_what_is_masked_enters_no_sum_even_where_it_is_nan(inner: int, where: str) -> None:
+    """Beyond the rows and columns 0 * inf is NaN; all else here is positive, so that every sum is inf and none NaN."""
+    c = case(choices((5,), 5, 1), 1, 16, inner, activation="relu")
+    c = replace(c, dy_TH=c.dy_TH.abs(), w_out=c.w_out.abs(), z_RF=c.z_RF.abs())
+    c.routing.weights_TK.abs_()
+    if where == "a weight":
+        c.w_out[0, 3, 2] = torch.inf
+    else:
+        c.dy_TH[:, 7] = torch.inf
+    out = solve(c)
+    assert (out.ds[:5].sum(1) == torch.inf).all()
+    assert out.zdz.sum() == torch.inf
+
+
 @pytest.mark.parametrize("rank", [4, 16, 20, 70])
 @pytest.mark.parametrize("tma", [False, True])
 def test_adapters_add_their_term_on_the_slots_that_have_one(rank: int, tma: bool) -> None:

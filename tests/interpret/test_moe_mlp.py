@@ -268,6 +268,13 @@ def test_inv4_adapters_over_shared_quantised_bases() -> None:
     assert_close({"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}, truth(p), TOLERANCE)
 
 
+def test_no_choice_at_all() -> None:
+    """K = 0, which a model that routes itself may send: exact zeros."""
+    p = problem(5, 8, 6, 3, 1)
+    p = replace(p, slots_TK=p.slots_TK[:, :0], tensors=p.tensors | {"s": p.tensors["s"][:, :0]})
+    assert all((value == 0).all() for value in by_kernels(p).values())
+
+
 def test_inv4_half_precision() -> None:
     p = problem(33, 32, 24, 4, 2, biases=True).rounded(torch.float16)
     assert_close(solve(p, torch.float16, backend="triton"), truth(p), 2e-3)

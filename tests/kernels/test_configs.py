@@ -165,6 +165,7 @@ def broken(**changes: Any) -> dict[str, Any]:
         (broken(stages=0), "stages is 0"),
         (broken(stages=True), "stages is True"),
         (broken(split=3), "split is 3"),
+        (broken(registers=100), "registers is 100"),
         (broken(tma=1), "tma is 1; give true or false"),
         (broken(width=1), "give an object with"),
         (broken(m=64), "blocks of \\[64, 128\\] rows; they share one schedule"),

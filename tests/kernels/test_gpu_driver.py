@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, moe_mlp, route
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import tiles_for
 from fedmoe_kernels.gpu.memory import CallSizes, backward_bytes, forward_bytes
@@ -19,7 +20,8 @@ from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
 
 pytest.importorskip("triton", reason="triton is not installed on this platform")
 
-from fedmoe_kernels.gpu import experts
+from fedmoe_kernels.gpu import experts, routing
+from fedmoe_kernels.gpu.choose import Rule
 from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
@@ -127,6 +129,50 @@ def test_nothing_is_read_from_the_device(form: dict, recompute: bool) -> None:
     assert len(launches) >= 2
 
 
+RULES = {
+    "softmax": Rule(2, "softmax", True),
+    "softmax, not renormalised": Rule(2, "softmax", False),
+    "top-k first": Rule(2, "topk_softmax", True),
+    "sigmoid with groups": Rule(2, "sigmoid", True, n_group=4, topk_group=2),
+}
+
+
+@pytest.mark.usefixtures("no_reads")
+@pytest.mark.parametrize("tokens", [0, 64, 2**20])
+@pytest.mark.parametrize("cohort", [False, True])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_routing_reads_nothing_from_the_device(rule: Rule, cohort: bool, tokens: int) -> None:
+    with torch.device("meta"):
+        logits_TE, bias_E = torch.empty(tokens, 16), torch.empty(16) if rule.scoring == "sigmoid" else None
+        table_CE = torch.empty(3 if cohort else 1, 16, dtype=torch.int64)
+        client_T = torch.empty(tokens, dtype=torch.int64) if cohort else None
+        valid_T = torch.empty(tokens, dtype=torch.bool)
+        launches: list[Launch] = []
+        how = {"execute": launches.append}
+        weights_TK, experts_TK, *_ = routing.route(
+            *(logits_TE, table_CE, client_T, valid_T, bias_E), num_slots=12, rule=rule, with_stats=True, **how
+        )
+        routing.route_backward(weights_TK, logits_TE, experts_TK, table_CE, client_T, rule=rule, **how)
+        routing.place(experts_TK, table_CE, client_T, valid_T, num_slots=12, **how)
+    assert len(launches) > 5
+
+
+@pytest.mark.usefixtures("no_reads")
+def test_the_launchers_read_nothing_from_the_device() -> None:
+    """From logits to gradients through what users call, on tensors without values."""
+    with torch.device("meta"):
+        routed = route(torch.empty(16, 8, requires_grad=True), 2, with_stats=True)
+        x_TH = torch.empty(16, 32, requires_grad=True)
+        w_in, w_out = torch.empty(8, 64, 32, requires_grad=True), torch.empty(8, 32, 32, requires_grad=True)
+        scores = ExpertScores(8, device="meta")
+        moe_mlp(x_TH, routed, w_in, w_out, scores=scores).backward(torch.empty(16, 32), retain_graph=True)
+        factors = [torch.empty(s, requires_grad=True) for s in ((8, 2, 32), (8, 64, 2), (8, 2, 32), (8, 32, 2))]
+        frozen = [ExpertWeights(w.detach()[:2], Quantized(torch.empty(6, w.shape[1], 32, dtype=torch.int8),
+                  torch.empty(6, w.shape[1], 1))) for w in (w_in, w_out)]  # fmt: skip
+        moe_mlp(x_TH, routed, *frozen, lora=ExpertLora(*factors), recompute=True).backward(torch.empty(16, 32))
+    assert all(t.grad is not None for t in (x_TH, w_in, w_out, scores.leaf_B6, *factors))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_launches_follow_from_shapes_alone(arch: str, activation: str) -> None:
@@ -203,8 +249,9 @@ class _Peak(TorchDispatchMode):
 @pytest.mark.parametrize("scores", [True, False])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
-    "form", [{}, {"K": 1}, {"rank": 8}, {"H": 512}, {"I": 1024, "K": 1}, {"T": 4096, "activation": "relu"}]
-)
+    "form", [{}, {"K": 1}, {"rank": 8}, {"H": 512}, {"I": 1024, "K": 1}, {"T": 4096, "activation": "relu"},
+     {"trainable": 3}, {"trainable": 0}, {"trainable": 0, "K": 1}],
+)  # fmt: skip
 def test_peak_bytes_are_those_promised(form: dict, recompute: bool, scores: bool) -> None:
     form = {"T": 1024, "B": 8} | form
     activation = form.get("activation", "swiglu")
@@ -216,7 +263,7 @@ def test_peak_bytes_are_those_promised(form: dict, recompute: bool, scores: bool
         inputs.w_out.shape[2],
     )
     tiles = tiles_for("sm_90", torch.bfloat16, 2048, hidden=H, inner=inner, gated=gated)
-    sizes = CallSizes(T, K, H, inner, 8, gated, tiles, learning=8, rank=form.get("rank", 0))
+    sizes = CallSizes(T, K, H, inner, 8, gated, tiles, learning=form.get("trainable", 8), rank=form.get("rank", 0))
     how = {"activation": activation, "rows_per_slot": 2048, "arch": "sm_90", "execute": lambda launch: None}
     with _Peak() as forward:
         y_TH, z_RF = experts.forward(inputs, keep_z=not recompute, **how)

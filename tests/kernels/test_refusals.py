@@ -87,6 +87,13 @@ def test_refuses_adapters_from_another_device(name: str) -> None:
         _call(lora=lora)
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 8), (3, 0, 8), (2, 8)])
+def test_refuses_adapters_without_a_slot_or_a_rank(shape: tuple[int, ...]) -> None:
+    factor = torch.zeros(shape)
+    with pytest.raises(ValueError, match=r"lora\.a_in"):
+        _call(lora=ExpertLora(factor, factor, factor, factor))
+
+
 @pytest.mark.parametrize("rows_per_slot", [0, -3])
 def test_refuses_rows_per_slot_below_one(rows_per_slot: int) -> None:
     with pytest.raises(ValueError, match="rows_per_slot"):

@@ -97,10 +97,11 @@ def matrix(slot, bases, trainable, w, w_frozen, bias, bias_frozen, PART: tl.cons
     index = slot
     if bases is not None:
         index = tl.load(bases + slot).to(tl.int32)
-    source, source_bias = w, bias
+    # Without a bias w stands in for it, unread: Triton 3.6 cannot return a None.
+    source, source_bias = w, w if bias is None else bias
     if PART == "both" and index >= trainable:
         index -= trainable
-        source, source_bias = w_frozen, bias_frozen
+        source, source_bias = w_frozen, w_frozen if bias is None else bias_frozen
     if PART == "frozen":
         index -= trainable
     if PART == "trainable" and index >= trainable:
@@ -116,28 +117,31 @@ def dequantized(
     """Columns c0..c0 + BC - 1 of X rows of stacked codes, times their scales: (X, BC) float32, 0 outside.
 
     Args:
-        codes: rows of C columns, int8, or uint8 with columns 2j and 2j + 1 in one byte, low bits first, plus 8.
+        codes: rows of C / 2 numbers with columns 2j and 2j + 1 each, low bits first: int16 of two signed bytes, or
+            uint8 of two codes plus 8. Bytes loaded one by one would be gathered by the threads that multiply them
+            on chips without wgmma (255 registers and spills); pairs are loaded in wide rows.
         scale: rows of C / SHARE float32; SHARE columns share one, and SHARE divides BC or BC divides SHARE.
         rows: (X,) int64; `inside` (X,) bool, or None when all exist.
     """
-    BYTE: tl.constexpr = 8 // BITS  # columns of a byte
     GROUPS: tl.constexpr = BC // SHARE if BC > SHARE else 1
-    byte = c0 // BYTE + tl.arange(0, BC // BYTE)
+    pair = c0 // 2 + tl.arange(0, BC // 2)
     group = c0 // SHARE + tl.arange(0, GROUPS)
-    read = (byte < C // BYTE)[None, :]
+    read = (pair < C // 2)[None, :]
     scaled = (group < C // SHARE)[None, :]
     if inside is not None:
         read &= inside[:, None]
         scaled &= inside[:, None]
-    places = codes + rows[:, None] * (C // BYTE) + byte[None, :]
+    places = codes + rows[:, None] * (C // 2) + pair[None, :]
     factors = scale + rows[:, None] * (C // SHARE) + group[None, :]
     if C % BC == 0 and inside is None:
         block, factor = tl.load(places), tl.load(factors)
     else:
         block, factor = tl.load(places, mask=read, other=0), tl.load(factors, mask=scaled, other=0.0)
     if BITS == 4:
-        block = tl.join(block & 15, block >> 4).reshape(X, BC).to(tl.int8) - 8
-    value = block.to(tl.float32).reshape(X, GROUPS, BC // GROUPS) * factor[:, :, None]
+        code = tl.join(block & 15, block >> 4).to(tl.int8) - 8
+    else:
+        code = tl.join(block.to(tl.int8), (block >> 8).to(tl.int8))
+    value = code.to(tl.float32).reshape(X, GROUPS, BC // GROUPS) * factor[:, :, None]
     return value.reshape(X, BC)
 
 
@@ -168,6 +172,16 @@ def bias_block(bias, index, n0, N: tl.constexpr, BN: tl.constexpr, WHOLE: tl.con
     else:
         block = tl.load(bias + index.to(tl.int64) * N + n, mask=n < N, other=0.0)
     return block.to(tl.float32)[None, :]
+
+
+@triton.jit
+def pieces(block, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
+    """The block (M, N) as COUNT blocks of N / COUNT columns, in order; no value changes its thread."""
+    if COUNT == 1:
+        return (block,)
+    else:
+        left, right = block.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+        return pieces(left, M, N // 2, COUNT // 2) + pieces(right, M, N // 2, COUNT // 2)
 
 
 @triton.jit

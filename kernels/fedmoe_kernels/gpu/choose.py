@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedmoe_kernels.gpu.launch import power_of_2
+
 LARGEST = tl.constexpr(3.4028234663852886e38)  # the largest finite float32
 
 
@@ -50,7 +52,7 @@ def block_tokens(k: int, num_experts: int = 1, logits: int = 4096) -> int:
     A function of E and k alone: the order in which a token's logits are summed follows from the block's shape, and it
     must not depend on how many tokens others bring.
     """
-    return max(1, min(logits // triton.next_power_of_2(num_experts), 256 // triton.next_power_of_2(k)))
+    return max(1, min(logits // power_of_2(num_experts), 256 // power_of_2(k)))
 
 
 @triton.jit

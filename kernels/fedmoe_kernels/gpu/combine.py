@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.gpu.launch import Launch, cdiv, power_of_2
 
 _WIDEST = 1024  # columns of a program: one 16-byte load a thread and row with 4 warps and 16-bit numbers
 
@@ -40,7 +40,7 @@ def combine(rows_RH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None, out_TH:
         out_TH: where the sums are written, every element.
     """
     (T, H), K = out_TH.shape, rows_TK.shape[1]
-    width = min(_WIDEST, triton.next_power_of_2(H))
+    width = min(_WIDEST, power_of_2(H))
     args = {"rows": rows_RH, "rows_TK": rows_TK, "weights": weights_TK, "out": out_TH, "H": H, "K": K, "BH": width}
     moved = rows_RH.nbytes + out_TH.nbytes + rows_TK.nbytes + (0 if weights_TK is None else weights_TK.nbytes)
-    return [Launch(_combine_kernel, (T, triton.cdiv(H, width)), args, 4, 1, 0, moved)]
+    return [Launch(_combine_kernel, (T, cdiv(H, width)), args, 4, 1, 0, moved)]

@@ -21,7 +21,7 @@ from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.activate import slopes
 from fedmoe_kernels.gpu.blocks import dequantized_block, matrix, position, row_block, tile_rows, weight_block
-from fedmoe_kernels.gpu.launch import Launch, row_constants
+from fedmoe_kernels.gpu.launch import Launch, cdiv, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import (
     RankTerm,
@@ -44,18 +44,26 @@ def _pieces(block, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _inside(live, n0, I: tl.constexpr, N: tl.constexpr):  # noqa: E741
-    """Which elements of columns n0..n0 + N - 1 exist: (M, N), or (M, 1) where columns are inside or outside as one."""
-    if I % N == 0:
+def _inside(live, n0, I: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr):  # noqa: E741
+    """Which elements of columns n0..n0 + N - 1 exist: (M, N), or (M, 1) where columns are inside or outside as one.
+
+    WHOLE = no column lies outside.
+    """
+    if WHOLE:
+        return live[:, None]
+    elif I % N == 0:
         return (live & (n0 < I))[:, None]
     else:
         return live[:, None] & ((n0 + tl.arange(0, N))[None, :] < I)
 
 
 @triton.jit
-def _load_piece(z, live, n0, I: tl.constexpr, HALVES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # noqa: E741
+def _load_piece(
+    z, live, n0,
+    I: tl.constexpr, HALVES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr,  # noqa: E741
+):  # fmt: skip
     """(gate, up) of a piece as they are stored; without a gate, the same block twice."""
-    kept = _inside(live, n0, I, N)
+    kept = _inside(live, n0, I, N, WHOLE)
     at = z + tl.arange(0, M)[:, None] * (HALVES * I) + (n0 + tl.arange(0, N))[None, :]
     gate = tl.load(at, mask=kept, other=0.0)
     up = gate
@@ -65,28 +73,28 @@ def _load_piece(z, live, n0, I: tl.constexpr, HALVES: tl.constexpr, M: tl.conste
 
 
 @triton.jit
-def _row_sum(block, live, kept, n0, I: tl.constexpr, N: tl.constexpr):  # noqa: E741
-    """The sum of each row over what exists. What is masked may be NaN: 0 * inf where a weight or token overflowed."""
-    if I % N == 0:
-        return tl.where(live & (n0 < I), tl.sum(block, 1), 0.0)
+def _row_sum(block, n0, I: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr):  # noqa: E741
+    """The sum of each row over the columns that exist. Others may be NaN: 0 * inf where a token overflowed."""
+    if WHOLE:
+        return tl.sum(block, 1)
+    elif I % N == 0:
+        return tl.where(n0 < I, tl.sum(block, 1), 0.0)
     else:
-        return tl.sum(tl.where(kept, block, 0.0), 1)
+        return tl.sum(tl.where((n0 + tl.arange(0, N))[None, :] < I, block, 0.0), 1)
 
 
 @triton.jit
 def _send_back(
     d, s, gate, up, dz, sh, live, n0,
-    I: tl.constexpr, HALVES: tl.constexpr, ACTIVATION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,  # noqa: E741
+    I: tl.constexpr, HALVES: tl.constexpr, ACTIVATION: tl.constexpr,  # noqa: E741
+    M: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Columns n0..n0 + N - 1 of a tile: dz and sh are written; its parts of <d, h> and <z, dz> come back by row."""
-    kept = _inside(live, n0, I, N)
+    kept = _inside(live, n0, I, N, WHOLE)
     # dz and sh point at the tile's first row, so that offsets within it fit 32 bits and cost half the registers.
     row, n = tl.arange(0, M)[:, None], (n0 + tl.arange(0, N))[None, :]
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     h, dgate, dup = slopes(gate, up, d * s[:, None], ACTIVATION)
-    zdz = gate * dgate
-    if HALVES == 2:
-        zdz += up * dup
     if dz is not None:
         at = dz + row * (HALVES * I) + n
         tl.store(at, dgate.to(dz.dtype.element_ty), mask=kept)
@@ -94,7 +102,10 @@ def _send_back(
             tl.store(at + I, dup.to(dz.dtype.element_ty), mask=kept)
     if sh is not None:
         tl.store(sh + row * I + n, (h * s[:, None]).to(sh.dtype.element_ty), mask=kept)
-    return _row_sum(d * h, live, kept, n0, I, N), _row_sum(zdz, live, kept, n0, I, N)
+    zdz = gate * dgate
+    if HALVES == 2:
+        zdz += up * dup
+    return _row_sum(d * h, n0, I, N, WHOLE), _row_sum(zdz, n0, I, N, WHOLE)
 
 
 @triton.jit(do_not_specialize=["tiles", "trainable", "steps", "adapters"])
@@ -116,7 +127,7 @@ def _data_gradient_kernel(
     slot, first, rows, live = tile_rows(table, tile, BM)
     if slot < 0:
         return
-    index, source, _ = matrix(slot, bases, trainable, w, w_frozen, None, None, PART)
+    index, source, _ = matrix(slot, bases, trainable, w, w_frozen, w, w_frozen, PART)
     if index < 0:
         return
     n0 = column * BN
@@ -141,25 +152,27 @@ def _data_gradient_kernel(
         d = tl.dot(left, right, d, input_precision=PRECISION)
 
     N: tl.constexpr = BN // SPLIT
+    WHOLE: tl.constexpr = I % BN == 0
     start = first.to(tl.int64)
     z += start * (HALVES * I)
     if dz is not None:
         dz += start * (HALVES * I)
     if sh is not None:
         sh += start * I
-    gate, up = _load_piece(z, live, n0, I, HALVES, BM, N)
+    gate, up = _load_piece(z, live, n0, I, HALVES, BM, N, WHOLE)
     pieces = _pieces(d, BM, BN, SPLIT)
     ds_rows = tl.zeros((BM,), tl.float32)
     zdz_rows = tl.zeros((BM,), tl.float32)
     for i in tl.static_range(SPLIT):
         gate_now, up_now = gate, up
         if i + 1 < SPLIT:
-            gate, up = _load_piece(z, live, n0 + (i + 1) * N, I, HALVES, BM, N)
+            gate, up = _load_piece(z, live, n0 + (i + 1) * N, I, HALVES, BM, N, WHOLE)
         ds_part, zdz_part = _send_back(
-            pieces[i], s, gate_now, up_now, dz, sh, live, n0 + i * N, I, HALVES, ACTIVATION, BM, N
+            pieces[i], s, gate_now, up_now, dz, sh, live, n0 + i * N, I, HALVES, ACTIVATION, BM, N, WHOLE
         )
         ds_rows += ds_part
         zdz_rows += zdz_part
+    zdz_rows = tl.where(live, zdz_rows, 0.0)
     _store_sums(ds, zdz, ds_rows, zdz_rows, rows, live, tile, column, SUMS, BM)
     for c in tl.static_range(COLUMNS, SUMS, COLUMNS):
         # Another launch has more, narrower blocks, and all rows have as many sums: the rest are 0.
@@ -179,7 +192,7 @@ def _store_sums(ds, zdz, ds_rows, zdz_rows, rows, live, tile, column, SUMS: tl.c
 
 def column_blocks(intermediate: int, tile: Tile, w_out: Stored) -> int:
     """C, how many partial sums `data_gradient` leaves per row and per tile: the most of its launches."""
-    return max(triton.cdiv(intermediate, _cut(tile, w_out.served(part)).n) for part in w_out.parts)
+    return max(cdiv(intermediate, _cut(tile, w_out.served(part)).n) for part in w_out.parts)
 
 
 def _cut(tile: Tile, served: Stored) -> Tile:
@@ -252,12 +265,12 @@ def data_gradient(
             **common,
             **matrix_arguments(w_out, None, part, (cut.k, cut.n) if tma else None),
             **row_constants(cut, dy_TH.dtype, tma=tma),
-            "steps": triton.cdiv(hidden, cut.k),
+            "steps": cdiv(hidden, cut.k),
             "SPLIT": cut.split,
         }
         del args["bias"], args["bias_frozen"]
-        grid = (schedule.tiles * triton.cdiv(inner, cut.n),)
+        grid = (schedule.tiles * cdiv(inner, cut.n),)
         share = served.slots / w_out.slots
         cost = (round(2 * rows * hidden * inner * share), round(moved * share) + served.nbytes)
-        launches.append(Launch(_data_gradient_kernel, grid, args, cut.warps, cut.stages, *cost))
+        launches.append(Launch(_data_gradient_kernel, grid, args, cut.warps, cut.stages, *cost, cut.registers))
     return launches

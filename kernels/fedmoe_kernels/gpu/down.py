@@ -25,7 +25,7 @@ from fedmoe_kernels.gpu.blocks import (
     tile_rows,
     weight_block,
 )
-from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, row_constants
+from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, cdiv, power_of_2, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import (
     Direct,
@@ -169,7 +169,7 @@ def rank_product(
 
     Rows of slots from Bl on, which have no adapter, are left alone. With `tokens_R` rows_XK is read by token.
     """
-    width = max(16, triton.next_power_of_2(out_Rr.shape[1]))
+    width = max(16, power_of_2(out_Rr.shape[1]))
     tile = replace(tile, n=min(tile.n, width))
     product = _Product(rows_XK, Stored(factor), None, out_Rr, transposed, gather=tokens_R)
     return _launches(product, schedule, tile, ("trainable",))
@@ -203,7 +203,7 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, las
     tma_rows = tile.tma and gather is None and describable(rows_XK)
     tma = tile.tma and served.describable
     block = (tile.k, tile.n) if transposed else (tile.n, tile.k)
-    columns = triton.cdiv(N, tile.n)
+    columns = cdiv(N, tile.n)
     programs = schedule.tiles * columns
     args: dict[str, Any] = {
         "a": TensorDescriptor.from_tensor(rows_XK, [tile.m, tile.k]) if tma_rows else rows_XK,
@@ -214,7 +214,7 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, las
         **matrix_arguments(w, bias, part, block if tma else None),
         **term_arguments(term),
         **dict.fromkeys(("targets", "places", "weights", "rows_TK"), None),
-        "steps": triton.cdiv(K, tile.k),
+        "steps": cdiv(K, tile.k),
         "num_tokens": 0,
         "columns": columns,
         "CHOICES": 1,
@@ -226,9 +226,9 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, las
     }
     if direct is not None:
         tokens, choices = direct.rows_TK.shape
-        programs += triton.cdiv(tokens, tile.m) if last else 0
+        programs += cdiv(tokens, tile.m) if last else 0
         args |= {"targets": direct.tokens_R, "places": direct.places_R, "weights": direct.weights_TK}
         args |= {"rows_TK": direct.rows_TK, "num_tokens": tokens, "CHOICES": choices}
     share = served.slots / w.slots
     cost = (round(2 * rows * N * K * share), round((rows_XK.nbytes + out_XN.nbytes) * share) + served.nbytes)
-    return Launch(_rows_kernel, (programs,), args, tile.warps, tile.stages, *cost)
+    return Launch(_rows_kernel, (programs,), args, tile.warps, tile.stages, *cost, tile.registers)

@@ -93,7 +93,9 @@ def backward(
         inputs, activation, rows_per_slot, arch, execute: as in `forward`.
         needs: one for each output.
     """
-    need = dict(zip((*DIFFERENTIABLE, "scores_B6"), needs, strict=True))
+    asked = dict(zip((*DIFFERENTIABLE, "scores_B6"), needs, strict=True))
+    # A stack without trainable slots is differentiable all the same; nothing need be computed for it.
+    need = {name: want and not _empty_stack(inputs, name) for name, want in asked.items()}
     stage = stage_of(inputs, activation, rows_per_slot, arch, execute)
     work = _Backward(stage, aligned(dy_TH), need, _squares(stage, need))
     found: dict[str, Tensor] = {}
@@ -135,7 +137,13 @@ def backward(
         found["scores_B6"] = i.x_TH.new_empty(i.offsets_B1.shape[0] - 1, 6, dtype=torch.float32)
         squares_GN = None if work.squares is None else work.squares.whole_GN
         stage.run(score_sums(sums_S4, i.offsets_B1, found["scores_B6"], schedule=stage.schedule, squares_GN=squares_GN))
-    return tuple(found.get(name, i.x_TH.new_empty(0)) if need[name] else i.x_TH.new_empty(0) for name in need)
+    empty = {name: torch.empty_like(getattr(i, name)) for name in asked if asked[name] and not need[name]}
+    return tuple((found | empty)[name] if want else i.x_TH.new_empty(0) for name, want in asked.items())
+
+
+def _empty_stack(inputs: OpInputs, name: str) -> bool:
+    """Whether the stack is one of no trainable slots."""
+    return name in ("w_in", "w_out", "bias_in", "bias_out") and getattr(inputs, name).shape[0] == 0
 
 
 class _Squares(NamedTuple):

@@ -21,6 +21,7 @@ class Launch:
         grid: programs along up to three axes; a 0 means that there is nothing to do.
         args: every parameter of the kernel by name, tensors, descriptors, numbers and constants alike.
         warps, stages: as Triton's num_warps and num_stages.
+        registers: as Triton's maxnreg; 0 = as many as the compiler likes.
         flops: multiplications and additions of its products, twice the multiply-adds; for predictions.
         bytes: the least it must move to and from memory; for predictions.
     """
@@ -32,11 +33,28 @@ class Launch:
     stages: int
     flops: int = 0
     bytes: int = 0
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told besides the arguments."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return {**options, "maxnreg": self.registers} if self.registers else options
 
     def run(self) -> None:
         """Start it; returns before it has ended on a GPU."""
         if 0 not in self.grid:
-            self.kernel[self.grid](**self.args, num_warps=self.warps, num_stages=self.stages)
+            self.kernel[self.grid](**self.args, **self.options)
+
+
+def cdiv(total: int, size: int) -> int:
+    """Blocks of `size` that cover `total`; triton.cdiv takes 2 to 6 us outside a kernel, and a call has 30 of them."""
+    return -(-total // size)
+
+
+def power_of_2(least: int) -> int:
+    """The smallest power of two from `least` on."""
+    return 1 << max(0, least - 1).bit_length()
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -53,4 +71,4 @@ def row_constants(tile: Tile, dtype: torch.dtype, *, tma: bool) -> dict[str, Any
 Execute = Callable[[Launch], None]
 """What drivers do with each launch: `Launch.run`, or a list's `append` to look at them instead."""
 
-__all__ = ["Execute", "Launch", "TensorDescriptor", "dot_precision", "row_constants"]
+__all__ = ["Execute", "Launch", "TensorDescriptor", "cdiv", "dot_precision", "power_of_2", "row_constants"]

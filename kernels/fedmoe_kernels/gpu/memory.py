@@ -79,7 +79,8 @@ def forward_bytes(sizes: CallSizes, *, keep_z: bool = True) -> int:
 def backward_bytes(sizes: CallSizes, *, recompute: bool = False, scores: bool = True) -> int:
     """The most a backward allocates at once, all gradients but those of biases asked for.
 
-    Of these dx (T * H values), dS, the weight gradients (G * (F + I) * H) or the factors' and the scores stay.
+    Of these dx (T * H values), dS, the weight gradients (G * (F + I) * H) or the factors' and the scores stay. Frozen
+    experts in codes take narrower blocks, and so up to twice the partial sums by row: 4 bytes a row and block.
     """
     columns = -(-sizes.inner // sizes.tiles.data_gradient.n)
     small = sizes.schedule + (4 * sizes.learning * _blocks(sizes) if scores else 0)
@@ -91,7 +92,7 @@ def backward_bytes(sizes: CallSizes, *, recompute: bool = False, scores: bool = 
     dx = sizes.itemsize * sizes.tokens * H
     by_slot = sizes.itemsize * sizes.learning
     last, first = (by_slot * r * (H + inner), by_slot * r * (F + H)) if r else (by_slot * H * inner, by_slot * F * H)
-    sent = small + sizes.by_row(r, F, inner)  # with dyb, dz and s * h
+    sent = small + sizes.by_row(r, F, inner if sizes.learning else 0)  # with dyb, dz and s * h
     peaks = [sent + partial + max(sizes.by_row(F) if recompute else 0, ds + sums)]
     kept = ds + sums
     peaks.append(sent + kept + last + sizes.by_row(r))  # s * ha

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmoe_kernels.gpu.choose import Holders, tokens_of_block
-from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.gpu.launch import Launch, cdiv, power_of_2
 
 # Up to so many counts the programs that place rows add them up themselves, all of them (16 KB each, out of the L2
 # cache), which saves the two launches of about 3 us that a scan takes.
@@ -31,7 +31,7 @@ def count(slot, counts, block, num_slots):
         tl.store(counts + block.to(tl.int64) * num_slots + b, rows, mask=b < num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "clients", "num_slots"])
 def _slots_kernel(
     given, table, client, valid, experts, slots, counts, tokens, clients, num_slots,
     E: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
@@ -51,7 +51,7 @@ def _slots_kernel(
     count(tl.reshape(slot, [BT * KP]).to(tl.int32), counts, block, num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "num_slots"])
 def _scan_kernel(counts, before, totals, blocks, num_slots, BLOCKS: tl.constexpr, SLOTS: tl.constexpr):
     """before[x, b]: rows of slot b in the blocks before x; totals[b]: in all of them. One program for SLOTS slots.
 
@@ -69,7 +69,7 @@ def _scan_kernel(counts, before, totals, blocks, num_slots, BLOCKS: tl.constexpr
     tl.store(totals + b, total, mask=b < num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _offsets_kernel(totals, offsets, num_slots, SLOTS: tl.constexpr):
     """One program adds up the totals of all slots."""
     tl.store(offsets, 0)
@@ -107,7 +107,7 @@ def _starts(slot, counts, offsets, block, blocks, num_slots, P: tl.constexpr):
     return start, real
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places", "blocks", "num_slots"])
 def _rows_kernel(
     slots, counts, before, offsets, rows, token_of_row, place_of_row, places, blocks, num_slots,
     K: tl.constexpr, SIZE: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr, FEW: tl.constexpr,
@@ -123,7 +123,8 @@ def _rows_kernel(
     inside = (i < SIZE) & (place < places)
     slot = tl.load(slots + place, mask=inside, other=-1)
     rank = tl.zeros((P,), tl.int32)
-    for i0 in range(0, P, STEP):
+    # A bound that the compiler knows would have it unroll all P / STEP steps, and spill.
+    for i0 in range(0, tl.minimum(places - first, SIZE).to(tl.int32), STEP):
         other = i0 + tl.arange(0, STEP)
         theirs = tl.load(slots + first + other, mask=(other < SIZE) & (first + other < places), other=-1)
         rank += tl.sum(((theirs[None, :] == slot[:, None]) & (other[None, :] < i[:, None])).to(tl.int32), 1)
@@ -165,7 +166,7 @@ def slots(
         "num_slots": num_slots,
         "E": holders.table_CE.shape[1],
         "K": K,
-        "KP": triton.next_power_of_2(K),
+        "KP": power_of_2(K),
         "BT": per_block,
     }
     moved = T * K * (given_TK.element_size() + 16) + counts_XB.numel() * 4
@@ -198,11 +199,11 @@ def rows(
     if not few:
         sums = {"totals": totals_B, "num_slots": num_slots}
         scan = {"counts": counts_XB, "before": before_XB, **sums, "blocks": blocks, "BLOCKS": 128, "SLOTS": 32}
-        grid = (triton.cdiv(num_slots, 32),)
+        grid = (cdiv(num_slots, 32),)
         launches.append(Launch(_scan_kernel, grid, scan, 4, 1, bytes=counts_XB.numel() * 8))
         add = {**sums, "offsets": offsets_B1, "SLOTS": 1024}
         launches.append(Launch(_offsets_kernel, (1,), add, 4, 1, bytes=num_slots * 12))
-    P = triton.next_power_of_2(per_block * K)
+    P = power_of_2(per_block * K)
     args = {
         "slots": slots_TK,
         "counts": counts_XB,

@@ -17,14 +17,14 @@ from fedmoe_kernels.gpu.choose import (
     sigmoid,
     tokens_of_block,
 )
-from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.gpu.launch import Launch, cdiv, power_of_2
 from fedmoe_kernels.gpu.place import count
 from fedmoe_kernels.routing_ops import SIGMOID_EPS
 
 EPS = tl.constexpr(SIGMOID_EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "clients", "num_slots"])
 def _route_kernel(
     logits, table, client, valid, bias, weights, experts, slots, counts, tokens, clients, num_slots, scale,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
@@ -33,6 +33,7 @@ def _route_kernel(
 ):  # fmt: skip
     """One program routes BT tokens; WHOLE: no expert is absent anywhere, so that the mask falls away."""
     SIGMOID: tl.constexpr = SCORING == "sigmoid"
+    DENSE: tl.constexpr = SCORING == "softmax" and not RENORMALIZE
     block = tl.program_id(0)
     t, inside, live, owner = tokens_of_block(client, valid, block, tokens, clients, BT, HAS_CLIENT, HAS_VALID)
     e = tl.arange(0, EP)
@@ -40,6 +41,9 @@ def _route_kernel(
     x = finite(tl.load(places, mask=live[:, None] & (e < E)[None, :], other=-float("inf")))
     if not WHOLE:
         x = held(x, table, owner, e, E, HAS_CLIENT)
+    if DENSE:
+        # Before the choice, so that no logit has to outlive it in a register.
+        _power, best, total = powers(x, x > -float("inf"))
     picked, _taken = choose(x, bias, e, K, KP, BT, E, EP, SIGMOID, HAS_BIAS, N_GROUP, TOPK_GROUP, GP)
 
     chosen = picked >= 0
@@ -50,8 +54,7 @@ def _route_kernel(
         weight = power
         if RENORMALIZE:
             weight = power / (tl.sum(power, 1) + EPS)[:, None]
-    elif SCORING == "softmax" and not RENORMALIZE:
-        _power, best, total = powers(x, x > -float("inf"))
+    elif DENSE:
         weight = tl.where(chosen, tl.exp(logit - best[:, None]) / total[:, None], 0.0)
     else:
         # Softmax over all permitted, divided by the sum of the chosen, is softmax over the chosen: no underflow.
@@ -107,23 +110,18 @@ def route(
         "HAS_BIAS": bias_E is not None,
     }
     moved = T * E * logits_TE.element_size() + T * rule.k * 20 + counts_XB.numel() * 4
-    return [Launch(_route_kernel, (triton.cdiv(T, sizes["BT"]),), args, warps(E), 1, bytes=moved)]
+    return [Launch(_route_kernel, (cdiv(T, sizes["BT"]),), args, 8, 1, bytes=moved)]
 
 
 def shape_args(num_experts: int, rule: Rule, logits: int = 4096) -> dict[str, int]:
     """The sizes of a routing kernel's blocks of so many logits, and its groups."""
     return {
         "E": num_experts,
-        "EP": triton.next_power_of_2(num_experts),
+        "EP": power_of_2(num_experts),
         "K": rule.k,
-        "KP": triton.next_power_of_2(rule.k),
+        "KP": power_of_2(rule.k),
         "BT": block_tokens(rule.k, num_experts, logits),
         "N_GROUP": rule.n_group,
         "TOPK_GROUP": rule.topk_group,
-        "GP": triton.next_power_of_2(rule.n_group),
+        "GP": power_of_2(rule.n_group),
     }
-
-
-def warps(num_experts: int) -> int:
-    """4, so that a block of 2048 logits is 16 registers a thread, and 8 where one token has more logits than that."""
-    return 4 if num_experts <= 2048 else 8

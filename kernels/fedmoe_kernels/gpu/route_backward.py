@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmoe_kernels.gpu.choose import Holders, Rule, finite, held, powers, sigmoid, tokens_of_block
-from fedmoe_kernels.gpu.launch import Launch
-from fedmoe_kernels.gpu.route import EPS, shape_args, warps
+from fedmoe_kernels.gpu.launch import Launch, cdiv
+from fedmoe_kernels.gpu.route import EPS, shape_args
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _spread(value, expert, e, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexp
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "clients"])
 def _route_backward_kernel(
     grad, logits, experts, table, client, valid, out, tokens, clients, scale,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
@@ -89,4 +89,5 @@ def route_backward(
     }
     reads = E if rule.scoring == "softmax" and not rule.renormalize else rule.k
     moved = T * (E + reads) * logits_TE.element_size() + T * rule.k * 12
-    return [Launch(_route_backward_kernel, (triton.cdiv(T, sizes["BT"]),), args, warps(E), 1, bytes=moved)]
+    warps = 4 if E <= 2048 else 8
+    return [Launch(_route_backward_kernel, (cdiv(T, sizes["BT"]),), args, warps, 1, bytes=moved)]

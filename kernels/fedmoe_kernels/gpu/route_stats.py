@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmoe_kernels.gpu.choose import Holders, Rule, choose, finite, powers, tokens_of_block
-from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.gpu.launch import Launch, cdiv
 from fedmoe_kernels.gpu.route import shape_args
 
 # One term is at most 1 (a probability p) or 1 / e (-p log p), and a call has at most 2^24 tokens (`routing_ops` sees to
@@ -31,7 +31,7 @@ def _finish(stats, row, e, inside, hits, prob, most, plogp, E: tl.constexpr):
     tl.store(at + 3 * E, 0.0 - plogp.to(tl.float64) * UNIT, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "clients", "splits"])
 def _stats_kernel(
     logits, experts, table, client, valid, bias, parts, part_tokens, stats, stat_tokens, tokens, clients, splits,
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
@@ -42,16 +42,22 @@ def _stats_kernel(
     the choices already made. LAST: there is one split, whose sums are the result."""
     c, split = tl.program_id(0), tl.program_id(1)
     e = tl.arange(0, EP)
-    hits = tl.zeros((EP,), tl.int64)
+    hits = tl.zeros((EP,), tl.int32)
     prob = tl.zeros((EP,), tl.int64)
     plogp = tl.zeros((EP,), tl.int64)
     most = tl.zeros((EP,), tl.float32)
-    number = tl.zeros((), tl.int64)
+    number = tl.zeros((), tl.int32)
     for block in range(split, tl.cdiv(tokens, BT), splits):
         t, _inside, live, owner = tokens_of_block(client, valid, block, tokens, clients, BT, HAS_CLIENT, HAS_VALID)
         live = live & (owner == c)
         # A block without a token of this client costs only the look at client_T; its logits are not loaded.
         if tl.max(live.to(tl.int32), 0) > 0:
+            if WHOLE:
+                taken = tl.zeros((BT, EP), tl.int32)
+                for j in range(K):
+                    expert = tl.load(experts + t * K + j, mask=live, other=-1).to(tl.int32)
+                    taken += (e[None, :] == expert[:, None]).to(tl.int32)
+                hits += tl.sum(taken, 0)
             mask = live[:, None] & (e < E)[None, :]
             x = finite(tl.load(logits + t[:, None] * E + e[None, :], mask=mask, other=-float("inf")))
             some = x > -float("inf")
@@ -62,11 +68,7 @@ def _stats_kernel(
             prob += tl.sum((p * ONE + 0.5).to(tl.int64), 0)
             plogp += tl.sum((tl.maximum(0.0 - p * log_p, 0.0) * ONE + 0.5).to(tl.int64), 0)
             most = tl.maximum(most, tl.max(p, 0))
-            if WHOLE:
-                for j in range(K):
-                    expert = tl.load(experts + t * K + j, mask=live, other=-1)
-                    hits += tl.sum((e[None, :] == expert[:, None]).to(tl.int32), 0)
-            else:
+            if not WHOLE:
                 _picked, taken = choose(x, bias, e, K, KP, BT, E, EP, SIGMOID, HAS_BIAS, N_GROUP, TOPK_GROUP, GP)
                 hits += tl.sum(taken.to(tl.int32), 0)
             number += tl.sum(counted, 0)
@@ -77,15 +79,15 @@ def _stats_kernel(
     else:
         row = row * splits + split
         at = parts + row * 4 * E + e
-        tl.store(at, hits, mask=e < E)
+        tl.store(at, hits.to(tl.int64), mask=e < E)
         tl.store(at + E, prob, mask=e < E)
         # The bits of floats that are not negative are ordered as the floats are.
         tl.store(at + 2 * E, most.to(tl.int32, bitcast=True).to(tl.int64), mask=e < E)
         tl.store(at + 3 * E, plogp, mask=e < E)
-        tl.store(part_tokens + row, number)
+        tl.store(part_tokens + row, number.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _sum_kernel(parts, part_tokens, stats, stat_tokens, splits, E: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr):
     """One program adds up the splits of one client for BE experts."""
     c = tl.program_id(0).to(tl.int64)
@@ -110,17 +112,17 @@ def _sum_kernel(parts, part_tokens, stats, stat_tokens, splits, E: tl.constexpr,
 
 
 def _sizes(num_experts: int, rule: Rule) -> dict[str, int]:
-    """Blocks of 1024 logits in 8 warps: 80 to 122 registers; with 2048 in 4 the three sums of 64 bits make it spill."""
-    return shape_args(num_experts, rule, logits=1024)
+    """Blocks of 512 logits, because three sums of 64 bits lie beside them."""
+    return shape_args(num_experts, rule, logits=512)
 
 
 def splits_for(tokens: int, clients: int, num_experts: int, rule: Rule) -> int:
-    """How many programs share one client's tokens: 4 blocks each, about 1024 programs at most.
+    """How many programs share one client's tokens: 8 blocks each, about 1024 programs at most.
 
     It may depend on the cohort, because exact sums do not depend on it.
     """
-    blocks = triton.cdiv(tokens, _sizes(num_experts, rule)["BT"])
-    return max(1, min(triton.cdiv(blocks, 4), triton.cdiv(1024, clients)))
+    blocks = cdiv(tokens, _sizes(num_experts, rule)["BT"])
+    return max(1, min(cdiv(blocks, 8), cdiv(1024, clients)))
 
 
 def route_stats(
@@ -162,10 +164,13 @@ def route_stats(
         "HAS_BIAS": bias_E is not None,
     }
     moved = T * E * logits_TE.element_size() + parts_CS4E.numel() * 8
-    launches = [Launch(_stats_kernel, (clients, splits), args, 8, 1, bytes=moved)]
+    warps = max(4, args["EP"] // 256)
+    # Told how many registers there are, the compiler keeps the sums in them; else it spills two to run more programs.
+    registers = min(255, 65536 // (32 * warps))
+    launches = [Launch(_stats_kernel, (clients, splits), args, warps, 1, bytes=moved, registers=registers)]
     if splits > 1:
         sums = {"parts": parts_CS4E, "part_tokens": part_tokens_CS, "stats": stats_C4E, "stat_tokens": tokens_C}
         sizes = {"splits": splits, "E": E, "BE": 32, "BS": 16}
-        grid = (clients, triton.cdiv(E, 32))
+        grid = (clients, cdiv(E, 32))
         launches.append(Launch(_sum_kernel, grid, {**sums, **sizes}, 4, 1, bytes=parts_CS4E.numel() * 8))
     return launches

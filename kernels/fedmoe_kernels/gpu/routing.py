@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from fedmoe_kernels.gpu import place as placing
 from fedmoe_kernels.gpu.choose import Holders, Rule, block_tokens
-from fedmoe_kernels.gpu.launch import Execute, Launch
+from fedmoe_kernels.gpu.launch import Execute, Launch, cdiv
 from fedmoe_kernels.gpu.route import route as route_launches
 from fedmoe_kernels.gpu.route_backward import route_backward as route_backward_launches
 from fedmoe_kernels.gpu.route_stats import route_stats, splits_for
@@ -31,7 +30,7 @@ def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 def _counts(like: Tensor, tokens: int, per_block: int, num_slots: int) -> Tensor:
-    return _new(like, triton.cdiv(tokens, per_block), num_slots, dtype=torch.int32)
+    return _new(like, cdiv(tokens, per_block), num_slots, dtype=torch.int32)
 
 
 def _rows(slots_TK: Tensor, counts_XB: Tensor, per_block: int, execute: Execute) -> Rows:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmoe_kernels.gpu.blocks import matrix
-from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.gpu.launch import Launch, power_of_2
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import RowIndex, Stored
 
@@ -166,8 +166,8 @@ def routing_gradient(
         "PART": "all" if bias_out is None else bias_out.part,
         "PIECES": schedule.height // bm,
         "BM": bm,
-        "BK": min(128, triton.next_power_of_2(max(hidden, 1))),
-        "BC": min(32, triton.next_power_of_2(columns)),
+        "BK": min(128, power_of_2(max(hidden, 1))),
+        "BC": min(32, power_of_2(columns)),
     }
     read = (ds_RC, zdz_MC, routing.weights_TK, routing.places_R, rows_TK, out_TK, dy_TH if hidden else None)
     moved = sum(t.nbytes for t in read if t is not None)
@@ -199,7 +199,7 @@ def score_sums(
         "WIDTH": width,
         "PIECES": schedule.height // _piece(schedule),
         "BP": 128,
-        "BS": min(1024, triton.next_power_of_2(max(width, 1))),
+        "BS": min(1024, power_of_2(max(width, 1))),
     }
     moved = sums_S4.nbytes + (0 if squares_GN is None else squares_GN.nbytes) + out_B6.nbytes
     return [Launch(_score_kernel, (out_B6.shape[0],), args, 4, 1, 0, moved)]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedmoe_kernels.gpu.launch import Execute, Launch
+from fedmoe_kernels.gpu.launch import Execute, Launch, cdiv
 
 
 class Schedule(NamedTuple):
@@ -83,6 +83,6 @@ def schedule(offsets_B1: Tensor, rows: int, height: int, execute: Execute = Laun
     first_tile_B1 = torch.empty(slots + 1, dtype=torch.int32, device=offsets_B1.device)
     args = {"offsets": offsets_B1, "table": table_M4, "first_tile": first_tile_B1, "slots": slots, "tiles": tiles}
     # One program at least, for it writes first_tile even when there is no row. Blocks of 128 x 128 spill on triton 3.6.
-    grid = (max(1, triton.cdiv(tiles, 64)),)
+    grid = (max(1, cdiv(tiles, 64)),)
     execute(Launch(_schedule_kernel, grid, {**args, "HEIGHT": height, "TILES": 64, "SLOTS": 128}, 4, 1))
     return Schedule(table_M4, first_tile_B1, height)

@@ -156,7 +156,8 @@ def _tiles(
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Itself, or a copy where it starts between two multiples of 16 bytes, which no descriptor or wide load can."""
+    """Itself, or a contiguous copy where it is none, or starts off 16 bytes, where no descriptor or wide load can."""
+    tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 

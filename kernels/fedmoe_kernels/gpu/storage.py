@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fedmoe_kernels.configs import Tile
-from fedmoe_kernels.gpu.launch import TensorDescriptor
+from fedmoe_kernels.gpu.launch import TensorDescriptor, power_of_2
 
 
 class Stored(NamedTuple):
@@ -64,12 +63,16 @@ class Stored(NamedTuple):
         return ("trainable", "frozen") if self.trainable.shape[0] else ("frozen",)
 
     def served(self, part: str) -> Stored:
-        """What the launch of `part` reads; for "trainable" and "frozen" that tensor alone, as the first."""
+        """What the launch of `part` reads; for "trainable" and "frozen" that tensor alone, as the first.
+
+        Codes come in pairs: 8-bit ones as int16.
+        """
         if part == "trainable":
             return self._replace(frozen=None, scale=None)
         if part == "frozen":
             assert self.frozen is not None
-            return self._replace(trainable=self.frozen, frozen=None)
+            pairs = self.frozen.view(torch.int16) if self.frozen.dtype == torch.int8 else self.frozen
+            return self._replace(trainable=pairs, frozen=None)
         return self
 
     @property
@@ -77,12 +80,12 @@ class Stored(NamedTuple):
         """Bits of a code in what `served` gave; 0 = plain numbers."""
         if self.scale is None:
             return 0
-        return 8 if self.trainable.dtype == torch.int8 else 4
+        return 8 if self.trainable.dtype == torch.int16 else 4
 
     @property
     def share(self) -> int:
         """Columns of what `served` gave that share a scale; 1 = plain numbers."""
-        return self.trainable.shape[-1] * 8 // self.bits // self.scale.shape[-1] if self.scale is not None else 1
+        return self.trainable.shape[-1] * 2 // self.scale.shape[-1] if self.scale is not None else 1
 
     @property
     def slots(self) -> int:
@@ -158,20 +161,20 @@ def term_arguments(term: RankTerm | None) -> dict[str, Any]:
         return {**none, "adapters": 0, "RANK": 0, "CHUNK": 16}
     rank = term.rows_Rr.shape[1]
     tensors = {"rank_rows": term.rows_Rr, "factor": term.factor, "adapter_scale": term.scale_B}
-    chunk = min(64, max(16, triton.next_power_of_2(rank)))
+    chunk = min(64, max(16, power_of_2(rank)))
     return {**tensors, "adapters": term.factor.shape[0], "RANK": rank, "CHUNK": chunk}
 
 
 def decoding_tile(tile: Tile, served: Stored, *, transposed: bool = False) -> Tile:
-    """The tile of a launch that reads `served`: with codes half the columns, whose sums leave registers to decode.
+    """The tile of a launch that reads `served`; with codes a large block is halved, to have registers for decoding.
 
     Along the axis of the codes, n if `transposed` and k otherwise, a block meets whole groups or lies within one.
     """
     if served.bits == 0:
         return tile
-    n, k, share = max(16, tile.n // 2), tile.k, served.share
+    n, k, share = tile.n // 2 if tile.m >= 64 else tile.n, tile.k, served.share
     if transposed:
-        return replace(tile, n=n if n % share == 0 else math.gcd(n, share))
+        return replace(tile, n=n if n % share == 0 else math.gcd(n, share), k=min(k, 64))
     return replace(tile, n=n, k=k if k % share == 0 else math.gcd(k, share), split=max(1, tile.split // 2))
 
 

@@ -18,12 +18,13 @@ from fedmoe_kernels.gpu.blocks import (
     dequantized,
     load_within,
     matrix,
+    pieces,
     position,
     row_block,
     store_block,
     tile_rows,
 )
-from fedmoe_kernels.gpu.launch import Launch, row_constants
+from fedmoe_kernels.gpu.launch import Launch, cdiv, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import RankTerm, Stored, decoding_tile, matrix_arguments, term_arguments
 
@@ -93,53 +94,35 @@ def _up_kernel(
         h += first.to(tl.int64) * I
     # z and h now begin at the tile, and offsets within it fit 32 bits, which cost half the registers.
     row = tl.arange(0, BM)
-    _finish(gate, up, source_bias, index, n0, z, h, row, live, I, ACTIVATION, HALVES, BM, BN, SPLIT, I % BN == 0)
+    BIASED: tl.constexpr = bias is not None
+    WIDTH: tl.constexpr = BN // SPLIT
+    WHOLE: tl.constexpr = I % BN == 0
+    gates, ups = pieces(gate, BM, BN, SPLIT), pieces(up, BM, BN, SPLIT)
+    for i in tl.static_range(SPLIT):
+        at = n0 + i * WIDTH
+        _finish(gates[i], ups[i], source_bias, index, at, z, h, row, live, I, ACTIVATION, HALVES, BIASED, WIDTH, WHOLE)
 
 
 @triton.jit
 def _finish(
-    gate, up, bias, index, n0, z, h, rows, live,
-    I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr,  # noqa: E741
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
+    gate, up, bias, index, n0, z, h, row, live,
+    I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, BIASED: tl.constexpr,  # noqa: E741
+    BN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Add the biases, store z, activate and store h, in SPLIT pieces of the columns one after the other."""
-    if SPLIT > 1:
-        gates = gate.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        ups = up.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        for piece in tl.static_range(2):
-            at = n0 + piece * (BN // 2)
-            _finish(
-                gates[piece],
-                ups[piece],
-                bias,
-                index,
-                at,
-                z,
-                h,
-                rows,
-                live,
-                I,
-                ACTIVATION,
-                HALVES,
-                BM,
-                BN // 2,
-                SPLIT // 2,
-                WHOLE,
-            )
-    else:
-        if bias is not None:
-            gate += bias_block(bias, index, n0, I, BN, WHOLE)
-            if HALVES == 2:
-                up += bias_block(bias, index + 1, n0, I, BN, WHOLE)
-        if z is not None:
-            store_block(z, rows, live, n0, gate, HALVES * I, I, BN, WHOLE)
-            if HALVES == 2:
-                store_block(z + I, rows, live, n0, up, HALVES * I, I, BN, WHOLE)
-        if h is not None:
-            if HALVES == 2:
-                store_block(h, rows, live, n0, activate(gate, up, ACTIVATION), I, I, BN, WHOLE)
-            else:
-                store_block(h, rows, live, n0, activate(gate, gate, ACTIVATION), I, I, BN, WHOLE)
+    """Columns n0..n0 + BN - 1 of a tile: add the biases, store z, activate, store h."""
+    if BIASED:
+        gate += bias_block(bias, index, n0, I, BN, WHOLE)
+        if HALVES == 2:
+            up += bias_block(bias, index + 1, n0, I, BN, WHOLE)
+    if z is not None:
+        store_block(z, row, live, n0, gate, HALVES * I, I, BN, WHOLE)
+        if HALVES == 2:
+            store_block(z + I, row, live, n0, up, HALVES * I, I, BN, WHOLE)
+    if h is not None:
+        if HALVES == 2:
+            store_block(h, row, live, n0, activate(gate, up, ACTIVATION), I, I, BN, WHOLE)
+        else:
+            store_block(h, row, live, n0, activate(gate, gate, ACTIVATION), I, I, BN, WHOLE)
 
 
 def up(
@@ -196,11 +179,11 @@ def up(
             **common,
             **matrix_arguments(w, bias, part, (cut.n, cut.k) if tma else None, halves),
             **row_constants(cut, x_TH.dtype, tma=tma),
-            "steps": triton.cdiv(H, cut.k),
+            "steps": cdiv(H, cut.k),
             "SPLIT": cut.split,
         }
-        grid = (schedule.tiles * triton.cdiv(F // halves, cut.n),)
+        grid = (schedule.tiles * cdiv(F // halves, cut.n),)
         share = served.slots / w.slots
         cost = (round(2 * rows * F * H * share), round(moved * share) + served.nbytes)
-        launches.append(Launch(_up_kernel, grid, args, cut.warps, cut.stages, *cost))
+        launches.append(Launch(_up_kernel, grid, args, cut.warps, cut.stages, *cost, cut.registers))
     return launches

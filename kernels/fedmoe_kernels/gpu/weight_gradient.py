@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.blocks import position
-from fedmoe_kernels.gpu.launch import Launch, dot_precision
+from fedmoe_kernels.gpu.launch import Launch, cdiv, dot_precision, power_of_2
 from fedmoe_kernels.gpu.storage import RowIndex
 
 # Of each slot's matrix the side with fewer columns than this gives the columns of a block, whatever side it is: a
@@ -96,13 +96,13 @@ def _blocks(P: int, Q: int, tile: Tile) -> tuple[bool, int, int]:
     """(whether the transpose is computed, rows, columns of a block); no side is longer than the matrix needs."""
     flipped = P < _NARROW and P < Q
     down, across = (Q, P) if flipped else (P, Q)
-    return flipped, *(min(most, max(16, triton.next_power_of_2(n))) for n, most in ((down, tile.m), (across, tile.n)))
+    return flipped, min(tile.m, max(16, power_of_2(down))), min(tile.n, max(16, power_of_2(across)))
 
 
 def output_blocks(P: int, Q: int, tile: Tile) -> int:
     """How many sums of squares `weight_gradient` leaves for each slot's P x Q matrix."""
     flipped, m, n = _blocks(P, Q, tile)
-    return triton.cdiv(Q if flipped else P, m) * triton.cdiv(P if flipped else Q, n)
+    return cdiv(Q if flipped else P, m) * cdiv(P if flipped else Q, n)
 
 
 def weight_gradient(
@@ -156,10 +156,19 @@ def weight_gradient(
         "GROUP": tile.group,
         "PRECISION": dot_precision(left.dtype),
     }
-    rows = max((t.shape[0] for t in (left_tokens, right_tokens) if t is not None), default=left_XP.shape[0])
-    moved = left_XP.nbytes + right_XQ.nbytes + out_GPQ.nbytes
+    # For predictions, rows count as spread evenly over the slots, of which G are looked at.
+    by_row = left_tokens if left_tokens is not None else right_tokens
+    rows = (left_XP if by_row is None else by_row).shape[0] * G // max(1, offsets_B1.shape[0] - 1)
+    moved = out_GPQ.nbytes + _read(rows, left_XP) + _read(rows, right_XQ)
     grid = (G * output_blocks(P, Q, tile),)
-    return [Launch(_weight_gradient_kernel, grid, args, tile.warps, tile.stages, 2 * rows * P * Q, moved)]
+    return [
+        Launch(_weight_gradient_kernel, grid, args, tile.warps, tile.stages, 2 * rows * P * Q, moved, tile.registers)
+    ]
+
+
+def _read(rows: int, operand: Tensor) -> int:
+    """The least bytes of an operand of which `rows` rows are read, some of them more than once."""
+    return min(operand.shape[0], rows) * operand.shape[1] * operand.element_size()
 
 
 @triton.jit
@@ -202,7 +211,7 @@ def bias_gradient(
     (db_out, of dy).
     """
     G, N = out_GN.shape
-    columns = min(128, triton.next_power_of_2(N))
+    columns = min(128, power_of_2(N))
     args = {
         "values": values_XN,
         "tokens": None if routing is None else routing.tokens_R,
@@ -216,6 +225,7 @@ def bias_gradient(
         "BT": 64,
         "STAGES": 4,
     }
-    grid = (G * triton.cdiv(N, columns),)
-    rows = values_XN.shape[0] if routing is None else routing.tokens_R.shape[0]
-    return [Launch(_bias_gradient_kernel, grid, args, 4, 4, 2 * rows * N, values_XN.nbytes + out_GN.nbytes)]
+    grid = (G * cdiv(N, columns),)
+    places = values_XN.shape[0] if routing is None else routing.tokens_R.shape[0]
+    rows = places * G // max(1, offsets_B1.shape[0] - 1)
+    return [Launch(_bias_gradient_kernel, grid, args, 4, 4, 2 * rows * N, _read(rows, values_XN) + out_GN.nbytes)]

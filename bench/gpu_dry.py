@@ -1,0 +1,182 @@
+"""A step of the kernels without a GPU: the drivers run on tensors without memory, and hand over what they would start.
+
+What they allocate is counted as it comes and goes, so the peak of a step is known before there is one; and what they
+would start can be compiled by many processes at once, before a measurement waits for it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cases import Case, Shape
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fedmoe_kernels.configs import tiles_for
+from fedmoe_kernels.gpu import memory
+from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
+
+_BLOCK = 512  # CUDA's caching allocator counts in these
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one step above weights, x and dy: `kept` between the passes with y, `peak` the most at a time."""
+
+    kept: int
+    peak: int
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of new storage while it is on; what existed before is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in known:
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        size = -(-storage.nbytes() // _BLOCK) * _BLOCK
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+def predicted(shape: Shape, case: Case, arch: str, *, dtype: torch.dtype, recompute: bool = False) -> Sizes:
+    """The same as `sizes_of` in closed form, as a cost model has it, with room for the allocator to round 24 blocks up.
+
+    The record of the routing keeps rows, tokens and places (8 bytes each), weights (4) and where they are not 0 (1).
+    """
+    shape = case.shaped(shape)
+    held, gated = case.held(shape), shape.F == 2 * shape.I
+    per_slot = max(1, shape.T * shape.K // held)
+    tiles = tiles_for(arch, dtype, per_slot, hidden=shape.H, inner=shape.I, gated=gated)
+    sizes = memory.CallSizes(
+        *(shape.T, shape.K, shape.H, shape.I, held, gated, tiles),
+        learning=case.learning(shape),
+        itemsize=dtype.itemsize,
+    )
+    record = 29 * sizes.rows + 8 * (held + 1) + 24 * _BLOCK
+    z = 0 if recompute else sizes.by_row(sizes.width)
+    kept = record + z + dtype.itemsize * shape.T * shape.H
+    forward = record + memory.forward_bytes(sizes, keep_z=not recompute)
+    biases = dtype.itemsize * case.learning(shape) * (shape.F + shape.H) if shape.bias else 0
+    backward = memory.backward_bytes(sizes, recompute=recompute, scores=False) + biases
+    return Sizes(kept, max(forward, kept + backward))
+
+
+def sizes_of(shape: Shape, case: Case, arch: str, **how: Any) -> Sizes:
+    """What a step allocates; arguments as of `dry_step`."""
+    with Allocations() as count:
+        y_TH, backward = dry_step(shape, case, arch, _drop, **how)
+        kept = count.live
+        grads = backward()
+        peak = count.peak
+    del y_TH, grads
+    return Sizes(kept, peak)
+
+
+def launches_of(shape: Shape, case: Case, arch: str, **how: Any) -> list[Any]:
+    """What a step starts, `gpu.launch.Launch` records in their order; arguments as of `dry_step`."""
+    found: list[Any] = []
+    _, backward = dry_step(shape, case, arch, found.append, **how)
+    backward()
+    return found
+
+
+def _drop(launch: Any) -> None:
+    """A record kept would keep what it was to write."""
+
+
+def dry_step(
+    shape: Shape,
+    case: Case,
+    arch: str,
+    execute: Callable[[Any], None],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    recompute: bool = False,
+) -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
+    """The forward of the contender `fedmoe` without a GPU: y, and its backward to be called; no adapters, no scores.
+
+    Args:
+        shape, case: as measured; shapes are all that the drivers see, so it does not matter where the rows go.
+        arch: a key of the tile tables.
+        execute: what becomes of each launch.
+        dtype: of everything but the routing weights.
+        recompute: keep no z.
+    """
+    from fedmoe_kernels.gpu import experts, routing  # needs triton, which not every machine has
+
+    shape = case.shaped(shape)
+    held, learning = case.held(shape), case.learning(shape)
+
+    def new(*size: int, of: torch.dtype = dtype) -> Tensor:
+        # From outside the count: weights, x and dy are there before the step.
+        with torch.utils._python_dispatch._disable_current_modes():
+            return torch.empty(*size, dtype=of, device="meta")
+
+    given = new(shape.T, shape.K, of=torch.float32)
+    chosen, table = new(shape.T, shape.K, of=torch.int64), new(1, shape.E, of=torch.int64)
+    stacks = {"w_in": (shape.F, shape.H), "w_out": (shape.H, shape.I)}
+    stacks |= {"bias_in": (shape.F,), "bias_out": (shape.H,)} if shape.bias else {}
+    fields: dict[str, Tensor | None] = dict.fromkeys(OpInputs._fields)
+    for name, size in stacks.items():
+        fields[name] = new(learning, *size)
+        fields[f"{name}_frozen"] = new(held - learning, *size)
+    fields["x_TH"], dy_TH = new(shape.T, shape.H), new(shape.T, shape.H)
+    needs = [True, True, *(bool(learning and name in stacks) for name in DIFFERENTIABLE[2:]), False]
+    how = {"activation": shape.activation, "rows_per_slot": max(1, shape.T * shape.K // held), "arch": arch}
+    placed = routing.place(chosen, table, None, None, num_slots=held, execute=execute)
+    fields |= dict(zip(("rows_TK", "tokens_R", "places_R", "offsets_B1"), placed[2:], strict=True))
+    mask_TK = placed[1] >= 0  # kept for the backward of the line below; experts and slots go with the record
+    del placed
+    fields["weights_TK"] = given.where(mask_TK, 0.0)
+    inputs = OpInputs(**fields)
+    y_TH, z_RF = experts.forward(inputs, keep_z=not recompute, execute=execute, **how)
+
+    def backward() -> tuple[Tensor, ...]:
+        grads = experts.backward(dy_TH, z_RF, inputs, needs=needs, execute=execute, **how)
+        return *grads, mask_TK
+
+    return y_TH, backward
+
+
+def warm(groups: Sequence[Sequence[tuple[Shape, Case]]], jobs: int, **how: Any) -> int:
+    """Compile what these steps start into Triton's cache on disk, for the GPU that is there; how many launches.
+
+    Each group is one process's work: steps of one group share most of their kernels.
+    """
+    # A forked process would share a CUDA context that it cannot use.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(groups)), mp_context=context) as pool:
+        return sum(pool.map(compile_steps, groups, [how] * len(groups)))
+
+
+def compile_steps(group: Sequence[tuple[Shape, Case]], how: dict[str, Any]) -> int:
+    """Compile one group by the way that a call itself takes, up to the launch."""
+    launches = [launch for pair in group for launch in launches_of(*pair, **how) if 0 not in launch.grid]
+    for launch in launches:
+        launch.kernel.warmup(**launch.args, **launch.options, grid=launch.grid)
+    return len(launches)

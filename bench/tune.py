@@ -1,0 +1,302 @@
+"""Find the tiles that are fastest on this GPU and write them to the table that the kernels take from then on.
+
+    python bench/tune.py [--shape qwen3-30b-a3b ...] [--rows 2048 ...] [--family up ...]
+    python bench/tune.py --dry-run --arch sm_90          # no GPU: what would be tried, and what the compiler refuses
+
+For every shape, number of rows per slot and kernel family the search walks from the static tile to its fastest
+neighbour until none is faster. Neighbours are compiled ahead of time, and those that spill, do not fit or miss the
+tensor cores are dropped; the rest are timed with a cold L2 cache, interleaved. No time counts before the result agrees
+with the static tile's and a second run gives the same bits. The heights of the kernels over rows are compared as a
+whole, for they share one schedule. Writes kernels/fedmoe_kernels/tiles/GPU.json after every line of it, so that a run
+that is cut short keeps what it has found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from cases import EDGE, STANDARD, TINY, Shape
+from clock import Clock
+from gpu_machine import about
+from sass import compiled, job_of, misses
+from torch import Tensor
+from tune_stages import Layer, gated, layer_of, scaled, stage
+
+from fedmoe_kernels import configs
+from fedmoe_kernels.configs import SHARED, tiles_for
+from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.tile import FAMILIES, Tile, TileSet
+
+# Rows per slot that are tried, each with the limit below which its line serves; None = no limit.
+CLASSES = {12: 24, 32: 48, 64: 96, 256: 512, 2048: None}
+STEPS = {
+    "m": (64, 128, 256),
+    "n": (32, 64, 128, 256),
+    "k": (16, 32, 64, 128),
+    "warps": (4, 8),
+    "stages": (2, 3, 4, 5, 6, 7),
+    "split": (1, 2, 4, 8, 16),
+    "group": (1, 4, 8, 16),
+    "tma": (False, True),
+    "registers": (0, 128, 168),
+}
+TOGETHER = (
+    ("n", "warps"),
+    ("n", "stages"),
+    ("k", "stages"),
+    ("n", "split"),
+    ("stages", "registers"),
+)  # one hides what the other gains
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A tile and the median of its times."""
+
+    tile: Tile
+    ms: float
+
+
+def neighbours(base: Tile, arch: str, family: str) -> list[Tile]:
+    """`base` first, then what differs from it in one number or in two that go together."""
+    steps = dict(STEPS)
+    unused = {"split"} - ({"split"} if family in ("up", "data_gradient") else set())
+    unused |= {"tma"} if arch in ("sm_80", "sm_86") else set()
+    unused |= {"tma"} if family == "weight_gradient" else {"m"}
+    found = [base]
+    for names in (*((name,) for name in steps), *TOGETHER):
+        for values in itertools.product(*(steps[name] for name in names)):
+            changed = dict(zip(names, values, strict=True))
+            same = any(getattr(base, name) == value for name, value in changed.items())
+            fits = changed.get("split", base.split) * 16 <= changed.get("n", base.n)
+            if fits and not same and not unused & changed.keys():
+                found.append(replace(base, **changed))
+    return found
+
+
+def heights(tiles: TileSet) -> Iterator[TileSet]:
+    """`tiles`, and the same with blocks half and twice as high."""
+    for m in (tiles.rows, tiles.rows // 2, tiles.rows * 2):
+        if 16 <= m <= 128:
+            over_rows = {name: replace(getattr(tiles, name), m=m) for name in FAMILIES if name != "weight_gradient"}
+            yield replace(tiles, **over_rows)
+
+
+def fitting(layer: Layer, family: str, tiles: list[Tile], arch: str, pool: ProcessPoolExecutor) -> list[Tile]:
+    """The tiles whose code passes every gate of the ahead-of-time table, with a word on each that does not."""
+    jobs = []
+    for tile in tiles:
+        launches: list[Launch] = []
+        stage(layer, family, tile, launches.append)
+        jobs.append(job_of(launches[-1], arch))
+    kept = []
+    for tile, job, code in zip(tiles, jobs, pool.map(compiled, jobs), strict=True):
+        wrong = misses(job, code)
+        if not wrong:
+            kept.append(tile)
+        say(f"  {family:16}{brief(tile):64}{code.registers:4} registers {code.shared / 1024:4.0f} KB  {wrong or 'ok'}")
+    return kept
+
+
+def same(out: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> bool:
+    """Whether every result is within the relative norm error that its dtype allows; NaN is never."""
+    errors = [(out[name].double() - truth[name].double()).norm() / truth[name].double().norm() for name in truth]
+    return all(bool(error <= tolerance) for error in errors)
+
+
+def fastest(layer: Layer, family: str, tiles: list[Tile], repeats: int) -> Timed | None:
+    """Time the tiles in turn, each after its result and a rerun have been compared; the first is the yardstick."""
+    truth = stage(layer, family, tiles[0])
+    times: dict[Tile, list[float]] = {}
+    for tile in tiles:
+        out, again = stage(layer, family, tile), stage(layer, family, tile)
+        if not same(out, truth, TOLERANCE[layer.x_TH.dtype]):
+            say(f"  {family:16}{brief(tile):64}WRONG RESULT, left out")
+        elif any(not torch.equal(out[name], again[name]) for name in out):
+            say(f"  {family:16}{brief(tile):64}NOT THE SAME BITS TWICE, left out")
+        else:
+            times[tile] = []
+    clock = Clock(layer.x_TH.device.type)
+    for _ in range(repeats):
+        for tile, found in times.items():
+            found.append(_milliseconds(layer, family, tile, clock))
+    medians = [Timed(tile, statistics.median(found)) for tile, found in times.items()]
+    return min(medians, key=lambda timed: timed.ms, default=None)
+
+
+def _milliseconds(layer: Layer, family: str, tile: Tile, clock: Clock) -> float:
+    """Of the launches alone, after the outputs have been made and the cache emptied."""
+    marks: list[tuple[Any, Any]] = []
+
+    def timed(launch: Launch) -> None:
+        clock.start()
+        first = clock.mark()
+        launch.run()
+        marks.append((first, clock.mark()))
+
+    stage(layer, family, tile, timed)
+    return sum(clock.milliseconds(first, last) for first, last in marks)
+
+
+def brief(tile: Tile) -> str:
+    """A tile in a few words."""
+    text = f"{tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages, group {tile.group}"
+    text += f", split {tile.split}" if tile.split > 1 else ""
+    return text + (f", {tile.registers} registers" if tile.registers else "") + (", tma" if tile.tma else "")
+
+
+def say(line: str) -> None:
+    """Progress, not result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched: the architecture, the dtype, the families, and how.
+
+    Attributes:
+        most: neighbours of a tile that are tried.
+        walks: how often the search moves on to the fastest neighbour.
+        repeats: times taken of each tile.
+        pool: where tiles are compiled; None = they are not.
+        device: where tiles are timed; None = they are not.
+    """
+
+    arch: str
+    dtype: torch.dtype
+    families: tuple[str, ...]
+    most: int
+    walks: int
+    repeats: int
+    pool: ProcessPoolExecutor | None
+    device: str | None
+
+    def line(self, shape: Shape, rows: int) -> dict[str, Any] | None:
+        """The best tiles of one shape and number of rows, as a line of the table; None when nothing was timed."""
+        start = tiles_for(self.arch, self.dtype, rows, hidden=shape.H, inner=shape.I, gated=gated(shape))
+        unreal = layer_of(scaled(shape, rows), self.dtype, "meta") if self.pool else None
+        real = layer_of(scaled(shape, rows), self.dtype, self.device) if self.device else None
+        say(f"{shape.name}, {rows} rows a slot")
+        by_slot = tuple(name for name in self.families if name == "weight_gradient")
+        over_rows = tuple(name for name in self.families if name not in by_slot)
+        found = [self._families(tiles, over_rows, unreal, real) for tiles in heights(start)]
+        best = min((timed for timed in found if timed is not None), key=lambda timed: timed[0], default=None)
+        last = self._families(start, by_slot, unreal, real)
+        if best is None or last is None:
+            return None
+        tiles = replace(best[1], weight_gradient=last[1].weight_gradient)
+        limits = {"below": CLASSES.get(rows), "hidden": shape.H, "inner": shape.I}
+        families = {name: asdict(getattr(tiles, name)) for name in FAMILIES}
+        return {"arch": self.arch, "bytes": self.dtype.itemsize, **limits, **families, "ms": best[0] + last[0]}
+
+    def _families(
+        self, tiles: TileSet, families: tuple[str, ...], unreal: Layer | None, real: Layer | None
+    ) -> tuple[float, TileSet] | None:
+        """The sum of the families' best times and their tiles; None when one has no tile, or nothing is timed."""
+        total = 0.0
+        for family in families:
+            winner = self._walk(Timed(getattr(tiles, family), float("inf")), family, unreal, real)
+            if winner is None:
+                return None
+            tiles = replace(tiles, **{family: winner.tile})
+            total += winner.ms
+        return total, tiles
+
+    def _walk(self, start: Timed, family: str, unreal: Layer | None, real: Layer | None) -> Timed | None:
+        """From tile to faster tile; None where nothing is timed."""
+        for _ in range(self.walks):
+            tried = neighbours(start.tile, self.arch, family)[: self.most]
+            if unreal is not None and self.pool is not None:
+                tried = fitting(unreal, family, tried, self.arch, self.pool)
+            if real is None or not tried:
+                return None
+            winner = fastest(real, family, tried, self.repeats)
+            if winner is None:
+                return None
+            say(f"  {family:16}{brief(winner.tile):64}{winner.ms:.4f} ms, the best of {len(tried)}")
+            stays, start = winner.tile == start.tile, winner
+            if stays:
+                break
+        return start
+
+
+def keep(path: Path, machine: dict[str, Any], lines: Iterable[dict[str, Any]]) -> None:
+    """Write the table, after the kernels' own reader has accepted it; lines of shapes not searched now stay."""
+    old = json.loads(path.read_text())["tiles"] if path.exists() else []
+    key = ("arch", "bytes", "below", "hidden", "inner")
+    merged = {tuple(line[name] for name in key): line for line in (*old, *lines)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps({"machine": machine, "tiles": list(merged.values())}, indent=1) + "\n")
+    configs.load(draft, str(draft))
+    draft.replace(path)
+
+
+def main() -> int:
+    """Search, and keep what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = {shape.name: shape for shape in (*STANDARD, EDGE, *TINY)}
+    parser.add_argument("--shape", choices=known, action="append", help="default: every standard shape")
+    parser.add_argument("--rows", type=int, choices=CLASSES, action="append", help="rows per slot; default: all")
+    parser.add_argument("--family", choices=FAMILIES, action="append", help="default: all")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--most", type=int, default=64, help="neighbours of a tile that are tried")
+    parser.add_argument("--walks", type=int, default=3, help="moves to a faster neighbour")
+    parser.add_argument("--repeats", type=int, default=15, help="times taken of each tile; the median counts")
+    parser.add_argument("--arch", choices=SHARED, help="default: that of this machine's GPU")
+    parser.add_argument("--dry-run", action="store_true", help="compile and filter only; needs no GPU")
+    parser.add_argument("--rehearse", action="store_true", help="time in Triton's interpreter; proves only the script")
+    parser.add_argument("--out", type=Path, help="default: kernels/fedmoe_kernels/tiles/GPU.json")
+    chosen = parser.parse_args()
+    if chosen.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--rehearse needs TRITON_INTERPRET=1 in the environment")
+    if not (chosen.dry_run or chosen.rehearse or torch.cuda.is_available()):
+        parser.error("there is no GPU to time on; use --dry-run")
+    if (chosen.dry_run or chosen.rehearse) and chosen.arch is None:
+        parser.error("name the architecture with --arch, for there is no GPU to ask")
+    device = None if chosen.dry_run else "cpu" if chosen.rehearse else "cuda"
+    machine = about(device or "cpu", tiny=False)
+    name = configs.slug(machine["gpu"] or "none")
+    out = chosen.out or configs.SHIPPED / f"{name}.json"
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        # Workers only compile, and must not inherit a CUDA context.
+        method = "spawn" if device == "cuda" else "fork"
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context(method)) as pool:
+            search = Search(
+                arch=chosen.arch or configs.arch_of("cuda"),
+                dtype=getattr(torch, chosen.dtype),
+                families=tuple(chosen.family or FAMILIES),
+                most=chosen.most,
+                walks=1 if chosen.dry_run else chosen.walks,
+                repeats=chosen.repeats,
+                pool=None if chosen.rehearse else pool,
+                device=device,
+            )
+            for shape, rows in itertools.product(chosen.shape or [s.name for s in STANDARD], chosen.rows or CLASSES):
+                line = search.line(known[shape], rows)
+                if line is not None:
+                    lines.append(line)
+                    keep(out, machine | {"triton": triton.__version__}, lines)
+                    print(f"{shape}, {rows} rows a slot: {line['ms']:.4f} ms; written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

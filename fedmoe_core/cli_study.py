@@ -1,0 +1,75 @@
+"""``fedmoe compare`` and ``fedmoe systems``: which system to use on your own model and data."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedmoe_core import show
+from fedmoe_core.jobs import Outcome
+
+if TYPE_CHECKING:
+    from fedmoe_core.compare import Study
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="CONFIG.toml|KEY=VALUE", help="What all systems share, as for simulate."),
+]
+Systems = Annotated[str, typer.Option(help="Names separated by commas, or all; the first is the subject of the tests.")]
+Seeds = Annotated[str, typer.Option(help="Such as 0-7 or 0,3,5.")]
+Out = Annotated[Path, typer.Option(help="Directory of the comparison; the same words go on with what is there.")]
+Workers = Annotated[int, typer.Option(help="Runs at a time; 0 = one for every two cores.")]
+Target = Annotated[float | None, typer.Option(help="Quality that 'to the target' means; default: half the best gain.")]
+Variants = Annotated[Path | None, typer.Option(help='TOML file with a table [systems]: label = ["key=value", ...].')]
+
+
+class Watch:
+    """One line for every run that ends: how many are done, how it went, and when the rest may be."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        self.total, self.done, self.console = total, 0, console
+
+    def __call__(self, outcome: Outcome, left: float) -> None:
+        self.done += 1
+        how = f"failed: {outcome.error}" if outcome.error else "done before" if outcome.cached else "done"
+        parts = [f"{self.done}/{self.total}", f"{outcome.job.name}: {how}"]
+        if not outcome.cached:
+            parts += [f"took {show.seconds(outcome.seconds)}", f"about {show.seconds(left)} left"]
+        self.console.print(", ".join(parts), highlight=False, markup=False)
+
+
+def run(study: Study, console: Console) -> int:
+    """Run a study and print its table; the exit code, 1 where runs are missing."""
+    from fedmoe_core.compare import compare
+
+    missing, lines = compare(study, Watch(len(study.jobs()), console))
+    for line in lines:
+        typer.echo(line)
+    if not missing:
+        return 0
+    names = "; ".join(job.name for job in missing[:5])
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    runs = show.plural(len(missing), "run")
+    typer.echo(f"error: {runs} still missing ({names}{more}); the same command goes on", err=True)
+    return 1
+
+
+def show_systems(*, as_json: bool) -> None:
+    """Print the card of every system."""
+    from fedmoe_core.names import PLACES
+    from fedmoe_core.systems import as_json as plain
+    from fedmoe_core.systems import listing
+
+    cards = []
+    for place in PLACES.values():
+        module, _, attribute = place.partition(":")
+        cards.append(getattr(import_module(module), attribute).card)
+    if as_json:
+        typer.echo(json.dumps(plain(cards), indent=2))
+    else:
+        typer.echo(listing(cards))

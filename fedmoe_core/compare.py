@@ -1,0 +1,148 @@
+"""A comparison of systems under identical budgets: the runs, then one table, two figures and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmoe_core import compare_figures
+from fedmoe_core.compare_table import markdown, rows_of
+from fedmoe_core.jobs import Job, Outcome, Variant, make_jobs, parse_seeds, parse_variants, remaining, run_jobs
+from fedmoe_core.measures import Measures, measure
+from fedmoe_core.names import ALGORITHMS
+from fedmoe_core.records import write_json
+from fedmoe_core.runs import read_runs
+
+__all__ = ["Study", "compare"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What to compare.
+
+    Attributes:
+        words: a configuration file and ``key=value`` words that all systems share.
+        variants: the systems; the first is the subject, which the others are tested against.
+        seeds: of every system.
+        out: the directory of the comparison.
+        workers: most runs at a time; every one gets its share of the cores.
+        target: quality (mean over clients) that "to the target" means; None = half of what the best system gains.
+    """
+
+    words: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+    out: Path
+    workers: int
+    target: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        words: Sequence[str],
+        *,
+        systems: str,
+        seeds: str,
+        out: Path,
+        workers: int = 0,
+        target: float | None = None,
+        variants: Path | None = None,
+    ) -> Study:
+        """A study from the command line's words.
+
+        Args:
+            words: shared by all systems.
+            systems: names separated by commas: algorithms, or labels of ``variants``; "all" is every algorithm.
+            seeds: such as ``0-7``.
+            out, target: as the attributes.
+            workers: 0 = one for every two cores.
+            variants: a TOML file with a table ``[systems]`` of labels, each a list of words.
+
+        Raises:
+            ValueError: a system that is neither an algorithm nor a label, or seeds that are none.
+            OSError: a file cannot be read.
+        """
+        named: Mapping[str, Any] = {}
+        if variants is not None:
+            named = tomllib.loads(variants.read_text("utf-8")).get("systems", {})
+        every = list(named) if named else list(ALGORITHMS)
+        chosen = every if systems == "all" else [name.strip() for name in systems.split(",") if name.strip()]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cls(
+            tuple(words),
+            tuple(parse_variants(chosen, named)),
+            parse_seeds(seeds),
+            out,
+            workers or max(1, cores // 2),
+            target,
+        )
+
+    @property
+    def threads(self) -> int:
+        """Threads of each run: the cores divided by the workers."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // self.workers)
+
+    def jobs(self) -> list[Job]:
+        """All runs of the study."""
+        return make_jobs(self.words, self.variants, self.seeds, out=self.out, threads=self.threads)
+
+
+def compare(study: Study, watch: Callable[[Outcome, float], None]) -> tuple[list[Job], list[str]]:
+    """Run what is missing, then write ``compare.json``, ``table.md`` and the figures from what is there.
+
+    Args:
+        study: what to compare.
+        watch: told of every run that ends, with the seconds that the rest may still take.
+
+    Returns:
+        The runs that are still missing, and the lines of the table (none while a system has no finished run).
+
+    Raises:
+        ValueError, OSError: one sentence with the remedy; finished runs stay.
+    """
+    study.out.mkdir(parents=True, exist_ok=True)
+    jobs = study.jobs()
+    outcomes = run_jobs(jobs, study.words, workers=study.workers, watch=watch)
+    missing = remaining(jobs)
+    return missing, write(study, [outcome.job for outcome in outcomes if not outcome.error])
+
+
+def write(study: Study, done: Sequence[Job]) -> list[str]:
+    """The table's lines, after everything has been written that finished runs can tell."""
+    measured: dict[str, list[Measures]] = {}
+    for job in done:
+        (run,) = read_runs([job.out])
+        measured.setdefault(job.variant.label, []).append(measure(run, job.variant.label))
+    if not measured:
+        return []
+    rows = rows_of(measured, target=study.target)
+    lines = markdown(rows)
+    write_json(study.out / "compare.json", _record(study, measured, rows))
+    (study.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, draw in (("tiers", compare_figures.tiers), ("learning", compare_figures.learning)):
+        draw(measured).savefig(study.out / f"{name}.png", dpi=150)
+    return lines
+
+
+def _record(study: Study, measured: Mapping[str, Sequence[Measures]], rows: Sequence[Any]) -> dict[str, Any]:
+    return {
+        "command": shlex.join(["fedmoe", *sys.argv[1:]]),
+        "words": list(study.words),
+        "systems": {variant.label: list(variant.words) for variant in study.variants},
+        "seeds": list(study.seeds),
+        "threads": study.threads,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "rows": [json.loads(json.dumps(asdict(row), default=float)) for row in rows],
+        "runs": {label: [asdict(run) for run in runs] for label, runs in measured.items()},
+    }

@@ -1,0 +1,73 @@
+"""The two pictures of a comparison: quality at every tier with its interval, and quality against bytes moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from statistics import fmean
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+from fedmoe_core.measures import Measures
+from fedmoe_core.theme import GRID, INK, MUTED, PALETTE, RC
+
+WIDTH = 10.4  # inches, as the figures of a report
+LINES = ("-", "--", ":", "-.")  # seven colours do not reach for a dozen systems
+
+
+def styles(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and line style of each system; no two share both."""
+    kinds = [(colour, line) for line in LINES for colour in PALETTE]
+    return dict(zip(labels, cycle(kinds)))
+
+
+def tiers(runs: Mapping[str, Sequence[Measures]]) -> Figure:
+    """One panel a tier: each system's mean over the tier's clients, with the 95 % interval over seeds."""
+    first = next(iter(runs.values()))[0]
+    names, labels = list(first.tier_mean), list(runs)
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(WIDTH, 0.26 * len(labels) + 1.1))
+        grid = figure.subplots(1, len(names), sharey=True, sharex=True, squeeze=False)[0]
+        for axes, tier in zip(grid, names, strict=True):
+            for place, label in enumerate(labels):
+                values = np.array([run.tier_mean[tier] for run in runs[label]]) * (100 if first.accuracy else 1)
+                colour = INK if all(run.budgeted for run in runs[label]) else MUTED
+                half = interval(values)
+                axes.errorbar(values.mean(), -place, xerr=half, fmt="o", ms=4.5, color=colour, lw=1.4, mec="white")
+            axes.set_yticks([-place for place in range(len(labels))], labels)
+            axes.set_title(tier)
+            axes.set_xlabel("accuracy (%)" if first.accuracy else "held-out loss (nats)")
+            axes.axvline(100 * first.start if first.accuracy else first.start, color=GRID, lw=1.2, zorder=0)
+        figure.tight_layout(w_pad=1.4)
+    return figure
+
+
+def learning(runs: Mapping[str, Sequence[Measures]]) -> Figure:
+    """Mean over clients and seeds against bytes moved both ways."""
+    kinds = styles(list(runs))
+    first = next(iter(runs.values()))[0]
+    scale = 100.0 if first.accuracy else 1.0
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(WIDTH, 4.4))
+        axes = figure.subplots()
+        for label, of_seed in runs.items():
+            points = list(zip(*(run.curve for run in of_seed), strict=False))  # rounds that every seed has
+            moved = [fmean(spent.bytes_moved for spent, _ in point) / 2**30 for point in points]
+            quality = [fmean(value for _, value in point) * scale for point in points]
+            colour, line = kinds[label]
+            axes.plot(moved, quality, color=colour, ls=line, lw=1.8, label=label)
+        axes.set_xlabel("moved, both ways, all clients (GiB)")
+        axes.set_title(f"{'accuracy (%)' if first.accuracy else 'held-out loss (nats)'}, mean over clients and seeds")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
+        figure.tight_layout()
+    return figure
+
+
+def interval(values: np.ndarray) -> float:
+    """Half the width of the 95 % confidence interval of the mean (Student's t); 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    return float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))

@@ -1,0 +1,206 @@
+"""From the runs of several systems to one table: means with intervals over seeds, tests, and a best that is earned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from fedmoe_core import show
+from fedmoe_core.measures import Measures, Spent
+from fedmoe_core.significance import Comparison, MeanInterval, best_of, mean_interval
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One quality of one system over seeds: its mean and interval, the test against the subject, and whether it is
+    significantly better than every other system's."""
+
+    value: MeanInterval | None
+    against_subject: Comparison | None
+    best: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system.
+
+    Attributes:
+        label, seeds, accuracy, budgeted: as in ``Measures``.
+        qualities: by name: "global", "clients", and "mean TIER" and "worst TIER" of every tier.
+        to_target: seeds that reached the target, and the mean of what those had spent; None = none did.
+        peak_predicted, peak_measured, peak_ratio, load_cv, lost_mass, spent: means over seeds (ratios: extremes).
+        tier_held: experts held per client, by tier.
+        violations: budget violations of all seeds together.
+    """
+
+    label: str
+    seeds: tuple[int, ...]
+    accuracy: bool
+    budgeted: bool
+    qualities: Mapping[str, Quality]
+    reached: int
+    to_target: Spent | None
+    spent: Spent
+    peak_predicted: float
+    peak_measured: float
+    peak_ratio: tuple[float, float]
+    tier_held: Mapping[str, float]
+    load_cv: float
+    lost_mass: float | None
+    violations: int
+
+
+def rows_of(measured: Mapping[str, Sequence[Measures]], *, target: float | None = None) -> list[Row]:
+    """One row for each system, in the order given; the first is the subject of the tests.
+
+    Systems that no budget binds are shown but are not candidates for best. Tests pair runs of equal seed.
+
+    Args:
+        measured: runs by label, every seed at most once.
+        target: quality (mean over clients) whose price is told; None = half way from the warm model to the best system.
+    """
+    runs = {label: sorted(of_seed, key=lambda run: run.seed) for label, of_seed in measured.items()}
+    first = next(iter(runs.values()))[0]
+    goal = target if target is not None else _half_way(runs)
+    qualities = {name: _judge(runs, read, more=first.accuracy) for name, read in _readers(first).items()}
+    return [
+        _row(label, of_seed, {name: q[label] for name, q in qualities.items()}, goal) for label, of_seed in runs.items()
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """The table in Markdown: qualities first, then prices. Bold: significantly better than every other bound system."""
+    scale, digits = (100.0, 1) if rows[0].accuracy else (1.0, 3)
+    names = list(rows[0].qualities)
+    unit = "accuracy, %" if rows[0].accuracy else "held-out loss, nats"
+    lines = [
+        f"Quality ({unit}): mean ± half of the 95 % interval over seeds; bold only where better than every other "
+        f"system inside the budgets (paired t and Wilcoxon, Holm, 5 %); * differs from {rows[0].label}.",
+        "",
+        _line(["system", "seeds", *names]),
+        _line(["---"] * (2 + len(names))),
+    ]
+    for row in rows:
+        name = row.label if row.budgeted else f"{row.label} (not inside the budgets)"
+        cells = [_quality(row.qualities[n], scale, digits) for n in names]
+        lines.append(_line([name, str(len(row.seeds)), *cells]))
+    held = list(rows[0].tier_held)
+    heads = ["system", "reached target", "rounds", "moved", "FLOPs", "time", "moved in all", "peak predicted"]
+    heads += ["measured", "ratio", *(f"experts, {tier}" for tier in held), "load CV", "router mass lost", "over budget"]
+    lines += ["", _line(heads), _line(["---"] * len(heads))]
+    for row in rows:
+        lines.append(_line(_prices(row, held)))
+    return lines
+
+
+def _readers(first: Measures) -> dict[str, Callable[[Measures], float | None]]:
+    def tier(kind: str, name: str) -> Callable[[Measures], float | None]:
+        return lambda run: getattr(run, f"tier_{kind}")[name]
+
+    readers: dict[str, Callable[[Measures], float | None]] = {
+        "global": lambda run: run.whole,
+        "clients": lambda run: run.clients,
+    }
+    for kind in ("mean", "worst"):
+        readers |= {f"{kind} {name}": tier(kind, name) for name in first.tier_mean}
+    return readers
+
+
+def _judge(
+    runs: Mapping[str, Sequence[Measures]], read: Callable[[Measures], float | None], *, more: bool
+) -> dict[str, Quality]:
+    values = {label: {run.seed: read(run) for run in of_seed} for label, of_seed in runs.items()}
+    known = {
+        label: {seed: value for seed, value in of_seed.items() if value is not None}
+        for label, of_seed in values.items()
+    }
+    subject = next(iter(runs))
+    bound = [label for label, of_seed in runs.items() if known[label] and all(run.budgeted for run in of_seed)]
+    verdict = best_of({label: known[label] for label in bound}, more=more)
+    tests = Comparison.family(known[subject], {label: v for label, v in known.items() if label != subject and v})
+    return {
+        label: Quality(
+            mean_interval(list(known[label].values())) if known[label] else None,
+            tests.get(label),
+            label == verdict,
+        )
+        for label in runs
+    }
+
+
+def _half_way(runs: Mapping[str, Sequence[Measures]]) -> float:
+    """Half of the gain of the system that ends best, in the mean over clients and seeds."""
+    start = fmean(run.start for of_seed in runs.values() for run in of_seed)
+    ends = [fmean(run.clients for run in of_seed) for of_seed in runs.values()]
+    accuracy = next(iter(runs.values()))[0].accuracy
+    return (start + (max(ends) if accuracy else min(ends))) / 2
+
+
+def _row(label: str, runs: Sequence[Measures], qualities: Mapping[str, Quality], goal: float) -> Row:
+    reached = [spent for run in runs if (spent := run.to_target(goal)) is not None]
+    lost = [run.lost_mass for run in runs if run.lost_mass is not None]
+    return Row(
+        label=label,
+        seeds=tuple(run.seed for run in runs),
+        accuracy=runs[0].accuracy,
+        budgeted=all(run.budgeted for run in runs),
+        qualities=qualities,
+        reached=len(reached),
+        to_target=_mean_spent(reached) if reached else None,
+        spent=_mean_spent([run.spent for run in runs]),
+        peak_predicted=fmean(run.peak_predicted for run in runs),
+        peak_measured=fmean(run.peak_measured for run in runs),
+        peak_ratio=(min(run.peak_ratio[0] for run in runs), max(run.peak_ratio[1] for run in runs)),
+        tier_held={tier: fmean(run.tier_held[tier] for run in runs) for tier in runs[0].tier_held},
+        load_cv=fmean(run.load_cv for run in runs),
+        lost_mass=fmean(lost) if lost else None,
+        violations=sum(run.violations for run in runs),
+    )
+
+
+def _mean_spent(spent: Sequence[Spent]) -> Spent:
+    return Spent(
+        rounds=round(fmean(s.rounds for s in spent)),
+        bytes_moved=fmean(s.bytes_moved for s in spent),
+        flops=fmean(s.flops for s in spent),
+        seconds=fmean(s.seconds for s in spent),
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _quality(quality: Quality, scale: float, digits: int) -> str:
+    if quality.value is None:
+        return show.NONE
+    half = quality.value.half_width
+    text = f"{quality.value.mean * scale:.{digits}f}"
+    text += "" if math.isnan(half) else f" ± {half * scale:.{digits}f}"
+    text += " *" if quality.against_subject is not None and quality.against_subject.significant else ""
+    return f"**{text}**" if quality.best else text
+
+
+def _prices(row: Row, tiers: Sequence[str]) -> list[str]:
+    at = row.to_target
+    price = (
+        [show.NONE] * 4
+        if at is None
+        else [str(at.rounds), show.size(at.bytes_moved), show.flops(at.flops), show.seconds(at.seconds)]
+    )
+    low, high = row.peak_ratio
+    return [
+        row.label,
+        f"{row.reached} of {len(row.seeds)}",
+        *price,
+        show.size(row.spent.bytes_moved),
+        show.size(row.peak_predicted),
+        show.size(row.peak_measured),
+        f"{low:.2f} to {high:.2f}",
+        *(f"{row.tier_held[tier]:.1f}" for tier in tiers),
+        show.number(row.load_cv, 2),
+        show.share(row.lost_mass),
+        str(row.violations),
+    ]

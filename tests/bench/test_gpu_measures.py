@@ -1,0 +1,183 @@
+"""What the GPU script derives: goals, predicted memory, rooflines; and its GPU branches, on a pretended device."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretend_gpu import NAME, pretend_gpu
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bench_on_the_path() -> Iterator[None]:
+    sys.path.insert(0, str(BENCH))
+    yield
+    sys.path.remove(str(BENCH))
+
+
+def row(case: str, peer: str, name: str, ms: float, **more: Any) -> dict[str, Any]:
+    base = {"shape": "qwen3-30b-a3b", "case": case, "peer": peer, "pass": name, "launch": "eager", "ms": ms}
+    base |= {"sizes": [32768, 2048, 768, 128, 8], "stores_all": not peer.startswith("fedmoe"), "roofline of": "sheet"}
+    return base | {"MB": None, "MB kept": None, "TFLOP/s": 0.0, "percent_of_roofline": 0.0} | more
+
+
+def measured(*rows: dict[str, Any], gpu: str = NAME) -> dict[str, Any]:
+    return {"about": {"rehearsal": False, "gpu": gpu}, "rows": list(rows)}
+
+
+def verdicts(*rows: dict[str, Any]) -> list[str]:
+    from gpu_goals import goals
+
+    return [goal.verdict for goal in goals(measured(*rows))]
+
+
+def test_goals_without_rows_are_not_measured() -> None:
+    assert verdicts() == ["not measured"] * 8
+
+
+def test_goals_are_met_or_not() -> None:
+    memory = {"MB": 3000.0, "MB predicted": 3001.0, "MB kept": 940.0}
+    good = [
+        row("all", "fedmoe", "fwd", 4.0, **{"TFLOP/s": 526.0}),
+        row("all", "fedmoe", "fwd+bwd", 17.0, **{"TFLOP/s": 431.0}, **memory),
+        row("small", "fedmoe", "fwd", 0.9, percent_of_roofline=45.0),
+        row("small", "fedmoe", "fwd", 0.5, percent_of_roofline=76.0, launch="graph"),
+        row("small", "fedmoe", "fwd+bwd", 1.5, percent_of_roofline=75.0),
+        row("eighth-quarter", "fedmoe", "fwd+bwd", 10.0),
+        row("eighth-quarter", "grouped_mm", "fwd+bwd", 14.1),
+        row("eighth-quarter", "liger", "fwd+bwd", 15.0),
+        row("small-eighth-quarter", "fedmoe", "fwd+bwd", 1.0),
+        row("small-eighth-quarter", "grouped_mm", "fwd+bwd", 3.0),
+        row("small-eighth-quarter", "grouped_mm", "fwd+bwd", 2.1, launch="graph"),
+        row("small-eighth-quarter", "grouped_mm-compact", "fwd+bwd", 0.5, stores_all=False),
+        row("small-eighth-quarter", "dense", "fwd+bwd", 0.1),
+    ]
+    assert verdicts(*good) == ["met"] * 8
+    slower = [r | {"ms": 2 * r["ms"], "TFLOP/s": r["TFLOP/s"] / 2} if r["peer"] == "fedmoe" else r for r in good]
+    worse = [r | {"percent_of_roofline": r["percent_of_roofline"] / 2, "MB": r["MB"] and 3002.0} for r in slower]
+    sonic = row("all", "sonicmoe", "fwd+bwd", 15.0, **{"MB kept": 939.0})
+    assert verdicts(*worse, sonic) == ["not met"] * 8
+
+
+def test_goals_on_another_gpu_say_so() -> None:
+    from gpu_goals import summary
+
+    lines = summary(measured(row("all", "fedmoe", "fwd", 4.0, **{"TFLOP/s": 600.0}), gpu="NVIDIA H200"))
+    assert "this is NVIDIA H200" in lines[0]
+    assert "met: fwd of qwen3-30b-a3b" in lines[1]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_predicted_memory_is_what_the_driver_allocates(recompute: bool) -> None:
+    """Closed form against a dry step of the driver, at the standard shapes, where something is trained."""
+    pytest.importorskip("triton")
+    from cases import CLIENT_CASES, STANDARD
+    from gpu_dry import predicted, sizes_of
+
+    for shape in STANDARD:
+        for case in (case for case in CLIENT_CASES if case.trainable):
+            seen = sizes_of(shape, case, "sm_90", recompute=recompute)
+            said = predicted(shape, case, "sm_90", dtype=torch.bfloat16, recompute=recompute)
+            assert seen.peak <= said.peak <= 1.02 * seen.peak + 10**5, (shape.name, case.name)
+            assert seen.kept <= said.kept <= 1.01 * seen.kept + 10**5, (shape.name, case.name)
+
+
+def test_a_dry_step_names_every_launch_once() -> None:
+    pytest.importorskip("triton")
+    from cases import CLIENT_CASES, STANDARD
+    from gpu_dry import launches_of
+    from gpu_kernels import name_of
+
+    names = [name_of(launch) for launch in launches_of(STANDARD[0], CLIENT_CASES[0], "sm_90")]
+    assert names.count("weight_gradient") == 2
+    assert names.count("combine") == 2
+    frozen = [name_of(launch) for launch in launches_of(STANDARD[0], CLIENT_CASES[5], "sm_90")]
+    assert "weight_gradient" not in frozen
+
+
+def test_rooflines_count_what_the_case_asks_for() -> None:
+    """The least times of the Qwen3 shape on an H100, computed by hand from its stages' FLOPs and bytes."""
+    from cases import CLIENT_CASES, STANDARD
+    from gpu_time import layer_of
+    from roofline import GPUS, backward, forward, least_seconds
+
+    task = _hollow(STANDARD[0], CLIENT_CASES[0])
+    layer = layer_of(task)
+    assert (layer.B, layer.Bt, layer.share) == (128, 128, 1.0)
+    assert 1e3 * least_seconds(forward(layer), GPUS["H100"]) == pytest.approx(2.86, abs=0.03)
+    assert 1e3 * least_seconds(backward(layer), GPUS["H100"]) == pytest.approx(5.36, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("name", "sheet"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GH200 480GB", None),
+        (None, None),
+    ],
+)
+def test_peaks_are_those_of_the_very_gpu(name: str | None, sheet: str | None) -> None:
+    from gpu_machine import data_sheet
+
+    found = data_sheet(name)
+    assert (found and found.name) == sheet
+
+
+def _hollow(shape: Any, case: Any) -> Any:
+    """A problem that has its routing and no weights."""
+    from cases import Problem
+
+    everyone = torch.ones(shape.E, dtype=torch.bool)
+    x_TH = torch.empty(shape.T, shape.H, dtype=torch.bfloat16, device="meta")
+    experts_TK = torch.arange(shape.T * shape.K).view(shape.T, shape.K) % shape.E
+    return Problem(shape, case, x_TH, x_TH, experts_TK, x_TH, {}, everyone, everyone)
+
+
+def test_a_gpu_run_end_to_end_on_a_pretended_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Times, graphs, memory, ceilings and goals go under the GPU's name; a peer that cannot be captured is recorded."""
+    import cases
+    import gpu
+    import gpu_parts
+    from gpu_store import Record
+
+    def passed(name: str, run: Any) -> Record:
+        return {"name": name, "part": "correct", "status": "passed", "detail": "pretended"}
+
+    shape = cases.Shape("qwen3-30b-a3b", 64, 32, 16, 8, 2)
+    monkeypatch.setattr(gpu_parts, "STANDARD", (shape,))
+    monkeypatch.setattr(gpu_parts, "_backend", lambda options: "auto")
+    monkeypatch.setattr(
+        gpu_parts.gpu_machine, "ceilings", lambda *_, **__: {"product TFLOP/s": 700.0, "copy TB/s": 3.0}
+    )
+    monkeypatch.setattr(gpu_parts.gpu_workers, "run", lambda names, *_: (passed(name, None) for name in names))
+    words = ["--cases", "all,small", "--results", str(tmp_path)]
+    with pretend_gpu(monkeypatch):
+        assert [gpu.main([part, *words]) for part in ("correct", "time", "plot")] == [0, 0, 0], capsys.readouterr()
+    (path,) = tmp_path.glob("*.json")
+    assert path.name.startswith("gpu-h100-80gb-hbm3-")
+    data = json.loads(path.read_text())
+    assert "warning" not in data
+    rows = [r for r in data["rows"] if r["peer"] == "fedmoe"]
+    assert {(r["launch"], r["pass"]) for r in rows} == {
+        *(("eager", name) for name in ("fwd", "bwd", "fwd+bwd")),
+        *(("graph", name) for name in ("fwd", "fwd+bwd")),
+    }
+    assert all(r["gpu"] == NAME and r["dtype"] == "bfloat16" and r["rounds"] == 25 for r in rows)
+    assert all(r["MB step"] == 3.0 and r["MB predicted"] > 0 and r["percent_of_roofline"] > 0 for r in rows)
+    missing = {r["peer"] for r in data["left_out"] if r["status"] == "not importable"}
+    assert missing <= {"liger", "scattermoe", "sonicmoe", "megablocks"}
+    assert "roofline.png" in "".join(p.name for p in tmp_path.glob("*.png"))
+    assert "not met: fwd of qwen3-30b-a3b" in capsys.readouterr().out

@@ -1,0 +1,252 @@
+"""The GPU script rehearsed on a CPU: what it writes, what it refuses, how it goes on, and who it leaves out and why."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+CASES = "all,small-eighth-quarter"
+PEERS = {
+    "broken": "return dataclasses.replace(good, name='broken', bind=raises)",
+    "wrong": "return dataclasses.replace(good, name='wrong', bind=off_by_a_tenth)",
+    "absent": "import a_package_that_is_not_there",
+}
+TEMPLATE = """
+import dataclasses
+from peers import grouped_mm
+
+def contender():
+    good = grouped_mm()
+    def raises(task):
+        raise RuntimeError('the kernel did not launch')
+    def off_by_a_tenth(task):
+        bound = good.bind(task)
+        return bound._replace(forward=lambda *a: 1.1 * bound.forward(*a))
+    {body}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bench_on_the_path() -> Iterator[None]:
+    sys.path.insert(0, str(BENCH))
+    yield
+    sys.path.remove(str(BENCH))
+
+
+def call(*words: str) -> tuple[int, str]:
+    """The script's exit code and what it said on both streams."""
+    import gpu
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = gpu.main(list(words))
+    return code, said.getvalue()
+
+
+class Rehearsal(NamedTuple):
+    folder: Path
+    words: tuple[str, ...]
+    code: int
+    said: str
+
+    @property
+    def path(self) -> Path:
+        (found,) = self.folder.glob("*.json")
+        return found
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text())
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
+    """One whole run with three peers that cannot be timed."""
+    folder = tmp_path_factory.mktemp("results")
+    peers = tmp_path_factory.mktemp("peers")
+    words = ["--device", "cpu", "--tiny", "--rounds", "2", "--shapes", "tiny", "--cases", CASES]
+    for name, body in PEERS.items():
+        (peers / f"{name}.py").write_text(TEMPLATE.format(body=body))
+        words += ["--peer", str(peers / f"{name}.py")]
+    words += ["--results", str(folder)]
+    return Rehearsal(folder, tuple(words), *call(*words))
+
+
+def test_a_rehearsal_ends_well_and_says_loudly_what_it_is(rehearsal: Rehearsal) -> None:
+    assert rehearsal.code == 0, rehearsal.said
+    assert rehearsal.said.count("NOT GPU NUMBERS") >= 8  # before and after each part
+    assert rehearsal.path.name.startswith("rehearsal-cpu-")
+    assert "NOT GPU NUMBERS" in rehearsal.data["warning"]
+    assert "NOT GPU NUMBERS" in rehearsal.path.with_suffix(".md").read_text()
+
+
+def test_rows_carry_all_that_a_number_needs(rehearsal: Rehearsal) -> None:
+    data = rehearsal.data
+    keys = {
+        "gpu",
+        "driver",
+        "torch",
+        "triton",
+        "commit",
+        "sources",
+        "shape",
+        "case",
+        "sizes",
+        "dtype",
+        "peer",
+        "detail",
+    }
+    keys |= {"launch", "pass", "ms", "ms quartiles", "rounds", "TFLOP/s", "MB", "MB kept", "MB held", "MB predicted"}
+    keys |= {"detail", "errors", "roofline ms", "percent_of_roofline", "best_peer", "ratio_to_best_peer", "stores_all"}
+    assert all(keys <= row.keys() for row in data["rows"])
+    timed = {(row["case"], row["peer"], row["pass"]) for row in data["rows"]}
+    assert len(timed) == len(data["rows"])
+    everyone = {"fedmoe", "fedmoe-recompute", "grouped_mm", "transformers-grouped_mm", "transformers-eager", "dense"}
+    passes = ("fwd", "bwd", "fwd+bwd")
+    assert {("all", peer, name) for peer in everyone for name in passes} <= timed
+    assert ("small-eighth-quarter", "grouped_mm-compact", "fwd") in timed
+    assert all(row["ms"] > 0 and row["rounds"] == 2 for row in data["rows"])
+    assert all(set(row["errors"]) == {"y", "dx", "ds", "dw_in", "dw_out"} for row in data["rows"] if row["errors"])
+    best = min((r for r in data["rows"] if r["stores_all"] and r["peer"] != "dense" and r["pass"] == "bwd"), key=_ms)
+    same = [r for r in data["rows"] if r["pass"] == "bwd" and r["case"] == best["case"]]
+    assert {r["best_peer"] for r in same} == {best["peer"]}
+    assert all(r["ratio_to_best_peer"] == pytest.approx(best["ms"] / r["ms"]) for r in same)
+
+
+def _ms(row: dict[str, Any]) -> float:
+    return row["ms"]
+
+
+def test_checks_are_kept_by_name_and_skips_give_their_reason(rehearsal: Rehearsal) -> None:
+    checks = {check["name"]: check for check in rehearsal.data["checks"]}
+    assert len(checks) == len(rehearsal.data["checks"]) > 100
+    assert {check["status"] for check in checks.values()} == {"passed", "skipped"}
+    assert checks["the float64 truth is the reference"]["status"] == "passed"
+    assert checks["bfloat16: a CUDA graph of route, forward and backward"]["detail"] == "CUDA graphs need a GPU"
+    assert "CPU" in checks["compute-sanitizer memcheck"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("peer", "status", "said"),
+    [
+        ("broken", "failed", "RuntimeError: the kernel did not launch"),
+        ("wrong", "wrong", "y 1.0e-01"),
+        ("absent", "not importable", "a_package_that_is_not_there"),
+    ],
+)
+def test_a_peer_that_fails_is_reported_and_never_timed(rehearsal: Rehearsal, peer: str, status: str, said: str) -> None:
+    records = [record for record in rehearsal.data["left_out"] if record["peer"] == peer]
+    assert records
+    assert all(record["status"] == status and said in record["reason"] for record in records)
+    assert not [row for row in rehearsal.data["rows"] if row["peer"] == peer]
+    assert peer in rehearsal.path.with_suffix(".md").read_text()
+
+
+def test_tables_and_plots_are_written(rehearsal: Rehearsal) -> None:
+    plots = sorted(path.name.rsplit("-", 1)[-1] for path in rehearsal.folder.glob("*.png"))
+    assert plots == ["forward.png", "rate.png", "ratio.png"]  # no memory and no roofline on a CPU
+    assert all(path.stat().st_size > 10_000 for path in rehearsal.folder.glob("*.png"))
+    table = rehearsal.path.with_suffix(".md").read_text()
+    assert "| all | fwd+bwd | eager | fedmoe |" in table
+    assert table.count("not measured: ") == 8  # a rehearsal meets no goal
+
+
+def test_a_finished_run_is_not_measured_again(rehearsal: Rehearsal) -> None:
+    before = rehearsal.data
+    code, said = call("time", *rehearsal.words)
+    assert code == 0, said
+    assert rehearsal.data == before
+    # What was cut off in a case begins that case again, and no other.
+    unfinished = rehearsal.data
+    unfinished["finished"] = [record for record in before["finished"] if record["case"] != "all"]
+    rehearsal.path.write_text(json.dumps(unfinished))
+    assert call("time", *rehearsal.words)[0] == 0
+    after = rehearsal.data
+    assert len(after["rows"]) == len(before["rows"])
+    kept = [row for row in before["rows"] if row["case"] != "all"]
+    assert [row for row in after["rows"] if row["case"] != "all"] == kept
+    assert [row for row in after["rows"] if row["case"] == "all"] != [r for r in before["rows"] if r["case"] == "all"]
+
+
+def test_a_peer_that_took_the_process_down_is_not_tried_again(rehearsal: Rehearsal, tmp_path: Path) -> None:
+    data = rehearsal.data
+    data["left_out"] = [record for record in data["left_out"] if record["peer"] != "broken"]
+    data["finished"] = []
+    data["attempts"] = [r | {"peer": "broken", "launch": "eager"} for r in rehearsal.data["finished"]]
+    (tmp_path / rehearsal.path.name).write_text(json.dumps(data))
+    words = [str(tmp_path) if word == str(rehearsal.folder) else word for word in rehearsal.words]
+    assert call("time", *words, "--cases", "all")[0] == 0
+    after = json.loads((tmp_path / rehearsal.path.name).read_text())
+    (record,) = [record for record in after["left_out"] if record["peer"] == "broken"]
+    assert record["status"] == "died"
+
+
+def test_results_of_other_sources_are_set_aside(rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_machine
+    from gpu_store import Store
+
+    about = rehearsal.data["about"]
+    assert Store(about, rehearsal.folder).data["rows"] == rehearsal.data["rows"]
+    monkeypatch.setattr(gpu_machine, "sources", lambda: "0123456789ab")
+    other = gpu_machine.about("cpu", tiny=True)
+    folder, kept = rehearsal.folder.with_name("aside"), rehearsal.path.read_text()
+    folder.mkdir()
+    (folder / rehearsal.path.name).write_text(kept)
+    assert Store(other | {"date": about["date"]}, folder).data["rows"] == []
+    assert (folder / f"{rehearsal.path.stem}.{about['sources']}.json").read_text() == kept
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "cpu"], "--device cpu takes the tiny shapes only"),
+        (["--device", "cpu", "--tiny", "--out", "gpu-h100-2026-01-01.json"], "a name for a GPU's results"),
+        (["--device", "cpu", "--tiny", "--shapes", "huge"], "--shapes has no huge"),
+    ],
+)
+def test_what_cannot_be_a_rehearsal_is_refused(words: list[str], said: str, tmp_path: Path) -> None:
+    code, answer = call("correct", *words, "--results", str(tmp_path))
+    assert code == 2
+    assert said in answer
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_gpu_nothing_is_measured_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, answer = call("correct")
+    assert code == 2
+    assert "there is no CUDA device here" in answer
+
+
+def test_no_speed_from_a_red_test(rehearsal: Rehearsal, tmp_path: Path) -> None:
+    data = rehearsal.data
+    data["checks"][3]["status"] = "failed"
+    data["finished"], data["rows"] = [], []
+    (tmp_path / rehearsal.path.name).write_text(json.dumps(data))
+    code, answer = call("time", "--device", "cpu", "--tiny", "--results", str(tmp_path))
+    assert code == 1
+    assert "no speed from a red test" in answer
+    assert json.loads((tmp_path / rehearsal.path.name).read_text())["rows"] == []
+
+
+def test_a_worker_that_ends_fails_its_check_and_no_other() -> None:
+    import time
+
+    import gpu_workers
+
+    names = ["float32: no token", "there is no such check", "float32: one token"]
+    options = ["--device", "cpu", "--tiny"]
+    found = {r["name"]: r for r in gpu_workers.run(names, 1, options, time.monotonic() + 60)}
+    assert [found[name]["status"] for name in names] == ["passed", "failed", "passed"]
+    assert "its process ended with code 1" in found["there is no such check"]["detail"]
+    assert list(gpu_workers.run(names, 1, options, time.monotonic() - 1)) == []

@@ -1,0 +1,170 @@
+"""The peers that are not installed here, stood in for by plain torch: what each is handed, and what is read back of it.
+
+A stand-in follows the calling convention of its package as published (layouts, order of arguments, dtypes); whether the
+package itself runs is for a GPU to show.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture(autouse=True)
+def _bench_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    """A module under this name, and its parents."""
+    for end in range(1, len(name.split("."))):
+        parent = ".".join(name.split(".")[:end])
+        monkeypatch.setitem(sys.modules, parent, sys.modules.get(parent, ModuleType(parent)))
+    module = ModuleType(name)
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def experts(x_RH: Tensor, expert_R: Tensor, w: Tensor) -> Tensor:
+    """Rows times the matrix (in, out) of the expert of each."""
+    return torch.stack([x @ w[int(e)] for x, e in zip(x_RH, expert_R, strict=True)])
+
+
+def combined(rows_RH: Tensor, weights_R: Tensor, T: int) -> Tensor:
+    return (rows_RH * weights_R.to(rows_RH.dtype)[:, None]).view(T, -1, rows_RH.shape[1]).sum(1)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return nn.functional.silu(gate) * up
+
+
+class LigerFusedMoEFunction:
+    """(x, gate_up (E, 2I, H), down (E, H, I), index int32, weights) -> y."""
+
+    @staticmethod
+    def apply(x: Tensor, gate_up: Tensor, down: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        assert index.dtype == torch.int32
+        rows = x.repeat_interleave(index.shape[1], 0)
+        h = swiglu(*experts(rows, index.flatten(), gate_up.transpose(1, 2)).chunk(2, 1))
+        return combined(experts(h, index.flatten(), down.transpose(1, 2)), weights.flatten(), x.shape[0])
+
+
+def flatten_sort_count(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    expert_R, order_R = index.flatten().sort()
+    return expert_R, order_R, index.flatten().bincount(minlength=num_experts).cumsum(-1)
+
+
+def parallel_linear(
+    inputs: Tensor,
+    weights: Tensor,
+    k: int,
+    sorted_experts: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    expert_biases: Tensor | None = None,
+    gates: Tensor | None = None,
+    grouped_in: bool = False,
+    grouped_out: bool = False,
+) -> Tensor:
+    """Weights (E, in, out); rows sorted by expert where `grouped`, else in the order of token and choice."""
+    rows = experts(inputs if grouped_in else inputs[order // k], sorted_experts, weights)
+    if expert_biases is not None:
+        rows = rows + expert_biases[sorted_experts]
+    if grouped_out:
+        return rows
+    rows = torch.empty_like(rows).index_copy(0, order, rows)
+    return rows if gates is None else (gates.unsqueeze(1) @ rows.view(*gates.shape, -1)).squeeze(1)
+
+
+class ActivationType(enum.Enum):
+    SWIGLU = "swiglu"
+    RELU = "relu"
+
+
+def moe_general_routing_inputs(
+    x: Tensor,
+    scores: Tensor,
+    tokens: Tensor,
+    chosen: Tensor,
+    w1: Tensor,
+    b1: None,
+    w2: Tensor,
+    b2: None,
+    E: int,
+    stream_id: int,
+    activation_type: ActivationType,
+) -> tuple[Tensor, Tensor]:
+    """w1 (2I, H, E) with gate and up row by row, w2 (H, I, E); tokens ascending."""
+    assert tokens.dtype == chosen.dtype == torch.int32
+    assert bool((tokens.diff() >= 0).all())
+    z = experts(x[tokens], chosen, w1.permute(2, 1, 0))
+    h = swiglu(z[:, ::2], z[:, 1::2]) if activation_type is ActivationType.SWIGLU else z.relu()
+    return combined(experts(h, chosen, w2.permute(2, 1, 0)), scores, x.shape[0]), chosen
+
+
+class ParallelDroplessMLP(nn.Module):
+    """mlp.w1, mlp.v1 and mlp.w2 of (E * I, H): x @ w1.T, x @ v1.T, h @ w2."""
+
+    def __init__(self, args: SimpleNamespace) -> None:
+        super().__init__()
+        self.args, self.mlp = args, nn.Module()
+
+    def forward(self, x: Tensor, _: None, weights: Tensor, index: Tensor) -> Tensor:
+        split = self.args.moe_num_experts, self.args.ffn_hidden_size, self.args.hidden_size
+        parts = {name: value.view(split) for name, value in self.mlp.named_parameters()}
+        rows, chosen = x.repeat_interleave(index.shape[1], 0), index.flatten()
+        h = self.args.activation_fn(experts(rows, chosen, parts["w1"].transpose(1, 2)))
+        if self.args.mlp_type == "glu":
+            h = h * experts(rows, chosen, parts["v1"].transpose(1, 2))
+        return combined(experts(h, chosen, parts["w2"]), weights.flatten(), x.shape[0])
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "liger_kernel.ops.fused_moe", LigerFusedMoEFunction=LigerFusedMoEFunction)
+    linear = {"flatten_sort_count": flatten_sort_count, "parallel_linear": parallel_linear}
+    install(monkeypatch, "scattermoe.parallel_experts", **linear)
+    install(monkeypatch, "sonicmoe.functional", moe_general_routing_inputs=moe_general_routing_inputs)
+    install(monkeypatch, "sonicmoe.enums", ActivationType=ActivationType)
+    install(monkeypatch, "megablocks.layers.dmoe", ParallelDroplessMLP=ParallelDroplessMLP)
+    install(monkeypatch, "megablocks.layers.arguments", Arguments=SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("case", ["all", "eighth-quarter", "none"])
+@pytest.mark.parametrize("name", ["liger", "scattermoe", "sonicmoe", "megablocks"])
+def test_a_peer_gets_its_own_layout_and_its_gradients_come_back_in_ours(name: str, case: str) -> None:
+    from cases import CLIENT_CASES, TINY, problem
+    from peers import errors, step
+    from peers_optional import OPTIONAL
+    from truth import truth
+
+    contender, ran = OPTIONAL[name](), []
+    for shape in TINY:
+        task = problem(shape, next(c for c in CLIENT_CASES if c.name == case))
+        if contender.refuses(task) is None:
+            ran.append(shape.activation)
+            found = errors(step(contender, task)(), truth(task))
+            assert max(found.values()) < 1e-6, (shape.name, found)
+    every = {"liger": ["swiglu"], "scattermoe": ["swiglu", "swiglu_oai", "relu"]}
+    assert ran == every.get(name, ["swiglu", "relu"])
+
+
+@pytest.mark.parametrize("name", ["liger", "scattermoe", "sonicmoe", "megablocks"])
+def test_a_peer_that_is_not_installed_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peers_optional import OPTIONAL
+
+    for package in ("liger_kernel", "scattermoe", "sonicmoe", "megablocks"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError):
+        OPTIONAL[name]()

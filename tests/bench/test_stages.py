@@ -1,0 +1,61 @@
+"""The stages that are timed one by one make, run in order, what the operator makes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _bench_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+
+
+@pytest.mark.parametrize("case", ["all", "quarter", "eighth-quarter", "empty"])
+def test_stages_add_up_to_the_operator(case: str) -> None:
+    from cases import CLIENT_CASES, TINY, problem
+    from peers import errors, fedmoe, step
+    from stages import STAGES, cut
+
+    for shape in TINY:
+        task = problem(shape, next(c for c in CLIENT_CASES if c.name == case))
+        made = cut(task)
+        assert tuple(made.stages) == STAGES
+        for name in STAGES:
+            made.stages[name]()
+        want = step(fedmoe(), task)()
+        got = {"y": made.y_TH, "dw_in": made.dw_in, "dw_out": made.dw_out}
+        found = errors(got, {name: want[name] for name in got})
+        assert max(found.values()) < 1e-6, (shape.name, found)
+
+
+def test_stages_of_the_kernels_add_up_to_the_operator() -> None:
+    """The same of the launches that a GPU would get, in Triton's interpreter."""
+    triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
+    versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        pytest.skip("the interpreter of triton 3.6 cannot loop to a bound that it loaded with numpy 2.4 or newer")
+    code = (
+        "from cases import CLIENT_CASES, Shape, problem\n"
+        "from peers import errors, fedmoe, step\n"
+        "from stages import cut\n"
+        "task = problem(Shape('small', 20, 32, 16, 4, 2, bias=True), CLIENT_CASES[4])\n"
+        "made, want = cut(task), step(fedmoe('cpu'), task)()\n"
+        "for run in (made.stages[n] for n in ('up', 'down', 'combine', 'data_gradient', 'weight_gradient')): run()\n"
+        "got = {'y': made.y_TH, 'dw_in': made.dw_in, 'dw_out': made.dw_out}\n"
+        "found = errors(got, {name: want[name] for name in got})\n"
+        "assert max(found.values()) < 1e-6, found\n"
+    )
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": f"{ROOT / 'bench'}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
