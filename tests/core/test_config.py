@@ -41,7 +41,7 @@ def values_of(setting: Setting) -> st.SearchStrategy[object]:
 
 
 CROSS_CHECKED = {"clients", "clients_per_round", "min_clients", "ranks", "selection.reschedule"}
-CROSS_CHECKED |= {k for k in SCHEMA if "model_config" in k}
+CROSS_CHECKED |= {k for k in SCHEMA if "model_config" in k or k in ("fft_moe.experts", "fft_moe.top_k")}
 FREE = {key: setting for key, setting in SCHEMA.items() if key not in CROSS_CHECKED}
 
 
