@@ -44,6 +44,7 @@ CROSS_CHECKED = {"clients", "clients_per_round", "min_clients", "ranks", "select
 CROSS_CHECKED |= {"fft_moe.top_k", "fft_moe.experts"}
 CROSS_CHECKED |= {k for k in SCHEMA if "model_config" in k}
 FREE = {key: setting for key, setting in SCHEMA.items() if key not in CROSS_CHECKED}
+SECTIONS = sorted({key.partition(".")[0] for key in FREE if "." in key})
 
 
 def replaced(values: dict[str, object]) -> Config:
