@@ -79,7 +79,7 @@ _SIXTY_FOUR = TileSet(  # weight-bound still: two programs an SM, so that one lo
 _WIDE = TileSet(
     up=Tile(128, 128, 64, 8, 4, split=4, tma=True),
     down=Tile(128, 256, 64, 8, 4, tma=True),
-    data_gradient=Tile(128, 128, 64, 8, 4, split=8, tma=True),
+    data_gradient=Tile(128, 128, 64, 8, 3, split=8, tma=True),  # two programs an SM, where 128 registers do
     input_gradient=Tile(128, 256, 64, 8, 4, tma=True),
     weight_gradient=Tile(128, 256, 64, 8, 7),
     rank=Tile(128, 64, 64, 4, 4, tma=True),
