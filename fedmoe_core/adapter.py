@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Protocol
@@ -23,6 +24,7 @@ class ModelSpec:
     """The facts that budgets and plans need of a model; every MoE layer has the same sizes.
 
     ``head`` names the dense tensors that train even where the trunk is frozen: a classification head, which is fresh.
+    ``heads`` is the number of attention heads; 0 = attention cannot be watched.
     """
 
     family: str
@@ -35,6 +37,7 @@ class ModelSpec:
     activation: str
     params: tuple[ParamSpec, ...]
     head: frozenset[str] = frozenset()
+    heads: int = 0
 
     @property
     def keys(self) -> frozenset[str]:
@@ -45,6 +48,23 @@ class ModelSpec:
         """The tensors that may train: experts and routers, and of the dense ones all or the head."""
         moving = [spec for spec in self.params if spec.kind != "frozen"]
         return tuple(spec for spec in moving if spec.kind != "dense" or train_dense or spec.key in self.head)
+
+
+@dataclass(frozen=True)
+class PlaceLosses:
+    """Losses of one batch by place, (S, N).
+
+    Attributes:
+        loss_SN: in nats; of the next token (language modelling), or of the sequence, repeated at each of its places.
+        correct_SN: whether that prediction is right.
+        counted_SN: places that predict something; the others mean nothing.
+        total: what ``evaluate`` gives for the batch.
+    """
+
+    loss_SN: Tensor
+    correct_SN: Tensor
+    counted_SN: Tensor
+    total: Evaluation
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,7 @@ class ModelAdapter(Protocol):
         lora_rank: int | None = None,
         lora_seed: int = 0,
         out_scale_L: Sequence[float] | None = None,
+        frozen_bits: int | None = None,
     ) -> None:
         """Become a sub-model of ``state``: only permitted experts stored, only trainable ones as Parameters.
 
@@ -109,12 +130,24 @@ class ModelAdapter(Protocol):
 
         After ``add_lora`` adapters train in place of the permitted experts, cut to the first ``lora_rank`` ranks; where
         the state has no factors they exist only with a ``lora_rank``, fresh from ``lora_seed``. ``out_scale_L`` gives
-        each layer's output a trainable factor that starts there.
+        each layer's output a trainable factor that starts there. ``frozen_bits`` (8 or 4) stores the experts that do
+        not train in as many bits, for a cheap look at the whole model.
         """
         ...
 
     def add_lora(self, lora: LoraSpec, *, seed: int) -> dict[str, Tensor]:
         """Let experts carry adapters from now on; the factors to add to the state (none unless ``lora.in_state``)."""
+        ...
+
+    def place_losses(self, batch: Batch) -> PlaceLosses:
+        """The losses behind ``evaluate``, place by place, without gradients; the layers measure."""
+        ...
+
+    def attention_received(self, batch: Batch) -> Tensor:
+        """Attention that each place gets in the attention before each MoE layer, (L, S, N), 0 at padding.
+
+        Mean over heads, and over the real places that can see it (itself and those after it).
+        """
         ...
 
     def graft(self, graft: GraftSpec, *, seed: int) -> dict[str, Tensor]:
@@ -151,6 +184,13 @@ class ModelAdapter(Protocol):
 
     def evaluate(self, batch: Batch, *, with_stats: bool = False) -> Evaluation:
         """Loss sum, count and correct predictions, without gradients; ``with_stats`` lets the layers measure."""
+        ...
+
+    def watch_attention(self) -> AbstractContextManager[list[Tensor | None]]:
+        """Within the block, after each forward and for each MoE layer, what attention the tokens receive, (S, N).
+
+        That is the mean over heads and over the places that see the token; None where attention cannot be watched.
+        """
         ...
 
 

@@ -2,7 +2,8 @@
 
 The paper's own formulas were not to be had: what is known [N] is that the server scores the fitness of client-expert
 pairs from feedback, keeps historical deficits, and solves a program with lower and upper load bounds. The formulas here
-are our explicit reading [E]. C clients of the round, E experts of one MoE layer; every layer is assigned alone.
+are our explicit reading [E]. C clients of the round, E experts of one MoE layer; every layer is assigned alone, while
+fitness and deficits take leading axes, such as layers, along.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def quality(
 
     NaN, the loss or accuracy of an expert that served no token, counts as 0.
     """
-    total_C1 = usage_CE.sum(axis=1, keepdims=True)
+    total_C1 = usage_CE.sum(axis=-1, keepdims=True)
     share_CE = usage_CE / np.where(total_C1 > 0, total_C1, 1.0)
     w_a, w_l, w_u = weights
     return w_a * np.nan_to_num(accuracy_CE) + w_l * np.nan_to_num(np.exp(-loss_CE)) + w_u * share_CE
@@ -65,18 +66,19 @@ def scores(fitness: Fitness, round: int, *, exploration: float) -> np.ndarray:
     The z-score keeps clients of large losses from dominating; a client whose scores are all equal gets zeros.
     """
     tried_CE = fitness.tried_CE > 0
-    neutral_C1 = (fitness.mean_CE * tried_CE).sum(axis=1, keepdims=True) / np.maximum(tried_CE.sum(axis=1), 1)[:, None]
+    count_C1 = np.maximum(tried_CE.sum(axis=-1, keepdims=True), 1)
+    neutral_C1 = (fitness.mean_CE * tried_CE).sum(axis=-1, keepdims=True) / count_C1
     mean_CE = np.where(tried_CE, fitness.mean_CE, neutral_C1)
     raw_CE = mean_CE + exploration * np.sqrt(math.log(round + 1) / (1 + fitness.tried_CE))
-    centred_CE = raw_CE - raw_CE.mean(axis=1, keepdims=True)
-    spread_C1 = centred_CE.std(axis=1, keepdims=True)
+    centred_CE = raw_CE - raw_CE.mean(axis=-1, keepdims=True)
+    spread_C1 = centred_CE.std(axis=-1, keepdims=True)
     # Scores equal up to rounding have a spread of 1e-17, which no client should be judged by.
     return np.where(spread_C1 > 1e-12, centred_CE / np.where(spread_C1 > 1e-12, spread_C1, 1.0), 0.0)
 
 
 def next_deficit(deficit_E: np.ndarray, load_E: np.ndarray) -> np.ndarray:
     """d_e^t = max(0, d_e^{t-1} + lbar - load_e^{t-1}), lbar = mean load: what an expert is owed by past rounds [E]."""
-    return np.maximum(0.0, deficit_E + load_E.mean() - load_E)
+    return np.maximum(0.0, deficit_E + load_E.mean(axis=-1, keepdims=True) - load_E)
 
 
 def coefficient_of_variation(load_E: np.ndarray) -> float:

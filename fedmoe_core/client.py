@@ -22,7 +22,7 @@ from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.probe import Batches, Bench
 from fedmoe_core.rescheduling import BatchChooser, SlotAdamW
 from fedmoe_core.submodel import configure_for, kind_of, received_bytes, returned_bytes, start_of
-from fedmoe_core.update import ClientProfile, Evaluation
+from fedmoe_core.update import ClientProfile, Evaluation, ExpertFeedback
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class LocalResult:
         probed: what the plan's probes answered.
         validation, validation_profile: of the trained sub-model on the client's validation data, where the plan asks
             for it; rows are those of the sub-model's own choices, importance is 0.
+        feedback: how the places of that data fare by chosen expert; what of it travels, the algorithm declares.
         trained_LE: experts that learnt from some batch: the plan's trainable ones, unless every batch had its own. The
             others of the plan have deltas of zero, which are not sent.
     """
@@ -56,6 +57,7 @@ class LocalResult:
     probed: dict[str, Tensor] = field(default_factory=dict)
     validation: Evaluation | None = None
     validation_profile: ClientProfile | None = None
+    feedback: ExpertFeedback | None = None
     trained_LE: np.ndarray | None = None
 
 
@@ -177,7 +179,8 @@ def _train(
         extract_seconds=extracted - extracting,
         kept=kept,
         probed=probed | answer,
-        validation=None if found is None else found[0],
-        validation_profile=None if found is None else found[1],
+        validation=None if found is None else found.total,
+        validation_profile=None if found is None else found.profile,
+        feedback=None if found is None else found.feedback,
         trained_LE=trained_LE,
     )

@@ -107,6 +107,81 @@ class AggregationConfig:
 
 
 @dataclass(frozen=True)
+class FedMoEConfig:
+    """FedMoE's settings (arXiv 2408.11304), none of which the paper gives a value for."""
+
+    fill: Annotated[float, Between(0.01, 1.0)] = 0.9  # a of eq. 3: share of a budget that stage one may use
+    balance: NaturalReal = 0.01  # alpha of eq. 1: weight of the load-balance loss
+    similar: Positive = 5  # K of eq. 5: how many similar clients advise
+    patience: Positive = 3  # participations without improvement before a sub-model changes, or is reverted
+    smoothing: Share = 0.5  # weight of the newest profile in a client's running one
+
+
+@dataclass(frozen=True)
+class FlexMoEConfig:
+    """FLEX-MoE's settings (arXiv 2512.23070); the values are ours."""
+
+    exploration: NaturalReal = 0.2  # xi: what a pair never tried is worth in fitness, times sqrt(log t)
+    rate: Share = 0.5  # g: weight of the newest quality in a pair's moving average
+    deficit_weight: NaturalReal = 1.0  # eta: what being owed one mean load is worth, in z-scores of fitness
+    delta: Share = 0.1  # how far a load may be from the mean
+    slack_price: PositiveReal = 3.0  # M: what one mean client of load outside those bounds costs, in z-scores
+    feedback: Natural = 32  # local samples over which a client measures loss and accuracy by expert
+
+
+@dataclass(frozen=True)
+class PlusConfig:
+    """Ingredients of HFedMoE+ (``algorithm = "hfedmoe_plus"``), which come before [selection] and [aggregation] there.
+
+    Each can be switched off alone: importance=ib, mean=participation and explore=0 are HFedMoE without it.
+    """
+
+    importance: Literal["taylor", "s", "ib", "hits"] = "taylor"  # hits: how often the client's own tokens choose it
+    mean: Literal["damped", "participation"] = "damped"
+    gate: Literal["row-wise", "frozen", "normalised"] = "row-wise"  # frozen: routers neither train nor travel
+    explore: Share = 0.1  # as selection.explore
+    redundancy: NaturalReal = (
+        0.0  # rho: how much two experts that say the same are worth less; measured to gain nothing
+    )
+
+
+@dataclass(frozen=True)
+class FftMoEConfig:
+    """FFT-MoE's settings (arXiv 2508.18663), none of which is known from the paper."""
+
+    experts: Positive = 4  # M, experts of each grafted mixture
+    width: Positive = 16  # r, bottleneck of an expert
+    top_k: Positive = 2  # k_max
+    balance: NaturalReal = 0.01  # lambda0: weight of the balance loss on a client of even data that runs k_max
+    pull: NaturalReal = 0.01  # mu: weight of the divergence from the client's own target distribution
+    smoothing: Share = 0.5  # weight of the newest routing distribution in a client's running one
+    aggregation: Literal["fedavg", "usage"] = "fedavg"  # usage: FLAME's weights, by how often an expert was activated
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters on the experts: FLAME, HetLoRA and FlexLoRA, and FLAME's weights wherever they are used."""
+
+    rank: Positive = 8  # of a client without limits
+    alpha: PositiveReal = 16.0  # the product counts alpha / rank, for clients of every rank
+    temperature: NaturalReal = 2.0  # t of FLAME's activation weights; 0 is FedAvg
+    keep_share: Annotated[float, Between(0.01, 1.0)] = 0.99  # HetLoRA's gamma: share of the ranks that pruning keeps
+    tail: NaturalReal = 0.005  # HetLoRA's weight of the tail-rank regulariser
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """Flux's settings (arXiv 2508.19078); the values are ours."""
+
+    tune_share: Share = 0.5  # share of the experts a client could train that it tunes; the rest are merged slots
+    epsilon_start: Share = 0.3  # share of the tuned that are trained in the first round; the others are explored
+    epsilon_step: NaturalReal = 0.1  # growth of that share in a round
+    epsilon_most: Share = 0.9
+    probes: Positive = 4  # pairs of forward passes for each explored expert
+    sigma: PositiveReal = 1e-3  # size of the change of weights that they try
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation on every client's test split."""
 
@@ -146,6 +221,12 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    fedmoe: FedMoEConfig = field(default_factory=FedMoEConfig)
+    flex_moe: FlexMoEConfig = field(default_factory=FlexMoEConfig)
+    plus: PlusConfig = field(default_factory=PlusConfig)
+    fft_moe: FftMoEConfig = field(default_factory=FftMoEConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    flux: FluxConfig = field(default_factory=FluxConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
@@ -161,6 +242,10 @@ class Config:
             Budget.parse(tier, spec_experts=1)  # its words; what a share of experts comes to is known with the model
         _check_partition(self.partition)
         _check_model(self.model_config)
+        if self.fft_moe.top_k > self.fft_moe.experts:
+            raise ValueError(
+                f"fft_moe.top_k={self.fft_moe.top_k} exceeds fft_moe.experts={self.fft_moe.experts}; lower it"
+            )
         sampled = self.clients_per_round or self.clients
         if sampled > self.clients:
             raise ValueError(f"clients_per_round={sampled} exceeds clients={self.clients}; lower it, or 0 for all")

@@ -96,6 +96,11 @@ def tail_penalty(adapter: Adapter, keep: int) -> Tensor:
     return torch.linalg.matrix_norm(tail_b) * torch.linalg.matrix_norm(tail_a)
 
 
+def kept_ranks(rank: int, keep_share: float) -> int:
+    """floor(gamma r), at least 1: what HetLoRA's pruning leaves [N]."""
+    return max(1, math.floor(keep_share * rank + 1e-9))
+
+
 def pruned_rank(before: Adapter, after: Adapter, *, keep_share: float) -> int:
     """HetLoRA's self-pruning [N]: the rank falls to floor(gamma r), at least 1, if the tail's norm product has shrunk.
 
@@ -106,7 +111,7 @@ def pruned_rank(before: Adapter, after: Adapter, *, keep_share: float) -> int:
     """
     if not 0 < keep_share <= 1:
         raise ValueError(f"keep_share={keep_share} is outside (0, 1]; it is the share of ranks that pruning keeps")
-    keep = max(1, math.floor(keep_share * after.rank + 1e-9))
+    keep = kept_ranks(after.rank, keep_share)
     shrunk = float(tail_penalty(after, keep).sum()) < float(tail_penalty(before, keep).sum())
     return keep if shrunk else after.rank
 
@@ -150,6 +155,23 @@ def flame_weights(
     gamma_CLE = rate_CLE**temperature * samples_C[:, None, None]
     total_LE = gamma_CLE.sum(axis=0)
     return np.asarray(gamma_CLE / np.where(total_LE > 0, total_LE, 1.0))
+
+
+def flame_share(rows_LE: np.ndarray, *, steps: int, tokens: int, samples: float, temperature: float) -> np.ndarray:
+    """|D_i| (a_i^j / S_i)^t of one client before ``flame_weights`` normalises it over clients, (L, E), in [0, 1].
+
+    a / S is divided by the tokens of a step, an upper bound of it and the same for all clients, so that it fits a
+    weight's range; the normalised weights are those of FLAME [D].
+
+    Args:
+        rows_LE: a, activations of each expert.
+        steps: S, local steps.
+        tokens: tokens of a local step, padding included.
+        samples: |D| over the largest |D|.
+        temperature: t.
+    """
+    rate_LE = np.minimum(rows_LE / max(1, steps * tokens), 1.0)
+    return np.asarray(samples * rate_LE**temperature)
 
 
 def flame_rescale(top_k: int, client_k: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -10,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.adapter import Batch, ModelAdapter
+from fedmoe_core.adapter import Batch, ModelAdapter, PlaceLosses
 from fedmoe_core.memory import resident_bytes, trace_memory
 from fedmoe_core.probe import Bench, Probe
-from fedmoe_core.update import ClientProfile, Evaluation, profile_arrays
+from fedmoe_core.update import ClientProfile, Evaluation, ExpertFeedback, profile_arrays
 from fedmoe_kernels import RouterStats
 
 IMPORTANCE = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "grad_sq_B")  # of the layers' scores
@@ -90,18 +91,30 @@ def statistics_bytes(profile: ClientProfile) -> int:
     return sum(array.nbytes for array in profile_arrays(profile).values()) + 2 * profile.hits_LE.nbytes
 
 
-def validate(adapter: ModelAdapter, batches: Iterable[Batch]) -> tuple[Evaluation, ClientProfile]:
-    """Loss and profile of the live model over ``batches``, without gradients.
+@dataclass(frozen=True)
+class Validation:
+    """What a pass without gradients shows of a model: its loss, its router, and how each expert's places fare."""
+
+    total: Evaluation
+    profile: ClientProfile
+    feedback: ExpertFeedback
+
+
+def validate(adapter: ModelAdapter, batches: Iterable[Batch]) -> Validation:
+    """One pass of the live model over ``batches``, without gradients.
 
     Raises:
         ValueError: there is no batch.
     """
     sums, total = ProfileSums(adapter, forward_only=True), Evaluation(0.0, 0)
+    fare_3LE = np.zeros((3, len(adapter.moe), adapter.spec.num_experts))
     for layer in adapter.moe:
         layer.keep_logits = True
     try:
         for batch in batches:
-            found = adapter.evaluate(batch, with_stats=True)
+            places = adapter.place_losses(batch)
+            found = places.total
+            fare_3LE += _fare(adapter, places)
             total = Evaluation(
                 total.loss_sum + found.loss_sum, total.count + found.count, total.correct + found.correct
             )
@@ -112,7 +125,23 @@ def validate(adapter: ModelAdapter, batches: Iterable[Batch]) -> tuple[Evaluatio
             layer.forget_logits()
     if not total.count:
         raise ValueError("there is no validation data; declare needs_validation = True in the algorithm")
-    return total, sums.finish()
+    return Validation(total, sums.finish(), ExpertFeedback(*fare_3LE))
+
+
+def _fare(adapter: ModelAdapter, places: PlaceLosses) -> np.ndarray:
+    """Rows, loss and correct predictions by chosen expert of the forward that just ran, (3, L, E)."""
+    loss_T, correct_T, counted_T = (t.reshape(-1) for t in (places.loss_SN, places.correct_SN, places.counted_SN))
+    fare = []
+    for layer in adapter.moe:
+        experts_TK = cast(Tensor, layer.last_experts_TK)
+        row_R, _ = torch.nonzero((experts_TK >= 0) & counted_T[:, None], as_tuple=True)
+        expert_R = experts_TK[(experts_TK >= 0) & counted_T[:, None]]
+        terms = (torch.ones_like(loss_T), loss_T, correct_T)
+        sums_3E = torch.zeros(3, layer.num_experts, dtype=torch.float64, device=expert_R.device)
+        for sum_E, term_T in zip(sums_3E, terms, strict=True):
+            sum_E.index_add_(0, expert_R, term_T[row_R].double())
+        fare.append(sums_3E.cpu().numpy())
+    return np.stack(fare, axis=1)
 
 
 def run_probe(probe: Probe | None, bench: Bench, device: torch.device) -> tuple[dict[str, Tensor], int]:

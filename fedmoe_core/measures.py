@@ -80,7 +80,7 @@ def measure(run: Run, label: str) -> Measures:
     Raises:
         ValueError: the run has not been evaluated after training.
     """
-    accuracy = run.has_accuracy or any(r.get("accuracy_clients") for r in run.rounds)
+    accuracy = run.has_accuracy or any(r.get("accuracy_clients") or r.get("personal_accuracy_C") for r in run.rounds)
     kind = "accuracy" if accuracy else "loss"
     judged = [r for r in run.rounds if _clients(r, kind)]
     if len(judged) < 2:
@@ -118,7 +118,7 @@ def measure(run: Run, label: str) -> Measures:
 
 def _clients(record: Mapping[str, Any], kind: str) -> list[float]:
     """Each client's quality by its own model where the run measured it, else by the global model."""
-    values = record.get(f"personal_{kind}_clients") or record.get(f"{kind}_clients") or []
+    values = record.get(f"personal_{kind}_C") or record.get(f"{kind}_clients") or []
     return [float(value) for value in values]
 
 

@@ -6,6 +6,7 @@ published notes, [D] derived, [E] our reading where the paper is silent.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,6 +124,17 @@ def merged_rows(stack: Tensor, merge: Merge, layer: int) -> Tensor:
             wide = torch.promote_types(stack.dtype, torch.float32)
             share = torch.from_numpy(shares_E[members]).to(stack.device, wide)
             rows[row] = torch.tensordot(share, stack[torch.from_numpy(members)].to(wide), dims=1).to(stack.dtype)
+    return rows
+
+
+def merged_experts(params: Mapping[str, Tensor], merge: Merge) -> dict[str, Mapping[int, Tensor]]:
+    """Rows of a plan (``ExpertPlan.rows``): the merged weights of every cluster of more than one expert."""
+    rows: dict[str, Mapping[int, Tensor]] = {}
+    for layer, alias_E in enumerate(merge.alias_LE):
+        ids, sizes = np.unique(alias_E, return_counts=True)
+        for key in (f"moe.{layer}.w_in", f"moe.{layer}.w_out"):
+            merged = merged_rows(params[key], merge, layer)
+            rows[key] = {int(e): row for e, size, row in zip(ids, sizes, merged, strict=True) if size > 1}
     return rows
 
 

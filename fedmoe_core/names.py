@@ -8,7 +8,17 @@ from types import MappingProxyType
 # The value of ``algorithm``, what people call it, and where it is.
 _SYSTEMS = (
     ("hfedmoe", "HFedMoE", "hfedmoe:HFedMoE"),
+    ("fedmoe", "FedMoE", "fedmoe:FedMoE"),
+    ("flex_moe", "FLEX-MoE", "flex_moe:FlexMoE"),
+    ("hfedmoe_plus", "HFedMoE+", "hfedmoe_plus:HFedMoEPlus"),
+    ("fft_moe", "FFT-MoE", "fft_moe:FftMoE"),
+    ("flame", "FLAME", "flame:Flame"),
+    ("hetlora", "HetLoRA", "lora_rivals:HetLora"),
+    ("flexlora", "FlexLoRA", "lora_rivals:FlexLora"),
+    ("flux", "Flux", "flux:Flux"),
     ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
+    ("fedavg_smallest", "FedAvg, smallest budget", "rivals:FedAvgSmallest"),
+    ("most_activated", "most activated experts", "rivals:MostActivated"),
     ("random", "random experts", "baselines:RandomExperts"),
 )
 ALGORITHMS = tuple(name for name, _, _ in _SYSTEMS)

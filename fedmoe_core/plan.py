@@ -50,6 +50,8 @@ class ExpertPlan:
         validate: evaluate the trained sub-model on the client's validation data; the algorithm needs_validation.
         keeps: kinds of tensors that train here and are not sent back, "router" or "expert"; their trained rows are in
             ``LocalResult.kept``. A kept router is the client's own gate, so it is not sent to it either.
+        train_router: False freezes the router rows too, while experts train; such a router is in ``keeps``, for nothing
+            of it changes.
         lora_rank: rank of this client's adapters, at most that of the declared ``LoraSpec``; None = all ranks of the
             state's factors, or no adapters where the state has none.
         cached_LE: experts whose frozen base, under adapters, the client still has from an earlier round.
@@ -78,6 +80,7 @@ class ExpertPlan:
     aux: AuxLoss | None = None
     validate: bool = False
     keeps: frozenset[str] = frozenset()
+    train_router: bool = True
     lora_rank: int | None = None
     cached_LE: np.ndarray | None = None
     out_scale_L: tuple[float, ...] | None = None
@@ -117,6 +120,8 @@ class ExpertPlan:
             raise ValueError(f"client {self.client}: per_batch chooses among all experts; permit and train all of them")
         if strange := sorted(self.keeps - {"router", "expert"}):
             raise ValueError(f"client {self.client}: keeps={strange}; only the router and the expert can stay behind")
+        if not self.train_router and "router" not in self.keeps:
+            raise ValueError(f"client {self.client}: a frozen router has nothing to send; add router to keeps")
         if over := self.budget.violations(self.predicted):
             raise ValueError(f"client {self.client}: the plan exceeds its budget ({over[0]}); plan less")
 

@@ -16,7 +16,7 @@ from fedmoe_core.plan import ExpertPlan, sends_adapters, taught
 from fedmoe_core.probe import Probe
 from fedmoe_core.rescheduling import BatchRule
 from fedmoe_core.rng import counter_rng, counter_seed
-from fedmoe_core.selection import choose, explore, fit_flops
+from fedmoe_core.selection import Room, choose, explore, fit_flops, room_of
 
 if TYPE_CHECKING:
     from fedmoe_core.state import Population, ServerState
@@ -33,6 +33,7 @@ class Asks(TypedDict, total=False):
     aux: AuxLoss | None
     validate: bool
     keeps: frozenset[str]
+    train_router: bool
     lora_rank: int | None
     cached_LE: np.ndarray | None
     out_scale_L: tuple[float, ...] | None
@@ -154,12 +155,43 @@ def plan_everything(population: Population, state: ServerState, client: int) -> 
     return plan_of_masks(population, state, client, all_LE, budgeted=False)
 
 
+def client_room(population: Population, client: int, *, first_participation: bool, **asks: Unpack[Asks]) -> Room:
+    """What the client's budget leaves for experts once the work beside training is paid, whatever the experts.
+
+    Raises:
+        ValueError: the budget cannot hold one expert per MoE layer; the message says what would do.
+    """
+    left, costs = _left(population, client, asks), asked_costs(population, asks)
+    return room_of(left, costs, client=client, first_participation=first_participation)
+
+
+def bears(
+    population: Population,
+    state: ServerState,
+    client: int,
+    masks: tuple[np.ndarray, np.ndarray],
+    *,
+    surcharge: Cost = NOTHING,
+) -> bool:
+    """Whether the client's budget bears these held and trained experts, all others served, for a step at k' = 1."""
+    costs, (held_LE, trained_LE) = population.costs, masks
+    cost = costs.predict(held_LE, trained_LE, local_steps=1, first_participation=state.visits[client] == 0)
+    step = costs.step_flops(np.ones_like(held_LE), trained_LE, top_k=1)
+    return population.budgets[client].fits(replace(cost, flops=step).with_extra(surcharge))
+
+
 def asked_costs(population: Population, asks: Asks) -> CostModel:
     """The cost model of a client that is asked for these things."""
     keeps, aux, rule = asks.get("keeps", frozenset()), asks.get("aux"), asks.get("per_batch")
     total = population.spec.num_layers * population.spec.num_experts
+    costs = population.costs_at(asks.get("lora_rank"))
+    if asks.get("out_scale_L") is not None:
+        # Scaled routing weights live until the backward; the factor itself has a gradient, moments and a step count.
+        scaled = costs.num_layers * (costs.tokens * costs.top_k * 4 + 64)
+        costs = replace(costs, trunk=replace(costs.trunk, buffer_bytes=costs.trunk.buffer_bytes + scaled))
     return replace(
-        population.costs_at(asks.get("lora_rank")),
+        costs,
+        train_router=asks.get("train_router", True),
         router_travels="router" not in keeps,
         adapters_travel=sends_adapters(asks.get("rows", {}), in_state=population.costs.lora_rank is not None),
         experts_return="expert" not in keeps,
@@ -171,10 +203,16 @@ def asked_costs(population: Population, asks: Asks) -> CostModel:
 
 def plan_costs(population: Population, plan: ExpertPlan) -> CostModel:
     """The cost model that a plan was made with."""
-    return asked_costs(
-        population,
-        Asks(keeps=plan.keeps, aux=plan.aux, lora_rank=plan.lora_rank, rows=plan.rows, per_batch=plan.per_batch),
+    asks = Asks(
+        keeps=plan.keeps,
+        train_router=plan.train_router,
+        aux=plan.aux,
+        lora_rank=plan.lora_rank,
+        rows=plan.rows,
+        per_batch=plan.per_batch,
+        out_scale_L=plan.out_scale_L,
     )
+    return asked_costs(population, asks)
 
 
 def whole_surcharge(

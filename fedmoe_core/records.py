@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
+from fedmoe_core.assignment import coefficient_of_variation
 from fedmoe_core.budget import NOTHING, Budget, Cost
 from fedmoe_core.checkpoint import save_checkpoint
 from fedmoe_core.evaluate import Held
@@ -136,10 +137,17 @@ class RunLog:
             "applied": played.applied,
             "importance_LE": np.mean(scores, axis=0).tolist(),
             "lost_mass": float(np.mean(lost)) if lost else None,
+            "load_cv": self._load_cv(played),
             "coverage": float(np.mean(np.any(trained, axis=0))) if trained else 0.0,
         }
         self.metrics.append(*[client_record(number, u, plans[u.client], budgets) for u in played.updates], line)
         return line
+
+    def _load_cv(self, played: Round) -> float | None:
+        """Coefficient of variation of the load, the data of the clients that trained an expert; mean over layers."""
+        samples_C, done = self.world.population.samples_C, {u.client for u in played.updates if u.status == "ok"}
+        loads = [samples_C[plan.client] * plan.trainable_LE for plan in played.plans if plan.client in done]
+        return float(np.mean([coefficient_of_variation(load_E) for load_E in sum(loads)])) if loads else None
 
     def finish(self, state: ServerState, model_hash: str) -> dict[str, Any]:
         """Write ``summary.json`` from what the logs hold, so that a resumed run sums up the same."""
@@ -171,6 +179,7 @@ class RunLog:
             "experts_held_min": min(held, default=0),
             "experts_held_max": max(held, default=0),
             "budget_violations": len(overruns),
+            "over_budget": _first_overruns(overruns),
             "refused_updates": sum(len(line["refused"]) for line in rounds),
             "seconds": math.fsum(line["seconds"] for line in rounds),
             "engine_seconds": math.fsum(line["engine_seconds"] for line in rounds),
@@ -278,5 +287,16 @@ def _ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: t
 
 def _over(entry: Mapping[str, Any]) -> bool:
     """Whether a ledger line shows more than its budget, predicted or real."""
+    return bool(_excess(entry))
+
+
+def _excess(entry: Mapping[str, Any]) -> list[str]:
+    """What a ledger line needs more of than its budget allows, predicted first."""
     budget = Budget(**entry["budget"])
-    return any(budget.violations(Cost(**entry[kind])) for kind in ("predicted", "real"))
+    return [line for kind in ("predicted", "real") for line in budget.violations(Cost(**entry[kind]))]
+
+
+def _first_overruns(overruns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which clients needed more than their budgets and by how much, one line each, at their first time."""
+    first = {entry["client"]: _excess(entry)[0] for entry in reversed(overruns)}
+    return [f"client {client}: {first[client]}" for client in sorted(first)]

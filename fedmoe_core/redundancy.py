@@ -6,11 +6,18 @@ set, F(A) = sum_{e in A} I_e - rho * sum_{e < e' in A} p_e p_e' max(0, cos(m_e, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedmoe_core.selection import Selection, knapsack
+from fedmoe_kernels.reference import activate
+
+if TYPE_CHECKING:
+    from fedmoe_core.adapter import ModelSpec
 
 
 def overlap(prob_LE: np.ndarray, outputs_LEH: np.ndarray) -> np.ndarray:
@@ -28,6 +35,36 @@ def overlap(prob_LE: np.ndarray, outputs_LEH: np.ndarray) -> np.ndarray:
     overlap_LEE = prob_LE[:, :, None] * prob_LE[:, None, :] * cosine_LEE
     overlap_LEE[:, np.arange(prob_LE.shape[1]), np.arange(prob_LE.shape[1])] = 0.0
     return overlap_LEE
+
+
+def mean_outputs(params: Mapping[str, Tensor], spec: ModelSpec) -> np.ndarray:
+    """m_e without data: each expert's mean output on the inputs that its layer's router prefers, (L, E, H) [E].
+
+    Those inputs are the router's own rows, at the length of a normalised hidden state, sqrt(H).
+    """
+    means = []
+    for layer in range(spec.num_layers):
+        router_EH, w_in, w_out = (params[f"moe.{layer}.{name}"].double() for name in ("router", "w_in", "w_out"))
+        x_TH = torch.nn.functional.normalize(router_EH, dim=1) * spec.hidden_size**0.5
+        h_EI = activate(torch.einsum("th,efh->etf", x_TH, w_in), spec.activation).mean(dim=1)
+        means.append(torch.einsum("ei,ehi->eh", h_EI, w_out))
+    return torch.stack(means).cpu().numpy()
+
+
+def discounted(values_LE: np.ndarray, penalty_LEE: np.ndarray) -> np.ndarray:
+    """Each expert's gain in F beside those that greedy takes before it, (L, E) [E].
+
+    Gains never rise along greedy's way, because penalties are never negative. So the n largest of these scores are
+    greedy's set of n, and any selection that knows single scores, such as ``knapsack``, can choose by F.
+    """
+    taken_LE = np.zeros(values_LE.shape, dtype=bool)
+    scores_LE = np.array(values_LE, dtype=np.float64)
+    for _ in range(values_LE.size):
+        gains_LE = _gains(taken_LE, values_LE, penalty_LEE)
+        place = int(np.argmax(np.where(taken_LE, -np.inf, gains_LE)))
+        scores_LE.flat[place] = gains_LE.flat[place]
+        taken_LE.flat[place] = True
+    return scores_LE
 
 
 def joint_value(chosen_LE: np.ndarray, values_LE: np.ndarray, penalty_LEE: np.ndarray) -> float:

@@ -58,12 +58,20 @@ def line(run: Run) -> str:
     down, up = show.size(summary.get("bytes_down")), show.size(summary.get("bytes_up"))
     parts.append(f"moved {show.size(run.traffic)} (down {down}, up {up})")
     parts.append(f"experts held {held(run)}")
-    parts.append(f"budgets exceeded: {run.violations}" if run.budgeted else "not bound by the budgets")
+    parts.append(f"budgets exceeded: {run.violations}" if run.budgeted else _not_bound(summary.get("over_budget")))
     if summary.get("refused_updates"):
         parts.append(f"updates refused: {summary['refused_updates']}")
     if not run.finished:
         parts.append(f"unfinished after round {summary.get('rounds')}")
     return ", ".join(parts)
+
+
+def _not_bound(over: Sequence[str] | None) -> str:
+    """That a run needed more than its clients can bear: which client, by how much, and how many more there are."""
+    if not over:
+        return "not bound by the budgets"
+    others = f"; {len(over) - 1} more clients" if len(over) > 1 else ""
+    return f"not bound by the budgets ({over[0]}{others})"
 
 
 def held(run: Run) -> str:

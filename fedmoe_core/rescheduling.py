@@ -80,8 +80,7 @@ class BatchChooser:
 
     def choose(self, batch: Batch, optimizer: HasState) -> int:
         """Score ``batch`` without gradients and let only the chosen experts learn; the peak bytes of the change."""
-        _, profile = validate(self.adapter, [batch])
-        self.chosen_LE = self.rule(profile)
+        self.chosen_LE = self.rule(validate(self.adapter, [batch]).profile)
         self.trained_LE = self.trained_LE | self.chosen_LE
         for layer, chosen_E in zip(self.adapter.moe, self.chosen_LE, strict=True):
             layer.set_experts(None, chosen_E)

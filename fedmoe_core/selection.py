@@ -22,6 +22,25 @@ class Selection:
     gap: float
 
 
+class Room(NamedTuple):
+    """What a budget's additive limits leave for experts: rows of (memory, down, up, experts) that it limits.
+
+    Attributes:
+        costs_DLE: int64, what each expert takes of it.
+        base_D: int64, what is taken before any expert.
+        limits_D: int64, the limits themselves.
+    """
+
+    costs_DLE: np.ndarray
+    base_D: np.ndarray
+    limits_D: np.ndarray
+
+    @property
+    def free_D(self) -> np.ndarray:
+        """What is left for experts."""
+        return self.limits_D - self.base_D
+
+
 class FlopFit(NamedTuple):
     """What a FLOP budget leaves of the work."""
 
@@ -126,6 +145,31 @@ def choose(
         ValueError: a limit is too small for one expert per MoE layer, with the number that would do; or the mode
             cannot honour this kind of budget.
     """
+    room = room_of(budget, model, client=client, mode=mode, top_k=top_k, first_participation=first_participation)
+    if _respects(np.ones_like(scores_LE, dtype=bool), room.costs_DLE, room.free_D):
+        return np.ones_like(scores_LE, dtype=bool), np.ones_like(scores_LE, dtype=bool)
+    try:
+        chosen_LE = knapsack(scores_LE, room.costs_DLE, list(room.free_D)).chosen_LE
+    except ValueError as error:
+        raise ValueError(f"client {client}: {error}") from error
+    permitted_LE = np.ones_like(chosen_LE) if mode == "backward-masked" else chosen_LE
+    return permitted_LE, chosen_LE.copy()
+
+
+def room_of(
+    budget: Budget,
+    model: CostModel,
+    *,
+    client: int | str = 0,
+    mode: Mode = "compact",
+    top_k: int | None = None,
+    first_participation: bool = True,
+) -> Room:
+    """The rows in which ``budget`` limits the experts of a client.
+
+    Raises:
+        ValueError: as ``choose``.
+    """
     limited = {word: getattr(budget, RESOURCES[word]) for word in ("memory", "down", "up", "experts")}
     limited = {word: limit for word, limit in limited.items() if limit is not None}
     if mode == "backward-masked" and limited and "experts" not in limited:
@@ -136,15 +180,8 @@ def choose(
     rows = model.rows(mode, top_k=top_k, first_participation=first_participation)
     _require_feasible(limited, rows, client=client, mode=mode)
     kept = [row for row, name in enumerate(rows.names) if name in limited]
-    limits = [int(limited[rows.names[row]] - rows.base_D[row]) for row in kept]
-    if _respects(np.ones_like(scores_LE, dtype=bool), rows.costs_DLE[kept], np.array(limits, dtype=np.int64)):
-        return np.ones_like(scores_LE, dtype=bool), np.ones_like(scores_LE, dtype=bool)
-    try:
-        chosen_LE = knapsack(scores_LE, rows.costs_DLE[kept], limits).chosen_LE
-    except ValueError as error:
-        raise ValueError(f"client {client}: {error}") from error
-    permitted_LE = np.ones_like(chosen_LE) if mode == "backward-masked" else chosen_LE
-    return permitted_LE, chosen_LE.copy()
+    limits_D = np.array([limited[rows.names[row]] for row in kept], dtype=np.int64)
+    return Room(rows.costs_DLE[kept], rows.base_D[kept], limits_D)
 
 
 def fit_flops(

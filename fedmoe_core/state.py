@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from fedmoe_core.budget import Budget
 from fedmoe_core.config import Config
 from fedmoe_core.costs import CostModel
 from fedmoe_core.update import ClientProfile, profile_arrays
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,16 @@ class ServerState:
 def initial_state(params: dict[str, Tensor], clients: int) -> ServerState:
     """Before the first round: nobody has been visited or heard."""
     return ServerState(0, params, (None,) * clients, (0,) * clients)
+
+
+def remember(record: object) -> dict[str, Tensor]:
+    """A record of arrays as ``ServerState.memory``, by field name; ``recall`` is the inverse."""
+    return {item.name: torch.from_numpy(getattr(record, item.name)) for item in fields(record)}  # type: ignore[arg-type]
+
+
+def recall(kind: type[R], memory: Mapping[str, Tensor]) -> R:
+    """The record of arrays of class ``kind`` that ``remember`` took apart; its arrays are copies."""
+    return kind(**{item.name: memory[item.name].numpy().copy() for item in fields(kind)})  # type: ignore[arg-type]
 
 
 def pack_state(state: ServerState) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ def configure_for(adapter: ModelAdapter, params: Mapping[str, Tensor], plan: Exp
         alias_LE=plan.alias_LE,
         top_k=plan.top_k,
         train_dense=train_dense,
+        train_router=plan.train_router,
         lora_rank=plan.lora_rank,
         lora_seed=plan.seed,
         out_scale_L=plan.out_scale_L,

@@ -41,6 +41,21 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class ExpertFeedback:
+    """How well the places fare that chose each expert: sums over (place, choice) pairs, (L, E); divide by ``rows_LE``.
+
+    Attributes:
+        rows_LE: pairs whose place predicts something. Choices count at the expert chosen, also where another serves it.
+        loss_LE: sum of the place's loss (see ``PlaceLosses``), in nats.
+        correct_LE: how many of those predictions are right.
+    """
+
+    rows_LE: np.ndarray
+    loss_LE: np.ndarray
+    correct_LE: np.ndarray
+
+
+@dataclass(frozen=True)
 class ClientProfile:
     """What one client saw of the router and of its experts in one round, in global coordinates (numpy float64).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import cast
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from fedmoe_bindings.transformers_attention import attention_received
 from fedmoe_bindings.transformers_experts import use_fedmoe
 from fedmoe_bindings.transformers_families import family_of, sparse_blocks
 from fedmoe_bindings.transformers_load import Pool, SequenceClassifier, load_model, small_model
-from fedmoe_bindings.transformers_loss import TaskLosses
 from fedmoe_bindings.transformers_mask import carry_token_mask
+from fedmoe_bindings.transformers_places import PlaceMeasures
 from fedmoe_bindings.transformers_submodel import extract_submodel, merge_submodel, stock_model
 from fedmoe_core.adapter import LoraSpec, ModelSpec, Task
 from fedmoe_core.config import ModelConfig
@@ -81,7 +83,7 @@ def load_adapter(
     )
 
 
-class TransformersAdapter(TaskLosses):
+class TransformersAdapter(PlaceMeasures):
     """A transformers model whose MoE blocks are ``fedmoe_core.MoE`` layers; implements ``ModelAdapter``.
 
     Attributes:
@@ -190,12 +192,13 @@ class TransformersAdapter(TaskLosses):
         lora_rank: int | None = None,
         lora_seed: int = 0,
         out_scale_L: Sequence[float] | None = None,
+        frozen_bits: int | None = None,
     ) -> None:
         """Become a sub-model of ``state``, as ``ModelAdapter.configure``.
 
         Args:
             state, permitted_LE, trainable_LE, rows, alias_LE, top_k, train_dense, train_router, lora_rank, lora_seed,
-                out_scale_L: as the protocol.
+                out_scale_L, frozen_bits: as the protocol.
             train_head: whether the classification head trains; None = always in classification, whatever
                 ``train_dense`` says. A language-model head counts as trunk: it may be the embedding itself.
 
@@ -219,7 +222,7 @@ class TransformersAdapter(TaskLosses):
         if lora_rank is not None and self._lora is None:
             raise ValueError(f"lora_rank={lora_rank}, but this model has no adapters; call add_lora first")
         for number, layer in enumerate(self.moe):
-            layer.top_k, layer.train_router = k, train_router
+            layer.top_k, layer.train_router, layer.frozen_bits = k, train_router, frozen_bits
             layer.start_out_scale(None if out_scale_L is None else float(out_scale_L[number]))
             lora = None
             if self._lora is not None and (self._lora.in_state or lora_rank is not None):
@@ -279,6 +282,10 @@ class TransformersAdapter(TaskLosses):
         }
         return views | {key: p.detach() for key, p in self._dense.items() if p.requires_grad}
 
+    def watch_attention(self) -> AbstractContextManager[list[Tensor | None]]:
+        """What attention the tokens receive in the block of each MoE layer, as the protocol."""
+        return attention_received(self.model, self.moe)
+
     def _dense_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter outside the MoE layers; ``named_parameters`` yields tied ones once."""
         inside = {id(parameter) for layer in self.moe for parameter in layer.parameters()}
@@ -306,6 +313,7 @@ class TransformersAdapter(TaskLosses):
             activation=first.activation,
             params=tuple(params),
             head=frozenset({"dense.score.weight"} if task == "classification" else ()),
+            heads=getattr(self._config, "num_attention_heads", 0),
         )
 
     def _check_rows(self, rows: Rows) -> None:

@@ -45,7 +45,7 @@ class FedAvg(Algorithm):
         samples = self.population.sample_weight(plan.client)
         if result.profile is None:
             return failed_update(plan, result, samples)
-        everywhere_LE = np.full(plan.trainable_LE.shape, samples)
+        everywhere_LE = np.where(plan.trainable_LE, samples, 0.0)
         return finished_update(
             plan,
             result,

@@ -40,14 +40,16 @@ def values_of(setting: Setting) -> st.SearchStrategy[object]:
     return st.floats(low, high, exclude_min=isinstance(setting.rule, MoreThan))
 
 
-CROSS_CHECKED = {"clients", "clients_per_round", "min_clients", "ranks"} | {k for k in SCHEMA if "model_config" in k}
+CROSS_CHECKED = {"clients", "clients_per_round", "min_clients", "ranks", "selection.reschedule"}
+CROSS_CHECKED |= {"fft_moe.top_k", "fft_moe.experts"}
+CROSS_CHECKED |= {k for k in SCHEMA if "model_config" in k}
 FREE = {key: setting for key, setting in SCHEMA.items() if key not in CROSS_CHECKED}
 
 
 def replaced(values: dict[str, object]) -> Config:
     """A configuration with some values changed, built without the loader under test."""
     top: dict[str, object] = {k: v for k, v in values.items() if "." not in k}
-    for section in ("warmup", "train", "selection", "aggregation", "eval"):
+    for section in sorted({key.partition(".")[0] for key in FREE if "." in key}):
         inner = {k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{section}.")}
         top[section] = dataclasses.replace(getattr(Config(), section), **inner)
     return dataclasses.replace(Config(), **top)

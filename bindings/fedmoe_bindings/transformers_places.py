@@ -1,0 +1,105 @@
+"""What single places of a batch show: their loss, and how much attention they get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from transformers import PreTrainedModel
+
+from fedmoe_bindings.transformers_load import SequenceClassifier
+from fedmoe_bindings.transformers_loss import TaskLosses
+from fedmoe_bindings.transformers_mask import TOKEN_MASK
+from fedmoe_core.adapter import Batch, PlaceLosses
+from fedmoe_core.graft import Grafted
+from fedmoe_core.layer import MoE
+from fedmoe_core.update import Evaluation
+
+
+class PlaceMeasures(TaskLosses):
+    """The part of ``TransformersAdapter`` that looks at single places."""
+
+    @torch.no_grad()
+    def place_losses(self, batch: Batch) -> PlaceLosses:
+        """Losses by place, as the protocol; the layers measure as in training."""
+        self.model.eval()
+        mask_SN = batch.mask_SN
+        options: dict[str, Any] = {TOKEN_MASK: mask_SN.reshape(-1)}
+        if self.spec.task == "classification":
+            if batch.labels_S is None:
+                raise ValueError("the batch has no labels; classification needs labels_S")
+            logits_SC = self.model(batch.tokens_SN, mask_SN, **options).float()
+            loss_S = cross_entropy(logits_SC, batch.labels_S, reduction="none")
+            correct_S = logits_SC.argmax(dim=-1) == batch.labels_S
+            total = Evaluation(float(loss_S.sum()), max(len(batch), 1), int(correct_S.sum()))
+            shape = mask_SN.shape
+            return PlaceLosses(loss_S[:, None].expand(shape), correct_S[:, None].expand(shape), mask_SN, total)
+        logits_SNV = self.model(
+            input_ids=batch.tokens_SN,
+            attention_mask=mask_SN.long(),
+            use_cache=False,
+            output_router_logits=False,
+            **options,
+        ).logits
+        counted_SN = pad(mask_SN[:, 1:] & mask_SN[:, :-1], (0, 1))
+        targets_SN = pad(batch.tokens_SN[:, 1:], (0, 1)).masked_fill(~counted_SN, -100)
+        loss_N = cross_entropy(logits_SNV.flatten(0, 1).float(), targets_SN.flatten(), reduction="none")
+        loss_SN = loss_N.view_as(targets_SN)
+        total = Evaluation(float(loss_SN.sum()), max(int(counted_SN.sum()), 1))
+        return PlaceLosses(loss_SN, logits_SNV.argmax(dim=-1) == targets_SN, counted_SN, total)
+
+    @torch.no_grad()
+    def attention_received(self, batch: Batch) -> Tensor:
+        """Attention that each place gets, (L, S, N), as the protocol; one layer's maps are in memory at a time."""
+        self.model.eval()
+        found: dict[int, Tensor] = {}
+        mask_SN = batch.mask_SN
+        # A place is seen by itself and the real places after it, so that early ones are not favoured for being early.
+        seers_SN = mask_SN.flip(1).cumsum(1).flip(1).clamp(min=1)
+
+        def keep(number: int) -> Any:
+            def hook(_: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> None:
+                assert output[1] is not None  # eager attention returns its maps
+                got_SN = (output[1].mean(dim=1) * mask_SN[:, :, None]).sum(dim=1)
+                found[number] = (got_SN / seers_SN).masked_fill(~mask_SN, 0.0)
+
+            return hook
+
+        trunk = cast(PreTrainedModel, self.model.model if isinstance(self.model, SequenceClassifier) else self.model)
+        with _eager(trunk):
+            hooks = [a.register_forward_hook(keep(number)) for number, a in enumerate(self._attentions())]
+            try:
+                cast(nn.Module, trunk)(
+                    input_ids=batch.tokens_SN,
+                    attention_mask=mask_SN.long(),
+                    use_cache=False,
+                    **{TOKEN_MASK: mask_SN.reshape(-1)},
+                )
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return torch.stack([found[number] for number in range(len(self.moe))])
+
+    def _attentions(self) -> list[nn.Module]:
+        """The attention beside each MoE block, in depth order."""
+        beside: dict[nn.Module, nn.Module] = {}
+        for module in self.model.modules():
+            attention, block = getattr(module, "self_attn", None), getattr(module, "mlp", None)
+            if isinstance(attention, nn.Module) and isinstance(block, MoE | Grafted):
+                beside[block.experts if isinstance(block, Grafted) else block] = attention
+        return [beside[layer] for layer in self.moe]
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block attention is computed in full, maps and all; then as it was."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

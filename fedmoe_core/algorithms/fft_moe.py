@@ -1,0 +1,182 @@
+"""FFT-MoE (arXiv 2508.18663): a frozen model, a small mixture grafted beside every block, k by each client's resources.
+
+The paper's formulas are not known to us beyond its FedAvg; what the mixture, k_n and the loss are is our reading [E].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.aggregate import Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.algorithms import Algorithm
+from fedmoe_core.capacity import largest_plan
+from fedmoe_core.client import LocalResult
+from fedmoe_core.config import Config
+from fedmoe_core.graft import GraftSpec
+from fedmoe_core.layer import MoE
+from fedmoe_core.lora import flame_share
+from fedmoe_core.plan import ExpertPlan
+from fedmoe_core.planning import plan_of_masks
+from fedmoe_core.reports import failed_update, finished_update
+from fedmoe_core.state import Population, ServerState
+from fedmoe_core.systems import Equation, System
+from fedmoe_core.update import ClientUpdate
+
+TARGET_FLOOR = 1e-6  # least share of an expert in a target, so that the divergence from it stays finite
+
+
+@dataclass(frozen=True)
+class FftMoE(Algorithm):
+    """Everybody holds the whole frozen model and trains the whole grafted mixture; clients differ in k and loss."""
+
+    card: ClassVar[System] = System(
+        name="fft_moe",
+        title="FFT-MoE",
+        paper="Hu et al., FFT-MoE, arXiv 2508.18663",
+        equations=(
+            Equation("aggregation", "N", "W_E = sum_n |D_n| / |D| W_E^n; the foundation model never moves"),
+            Equation("adapter", "E", "h' = FFN(h) + sum over the top k_n of g_m U_m relu(V_m h), U_m = 0 at first"),
+            Equation("k_n", "E", "the largest k up to k_max whose local steps the client's budget pays"),
+            Equation("balance", "E", "lambda_n M sum_m f_m P_m / k_n, lambda_n = lambda0 (1 - h_n) k_n / k_max"),
+            Equation("target", "E", "mu KL(P_n || Pi_n), Pi_n = (1 - h_n) uniform + h_n (running P_n)"),
+            Equation(
+                "h_n", "E", "Jensen-Shannon divergence (bits) of the client's class or domain shares from uniform"
+            ),
+            Equation("usage", "E", "FLAME's weights |D_n| (a_n^m / S_n)^t on experts in place of |D_n|"),
+        ),
+        approximated=(
+            "a budget in experts cannot be kept, since the whole model is resident and its experts are counted with "
+            "the grafted ones; such a client gets its share of k_max and the run is shown as not inside the budgets",
+            "a classification head trains and is averaged, because it is fresh; the rest of the trunk is frozen "
+            "whatever train.trunk says",
+        ),
+        missing=("the paper's own loss formula, M, k_n and hyper-parameters are not known",),
+    )
+    trains_trunk = False
+
+    @classmethod
+    def graft(cls, config: Config) -> GraftSpec | None:
+        """M experts of bottleneck r beside every block."""
+        chosen = config.fft_moe
+        return GraftSpec(num_experts=chosen.experts, width=chosen.width, top_k=chosen.top_k)
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """The whole mixture for everybody, k_n of it at a time: clip(floor((F_n - F_FM) / F_expert), 1, k_max) [E]."""
+        return [self._plan(state, client) for client in clients]
+
+    def _plan(self, state: ServerState, client: int) -> ExpertPlan:
+        spec, chosen = self.population.spec, self.population.config.fft_moe
+        all_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
+        skew = label_skew(self.population, client)
+        seen = state.memory.get(f"routing/{client}")
+        target_LE = routing_target(None if seen is None else seen.numpy(), skew, shape=all_LE.shape)
+
+        def of_size(population: Population, k: int, budgeted: bool) -> ExpertPlan:
+            weight = chosen.balance * (1 - skew) * k / chosen.top_k  # lambda_n
+            loss = HeterogeneityLoss(balance=weight, pull=chosen.pull, target_LE=target_LE)
+            return plan_of_masks(population, state, client, all_LE, top_k=k, aux=loss, budgeted=budgeted)
+
+        return largest_plan(self.population, client, chosen.top_k, of_size)
+
+    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+        """|D_n| for every tensor, or FLAME's weights for experts; and where this client's tokens went."""
+        config, samples = self.population.config, self.population.sample_weight(plan.client)
+        if result.profile is None:
+            return failed_update(plan, result, samples)
+        everywhere_LE = samples * plan.trainable_LE
+        used_LE = everywhere_LE
+        if config.fft_moe.aggregation == "usage":
+            used_LE = plan.trainable_LE * flame_share(
+                result.profile.rows_LE,
+                steps=len(result.losses),
+                tokens=self.population.costs.tokens,
+                samples=samples,
+                temperature=config.lora.temperature,
+            )
+        return finished_update(
+            plan,
+            result,
+            samples=int(self.population.samples_C[plan.client]),
+            sample_weight=samples,
+            expert_weight_LE=used_LE,
+            router_weight_LE=everywhere_LE,
+            gate_weight=samples,
+            metrics={"k": plan.top_k, "skew": label_skew(self.population, plan.client)},
+        )
+
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """W_E = sum_n |D_n| / |D| W_E^n [N], and each heard client's running routing distribution [E]."""
+        rate = self.population.config.fft_moe.smoothing
+        memory = dict(state.memory)
+        heard = {update.client: update.profile for update in updates if update.profile is not None}
+        for client, profile in heard.items():
+            prob_LE = torch.from_numpy(profile.prob_sum_LE / np.maximum(profile.tokens_L, 1.0)[:, None])
+            before_LE = memory.get(f"routing/{client}", prob_LE)
+            memory[f"routing/{client}"] = (1 - rate) * before_LE + rate * prob_LE
+        params = {**state.params, **expert_mean(sums, state.params), **gate_mean(sums, state.params, "fedavg")}
+        params |= dense_mean(sums, state.params)
+        return state.advance(params, heard, [update.client for update in updates], memory=memory)
+
+
+@dataclass(frozen=True, eq=False)
+class HeterogeneityLoss:
+    """Mean over layers of lambda_n M sum_m f_m P_m / k_n + mu KL(P_n || Pi_n): FFT-MoE's auxiliary loss [E].
+
+    f_m is the share of tokens that chose m (a constant, summing to k_n), P_m the mean softmax probability of m.
+
+    Attributes:
+        balance: lambda_n.
+        pull: mu.
+        target_LE: Pi_n, positive, each layer summing to 1.
+        tables: as ``AuxLoss``.
+    """
+
+    balance: float
+    pull: float
+    target_LE: np.ndarray
+    tables: int = 4
+
+    def __call__(self, layers: Sequence[MoE]) -> Tensor:
+        losses = []
+        for layer, target_E in zip(layers, self.target_LE, strict=True):
+            logits_TE, layer.last_logits_TE = layer.last_logits_TE, None
+            if logits_TE is None:
+                raise ValueError("a MoE layer kept no logits; set keep_logits on every layer before the forward")
+            prob_E = logits_TE.float().softmax(dim=-1).mean(dim=0)
+            chosen = logits_TE.detach().topk(layer.top_k, dim=-1).indices.flatten()
+            share_E = torch.bincount(chosen, minlength=layer.num_experts) / max(1, len(logits_TE))
+            even = layer.num_experts * (share_E * prob_E).sum() / layer.top_k
+            log_target_E = torch.as_tensor(np.log(target_E), dtype=prob_E.dtype, device=prob_E.device)
+            divergence = (prob_E * (prob_E.clamp_min(1e-30).log() - log_target_E)).sum()
+            losses.append(self.balance * even + self.pull * divergence)
+        return torch.stack(losses).mean()
+
+
+def label_skew(population: Population, client: int) -> float:
+    """h_n: how far the client's shares of classes (or domains) are from uniform, in [0, 1]; 0 where unknown [E]."""
+    if population.counts_CD is None or not population.counts_CD[client].sum() > 0:
+        return 0.0
+    counts_D = np.asarray(population.counts_CD[client], dtype=np.float64)
+    return jensen_shannon(counts_D / counts_D.sum(), np.full(len(counts_D), 1 / len(counts_D)))
+
+
+def jensen_shannon(p_D: np.ndarray, q_D: np.ndarray) -> float:
+    """(KL(p || m) + KL(q || m)) / 2 in bits, m = (p + q) / 2: 0 for equal distributions, 1 for disjoint ones."""
+    m_D = (p_D + q_D) / 2
+    terms = [part[part > 0] * np.log2(part[part > 0] / m_D[part > 0]) for part in (p_D, q_D)]
+    return min(1.0, max(0.0, math.fsum(np.concatenate(terms)) / 2))
+
+
+def routing_target(seen_LE: np.ndarray | None, skew: float, *, shape: tuple[int, ...]) -> np.ndarray:
+    """Pi_n = (1 - h_n) uniform + h_n (running P_n), uniform for a client not yet heard [E]; at least a floor, sum 1."""
+    uniform_LE = np.full(shape, 1 / shape[-1])
+    target_LE = uniform_LE if seen_LE is None else (1 - skew) * uniform_LE + skew * seen_LE
+    floored_LE = np.maximum(target_LE, TARGET_FLOOR)
+    return np.asarray(floored_LE / floored_LE.sum(axis=1, keepdims=True))

@@ -1,0 +1,228 @@
+"""FLEX-MoE (arXiv 2512.23070): experts are assigned by fitness under load bounds, and every client keeps its own gate.
+
+The paper's formulas were not to be had. Tags: [N] read through published notes (the loop, the program over fitness with
+load bounds and historical deficits, local gates, the feedback), [E] our explicit form of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.aggregate import Sums, dense_mean, expert_mean
+from fedmoe_core.algorithms import Algorithm
+from fedmoe_core.assignment import Fitness, Program, assign_layers, next_deficit, observe, quality, scores
+from fedmoe_core.budget import Cost
+from fedmoe_core.client import LocalResult
+from fedmoe_core.expert_feedback import ExpertFeedback
+from fedmoe_core.plan import ExpertPlan
+from fedmoe_core.planning import Asks, client_room, plan_of_masks
+from fedmoe_core.reports import failed_update, finished_update
+from fedmoe_core.rng import counter_rng
+from fedmoe_core.selection import knapsack
+from fedmoe_core.state import ServerState, initial_state, recall, remember
+from fedmoe_core.systems import Equation, System
+from fedmoe_core.update import ClientUpdate
+
+JITTER = 1e-3  # of a z-score: equal scores are told apart by a draw, not by the order of clients or the solver's taste
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What the server remembers of the rounds so far, in its memory.
+
+    Attributes:
+        mean_LCE, tried_LCE: fitness of every client-expert pair, as ``assignment.Fitness`` of each layer.
+        deficit_LE: load that an expert is owed.
+        next_CLE: who would get which expert if everybody took part in the next round.
+    """
+
+    mean_LCE: np.ndarray
+    tried_LCE: np.ndarray
+    deficit_LE: np.ndarray
+    next_CLE: np.ndarray
+
+
+@dataclass(frozen=True)
+class FlexMoE(Algorithm):
+    """The four phases of a round: assign, train with the own gate, aggregate by usage, update fitness and loads."""
+
+    has_global_model: ClassVar[bool] = False
+    card: ClassVar[System] = System(
+        name="flex_moe",
+        title="FLEX-MoE",
+        paper="Zhang et al., FLEX-MoE, arXiv 2512.23070",
+        equations=(
+            Equation("feedback", "N", "usage, accuracy and mean loss of each client-expert pair"),
+            Equation("fitness", "E", "moving average of accuracy, exp(-loss) and usage share; z-scores, exploration"),
+            Equation("program", "N", "assignment of experts by fitness with lower and upper load bounds"),
+            Equation("program, form", "E", "a mixed-integer program with priced slack, one for each layer"),
+            Equation("deficit", "E", "max(0, d + mean load - load), added to fitness as a share of the mean load"),
+            Equation("gate", "N", "local, never aggregated; there is no global model"),
+            Equation("experts", "N", "aggregated among the assigned, weighted by usage"),
+            Equation("feature extractor", "E", "FedAvg by data volume where it trains"),
+        ),
+        approximated=(
+            "fitness, deficit and program are our reading: the paper's own formulas were not to be had",
+            "loss and accuracy are measured in a forward pass over a few local samples after training, and a sample "
+            "counts for each expert by its tokens there; the paper's image models route whole samples",
+            "all clients' gates start as the pretrained router",
+        ),
+    )
+
+    def init(self, params: dict[str, Tensor]) -> ServerState:
+        """Nothing is known of any pair, so the first assignment is a balanced draw."""
+        layers, experts = self.population.spec.num_layers, self.population.spec.num_experts
+        clients = len(self.population.budgets)
+        mean_LCE, deficit_LE = np.zeros((layers, clients, experts)), np.zeros((layers, experts))
+        next_CLE = np.zeros((clients, layers, experts), dtype=bool)
+        known = Feedback(mean_LCE, np.zeros(mean_LCE.shape, dtype=np.int64), deficit_LE, next_CLE)
+        return self._with_next(initial_state(params, clients), known)
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """Phase 1: the round's clients share out the experts of each layer."""
+        known = recall(Feedback, state.memory)
+        held_CLE = known.next_CLE
+        if len(set(clients)) < len(held_CLE):
+            held_CLE = self._assigned(state, known, sorted(clients))
+        return [self._plan(state, client, held_CLE[client]) for client in clients]
+
+    def personal(self, state: ServerState, client: int) -> ExpertPlan:
+        """The client's own gate over the experts that it would be assigned if everybody took part."""
+        return self._plan(state, client, recall(Feedback, state.memory).next_CLE[client])
+
+    def _plan(self, state: ServerState, client: int, held_LE: np.ndarray) -> ExpertPlan:
+        routers = [state.params[key] for key in self._gates()]
+        gate = state.memory.get(f"gate/{client}", routers)
+        rows = {
+            key: dict(enumerate(gate_EH.to(router.device)))
+            for key, gate_EH, router in zip(self._gates(), gate, routers, strict=True)
+        }
+        asks: Asks = {**self._asks(client, held_LE, first_participation=state.visits[client] == 0), "rows": rows}
+        return plan_of_masks(self.population, state, client, held_LE, **asks)
+
+    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+        """Phase 2's end: deltas of experts by usage and of the feature extractor; the gate stays, feedback goes up."""
+        samples = self.population.sample_weight(plan.client)
+        if result.profile is None:
+            return failed_update(plan, result, samples)
+        most = self.population.config.train.local_steps * self.population.costs.tokens  # rows that an expert may get
+        gates = []
+        for key, trained_E in zip(self._gates(), plan.trainable_LE, strict=True):
+            gates.append(torch.stack([plan.rows[key][expert] for expert in range(len(trained_E))]))
+            if trained_E.any():
+                gates[-1][torch.from_numpy(trained_E)] = result.kept[key]
+        return finished_update(
+            plan,
+            result,
+            samples=int(self.population.samples_C[plan.client]),
+            sample_weight=samples,
+            expert_weight_LE=np.minimum(result.profile.rows_LE / most, 1.0) * plan.trainable_LE,
+            router_weight_LE=np.zeros(plan.trainable_LE.shape),
+            gate_weight=0.0,
+            private={"gate": torch.stack(gates), **result.probed},  # the plan's surcharge holds the feedback's bytes
+        )
+
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """Phases 3 and 4: theta_e += sum_c u_ce Delta / sum_c u_ce, psi by |D_c|; then fitness and deficits."""
+        heard = {update.client: update.profile for update in updates if update.profile is not None}
+        params = {**state.params, **expert_mean(sums, state.params), **dense_mean(sums, state.params)}
+        known = recall(Feedback, state.memory)
+        usage_LCE, assigned_LCE = np.zeros(known.mean_LCE.shape), np.zeros(known.mean_LCE.shape, dtype=bool)
+        seen_3LCE = np.zeros((3, *known.mean_LCE.shape))
+        gates = {}
+        for update in updates:
+            if update.profile is None:
+                continue
+            usage_LCE[:, update.client] = update.profile.rows_LE
+            assigned_LCE[:, update.client] = update.profile.held_LE
+            gates[f"gate/{update.client}"] = update.private["gate"]
+            if "feedback" in update.private:
+                seen_3LCE[:, :, update.client] = update.private["feedback"].numpy()
+        rows_LCE, loss_LCE, right_LCE = seen_3LCE
+        unseen_LCE = np.where(rows_LCE > 0, rows_LCE, np.nan)
+        found_LCE = quality(right_LCE / unseen_LCE, loss_LCE / unseen_LCE, usage_LCE)
+        rate = self.population.config.flex_moe.rate
+        fitness = observe(Fitness(known.mean_LCE, known.tried_LCE), found_LCE, assigned_LCE, rate=rate)
+        load_LE = np.tensordot(assigned_LCE, self._loads(), axes=(1, 0))
+        deficit_LE = next_deficit(known.deficit_LE, load_LE)
+        known = replace(known, mean_LCE=fitness.mean_CE, tried_LCE=fitness.tried_CE, deficit_LE=deficit_LE)
+        memory = {**state.memory, **gates}
+        return self._with_next(state.advance(params, heard, [u.client for u in updates], memory=memory), known)
+
+    def _with_next(self, state: ServerState, known: Feedback) -> ServerState:
+        """The state that remembers ``known`` and the assignment of everybody that follows from it."""
+        known = replace(known, next_CLE=self._assigned(state, known, range(len(state.visits))))
+        return replace(state, memory={**state.memory, **remember(known)})
+
+    def _assigned(self, state: ServerState, known: Feedback, clients: Sequence[int]) -> np.ndarray:
+        """Who holds what, (C, L, E), when ``clients`` take part; nothing for the others."""
+        facts, chosen = self.population, self.population.config.flex_moe
+        members = list(clients)
+        scores_LCE = scores(Fitness(known.mean_LCE, known.tried_LCE), state.round, exploration=chosen.exploration)
+        for client in members:
+            draw = counter_rng(facts.config.seed, "flex-moe", state.round, client)
+            scores_LCE[:, client] += JITTER * draw.standard_normal(known.deficit_LE.shape)
+        assignments = assign_layers(
+            scores_LCE[:, members],
+            np.stack([self._counts(client, state) for client in members], axis=1),
+            self._loads()[members],
+            deficit_LE=known.deficit_LE,
+            program=Program(chosen.deficit_weight, chosen.delta, chosen.slack_price),
+        )
+        held_CLE = np.zeros(known.next_CLE.shape, dtype=bool)
+        held_CLE[members] = np.stack([one.chosen_CE for one in assignments], axis=1)
+        return held_CLE
+
+    def _loads(self) -> np.ndarray:
+        """n_c, the load that a client puts on each of its experts."""
+        return np.array([self.population.sample_weight(client) for client in range(len(self.population.budgets))])
+
+    def _counts(self, client: int, state: ServerState) -> np.ndarray:
+        """k_c of each layer: as many experts as the client's own budget holds, spread evenly over the layers [E].
+
+        The experts of a layer cost the same, so whichever are assigned fit too.
+        """
+        spec, first = self.population.spec, state.visits[client] == 0
+        all_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
+        room = client_room(
+            self.population,
+            client,
+            first_participation=first,
+            **self._asks(client, all_LE, first_participation=first),
+        )
+        # The nth expert of every layer is worth the same and less than the one before, so layers fill side by side.
+        worth_LE = all_LE * np.arange(spec.num_experts, 0.0, -1.0)
+        chosen_LE = knapsack(worth_LE, room.costs_DLE, [int(free) for free in room.free_D]).chosen_LE
+        return np.asarray(chosen_LE.sum(axis=1))
+
+    def _asks(self, client: int, held_LE: np.ndarray, *, first_participation: bool) -> Asks:
+        """The gate stays; feedback is measured by whoever can pay for it beside a training step [E].
+
+        The gate that a client starts from travels once, with the trunk.
+        """
+        facts, config = self.population, self.population.config
+        samples = min(config.flex_moe.feedback, config.train.local_steps * config.train.batch_size)
+        tokens, all_LE = samples * facts.costs.tokens // config.train.batch_size, np.ones_like(held_LE)
+        most = facts.costs.forward_flops(all_LE, tokens=tokens) + facts.costs.step_flops(all_LE, all_LE, top_k=1)
+        limit = facts.budgets[client].flops
+        pays = samples > 0 and (limit is None or most <= limit)
+        gates = facts.costs.total_experts * facts.costs.hidden_size * facts.costs.weight_bytes
+        return {
+            "keeps": frozenset({"router"}),
+            "after": ExpertFeedback(samples) if pays else None,
+            "surcharge": Cost(
+                flops=facts.costs.forward_flops(held_LE, tokens=tokens) if pays else 0.0,
+                bytes_down=gates if first_participation else 0,
+                bytes_up=3 * 8 * held_LE.size if pays else 0,
+            ),
+        }
+
+    def _gates(self) -> list[str]:
+        """Keys of the routers, by layer."""
+        return [f"moe.{layer}.router" for layer in range(self.population.spec.num_layers)]

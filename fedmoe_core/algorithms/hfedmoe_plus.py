@@ -1,0 +1,125 @@
+"""HFedMoE+: HFedMoE with the ingredients that measured best, each a word of ``[plus]`` that an ablation can take away.
+
+In one breath: a client keeps the experts whose removal would change its loss most, measured per routed row and times
+its own demand; now and then one of them gives way to an expert that it lacks; the server adds up what the trainers of
+an expert changed and divides by everybody, so that those who did not train it vote "no change"; router rows are
+averaged one by one, by how much each client used the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from fedmoe_core.aggregate import Sums
+from fedmoe_core.algorithms import Algorithm
+from fedmoe_core.algorithms.hfedmoe import HFedMoE
+from fedmoe_core.budget import NOTHING, Cost
+from fedmoe_core.client import LocalResult
+from fedmoe_core.config import Config
+from fedmoe_core.importance import cumulative
+from fedmoe_core.plan import ExpertPlan
+from fedmoe_core.planning import Asks, make_plan
+from fedmoe_core.redundancy import discounted, mean_outputs, overlap
+from fedmoe_core.state import ServerState
+from fedmoe_core.systems import Equation, System
+from fedmoe_core.update import ClientUpdate
+
+
+@dataclass(frozen=True)
+class HFedMoEPlus(Algorithm):
+    """HFedMoE under other settings, and the three things that no setting of HFedMoE has.
+
+    Those are a router that stays frozen, activation counts as importance, and experts that are worth less beside
+    others that say the same.
+    """
+
+    card: ClassVar[System] = System(
+        name="hfedmoe_plus",
+        title="HFedMoE+",
+        paper="this package, after arXiv 2601.00583",
+        equations=(
+            Equation("importance", "E", "|s * dL/ds| per routed row, times the client's own top-k choices, per layer"),
+            Equation("17, damped", "E", "sum of |D_c| delta over trainers, divided by |D_c| of the whole round"),
+            Equation("20, row-wise", "E", "one weight for each router row; or a frozen router"),
+            Equation("exploration", "E", "a held expert sometimes gives way to an absent one, by own demand"),
+            Equation("redundancy", "E", "scores less rho * p_e p_e' max(0, cos(m_e, m_e')) to better experts; off"),
+            Equation("16, 19", "N", "usage and row weights, as HFedMoE"),
+        ),
+        approximated=(
+            "redundancy compares experts on inputs that the router itself prefers (its own rows), because the server "
+            "has no client data, and chooses greedily",
+        ),
+    )
+
+    @property
+    def base(self) -> HFedMoE:
+        """The HFedMoE that does everything else."""
+        return HFedMoE(replace(self.population, config=as_hfedmoe(self.population.config)))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether routers neither train nor travel."""
+        return self.population.config.plus.gate == "frozen"
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """The experts of largest score within each budget, one of them sometimes exchanged."""
+        scores, base = self.scores(state), self.base
+        return [make_plan(base.population, state, c, scores[c], **self._asks(state, c)) for c in clients]
+
+    def scores(self, state: ServerState) -> list[np.ndarray]:
+        """One score per (layer, expert) and client, by ``plus.importance``, less ``plus.redundancy`` of doubles."""
+        plus, prior = self.population.config.plus, self.population.prior
+        known = [profile or prior for profile in state.profiles]
+        if plus.importance == "hits":
+            scores = [cumulative(profile.hits_LE, profile.tokens_L) for profile in known]
+        else:
+            scores = self.base.scores(state)
+        if plus.redundancy == 0:
+            return scores
+        outputs_LEH = mean_outputs(state.params, self.population.spec)
+        used = [cumulative(profile.prob_sum_LE, profile.tokens_L) for profile in known]
+        return [
+            discounted(score_LE, plus.redundancy * overlap(used_LE, outputs_LEH))
+            for score_LE, used_LE in zip(scores, used, strict=True)
+        ]
+
+    def _asks(self, state: ServerState, client: int) -> Asks:
+        """A frozen router trains nowhere and travels once, with the trunk."""
+        if not self.frozen:
+            return Asks()
+        costs = self.population.costs
+        router = costs.total_experts * costs.hidden_size * costs.weight_bytes
+        first = Cost(bytes_down=router) if state.visits[client] == 0 else NOTHING
+        return Asks(keeps=frozenset({"router"}), train_router=False, surcharge=first)
+
+    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+        """The weights of HFedMoE; none for a router that did not train."""
+        update = self.base.client(plan, result)
+        if not self.frozen:
+            return update
+        return replace(update, router_weight_LE=np.zeros_like(update.router_weight_LE), gate_weight=0.0)
+
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """The aggregation of HFedMoE; a router without weight keeps its bits."""
+        return self.base.apply(state, sums, updates)
+
+
+def as_hfedmoe(config: Config) -> Config:
+    """The configuration in HFedMoE's words: what ``[plus]`` says of selection and aggregation.
+
+    Taylor importance goes without eq. 14's penalty, which was measured to work against the choice (the KL term alone
+    correlates with true importance at +.64 to +.81); ``s`` and ``ib`` are exactly the paper's.
+    """
+    plus = config.plus
+    score = "taylor" if plus.importance == "hits" else plus.importance
+    beta = 0.0 if plus.importance == "taylor" else config.selection.beta
+    gate = "row-wise" if plus.gate == "frozen" else plus.gate
+    return replace(
+        config,
+        selection=replace(config.selection, score=score, beta=beta, explore=plus.explore),
+        aggregation=replace(config.aggregation, experts=plus.mean, gate=gate),
+    )

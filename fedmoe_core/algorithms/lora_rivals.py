@@ -1,0 +1,248 @@
+"""HetLoRA (arXiv 2401.06432) and FlexLoRA (arXiv 2402.11505): adapters on all experts, of a rank for each client.
+
+Neither paper was opened here: formulas are from notes [N], readings ours [E].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.adapter import LoraSpec
+from fedmoe_core.aggregate import Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.algorithms import Algorithm
+from fedmoe_core.capacity import largest_plan
+from fedmoe_core.client import LocalResult
+from fedmoe_core.config import Config
+from fedmoe_core.lora import Adapter, Spectrum, kept_ranks, resize
+from fedmoe_core.plan import ExpertPlan
+from fedmoe_core.planning import plan_of_masks
+from fedmoe_core.ranked import RankProbe, TailLoss, padded, tail_tables, without_missing_ranks
+from fedmoe_core.reports import failed_update, finished_update
+from fedmoe_core.state import Population, ServerState
+from fedmoe_core.systems import Equation, System
+from fedmoe_core.update import ClientUpdate
+
+UNCOUNTED = (
+    "a budget in experts cannot be kept, since every expert is resident; such a client gets its share of the ranks and "
+    "the run is shown as not inside the budgets",
+    "the trunk follows train.trunk, as in every other system",
+)
+
+
+@dataclass(frozen=True)
+class HetLora(Algorithm):
+    """The server's adapters cut to each client's rank, zero-padded on return, averaged by the norm of their product."""
+
+    card: ClassVar[System] = System(
+        name="hetlora",
+        title="HetLoRA",
+        paper="Cho et al., HetLoRA, arXiv 2401.06432",
+        equations=(
+            Equation("truncation", "N", "client k gets the first r_k ranks of the server's A and B"),
+            Equation("aggregation", "N", "A = sum_k w_k pad(A_k), B likewise; a rank that a client lacks votes zero"),
+            Equation("weights", "N", "w_k = ||B_k A_k||_F over its sum among clients"),
+            Equation("weights, by expert", "E", "one weight for each expert, over both of its matrices"),
+            Equation("regulariser", "N", "loss + lambda ||B_k[:, gamma r:]||_F ||A_k[gamma r:, :]||_F, summed"),
+            Equation("self-pruning", "N", "r_k falls to gamma r_k where that product shrank in local training"),
+            Equation("r_k", "E", "the largest rank whose local steps the client's budget pays"),
+            Equation("router", "E", "trained and averaged by |D_k|"),
+        ),
+        approximated=(*UNCOUNTED, "all adapters of a client share one rank, and are pruned together"),
+    )
+
+    @classmethod
+    def lora(cls, config: Config) -> LoraSpec | None:
+        """The server's adapters, part of the global model."""
+        return LoraSpec(rank=config.lora.rank, alpha=config.lora.alpha)
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """All experts at rank r_k, or at what self-pruning has left of it."""
+        return [self._plan(state, client) for client in clients]
+
+    def _plan(self, state: ServerState, client: int) -> ExpertPlan:
+        chosen = self.population.config.lora
+        left = int(state.memory.get(f"rank/{client}", torch.tensor(chosen.rank)))
+        all_LE = everything(self.population)
+
+        def of_size(population: Population, rank: int, budgeted: bool) -> ExpertPlan:
+            rank = min(rank, left)
+            keep = kept_ranks(rank, chosen.keep_share)
+            tail = keep < rank and chosen.tail > 0
+            return plan_of_masks(
+                population,
+                state,
+                client,
+                all_LE,
+                budgeted=budgeted,
+                lora_rank=rank,
+                cached_LE=all_LE if state.visits[client] else None,
+                after=RankProbe(keep),
+                aux=TailLoss(chosen.tail, keep, tail_tables(population.costs_at(rank))) if tail else None,
+            )
+
+        return largest_plan(self.population, client, chosen.rank, of_size)
+
+    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+        """Padded adapters under the norm of their product, and the rank that is left for the next round."""
+        samples, chosen = self.population.sample_weight(plan.client), self.population.config.lora
+        if result.profile is None:
+            return failed_update(plan, result, samples)
+        assert plan.lora_rank is not None
+        # Over the norm of the frozen expert, which is the same for all clients, so that it fits a weight's range.
+        norm_LE = (result.probed["norm_LE"] / result.probed["base_LE"]).clamp(max=1.0).numpy()
+        shrunk = float(result.probed["tail_after"]) < float(result.probed["tail_before"])
+        left = kept_ranks(plan.lora_rank, chosen.keep_share) if shrunk else plan.lora_rank
+        return finished_update(
+            plan,
+            result,
+            samples=int(self.population.samples_C[plan.client]),
+            sample_weight=samples,
+            expert_weight_LE=norm_LE * plan.trainable_LE,
+            router_weight_LE=samples * plan.trainable_LE,
+            gate_weight=samples,
+            deltas=padded(result.deltas, chosen.rank),
+            private={"ranks": torch.tensor([plan.lora_rank, left])},
+            metrics={"rank": plan.lora_rank, "pruned_to": left},
+        )
+
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """Weighted means of zero-padded adapters; an expert whose product is zero everywhere stays."""
+        ranked = {update.client: update for update in updates if update.private}
+        votes = [(int(u.private["ranks"][0]), u.expert_weight_LE) for u in ranked.values()]
+        experts = without_missing_ranks(expert_mean(sums, state.params), state.params, sums, votes)
+        left = {f"rank/{client}": update.private["ranks"][1] for client, update in ranked.items()}
+        heard = {update.client: update.profile for update in updates if update.profile is not None}
+        params = {**state.params, **experts, **gate_mean(sums, state.params, "fedavg")}
+        params |= dense_mean(sums, state.params)
+        return state.advance(params, heard, [update.client for update in updates], memory={**state.memory, **left})
+
+
+@dataclass(frozen=True)
+class FlexLora(Algorithm):
+    """The products of all clients' adapters are summed exactly, and each client gets the best of that at its own rank.
+
+    The global model is W + the sum. Clients keep the frozen W, and are sent the first r_k singular directions of it.
+    """
+
+    card: ClassVar[System] = System(
+        name="flexlora",
+        title="FlexLoRA",
+        paper="Bai et al., FlexLoRA, arXiv 2402.11505",
+        equations=(
+            Equation("aggregation", "N", "Delta W = sum_k p_k B_k A_k, p_k = |D_k| over its sum"),
+            Equation("redistribution", "N", "Delta W = U S V^T; client k starts from B = U_r S_r, A = V_r^T, r = r_k"),
+            Equation("r_k", "E", "the largest rank whose local steps the client's budget pays"),
+            Equation("router", "E", "trained and averaged by |D_k|"),
+        ),
+        approximated=UNCOUNTED,
+    )
+
+    @classmethod
+    def lora(cls, config: Config) -> LoraSpec | None:
+        """Adapters that live for a round; their products are what the experts move by."""
+        return LoraSpec(rank=config.lora.rank, alpha=config.lora.alpha, in_state=False)
+
+    def init(self, params: dict[str, Tensor]) -> ServerState:
+        """The experts that stay frozen are remembered, since the state holds them with the sum added."""
+        frozen = {f"base/{key}": params[key].cpu().clone() for key in expert_keys(self.population)}
+        return replace(super().init(params), memory=frozen)
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """All experts, each the frozen one and the best adapter of rank r_k for the sum."""
+        return [self._plan(state, client) for client in clients]
+
+    def _plan(self, state: ServerState, client: int) -> ExpertPlan:
+        all_LE = everything(self.population)
+
+        def of_size(population: Population, rank: int, budgeted: bool) -> ExpertPlan:
+            return plan_of_masks(
+                population,
+                state,
+                client,
+                all_LE,
+                budgeted=budgeted,
+                lora_rank=rank,
+                cached_LE=all_LE if state.visits[client] else None,
+                rows=start_rows(state.memory, rank),
+            )
+
+        return largest_plan(self.population, client, self.population.config.lora.rank, of_size)
+
+    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+        """The trained product B_k A_k of every matrix under |D_k|."""
+        samples = self.population.sample_weight(plan.client)
+        if result.profile is None:
+            return failed_update(plan, result, samples)
+        products = {}
+        for key in expert_keys(self.population):
+            a, b = (result.kept[factor_key(key, letter)] for letter in "ab")
+            products[key] = _scale(self.population) * Adapter(a, b).product()
+        weight_LE = samples * plan.trainable_LE
+        return finished_update(
+            plan,
+            result,
+            samples=int(self.population.samples_C[plan.client]),
+            sample_weight=samples,
+            expert_weight_LE=weight_LE,
+            router_weight_LE=weight_LE,
+            gate_weight=samples,
+            deltas={**result.deltas, **products},
+            metrics={"rank": plan.lora_rank or 0},
+        )
+
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """W + sum_k p_k B_k A_k, and its singular directions for the next plans."""
+        params = {**state.params, **gate_mean(sums, state.params, "fedavg"), **dense_mean(sums, state.params)}
+        memory = dict(state.memory)
+        rank, scale = self.population.config.lora.rank, _scale(self.population)
+        for spec in sums.specs:
+            if spec.kind != "expert":
+                continue
+            base, den_E = state.memory[f"base/{spec.key}"], sums.expert_den_LE[spec.layer]
+            summed = sums.mean(spec.key, base, den_E)
+            voted_E = (den_E > 0).cpu()[:, None, None]
+            whole = torch.where(voted_E, summed, state.params[spec.key].cpu())
+            u, s, v = torch.linalg.svd((whole - base).double(), full_matrices=False)
+            best = Spectrum(u, s, v).truncate(rank)
+            memory[f"a/{spec.key}"], memory[f"b/{spec.key}"] = best.a.to(base), (best.b / scale).to(base)
+            params[spec.key] = whole.to(state.params[spec.key])
+        heard = {update.client: update.profile for update in updates if update.profile is not None}
+        return state.advance(params, heard, [update.client for update in updates], memory=memory)
+
+
+def everything(population: Population) -> np.ndarray:
+    """Every expert of every layer, bool (L, E)."""
+    return np.ones((population.spec.num_layers, population.spec.num_experts), dtype=bool)
+
+
+def expert_keys(population: Population) -> list[str]:
+    """Keys of the experts' own matrices."""
+    return [f"moe.{layer}.w_{side}" for layer in range(population.spec.num_layers) for side in ("in", "out")]
+
+
+def factor_key(key: str, letter: str) -> str:
+    """``moe.0.w_in`` and "a" give ``moe.0.a_in``."""
+    return key.replace(".w_", f".{letter}_")
+
+
+def start_rows(memory: Mapping[str, Tensor], rank: int) -> dict[str, Mapping[int, Tensor]]:
+    """The frozen experts and the first ``rank`` singular directions of the sum; nothing before the first round."""
+    rows: dict[str, Mapping[int, Tensor]] = {}
+    for name, a in memory.items():
+        if not name.startswith("a/"):
+            continue
+        key = name.removeprefix("a/")
+        cut = resize(Adapter(a, memory[f"b/{key}"]), rank)
+        rows[key] = dict(enumerate(memory[f"base/{key}"]))
+        rows[factor_key(key, "a")], rows[factor_key(key, "b")] = dict(enumerate(cut.a)), dict(enumerate(cut.b))
+    return rows
+
+
+def _scale(population: Population) -> float:
+    return population.config.lora.alpha / population.config.lora.rank

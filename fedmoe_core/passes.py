@@ -1,0 +1,40 @@
+"""What a pass without gradients costs a client, for surcharges: in full precision or over experts in few bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from fedmoe_core.budget import Cost
+from fedmoe_core.costs import CostModel
+from fedmoe_core.slots import group_of
+
+
+def pass_cost(
+    costs: CostModel, held_LE: np.ndarray, *, tokens: int, top_k: int | None = None, bits: int | None = None
+) -> Cost:
+    """Operations and peak memory of forward passes over ``tokens`` tokens, padding included, in training batches.
+
+    Nothing that trains is resident beside it. Traffic is not part of it: what the pass needs to be sent, and what it
+    tells, the caller adds.
+
+    Args:
+        costs: the population's cost model.
+        held_LE: experts that are held, and may be chosen.
+        tokens: over all passes.
+        top_k: choices per token; None = the model's own.
+        bits: 8 or 4, what the experts are stored in (``ModelAdapter.configure(frozen_bits=...)``); None = as they are.
+    """
+    return Cost(
+        memory_bytes=(costs if bits is None else coded(costs, bits)).forward_memory(held_LE, top_k=top_k),
+        flops=costs.forward_flops(held_LE, tokens=tokens, top_k=top_k),
+    )
+
+
+def coded(costs: CostModel, bits: int) -> CostModel:
+    """The cost model with frozen experts in ``bits`` bits: codes, and a float32 scale for each group of columns."""
+    w_out = costs.intermediate_size * costs.hidden_size
+    matrices = ((costs.hidden_size, costs.expert_params - w_out), (costs.intermediate_size, w_out))
+    stored = sum(weights * (bits / 8 + 4 / group_of(columns)) for columns, weights in matrices)
+    return replace(costs, base_bytes=stored / costs.expert_params)

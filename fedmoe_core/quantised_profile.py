@@ -1,0 +1,79 @@
+"""Profiling the whole model in 4 bits: who uses which expert, and how much attention those tokens receive (Flux)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.budget import Cost
+from fedmoe_core.probe import Bench
+from fedmoe_core.quantise import quantised_bytes
+from fedmoe_core.state import Population
+
+BITS = 4
+GROUP = 32  # columns that must divide a matrix for its rows to be stored in 4 bits
+
+
+@dataclass(frozen=True)
+class QuantisedProfile:
+    """f_e = tokens to e / tokens, and abar_e = mean attention score of those tokens: Flux's local profile [N], (L, E).
+
+    Experts are really held in 4 bits; router and trunk stay as they are [E]. The data are the round's local batches,
+    and a token's attention score is what it receives in its block [E]; 1 for all where attention cannot be watched.
+    """
+
+    def __call__(self, bench: Bench) -> dict[str, Tensor]:
+        adapter = bench.adapter
+        shape = (len(adapter.moe), adapter.spec.num_experts)
+        count_LE, attention_LE = torch.zeros(2, *shape, dtype=torch.float64)
+        tokens = 0
+        for layer in adapter.moe:
+            layer.frozen_bits, layer.keep_logits = BITS, True
+        try:
+            nothing_LE = np.zeros(shape, dtype=bool)
+            adapter.configure(bench.params, trainable_LE=nothing_LE, train_router=False, train_head=False)
+            with adapter.watch_attention() as received:
+                for batch in bench.batches():
+                    adapter.evaluate(batch)
+                    tokens += int(batch.mask_SN.sum())
+                    for number, layer in enumerate(adapter.moe):
+                        score_SN = received[number]
+                        score_T = torch.ones(batch.tokens_SN.numel()) if score_SN is None else score_SN.flatten().cpu()
+                        assert layer.last_experts_TK is not None
+                        experts_TK = layer.last_experts_TK.cpu()
+                        row_T, place_K = torch.nonzero(experts_TK >= 0, as_tuple=True)
+                        chosen_R = experts_TK[row_T, place_K]
+                        count_LE[number] += torch.bincount(chosen_R, minlength=shape[1])
+                        attention_LE[number] += torch.bincount(chosen_R, score_T[row_T].double(), minlength=shape[1])
+        finally:
+            for layer in adapter.moe:
+                layer.frozen_bits, layer.keep_logits = None, False
+                layer.forget_logits()
+        return {"freq": count_LE / max(tokens, 1), "attention": attention_LE / count_LE.clamp(min=1)}
+
+
+def profile_cost(population: Population) -> Cost | None:
+    """What the profile costs a client; None where the experts' matrices cannot be stored in 4 bits.
+
+    Codes of all experts travel and are held (twice while they are laid out); they count as experts. Attention weights
+    are tables of (S, heads, N, N) floats, a few of which live at once.
+    """
+    costs, spec, train = population.costs, population.spec, population.config.train
+    if spec.hidden_size % GROUP or spec.intermediate_size % GROUP:
+        return None
+    codes = quantised_bytes([param for param in spec.params if param.kind == "expert"], bits=BITS)
+    nobody_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
+    all_LE = ~nobody_LE
+    routers = costs.total_experts * spec.hidden_size * costs.weight_bytes
+    attention = 4 * costs.tokens * train.seq_len * spec.heads * 4
+    working = 4 * costs.expert_params * 4  # an expert as floats, its matrices dequantised, its codes as floats
+    return Cost(
+        memory_bytes=costs.forward_memory(nobody_LE) + 2 * (codes + routers) + attention + working,
+        flops=costs.forward_flops(all_LE, tokens=train.local_steps * costs.tokens),
+        bytes_down=codes,
+        bytes_up=2 * 8 * costs.total_experts,
+        experts=costs.total_experts,
+    )
