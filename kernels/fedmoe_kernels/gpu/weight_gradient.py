@@ -222,7 +222,7 @@ def bias_gradient(
         "learns": learns_B,
         "N": N,
         "BN": columns,
-        "BT": 64,
+        "BT": 128 // values_XN.element_size(),  # 16 KB a stage, so that four fit GPUs with 99 KB
         "STAGES": 4,
     }
     grid = (G * cdiv(N, columns),)
