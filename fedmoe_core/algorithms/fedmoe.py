@@ -108,8 +108,8 @@ class FedMoE(Algorithm):
             Equation("constants", "E", "reserve, patience, K and balance weight, none of which the paper gives"),
         ),
         approximated=(
-            "stage one, 5 times a round's local steps on adapters, is part of a client's first round, which also trains "
-            "a sub-model by the profiles known so far; a client whose budget does not pay all 5 tunes less or not",
+            "stage one, 5 times a round's steps on adapters, is part of a client's first round, which also trains a "
+            "sub-model by the profiles known so far; a client whose budget does not pay all 5 tunes less, down to none",
             "in language modelling, minus the validation loss stands for accuracy",
         ),
         missing=("label smoothing of the local loss",),
