@@ -31,11 +31,6 @@ class Batch:
         labels_S = None if self.labels_S is None else self.labels_S.to(device)
         return Batch(self.tokens_SN.to(device), self.mask_SN.to(device), labels_S)
 
-    def one(self, place: int) -> Batch:
-        """A batch of its sequence ``place`` alone."""
-        labels_S = None if self.labels_S is None else self.labels_S[place : place + 1]
-        return Batch(self.tokens_SN[place : place + 1], self.mask_SN[place : place + 1], labels_S)
-
 
 @dataclass(frozen=True, eq=False)
 class Encoded:

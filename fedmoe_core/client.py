@@ -106,7 +106,7 @@ def _train(
     began = time.perf_counter()
     adapter, plan, train = bench.adapter, bench.plan, bench.train
     device = next(adapter.model.parameters()).device
-    probed, memory = run_probe(plan.before, bench, device)
+    probed, memory = run_probe(plan.before, bench, device, afresh=True)
     extracting = time.perf_counter()
     configure_for(adapter, bench.params, plan, train_dense=train.trunk == "fedavg")
     extracted = time.perf_counter()

@@ -108,9 +108,10 @@ class AggregationConfig:
 
 @dataclass(frozen=True)
 class FedMoEConfig:
-    """FedMoE's settings (arXiv 2408.11304), none of which the paper gives a value for."""
+    """FedMoE's settings (arXiv 2408.11304); the paper gives a value for ``tunings`` alone, about 5."""
 
     fill: Annotated[float, Between(0.01, 1.0)] = 0.9  # a of eq. 3: share of a budget that stage one may use
+    tunings: Natural = 5  # stage one: passes over a round's batches that fit adapters before the model is profiled
     balance: NaturalReal = 0.01  # alpha of eq. 1: weight of the load-balance loss
     similar: Positive = 5  # K of eq. 5: how many similar clients advise
     patience: Positive = 3  # participations without improvement before a sub-model changes, or is reverted
@@ -126,7 +127,7 @@ class FlexMoEConfig:
     deficit_weight: NaturalReal = 1.0  # eta: what being owed one mean load is worth, in z-scores of fitness
     delta: Share = 0.1  # how far a load may be from the mean
     slack_price: PositiveReal = 3.0  # M: what one mean client of load outside those bounds costs, in z-scores
-    feedback: Natural = 32  # local samples over which a client measures loss and accuracy by expert
+    feedback: Natural = 2  # local batches over which a client measures loss and accuracy by expert
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class FftMoEConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters on the experts: FLAME, HetLoRA and FlexLoRA, and FLAME's weights wherever they are used."""
+    """Adapters on the experts: FLAME, HetLoRA, FlexLoRA, FedMoE's stage one, and FLAME's weights wherever used."""
 
     rank: Positive = 8  # of a client without limits
     alpha: PositiveReal = 16.0  # the product counts alpha / rank, for clients of every rank

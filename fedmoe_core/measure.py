@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.adapter import Batch, ModelAdapter, PlaceLosses
-from fedmoe_core.memory import resident_bytes, trace_memory
+from fedmoe_core.memory import resident_bytes, tensor_bytes, trace_memory
 from fedmoe_core.probe import Bench, Probe
 from fedmoe_core.update import ClientProfile, Evaluation, ExpertFeedback, profile_arrays
 from fedmoe_kernels import RouterStats
@@ -144,11 +145,27 @@ def _fare(adapter: ModelAdapter, places: PlaceLosses) -> np.ndarray:
     return np.stack(fare, axis=1)
 
 
-def run_probe(probe: Probe | None, bench: Bench, device: torch.device) -> tuple[dict[str, Tensor], int]:
-    """A probe's answer, detached and on the CPU, and its peak memory in bytes; nothing where there is no probe."""
+def run_probe(
+    probe: Probe | None, bench: Bench, device: torch.device, *, afresh: bool = False
+) -> tuple[dict[str, Tensor], int]:
+    """A probe's answer, detached and on the CPU, and its peak memory in bytes; nothing where there is no probe.
+
+    ``afresh``: the live model is an earlier client's, whose experts are not the probe's memory. They are shed first, as
+    far as a model can be without experts; what of the model outlives the probe's own configuring is counted once.
+    """
     if probe is None:
         return {}, 0
+    model, spec = bench.adapter.model, bench.adapter.spec
+    if afresh:
+        first_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
+        first_LE[:, 0] = True
+        bench.adapter.configure(bench.params, permitted_LE=first_LE)
+    before = [weakref.ref(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    resident = resident_bytes(model)
     answer, trace = trace_memory(partial(probe, bench), device)
-    bench.adapter.model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     found = {name: tensor.detach().cpu().clone() for name, tensor in answer.items()}
-    return found, resident_bytes(bench.adapter.model) + trace.peak
+    if device.type == "cpu":  # where freeing what was there before lowers no peak, see trace_memory
+        alive = {id(tensor) for tensor in (ref() for ref in before) if tensor is not None}
+        resident = tensor_bytes(tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) in alive)
+    return found, max(resident_bytes(model), resident + trace.peak)

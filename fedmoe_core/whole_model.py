@@ -1,4 +1,4 @@
-"""Profiling the whole model on a client's validation data: the probe, what it costs, and who can bear it."""
+"""Profiling the whole model on a client's validation data, after some fine-tuning of adapters, by who can bear it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.budget import Cost
+from fedmoe_core.local import Stepper, local_optimizer
+from fedmoe_core.passes import pass_cost
 from fedmoe_core.planning import Asks, asked_costs, whole_surcharge
 from fedmoe_core.probe import Bench
 from fedmoe_core.state import Population
@@ -16,42 +18,67 @@ from fedmoe_core.state import Population
 
 @dataclass(frozen=True)
 class WholeModelProbe:
-    """p_ij = n_ij / N of the global model: how often each expert is among the chosen, per token (L, E)."""
+    """p_ij = n_ij / N of the whole model: how often each expert is among the chosen, per token, as "probe" (L, E).
 
-    name: str = "probe"
+    Attributes:
+        tunings: passes over the batches of the client's local training that fit adapters on every expert, and the
+            router, before the model is profiled; 0 profiles it as it is.
+        lora_rank: rank of those adapters, which are dropped with the probe.
+    """
+
+    tunings: int
+    lora_rank: int
 
     def __call__(self, bench: Bench) -> dict[str, Tensor]:
-        bench.adapter.configure(bench.params)
-        hits_LE = torch.zeros(len(bench.adapter.moe), bench.adapter.spec.num_experts, dtype=torch.float64)
+        adapter, spec = bench.adapter, bench.adapter.spec
+        if self.tunings:
+            adapter.configure(bench.params, lora_rank=self.lora_rank, lora_seed=bench.plan.seed)
+            stepper = Stepper(adapter, local_optimizer(adapter, bench.train), bench.train, seed=bench.plan.seed)
+            for _ in range(self.tunings):
+                for batch in bench.batches():
+                    stepper.step(batch)
+        else:
+            nothing_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
+            adapter.configure(bench.params, trainable_LE=nothing_LE)
+        hits_LE = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.float64)
         tokens = 0
         for batch in bench.validation():
-            bench.adapter.evaluate(batch, with_stats=True)
-            stats = [layer.last_stats for layer in bench.adapter.moe]
+            adapter.evaluate(batch, with_stats=True)
+            stats = [layer.last_stats for layer in adapter.moe]
             hits_LE += torch.stack([layer.hits_E.cpu() for layer in stats if layer is not None])
             tokens += int(batch.mask_SN.sum())
-        return {self.name: hits_LE / max(tokens, 1)}
+        return {"probe": hits_LE / max(tokens, 1)}
 
 
-def affordable_probe(population: Population, client: int, asks: Asks, *, first_participation: bool) -> Cost | None:
-    """What the probe costs a client, traffic down apart; None where it and the smallest sub-model exceed the budget.
+def affordable_probe(
+    population: Population, client: int, asks: Asks, *, tunings: int, first_participation: bool
+) -> tuple[WholeModelProbe, Cost] | None:
+    """The probe of most ``tunings`` that a client can bear beside the smallest sub-model, and what it costs.
 
-    The whole model has to be sent, stored and run forward over the validation data. The sub-model is a part of it, so
-    ``model_rest`` is the further traffic of a plan that probes.
+    None where not even the model as it is can be profiled. The whole model has to be sent, stored and run over the
+    validation data. The sub-model is a part of it, so the traffic down of a plan that probes is the cost's and
+    ``model_rest``; adapters do not travel.
     """
-    all_LE = np.ones((population.spec.num_layers, population.spec.num_experts), dtype=bool)
-    least_LE = all_LE & (np.arange(population.spec.num_experts) == 0)
+    spec, config = population.spec, population.config
+    all_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
+    least_LE = all_LE & (np.arange(spec.num_experts) == 0)
     tokens = 0 if population.validation_tokens_C is None else int(population.validation_tokens_C[client])
-    probing = Cost(
-        memory_bytes=population.costs.forward_memory(all_LE),
-        flops=population.costs.forward_flops(all_LE, tokens=tokens),
-        bytes_up=all_LE.size * 8,
-        experts=all_LE.size,
-    )
-    costs, asks = asked_costs(population, asks), {**asks, "surcharge": probing}
+    costs, tuned = asked_costs(population, asks), population.costs_at(config.lora.rank)
     least = costs.predict(least_LE, least_LE, local_steps=1, top_k=1)
-    least = least.with_extra(whole_surcharge(population, client, asks, served_LE=all_LE))
     whole_down = costs.bytes_down(all_LE, first_participation=first_participation)
-    return probing if population.budgets[client].fits(replace(least, bytes_down=whole_down)) else None
+    for count in range(tunings, -1, -1):
+        probing = replace(
+            pass_cost(tuned if count else population.costs, all_LE, tokens=tokens),
+            bytes_up=all_LE.size * 8,
+            experts=all_LE.size,
+        )
+        if count:
+            step = count * config.train.local_steps * tuned.step_flops(all_LE, all_LE)
+            probing = probing.with_extra(Cost(memory_bytes=tuned.memory(all_LE, all_LE), flops=step))
+        extra = whole_surcharge(population, client, {**asks, "surcharge": probing}, served_LE=all_LE)
+        if population.budgets[client].fits(replace(least.with_extra(extra), bytes_down=whole_down)):
+            return WholeModelProbe(count, config.lora.rank), probing
+    return None
 
 
 def model_rest(population: Population, held_LE: np.ndarray) -> int:

@@ -12,10 +12,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from fedmoe_core.adapter import LoraSpec
 from fedmoe_core.aggregate import Sums, dense_mean, expert_mean, gate_mean
 from fedmoe_core.algorithms import Algorithm
 from fedmoe_core.balance import SwitchBalance
 from fedmoe_core.client import LocalResult
+from fedmoe_core.config import Config
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.planning import Asks, client_room, plan_of_masks
 from fedmoe_core.prefix_search import prefix_search, prefixes
@@ -32,7 +34,7 @@ from fedmoe_core.similarity import (
 from fedmoe_core.state import Population, ServerState, recall, remember
 from fedmoe_core.systems import Equation, System
 from fedmoe_core.update import ClientProfile, ClientUpdate, Evaluation
-from fedmoe_core.whole_model import WholeModelProbe, affordable_probe, model_rest
+from fedmoe_core.whole_model import affordable_probe, model_rest
 
 NEW, SETTLED, TRIAL, FROZEN = range(4)  # no sub-model of its own yet; has one; has a changed one; keeps it for good
 
@@ -93,7 +95,12 @@ class FedMoE(Algorithm):
         equations=(
             Equation("1", "P", "local loss with the Switch load-balance loss over the experts present"),
             Equation("3", "P", "the most used experts of each layer, as deep as a share of the budget allows"),
-            Equation("stage one", "P", "mean profile by data volume for clients that cannot hold the whole model"),
+            Equation(
+                "stage one", "P", "LoRA on every expert of the full model, then its activations on validation data"
+            ),
+            Equation(
+                "stage one, mean", "P", "mean profile by data volume for clients that cannot hold the whole model"
+            ),
             Equation("algorithm 1", "P", "unused experts stay, a single holder replaces, several are averaged"),
             Equation("algorithm 1, router", "P", "router rows in the same pattern; dense parameters by FedAvg"),
             Equation("4-6", "P", "similar clients, how many experts to add or remove, and which"),
@@ -101,13 +108,17 @@ class FedMoE(Algorithm):
             Equation("constants", "E", "reserve, patience, K and balance weight, none of which the paper gives"),
         ),
         approximated=(
-            "stage one profiles the full model as it is, where the paper first fine-tunes it with LoRA for 5 rounds",
-            "a client's first round trains a sub-model by the profiles known so far, while it probes the full model; "
-            "the paper probes in rounds of their own",
+            "stage one, 5 times a round's steps on adapters, is part of a client's first round, which also trains a "
+            "sub-model by the profiles known so far; a client whose budget does not pay all 5 tunes less, down to none",
             "in language modelling, minus the validation loss stands for accuracy",
         ),
         missing=("label smoothing of the local loss",),
     )
+
+    @classmethod
+    def lora(cls, config: Config) -> LoraSpec | None:
+        """Adapters for stage one alone; they are never aggregated."""
+        return LoraSpec(config.lora.rank, config.lora.alpha, in_state=False)
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Each client's sub-model by the client-expert map."""
@@ -119,12 +130,12 @@ class FedMoE(Algorithm):
         if known.phase_C[client] != NEW:
             return plan_of_masks(facts, state, client, known.held_CLE[client], **asks)
         first = state.visits[client] == 0
-        probing = affordable_probe(facts, client, asks, first_participation=first)
+        probing = affordable_probe(facts, client, asks, tunings=facts.config.fedmoe.tunings, first_participation=first)
         if probing is not None:
-            asks |= {"surcharge": replace(probing, memory_bytes=0, experts=0), "before": WholeModelProbe()}
+            asks |= {"before": probing[0], "surcharge": replace(probing[1], memory_bytes=0, experts=0)}
         held_LE = self._coarse(known, client, client_room(facts, client, first_participation=first, **asks))
         if probing is not None:
-            asks["surcharge"] = replace(probing, bytes_down=model_rest(facts, held_LE))
+            asks["surcharge"] = replace(probing[1], bytes_down=model_rest(facts, held_LE))
         return plan_of_masks(facts, state, client, held_LE, **asks)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -19,9 +20,11 @@ from fedmoe_core.algorithms import Algorithm
 from fedmoe_core.assignment import Fitness, Program, assign_layers, next_deficit, observe, quality, scores
 from fedmoe_core.budget import Cost
 from fedmoe_core.client import LocalResult
-from fedmoe_core.expert_feedback import ExpertFeedback
+from fedmoe_core.measure import validate
+from fedmoe_core.passes import pass_cost
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.planning import Asks, client_room, plan_of_masks
+from fedmoe_core.probe import Bench
 from fedmoe_core.reports import failed_update, finished_update
 from fedmoe_core.rng import counter_rng
 from fedmoe_core.selection import knapsack
@@ -49,6 +52,21 @@ class Feedback:
 
 
 @dataclass(frozen=True)
+class LocalFeedback:
+    """What the trained sub-model's experts make of local data, (3, L, E): rows, sum of losses, how many are right.
+
+    l_ce = (1/|D_ce|) sum of l(x, y) over D_ce [N], where D_ce are the tokens of ``batches`` local batches that chose e,
+    each with the loss of its own prediction or, in classification, of its sequence [E].
+    """
+
+    batches: int
+
+    def __call__(self, bench: Bench) -> dict[str, Tensor]:
+        found = validate(bench.adapter, islice(bench.batches(), self.batches)).feedback
+        return {"feedback": torch.from_numpy(np.stack([found.rows_LE, found.loss_LE, found.correct_LE]))}
+
+
+@dataclass(frozen=True)
 class FlexMoE(Algorithm):
     """The four phases of a round: assign, train with the own gate, aggregate by usage, update fitness and loads."""
 
@@ -69,8 +87,8 @@ class FlexMoE(Algorithm):
         ),
         approximated=(
             "fitness, deficit and program are our reading: the paper's own formulas were not to be had",
-            "loss and accuracy are measured in a forward pass over a few local samples after training, and a sample "
-            "counts for each expert by its tokens there; the paper's image models route whole samples",
+            "loss and accuracy are measured in a forward pass over a few local batches after training, by token; the "
+            "paper's image models route whole samples",
             "all clients' gates start as the pretrained router",
         ),
     )
@@ -207,20 +225,19 @@ class FlexMoE(Algorithm):
         The gate that a client starts from travels once, with the trunk.
         """
         facts, config = self.population, self.population.config
-        samples = min(config.flex_moe.feedback, config.train.local_steps * config.train.batch_size)
-        tokens, all_LE = samples * facts.costs.tokens // config.train.batch_size, np.ones_like(held_LE)
-        most = facts.costs.forward_flops(all_LE, tokens=tokens) + facts.costs.step_flops(all_LE, all_LE, top_k=1)
+        batches, all_LE = min(config.flex_moe.feedback, config.train.local_steps), np.ones_like(held_LE)
+        tokens, step = batches * facts.costs.tokens, facts.costs.step_flops(all_LE, all_LE, top_k=1)
         limit = facts.budgets[client].flops
-        pays = samples > 0 and (limit is None or most <= limit)
+        pays = batches > 0 and (limit is None or facts.costs.forward_flops(all_LE, tokens=tokens) + step <= limit)
         gates = facts.costs.total_experts * facts.costs.hidden_size * facts.costs.weight_bytes
+        extra = Cost(bytes_down=gates if first_participation else 0)
+        if pays:
+            passing = pass_cost(facts.costs, held_LE, tokens=tokens)
+            extra = extra.with_extra(Cost(flops=passing.flops, bytes_up=3 * 8 * held_LE.size))
         return {
             "keeps": frozenset({"router"}),
-            "after": ExpertFeedback(samples) if pays else None,
-            "surcharge": Cost(
-                flops=facts.costs.forward_flops(held_LE, tokens=tokens) if pays else 0.0,
-                bytes_down=gates if first_participation else 0,
-                bytes_up=3 * 8 * held_LE.size if pays else 0,
-            ),
+            "after": LocalFeedback(batches) if pays else None,
+            "surcharge": extra,
         }
 
     def _gates(self) -> list[str]:

@@ -25,8 +25,14 @@ from fedmoe_core.checkpoint import load_checkpoint
 from fedmoe_core.client import LocalResult
 from fedmoe_core.config import Config
 from fedmoe_core.costs import CostModel
+from fedmoe_core.plan import ExpertPlan
+from fedmoe_core.planning import plan_of_masks
+from fedmoe_core.prepare import build_world
+from fedmoe_core.progress import NullObserver
+from fedmoe_core.ranks import Ranks
 from fedmoe_core.state import Population, ServerState, initial_state, remember
 from fedmoe_core.update import ClientUpdate, Evaluation
+from fedmoe_core.whole_model import WholeModelProbe, affordable_probe
 
 ALL_LE = np.ones((LAYERS, EXPERTS), dtype=bool)
 RNG = np.random.default_rng(3)
@@ -34,8 +40,8 @@ RNG = np.random.default_rng(3)
 
 def population(*overrides: str, budgets: tuple[str, ...] = ("unlimited",) * 3, clients: int = 3) -> Population:
     facts = hand_made_population(*overrides, budgets=budgets)
-    samples_C = np.resize(SAMPLES, clients)
-    return replace(facts, samples_C=samples_C, validation_tokens_C=np.full(clients, 32))
+    samples_C, lora_costs = np.resize(SAMPLES, clients), replace(facts.costs, lora_rank=8)
+    return replace(facts, samples_C=samples_C, validation_tokens_C=np.full(clients, 32), lora_costs=lora_costs)
 
 
 def finished(client: int, quality: float = -1.0) -> LocalResult:
@@ -127,19 +133,38 @@ def test_eq3_theta_is_the_largest_that_the_budget_allows(budget: str, fill: floa
     assert limit.fits(plan.predicted)
 
 
+def first_plan(budget: str, *overrides: str) -> ExpertPlan:
+    return FedMoE(population(*overrides, budgets=(budget,) * 3)).plan(initial_state(model(), 3), [0])[0]
+
+
 def test_only_a_client_that_bears_the_whole_model_probes_it_and_is_charged() -> None:
-    bare = FedMoE(population()).plan(initial_state(model(), 3), [0])[0].predicted
+    bare = first_plan("unlimited").predicted
     rich = "experts=8", f"memory={bare.memory_bytes},down={bare.bytes_down},up={bare.bytes_up},flops={bare.flops}"
     poor = "experts=7", f"down={bare.bytes_down - 1}", "flops=6e4"
-    for budget in (*rich, *poor):
-        facts = population(budgets=(budget,) * 3)
-        plan = FedMoE(facts).plan(initial_state(model(), 3), [0])[0]
-        assert (plan.before is not None) == (budget in rich), budget
-        if plan.before is not None:
-            costs = facts.costs
-            assert plan.predicted.bytes_down == costs.bytes_down(ALL_LE)  # the whole model travels once
-            assert plan.surcharge.flops > costs.forward_flops(ALL_LE, tokens=32)  # and validation
-            assert plan.surcharge.experts == ALL_LE.size
+    costs = population().costs
+    for budget in rich:
+        plan = first_plan(budget)
+        assert plan.before == WholeModelProbe(5, 8)
+        assert plan.predicted.bytes_down == costs.bytes_down(ALL_LE)  # the whole model travels once
+        tuned = replace(costs, lora_rank=8)
+        assert plan.surcharge.memory_bytes == tuned.memory(ALL_LE, ALL_LE)
+        passes = tuned.forward_flops(ALL_LE, tokens=32) + costs.forward_flops(plan.permitted_LE, tokens=32)
+        assert plan.surcharge.flops == pytest.approx(5 * 8 * tuned.step_flops(ALL_LE, ALL_LE) + passes)
+        assert plan.surcharge.experts == ALL_LE.size
+    for budget in poor:
+        assert first_plan(budget).before is None
+
+
+def test_stage_one_tunes_as_often_as_a_clients_operations_pay() -> None:
+    tuned = population().lora_costs
+    assert tuned is not None
+    once, bare = 8 * tuned.step_flops(ALL_LE, ALL_LE), first_plan("unlimited", "fedmoe.tunings=0")
+    assert bare.before == WholeModelProbe(0, 8)
+    for times in (0, 1, 3):
+        plan = first_plan(f"flops={bare.predicted.flops + (times + 0.5) * once}")
+        assert isinstance(plan.before, WholeModelProbe)
+        assert times <= plan.before.tunings <= times + 1  # the least sub-model's steps are fewer than the bare plan's
+        assert plan.budget.fits(plan.predicted)
 
 
 def test_a_client_probes_once_and_stage_one_ends_with_its_first_round() -> None:
@@ -338,6 +363,38 @@ def test_three_rounds_on_text(config: Make, tmp_path: Path) -> None:
             assert entry["real"][kind] <= entry["predicted"][kind], kind
 
 
+@pytest.mark.parametrize("tunings", [0, 2])
+def test_inv2_a_probe_is_bounded_by_its_prediction_and_leaves_the_model_alone(config: Make, tunings: int) -> None:
+    """What probing adds is measured on a client that trains the least: its peak is that of the whole model."""
+    made = config(f"fedmoe.tunings={tunings}", "train.batch_size=1", "model_config.expert_width=64")
+    world = build_world(made.resolved(), Ranks(), NullObserver())
+    facts, least_LE = world.population, np.zeros((2, 8), dtype=bool)
+    least_LE[:, 0] = True
+    found = affordable_probe(facts, 3, {"validate": True}, tunings=tunings, first_participation=True)
+    assert found is not None
+    state = world.algorithm.init(world.params)
+    plan = plan_of_masks(facts, state, 3, least_LE, before=found[0], surcharge=found[1])
+    assert plan.predicted.memory_bytes == found[1].memory_bytes  # more than training needs
+    update = simulate._train_one(world, state, plan)[0]
+    assert 0.9 * found[1].memory_bytes <= update.cost.memory_bytes <= found[1].memory_bytes
+    whole = simulate._train_one(world, state, replace(plan, before=None, surcharge=Cost()))[0]
+    assert update.cost.memory_bytes > whole.cost.memory_bytes
+    assert all(torch.equal(update.deltas[key], delta) for key, delta in whole.deltas.items())
+
+
+def test_adapters_move_the_profile_and_are_gone_after_it(config: Make) -> None:
+    world = build_world(config("train.lr=0.02").resolved(), Ranks(), NullObserver())
+    state, probes = world.algorithm.init(world.params), []
+    plan = world.algorithm.plan(state, [3])[0]
+    for tunings in (0, 0, 1, 5):
+        update = simulate._train_one(world, state, replace(plan, before=WholeModelProbe(tunings, 8)))[0]
+        probes.append(update.private["probe"])
+        assert torch.allclose(probes[-1].sum(dim=1), torch.full((2,), 2.0, dtype=torch.float64))
+    assert torch.equal(probes[0], probes[1])
+    moved = [float((probe - probes[0]).abs().sum()) for probe in probes[2:]]
+    assert 0 < moved[0] < moved[1]
+
+
 def test_inv1_every_kind_of_budget_holds(config: Make) -> None:
     limits = ("memory=550KiB", "down=150kB", "up=80kB", "flops=4e7")
     summary = simulate.run(config("budgets=" + json.dumps(limits), "fedmoe.patience=1"))
@@ -347,7 +404,7 @@ def test_inv1_every_kind_of_budget_holds(config: Make) -> None:
 def test_inv10_a_resumed_run_has_the_same_bits(config: Make, tmp_path: Path) -> None:
     whole = simulate.run(config("clients_per_round=3", "fedmoe.patience=1", out_name="whole"))
 
-    class Stop(simulate.NullObserver):
+    class Stop(NullObserver):
         def on_round(self, round: int, rounds: int, record: Any) -> None:
             if round == 2:
                 raise KeyboardInterrupt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,13 +20,14 @@ from fedmoe_core import simulate
 from fedmoe_core.aggregate import Accumulator, SumSettings
 from fedmoe_core.algorithms.flex_moe import Feedback, FlexMoE
 from fedmoe_core.assignment import coefficient_of_variation, greedy
+from fedmoe_core.batch import Batch, client_batches
 from fedmoe_core.budget import Cost
 from fedmoe_core.checkpoint import load_checkpoint
 from fedmoe_core.client import LocalResult
 from fedmoe_core.config import Config
 from fedmoe_core.measures import measure
 from fedmoe_core.plan import ExpertPlan
-from fedmoe_core.prepare import build_world
+from fedmoe_core.prepare import World, build_world
 from fedmoe_core.progress import NullObserver
 from fedmoe_core.ranks import Ranks
 from fedmoe_core.runs import read_runs
@@ -219,7 +220,7 @@ def test_the_first_gate_is_sent_once_and_feedback_is_paid_by_who_can() -> None:
     first = algorithm.plan(state, [0])[0]
     later = algorithm.plan(replace(state, visits=(1, 1, 1)), [0])[0]
     assert (first.surcharge.bytes_down, later.surcharge.bytes_down) == (gates, 0)
-    assert first.surcharge.flops == algorithm.population.costs.forward_flops(first.permitted_LE, tokens=8 * 4 * 16)
+    assert first.surcharge.flops == algorithm.population.costs.forward_flops(first.permitted_LE, tokens=2 * 64)
     step = algorithm.population.costs.step_flops(first.permitted_LE, first.permitted_LE)
     poor = algorithm_of(budgets=(f"flops={2 * step}",) * 3)
     plan = poor.plan(poor.init(model()), [0])[0]
@@ -279,17 +280,36 @@ def test_three_rounds_on_text(config: Make, tmp_path: Path) -> None:
             assert entry["real"][kind] <= entry["predicted"][kind], kind
 
 
-def test_a_clients_feedback_is_that_of_its_trained_model_by_expert(config: Make) -> None:
-    world = build_world(config("flex_moe.feedback=4").resolved(), Ranks(), NullObserver())
-    _, round_ = simulate.play_round(world, world.algorithm.init(world.params), NullObserver())
-    for plan, update in zip(round_.plans, round_.updates, strict=True):
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_clients_feedback_is_that_of_its_trained_model_by_expert(config: Make, labelled: bool) -> None:
+    made = config("flex_moe.feedback=1", "train.batch_size=1", labelled=labelled)
+    world = build_world(made.resolved(), Ranks(), NullObserver())
+    state = world.algorithm.init(world.params)
+    for plan in world.algorithm.plan(state, [0, 2]):
+        update = simulate._train_one(world, state, plan)[0]
         rows_LE, loss_LE, right_LE = update.private["feedback"].numpy()
-        tokens = 4 * 32
-        np.testing.assert_array_equal(rows_LE.sum(axis=1), np.minimum(2, plan.permitted_LE.sum(axis=1)) * tokens)
+        batch = next(iter(trained_batches(world, plan)))
+        found = world.adapter.evaluate(batch)  # the live model is still the one that trained
+        count = int(batch.mask_SN.sum()) - (not labelled)  # the first token is predicted by nobody
+        choices_L = np.minimum(plan.top_k, plan.permitted_LE.sum(axis=1))
+        np.testing.assert_array_equal(rows_LE.sum(axis=1), choices_L * count)
         assert not rows_LE[~plan.permitted_LE].any()
-        assert not right_LE.any()  # no classes here
-        mean = loss_LE.sum() / rows_LE.sum()
-        assert mean == pytest.approx(update.loss_last, rel=0.3)
+        np.testing.assert_allclose(loss_LE.sum(axis=1), choices_L * count * found.loss_sum / found.count, rtol=1e-4)
+        if labelled:
+            np.testing.assert_array_equal(right_LE, rows_LE * found.correct)
+
+
+def trained_batches(world: World, plan: ExpertPlan) -> Iterator[Batch]:
+    train, data = world.config.train, world.data.clients[plan.client]
+    return client_batches(
+        data.private,
+        seed=world.config.seed,
+        round=plan.round,
+        client=plan.client,
+        steps=plan.local_steps,
+        batch_size=train.batch_size,
+        seq_len=train.seq_len,
+    )
 
 
 def test_inv1_every_kind_of_budget_holds(config: Make) -> None:
