@@ -137,7 +137,7 @@ def test_inv2_a_look_in_few_bits_stays_within_its_closed_form(config: Make, bits
     batches = list(local_public_batches(world.config, world.data, 3))
     bench = Bench(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
     _, peak = run_probe(Look(bits), bench, torch.device("cpu"))
-    # The form takes the transients of a training step for those of a forward, so few bits leave it up to 2.2 times high.
+    # The form takes the transients of a training step for those of a forward: up to 2.2 times high in few bits.
     assert peak <= cost.memory_bytes <= (1.6 if bits is None else 2.2) * peak
     result = train_client(
         world.adapter, state.params, plan, batches, train=world.config.train, costs=costs, redraw=lambda: batches
