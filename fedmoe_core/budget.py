@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fractions import Fraction
@@ -51,16 +52,18 @@ class Budget:
                 raise ValueError(f"budget {word}={limit} is not a limit; give a finite number of at least 0")
 
     @classmethod
-    def parse(cls, text: str, *, spec_experts: int | None = None) -> Budget:
+    def parse(cls, text: str, *, spec_experts: int | None = None, plain: Callable[[int], Cost] | None = None) -> Budget:
         """Read ``experts=25%``, ``memory=40MiB,down=2MB,up=1MB,flops=3e12``, ``unlimited`` or a device profile's name.
 
         A profile may be followed by limits that replace its own (``raspberry-pi-5-8gb,experts=8``). MB is 10^6 and
         MiB 2^20 bytes, case does not matter, a bare number counts bytes, operations or experts. Amounts are rounded
-        down, because a limit may not grow.
+        down, because a limit may not grow. ``memory=25%`` (or down, up) is what a client needs that holds and trains
+        that share of the experts and nothing else: a tier of experts that systems without absent experts can meet too.
 
         Args:
             text: the budget; it becomes ``name``.
             spec_experts: experts of the whole model, layers x experts per layer; a percentage is taken of it.
+            plain: the cost of a client that holds and trains so many experts, for percentages of bytes.
 
         Raises:
             ValueError: unknown word, unit or profile (with the nearest valid one), a bad number, a resource twice.
@@ -75,7 +78,7 @@ class Budget:
                 raise ValueError(f"budget {text!r}: {word!r} is not a resource; {_nearest(word, list(RESOURCES))}")
             if _count(text, word) > 1:
                 raise ValueError(f"budget {text!r}: {word} is given twice; give it once")
-            limits[RESOURCES[word]] = _amount(word, amount, text=text, spec_experts=spec_experts)
+            limits[RESOURCES[word]] = _amount(word, amount, text=text, spec_experts=spec_experts, plain=plain)
         return cls(**limits, name=text.strip())  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -202,20 +205,25 @@ def _count(text: str, word: str) -> int:
     return sum(part.partition("=")[0].strip() == word for part in text.split(","))
 
 
-def _amount(word: str, amount: str, *, text: str, spec_experts: int | None) -> int | float:
+def _amount(
+    word: str, amount: str, *, text: str, spec_experts: int | None, plain: Callable[[int], Cost] | None
+) -> int | float:
     """One amount of a budget's text, as an exact integer of bytes or experts, or a float of operations."""
     match = _NUMBER.fullmatch(amount)
     if match is None:
         raise ValueError(f"budget {text!r}: {amount!r} is not an amount of {word}; write for example {_example(word)}")
     number, unit = Fraction(match[1]), match[2]
-    if word == "experts" and unit == "%":
-        if spec_experts is None:
+    if unit == "%" and word != "flops":
+        if spec_experts is None or (word != "experts" and plain is None):
             raise ValueError(f"budget {text!r}: a share of experts needs a model to be a share of; give a number")
-        return math.floor(number * spec_experts / 100)
+        count = math.floor(number * spec_experts / 100)
+        if word == "experts" or plain is None:
+            return count
+        return int(getattr(plain(count), RESOURCES[word]))
     units = {"experts": {}, "flops": _FLOPS}.get(word, _BYTES)
     size = 1 if not unit else {known.lower(): value for known, value in units.items()}.get(unit.lower())
     if size is None:
-        known = list(units) or ["%"]
+        known = [*units, *(["%"] if word != "flops" else [])]
         raise ValueError(f"budget {text!r}: {unit!r} is not a unit of {word}; {_nearest(unit, known)}")
     return float(number * size) if word == "flops" else math.floor(number * size)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fedmoe_core.budget import Budget
+from fedmoe_core.budget import NOTHING, Budget
 from fedmoe_core.names import ALGORITHMS
 from fedmoe_core.schema import (
     AtLeast,
@@ -134,13 +134,14 @@ class FlexMoEConfig:
 class PlusConfig:
     """Ingredients of HFedMoE+ (``algorithm = "hfedmoe_plus"``), which come before [selection] and [aggregation] there.
 
-    Each can be switched off alone: importance=ib, mean=participation and explore=0 are HFedMoE without it.
+    Each can be switched off alone: importance=ib, mean=participation, explore=0 and train_share=1 are HFedMoE without.
     """
 
     importance: Literal["taylor", "s", "ib", "hits"] = "taylor"  # hits: how often the client's own tokens choose it
     mean: Literal["damped", "participation"] = "damped"
     gate: Literal["row-wise", "frozen", "normalised"] = "row-wise"  # frozen: routers neither train nor travel
     explore: Share = 0.1  # as selection.explore
+    train_share: Annotated[float, Between(0.01, 1.0)] = 0.5  # of what a client could train; the rest buys frozen ones
     redundancy: NaturalReal = (
         0.0  # rho: how much two experts that say the same are worth less; measured to gain nothing
     )
@@ -240,7 +241,8 @@ class Config:
         if not self.budgets or not all(tier.strip() for tier in self.budgets):
             raise ValueError("budgets has an empty tier; give at least one, such as experts=25% or memory=30MiB")
         for tier in self.budgets:
-            Budget.parse(tier, spec_experts=1)  # its words; what a share of experts comes to is known with the model
+            # Its words; what a share of experts comes to is known with the model.
+            Budget.parse(tier, spec_experts=1, plain=lambda count: NOTHING)
         _check_partition(self.partition)
         _check_model(self.model_config)
         if self.fft_moe.top_k > self.fft_moe.experts:

@@ -26,12 +26,14 @@ class Rows:
     Attributes:
         names: resource of each row (memory has one row per stage).
         base_D: int64, cost of a client without any chosen expert.
-        costs_DLE: int64, cost of each expert.
+        costs_DLE: int64, cost of each expert that trains.
+        frozen_D: int64, cost of any expert that is held beside those and only runs.
     """
 
     names: tuple[str, ...]
     base_D: np.ndarray
     costs_DLE: np.ndarray
+    frozen_D: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,8 @@ class CostModel:
         if self.chosen_per_batch is not None:
             return self._rescheduled_memory(permitted_LE, top_k=top_k)
         rows = self.rows("compact", top_k=top_k)
-        frozen = int((permitted_LE & ~trainable_LE).sum()) * self.held_bytes
-        memory_D = rows.base_D + (rows.costs_DLE * trainable_LE).sum(axis=(1, 2)) + frozen
+        frozen = int((permitted_LE & ~trainable_LE).sum())
+        memory_D = rows.base_D + (rows.costs_DLE * trainable_LE).sum(axis=(1, 2)) + frozen * rows.frozen_D
         return int(max(memory for name, memory in zip(rows.names, memory_D, strict=True) if name == "memory"))
 
     def bytes_down(
@@ -298,7 +300,10 @@ class CostModel:
         entries.append(("up", self._base_up, np.full(shape, self._expert_up)))
         entries.append(("experts", self.base_experts, np.ones(shape, int)))
         names, bases, costs = zip(*entries, strict=True)
-        return Rows(names, np.array(bases, dtype=np.int64), np.stack(costs).astype(np.int64))
+        # In backward-masked mode the frozen are all there already, and an expert budget counts those that train.
+        frozen = {"memory": self.held_bytes, "down": expert_down, "up": 0, "experts": 1}
+        frozen_D = np.array([frozen[name] * compact for name in names], dtype=np.int64)
+        return Rows(names, np.array(bases, dtype=np.int64), np.stack(costs).astype(np.int64), frozen_D)
 
     def calibrated(
         self, peaks: Mapping[int, Sequence[int]], permitted_LE: np.ndarray, trainable_LE: np.ndarray, **measured: float

@@ -16,7 +16,7 @@ from fedmoe_core.plan import ExpertPlan, sends_adapters, taught
 from fedmoe_core.probe import Probe
 from fedmoe_core.rescheduling import BatchRule
 from fedmoe_core.rng import counter_rng, counter_seed
-from fedmoe_core.selection import Room, choose, explore, fit_flops, room_of
+from fedmoe_core.selection import Room, choose, explore, fit_flops, room_of, trade_for_frozen
 
 if TYPE_CHECKING:
     from fedmoe_core.state import Population, ServerState
@@ -47,31 +47,34 @@ def make_plan(
     scores_LE: np.ndarray,
     *,
     explore_absent: bool = True,
+    train_share: float = 1.0,
     **asks: Unpack[Asks],
 ) -> ExpertPlan:
     """The experts of largest score within the client's budget, then as much work as its FLOPs allow.
 
     Memory, traffic and count choose the experts (HFedMoE eq. 15 and its real-budget form); FLOPs then set local steps,
     k' and the trainable share. With ``explore_absent`` an absent expert sometimes takes the place of the least valued
-    held one, in proportion to the client's own demand for it, so that no expert stays unseen for ever [E].
+    held one, in proportion to the client's own demand for it, so that no expert stays unseen for ever [E]. With a
+    ``train_share`` below 1 a compact client trains only the best of what it could train, and holds more [E].
 
     Raises:
         ValueError: the budget cannot hold one expert per MoE layer or pay one step; the message says what would do.
     """
     config, mode = population.config, population.config.selection.mode
-    permitted_LE, trainable_LE = choose(
-        _left(population, client, asks),
-        asked_costs(population, asks),
-        scores_LE,
-        client=client,
-        mode=mode,
-        first_participation=state.visits[client] == 0,
-    )
+    left, costs = _left(population, client, asks), asked_costs(population, asks)
+    first = state.visits[client] == 0
+    permitted_LE, trainable_LE = choose(left, costs, scores_LE, client=client, mode=mode, first_participation=first)
+    if train_share < 1 and mode == "compact" and not permitted_LE.all():
+        room = room_of(left, costs, client=client, first_participation=first)
+        permitted_LE, trainable_LE = trade_for_frozen(room, trainable_LE, scores_LE, share=train_share)
     if explore_absent and mode == "compact" and config.selection.explore > 0:
         demand_LE = (state.profiles[client] or population.prior).prob_sum_LE
         rng = counter_rng(config.seed, "explore", state.round, client)
-        permitted_LE = explore(permitted_LE, demand_LE, scores_LE, chance=config.selection.explore, rng=rng)
-        trainable_LE = permitted_LE
+        explored_LE = explore(permitted_LE, demand_LE, scores_LE, chance=config.selection.explore, rng=rng)
+        # A newcomer takes over what the one that left did: it learns, or only runs and is measured.
+        left_L1 = (trainable_LE & ~explored_LE).any(axis=1, keepdims=True)
+        trainable_LE = trainable_LE & explored_LE | explored_LE & ~permitted_LE & left_L1
+        permitted_LE = explored_LE
     return plan_of_masks(population, state, client, permitted_LE, trainable_LE, scores_LE=scores_LE, mode=mode, **asks)
 
 

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.adapter import Batch, ModelAdapter, find_adapter
+from fedmoe_core.adapter import Batch, ModelAdapter, ModelSpec, find_adapter
 from fedmoe_core.algorithms import Algorithm, algorithm_class
 from fedmoe_core.batch import public_batches
-from fedmoe_core.budget import Budget
+from fedmoe_core.budget import Budget, Cost
 from fedmoe_core.calibrate import calibrate
 from fedmoe_core.config import Config, TrainConfig
+from fedmoe_core.costs import CostModel
 from fedmoe_core.data import FederatedData, load_data
 from fedmoe_core.evaluate import validation_batches
 from fedmoe_core.progress import Observer
@@ -81,23 +82,26 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
     observer.on_stage(f"reading {config.data}")
     data = read_data(config, ranks, validation=algorithm_class(config.algorithm).needs_validation)
     adapter = load_model(config, data, ranks.device)
-    spec = adapter.spec
-    budgets = tuple(
-        Budget.parse(config.budgets[client % len(config.budgets)], spec_experts=spec.num_layers * spec.num_experts)
-        for client in range(config.clients)
-    )
-
     form = algorithm_class(config.algorithm)
+    first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
+    padding = may_pad(config, data)
 
-    def measured(model: ModelAdapter, params: dict[str, Tensor]) -> Population:
-        first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
-        lora = form.lora(config)
-        costs = partial(calibrate, model, params, local_settings(config, form), first, padding=may_pad(config, data))
-        whole = costs(lora_rank=lora.rank if lora is not None and lora.in_state else None)
+    def plain_costs(model: ModelAdapter, params: dict[str, Tensor]) -> CostModel | None:
+        if not any("%" in tier for tier in config.budgets):
+            return None
+        return calibrate(model, params, config.train, first, padding=padding)
+
+    def measured(model: ModelAdapter, params: dict[str, Tensor], plain: CostModel | None) -> Population:
+        lora, train = form.lora(config), local_settings(config, form)
+        costs = partial(calibrate, model, params, train, first, padding=padding)
+        own_form = lora is not None or form.graft(config) is not None or train != config.train
+        # One dry step of one shape: a second may find a few bytes more, and a tier would hold an expert less.
+        whole = plain if plain is not None and not own_form else None
+        whole = whole or costs(lora_rank=lora.rank if lora is not None and lora.in_state else None)
         return Population(
             config=config,
             spec=model.spec,
-            budgets=budgets,
+            budgets=deal_budgets(config, adapter.spec, plain),
             costs=whole,
             samples_C=np.array([client.samples for client in data.clients]),
             counts_CD=data.counts_CD,
@@ -110,15 +114,39 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
         # A budget that cannot be served should be refused within seconds, not after minutes of warm-up.
         changes = form.lora(config) is not None or form.graft(config) is not None
         twin = load_model(config, data, ranks.device) if changes else adapter
+        plain = plain_costs(twin, untrained)
         params = take_form(config, form, twin, untrained)
-        algorithm = form(measured(twin, params))
+        algorithm = form(measured(twin, params, plain))
         algorithm.plan(algorithm.init(params), range(config.clients))
 
     params = warm_model(config, data, adapter, ranks, observer, train=train_warmup, before_training=refuse_early)
     observer.on_stage("measuring one local step and the value of experts on public text")
+    plain = plain_costs(adapter, params)
     params = take_form(config, form, adapter, params)
-    population = measured(adapter, params)
+    population = measured(adapter, params, plain)
     return World(config, data, adapter, params, population, form(population), ranks)
+
+
+def deal_budgets(config: Config, spec: ModelSpec, plain: CostModel | None) -> tuple[Budget, ...]:
+    """Each client's budget, the configured tiers dealt in turn.
+
+    Args:
+        config: with the tiers.
+        spec: sizes of the model in its plain form.
+        plain: the cost model of that form; None where no tier is a percentage of bytes.
+    """
+
+    def cost_of(count: int) -> Cost:
+        assert plain is not None
+        # Experts side by side in all layers; what is over goes to the first ones.
+        rank_LE = np.arange(spec.num_experts) * spec.num_layers + np.arange(spec.num_layers)[:, None]
+        return plain.predict(rank_LE < count, rank_LE < count, local_steps=config.train.local_steps)
+
+    total = spec.num_layers * spec.num_experts
+    tiers = [
+        Budget.parse(tier, spec_experts=total, plain=None if plain is None else cost_of) for tier in config.budgets
+    ]
+    return tuple(tiers[client % len(tiers)] for client in range(config.clients))
 
 
 def take_form(

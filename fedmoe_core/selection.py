@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,14 +27,16 @@ class Room(NamedTuple):
     """What a budget's additive limits leave for experts: rows of (memory, down, up, experts) that it limits.
 
     Attributes:
-        costs_DLE: int64, what each expert takes of it.
+        costs_DLE: int64, what each expert that trains takes of it.
         base_D: int64, what is taken before any expert.
         limits_D: int64, the limits themselves.
+        frozen_D: int64, what an expert takes that only runs.
     """
 
     costs_DLE: np.ndarray
     base_D: np.ndarray
     limits_D: np.ndarray
+    frozen_D: np.ndarray
 
     @property
     def free_D(self) -> np.ndarray:
@@ -181,7 +184,40 @@ def room_of(
     _require_feasible(limited, rows, client=client, mode=mode)
     kept = [row for row, name in enumerate(rows.names) if name in limited]
     limits_D = np.array([limited[rows.names[row]] for row in kept], dtype=np.int64)
-    return Room(rows.costs_DLE[kept], rows.base_D[kept], limits_D)
+    return Room(rows.costs_DLE[kept], rows.base_D[kept], limits_D, rows.frozen_D[kept])
+
+
+def trade_for_frozen(
+    room: Room, trained_LE: np.ndarray, scores_LE: np.ndarray, *, share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Train fewer experts and hold more [E]: the permitted and the trainable ones (L, E) within the same room.
+
+    Of ``trained_LE`` the best ``share`` goes on training, at least one in every layer. What the rest took is spent on
+    experts that only run, best first: under a memory limit one that trains (weights, gradient, two moments) makes room
+    for four. Where that buys nothing, as under a limit on their number, the plan is as it was: an expert whose training
+    still fits trains. All experts of a layer cost the same, so best first is the best for this number of trained ones.
+    """
+    layers, wanted = trained_LE.shape[0], math.ceil(share * int(trained_LE.sum()))
+    worth_LE = np.where(trained_LE, scores_LE, -np.inf)
+    learns_LE = np.zeros_like(trained_LE)
+    learns_LE[np.arange(layers), worth_LE.argmax(axis=1)] = True
+    order = np.argsort(-worth_LE, axis=None, kind="stable")[: int(trained_LE.sum())]
+    rest = order[~learns_LE.ravel()[order]]
+    learns_LE.ravel()[rest[: max(0, wanted - layers)]] = True
+    free_D = room.free_D - (room.costs_DLE * learns_LE).sum(axis=(1, 2))
+    held_LE = learns_LE.copy()
+    best = np.argsort(-scores_LE, axis=None, kind="stable")
+    for place in best[~held_LE.ravel()[best]]:
+        if (room.frozen_D <= free_D).all():
+            held_LE.flat[place] = True
+            free_D = free_D - room.frozen_D
+    costs_DP = room.costs_DLE.reshape(len(free_D), -1)
+    for place in best[(held_LE & ~learns_LE).ravel()[best]]:
+        more_D = costs_DP[:, place] - room.frozen_D
+        if (more_D <= free_D).all():
+            learns_LE.flat[place] = True
+            free_D = free_D - more_D
+    return held_LE, learns_LE
 
 
 def fit_flops(

@@ -68,7 +68,10 @@ class HFedMoEPlus(Algorithm):
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """The experts of largest score within each budget, one of them sometimes exchanged."""
         scores, base = self.scores(state), self.base
-        return [make_plan(base.population, state, c, scores[c], **self._asks(state, c)) for c in clients]
+        share = self.population.config.plus.train_share
+        return [
+            make_plan(base.population, state, c, scores[c], train_share=share, **self._asks(state, c)) for c in clients
+        ]
 
     def scores(self, state: ServerState) -> list[np.ndarray]:
         """One score per (layer, expert) and client, by ``plus.importance``, less ``plus.redundancy`` of doubles."""

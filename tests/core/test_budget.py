@@ -86,6 +86,23 @@ def test_parse_refuses_a_share_of_an_unknown_number() -> None:
         Budget.parse("experts=25%")
 
 
+def test_a_share_of_bytes_is_what_a_plain_client_with_that_share_of_experts_needs() -> None:
+    asked: list[int] = []
+
+    def plain(count: int) -> Cost:
+        asked.append(count)
+        return Cost(memory_bytes=100 + count, bytes_down=10 * count, bytes_up=count, experts=count)
+
+    budget = Budget.parse("memory=12.5%,down=29%,up=1kB,experts=50%", spec_experts=32, plain=plain)
+    assert budget == Budget(memory_bytes=104, bytes_down=90, bytes_up=1000, experts=16)
+    assert asked == [4, 9]
+    assert Budget.parse(str(budget)) == budget  # what is saved needs no model to be a share of
+    with pytest.raises(ValueError, match="share of experts"):
+        Budget.parse("memory=25%", spec_experts=32)
+    with pytest.raises(ValueError, match="not a unit of flops"):  # top-k runs as many rows whatever is held
+        Budget.parse("flops=25%", spec_experts=32, plain=plain)
+
+
 @pytest.mark.parametrize("limit", [-1, float("nan"), float("inf")])
 def test_budget_refuses_what_is_no_limit(limit: float) -> None:
     with pytest.raises(ValueError, match="not a limit"):

@@ -111,11 +111,12 @@ def test_additive_rows_say_what_memory_and_bytes_say(seed: int, first: bool, ran
         trunk_trainable=30,
         trunk=replace(DEMO.trunk, step_bytes=seed % 5000, gradient_copies=seed % 2),
     )
-    chosen_LE, _ = masks(seed)
-    permitted_LE = np.ones_like(chosen_LE) if masked else chosen_LE
+    held_LE, chosen_LE = masks(seed)
+    permitted_LE = np.ones_like(chosen_LE) if masked else held_LE
     mode = "backward-masked" if masked else "compact"
     rows = model.rows(mode, top_k=2, first_participation=first)
     used = rows.base_D + (rows.costs_DLE * chosen_LE).sum(axis=(1, 2))
+    used += rows.frozen_D * (permitted_LE & ~chosen_LE).sum()
     cost = model.predict(permitted_LE, chosen_LE, local_steps=3, top_k=2, first_participation=first, mode=mode)
     by_name = {name: max(u for n, u in zip(rows.names, used, strict=True) if n == name) for name in rows.names}
     assert by_name == {
@@ -124,7 +125,7 @@ def test_additive_rows_say_what_memory_and_bytes_say(seed: int, first: bool, ran
         "up": cost.bytes_up,
         "experts": cost.experts,
     }
-    assert cost.experts == chosen_LE.sum()
+    assert cost.experts == (chosen_LE if masked else held_LE).sum()
     assert cost.flops == 3 * model.step_flops(permitted_LE, chosen_LE, top_k=2)
 
 

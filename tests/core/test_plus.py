@@ -157,7 +157,13 @@ def test_smallest_without_limits_is_fedavg() -> None:
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-SETTINGS = ("plus.importance=ib", "plus.mean=participation", "plus.gate=row-wise", "plus.explore=0.1")
+SETTINGS = (
+    "plus.importance=ib",
+    "plus.mean=participation",
+    "plus.gate=row-wise",
+    "plus.explore=0.1",
+    "plus.train_share=1",
+)
 TIERS = 'budgets=["experts=25%", "experts=50%", "experts=100%", "memory=600KiB"]'
 
 
