@@ -82,7 +82,7 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
     observer.on_stage(f"reading {config.data}")
     data = read_data(config, ranks, validation=algorithm_class(config.algorithm).needs_validation)
     adapter = load_model(config, data, ranks.device)
-    form = algorithm_class(config.algorithm)
+    spec, form = adapter.spec, algorithm_class(config.algorithm)
     first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
     padding = may_pad(config, data)
 
@@ -101,7 +101,7 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
         return Population(
             config=config,
             spec=model.spec,
-            budgets=deal_budgets(config, adapter.spec, plain),
+            budgets=deal_budgets(config, spec, plain),
             costs=whole,
             samples_C=np.array([client.samples for client in data.clients]),
             counts_CD=data.counts_CD,
@@ -132,7 +132,7 @@ def deal_budgets(config: Config, spec: ModelSpec, plain: CostModel | None) -> tu
 
     Args:
         config: with the tiers.
-        spec: sizes of the model in its plain form.
+        spec: sizes of the model in its plain form, without grafts.
         plain: the cost model of that form; None where no tier is a percentage of bytes.
     """
 
