@@ -182,8 +182,11 @@ class ModelAdapter(Protocol):
         """Mean next-token loss of the batch, whatever the task: a classifier's trunk predicts by its own embedding."""
         ...
 
-    def evaluate(self, batch: Batch, *, with_stats: bool = False) -> Evaluation:
-        """Loss sum, count and correct predictions, without gradients; ``with_stats`` lets the layers measure."""
+    def evaluate(self, batch: Batch, *, with_stats: bool = False, log_prior_C: Tensor | None = None) -> Evaluation:
+        """Loss sum, count and correct predictions, without gradients; ``with_stats`` lets the layers measure.
+
+        ``log_prior_C`` is added to the logits of a classifier.
+        """
         ...
 
     def watch_attention(self) -> AbstractContextManager[list[Tensor | None]]:

@@ -139,7 +139,7 @@ class PlusConfig:
 
     importance: Literal["taylor", "s", "ib", "hits"] = "taylor"  # hits: how often the client's own tokens choose it
     mean: Literal["damped", "participation"] = "damped"
-    gate: Literal["row-wise", "frozen", "normalised"] = "row-wise"  # frozen: routers neither train nor travel
+    gate: Literal["personal", "row-wise", "frozen", "normalised"] = "personal"  # frozen: neither trains nor travels
     explore: Share = 0.1  # as selection.explore
     train_share: Annotated[float, Between(0.01, 1.0)] = 0.5  # of what a client could train; the rest buys frozen ones
     redundancy: NaturalReal = (

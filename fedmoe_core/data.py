@@ -79,6 +79,13 @@ class FederatedData:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def class_shares(self, client: int) -> np.ndarray | None:
+        """The client's own class shares, one row of each class added so that none is 0; None without classes."""
+        if self.task != "classification":
+            return None
+        counts_D = self.counts_CD[client] + 1.0
+        return counts_D / counts_D.sum()
+
 
 def load_corpus(source: str) -> Corpus:
     """Read ``stdlib``, ``csv:FILE`` or ``jsonl:FILE``.

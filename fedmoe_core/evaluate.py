@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from fedmoe_core.adapter import Evaluation, ModelAdapter
 from fedmoe_core.batch import Batch, Encoded, eval_batches
 from fedmoe_core.config import Config
 from fedmoe_core.data import ClientData
+from fedmoe_core.local import log_prior
 from fedmoe_core.state import ServerState
 from fedmoe_core.submodel import configure_for
 
@@ -31,7 +34,9 @@ class Held:
             where the algorithm has no global model.
         accuracy: share of the global test split that is right; None where the task has no classes, or as ``loss``.
         loss_C, accuracy_C: the same on each client's own held-out data.
-        personal_loss_C, personal_accuracy_C: of each client's own deployable model on its own held-out data.
+        personal_loss_C, personal_accuracy_C: of each client's own deployable model on its own held-out data. Where
+            training adjusted the logits by the client's log class shares, its own model still does: that is the
+            predictor that was trained; without the shares it answers for a world of even classes.
         seconds: wall-clock.
     """
 
@@ -78,10 +83,12 @@ def _evaluate_global(world: World, state: ServerState) -> Held:
 
 def _evaluate_personal(world: World, state: ServerState) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
     """Loss and, where there are classes, accuracy of every client's own model."""
+    train, device = world.config.train, world.ranks.device
 
-    def become(client: int) -> None:
+    def become(client: int) -> Tensor | None:
         plan = world.algorithm.personal(state, client)
         configure_for(world.adapter, state.params, plan, train_dense=False)
+        return log_prior(world.data.class_shares(client), train, device)
 
     parts = [client.test for client in world.data.clients]
     losses, shares = _evaluate_parts(world, parts, [world.config.eval.sequences] * len(parts), become)
@@ -89,16 +96,19 @@ def _evaluate_personal(world: World, state: ServerState) -> tuple[tuple[float, .
 
 
 def _evaluate_parts(
-    world: World, parts: Sequence[Encoded], limits: Sequence[int], become: Callable[[int], None]
+    world: World, parts: Sequence[Encoded], limits: Sequence[int], become: Callable[[int], Tensor | None]
 ) -> tuple[list[float], list[float]]:
-    """Mean loss and share of correct predictions on each part, after the live model became what belongs to it."""
+    """Mean loss and share of correct predictions on each part, after the live model became what belongs to it.
+
+    ``become`` returns what is added to the logits of that part, if anything.
+    """
     found = {}
     for index in world.ranks.mine(range(len(parts)), [float(len(part)) for part in parts]):
-        become(index)
+        prior_C = become(index)
         batches = eval_batches(
             parts[index], batch_size=EVAL_BATCH, seq_len=world.config.train.seq_len, sequences=limits[index]
         )
-        result = evaluate(world.adapter, (batch.to(world.ranks.device) for batch in batches))
+        result = evaluate(world.adapter, (batch.to(world.ranks.device) for batch in batches), log_prior_C=prior_C)
         found[str(index)] = [result.loss_sum, result.count, result.correct]
     merged = {int(index): value for part in world.ranks.gather(found) for index, value in part.items()}
     counts = [max(merged[index][1], 1) for index in range(len(parts))]
@@ -120,10 +130,10 @@ def validation_batches(client: ClientData, config: Config) -> Iterator[Batch]:
         )
 
 
-def evaluate(adapter: ModelAdapter, batches: Iterable[Batch]) -> Evaluation:
-    """Sums over batches of the live model as it is configured."""
+def evaluate(adapter: ModelAdapter, batches: Iterable[Batch], *, log_prior_C: Tensor | None = None) -> Evaluation:
+    """Sums over batches of the live model as it is configured; ``log_prior_C`` is added to the logits of classes."""
     loss_sum, count, correct = 0.0, 0, 0
     for batch in batches:
-        result = adapter.evaluate(batch)
+        result = adapter.evaluate(batch, log_prior_C=log_prior_C)
         loss_sum, count, correct = loss_sum + result.loss_sum, count + result.count, correct + result.correct
     return Evaluation(loss_sum, count, correct)

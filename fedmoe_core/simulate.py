@@ -10,14 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedmoe_core.aggregate import Accumulator, SumSettings, model_hash
 from fedmoe_core.batch import Batch, client_batches
 from fedmoe_core.checkpoint import ensure_writable, load_checkpoint
 from fedmoe_core.client import train_client
 from fedmoe_core.config import Config, TrainConfig
-from fedmoe_core.data import FederatedData
 from fedmoe_core.evaluate import evaluate_clients, validation_batches
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.planning import plan_costs
@@ -143,14 +140,6 @@ def round_settings(world: World, round: int) -> TrainConfig:
     return replace(train, lr=train.lr * factor)
 
 
-def class_shares(data: FederatedData, client: int) -> np.ndarray | None:
-    """The client's own class shares, one row of each class added so that none is 0; None without classes."""
-    if data.task != "classification":
-        return None
-    counts_D = data.counts_CD[client] + 1.0
-    return counts_D / counts_D.sum()
-
-
 def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[ClientUpdate, float]:
     """One client's training and the update its algorithm makes of it."""
     train, device = round_settings(world, plan.round), world.ranks.device
@@ -175,7 +164,7 @@ def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[Clie
         draw(),
         train=train,
         costs=plan_costs(world.population, plan),
-        class_shares_C=class_shares(world.data, plan.client),
+        class_shares_C=world.data.class_shares(plan.client),
         redraw=draw,
         validation=lambda: (batch.to(device) for batch in validation_batches(data, world.config)),
     )

@@ -73,14 +73,14 @@ class TaskLosses:
         return loss_sum / count
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, *, with_stats: bool = False) -> Evaluation:
-        """Loss sum, count, and in classification the correct predictions.
+    def evaluate(self, batch: Batch, *, with_stats: bool = False, log_prior_C: Tensor | None = None) -> Evaluation:
+        """Loss sum, count, and in classification the correct predictions, ``log_prior_C`` added to the logits.
 
         ``last_stats`` stays as it was, unless ``with_stats`` leaves those of this batch there.
         """
         self.model.eval()
         with nullcontext() if with_stats else _without_stats(self.moe):
-            loss_sum, count, correct = self._sums(batch)
+            loss_sum, count, correct = self._sums(batch, log_prior_C)
         return Evaluation(float(loss_sum), int(count), int(correct))
 
     def _sums(self, batch: Batch, log_prior_C: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,9 +91,10 @@ class TaskLosses:
             if batch.labels_S is None:
                 raise ValueError("the batch has no labels; classification needs labels_S")
             logits_SC = self.model(batch.tokens_SN, mask_SN, **options).float()
+            if log_prior_C is not None:
+                logits_SC = logits_SC + log_prior_C
             correct = (logits_SC.argmax(dim=-1) == batch.labels_S).sum()
-            adjusted_SC = logits_SC if log_prior_C is None else logits_SC + log_prior_C
-            loss_sum = cross_entropy(adjusted_SC, batch.labels_S, reduction="sum")
+            loss_sum = cross_entropy(logits_SC, batch.labels_S, reduction="sum")
             return loss_sum, torch.tensor(max(len(batch), 1), device=loss_sum.device), correct
         logits_SNV = self.model(
             input_ids=batch.tokens_SN,

@@ -21,6 +21,7 @@ from fedmoe_core.assignment import Fitness, Program, assign_layers, next_deficit
 from fedmoe_core.budget import Cost
 from fedmoe_core.client import LocalResult
 from fedmoe_core.measure import validate
+from fedmoe_core.own_gates import grown_gate, own_rows
 from fedmoe_core.passes import pass_cost
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.planning import Asks, client_room, plan_of_masks
@@ -115,12 +116,7 @@ class FlexMoE(Algorithm):
         return self._plan(state, client, recall(Feedback, state.memory).next_CLE[client])
 
     def _plan(self, state: ServerState, client: int, held_LE: np.ndarray) -> ExpertPlan:
-        routers = [state.params[key] for key in self._gates()]
-        gate = state.memory.get(f"gate/{client}", routers)
-        rows = {
-            key: dict(enumerate(gate_EH.to(router.device)))
-            for key, gate_EH, router in zip(self._gates(), gate, routers, strict=True)
-        }
+        rows = own_rows(state, self.population.spec, client)
         asks: Asks = {**self._asks(client, held_LE, first_participation=state.visits[client] == 0), "rows": rows}
         return plan_of_masks(self.population, state, client, held_LE, **asks)
 
@@ -130,11 +126,7 @@ class FlexMoE(Algorithm):
         if result.profile is None:
             return failed_update(plan, result, samples)
         most = self.population.config.train.local_steps * self.population.costs.tokens  # rows that an expert may get
-        gates = []
-        for key, trained_E in zip(self._gates(), plan.trainable_LE, strict=True):
-            gates.append(torch.stack([plan.rows[key][expert] for expert in range(len(trained_E))]))
-            if trained_E.any():
-                gates[-1][torch.from_numpy(trained_E)] = result.kept[key]
+        gate = grown_gate(plan, result.kept)
         return finished_update(
             plan,
             result,
@@ -143,7 +135,7 @@ class FlexMoE(Algorithm):
             expert_weight_LE=np.minimum(result.profile.rows_LE / most, 1.0) * plan.trainable_LE,
             router_weight_LE=np.zeros(plan.trainable_LE.shape),
             gate_weight=0.0,
-            private={"gate": torch.stack(gates), **result.probed},  # the plan's surcharge holds the feedback's bytes
+            private={"gate": gate, **result.probed},  # the plan's surcharge holds the feedback's bytes
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
@@ -239,7 +231,3 @@ class FlexMoE(Algorithm):
             "after": LocalFeedback(batches) if pays else None,
             "surcharge": extra,
         }
-
-    def _gates(self) -> list[str]:
-        """Keys of the routers, by layer."""
-        return [f"moe.{layer}.router" for layer in range(self.population.spec.num_layers)]

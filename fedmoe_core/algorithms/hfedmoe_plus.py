@@ -21,6 +21,7 @@ from fedmoe_core.budget import NOTHING, Cost
 from fedmoe_core.client import LocalResult
 from fedmoe_core.config import Config
 from fedmoe_core.importance import cumulative
+from fedmoe_core.own_gates import grown_gate, own_rows
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.planning import Asks, make_plan
 from fedmoe_core.redundancy import discounted, mean_outputs, overlap
@@ -61,9 +62,9 @@ class HFedMoEPlus(Algorithm):
         return HFedMoE(replace(self.population, config=as_hfedmoe(self.population.config)))
 
     @property
-    def frozen(self) -> bool:
-        """Whether routers neither train nor travel."""
-        return self.population.config.plus.gate == "frozen"
+    def gate(self) -> str:
+        """What becomes of routers: ``plus.gate``."""
+        return self.population.config.plus.gate
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """The experts of largest score within each budget, one of them sometimes exchanged."""
@@ -91,8 +92,10 @@ class HFedMoEPlus(Algorithm):
         ]
 
     def _asks(self, state: ServerState, client: int) -> Asks:
-        """A frozen router trains nowhere and travels once, with the trunk."""
-        if not self.frozen:
+        """A frozen router trains nowhere and travels once, with the trunk; a personal one goes on from its own rows."""
+        if self.gate == "personal":
+            return Asks(rows=own_rows(state, self.population.spec, client))
+        if self.gate != "frozen":
             return Asks()
         costs = self.population.costs
         router = costs.total_experts * costs.hidden_size * costs.weight_bytes
@@ -100,15 +103,19 @@ class HFedMoEPlus(Algorithm):
         return Asks(keeps=frozenset({"router"}), train_router=False, surcharge=first)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """The weights of HFedMoE; none for a router that did not train."""
+        """The weights of HFedMoE; none for a router that did not train. A personal gate is kept and its change sent."""
         update = self.base.client(plan, result)
-        if not self.frozen:
+        if self.gate == "frozen":
+            return replace(update, router_weight_LE=np.zeros_like(update.router_weight_LE), gate_weight=0.0)
+        if not plan.rows or result.profile is None:
             return update
-        return replace(update, router_weight_LE=np.zeros_like(update.router_weight_LE), gate_weight=0.0)
+        return replace(update, private={**update.private, "gate": grown_gate(plan, result.deltas, deltas=True)})
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """The aggregation of HFedMoE; a router without weight keeps its bits."""
-        return self.base.apply(state, sums, updates)
+        """The aggregation of HFedMoE; a router without weight keeps its bits, and a client its own gate."""
+        grown = {f"gate/{u.client}": u.private["gate"] for u in updates if "gate" in u.private}
+        after = self.base.apply(state, sums, updates)
+        return replace(after, memory={**after.memory, **grown})
 
 
 def as_hfedmoe(config: Config) -> Config:
@@ -120,7 +127,7 @@ def as_hfedmoe(config: Config) -> Config:
     plus = config.plus
     score = "taylor" if plus.importance == "hits" else plus.importance
     beta = 0.0 if plus.importance == "taylor" else config.selection.beta
-    gate = "row-wise" if plus.gate == "frozen" else plus.gate
+    gate = plus.gate if plus.gate == "normalised" else "row-wise"
     return replace(
         config,
         selection=replace(config.selection, score=score, beta=beta, explore=plus.explore),

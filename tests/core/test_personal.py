@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_corpus import make_config
 
 from fedmoe_core import algorithms, simulate
@@ -49,6 +50,31 @@ def test_each_clients_model_is_its_next_plan_on_its_own_data(config: Make) -> No
         found = evaluate(world.adapter, batches)
         assert loss == found.loss_sum / found.count
         assert (loss == held.loss_C[client]) == plan.permitted_LE.all()  # the whole model is the global one
+
+
+def test_a_clients_own_classifier_keeps_the_class_shares_that_its_training_assumed(config: Make) -> None:
+    """Logits + tau * log shares is what training fitted; the global model answers without them."""
+    words = ("algorithm=fedavg", "eval.personal=true", "budgets=unlimited")
+    tau = 0.7
+    made = config(*words, f"train.logit_adjustment={tau}", labelled=True).resolved()
+    world = build_world(made, Ranks(), NullObserver())
+    held = evaluate_clients(world, world.algorithm.init(world.params))
+    world.adapter.configure(world.params)
+    for client, data in enumerate(world.data.clients):
+        counts_C = world.data.counts_CD[client] + 1.0
+        batches = list(eval_batches(data.test, batch_size=32, seq_len=32, sequences=made.eval.sequences))
+        bare = evaluate(world.adapter, batches)
+        assert held.loss_C[client] == pytest.approx(bare.loss_sum / bare.count, rel=1e-6)
+        logits_SC = torch.cat([world.adapter.model(b.tokens_SN, b.mask_SN) for b in batches]).detach().double()
+        adjusted_SC = logits_SC + tau * torch.from_numpy(np.log(counts_C / counts_C.sum()))
+        labels_S = torch.cat([batch.labels_S for batch in batches])
+        loss = torch.nn.functional.cross_entropy(adjusted_SC, labels_S)
+        assert held.personal_loss_C[client] == pytest.approx(float(loss), rel=1e-4)
+        right = (adjusted_SC.argmax(dim=1) == labels_S).double().mean()
+        assert held.personal_accuracy_C[client] == pytest.approx(float(right))
+    plain = build_world(config(*words, "train.logit_adjustment=0", labelled=True).resolved(), Ranks(), NullObserver())
+    held = evaluate_clients(plain, plain.algorithm.init(plain.params))
+    assert held.personal_loss_C == held.loss_C
 
 
 def test_fedavg_deploys_everything_to_everybody(config: Make) -> None:

@@ -26,6 +26,7 @@ from fedmoe_core.client import LocalResult
 from fedmoe_core.compare import Study
 from fedmoe_core.config import Config
 from fedmoe_core.names import ALGORITHMS
+from fedmoe_core.own_gates import sent_gate
 from fedmoe_core.prepare import build_world
 from fedmoe_core.progress import NullObserver
 from fedmoe_core.ranks import Ranks
@@ -99,6 +100,25 @@ def test_a_frozen_gate_neither_weighs_nor_moves_nor_travels_again() -> None:
         assert moving.predicted.bytes_up - frozen.predicted.bytes_up == int(frozen.trainable_LE.sum()) * 3 * 8
     with pytest.raises(ValueError, match="add router to keeps"):
         replace(algorithm.plan(first, [0])[0], keeps=frozenset())
+
+
+def test_a_personal_gate_goes_on_from_its_own_rows_and_moves_the_servers_too(config: Make) -> None:
+    world = build_world(config("algorithm=hfedmoe_plus", "plus.explore=0").resolved(), Ranks(), NullObserver())
+    routers = [key for key in world.params if key.endswith(".router")]
+    state = world.algorithm.init(world.params)
+    for _ in range(2):
+        plans = world.algorithm.plan(state, range(4))
+        before, (state, _) = state, simulate.play_round(world, state, NullObserver())
+        for plan in plans:
+            started = before.memory.get(f"gate/{plan.client}", torch.stack([before.params[key] for key in routers]))
+            torch.testing.assert_close(sent_gate(plan), started, rtol=0, atol=0)
+            moved_LE = (state.memory[f"gate/{plan.client}"] != started).any(dim=2).numpy()
+            assert not (moved_LE & ~plan.trainable_LE).any()
+            assert moved_LE.any() or plan.top_k == 1  # the weight of an only choice is 1 whatever the gate says
+        assert all(not torch.equal(state.params[key], before.params[key]) for key in routers)
+    assert not torch.equal(state.memory["gate/0"], state.memory["gate/1"])
+    deployed = world.algorithm.personal(state, 1)
+    torch.testing.assert_close(sent_gate(deployed), state.memory["gate/1"], rtol=0, atol=0)
 
 
 def test_redundancy_is_a_loop_over_experts_on_the_routers_own_rows() -> None:
@@ -243,7 +263,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 def test_every_shared_configuration_of_the_study_parses(path: Path) -> None:
     config = Config.load(path, [] if path.stem == "stdlib" else ["data=csv:news.csv"])
     assert config.clients == 12
-    assert config.budgets == tuple(f"experts={share}%" for share in ("12.5", "25", "50", "100"))
+    assert config.budgets == tuple(f"memory={share}%" for share in ("12.5", "25", "50", "100"))
     assert config.eval.personal
 
 
