@@ -1,9 +1,10 @@
 """HFedMoE+: HFedMoE with the ingredients that measured best, each a word of ``[plus]`` that an ablation can take away.
 
 In one breath: a client keeps the experts whose removal would change its loss most, measured per routed row and times
-its own demand; now and then one of them gives way to an expert that it lacks; the server adds up what the trainers of
-an expert changed and divides by everybody, so that those who did not train it vote "no change"; router rows are
-averaged one by one, by how much each client used the row.
+its own demand; it trains the best half of what its memory could train and spends the rest on experts that only run;
+now and then one of them gives way to an expert that it lacks; the server adds up what the trainers of an expert
+changed and divides by everybody, so that those who did not train it vote "no change"; router rows are averaged one by
+one, by how much each client used the row, while every client goes on with the router that it has trained itself.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from fedmoe_core.update import ClientUpdate
 
 @dataclass(frozen=True)
 class HFedMoEPlus(Algorithm):
-    """HFedMoE under other settings, and the three things that no setting of HFedMoE has.
+    """HFedMoE under other settings, and what no setting of HFedMoE has.
 
-    Those are a router that stays frozen, activation counts as importance, and experts that are worth less beside
-    others that say the same.
+    That is frozen experts in the place of trained ones, a router of the client's own, one that stays frozen, activation
+    counts as importance, and experts that are worth less beside others that say the same.
     """
 
     card: ClassVar[System] = System(
@@ -45,7 +46,8 @@ class HFedMoEPlus(Algorithm):
         equations=(
             Equation("importance", "E", "|s * dL/ds| per routed row, times the client's own top-k choices, per layer"),
             Equation("17, damped", "E", "sum of |D_c| delta over trainers, divided by |D_c| of the whole round"),
-            Equation("20, row-wise", "E", "one weight for each router row; or a frozen router"),
+            Equation("frozen experts", "E", "the best share of what fits trains; the rest's memory holds four for one"),
+            Equation("20, row-wise", "E", "one weight for each router row; each client goes on with its own gate"),
             Equation("exploration", "E", "a held expert sometimes gives way to an absent one, by own demand"),
             Equation("redundancy", "E", "scores less rho * p_e p_e' max(0, cos(m_e, m_e')) to better experts; off"),
             Equation("16, 19", "N", "usage and row weights, as HFedMoE"),
@@ -67,7 +69,7 @@ class HFedMoEPlus(Algorithm):
         return self.population.config.plus.gate
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """The experts of largest score within each budget, one of them sometimes exchanged."""
+        """The experts of largest score within each budget, the best of them trained, one sometimes exchanged."""
         scores, base = self.scores(state), self.base
         share = self.population.config.plus.train_share
         return [
