@@ -131,7 +131,7 @@ def _over_rows(layer: Layer, family: str, how: dict[str, Any]) -> tuple[list[Lau
         how |= {"transposed": False, "tokens_R": layer.tokens_R}
         return rank_product(x_TH, layer.a_in, out["out"], **how), out
     assert family == "data_gradient", family
-    blocks = column_blocks(I, tile)
+    blocks = column_blocks(I, tile, w_out)
     out = {"dz": layer.rows(F), "sh": layer.rows(I), "ds": layer.rows(blocks, dtype=torch.float32)}
     out["zdz"] = torch.empty(how["schedule"].tiles, blocks, dtype=torch.float32, device=x_TH.device)
     index = RowIndex(layer.tokens_R, layer.places_R, layer.weights_TK)
