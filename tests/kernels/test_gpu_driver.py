@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fedmoe_kernels
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, moe_mlp, route
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import tiles_for
@@ -109,6 +112,29 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Tensor, name, refused, raising=False)
     for name in ("nonzero", "equal", "masked_select", "unique", "allclose"):
         monkeypatch.setattr(torch, name, refused)
+
+
+READS = {"item", "cpu", "tolist", "numpy", "nonzero", "is_nonzero", "unique", "masked_select", "synchronize"}
+PACKAGE = Path(fedmoe_kernels.__file__).parent
+# Not the loops' bodies, which wait for the device once a call, nor the map of a plan, which is made once.
+ELSEWHERE = {"cpu.py", "gemm.py", "ops.py", "reference.py", "routing.py"}
+SOURCES = [*PACKAGE.glob("gpu/*.py"), *(path for path in PACKAGE.glob("*.py") if path.name not in ELSEWHERE)]
+
+
+def reads_in(source: str) -> set[str]:
+    """What a source names of `READS`, and Triton's tuner, which would measure on the hot path."""
+    names = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    return names & (READS | {"autotune"})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_no_source_of_the_gpu_path_reads_from_the_device(path: Path) -> None:
+    assert not reads_in(path.read_text())
+
+
+def test_the_search_finds_a_read() -> None:
+    assert reads_in("def rows(n_B):\n    return [n for n in n_B.cpu().tolist()]") == {"cpu", "tolist"}
+    assert reads_in("@triton.autotune(configs)\ndef kernel(x): ...") == {"autotune"}
 
 
 @pytest.mark.usefixtures("no_reads")
