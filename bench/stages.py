@@ -7,6 +7,7 @@ times its work and no allocation; `forward` and `backward` are the whole operato
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,7 @@ def _whole(task: Problem, slot_map: SlotMap, backend: str, form: str = "") -> tu
         for name, full in held.items():
             rest: Tensor | Quantized = full[count:].clone()
             if form in ("int8", "int4") and name in ("w_in", "w_out"):
-                rest = Quantized.of(full[count:], int(form[3:]))
+                rest = Quantized.of(full[count:], int(form[3:]), math.gcd(128, full.shape[2]))
             options[name] = ExpertWeights(leaf(full[:count]), rest)
             leaves += [options[name].trainable] if count else []
     if form == "scores":
