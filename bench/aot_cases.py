@@ -114,7 +114,7 @@ def launches(case: Case, arch: str) -> dict[str, list[Launch]]:
         needs[6:10] = [False] * 4
     if not case.bias:
         needs[4:6] = [False] * 2
-    experts.backward(y_TH, z_RF, inputs, needs=needs, execute=found["backward"].append, **how)
+    experts.backward(y_TH, z_RF, inputs.kept, needs=needs, execute=found["backward"].append, **how)
     grad_TK(found["backward"])
     return found
 

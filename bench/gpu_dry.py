@@ -2,10 +2,13 @@
 
 What they allocate is counted as it comes and goes, so the peak of a step is known before there is one; and what they
 would start can be compiled by many processes at once, before a measurement waits for it.
+
+    python bench/gpu_dry.py [--arch sm_90]    # MB kept between the passes and at the peak of a step, for every shape
 """
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,12 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Case, Shape
+from cases import CLIENT_CASES, STANDARD, Case, Shape
+from roofline import Layer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedmoe_kernels.configs import tiles_for
+from fedmoe_kernels.configs import SHARED, tiles_for
 from fedmoe_kernels.gpu import memory
 from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
 
@@ -66,7 +70,8 @@ class Allocations(TorchDispatchMode):
 def predicted(shape: Shape, case: Case, arch: str, *, dtype: torch.dtype, recompute: bool = False) -> Sizes:
     """The same as `sizes_of` in closed form, as a cost model has it, with room for the allocator to round 24 blocks up.
 
-    The record of the routing keeps rows, tokens and places (8 bytes each), weights (4) and where they are not 0 (1).
+    Of the routing a row keeps its place's row (8 bytes), weight (4) and whether it is not 0 (1); the forward has its
+    token, place, expert and slot beside them (8 each).
     """
     shape = case.shaped(shape)
     held, gated = case.held(shape), shape.F == 2 * shape.I
@@ -77,10 +82,10 @@ def predicted(shape: Shape, case: Case, arch: str, *, dtype: torch.dtype, recomp
         learning=case.learning(shape),
         itemsize=dtype.itemsize,
     )
-    record = 29 * sizes.rows + 8 * (held + 1) + 24 * _BLOCK
+    record = 13 * sizes.rows + 8 * (held + 1) + 24 * _BLOCK
     z = 0 if recompute else sizes.by_row(sizes.width)
     kept = record + z + dtype.itemsize * shape.T * shape.H
-    forward = record + memory.forward_bytes(sizes, keep_z=not recompute)
+    forward = record + 32 * sizes.rows + memory.forward_bytes(sizes, keep_z=not recompute)
     biases = dtype.itemsize * case.learning(shape) * (shape.F + shape.H) if shape.bias else 0
     backward = memory.backward_bytes(sizes, recompute=recompute, scores=False) + biases
     return Sizes(kept, max(forward, kept + backward))
@@ -150,11 +155,12 @@ def dry_step(
     how = {"activation": shape.activation, "rows_per_slot": max(1, shape.T * shape.K // held), "arch": arch}
     placed = routing.place(chosen, table, None, None, num_slots=held, execute=execute)
     fields |= dict(zip(("rows_TK", "tokens_R", "places_R", "offsets_B1"), placed[2:], strict=True))
-    mask_TK = placed[1] >= 0  # kept for the backward of the line below; experts and slots go with the record
-    del placed
+    mask_TK = placed[1] >= 0  # kept for the backward of the line below; the rest of the record goes with the forward
     fields["weights_TK"] = given.where(mask_TK, 0.0)
     inputs = OpInputs(**fields)
     y_TH, z_RF = experts.forward(inputs, keep_z=not recompute, execute=execute, **how)
+    inputs = inputs.kept
+    del placed, fields
 
     def backward() -> tuple[Tensor, ...]:
         grads = experts.backward(dy_TH, z_RF, inputs, needs=needs, execute=execute, **how)
@@ -180,3 +186,20 @@ def compile_steps(group: Sequence[tuple[Shape, Case]], how: dict[str, Any]) -> i
     for launch in launches:
         launch.kernel.warmup(**launch.args, **launch.options, grid=launch.grid)
     return len(launches)
+
+
+def main() -> None:
+    """The table of the eight shapes, everything trainable, beside SonicMoE's closed form: x, z, 16 bytes a row."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--arch", choices=SHARED, default="sm_90")
+    arch = parser.parse_args().arch
+    print(f"{'bfloat16, MB of 10^6 bytes':28}{'kept':>9}{'SonicMoE':>10}{'recompute':>11}{'peak':>9}{'recompute':>11}")
+    for shape in STANDARD:
+        sizes, again = (sizes_of(shape, CLIENT_CASES[0], arch, recompute=recompute) for recompute in (False, True))
+        layer = Layer(shape.T, shape.H, shape.I, shape.E, shape.K, gated=shape.F == 2 * shape.I)
+        cells = (sizes.kept, layer.kept_bytes, again.kept, sizes.peak, again.peak)
+        print(f"{shape.name:28}" + "".join(f"{n / 1e6:{w}.1f}" for n, w in zip(cells, (9, 10, 11, 9, 11), strict=True)))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,24 +7,40 @@ times its work and no allocation; `forward` and `backward` are the whole operato
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from cases import Problem
 from peers import leaf
 from torch import Tensor
 
-from fedmoe_kernels import ExpertWeights, Routing, SlotMap, cpu, moe_mlp, route, slot
+from fedmoe_kernels import (
+    ExpertLora,
+    ExpertScores,
+    ExpertWeights,
+    Quantized,
+    Routing,
+    SlotMap,
+    cpu,
+    moe_mlp,
+    route,
+    slot,
+)
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.backends import can_run_triton
 from fedmoe_kernels.gemm import gemm_for
 from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
 
 STAGES = (
-    *("route", "place_rows", "up", "down", "combine"),
+    *("route", "route_stats", "route_backward", "place_rows", "up", "down", "combine"),
     *("data_gradient", "input_gradient", "weight_gradient", "forward", "backward"),
 )
+# What a whole step may be asked for besides: adapters of rank 8 on every slot, frozen experts in fewer bits, z made
+# again, importance sums.
+FORMS = ("adapters", "int8", "int4", "recompute", "scores")
 Stage = Callable[[], None]
 
 
@@ -45,16 +61,25 @@ def cut(task: Problem) -> Cut:
     inputs = _inputs(task, slot_map)
     made = (_launched if kernels else _looped)(task, inputs)
     backend = "triton" if kernels else "auto"
-    logits_TE = torch.randn(task.shape.T, task.shape.E, device=task.x_TH.device)
+    logits_TE = leaf(torch.randn(task.shape.T, task.shape.E, device=task.x_TH.device))
+    weights_TK = route(logits_TE, task.shape.K, permitted_E=slot_map, backend=backend).weights_TK
+    slope_TK = torch.ones_like(weights_TK)
 
     def routed() -> None:
         route(logits_TE, task.shape.K, permitted_E=slot_map, backend=backend)
+
+    def counted() -> None:
+        route(logits_TE, task.shape.K, permitted_E=slot_map, with_stats=True, backend=backend)
+
+    def routed_back() -> None:
+        torch.autograd.grad(weights_TK, logits_TE, slope_TK, retain_graph=True)
 
     def placed() -> None:
         Routing.from_topk(task.experts_TK, task.weights_TK, slot_map, backend=backend)
 
     forward, backward = _whole(task, slot_map, backend)
-    every = {"route": routed, "place_rows": placed, **made.stages, "forward": forward, "backward": backward}
+    every = {"route": routed, "route_stats": counted, "route_backward": routed_back, "place_rows": placed}
+    every |= {**made.stages, "forward": forward, "backward": backward}
     for name in STAGES:
         every[name]()
     return Cut({name: every[name] for name in STAGES}, made.y_TH, made.dw_in, made.dw_out)
@@ -72,18 +97,41 @@ def _inputs(task: Problem, slot_map: SlotMap) -> OpInputs:
     return OpInputs(**fields)
 
 
-def _whole(task: Problem, slot_map: SlotMap, backend: str) -> tuple[Stage, Stage]:
+def whole(task: Problem, form: str) -> dict[str, Stage]:
+    """The operator's two passes in one of the `FORMS`, by name."""
+    backend = "triton" if can_run_triton(task.x_TH.device) is None else "auto"
+    forward, backward = _whole(task, SlotMap.build(task.permitted_E, task.trainable_E), backend, form)
+    return {"forward": forward, "backward": backward}
+
+
+def _whole(task: Problem, slot_map: SlotMap, backend: str, form: str = "") -> tuple[Stage, Stage]:
     ids_B, count = slot_map.expert_of_slot_B, int(task.trainable_E.sum())
     held = {name: full[ids_B] for name, full in task.stacks.items()}
-    stacks = {name: ExpertWeights(leaf(full[:count]), full[count:].clone()) for name, full in held.items()}
     x_TH, s_TK = leaf(task.x_TH), leaf(task.weights_TK)
     routing = Routing.from_topk(task.experts_TK, s_TK, slot_map, backend=backend)
+    options: dict[str, Any] = {"recompute": form == "recompute", "activation": task.shape.activation}
+    options["backend"] = backend
+    leaves = [x_TH, s_TK]
+    if form == "adapters":
+        options |= held
+        factors = [leaf(factor) for factor in _factors(task, len(ids_B))]
+        options["lora"] = ExpertLora(*factors)
+        leaves += factors
+    else:
+        for name, full in held.items():
+            rest: Tensor | Quantized = full[count:].clone()
+            if form in ("int8", "int4") and name in ("w_in", "w_out"):
+                rest = Quantized.of(full[count:], int(form[3:]), math.gcd(128, full.shape[2]))
+            options[name] = ExpertWeights(leaf(full[:count]), rest)
+            leaves += [options[name].trainable] if count else []
+    if form == "scores":
+        options["scores"] = ExpertScores(len(ids_B), device=x_TH.device)
+        leaves.append(options["scores"].leaf_B6)
 
     def run() -> Tensor:
-        return moe_mlp(x_TH, routing, activation=task.shape.activation, backend=backend, **stacks)
+        return moe_mlp(x_TH, routing, **options)
 
     y_TH = run()
-    leaves = [x_TH, s_TK, *(stack.trainable for stack in stacks.values() if count)]
 
     def forward() -> None:
         run()
@@ -92,6 +140,15 @@ def _whole(task: Problem, slot_map: SlotMap, backend: str) -> tuple[Stage, Stage
         torch.autograd.grad(y_TH, leaves, task.dy_TH, retain_graph=True)
 
     return forward, backward
+
+
+def _factors(task: Problem, slots: int, rank: int = 8) -> list[Tensor]:
+    """a_in, b_in, a_out and b_out of every slot."""
+    shape = task.shape
+    sizes = ((rank, shape.H), (shape.F, rank), (rank, shape.I), (shape.H, rank))
+    return [
+        torch.randn(slots, *size, dtype=task.x_TH.dtype, device=task.x_TH.device) / size[1] ** 0.5 for size in sizes
+    ]
 
 
 def _launched(task: Problem, inputs: OpInputs) -> Cut:

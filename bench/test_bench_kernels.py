@@ -1,4 +1,4 @@
-"""A microbenchmark of every stage, on the GPU if there is one and else on the CPU, under the same names.
+"""A microbenchmark of every stage, and of whole steps in every form, under the same names on a CPU and on a GPU.
 
     make bench        # or: python -m pytest bench/test_bench_kernels.py --benchmark-columns=median,iqr,rounds
 
@@ -13,26 +13,46 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EDGE, SHAPES, STANDARD, Case, Shape, problem
-from stages import STAGES, Cut, cut
+from cases import EDGE, SHAPES, STANDARD, Case, Problem, Shape, problem
+from stages import FORMS, STAGES, Cut, Stage, cut, whole
 
 ON_GPU = torch.cuda.is_available()
 HALF = Case("half trainable", trainable=0.5)
 BOTH = (EDGE, SHAPES[0])
 
 
+def task_of(shape: Shape) -> Problem:
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    return problem(shape, HALF, device="cuda" if ON_GPU else "cpu", dtype=dtype)
+
+
 @cache
 def prepared(shape: Shape) -> Cut:
-    dtype = torch.bfloat16 if ON_GPU else torch.float32
-    return cut(problem(shape, HALF, device="cuda" if ON_GPU else "cpu", dtype=dtype))
+    return cut(task_of(shape))
+
+
+@cache
+def forms(shape: Shape, form: str) -> dict[str, Stage]:
+    return whole(task_of(shape), form)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("shape", (*BOTH, *STANDARD[:1]) if ON_GPU else BOTH, ids=lambda shape: shape.name)
 def test_bench_kernel(benchmark: Any, shape: Shape, stage: str) -> None:
     benchmark.group = f"{shape.name} {shape.sizes}, half the experts trainable"
+    timed(benchmark, prepared(shape).stages[stage])
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", BOTH, ids=lambda shape: shape.name)
+def test_bench_form(benchmark: Any, shape: Shape, form: str, direction: str) -> None:
+    benchmark.group = f"{shape.name} {shape.sizes}, half the experts trainable, {form}"
+    timed(benchmark, forms(shape, form)[direction])
+
+
+def timed(benchmark: Any, run: Stage) -> None:
     benchmark.extra_info["device"] = torch.cuda.get_device_name() if ON_GPU else "cpu"
-    run = prepared(shape).stages[stage]
 
     def ended() -> None:
         run()

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._profiler import _EventType, _ExtraFields_Allocation, _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 T = TypeVar("T")
@@ -38,8 +39,10 @@ def mark(name: str, device: torch.device) -> None:
 def trace_memory(step: Callable[[], T], device: torch.device) -> tuple[T, MemoryTrace]:
     """Run ``step`` once; its result, and the peak of what torch allocated meanwhile.
 
-    On the CPU, freeing a block that is older than the step lowers nothing: the profiler does not know its size, so the
-    peak is then a bound from above. On CUDA only the overall peak is known, so ``phases`` is {"start": peak}.
+    On the CPU, freeing a block that is older than the step lowers nothing, so the peak is then a bound from above.
+    Torch remembers the sizes of blocks that it saw in an earlier trace and takes them off for whatever lies at their
+    address by now, so blocks are followed by address here. On CUDA only the overall peak is known, so ``phases`` is
+    {"start": peak}.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -54,20 +57,31 @@ def trace_memory(step: Callable[[], T], device: torch.device) -> tuple[T, Memory
         result = step()
     assert recorded.profiler is not None
     assert recorded.profiler.kineto_results is not None
-    events = [
-        (event.start_ns(), event.name(), event.nbytes())
-        for event in recorded.profiler.kineto_results.events()
-        if event.name() == "[memory]" or event.name().startswith(_MARK)
-    ]
-    events.sort(key=lambda event: event[0])
     level, phase, phases = 0, "start", {"start": 0}
-    for _, name, nbytes in events:
-        if name == "[memory]":
-            level += nbytes
+    blocks: dict[int, int] = {}  # address -> bytes of what the step has allocated and not freed
+    for event in _in_time(recorded.profiler.kineto_results.experimental_event_tree()):
+        fields = event.extra_fields
+        if isinstance(fields, _ExtraFields_Allocation):
+            if fields.alloc_size > 0:
+                blocks[fields.ptr] = fields.alloc_size
+                level += fields.alloc_size
+            else:
+                level -= blocks.pop(fields.ptr, 0)
         else:
-            phase = name.removeprefix(_MARK)
+            phase = event.name.removeprefix(_MARK)
         phases[phase] = max(phases.get(phase, level), level)
     return result, MemoryTrace(max(phases.values()), phases)
+
+
+def _in_time(roots: list[_ProfilerEvent]) -> list[_ProfilerEvent]:
+    """All allocations and marks below ``roots``, of all threads, as they came."""
+    found, waiting = [], list(roots)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation or event.name.startswith(_MARK):
+            found.append(event)
+    return sorted(found, key=lambda event: event.start_time_ns)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

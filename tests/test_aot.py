@@ -41,6 +41,23 @@ def test_every_kernel_passes_ahead_of_time() -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
 
 
+@pytest.mark.usefixtures("bench")
+def test_what_falls_short_is_in_the_table_and_in_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import aot
+    from sass import Code
+
+    monkeypatch.setattr(aot, "compile_all", lambda jobs, workers: {job: Code(error="it spilled") for job in jobs})
+    monkeypatch.setattr(aot, "CASES", aot.CASES[:1])
+    monkeypatch.setattr(sys, "argv", ["aot.py", "--arch", "sm_90", "--kernel", "combine"])
+    assert aot.main() == 1
+    assert "it spilled" in (said := capsys.readouterr().out)
+    assert "0 pass, 2 fall short" in said
+    monkeypatch.setattr(sys, "argv", ["aot.py", "--arch", "sm_90", "--kernel", "no such kernel"])
+    assert aot.main() == 1, "nothing compiled proves nothing"
+
+
 def small(**changes: Any) -> Any:
     from aot_cases import CASES
 

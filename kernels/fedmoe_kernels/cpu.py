@@ -7,7 +7,7 @@ gives the same bits. Places without a row are never read: N rows are all that th
 The path of CPU tensors, and of tensors on a GPU that the kernels cannot serve, where torch.mm makes the products.
 
 Memory: y or dx of all rows before they are combined, one tile's buffers, what one oneDNN product allocates (gemm.py),
-and the results; see `forward_bytes` and `backward_bytes`. Nothing else grows with the rows but 8 bytes of index each.
+and the results; see `forward_bytes` and `backward_bytes`. Nothing else grows with the rows but some bytes of index.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def backward_bytes(
     """The most bytes a backward allocates at once, all gradients asked for.
 
     Of these the weight gradients (G * (F + I) * H values) and dx (T * H) stay. Exact in the same sense. To recompute z
-    takes one tile of it, C * F values, beside the product that makes it.
+    takes one tile of it, C * F values, beside the product that makes it. 16 bytes a row are its token and place, which
+    are not kept from the forward on.
     """
     width = 2 * inner if gated else inner
     most, room = _room(rows, inner)
@@ -105,7 +106,7 @@ def backward_bytes(
     if recompute:
         working += room * width
     weights = grad_slots * (width + inner) * hidden
-    return itemsize * (weights + (rows + 1) * hidden + 3 * rows + max(working, combining))
+    return 16 * rows + itemsize * (weights + (rows + 1) * hidden + 3 * rows + max(working, combining))
 
 
 def forward(

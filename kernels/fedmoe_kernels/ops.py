@@ -24,18 +24,18 @@ from fedmoe_kernels.slot import Adapter, Expert, Gradients, Packed
 class OpInputs(NamedTuple):
     """The tensors of both operators, in the order of their schemas.
 
-    x_TH (T, H) and the fields of `Routing`. w_in (Bt, F, H), w_out (Bt, H, I) with the frozen slots' (B - Bt, ...)
-    beside them, biases alike; where a scale is given, the frozen matrices are the codes of `Quantized`. Adapters:
-    a_in (Bl, r, H), b_in (Bl, F, r), a_out (Bl, r, I), b_out (Bl, H, r), scale_B (Bl,) float64 and base_of_slot_B (B,)
-    int64, the row of the weights that a slot runs. trainable_B (B,) bool: slots that get a gradient, None = all that
-    can.
+    x_TH (T, H) and the fields of `Routing`; tokens_R and places_R None = made again from rows_TK. w_in (Bt, F, H),
+    w_out (Bt, H, I) with the frozen slots' (B - Bt, ...) beside them, biases alike; where a scale is given, the frozen
+    matrices are the codes of `Quantized`. Adapters: a_in (Bl, r, H), b_in (Bl, F, r), a_out (Bl, r, I),
+    b_out (Bl, H, r), scale_B (Bl,) float64 and base_of_slot_B (B,) int64, the row of the weights that a slot runs.
+    trainable_B (B,) bool: slots that get a gradient, None = all that can.
     """
 
     x_TH: Tensor
     weights_TK: Tensor
     rows_TK: Tensor
-    tokens_R: Tensor
-    places_R: Tensor
+    tokens_R: Tensor | None
+    places_R: Tensor | None
     offsets_B1: Tensor
     w_in: Tensor
     w_out: Tensor
@@ -55,25 +55,31 @@ class OpInputs(NamedTuple):
     base_of_slot_B: Tensor | None
     trainable_B: Tensor | None
 
+    @property
+    def kept(self) -> OpInputs:
+        """What lies between the passes: 16 bytes a row less, because the inverse of rows_TK is cheap to make again."""
+        return self._replace(tokens_R=None, places_R=None)
+
     def rows_per_slot(self, given: int) -> int:
         """What the tiles are chosen by: the number given, or T * K / B where that is 0."""
-        return given or max(1, self.tokens_R.shape[0] // (self.offsets_B1.shape[0] - 1))
+        return given or max(1, self.rows_TK.numel() // (self.offsets_B1.shape[0] - 1))
 
 
-_OPTIONAL = OpInputs._fields[8:]
+_OPTIONAL = ("tokens_R", "places_R", *OpInputs._fields[8:])
 _TENSORS = ", ".join(f"{'Tensor?' if name in _OPTIONAL else 'Tensor'} {name}" for name in OpInputs._fields)
 # What the backward can differentiate by, in the order of its outputs and of `needs`; the rest are constants.
 DIFFERENTIABLE = ("x_TH", "weights_TK", "w_in", "w_out", "bias_in", "bias_out", "a_in", "b_in", "a_out", "b_out")
 
 
 def _rows(inputs: OpInputs) -> cpu.Rows:
-    return cpu.Rows(
-        inputs.weights_TK,
-        inputs.rows_TK,
-        inputs.tokens_R,
-        inputs.places_R,
-        [int(n) for n in inputs.offsets_B1.tolist()],
-    )
+    rows_TK, tokens_R, places_R = inputs.rows_TK, inputs.tokens_R, inputs.places_R
+    if tokens_R is None or places_R is None:
+        row_R, R = rows_TK.flatten(), rows_TK.numel()
+        place_R = torch.arange(R, device=row_R.device)
+        # Places without a row all go to a place past the last row, which is cut off.
+        places_R = row_R.new_full((R + 1,), -1).scatter_(0, row_R.where(row_R >= 0, R), place_R)[:R]
+        tokens_R = places_R // rows_TK.shape[1]
+    return cpu.Rows(inputs.weights_TK, rows_TK, tokens_R, places_R, [int(n) for n in inputs.offsets_B1.tolist()])
 
 
 def _experts(inputs: OpInputs) -> list[Expert]:
@@ -126,8 +132,8 @@ def _adapters(inputs: OpInputs) -> list[Adapter]:
 def _refusal(inputs: OpInputs) -> str | None:
     """Why the kernels do not serve these inputs, None = they do."""
     x_TH = inputs.x_TH
-    if inputs.tokens_R.shape[0] >= 2**31:
-        return f"routing has {inputs.tokens_R.shape[0]} places, and they number rows in 32 bits; split the tokens"
+    if inputs.rows_TK.numel() >= 2**31:
+        return f"routing has {inputs.rows_TK.numel()} places, and they number rows in 32 bits; split the tokens"
     if x_TH.dtype == torch.float64:
         return "x_TH is float64, and they compute in float32; cast it"
     if x_TH.dtype == torch.bfloat16 and x_TH.device.type == "cpu":
@@ -148,7 +154,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, (_, _, keep_z, _, _) = OpInputs(*args[:-5]), args[-5:]
-    rows = inputs.tokens_R.shape[0] if keep_z else 0
+    rows = inputs.rows_TK.numel() if keep_z else 0
     return torch.empty_like(inputs.x_TH), inputs.x_TH.new_empty(rows, inputs.w_in.shape[1])
 
 
@@ -223,7 +229,7 @@ moe_mlp_backward_op.register_fake(_backward_fake)
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, _, ctx.activation, _, ctx.backend, ctx.rows_per_slot = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*OpInputs(*tensors).kept, output[1])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
 

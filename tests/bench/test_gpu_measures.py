@@ -89,6 +89,19 @@ def test_predicted_memory_is_what_the_driver_allocates(recompute: bool) -> None:
             assert seen.kept <= said.kept <= 1.01 * seen.kept + 10**5, (shape.name, case.name)
 
 
+def test_no_more_is_kept_between_the_passes_than_by_sonicmoe() -> None:
+    """Its closed form is x, z and 16 bytes of indices a row; y, as large as x, stands in for x."""
+    pytest.importorskip("triton")
+    from cases import CLIENT_CASES, STANDARD
+    from gpu_dry import sizes_of
+    from roofline import Layer
+
+    assert CLIENT_CASES[0].name == "all"
+    for shape in STANDARD:
+        layer = Layer(shape.T, shape.H, shape.I, shape.E, shape.K, gated=shape.F == 2 * shape.I)
+        assert sizes_of(shape, CLIENT_CASES[0], "sm_90").kept <= layer.kept_bytes, shape.name
+
+
 def test_a_dry_step_names_every_launch_once() -> None:
     pytest.importorskip("triton")
     from cases import CLIENT_CASES, STANDARD

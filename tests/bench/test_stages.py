@@ -35,6 +35,24 @@ def test_stages_add_up_to_the_operator(case: str) -> None:
         assert max(found.values()) < 1e-6, (shape.name, found)
 
 
+@pytest.mark.parametrize("triton", [False, True])
+def test_every_form_runs_in_both_directions(triton: bool) -> None:
+    """By the slot loops, and by the kernels in Triton's interpreter."""
+    if triton:
+        pytest.importorskip("triton")
+    code = (
+        "from cases import CLIENT_CASES, Shape, problem\n"
+        "from stages import FORMS, whole\n"
+        "task = problem(Shape('small', 12, 32, 32, 4, 2, bias=True), CLIENT_CASES[4])\n"
+        "for form in FORMS:\n"
+        "    for run in whole(task, form).values(): run()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'bench'}:{os.environ.get('PYTHONPATH', '')}"}
+    environment |= {"TRITON_INTERPRET": "1"} if triton else {}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_stages_of_the_kernels_add_up_to_the_operator() -> None:
     """The same of the launches that a GPU would get, in Triton's interpreter."""
     triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")

@@ -6,6 +6,8 @@ import os
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -13,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from forward_cases import POINTERS, assert_near, normal, run
 
+from fedmoe_kernels.gpu.choose import tokens_of_block
 from fedmoe_kernels.gpu.combine import combine
 from fedmoe_kernels.gpu.down import down, input_gradient, rank_product
 from fedmoe_kernels.gpu.schedule import Schedule
@@ -161,3 +164,18 @@ def test_combine() -> None:
     rows_TK = (torch.arange(4) + len(rows_RH) - ROWS).view(2, 2)
     run(combine(rows_RH, rows_TK, None, out))
     assert_near(out, rows[:4].double().view(2, 2, H).sum(1), "y", tolerance=1e-3)
+
+
+@triton.jit
+def _first_logit_kernel(out, block, tokens, E: tl.constexpr, BT: tl.constexpr):
+    t, inside, _live, _owner = tokens_of_block(out, out, block, tokens, 1, BT, False, False)
+    tl.store(out + tl.arange(0, BT), tl.where(inside, t * E, -1))
+
+
+def test_logits_of_the_last_block_of_tokens() -> None:
+    """All routing kernels find their tokens so: 2^24 - 3 tokens of 4096 experts are 2^36 logits."""
+    tokens, BT, E = 2**24 - 3, 16, 4096
+    out = torch.empty(BT, dtype=torch.int64)
+    _first_logit_kernel[(1,)](out, 2**20 - 1, tokens, E=E, BT=BT)
+    t = torch.arange(2**24 - 16, 2**24)
+    assert torch.equal(out, torch.where(t < tokens, t * E, -1))

@@ -123,3 +123,22 @@ def test_nothing_waits_for_the_device(T, E, B, C, forward, stats):
     weights_TK = meta(T, 2, dtype=torch.float32)
     routing.route_backward(weights_TK, logits_TE, outputs[1], table_CE, client_T, rule=rule, execute=launches.append)
     assert count() == 1
+
+
+@pytest.mark.parametrize("live", [1.0, 0.6, 0.0])
+@pytest.mark.parametrize(("T", "K"), [(0, 2), (1, 1), (45, 3), (300, 4)])
+def test_the_inverse_of_the_rows_is_made_again(T, K, live):
+    """What the backward does not keep; nothing is written past the last row."""
+    experts_TK = choices(T, K, 0, 5, seed=1).where(
+        torch.rand(T, K, generator=torch.Generator().manual_seed(2)) < live, -1
+    )
+    whole = SlotMap.build(torch.ones(5, dtype=torch.bool))
+    made = Routing.from_topk(experts_TK, draw(T, K), whole, backend="torch")
+    tokens_R, places_R = (torch.full((T * K,), -7) for _ in range(2))
+    for launch in place.inverse(made.rows_TK, tokens_R=tokens_R, places_R=places_R):
+        launch.run()
+    N = int(made.offsets_B1[-1])
+    assert torch.equal(tokens_R[:N], made.tokens_R[:N])
+    assert torch.equal(places_R[:N], made.places_R[:N])
+    assert (tokens_R[N:] == -7).all()
+    assert (places_R[N:] == -7).all()

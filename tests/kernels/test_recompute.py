@@ -6,7 +6,7 @@ import pytest
 import torch
 from expert_cases import leaves, names, problem, run
 
-from fedmoe_kernels import ExpertScores, cpu
+from fedmoe_kernels import ExpertScores, cpu, moe_mlp
 
 
 def solved(options: dict, dtype: torch.dtype, *, recompute: bool, **more: object) -> dict[str, torch.Tensor]:
@@ -35,6 +35,21 @@ def test_keeps_no_activations(recompute: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         run(p, leaves(p), recompute=recompute)
     assert ((26, 12) in saved) != recompute
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_keeps_one_index_of_the_rows(recompute: bool) -> None:
+    """Of the routing the weight and the row of every place: 12 bytes; which place a row is, the backward finds out."""
+    p = problem(13, 8, 6, 3, 2)
+    leaf, saved = leaves(p), {}
+    routing = p.routing(leaf["s"])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
+        moe_mlp(leaf["x"], routing, leaf["w_in"], leaf["w_out"], recompute=recompute, activation=p.activation)
+    kept = sorted(t.nbytes for t in saved.values() if t.dtype == torch.int64)
+    assert kept == sorted([routing.rows_TK.nbytes, routing.offsets_B1.nbytes])
+    z = 0 if recompute else 26 * 12
+    floats = [leaf["x"], leaf["w_in"], leaf["w_out"], routing.weights_TK]
+    assert sum(t.numel() for t in saved.values() if t.is_floating_point()) == z + sum(t.numel() for t in floats)
 
 
 def test_one_gradient_alone() -> None:

@@ -108,14 +108,14 @@ def backward(
         found["weights_TK"], sums_S4 = work.routing(*partial)
     del partial
     if need["w_out"]:
-        found["w_out"] = work.weight("w_out", (work.dy_TH, i.tokens_R), (sh_RI, None))
+        found["w_out"] = work.weight("w_out", (work.dy_TH, stage.row_index.tokens_R), (sh_RI, None))
     if need["bias_out"]:
         found["bias_out"] = work.bias("bias_out", work.dy_TH, weighted=True)
     if adapters:
         assert i.a_out is not None
         assert sh_RI is not None
         sha_Rr = stage.through(sh_RI, i.a_out, transposed=False, gather=False)
-        found["b_out"] = work.weight("b_out", (work.dy_TH, i.tokens_R), (sha_Rr, None))
+        found["b_out"] = work.weight("b_out", (work.dy_TH, stage.row_index.tokens_R), (sha_Rr, None))
         del sha_Rr
         found["a_out"] = work.weight("a_out", (dyb_Rr, None), (sh_RI, None))
     del sh_RI, dyb_Rr
@@ -125,14 +125,14 @@ def backward(
     if need["x_TH"]:
         found["x_TH"] = work.input_gradient(dz_RF, dzb_Rr)
     if need["w_in"]:
-        found["w_in"] = work.weight("w_in", (dz_RF, None), (i.x_TH, i.tokens_R))
+        found["w_in"] = work.weight("w_in", (dz_RF, None), (i.x_TH, stage.row_index.tokens_R))
     if need["bias_in"]:
         found["bias_in"] = work.bias("bias_in", dz_RF, weighted=False)
     if adapters:
         assert i.a_in is not None
         xa_Rr = stage.through(i.x_TH, i.a_in, transposed=False, gather=True)
         found["b_in"] = work.weight("b_in", (dz_RF, None), (xa_Rr, None))
-        found["a_in"] = work.weight("a_in", (dzb_Rr, None), (i.x_TH, i.tokens_R))
+        found["a_in"] = work.weight("a_in", (dzb_Rr, None), (i.x_TH, stage.row_index.tokens_R))
     if need["scores_B6"]:
         found["scores_B6"] = i.x_TH.new_empty(i.offsets_B1.shape[0] - 1, 6, dtype=torch.float32)
         squares_GN = None if work.squares is None else work.squares.whole_GN
@@ -172,7 +172,7 @@ class _Backward(NamedTuple):
         want_ds = need["weights_TK"] or need["scores_B6"]
         if not (want_dz or want_sh or want_ds):
             return None, None, (None, None)
-        (R,), F, inner = i.tokens_R.shape, i.w_in.shape[1], i.w_out.shape[2]
+        R, F, inner = i.rows_TK.numel(), i.w_in.shape[1], i.w_out.shape[2]
         if z_RF.shape[0] < R:
             z_RF = stage.rows(F)
             stage.first_product(z_RF, None)

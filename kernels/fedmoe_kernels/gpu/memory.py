@@ -79,11 +79,12 @@ def forward_bytes(sizes: CallSizes, *, keep_z: bool = True) -> int:
 def backward_bytes(sizes: CallSizes, *, recompute: bool = False, scores: bool = True) -> int:
     """The most a backward allocates at once, all gradients but those of biases asked for.
 
-    Of these dx (T * H values), dS, the weight gradients (G * (F + I) * H) or the factors' and the scores stay. Frozen
-    experts in codes take narrower blocks, and so up to twice the partial sums by row: 4 bytes a row and block.
+    Of these dx (T * H values), dS, the weight gradients (G * (F + I) * H) or the factors' and the scores stay. Every
+    row's token and place, 16 bytes, are made again. Frozen experts in codes take narrower blocks, and so up to twice
+    the partial sums by row: 4 bytes a row and block.
     """
     columns = -(-sizes.inner // sizes.tiles.data_gradient.n)
-    small = sizes.schedule + (4 * sizes.learning * _blocks(sizes) if scores else 0)
+    small = 16 * sizes.rows + sizes.schedule + (4 * sizes.learning * _blocks(sizes) if scores else 0)
     partial = 4 * columns * (sizes.rows + (sizes.most_tiles if scores else 0))
     height = sizes.tiles.rows
     ds = 4 * sizes.rows

@@ -18,6 +18,7 @@ from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import OVERRIDE, TileSet, arch_of, tiles_for
 from fedmoe_kernels.gpu.down import rank_product
 from fedmoe_kernels.gpu.launch import Execute, Launch
+from fedmoe_kernels.gpu.place import inverse
 from fedmoe_kernels.gpu.schedule import Schedule, schedule
 from fedmoe_kernels.gpu.storage import Direct, RankTerm, RowIndex, Stored
 from fedmoe_kernels.gpu.up import up
@@ -28,6 +29,7 @@ class Stage(NamedTuple):
     """What every step of one call needs."""
 
     inputs: OpInputs
+    row_index: RowIndex
     activation: str
     tiles: TileSet
     schedule: Schedule
@@ -40,7 +42,7 @@ class Stage(NamedTuple):
 
     def rows(self, width: int) -> Tensor:
         """(R, width) of x's dtype; rows from N on are never written."""
-        return self.inputs.x_TH.new_empty(self.inputs.tokens_R.shape[0], width)
+        return self.inputs.x_TH.new_empty(self.inputs.rows_TK.numel(), width)
 
     @property
     def w_in(self) -> Stored:
@@ -68,13 +70,13 @@ class Stage(NamedTuple):
 
     def direct(self, weights_TK: Tensor | None) -> Direct | None:
         """With one choice a token the last product writes to token order, and nothing is combined."""
-        i = self.inputs
-        return Direct(i.tokens_R, i.places_R, weights_TK, i.rows_TK) if i.rows_TK.shape[1] == 1 else None
+        (tokens_R, places_R, _), rows_TK = self.row_index, self.inputs.rows_TK
+        return Direct(tokens_R, places_R, weights_TK, rows_TK) if rows_TK.shape[1] == 1 else None
 
     def through(self, rows_XK: Tensor, factor: Tensor, *, transposed: bool, gather: bool) -> Tensor:
         """(R, r): rows times an adapter's factor (Bl, r, K), or (Bl, K, r) if `transposed`."""
         out_Rr = self.rows(factor.shape[2 if transposed else 1])
-        tokens_R = self.inputs.tokens_R if gather else None
+        tokens_R = self.row_index.tokens_R if gather else None
         self.run(
             rank_product(
                 *(rows_XK, factor, out_Rr),
@@ -93,18 +95,13 @@ class Stage(NamedTuple):
         assert self.inputs.scale_B is not None
         return RankTerm(rows_Rr, factor, self.inputs.scale_B)
 
-    @property
-    def row_index(self) -> RowIndex:
-        """Where the rows come from."""
-        return RowIndex(self.inputs.tokens_R, self.inputs.places_R, self.inputs.weights_TK)
-
     def first_product(self, z_RF: Tensor | None, h_RI: Tensor | None) -> None:
         """z, f(z) or both, as the forward and a backward that recomputes make them: one kernel, the same bits."""
         i = self.inputs
         xa_Rr = None if i.a_in is None else self.through(i.x_TH, i.a_in, transposed=False, gather=True)
         self.run(
             up(
-                *(i.x_TH, i.tokens_R, self.w_in, self.bias_in),
+                *(i.x_TH, self.row_index.tokens_R, self.w_in, self.bias_in),
                 z_RF=z_RF,
                 h_RI=h_RI,
                 activation=self.activation,
@@ -127,8 +124,18 @@ def stage_of(inputs: OpInputs, activation: str, rows_per_slot: int, arch: str | 
         arch=arch,
         override=os.environ.get(OVERRIDE),
     )
-    made = schedule(inputs.offsets_B1, inputs.tokens_R.shape[0], tiles.rows, execute)
-    return Stage(inputs, activation, tiles, made, execute)
+    made = schedule(inputs.offsets_B1, inputs.rows_TK.numel(), tiles.rows, execute)
+    return Stage(inputs, _row_index(inputs, execute), activation, tiles, made, execute)
+
+
+def _row_index(inputs: OpInputs, execute: Execute) -> RowIndex:
+    """Where the rows come from: as given, or made again from `rows_TK`, in one launch."""
+    tokens_R, places_R, rows_TK = inputs.tokens_R, inputs.places_R, inputs.rows_TK
+    if tokens_R is None or places_R is None:
+        tokens_R, places_R = (rows_TK.new_empty(rows_TK.numel()) for _ in range(2))
+        for launch in inverse(rows_TK, tokens_R=tokens_R, places_R=places_R):
+            execute(launch)
+    return RowIndex(tokens_R, places_R, inputs.weights_TK)
 
 
 @lru_cache(maxsize=256)
