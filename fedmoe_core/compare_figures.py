@@ -1,4 +1,4 @@
-"""The two pictures of a comparison: quality at every tier with its interval, and quality against bytes moved."""
+"""The two pictures of a comparison: every tier's distance from the first system, and quality against bytes moved."""
 
 from __future__ import annotations
 
@@ -25,22 +25,34 @@ def styles(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def tiers(runs: Mapping[str, Sequence[Measures]]) -> Figure:
-    """One panel a tier: each system's mean over the tier's clients, with the 95 % interval over seeds."""
-    first = next(iter(runs.values()))[0]
+    """One panel a tier: how far each system's clients are from the first system's, paired by seed, with 95 % intervals.
+
+    Paired, because seeds differ in their data by far more than systems differ on the same data.
+    """
+    subject, first = next(iter(runs)), next(iter(runs.values()))[0]
     names, labels = list(first.tier_mean), list(runs)
+    scale = 100.0 if first.accuracy else 1.0
     with mpl.rc_context(RC):
-        figure = Figure(figsize=(WIDTH, 0.26 * len(labels) + 1.1))
+        figure = Figure(figsize=(WIDTH, 0.26 * len(labels) + 1.3))
         grid = figure.subplots(1, len(names), sharey=True, sharex=True, squeeze=False)[0]
         for axes, tier in zip(grid, names, strict=True):
+            own = {run.seed: run.tier_mean[tier] * scale for run in runs[subject]}
             for place, label in enumerate(labels):
-                values = np.array([run.tier_mean[tier] for run in runs[label]]) * (100 if first.accuracy else 1)
+                of_seed = {run.seed: run.tier_mean[tier] * scale for run in runs[label]}
+                gaps = np.array([of_seed[seed] - own[seed] for seed in sorted(set(own) & set(of_seed))])
                 colour = INK if all(run.budgeted for run in runs[label]) else MUTED
-                half = interval(values)
-                axes.errorbar(values.mean(), -place, xerr=half, fmt="o", ms=4.5, color=colour, lw=1.4, mec="white")
+                if len(gaps):
+                    half = interval(gaps)
+                    axes.errorbar(gaps.mean(), -place, xerr=half, fmt="o", ms=4.5, color=colour, lw=1.4, mec="white")
             axes.set_yticks([-place for place in range(len(labels))], labels)
-            axes.set_title(tier)
-            axes.set_xlabel("accuracy (%)" if first.accuracy else "held-out loss (nats)")
-            axes.axvline(100 * first.start if first.accuracy else first.start, color=GRID, lw=1.2, zorder=0)
+            mean = fmean(own.values())
+            axes.set_title(f"{tier}: {mean:.1f} %" if first.accuracy else f"{tier}: {mean:.3f}")
+            axes.set_xlabel("points of accuracy" if first.accuracy else "nats of loss")
+            axes.axvline(0, color=GRID, lw=1.6, zorder=0)
+        better = "right is better" if first.accuracy else "left is better"
+        figure.suptitle(
+            f"Each system minus {subject} (whose mean is in the title); {better}; grey: over the budget", fontsize=9.5
+        )
         figure.tight_layout(w_pad=1.4)
     return figure
 

@@ -28,7 +28,8 @@ class Row:
 
     Attributes:
         label, seeds, accuracy, budgeted: as in ``Measures``.
-        qualities: by name: "global", "clients", and "mean TIER" and "worst TIER" of every tier.
+        qualities: by name: "global", "clients", "lower tiers" (the first half of them, each tier weighing the same),
+            and "mean TIER" and "worst TIER" of every tier.
         to_target: seeds that reached the target, and the mean of what those had spent; None = none did.
         peak_predicted, peak_measured, peak_ratio, load_cv, lost_mass, spent: means over seeds (ratios: extremes).
         tier_held: experts held per client, by tier.
@@ -99,10 +100,13 @@ def _readers(first: Measures) -> dict[str, Callable[[Measures], float | None]]:
     def tier(kind: str, name: str) -> Callable[[Measures], float | None]:
         return lambda run: getattr(run, f"tier_{kind}")[name]
 
+    lower = list(first.tier_mean)[: len(first.tier_mean) // 2]
     readers: dict[str, Callable[[Measures], float | None]] = {
         "global": lambda run: run.whole,
         "clients": lambda run: run.clients,
     }
+    if lower:
+        readers["lower tiers"] = lambda run: fmean(run.tier_mean[tier] for tier in lower)
     for kind in ("mean", "worst"):
         readers |= {f"{kind} {name}": tier(kind, name) for name in first.tier_mean}
     return readers

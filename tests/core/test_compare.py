@@ -73,6 +73,14 @@ def test_the_table_tests_ranks_and_prices(runs: dict[str, list[Path]]) -> None:
     assert all(tier in text for tier in TIERS)
 
 
+def test_lower_tiers_are_the_first_half_and_weigh_the_same(runs: dict[str, list[Path]]) -> None:
+    known = measures(runs)
+    row = rows_of(known)[0]
+    each = [sum(run.tier_mean[tier] for tier in TIERS[:2]) / 2 for run in known["hfedmoe"]]
+    assert len(TIERS) == 4
+    assert row.qualities["lower tiers"].value.mean == pytest.approx(sum(each) / len(each))
+
+
 def test_a_system_that_no_budget_binds_is_shown_but_never_best(runs: dict[str, list[Path]], tmp_path: Path) -> None:
     for path in runs["hfedmoe"]:
         summary = json.loads((path / "summary.json").read_text())
