@@ -24,7 +24,10 @@ Systems = Annotated[str, typer.Option(help="Names separated by commas, or all; t
 Seeds = Annotated[str, typer.Option(help="Such as 0-7 or 0,3,5.")]
 Out = Annotated[Path, typer.Option(help="Directory of the comparison; the same words go on with what is there.")]
 Workers = Annotated[int, typer.Option(help="Runs at a time; 0 = one for every two cores.")]
-Target = Annotated[float | None, typer.Option(help="Quality that 'to the target' means; default: half the best gain.")]
+Target = Annotated[
+    float | None,
+    typer.Option(help="Quality meant by 'target'; default: by seed, half way from the best start to the best end."),
+]
 Variants = Annotated[Path | None, typer.Option(help='TOML file with a table [systems]: label = ["key=value", ...].')]
 
 

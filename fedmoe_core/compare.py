@@ -35,7 +35,7 @@ class Study:
         seeds: of every system.
         out: the directory of the comparison.
         workers: most runs at a time; every one gets its share of the cores.
-        target: quality (mean over clients) that "to the target" means; None = half of what the best system gains.
+        target: quality (mean over clients) that "to the target" means; None = half way, by seed.
     """
 
     words: tuple[str, ...]

@@ -60,14 +60,16 @@ def rows_of(measured: Mapping[str, Sequence[Measures]], *, target: float | None 
 
     Args:
         measured: runs by label, every seed at most once.
-        target: quality (mean over clients) whose price is told; None = half way from the warm model to the best system.
+        target: quality (mean over clients) whose price is told; None = for each seed, half way from the best that any
+            system starts with to the best that any ends with, so that nobody is there without learning.
     """
     runs = {label: sorted(of_seed, key=lambda run: run.seed) for label, of_seed in measured.items()}
     first = next(iter(runs.values()))[0]
-    goal = target if target is not None else _half_way(runs)
+    goals = _half_way(runs) if target is None else {run.seed: target for of_seed in runs.values() for run in of_seed}
     qualities = {name: _judge(runs, read, more=first.accuracy) for name, read in _readers(first).items()}
     return [
-        _row(label, of_seed, {name: q[label] for name, q in qualities.items()}, goal) for label, of_seed in runs.items()
+        _row(label, of_seed, {name: q[label] for name, q in qualities.items()}, goals)
+        for label, of_seed in runs.items()
     ]
 
 
@@ -134,16 +136,19 @@ def _judge(
     }
 
 
-def _half_way(runs: Mapping[str, Sequence[Measures]]) -> float:
-    """Half of the gain of the system that ends best, in the mean over clients and seeds."""
-    start = fmean(run.start for of_seed in runs.values() for run in of_seed)
-    ends = [fmean(run.clients for run in of_seed) for of_seed in runs.values()]
-    accuracy = next(iter(runs.values()))[0].accuracy
-    return (start + (max(ends) if accuracy else min(ends))) / 2
+def _half_way(runs: Mapping[str, Sequence[Measures]]) -> dict[int, float]:
+    """By seed, half way from the best start to the best end of all systems, in the mean over clients."""
+    every = [run for of_seed in runs.values() for run in of_seed]
+    best = max if every[0].accuracy else min
+    goals = {}
+    for seed in {run.seed for run in every}:
+        alike = [run for run in every if run.seed == seed]
+        goals[seed] = (best(run.start for run in alike) + best(run.clients for run in alike)) / 2
+    return goals
 
 
-def _row(label: str, runs: Sequence[Measures], qualities: Mapping[str, Quality], goal: float) -> Row:
-    reached = [spent for run in runs if (spent := run.to_target(goal)) is not None]
+def _row(label: str, runs: Sequence[Measures], qualities: Mapping[str, Quality], goals: Mapping[int, float]) -> Row:
+    reached = [spent for run in runs if (spent := run.to_target(goals[run.seed])) is not None]
     lost = [run.lost_mass for run in runs if run.lost_mass is not None]
     return Row(
         label=label,

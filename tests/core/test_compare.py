@@ -73,6 +73,22 @@ def test_the_table_tests_ranks_and_prices(runs: dict[str, list[Path]]) -> None:
     assert all(tier in text for tier in TIERS)
 
 
+def test_the_target_lies_half_way_from_the_best_start_to_the_best_end_of_its_seed(runs: dict[str, list[Path]]) -> None:
+    known = measures(runs)
+    found = {row.label: row for row in rows_of(known)}
+    for label, of_seed in known.items():
+        prices = []
+        for run in of_seed:
+            alike = [other for each in known.values() for other in each if other.seed == run.seed]
+            goal = (min(other.start for other in alike) + min(other.clients for other in alike)) / 2
+            prices += [spent.bytes_moved for spent in [run.to_target(goal)] if spent is not None]
+        assert found[label].reached == len(prices)
+        if prices:
+            assert found[label].to_target.bytes_moved == pytest.approx(sum(prices) / len(prices))
+            assert min(prices) > 0
+    assert all(row.reached == 3 for row in rows_of(known, target=1e9))
+
+
 def test_lower_tiers_are_the_first_half_and_weigh_the_same(runs: dict[str, list[Path]]) -> None:
     known = measures(runs)
     row = rows_of(known)[0]
