@@ -274,7 +274,9 @@ class ExpertStore(nn.Module):
             steered = trainable if self.train_router else ()
             rest = tuple(e for e in range(self.num_experts) if e not in steered)
             rows = dict(enumerate(router_EH)) | dict(own.get("router", {}))
-            self.router = nn.Parameter(stack(rows, steered, router_EH))
+            # Without a row it must not learn: its gradient, an empty view, would keep the whole router's alive (8 KB of
+            # the demo's client, and no optimizer would ever clear it).
+            self.router = nn.Parameter(stack(rows, steered, router_EH), requires_grad=bool(steered))
             self.router_rest = stack(rows, rest, router_EH)
         self.trainable_experts, self.frozen_experts = trainable, frozen
         order = steered + rest

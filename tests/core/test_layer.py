@@ -105,6 +105,21 @@ def test_inv5_frozen_and_absent_keep_their_bits_through_adamw_with_weight_decay(
     assert layer.router_rest.grad is None
 
 
+def test_inv2_a_layer_that_trains_nothing_keeps_no_gradient_alive() -> None:
+    """An empty view of a whole router's gradient held 8 KB that no plan counted; importance is as before."""
+    x = torch.randn(5, H, dtype=torch.float64, requires_grad=True)
+    layers = [
+        MoE.from_dense(*dense(), K, permitted=mask(0, 2, 3), trainable=trains, with_scores=True)
+        for trains in (mask(), mask(0, 2, 3))
+    ]
+    for layer in layers:
+        layer(x).square().sum().backward()
+    assert all(p.grad is None or p.grad.untyped_storage().nbytes() == 0 for p in layers[0].parameters())
+    assert layers[1].router.grad is not None
+    torch.testing.assert_close(layers[0].scores.taylor_abs_B, layers[1].scores.taylor_abs_B)
+    assert (layers[0].scores.taylor_abs_B > 0).all()
+
+
 def test_inv5_frozen_router_has_no_parameter_row():
     layer = MoE.from_dense(*dense(), K, trainable=mask(1, 2), train_router=False)
     assert layer.router.numel() == 0
