@@ -61,7 +61,8 @@ def rows_of(measured: Mapping[str, Sequence[Measures]], *, target: float | None 
     Args:
         measured: runs by label, every seed at most once.
         target: quality (mean over clients) whose price is told; None = for each seed, half way from the best that any
-            system starts with to the best that any ends with, so that nobody is there without learning.
+            system inside the budgets starts with to the best that any of them ends with, so that none of them is there
+            without learning.
     """
     runs = {label: sorted(of_seed, key=lambda run: run.seed) for label, of_seed in measured.items()}
     first = next(iter(runs.values()))[0]
@@ -137,12 +138,13 @@ def _judge(
 
 
 def _half_way(runs: Mapping[str, Sequence[Measures]]) -> dict[int, float]:
-    """By seed, half way from the best start to the best end of all systems, in the mean over clients."""
-    every = [run for of_seed in runs.values() for run in of_seed]
+    """By seed, half way from the best start to the best end of the systems inside the budgets (all, if none is)."""
+    bound = [of_seed for of_seed in runs.values() if all(run.budgeted for run in of_seed)]
+    every = [run for of_seed in bound or runs.values() for run in of_seed]
     best = max if every[0].accuracy else min
     goals = {}
-    for seed in {run.seed for run in every}:
-        alike = [run for run in every if run.seed == seed]
+    for seed in {run.seed for of_seed in runs.values() for run in of_seed}:
+        alike = [run for run in every if run.seed == seed] or every
         goals[seed] = (best(run.start for run in alike) + best(run.clients for run in alike)) / 2
     return goals
 
