@@ -149,6 +149,7 @@ def compare(
     workers: cli_study.Workers = 0,
     target: cli_study.Target = None,
     variants: cli_study.Variants = None,
+    beside: cli_study.Beside = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -158,7 +159,14 @@ def compare(
         from fedmoe_core.compare import Study
 
         study = Study.of(
-            words or [], systems=systems, seeds=seeds, out=out, workers=workers, target=target, variants=variants
+            words or [],
+            systems=systems,
+            seeds=seeds,
+            out=out,
+            workers=workers,
+            target=target,
+            variants=variants,
+            beside=beside,
         )
         raise typer.Exit(cli_study.run(study, Console(stderr=True, quiet=quiet)))
 

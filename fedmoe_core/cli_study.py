@@ -28,6 +28,10 @@ Target = Annotated[
     float | None,
     typer.Option(help="Quality meant by 'target'; default: by seed, half way from the best start to the best end."),
 ]
+Beside = Annotated[
+    Path | None,
+    typer.Option(help="compare.json of an earlier comparison: its other systems stand in the table, not run again."),
+]
 Variants = Annotated[Path | None, typer.Option(help='TOML file with a table [systems]: label = ["key=value", ...].')]
 
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
-import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedmoe_core import compare_figures
+from fedmoe_core.compare_record import Earlier, write_record
 from fedmoe_core.compare_table import markdown, rows_of
 from fedmoe_core.jobs import Job, Outcome, Variant, make_jobs, parse_seeds, parse_variants, remaining, run_jobs
 from fedmoe_core.measures import Measures, measure
 from fedmoe_core.names import ALGORITHMS
-from fedmoe_core.records import write_json
 from fedmoe_core.runs import read_runs
 
 __all__ = ["Study", "compare"]
@@ -36,6 +31,7 @@ class Study:
         out: the directory of the comparison.
         workers: most runs at a time; every one gets its share of the cores.
         target: quality (mean over clients) that "to the target" means; None = half way, by seed.
+        beside: an earlier comparison under the same words, whose other systems stand in the table, not run again.
     """
 
     words: tuple[str, ...]
@@ -44,6 +40,7 @@ class Study:
     out: Path
     workers: int
     target: float | None = None
+    beside: Earlier | None = None
 
     @classmethod
     def of(
@@ -56,6 +53,7 @@ class Study:
         workers: int = 0,
         target: float | None = None,
         variants: Path | None = None,
+        beside: Path | None = None,
     ) -> Study:
         """A study from the command line's words.
 
@@ -66,9 +64,11 @@ class Study:
             out, target: as the attributes.
             workers: 0 = one for every two cores.
             variants: a TOML file with a table ``[systems]`` of labels, each a list of words.
+            beside: the ``compare.json`` of an earlier comparison.
 
         Raises:
-            ValueError: a system that is neither an algorithm nor a label, or seeds that are none.
+            ValueError: a system that is neither an algorithm nor a label, seeds that are none, or an earlier comparison
+                that cannot stand beside this one.
             OSError: a file cannot be read.
         """
         named: Mapping[str, Any] = {}
@@ -77,14 +77,18 @@ class Study:
         every = list(named) if named else list(ALGORITHMS)
         chosen = every if systems == "all" else [name.strip() for name in systems.split(",") if name.strip()]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cls(
+        study = cls(
             tuple(words),
             tuple(parse_variants(chosen, named)),
             parse_seeds(seeds),
             out,
             workers or max(1, cores // 2),
             target,
+            Earlier.read(beside) if beside else None,
         )
+        if study.beside:
+            study.beside.runs(study)  # refuses here, not after hours of runs
+        return study
 
     @property
     def threads(self) -> int:
@@ -125,24 +129,12 @@ def write(study: Study, done: Sequence[Job]) -> list[str]:
         measured.setdefault(job.variant.label, []).append(measure(run, job.variant.label))
     if not measured:
         return []
+    if study.beside:
+        measured |= study.beside.runs(study)
     rows = rows_of(measured, target=study.target)
     lines = markdown(rows)
-    write_json(study.out / "compare.json", _record(study, measured, rows))
+    write_record(study, measured, rows)
     (study.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for name, draw in (("tiers", compare_figures.tiers), ("learning", compare_figures.learning)):
         draw(measured).savefig(study.out / f"{name}.png", dpi=150)
     return lines
-
-
-def _record(study: Study, measured: Mapping[str, Sequence[Measures]], rows: Sequence[Any]) -> dict[str, Any]:
-    return {
-        "command": shlex.join(["fedmoe", *sys.argv[1:]]),
-        "words": list(study.words),
-        "systems": {variant.label: list(variant.words) for variant in study.variants},
-        "seeds": list(study.seeds),
-        "threads": study.threads,
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "rows": [json.loads(json.dumps(asdict(row), default=float)) for row in rows],
-        "runs": {label: [asdict(run) for run in runs] for label, runs in measured.items()},
-    }

@@ -5,6 +5,7 @@ Quality is accuracy where the task has classes (more is better), else held-out l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -65,6 +66,22 @@ class Measures:
     lost_mass: float | None
     budgeted: bool
     violations: int
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Measures:
+        """The measures that ``dataclasses.asdict`` and JSON made of one.
+
+        Raises:
+            TypeError, ValueError, KeyError: it is none.
+        """
+
+        def number(value: float | None) -> float:
+            return math.nan if value is None else float(value)  # JSON has no NaN
+
+        curve = [(Spent(**spent), float(quality)) for spent, quality in record["curve"]]
+        low, high = map(number, record["peak_ratio"])
+        bare = {name: number(record[name]) for name in ("peak_predicted", "peak_measured", "load_cv")}
+        return cls(**{**record, **bare, "curve": curve, "spent": Spent(**record["spent"]), "peak_ratio": (low, high)})
 
     def to_target(self, target: float) -> Spent | None:
         """What had been spent when the mean over clients first reached ``target``; None = never."""

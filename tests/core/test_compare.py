@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from synthetic_run import TIERS, make_run
 from fedmoe_core.compare import Study, write
 from fedmoe_core.compare_table import markdown, rows_of
 from fedmoe_core.measures import Measures, measure
+from fedmoe_core.records import plain
 from fedmoe_core.runs import read_runs
 
 GAINS = {"hfedmoe": 0.3, "random": 0.1, "fedavg": 0.02}
@@ -142,3 +145,60 @@ def test_labels_come_from_a_file(tmp_path: Path) -> None:
     file.write_text('[systems]\n"score s" = ["algorithm=hfedmoe", "selection.score=s"]\nplain = ["algorithm=fedavg"]\n')
     study = Study.of([], systems="all", seeds="0", out=tmp_path, variants=file)
     assert [variant.label for variant in study.variants] == ["score s", "plain"]
+
+
+def test_an_earlier_comparison_stands_beside_a_new_system(runs: dict[str, list[Path]], tmp_path: Path) -> None:
+    """The same table, test by test, as if all had been run together; the system that is run here is not doubled."""
+    whole = Study.of([], systems="hfedmoe,random,fedavg", seeds="0-2", out=tmp_path, workers=1)
+    write(whole, whole.jobs())
+    first = json.loads((tmp_path / "compare.json").read_text())
+    record = tmp_path / "earlier.json"
+    earlier = {**first, "runs": {**first["runs"], "hfedmoe": first["runs"]["fedavg"]}}  # to be replaced by our own
+    record.write_text(json.dumps(earlier))
+    study = Study.of([], systems="hfedmoe", seeds="0-2", out=tmp_path, workers=1, beside=record)
+    write(study, study.jobs())
+    second = json.loads((tmp_path / "compare.json").read_text())
+    assert second["rows"] == first["rows"]
+    assert second["runs"] == first["runs"]
+    assert second["beside"] == {"record": str(record), "systems": ["random", "fedavg"]}
+    assert second["systems"] == first["systems"]
+    fewer = Study.of([], systems="hfedmoe", seeds="1", out=tmp_path, workers=1, beside=record)
+    assert [run.seed for run in fewer.beside.runs(fewer)["random"]] == [1]
+
+
+@pytest.mark.parametrize(
+    ("words", "seeds", "message"),
+    [
+        (["rounds=3"], "0-2", "has rounds=20 and not 3"),
+        (["rounds=20"], "0-3", "lacks seed 3 of random"),
+        (None, "0-2", "is no compare.json of this version"),
+    ],
+)
+def test_another_comparison_is_refused_before_anything_runs(
+    runs: dict[str, list[Path]], tmp_path: Path, words: list[str] | None, seeds: str, message: str
+) -> None:
+    whole = Study.of(["rounds=20"], systems="hfedmoe,random", seeds="0-2", out=tmp_path, workers=1)
+    write(whole, whole.jobs())
+    record = tmp_path / "compare.json"
+    if words is None:
+        record.write_text(json.dumps({"rows": []}))
+    with pytest.raises(ValueError, match=message):
+        Study.of(words or ["rounds=20"], systems="hfedmoe", seeds=seeds, out=tmp_path, workers=1, beside=record)
+
+
+def test_runs_of_another_number_of_threads_do_not_stand_beside(runs: dict[str, list[Path]], tmp_path: Path) -> None:
+    whole = Study.of([], systems="hfedmoe,random", seeds="0-2", out=tmp_path, workers=1)
+    write(whole, whole.jobs())
+    record = tmp_path / "compare.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "threads": whole.threads + 1}))
+    with pytest.raises(ValueError, match="threads a run and not"):
+        Study.of([], systems="hfedmoe", seeds="0-2", out=tmp_path, workers=1, beside=record)
+
+
+def test_measures_come_back_from_json(runs: dict[str, list[Path]]) -> None:
+    known = measures(runs)["random"][0]
+    odd = replace(known, peak_ratio=(float("nan"), 1.0), whole=None)
+    assert Measures.of(json.loads(json.dumps(asdict(known)))) == known
+    back = Measures.of(plain(asdict(odd)))
+    assert math.isnan(back.peak_ratio[0])
+    assert replace(back, peak_ratio=known.peak_ratio) == replace(odd, peak_ratio=known.peak_ratio)
