@@ -134,14 +134,15 @@ class FlexMoEConfig:
 class PlusConfig:
     """Ingredients of HFedMoE+ (``algorithm = "hfedmoe_plus"``), which come before [selection] and [aggregation] there.
 
-    Each can be switched off alone: importance=ib, mean=participation, explore=0 and train_share=1 are HFedMoE without.
+    Each can be switched off alone: importance=ib, hold_share=0, gate=row-wise and explore=0.1 are HFedMoE's own.
     """
 
     importance: Literal["taylor", "s", "ib", "hits"] = "taylor"  # hits: how often the client's own tokens choose it
-    mean: Literal["damped", "participation"] = "damped"
+    mean: Literal["participation", "damped"] = "participation"
     gate: Literal["personal", "row-wise", "frozen", "normalised"] = "personal"  # frozen: neither trains nor travels
     explore: Share = 0.1  # as selection.explore
     train_share: Annotated[float, Between(0.01, 1.0)] = 0.5  # of what a client could train; the rest buys frozen ones
+    hold_share: Share = 0.5  # of all experts; frozen ones are bought until so many are held
     redundancy: NaturalReal = (
         0.0  # rho: how much two experts that say the same are worth less; measured to gain nothing
     )

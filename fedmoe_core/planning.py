@@ -48,6 +48,7 @@ def make_plan(
     *,
     explore_absent: bool = True,
     train_share: float = 1.0,
+    hold_share: float = 1.0,
     **asks: Unpack[Asks],
 ) -> ExpertPlan:
     """The experts of largest score within the client's budget, then as much work as its FLOPs allow.
@@ -55,7 +56,8 @@ def make_plan(
     Memory, traffic and count choose the experts (HFedMoE eq. 15 and its real-budget form); FLOPs then set local steps,
     k' and the trainable share. With ``explore_absent`` an absent expert sometimes takes the place of the least valued
     held one, in proportion to the client's own demand for it, so that no expert stays unseen for ever [E]. With a
-    ``train_share`` below 1 a compact client trains only the best of what it could train, and holds more [E].
+    ``train_share`` below 1 a compact client that could train less than ``hold_share`` of all experts trains only the
+    best of those, at least that share of them, and holds more, at most ``hold_share`` of all [E].
 
     Raises:
         ValueError: the budget cannot hold one expert per MoE layer or pay one step; the message says what would do.
@@ -66,7 +68,8 @@ def make_plan(
     permitted_LE, trainable_LE = choose(left, costs, scores_LE, client=client, mode=mode, first_participation=first)
     if train_share < 1 and mode == "compact" and not permitted_LE.all():
         room = room_of(left, costs, client=client, first_participation=first)
-        permitted_LE, trainable_LE = trade_for_frozen(room, trainable_LE, scores_LE, share=train_share)
+        most = int(hold_share * scores_LE.size)
+        permitted_LE, trainable_LE = trade_for_frozen(room, trainable_LE, scores_LE, share=train_share, most=most)
     if explore_absent and mode == "compact" and config.selection.explore > 0:
         demand_LE = (state.profiles[client] or population.prior).prob_sum_LE
         rng = counter_rng(config.seed, "explore", state.round, client)

@@ -188,16 +188,19 @@ def room_of(
 
 
 def trade_for_frozen(
-    room: Room, trained_LE: np.ndarray, scores_LE: np.ndarray, *, share: float
+    room: Room, trained_LE: np.ndarray, scores_LE: np.ndarray, *, share: float, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Train fewer experts and hold more [E]: the permitted and the trainable ones (L, E) within the same room.
 
     Of ``trained_LE`` the best ``share`` goes on training, at least one in every layer. What the rest took is spent on
-    experts that only run, best first: under a memory limit one that trains (weights, gradient, two moments) makes room
-    for four. Where that buys nothing, as under a limit on their number, the plan is as it was: an expert whose training
-    still fits trains. All experts of a layer cost the same, so best first is the best for this number of trained ones.
+    experts that only run, best first, until ``most`` are held: under a memory limit one that trains (weights, gradient,
+    two moments) makes room for four. Where that buys nothing, as under a limit on their number, or where ``most`` or
+    more could train, the plan is as it was: an expert whose training still fits trains. All experts of a layer cost the
+    same, so best first is the best for this number of trained ones.
     """
     layers, wanted = trained_LE.shape[0], math.ceil(share * int(trained_LE.sum()))
+    if trained_LE.sum() >= most:
+        return trained_LE, trained_LE.copy()
     worth_LE = np.where(trained_LE, scores_LE, -np.inf)
     learns_LE = np.zeros_like(trained_LE)
     learns_LE[np.arange(layers), worth_LE.argmax(axis=1)] = True
@@ -208,7 +211,7 @@ def trade_for_frozen(
     held_LE = learns_LE.copy()
     best = np.argsort(-scores_LE, axis=None, kind="stable")
     for place in best[~held_LE.ravel()[best]]:
-        if (room.frozen_D <= free_D).all():
+        if held_LE.sum() < most and (room.frozen_D <= free_D).all():
             held_LE.flat[place] = True
             free_D = free_D - room.frozen_D
     costs_DP = room.costs_DLE.reshape(len(free_D), -1)

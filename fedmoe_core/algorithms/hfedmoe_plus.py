@@ -1,10 +1,10 @@
 """HFedMoE+: HFedMoE with the ingredients that measured best, each a word of ``[plus]`` that an ablation can take away.
 
 In one breath: a client keeps the experts whose removal would change its loss most, measured per routed row and times
-its own demand; it trains the best half of what its memory could train and spends the rest on experts that only run;
-now and then one of them gives way to an expert that it lacks; the server adds up what the trainers of an expert
-changed and divides by everybody, so that those who did not train it vote "no change"; router rows are averaged one by
-one, by how much each client used the row, while every client goes on with the router that it has trained itself.
+its own demand; where its memory could not train half of all experts, it trains the best of those that it could and
+spends the rest on experts that only run, until it holds half of all; now and then one of them gives way to an expert
+that it lacks; the server averages what the trainers of an expert changed; router rows are averaged one by one, by how
+much each client used the row, while every client goes on with the router that it has trained itself.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class HFedMoEPlus(Algorithm):
         paper="this package, after arXiv 2601.00583",
         equations=(
             Equation("importance", "E", "|s * dL/ds| per routed row, times the client's own top-k choices, per layer"),
-            Equation("17, damped", "E", "sum of |D_c| delta over trainers, divided by |D_c| of the whole round"),
-            Equation("frozen experts", "E", "the best share of what fits trains; the rest's memory holds four for one"),
+            Equation("17", "N", "mean of the trainers' changes, by |D_c|; damped, all others vote no change"),
+            Equation("frozen experts", "E", "below half of all experts, training one gives way to holding four"),
             Equation("20, row-wise", "E", "one weight for each router row; each client goes on with its own gate"),
             Equation("exploration", "E", "a held expert sometimes gives way to an absent one, by own demand"),
             Equation("redundancy", "E", "scores less rho * p_e p_e' max(0, cos(m_e, m_e')) to better experts; off"),
@@ -70,10 +70,11 @@ class HFedMoEPlus(Algorithm):
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """The experts of largest score within each budget, the best of them trained, one sometimes exchanged."""
-        scores, base = self.scores(state), self.base
-        share = self.population.config.plus.train_share
+        scores, population, plus = self.scores(state), self.base.population, self.population.config.plus
+        train, hold = plus.train_share, plus.hold_share
         return [
-            make_plan(base.population, state, c, scores[c], train_share=share, **self._asks(state, c)) for c in clients
+            make_plan(population, state, c, scores[c], train_share=train, hold_share=hold, **self._asks(state, c))
+            for c in clients
         ]
 
     def scores(self, state: ServerState) -> list[np.ndarray]:

@@ -179,10 +179,9 @@ def test_smallest_without_limits_is_fedavg() -> None:
 
 SETTINGS = (
     "plus.importance=ib",
-    "plus.mean=participation",
     "plus.gate=row-wise",
     "plus.explore=0.1",
-    "plus.train_share=1",
+    "plus.hold_share=0",
 )
 TIERS = 'budgets=["experts=25%", "experts=50%", "experts=100%", "memory=600KiB"]'
 
@@ -267,7 +266,7 @@ def test_every_shared_configuration_of_the_study_parses(path: Path) -> None:
     assert config.eval.personal
 
 
-@pytest.mark.parametrize(("group", "head", "least"), [("plus", "hfedmoe_plus", 11), ("hfedmoe", "hfedmoe", 9)])
+@pytest.mark.parametrize(("group", "head", "least"), [("plus", "hfedmoe_plus", 12), ("hfedmoe", "hfedmoe", 9)])
 def test_every_variant_of_the_ablation_parses_and_differs_in_something(group: str, head: str, least: int) -> None:
     study = Study.of((), systems="all", seeds="0", out=Path("x"), variants=BENCH / f"ablation-{group}.toml")
     jobs = study.jobs()

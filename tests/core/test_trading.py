@@ -14,9 +14,9 @@ from fedmoe_core.budget import Budget
 from fedmoe_core.selection import room_of, select_top_n, trade_for_frozen
 
 
-@given(SEEDS, st.floats(0.05, 0.95), st.sampled_from(["memory", "down", "experts"]))
+@given(SEEDS, st.floats(0.05, 0.95), st.sampled_from(["memory", "down", "experts"]), st.integers(3, 12))
 @settings(max_examples=40, deadline=None)
-def test_inv8_trading_for_frozen_holds_the_best_that_fits(seed: int, share: float, resource: str) -> None:
+def test_inv8_trading_for_frozen_holds_the_best_that_fits(seed: int, share: float, resource: str, most: int) -> None:
     """Against every mask of held experts, the trained ones given; and the trained are the best of what could train."""
     rng = np.random.default_rng(seed)
     scores_LE = rng.uniform(0, 1, (3, 4))
@@ -27,12 +27,18 @@ def test_inv8_trading_for_frozen_holds_the_best_that_fits(seed: int, share: floa
     limit = {"memory": cost.memory_bytes, "down": cost.bytes_down, "experts": cost.experts}[resource]
     budget = Budget.parse(f"{resource}={limit}")
     room = room_of(budget, model)
-    held_LE, learns_LE = trade_for_frozen(room, could_LE, scores_LE, share=share)
+    held_LE, learns_LE = trade_for_frozen(room, could_LE, scores_LE, share=share, most=most)
     assert budget.fits(model.predict(held_LE, learns_LE, local_steps=1))
     assert (learns_LE <= held_LE).all()
     assert learns_LE.any(axis=1).all()
+    assert held_LE.sum() <= max(n, most)
+    if n >= most:
+        np.testing.assert_array_equal(held_LE, could_LE)
+        np.testing.assert_array_equal(learns_LE, could_LE)
+        return
     masks = subsets(3, 4)
     masks = masks[(masks >= learns_LE).all(axis=(1, 2))]
+    masks = masks[masks.sum(axis=(1, 2)) <= most]
     fits = [mask for mask in masks if budget.fits(model.predict(mask, learns_LE, local_steps=1))]
     assert scores_LE[held_LE].sum() == pytest.approx(max(scores_LE[mask].sum() for mask in fits))
     if resource != "memory":  # a frozen expert takes as much of these as one that trains, so there is nothing to gain
@@ -50,7 +56,9 @@ def test_trading_keeps_the_best_share_and_holds_four_for_one() -> None:
     # An expert of 16 bytes a parameter gives way to four of 4, but for the router row and what a slot keeps.
     model = replace(MODEL, hidden_size=256, train_router=False, slot_bytes=0, trunk=replace(MODEL.trunk, transients={}))
     limit = model.predict(could_LE, could_LE, local_steps=1).memory_bytes
-    held_LE, learns_LE = trade_for_frozen(room_of(Budget(memory_bytes=limit), model), could_LE, scores_LE, share=0.75)
+    held_LE, learns_LE = trade_for_frozen(
+        room_of(Budget(memory_bytes=limit), model), could_LE, scores_LE, share=0.75, most=18
+    )
     assert learns_LE.sum() == 6
     assert held_LE.sum() == 6 + 2 * 4
     assert scores_LE[learns_LE].tolist() == [5, 11, 14, 15, 16, 17]  # one a layer, then the best
