@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,12 @@ from fedmoe_core.records import write_json
 if TYPE_CHECKING:
     from fedmoe_core.compare import Study
 
+ALGORITHM = "algorithm="
 OWN = frozenset({"algorithm", "seed", "threads"})  # a system's, a run's; and threads are told apart below
+# Sections that one system alone reads: another value there does not touch the others.
+SECTIONS: Mapping[str, str] = MappingProxyType(
+    {"fedmoe": "fedmoe", "flex_moe": "flex_moe", "fft_moe": "fft_moe", "flux": "flux", "plus": "hfedmoe_plus"}
+)
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,22 @@ class Earlier:
         """The runs of the systems that ``study`` does not run itself, of its seeds.
 
         A setting that this record does not know came later: it stood at what is now its default, or it was not there.
+        Settings that only systems run anew would read may differ.
 
         Raises:
             ValueError: the record was made under other settings or threads, or lacks a seed.
         """
+        mine = {variant.label for variant in study.variants}
+        found = {label: runs for label, runs in self.measured.items() if label not in mine}
+        taken = {
+            word.partition("=")[2] for label in found for word in self.systems[label] if word.startswith(ALGORITHM)
+        }
         here = shared(study)
-        other = [key for key, value in self.shared.items() if key not in here or here[key] != value]
+        other = [
+            key
+            for key, value in self.shared.items()
+            if SECTIONS.get(key.partition(".")[0], key) in (key, *taken) and (key not in here or here[key] != value)
+        ]
         if other:
             was, now = self.shared[other[0]], here.get(other[0], "unknown")
             raise ValueError(f"{self.path} has {other[0]}={was} and not {now}; run its systems again under these words")
@@ -75,8 +91,6 @@ class Earlier:
                 f"{self.path} was run with {self.threads} threads a run and not {study.threads}, which changes sums; "
                 f"choose --workers so that each run gets {self.threads}"
             )
-        mine = {variant.label for variant in study.variants}
-        found = {label: runs for label, runs in self.measured.items() if label not in mine}
         for label, runs in found.items():
             lacking = sorted(set(study.seeds) - {run.seed for run in runs})
             if lacking:

@@ -162,6 +162,8 @@ def test_an_earlier_comparison_stands_beside_a_new_system(runs: dict[str, list[P
     assert second["runs"] == first["runs"]
     assert second["beside"] == {"record": str(record), "systems": ["random", "fedavg"]}
     assert second["systems"] == first["systems"]
+    own = Study.of(["plus.explore=0.5"], systems="hfedmoe", seeds="0-2", out=tmp_path, workers=1, beside=record)
+    assert own.beside is not None  # nobody in the record reads [plus]
     fewer = Study.of([], systems="hfedmoe", seeds="1", out=tmp_path, workers=1, beside=record)
     assert [run.seed for run in fewer.beside.runs(fewer)["random"]] == [1]
 
@@ -170,6 +172,7 @@ def test_an_earlier_comparison_stands_beside_a_new_system(runs: dict[str, list[P
     ("words", "seeds", "message"),
     [
         (["rounds=3"], "0-2", "has rounds=20 and not 3"),
+        (["rounds=20", "selection.beta=0.5"], "0-2", "has selection.beta=0.1 and not 0.5"),
         (["rounds=20"], "0-3", "lacks seed 3 of random"),
         (None, "0-2", "is no compare.json of this version"),
     ],
