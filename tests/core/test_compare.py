@@ -11,6 +11,7 @@ import pytest
 from synthetic_run import TIERS, make_run
 
 from fedmoe_core.compare import Study, write
+from fedmoe_core.compare_record import write_record
 from fedmoe_core.compare_table import markdown, rows_of
 from fedmoe_core.measures import Measures, measure
 from fedmoe_core.records import plain
@@ -168,6 +169,13 @@ def test_an_earlier_comparison_stands_beside_a_new_system(runs: dict[str, list[P
     assert [run.seed for run in fewer.beside.runs(fewer)["random"]] == [1]
 
 
+def recorded(study: Study, runs: dict[str, list[Path]]) -> Path:
+    """The record alone, without the seconds that its figures take."""
+    known = {name: of_seed for name, of_seed in measures(runs).items() if name in ("hfedmoe", "random")}
+    write_record(study, known, rows_of(known))
+    return study.out / "compare.json"
+
+
 @pytest.mark.parametrize(
     ("words", "seeds", "message"),
     [
@@ -181,8 +189,7 @@ def test_another_comparison_is_refused_before_anything_runs(
     runs: dict[str, list[Path]], tmp_path: Path, words: list[str] | None, seeds: str, message: str
 ) -> None:
     whole = Study.of(["rounds=20"], systems="hfedmoe,random", seeds="0-2", out=tmp_path, workers=1)
-    write(whole, whole.jobs())
-    record = tmp_path / "compare.json"
+    record = recorded(whole, runs)
     if words is None:
         record.write_text(json.dumps({"rows": []}))
     with pytest.raises(ValueError, match=message):
@@ -191,8 +198,7 @@ def test_another_comparison_is_refused_before_anything_runs(
 
 def test_runs_of_another_number_of_threads_do_not_stand_beside(runs: dict[str, list[Path]], tmp_path: Path) -> None:
     whole = Study.of([], systems="hfedmoe,random", seeds="0-2", out=tmp_path, workers=1)
-    write(whole, whole.jobs())
-    record = tmp_path / "compare.json"
+    record = recorded(whole, runs)
     record.write_text(json.dumps({**json.loads(record.read_text()), "threads": whole.threads + 1}))
     with pytest.raises(ValueError, match="threads a run and not"):
         Study.of([], systems="hfedmoe", seeds="0-2", out=tmp_path, workers=1, beside=record)
