@@ -87,7 +87,9 @@ class SelectionConfig:
     mode: Literal["compact", "backward-masked"] = "compact"
     reschedule: Literal["round", "batch"] = "round"  # when eq. 15 is solved; per batch only backward-masked
     lam: Share = 0.5  # lambda of eq. 5
+    lam_change: float = 0.0  # what the last round adds to lam, in equal steps; beta and tau likewise
     beta: NaturalReal = 0.1  # beta of eq. 14
+    beta_change: float = 0.0
     explore: Share = 0.1  # chance per client and layer that one held expert gives way to an absent one
 
 
@@ -98,6 +100,7 @@ class AggregationConfig:
     experts: Literal["participation", "damped"] = "participation"
     gate: Literal["auto", "row-wise", "normalised", "literal", "fedavg"] = "auto"  # auto: by SelectionConfig.mode
     tau: Share = 0.0  # usage threshold of eq. 17
+    tau_change: float = 0.0
     weighting: Literal["samples", "uniform"] = "samples"
     participation: bool = True  # an expert that saw no row does not vote
     value_bound: PositiveReal = 1.0  # largest |delta| accepted; larger is refused
@@ -254,6 +257,10 @@ class Config:
         if sampled > self.clients:
             raise ValueError(f"clients_per_round={sampled} exceeds clients={self.clients}; lower it, or 0 for all")
         _check_reschedule(self.selection, self.train)
+        for key, most in (("selection.lam", 1.0), ("selection.beta", math.inf), ("aggregation.tau", 1.0)):
+            last = values[key] + values[f"{key}_change"]
+            if not 0 <= last <= most:
+                raise ValueError(f"{key} + {key}_change is {last:g} in the last round; keep it from 0 to {most:g}")
         if self.min_clients > sampled:
             raise ValueError(f"min_clients={self.min_clients} exceeds the {sampled} clients of a round; lower it")
 

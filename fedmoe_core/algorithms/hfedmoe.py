@@ -16,6 +16,7 @@ import numpy as np
 from fedmoe_core.aggregate import GateRule, Sums, dense_mean, expert_mean, gate_mean
 from fedmoe_core.algorithms import Algorithm
 from fedmoe_core.client import LocalResult
+from fedmoe_core.config import SelectionConfig
 from fedmoe_core.importance import estimate_absent, expert_scores, importance_s, usage
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.planning import make_plan, plan_of_masks
@@ -47,6 +48,7 @@ class HFedMoE(Algorithm):
             Equation("16, 17", "N", "usage, and the mean over clients above tau; on deltas, with true participation"),
             Equation("17, damped", "E", "divided by all clients of the round instead"),
             Equation("18-21", "N", "routing consistency and the importance-weighted gate, normalised or as printed"),
+            Equation("schedules", "E", "lambda, beta and tau move by equal steps from the first round to the last"),
             Equation("20, row-wise", "E", "one weight for each router row"),
         ),
         approximated=(
@@ -58,14 +60,28 @@ class HFedMoE(Algorithm):
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Eq. 15 for each client: the experts of largest score within its budget."""
-        if self.population.config.selection.reschedule == "batch":
+        if self.chosen(state.round).reschedule == "batch":
             return [self.per_batch(state, client) for client in clients]
         scores = self.scores(state)
         return [make_plan(self.population, state, client, scores[client]) for client in clients]
 
+    def chosen(self, number: int) -> SelectionConfig:
+        """How experts are scored in a round: lambda and beta move by equal steps from the first to the last [E]."""
+        rule, done = self.population.config.selection, self.progress(number)
+        return replace(rule, lam=rule.lam + done * rule.lam_change, beta=rule.beta + done * rule.beta_change)
+
+    def tau(self, number: int) -> float:
+        """Tau of eqs. 17 and 18 in a round, as lambda and beta."""
+        rule = self.population.config.aggregation
+        return rule.tau + self.progress(number) * rule.tau_change
+
+    def progress(self, number: int) -> float:
+        """0 in the first round, 1 in the last."""
+        return number / max(1, self.population.config.rounds - 1)
+
     def per_batch(self, state: ServerState, client: int) -> ExpertPlan:
         """Eq. 15 anew for every batch, as printed: all experts resident, the chosen ones learn."""
-        spec, chosen = self.population.spec, self.population.config.selection
+        spec, chosen = self.population.spec, self.chosen(state.round)
         budget = self.population.budgets[client]
         every_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
         count = every_LE.size if budget.experts is None else budget.experts
@@ -80,7 +96,7 @@ class HFedMoE(Algorithm):
 
     def scores(self, state: ServerState) -> list[np.ndarray]:
         """One score per (layer, expert) and client: eq. 5 ("s"), eq. 14 ("ib"), or Taylor importance [E]."""
-        chosen, prior = self.population.config.selection, self.population.prior
+        chosen, prior = self.chosen(state.round), self.population.prior
         profiles = [profile if profile is not None else prior for profile in state.profiles]
         if chosen.score == "taylor":
             profiles = with_absent_experts(profiles, state, prior)
@@ -89,6 +105,7 @@ class HFedMoE(Algorithm):
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
         """Weights of eqs. 16, 17, 19 and 20 for what this client trained."""
         rule, samples = self.population.config.aggregation, self.population.sample_weight(plan.client)
+        tau = self.tau(plan.round)
         if result.profile is None:
             return failed_update(plan, result, samples)
         layers = plan.trainable_LE.shape[0]
@@ -97,10 +114,10 @@ class HFedMoE(Algorithm):
             result.profile.prob_sum_LE,
             result.profile.prob_max_LE,
             result.profile.tokens_L,
-            lam=self.population.config.selection.lam,
+            lam=self.chosen(plan.round).lam,
         )  # eq. 5
         trained_LE = plan.trainable_LE if result.trained_LE is None else result.trained_LE
-        passes_LE = (u_LE >= rule.tau) & trained_LE
+        passes_LE = (u_LE >= tau) & trained_LE
         votes_LE = passes_LE & (result.profile.rows_LE > 0) if rule.participation else passes_LE  # 1.3d [E]
         p_LE = u_LE * s_LE * passes_LE  # eq. 19, S_c cut to what the client holds and trains
         alpha = float(p_LE.sum()) / layers  # eq. 20; L bounds the sum, and 1/|S_global| is the server's to apply
@@ -122,12 +139,12 @@ class HFedMoE(Algorithm):
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
         """Eq. 17 for experts, eqs. 18-21 for gates, |D_c|-FedAvg for a trained trunk; what nobody trained stays."""
-        rule = self.population.config.aggregation
+        rule, tau = self.population.config.aggregation, self.tau(state.round)
         heard = {update.client: update.profile for update in updates if update.profile is not None}
         layers = self.population.spec.num_layers
         s_global_LE = np.zeros((layers, self.population.spec.num_experts), dtype=bool)
         for profile in heard.values():
-            s_global_LE |= (usage(profile.prob_sum_LE, profile.tokens_L) >= rule.tau) & profile.held_LE  # eq. 18
+            s_global_LE |= (usage(profile.prob_sum_LE, profile.tokens_L) >= tau) & profile.held_LE  # eq. 18
         params = {
             **state.params,
             **expert_mean(sums, state.params, rule=rule.experts),

@@ -129,10 +129,12 @@ def as_hfedmoe(config: Config) -> Config:
     """
     plus = config.plus
     score = "taylor" if plus.importance == "hits" else plus.importance
-    beta = 0.0 if plus.importance == "taylor" else config.selection.beta
+    rule = config.selection
+    if plus.importance == "taylor":
+        rule = replace(rule, beta=0.0, beta_change=0.0)
     gate = plus.gate if plus.gate == "normalised" else "row-wise"
     return replace(
         config,
-        selection=replace(config.selection, score=score, beta=beta, explore=plus.explore),
+        selection=replace(rule, score=score, explore=plus.explore),
         aggregation=replace(config.aggregation, experts=plus.mean, gate=gate),
     )
