@@ -165,6 +165,9 @@ def test_an_earlier_comparison_stands_beside_a_new_system(runs: dict[str, list[P
     assert second["systems"] == first["systems"]
     own = Study.of(["plus.explore=0.5"], systems="hfedmoe", seeds="0-2", out=tmp_path, workers=1, beside=record)
     assert own.beside is not None  # nobody in the record reads [plus]
+    last = Study.of([], systems="hfedmoe,fedavg", seeds="0-2", out=tmp_path, workers=1, beside=record)
+    write(last, last.jobs())
+    assert [row["label"] for row in json.loads((tmp_path / "compare.json").read_text())["rows"]] == list(first["runs"])
     fewer = Study.of([], systems="hfedmoe", seeds="1", out=tmp_path, workers=1, beside=record)
     assert [run.seed for run in fewer.beside.runs(fewer)["random"]] == [1]
 
