@@ -170,11 +170,13 @@ class ModelAdapter(Protocol):
         token_dropout: float = 0.0,
         generator: torch.Generator | None = None,
         log_prior_C: Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> Tensor:
         """Mean loss of the batch, in nats per predicted token or per sample; padding neither routed nor counted.
 
         Classification only: ``token_dropout`` treats each real token as padding with that chance, drawn by
-        ``generator``; ``log_prior_C`` is added to the logits.
+        ``generator``; ``log_prior_C`` is added to the logits. ``label_smoothing`` is the share of the target that is
+        even over all classes or tokens.
         """
         ...
 

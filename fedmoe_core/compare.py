@@ -131,7 +131,8 @@ def write(study: Study, done: Sequence[Job]) -> list[str]:
         return []
     if study.beside:
         measured |= study.beside.runs(study)
-        order = dict.fromkeys([study.variants[0].label, *study.beside.measured, *measured])  # the subject, then as there
+        subject = study.variants[0].label
+        order = dict.fromkeys([subject, *study.beside.measured, *measured])
         measured = {label: measured[label] for label in order if label in measured}
     rows = rows_of(measured, target=study.target)
     lines = markdown(rows)

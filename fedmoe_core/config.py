@@ -74,6 +74,7 @@ class TrainConfig:
     weight_decay: NaturalReal = 0.0
     clip: PositiveReal = 1.0
     prox: NaturalReal = 0.0  # mu of FedProx (arXiv 1812.06127): mu/2 ||w - w0||^2 over what trains, w0 as received
+    label_smoothing: Annotated[float, Between(0.0, 0.99)] = 0.0  # share of the target that all classes have alike
     trunk: Literal["frozen", "fedavg"] = "frozen"
     token_dropout: Annotated[float, Between(0.0, 0.95)] = 0.0  # classification only
     logit_adjustment: NaturalReal = 0.0  # classification only: weight of the client's log class shares in its loss

@@ -78,6 +78,7 @@ class Stepper:
             token_dropout=self.train.token_dropout,
             generator=self.dropping,
             log_prior_C=self.log_prior_C,
+            label_smoothing=self.train.label_smoothing,
         )
         if self.aux is None:
             return loss, None

@@ -32,6 +32,7 @@ class TaskLosses:
         token_dropout: float = 0.0,
         generator: torch.Generator | None = None,
         log_prior_C: Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> Tensor:
         """Mean loss of the batch, in nats per predicted token or per sample; padding neither routed nor counted.
 
@@ -43,6 +44,7 @@ class TaskLosses:
             generator: a CPU generator for token dropout.
             log_prior_C: classification only; added to the logits, so that what a client learns is not its own class
                 shares (logit adjustment, arXiv 2007.07314 [E]).
+            label_smoothing: share of the target that all classes, or all tokens of the vocabulary, have alike.
 
         Raises:
             ValueError: labels are missing, or token dropout is asked of a language model.
@@ -52,7 +54,7 @@ class TaskLosses:
             if self.spec.task == "causal_lm":
                 raise ValueError("token_dropout is for classification; set it to 0 for a language model")
             batch = _drop_tokens(batch, token_dropout, generator)
-        loss_sum, count, _ = self._sums(batch, log_prior_C)
+        loss_sum, count, _ = self._sums(batch, log_prior_C, label_smoothing)
         return loss_sum / count
 
     def text_loss(self, batch: Batch) -> Tensor:
@@ -83,7 +85,9 @@ class TaskLosses:
             loss_sum, count, correct = self._sums(batch, log_prior_C)
         return Evaluation(float(loss_sum), int(count), int(correct))
 
-    def _sums(self, batch: Batch, log_prior_C: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums(
+        self, batch: Batch, log_prior_C: Tensor | None = None, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss sum, number of predictions (at least 1) and correct ones (0 in causal LM)."""
         mask_SN = batch.mask_SN
         options: dict[str, Any] = {TOKEN_MASK: mask_SN.reshape(-1)}
@@ -94,7 +98,7 @@ class TaskLosses:
             if log_prior_C is not None:
                 logits_SC = logits_SC + log_prior_C
             correct = (logits_SC.argmax(dim=-1) == batch.labels_S).sum()
-            loss_sum = cross_entropy(logits_SC, batch.labels_S, reduction="sum")
+            loss_sum = cross_entropy(logits_SC, batch.labels_S, reduction="sum", label_smoothing=label_smoothing)
             return loss_sum, torch.tensor(max(len(batch), 1), device=loss_sum.device), correct
         logits_SNV = self.model(
             input_ids=batch.tokens_SN,
@@ -103,7 +107,7 @@ class TaskLosses:
             output_router_logits=False,
             **options,
         ).logits
-        loss_sum, count = _next_token_loss(logits_SNV, batch)
+        loss_sum, count = _next_token_loss(logits_SNV, batch, label_smoothing)
         return loss_sum, count, loss_sum.new_zeros((), dtype=torch.int64)
 
 
@@ -120,13 +124,14 @@ def _without_stats(layers: tuple[MoE, ...]) -> Iterator[None]:
             layer.with_stats, layer.last_stats = with_stats, last_stats
 
 
-def _next_token_loss(logits_SNV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _next_token_loss(logits_SNV: Tensor, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Loss sum in nats and number of predictions (at least 1): a token is predicted where it and the last are real."""
     mask_SN = batch.mask_SN
     # The targets are shifted, not the logits: slicing (S, N, V) would copy the largest tensor of the step.
     predicted_SN = pad(mask_SN[:, 1:] & mask_SN[:, :-1], (0, 1))
     targets_SN = pad(batch.tokens_SN[:, 1:], (0, 1)).masked_fill(~predicted_SN, -100)
-    loss_sum = cross_entropy(logits_SNV.flatten(0, 1).float(), targets_SN.flatten(), reduction="sum")
+    logits_TV, targets_T = logits_SNV.flatten(0, 1).float(), targets_SN.flatten()
+    loss_sum = cross_entropy(logits_TV, targets_T, reduction="sum", label_smoothing=label_smoothing)
     return loss_sum, predicted_SN.sum().clamp(min=1)
 
 

@@ -93,7 +93,9 @@ class FedMoE(Algorithm):
         title="FedMoE",
         paper="Mei et al., FedMoE, arXiv 2408.11304",
         equations=(
-            Equation("1", "P", "local loss with the Switch load-balance loss over the experts present"),
+            Equation(
+                "1", "P", "local loss, labels smoothed, with the Switch load-balance loss over the experts present"
+            ),
             Equation("3", "P", "the most used experts of each layer, as deep as a share of the budget allows"),
             Equation(
                 "stage one", "P", "LoRA on every expert of the full model, then its activations on validation data"
@@ -105,14 +107,15 @@ class FedMoE(Algorithm):
             Equation("algorithm 1, router", "P", "router rows in the same pattern; dense parameters by FedAvg"),
             Equation("4-6", "P", "similar clients, how many experts to add or remove, and which"),
             Equation("trial", "P", "a changed sub-model that brings no improvement is reverted and frozen"),
-            Equation("constants", "E", "reserve, patience, K and balance weight, none of which the paper gives"),
+            Equation(
+                "constants", "E", "reserve, patience, K, balance weight and smoothing (0), none given in the paper"
+            ),
         ),
         approximated=(
             "stage one, 5 times a round's steps on adapters, is part of a client's first round, which also trains a "
             "sub-model by the profiles known so far; a client whose budget does not pay all 5 tunes less, down to none",
             "in language modelling, minus the validation loss stands for accuracy",
         ),
-        missing=("label smoothing of the local loss",),
     )
 
     @classmethod

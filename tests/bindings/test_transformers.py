@@ -253,6 +253,26 @@ def test_token_dropout_is_seeded_and_spares_one_token():
         language.loss(batch, token_dropout=0.5)
 
 
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_smoothed_labels_mix_the_target_with_all_classes_alike(task):
+    classes = {"num_classes": 3} if task == "classification" else {}
+    adapter = load_adapter("tiny", task=task, model_config=SMALL, vocab_size=VOCAB, **classes)
+    batch = batch_of(lengths=(10, 9, 4))
+    outputs = []
+    target = adapter.model.score if task == "classification" else adapter.model.lm_head
+    hook = target.register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
+    plain, smoothed = adapter.loss(batch), adapter.loss(batch, label_smoothing=0.3)
+    hook.remove()
+    log_p = outputs[0].double().log_softmax(dim=-1)
+    if task == "classification":
+        even = -log_p.mean()
+    else:
+        real_SN = batch.mask_SN[:, 1:] & batch.mask_SN[:, :-1]
+        even = -log_p[:, :-1].mean(dim=-1)[real_SN].mean()
+    assert relative(smoothed, 0.7 * plain + 0.3 * even) < 1e-5
+    assert relative(smoothed, plain) > 1e-3
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_keeps_gradients_and_counts_once(family, reentrant):
