@@ -139,7 +139,7 @@ class ModelAdapter(Protocol):
         """Let experts carry adapters from now on; the factors to add to the state (none unless ``lora.in_state``)."""
         ...
 
-    def place_losses(self, batch: Batch) -> PlaceLosses:
+    def place_losses(self, batch: Batch, *, log_prior_C: Tensor | None = None) -> PlaceLosses:
         """The losses behind ``evaluate``, place by place, without gradients; the layers measure."""
         ...
 

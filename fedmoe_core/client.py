@@ -91,18 +91,17 @@ def train_client(
         one client's trouble never ends the run.
     """
     began = time.perf_counter()
-    bench = Bench(adapter, params, plan, train, redraw, validation)
+    prior_C = log_prior(class_shares_C, train, next(adapter.model.parameters()).device)
+    bench = Bench(adapter, params, plan, train, redraw, validation, prior_C)
     try:
-        return _train(bench, batches, costs=costs, class_shares_C=class_shares_C)
+        return _train(bench, batches, costs=costs)
     except (ArithmeticError, RuntimeError, ValueError) as error:
         cost = Cost(seconds=time.perf_counter() - began).with_extra(plan.surcharge)
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, ArithmeticError) else str(error)
         return LocalResult({}, None, cost, (), status="failed", error=reason)
 
 
-def _train(
-    bench: Bench, batches: Iterable[Batch], *, costs: CostModel, class_shares_C: np.ndarray | None
-) -> LocalResult:
+def _train(bench: Bench, batches: Iterable[Batch], *, costs: CostModel) -> LocalResult:
     began = time.perf_counter()
     adapter, plan, train = bench.adapter, bench.plan, bench.train
     device = next(adapter.model.parameters()).device
@@ -112,8 +111,7 @@ def _train(
     extracted = time.perf_counter()
     chooser = None if plan.per_batch is None else BatchChooser(adapter, plan.per_batch, costs, plan.top_k)
     optimizer = local_optimizer(adapter, train) if chooser is None else SlotAdamW(adapter, train)
-    prior_C = log_prior(class_shares_C, train, device)
-    stepper = Stepper(adapter, optimizer, train, seed=plan.seed, log_prior_C=prior_C, aux=plan.aux)
+    stepper = Stepper(adapter, optimizer, train, seed=plan.seed, log_prior_C=bench.log_prior_C, aux=plan.aux)
     sums = ProfileSums(adapter)
     losses: list[float] = []
     tokens, memory = 0, max(memory, resident_bytes(adapter.model))
@@ -162,7 +160,7 @@ def _train(
     profile = sums.finish()
     flops, down = spent(), received_bytes(adapter, plan)
     answer, peak = run_probe(plan.after, bench, device)
-    found = validate(adapter, bench.validation()) if plan.validate else None
+    found = validate(adapter, bench.validation(), log_prior_C=bench.log_prior_C) if plan.validate else None
     cost = Cost(
         memory_bytes=max(memory, peak),
         flops=flops,

@@ -47,7 +47,7 @@ class ForwardEstimates:
             def loss(flat: Tensor, install: object = install) -> float:
                 assert callable(install)
                 install(flat)
-                found = adapter.evaluate(batch)
+                found = adapter.evaluate(batch, log_prior_C=bench.log_prior_C)
                 return found.loss_sum / found.count
 
             seed = counter_seed(bench.plan.seed, "forward-only", number, expert)

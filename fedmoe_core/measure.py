@@ -101,8 +101,8 @@ class Validation:
     feedback: ExpertFeedback
 
 
-def validate(adapter: ModelAdapter, batches: Iterable[Batch]) -> Validation:
-    """One pass of the live model over ``batches``, without gradients.
+def validate(adapter: ModelAdapter, batches: Iterable[Batch], *, log_prior_C: Tensor | None = None) -> Validation:
+    """One pass of the live model over ``batches``, without gradients, ``log_prior_C`` added to a classifier's logits.
 
     Raises:
         ValueError: there is no batch.
@@ -113,7 +113,7 @@ def validate(adapter: ModelAdapter, batches: Iterable[Batch]) -> Validation:
         layer.keep_logits = True
     try:
         for batch in batches:
-            places = adapter.place_losses(batch)
+            places = adapter.place_losses(batch, log_prior_C=log_prior_C)
             found = places.total
             fare_3LE += _fare(adapter, places)
             total = Evaluation(

@@ -30,6 +30,8 @@ class Bench:
         train: settings of local training, for batches and losses alike.
         batches: the batches of this round's local training, from the start at every call.
         validation: the client's validation batches; none where the algorithm does not need them.
+        log_prior_C: what the client's logit-adjusted training adds to a classifier's logits, and whoever judges its own
+            model has to add too; None where nothing is adjusted.
     """
 
     adapter: ModelAdapter
@@ -38,6 +40,7 @@ class Bench:
     train: TrainConfig
     batches: Batches
     validation: Batches
+    log_prior_C: Tensor | None = None
 
 
 class Probe(Protocol):

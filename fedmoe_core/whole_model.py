@@ -33,7 +33,8 @@ class WholeModelProbe:
         adapter, spec = bench.adapter, bench.adapter.spec
         if self.tunings:
             adapter.configure(bench.params, lora_rank=self.lora_rank, lora_seed=bench.plan.seed)
-            stepper = Stepper(adapter, local_optimizer(adapter, bench.train), bench.train, seed=bench.plan.seed)
+            optimizer, prior_C = local_optimizer(adapter, bench.train), bench.log_prior_C
+            stepper = Stepper(adapter, optimizer, bench.train, seed=bench.plan.seed, log_prior_C=prior_C)
             for _ in range(self.tunings):
                 for batch in bench.batches():
                     stepper.step(batch)

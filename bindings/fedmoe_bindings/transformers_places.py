@@ -24,7 +24,7 @@ class PlaceMeasures(TaskLosses):
     """The part of ``TransformersAdapter`` that looks at single places."""
 
     @torch.no_grad()
-    def place_losses(self, batch: Batch) -> PlaceLosses:
+    def place_losses(self, batch: Batch, *, log_prior_C: Tensor | None = None) -> PlaceLosses:
         """Losses by place, as the protocol; the layers measure as in training."""
         self.model.eval()
         mask_SN = batch.mask_SN
@@ -33,6 +33,8 @@ class PlaceMeasures(TaskLosses):
             if batch.labels_S is None:
                 raise ValueError("the batch has no labels; classification needs labels_S")
             logits_SC = self.model(batch.tokens_SN, mask_SN, **options).float()
+            if log_prior_C is not None:
+                logits_SC = logits_SC + log_prior_C
             loss_S = cross_entropy(logits_SC, batch.labels_S, reduction="none")
             correct_S = logits_SC.argmax(dim=-1) == batch.labels_S
             total = Evaluation(float(loss_S.sum()), max(len(batch), 1), int(correct_S.sum()))

@@ -63,7 +63,8 @@ class LocalFeedback:
     batches: int
 
     def __call__(self, bench: Bench) -> dict[str, Tensor]:
-        found = validate(bench.adapter, islice(bench.batches(), self.batches)).feedback
+        batches = islice(bench.batches(), self.batches)
+        found = validate(bench.adapter, batches, log_prior_C=bench.log_prior_C).feedback
         return {"feedback": torch.from_numpy(np.stack([found.rows_LE, found.loss_LE, found.correct_LE]))}
 
 

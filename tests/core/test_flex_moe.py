@@ -25,6 +25,7 @@ from fedmoe_core.budget import Cost
 from fedmoe_core.checkpoint import load_checkpoint
 from fedmoe_core.client import LocalResult
 from fedmoe_core.config import Config
+from fedmoe_core.local import log_prior
 from fedmoe_core.measures import measure
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.prepare import World, build_world
@@ -289,7 +290,9 @@ def test_a_clients_feedback_is_that_of_its_trained_model_by_expert(config: Make,
         update = simulate._train_one(world, state, plan)[0]
         rows_LE, loss_LE, right_LE = update.private["feedback"].numpy()
         batch = next(iter(trained_batches(world, plan)))
-        found = world.adapter.evaluate(batch)  # the live model is still the one that trained
+        prior_C = log_prior(world.data.class_shares(plan.client), world.config.train, torch.device("cpu"))
+        assert (prior_C is not None) is labelled
+        found = world.adapter.evaluate(batch, log_prior_C=prior_C)  # the live model is still the one that trained
         count = int(batch.mask_SN.sum()) - (not labelled)  # the first token is predicted by nobody
         choices_L = np.minimum(plan.top_k, plan.permitted_LE.sum(axis=1))
         np.testing.assert_array_equal(rows_LE.sum(axis=1), choices_L * count)

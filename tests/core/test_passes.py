@@ -46,7 +46,9 @@ def made(config: Make, *words: str, labelled: bool = False) -> tuple[World, Batc
 @pytest.mark.parametrize("labelled", [False, True])
 def test_losses_by_place_add_up_to_the_evaluation(config: Make, labelled: bool) -> None:
     world, batch = made(config, labelled=labelled)
-    plain, places = world.adapter.evaluate(batch), world.adapter.place_losses(batch)
+    prior_C = torch.linspace(-2.0, 1.0, world.adapter.model.score.out_features) if labelled else None
+    plain = world.adapter.evaluate(batch, log_prior_C=prior_C)
+    places = world.adapter.place_losses(batch, log_prior_C=prior_C)
     assert (places.total.count, places.total.correct) == (plain.count, plain.correct)
     assert places.total.loss_sum == pytest.approx(plain.loss_sum, rel=1e-6)
     assert places.loss_SN.shape == places.correct_SN.shape == places.counted_SN.shape == batch.tokens_SN.shape
@@ -152,6 +154,39 @@ def test_inv2_a_look_in_few_bits_stays_within_its_closed_form(config: Make, bits
         exact = sum(w * (bits / 8 + 4 / group_of(c)) for c, w in ((64, 64 * 64), (32, 64 * 32)))
         assert coded(costs, bits).held_bytes == int(np.ceil(exact)) + costs.slot_bytes
         assert cost.memory_bytes < pass_cost(costs, every_LE, tokens=1).memory_bytes
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """What the client itself makes of its trained classifier."""
+
+    def __call__(self, bench: Bench) -> dict[str, Tensor]:
+        assert bench.log_prior_C is not None
+        found = bench.adapter.evaluate(next(iter(bench.validation())), log_prior_C=bench.log_prior_C)
+        return {"loss": torch.tensor(found.loss_sum), "prior": bench.log_prior_C}
+
+
+def test_a_client_judges_its_classifier_with_the_class_shares_of_its_training(config: Make) -> None:
+    world, batch = made(config, "train.logit_adjustment=0.5", "algorithm=fedmoe", labelled=True)
+    state, spec = world.algorithm.init(world.params), world.adapter.spec
+    every_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
+    plan = plan_of_masks(world.population, state, 0, every_LE, after=OwnLoss(), validate=True)
+    shares_C = np.linspace(1.0, 3.0, world.adapter.model.score.out_features)
+    shares_C /= shares_C.sum()
+    result = train_client(
+        world.adapter,
+        state.params,
+        plan,
+        [batch],
+        train=world.config.train,
+        costs=world.population.costs,
+        class_shares_C=shares_C,
+        validation=lambda: [batch],
+    )
+    assert result.status == "ok", result.error
+    np.testing.assert_allclose(result.probed["prior"], 0.5 * np.log(shares_C), rtol=1e-6)
+    assert result.validation.loss_sum == pytest.approx(float(result.probed["loss"]), rel=1e-6)
+    assert result.validation.loss_sum != pytest.approx(world.adapter.evaluate(batch).loss_sum, rel=1e-3)
 
 
 def test_choices_are_forgotten_after_a_look(config: Make) -> None:
