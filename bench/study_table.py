@@ -1,6 +1,7 @@
-"""The README's table of all systems, from the committed records of `fedmoe compare`.
+"""The tables of README and docs/study.md, from the committed records of `fedmoe compare`.
 
-    python bench/study_table.py    # prints it in Markdown
+    python bench/study_table.py                     # all systems, in Markdown
+    python bench/study_table.py ablation-plus       # one ablation, every variant against the first
 
 Each cell is the mean over seeds; in brackets the distance from the first system, paired by seed, with a star where that
 is significant (paired t and Wilcoxon, Holm, 5 %). A dagger marks systems that some budget does not allow.
@@ -9,6 +10,7 @@ is significant (paired t and Wilcoxon, Holm, 5 %). A dagger marks systems that s
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def cell(quality: Mapping[str, Any], *, accuracy: bool) -> str:
 
 
 def lines(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The table: a line for each system, three columns for each study."""
+    """The table of systems: a line for each, three columns for each study."""
     heads = ["system"]
     for name, record in records.items():
         seeds = len(record["seeds"])
@@ -55,18 +57,40 @@ def lines(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
             if not row["budgeted"]:
                 cells[-3] += " †"
         table.append(cells)
+    return _markdown(table)
+
+
+def departures(record: Mapping[str, Any]) -> list[str]:
+    """The table of an ablation: a line for each variant, what it is worth to everybody and in each tier."""
+    rows = record["rows"]
+    unit = "accuracy, %" if rows[0]["accuracy"] else "loss, nats"
+    names = ["global", "clients", *(name for name in rows[0]["qualities"] if name.startswith("mean "))]
+    heads = [name.removeprefix("mean ") for name in names]
+    table = [[f"variant ({unit}, {len(record['seeds'])} seeds)", *heads], ["---"] * (1 + len(names))]
+    for row in rows:
+        label = row["label"] if row["budgeted"] else f"{row['label']} †"
+        table.append([label, *(cell(row["qualities"][name], accuracy=row["accuracy"]) for name in names)])
+    return _markdown(table)
+
+
+def _markdown(table: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in table]
 
 
-def main() -> None:
-    """Print the table of the studies that are there."""
-    records = {
-        name: json.loads((RESULTS / name / "compare.json").read_text("utf-8"))
-        for name in STUDIES
-        if (RESULTS / name / "compare.json").is_file()
-    }
-    print("\n".join(lines(records)))
+def read(name: str) -> dict[str, Any]:
+    """The record of a study by its directory's name."""
+    record: dict[str, Any] = json.loads((RESULTS / name / "compare.json").read_text("utf-8"))
+    return record
+
+
+def main(names: list[str]) -> None:
+    """Print the table of systems of the studies that are there, or those of the named ablations."""
+    for name in names:
+        print("\n".join(departures(read(name))))
+    if not names:
+        there = [name for name in STUDIES if (RESULTS / name / "compare.json").is_file()]
+        print("\n".join(lines({name: read(name) for name in there})))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,26 +1,44 @@
-"""The README's table of systems is what its command prints from the committed records."""
+"""The tables in README and docs/study.md are what their command prints from the committed records."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import study_table  # noqa: E402
 
-RECORDS = {
-    name: json.loads((study_table.RESULTS / name / "compare.json").read_text("utf-8"))
-    for name in study_table.STUDIES
-    if (study_table.RESULTS / name / "compare.json").is_file()
-}
+RECORDED = sorted(path.parent.name for path in study_table.RESULTS.glob("*/compare.json"))
+ABLATIONS = [name for name in RECORDED if name.startswith("ablation-")]
+RECORDS = {name: study_table.read(name) for name in study_table.STUDIES if name in RECORDED}
 
 
-def test_the_readme_shows_the_table_as_it_is_printed() -> None:
+def test_the_readme_shows_the_table_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert RECORDS
-    assert "\n".join(study_table.lines(RECORDS)) in (ROOT / "README.md").read_text("utf-8")
+    study_table.main([])
+    assert capsys.readouterr().out in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_the_study_shows_every_ablation_as_it_is_printed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    study_table.main([name])
+    assert capsys.readouterr().out in (ROOT / "docs" / "study.md").read_text("utf-8")
+
+
+def test_an_ablation_has_a_line_for_each_variant_and_its_tiers() -> None:
+    record = RECORDS["stdlib"]
+    table = study_table.departures(record)
+    assert len(table) == 2 + len(record["rows"])
+    tiers = [name for name in record["rows"][0]["qualities"] if name.startswith("mean ")]
+    assert [head.strip() for head in table[0].split("|")[2:-1]] == ["global", "clients", *(t[5:] for t in tiers)]
+    for row, line in zip(record["rows"], table[2:], strict=True):
+        cells = [text.strip() for text in line.split("|")[1:-1]]
+        assert cells[0] == (row["label"] if row["budgeted"] else f"{row['label']} †")
+        assert cells[3:] == [study_table.cell(row["qualities"][tier], accuracy=False) for tier in tiers]
 
 
 def test_cells_say_distance_significance_and_what_no_budget_allows() -> None:
