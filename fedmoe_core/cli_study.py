@@ -32,7 +32,9 @@ Beside = Annotated[
     Path | None,
     typer.Option(help="compare.json of an earlier comparison: its other systems stand in the table, not run again."),
 ]
-Variants = Annotated[Path | None, typer.Option(help='TOML file whose table "systems" has lines: label = ["key=value", ...].')]
+Variants = Annotated[
+    Path | None, typer.Option(help='TOML file whose table "systems" has lines: label = ["key=value", ...].')
+]
 
 
 class Watch:

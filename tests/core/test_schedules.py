@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,3 +88,12 @@ def test_taylor_importance_of_plus_has_no_penalty_in_any_round() -> None:
 def test_a_schedule_that_leaves_its_bounds_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config.load(None, words)
+
+
+def test_a_schedule_is_written_read_and_decides_results(tmp_path: Path) -> None:
+    moving, file = Config.load(None, MOVING), tmp_path / "config.toml"
+    file.write_text(moving.to_toml())
+    assert Config.load(file) == moving
+    for word in MOVING[2::2]:
+        key = word.partition("=")[0]
+        assert list(Config.load(None, [*MOVING, f"{key}=0.0"]).diff(moving)) == [key]
