@@ -177,17 +177,21 @@ def _split_rows(corpus: Corpus, clients: int, scheme: str, seeds: tuple[int, int
 
 
 def _same_mix(labels_P: np.ndarray, test_P: np.ndarray, private: np.ndarray) -> np.ndarray:
-    """The largest part of ``test_P`` whose label mix is that of ``private``, kept in ``test_P``'s order."""
+    """The largest part of ``test_P`` whose label mix is that of ``private``, so ordered that its first rows have it too.
+
+    In ``test_P``'s own order they would not: of a rare label only the first rows are kept, and so they come early.
+    """
     classes = int(labels_P.max()) + 1
     mix_C = np.bincount(labels_P[private], minlength=classes) / len(private)
     have_C = np.bincount(labels_P[test_P], minlength=classes)
     size = (have_C[mix_C > 0] / mix_C[mix_C > 0]).min()
     take_C = np.minimum(have_C, np.round(size * mix_C).astype(np.int64))
-    rank_P = np.zeros(len(test_P), dtype=np.int64)
+    kept, place = [], []
     for label in range(classes):
-        of_label = labels_P[test_P] == label
-        rank_P[of_label] = np.arange(of_label.sum())
-    return test_P[rank_P < take_C[labels_P[test_P]]]
+        rows = test_P[labels_P[test_P] == label][: take_C[label]]
+        kept.append(rows)
+        place.append((np.arange(len(rows)) + 0.5) / max(1, len(rows)))
+    return np.concatenate(kept)[np.argsort(np.concatenate(place), kind="stable")]
 
 
 def _share(count: int, share: float) -> int:

@@ -133,6 +133,9 @@ def test_row_splits_have_the_promised_shares_and_mixes() -> None:
         mix, kept = (np.bincount(corpus.labels_P[rows], minlength=4) / len(rows) for rows in (private, test))
         assert np.abs(mix - kept).max() < 0.01
         assert np.bincount(corpus.labels_P[test], minlength=4).max() >= 149  # the largest such slice
+        for first in (16, 64):  # evaluation reads so many
+            part = np.bincount(corpus.labels_P[test[:first]], minlength=4) / first
+            assert np.abs(mix - part).max() <= 2 / first
 
 
 def test_test_rows_are_not_sorted_by_class() -> None:
