@@ -177,7 +177,7 @@ def _split_rows(corpus: Corpus, clients: int, scheme: str, seeds: tuple[int, int
 
 
 def _same_mix(labels_P: np.ndarray, test_P: np.ndarray, private: np.ndarray) -> np.ndarray:
-    """The largest part of ``test_P`` whose label mix is that of ``private``, so ordered that its first rows have it too.
+    """The largest part of ``test_P`` whose label mix is that of ``private``, ordered so that its first rows have it.
 
     In ``test_P``'s own order they would not: of a rare label only the first rows are kept, and so they come early.
     """
