@@ -140,7 +140,7 @@ class ModelAdapter(Protocol):
         ...
 
     def place_losses(self, batch: Batch, *, log_prior_C: Tensor | None = None) -> PlaceLosses:
-        """The losses behind ``evaluate``, place by place, without gradients; the layers measure."""
+        """The losses behind ``evaluate``, place by place, no gradient; the layers measure. ``log_prior_C`` as there."""
         ...
 
     def attention_received(self, batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedmoe_core.compare_table import Row
-from fedmoe_core.config import Config
+from fedmoe_core.jobs import config_of
 from fedmoe_core.measures import Measures
 from fedmoe_core.records import write_json
 
@@ -100,9 +100,8 @@ class Earlier:
 
 def shared(study: Study) -> dict[str, Any]:
     """What all systems of a study share: decisive settings by dotted key, in JSON's types."""
-    files, words = [w for w in study.words if w.endswith(".toml")], [w for w in study.words if not w.endswith(".toml")]
-    config = Config.load(Path(files[0]) if files else None, words)
-    kept: dict[str, Any] = json.loads(json.dumps({k: v for k, v in config.decisive().items() if k not in OWN}))
+    decisive = config_of(study.words).decisive()
+    kept: dict[str, Any] = json.loads(json.dumps({key: value for key, value in decisive.items() if key not in OWN}))
     return kept
 
 

@@ -106,15 +106,23 @@ def make_jobs(
     for slug in slugs:
         if not slug or slugs.count(slug) > 1:
             raise ValueError(f"two systems are called {slug!r}; give each a label of its own")
-    files, shared = [w for w in words if w.endswith(".toml")], [w for w in words if not w.endswith(".toml")]
-    path = Path(files[0]) if files else None
     jobs = []
     for variant in variants:
-        config = Config.load(path, [*shared, *variant.words])
+        config = config_of(words, variant.words)
         for seed in seeds:
             place = out / "runs" / variant.slug / f"seed-{seed}"
             jobs.append(Job(variant, seed, replace(config, seed=seed, out=str(place), threads=threads)))
     return jobs
+
+
+def config_of(words: Sequence[str], own: Sequence[str] = ()) -> Config:
+    """The configuration that shared words (a TOML file among them, if any) and a contender's own make.
+
+    Raises:
+        ValueError, OSError: as ``Config.load``.
+    """
+    files, shared = [w for w in words if w.endswith(".toml")], [w for w in words if not w.endswith(".toml")]
+    return Config.load(Path(files[0]) if files else None, [*shared, *own])
 
 
 def run_jobs(
