@@ -93,9 +93,7 @@ class FedMoE(Algorithm):
         title="FedMoE",
         paper="Mei et al., FedMoE, arXiv 2408.11304",
         equations=(
-            Equation(
-                "1", "P", "local loss, labels smoothed, with the Switch load-balance loss over the experts present"
-            ),
+            Equation("1", "P", "local loss, labels smoothed, plus the Switch balance loss over the experts present"),
             Equation("3", "P", "the most used experts of each layer, as deep as a share of the budget allows"),
             Equation(
                 "stage one", "P", "LoRA on every expert of the full model, then its activations on validation data"

@@ -2,9 +2,9 @@
 
 In one breath: a client keeps the experts whose removal would change its loss most, measured per routed row and times
 its own demand; where its memory could not train half of all experts, it trains the best of those that it could and
-spends the rest on experts that only run, until it holds half of all; now and then one of them gives way to an expert
-that it lacks; the server averages what the trainers of an expert changed; router rows are averaged one by one, by how
-much each client used the row, while every client goes on with the router that it has trained itself.
+spends the rest on experts that only run, until it holds half of all; the server averages what the trainers of an expert
+changed; router rows are averaged one by one, by how much each client used the row, while every client goes on with the
+router that it has trained itself.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class HFedMoEPlus(Algorithm):
             Equation("17", "N", "mean of the trainers' changes, by |D_c|; damped, all others vote no change"),
             Equation("frozen experts", "E", "below half of all experts, training one gives way to holding four"),
             Equation("20, row-wise", "E", "one weight for each router row; each client goes on with its own gate"),
-            Equation("exploration", "E", "a held expert sometimes gives way to an absent one, by own demand"),
+            Equation("exploration", "E", "a held expert sometimes gives way to an absent one, by own demand; off"),
             Equation("redundancy", "E", "scores less rho * p_e p_e' max(0, cos(m_e, m_e')) to better experts; off"),
             Equation("16, 19", "N", "usage and row weights, as HFedMoE"),
         ),
@@ -69,7 +69,7 @@ class HFedMoEPlus(Algorithm):
         return self.population.config.plus.gate
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """The experts of largest score within each budget, the best of them trained, one sometimes exchanged."""
+        """The experts of largest score within each budget, the best of them trained."""
         scores, population, plus = self.scores(state), self.base.population, self.population.config.plus
         train, hold = plus.train_share, plus.hold_share
         return [
