@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from fedmoe_core.compare_table import Row
 from fedmoe_core.jobs import config_of
 from fedmoe_core.measures import Measures
+from fedmoe_core.names import concerns
 from fedmoe_core.records import write_json
 
 if TYPE_CHECKING:
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 ALGORITHM = "algorithm="
 OWN = frozenset({"algorithm", "seed", "threads"})  # a system's, a run's; and threads are told apart below
-# Sections that one system alone reads: another value there does not touch the others.
-SECTIONS: Mapping[str, str] = MappingProxyType(
-    {"fedmoe": "fedmoe", "flex_moe": "flex_moe", "fft_moe": "fft_moe", "flux": "flux", "plus": "hfedmoe_plus"}
-)
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class Earlier:
         other = [
             key
             for key, value in self.shared.items()
-            if SECTIONS.get(key.partition(".")[0], key) in (key, *taken) and (key not in here or here[key] != value)
+            if concerns(key, taken) and (key not in here or here[key] != value)
         ]
         if other:
             was, now = self.shared[other[0]], here.get(other[0], "unknown")

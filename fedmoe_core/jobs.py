@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmoe_core.config import Config
+from fedmoe_core.names import concerns
 
 KEPT = 2000  # characters of a failed run's last words that are worth keeping
 
@@ -60,9 +61,10 @@ class Job:
 
     def _same(self) -> bool:
         try:
-            return not Config.load(self.out / "config.toml").diff(self.config)
+            differs = Config.load(self.out / "config.toml").diff(self.config)
         except (OSError, ValueError):
             return False
+        return not any(concerns(key, [self.config.algorithm]) for key in differs)
 
     def command(self, words: Sequence[str]) -> list[str]:
         """The command line of this run: a resumption where that is possible, else the run from its start."""

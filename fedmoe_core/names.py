@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 # The value of ``algorithm``, what people call it, and where it is.
@@ -24,3 +24,13 @@ _SYSTEMS = (
 ALGORITHMS = tuple(name for name, _, _ in _SYSTEMS)
 TITLES: Mapping[str, str] = MappingProxyType({name: title for name, title, _ in _SYSTEMS})
 PLACES: Mapping[str, str] = MappingProxyType({n: f"fedmoe_core.algorithms.{place}" for n, _, place in _SYSTEMS})
+# Sections of a configuration that one system alone reads: another value there does not touch the others.
+SECTIONS: Mapping[str, str] = MappingProxyType(
+    {"fedmoe": "fedmoe", "flex_moe": "flex_moe", "fft_moe": "fft_moe", "flux": "flux", "plus": "hfedmoe_plus"}
+)
+
+
+def concerns(key: str, systems: Collection[str]) -> bool:
+    """Whether any of ``systems`` reads the setting of that dotted key."""
+    owner = SECTIONS.get(key.partition(".")[0])
+    return owner is None or owner in systems

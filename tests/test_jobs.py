@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 from tiny_runs import HOUSE, TINY, write_notes
 
+from fedmoe_core.config import Config
 from fedmoe_core.jobs import Outcome, Variant, make_jobs, parse_seeds, parse_variants, remaining, run_jobs
+from fedmoe_core.names import ALGORITHMS, SECTIONS, concerns
+
+CORE = HOUSE / "fedmoe_core"
 
 
 @pytest.fixture
@@ -81,6 +86,21 @@ def test_a_comparison_runs_once_survives_a_bad_run_and_goes_on(tmp_path: Path, w
     changed = make_jobs([*words, "train.lr=1e-3"], [good], [0], out=tmp_path / "study", threads=1)
     assert not changed[0].finished()
     assert not changed[0].begun()
+    elsewhere = make_jobs([*words, "flux.probes=7"], [good], [0], out=tmp_path / "study", threads=1)
+    assert elsewhere[0].finished()  # FedAvg reads nothing of [flux]
+
+
+def test_sections_concern_the_system_that_reads_them_and_all_else_everybody() -> None:
+    sections = {section for key in Config().decisive() for section, dot, _ in [key.partition(".")] if dot}
+    assert set(SECTIONS) <= sections
+    assert set(SECTIONS.values()) <= set(ALGORITHMS)
+    assert concerns("flux.probes", ["flux"])
+    assert not concerns("flux.probes", ["fedavg", "fedmoe"])
+    assert concerns("train.lr", ["fedavg"])
+    assert concerns("rounds", ["fedavg"])
+    for section, system in SECTIONS.items():  # nobody else's code names the section
+        readers = [path.stem for path in CORE.rglob("*.py") if re.search(rf"config\.{section}\b", path.read_text())]
+        assert readers == [system]
 
 
 def test_a_killed_worker_is_named(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
