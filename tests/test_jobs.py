@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,7 +107,7 @@ def test_sections_concern_the_system_that_reads_them_and_all_else_everybody() ->
 
 def test_a_killed_worker_is_named(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = make_jobs(words, [Variant("FedAvg", ("algorithm=fedavg",))], [0], out=tmp_path / "study", threads=1)
-    suicide = ["python", "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    suicide = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     monkeypatch.setattr(type(jobs[0]), "command", lambda self, words: suicide)
     outcomes, _ = play(jobs, words)
     assert outcomes[0].error == "killed by SIGKILL"
@@ -114,7 +116,7 @@ def test_a_killed_worker_is_named(tmp_path: Path, words: list[str], monkeypatch:
 def test_an_interruption_stops_the_children(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = make_jobs(words, [Variant("slow", ()), Variant("quick", ())], [0], out=tmp_path / "study", threads=1)
     mark = tmp_path / "alive"
-    sleeper = ["python", "-c", f"import time; time.sleep(3); open({str(mark)!r}, 'w')"]
+    sleeper = [sys.executable, "-c", f"import time; time.sleep(3); open({str(mark)!r}, 'w')"]
     monkeypatch.setattr(
         type(jobs[0]), "command", lambda self, words: sleeper if self.variant.label == "slow" else ["true"]
     )
@@ -124,7 +126,5 @@ def test_an_interruption_stops_the_children(tmp_path: Path, words: list[str], mo
 
     with pytest.raises(KeyboardInterrupt):
         run_jobs(jobs, words, workers=2, watch=stop)
-    import time
-
     time.sleep(3.5)
     assert not mark.exists()
