@@ -21,8 +21,9 @@ $(VENV)/.ready: setup.py pyproject.toml $(CONSTRAINTS)
 
 setup: $(VENV)/.ready ## create .venv with fedmoe, torch and the test tools (TORCH= picks the torch)
 
+# A worker for each core, each with one thread; a worker that runs out of tests takes some of another's.
 test: setup ## the whole test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal
 
 check: setup ## lint, format and types
 	$(BIN)/ruff check .
