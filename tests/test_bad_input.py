@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one sentence, a non-zero status and no half-written run; through the command itself."""
+"""What a user gets wrong ends in one sentence, a non-zero status and no half-written run; by the command itself."""
 
 from __future__ import annotations
 
