@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,31 +17,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # expert_cases.p
 
 
 @pytest.fixture(autouse=True, scope="session")
-def patched_once() -> Iterator[None]:
-    """Spare the interpreter a third of its time, which it spends on replacing what it has replaced before.
+def interpreter_patched() -> None:
+    """See `patched_once.py`."""
+    import patched_once
 
-    Triton 3.7 replaces the functions of `triton.language` when a kernel starts, and at every call of a device function
-    inside of it looks at all members of the modules again. The second look is left out where it would find nothing.
-    """
-    from triton import language
-    from triton.runtime import interpreter
-
-    patch, scope = getattr(interpreter, "_patch_lang", None), getattr(interpreter, "_LangPatchScope", None)
-    if patch is None or scope is None:  # another version of triton, which may go about it in another way
-        yield
-        return
-    seen: dict[Any, list[Any]] = {}  # by function, the modules that it sees as the language
-    modules = (language, language.core)
-
-    def once(fn: Any) -> Any:
-        if fn not in seen:
-            seen[fn] = [value for value in fn.__globals__.values() if any(value is module for module in modules)]
-        functions = (language.tensor.__add__, *(module.arange for module in seen[fn]))
-        return patch(fn) if any(language.core.is_builtin(function) for function in functions) else scope()
-
-    interpreter._patch_lang = once
-    yield
-    interpreter._patch_lang = patch
+    patched_once.install()
 
 
 @pytest.fixture(autouse=True)
