@@ -18,6 +18,8 @@ from fedmoe_core.layer import MoE
 from fedmoe_core.rows import Rows
 from fedmoe_core.update import Evaluation, ParamSpec
 
+ENTRY_POINTS = "fedmoe.adapters"  # the group in which a package registers its adapter
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -205,7 +207,7 @@ def find_adapter(name: str) -> object:
     Raises:
         ValueError: no installed package registers that name.
     """
-    found = {entry.name: entry for entry in entry_points(group="fedmoe.adapters")}
+    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name not in found:
         raise ValueError(f"adapter {name!r} is not installed; installed adapters: {', '.join(sorted(found)) or 'none'}")
     return found[name].load()

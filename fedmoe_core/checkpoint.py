@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -25,8 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedmoe_core.files import ensure_writable
+
 FORMAT = "fedmoe-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: meta names the run and what it stands on
 JSON_NAME = "checkpoint.json"
 TENSOR_NAME = re.compile(r"state-[0-9a-f]{16}\.safetensors")
 PARTIAL_NAME = re.compile(r"(tensors|json)-\d+\.tmp")
@@ -42,25 +43,6 @@ class Checkpoint:
     meta: dict[str, Any]
     config_fingerprint: dict[str, Any]
     versions: dict[str, str]
-
-
-def ensure_writable(directory: Path | str) -> Path:
-    """Make ``directory`` and prove that files can be made in it, before any work is done.
-
-    Raises:
-        PermissionError: it cannot be made or written, in one sentence.
-    """
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            probe.write(b"probe")
-            probe.flush()
-    except OSError as error:
-        raise PermissionError(
-            f"cannot write to {directory} ({error.strerror or error}); choose another directory with out=DIR"
-        ) from None
-    return directory
 
 
 def save_checkpoint(

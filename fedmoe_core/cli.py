@@ -20,6 +20,7 @@ from rich.table import Table
 from fedmoe_core import cli_study, launch, show
 from fedmoe_core.config import Config
 from fedmoe_core.progress import NullObserver, PlanRow, observer_for
+from fedmoe_core.run_directory import refuse_claim
 
 app = typer.Typer(
     name="fedmoe",
@@ -62,7 +63,7 @@ def root(
 def simulate(
     words: Words = None,
     quiet: Quiet = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the run that is already in out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run in out; other files stay.")] = False,
     debug: Debug = False,
     as_json: AsJson = False,
 ) -> None:
@@ -72,7 +73,7 @@ def simulate(
         out = stop.run_dir = Path(config.out)
         launch.check_world(config.ranks)
         if launch.rank() == 0:
-            _refuse_overwrite(out, force=force)
+            refuse_claim(out, force=force)
         if config.ranks > 1 and not launch.launched():
             flags = [*_flags(quiet=quiet, debug=debug, json=as_json), *(["--force"] if force else [])]
             launch.run_ranks(["simulate", *(words or []), *flags], ranks=config.ranks, threads=config.threads)
@@ -85,7 +86,15 @@ def simulate(
 
 
 @app.command()
-def resume(run_dir: RunDir, quiet: Quiet = False, debug: Debug = False, as_json: AsJson = False) -> None:
+def resume(
+    run_dir: RunDir,
+    quiet: Quiet = False,
+    other_code: Annotated[
+        bool, typer.Option("--other-code", help="Go on under other code or another torch; bits may differ.")
+    ] = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
+) -> None:
     """Go on with a run from its last checkpoint, to the same bits as if it had never stopped."""
     with _errors(debug) as stop:
         stop.run_dir = run_dir
@@ -94,13 +103,13 @@ def resume(run_dir: RunDir, quiet: Quiet = False, debug: Debug = False, as_json:
         config = Config.load(run_dir / "config.toml").resolved()
         launch.check_world(config.ranks)
         if config.ranks > 1 and not launch.launched():
-            flags = _flags(quiet=quiet, debug=debug, json=as_json)
+            flags = _flags(quiet=quiet, debug=debug, json=as_json, **{"other-code": other_code})
             launch.run_ranks(["resume", str(run_dir), *flags], ranks=config.ranks, threads=config.threads)
             return
         from fedmoe_core import simulate as simulator
 
         with _watching(quiet) as observer:
-            summary = simulator.resume(run_dir, observer=observer)
+            summary = simulator.resume(run_dir, observer=observer, other_code=other_code)
         _finish(summary, run_dir, as_json=as_json)
 
 
@@ -150,6 +159,7 @@ def compare(
     target: cli_study.Target = None,
     variants: cli_study.Variants = None,
     beside: cli_study.Beside = None,
+    force: cli_study.Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -168,7 +178,7 @@ def compare(
             variants=variants,
             beside=beside,
         )
-        raise typer.Exit(cli_study.run(study, Console(stderr=True, quiet=quiet)))
+        raise typer.Exit(cli_study.run(study, Console(stderr=True, quiet=quiet), force=force))
 
 
 @app.command()
@@ -260,22 +270,6 @@ def _config(words: list[str] | None) -> Config:
 
 def _flags(**flags: bool) -> list[str]:
     return [f"--{name}" for name, on in flags.items() if on]
-
-
-def _refuse_overwrite(out: Path, *, force: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"out={out} is a file; choose a directory")
-    if not any(out.iterdir()):
-        return
-    if not (out / "config.toml").is_file():
-        raise ValueError(f"out={out} is not empty and holds no run; choose another out=DIRECTORY")
-    if not force:
-        raise ValueError(
-            f"out={out} already holds a run; go on with `fedmoe resume {out}`, replace it with --force, "
-            "or choose another out=DIRECTORY"
-        )
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -281,29 +280,29 @@ class Config:
         return build(Config, {**preset, **chosen})
 
     def resolved(self) -> Config:
-        """The same run with ``threads`` as the number that this machine will use."""
-        if self.threads:
-            return self
-        allowed = getattr(os, "sched_getaffinity", None)  # absent outside Linux
-        cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-        return replace(self, threads=max(1, cores // self.ranks))
+        """The same run with ``threads`` as this machine's number and absolute paths, so that it can go on anywhere."""
+        kind, _, file = self.data.partition(":")
+        data = f"{kind}:{Path(file).absolute()}" if file else self.data
+        model = str(Path(self.model).absolute()) if Path(self.model).is_dir() and self.model != "tiny" else self.model
+        threads = self.threads or max(1, usable_cores() // self.ranks)
+        return replace(self, threads=threads, data=data, model=model)
 
     def to_toml(self) -> str:
         """Every key and value as TOML; ``Config.load`` of that text gives an equal configuration."""
         return write_toml(flatten(self), schema_of(Config))
 
     def decisive(self) -> dict[str, Any]:
-        """Values by dotted key that decide results: all but where files lie and how many ranks share the work."""
-        return {key: value for key, value in flatten(self).items() if key not in INDIFFERENT}
+        """Values by dotted key that decide results: all but where files lie and how many ranks share the work.
 
-    def fingerprint(self) -> str:
-        """Sha256 (hex) over the keys that decide results."""
-        return hashlib.sha256(write_toml(self.decisive(), schema_of(Config)).encode()).hexdigest()
+        Data and model count by kind (``csv``, ``given``) here and by content in ``identity``, never by their path.
+        """
+        named = {"data": self.data.partition(":")[0], "model": self.model if self.model == "tiny" else "given"}
+        return {key: value for key, value in (flatten(self) | named).items() if key not in INDIFFERENT}
 
     def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
-        """Dotted keys that decide results and differ, with this value and the other; empty means equal fingerprints."""
-        mine, theirs = flatten(self), flatten(other)
-        return {k: (mine[k], theirs[k]) for k in mine if k not in INDIFFERENT and mine[k] != theirs[k]}
+        """Dotted keys that decide results and differ, with this value and the other."""
+        mine, theirs = self.decisive(), other.decisive()
+        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
 
 
 # Same results whatever these say; `threads` is not here, because the order of a sum depends on it.
@@ -329,11 +328,19 @@ CLASSIFICATION_DEFAULTS: Mapping[str, object] = {
 }
 
 
+def usable_cores() -> int:
+    """Count the cores that this process may run on."""
+    allowed = getattr(os, "sched_getaffinity", None)  # absent outside Linux
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 def is_labelled(data: str) -> bool:
     """Whether ``Config.data`` holds labels: every CSV does; a JSONL file does when its first object has a ``label``."""
     kind, _, name = data.partition(":")
     if kind != "jsonl":
         return kind == "csv"
+    if not Path(name).is_file():
+        return False  # the data room says so; a pipe would lose its first line here
     try:
         with open(name, encoding="utf-8") as lines:
             first = next((line for line in lines if line.strip()), "")

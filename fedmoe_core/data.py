@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fedmoe_core.batch import Encoded, Task
-from fedmoe_core.corpus import Corpus, read_jsonl, read_stdlib
+from fedmoe_core.corpus import Corpus, read_bytes, read_jsonl, read_stdlib, stdlib_digest
 from fedmoe_core.splits import Splits, count_holdings, split_corpus, with_validation
 from fedmoe_core.tables import read_csv
 from fedmoe_core.tokens import DEFAULT_VOCAB, Kind, TextTokenizer, encode_corpus
@@ -94,14 +94,29 @@ def load_corpus(source: str) -> Corpus:
         ValueError: unknown scheme, or content that cannot be used; the message names the line.
         OSError: the file cannot be read.
     """
+    scheme, path = _scheme_and_path(source)
+    return {"stdlib": read_stdlib, "csv": read_csv, "jsonl": read_jsonl}[scheme](path)
+
+
+def corpus_digest(source: str) -> str:
+    """Digest the raw text as it is now, without parsing it: the ``sha256`` of the corpus that ``load_corpus`` gives.
+
+    Raises:
+        ValueError, OSError: as ``load_corpus``, where the file cannot be read at all.
+    """
+    scheme, path = _scheme_and_path(source)
+    return stdlib_digest(path) if scheme == "stdlib" else sha256(read_bytes(path)).hexdigest()
+
+
+def _scheme_and_path(source: str) -> tuple[str, Path]:
     scheme, colon, name = source.partition(":")
     if scheme not in ("stdlib", "csv", "jsonl") or (scheme == "stdlib" and colon):
         raise unknown("data", source, SOURCES)
     if scheme == "stdlib":
-        return read_stdlib(Path(sysconfig.get_path("stdlib")))
+        return scheme, Path(sysconfig.get_path("stdlib"))
     if not name:
         raise ValueError(f"data {source!r} names no file; write {scheme}:FILE")
-    return read_csv(Path(name)) if scheme == "csv" else read_jsonl(Path(name))
+    return scheme, Path(name)
 
 
 def load_data(

@@ -23,6 +23,7 @@ from fedmoe_core.config import Config, TrainConfig
 from fedmoe_core.costs import CostModel
 from fedmoe_core.data import FederatedData, load_data
 from fedmoe_core.evaluate import validation_batches
+from fedmoe_core.identity import Identity, code_version
 from fedmoe_core.progress import Observer
 from fedmoe_core.ranks import Ranks
 from fedmoe_core.rng import counter_seed
@@ -44,13 +45,16 @@ class World:
     population: Population
     algorithm: Algorithm
     ranks: Ranks
+    identity: Identity  # of the data and the model as they were read
 
 
 def cache_directory(config: Config) -> Path:
-    """Where warm-ups and encoded corpora are kept: ``cache``, else fedmoe under the user's cache directory."""
-    if config.cache:
-        return Path(config.cache)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedmoe"
+    """Where warm-ups and encoded corpora are kept: ``cache``, else fedmoe under the user's cache directory.
+
+    In it every version of the code has a folder of its own, so none reads what another one made.
+    """
+    base = Path(config.cache) if config.cache else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return (base if config.cache else base / "fedmoe") / code_version(config.adapter)
 
 
 def is_pretrained(config: Config) -> bool:
@@ -82,6 +86,7 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
     observer.on_stage(f"reading {config.data}")
     data = read_data(config, ranks, validation=algorithm_class(config.algorithm).needs_validation)
     adapter = load_model(config, data, ranks.device)
+    identity = replace(Identity.of(config), corpus_sha256=data.corpus_sha256)
     spec, form = adapter.spec, algorithm_class(config.algorithm)
     first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
     padding = may_pad(config, data)
@@ -119,12 +124,13 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
         algorithm = form(measured(twin, params, plain))
         algorithm.plan(algorithm.init(params), range(config.clients))
 
-    params = warm_model(config, data, adapter, ranks, observer, train=train_warmup, before_training=refuse_early)
+    sources = WarmSources(data, adapter, identity)
+    params = warm_model(config, sources, ranks, observer, train=train_warmup, before_training=refuse_early)
     observer.on_stage("measuring one local step and the value of experts on public text")
     plain = plain_costs(adapter, params)
     params = take_form(config, form, adapter, params)
     population = measured(adapter, params, plain)
-    return World(config, data, adapter, params, population, form(population), ranks)
+    return World(config, data, adapter, params, population, form(population), ranks, identity)
 
 
 def deal_budgets(config: Config, spec: ModelSpec, plain: CostModel | None) -> tuple[Budget, ...]:
@@ -219,10 +225,18 @@ def load_model(config: Config, data: FederatedData, device: torch.device) -> Mod
     return cast(ModelAdapter, adapter)
 
 
+@dataclass(frozen=True)
+class WarmSources:
+    """What a warm-up trains and on what: the data, the live model, and the digests of both."""
+
+    data: FederatedData
+    adapter: ModelAdapter
+    identity: Identity
+
+
 def warm_model(
     config: Config,
-    data: FederatedData,
-    adapter: ModelAdapter,
+    sources: WarmSources,
     ranks: Ranks,
     observer: Observer,
     *,
@@ -234,15 +248,17 @@ def warm_model(
     Where the cache does not hold it, ``before_training`` sees the untrained weights first and may raise; it may leave
     the live model configured in any way.
     """
+    data, adapter = sources.data, sources.adapter
     if is_pretrained(config):
         config = replace(config, warmup=replace(config.warmup, steps=0))
     if config.warmup.steps == 0 and (data.task == "causal_lm" or config.warmup.head_steps == 0):
         return adapter.state()
     key = warmup_key(
         public=data.public_sha256,
-        model=config.model,
+        model=sources.identity.model_sha256,
+        adapter=config.adapter,
         sizes=asdict(config.model_config),
-        settings=asdict(config.warmup),
+        settings=asdict(config.warmup) | {"token_dropout": config.train.token_dropout},
         task=data.task,
         classes=data.num_classes,
         seed=config.seed,
@@ -266,7 +282,8 @@ def warm_model(
     )
     if not ranks.leads:
         ranks.wait()
-    params, _ = cached_warmup(directory, key, warmed)
+    shapes = {param.key: tuple(param.shape) for param in adapter.spec.params}
+    params, _ = cached_warmup(directory, key, warmed, shapes)
     if ranks.leads:
         ranks.wait()
     return {key: tensor.to(ranks.device) for key, tensor in params.items()}

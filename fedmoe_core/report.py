@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from fedmoe_core import show
+from fedmoe_core.files import write_whole
 from fedmoe_core.runs import Run, differences, read_runs
 
 LEVEL = 0.0005  # differences below this vanish in the three digits that are printed
@@ -36,9 +37,7 @@ def report(run_dirs: Sequence[Path], *, out: Path | None = None) -> tuple[Path, 
     verdicts = compare(runs)
     text = render(runs, verdicts)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(out)
+    write_whole(out, text)
     return out, [*(line(run) for run in runs), *verdicts]
 
 

@@ -126,8 +126,13 @@ def differences(first: Run, second: Run) -> list[str]:
             found += [f"{key}.{leaf}" for leaf in sorted(set(mine) | set(theirs)) if mine.get(leaf) != theirs.get(leaf)]
         else:
             found.append(key)
-    if first.summary.get("corpus_sha256") != second.summary.get("corpus_sha256") and "data" not in found:
-        found.append("corpus")
+    # By content where both are on record: a moved file is the same data, a changed one is not.
+    for key, digest, name in (("data", "corpus_sha256", "corpus"), ("model", "model_sha256", "model weights")):
+        mine, theirs = first.summary.get(digest), second.summary.get(digest)
+        if mine and mine == theirs and key in found:
+            found.remove(key)
+        elif mine != theirs and key not in found:
+            found.append(name)
     return found
 
 

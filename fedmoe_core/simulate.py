@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedmoe_core.aggregate import Accumulator, SumSettings, model_hash
 from fedmoe_core.batch import Batch, client_batches
-from fedmoe_core.checkpoint import ensure_writable, load_checkpoint
+from fedmoe_core.checkpoint import Checkpoint, load_checkpoint
 from fedmoe_core.client import train_client
 from fedmoe_core.config import Config, TrainConfig
 from fedmoe_core.evaluate import evaluate_clients, validation_batches
+from fedmoe_core.identity import Identity
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.planning import plan_costs
 from fedmoe_core.prepare import World, build_world, local_settings, pick_device
@@ -24,6 +25,7 @@ from fedmoe_core.ranks import open_ranks
 from fedmoe_core.records import RunLog, client_record, label_of, plan_row
 from fedmoe_core.reports import refused, report_of, update_of
 from fedmoe_core.rng import counter_rng
+from fedmoe_core.run_directory import Claim, claimed, held
 from fedmoe_core.state import ServerState, unpack_state
 from fedmoe_core.update import ClientUpdate
 
@@ -48,33 +50,61 @@ def run(config: Config, *, observer: Observer | None = None, force: bool = False
     """
     config = config.resolved()
     out = Path(config.out)
-    with open_ranks(config.ranks, pick_device(config)) as ranks:
-        if ranks.leads:
-            _claim(out, force=force)
+    with (
+        open_ranks(config.ranks, pick_device(config)) as ranks,
+        claimed(out, force=force) if ranks.leads else nullcontext() as claim,
+    ):
         ranks.wait()
         observer = observer if observer is not None and ranks.leads else NullObserver()
         world = build_world(config, ranks, observer)
         state = world.algorithm.init(world.params)
         check_budgets(world, state)
-        log = RunLog.create(out, world) if ranks.leads else None
+        # Only now does an earlier run in this directory go: whatever is wrong with the words has been refused.
+        log = RunLog.create(claim, world) if claim is not None else None
         return _play(world, state, log, observer, fresh=True)
 
 
-def resume(run_dir: Path, *, observer: Observer | None = None) -> dict[str, Any]:
+def resume(run_dir: Path, *, observer: Observer | None = None, other_code: bool = False) -> dict[str, Any]:
     """Continue an interrupted run after its last committed round; the result is that of a run never interrupted.
 
+    Args:
+        run_dir: the directory of the run.
+        observer: told of every round.
+        other_code: go on although other code, or another torch, began the run; its bits may then differ.
+
     Raises:
-        ValueError: no checkpoint, a damaged one, or one that belongs to another configuration.
+        ValueError: no checkpoint, a damaged one, or one that belongs to another configuration, corpus, model or code;
+            or another process is using the directory.
     """
     config = Config.load(run_dir / "config.toml")
-    with open_ranks(config.ranks, pick_device(config)) as ranks:
+    with (
+        open_ranks(config.ranks, pick_device(config)) as ranks,
+        held(run_dir) if ranks.leads else nullcontext() as claim,
+    ):
         observer = observer if observer is not None and ranks.leads else NullObserver()
         saved = load_checkpoint(run_dir / "checkpoint", expected_fingerprint=config.decisive())
         config = replace(config, out=str(run_dir))
+        if claim is not None:
+            _refuse_other_sources(claim, saved, config, other_code=other_code)
         world = build_world(config, ranks, observer)
         state = unpack_state(saved.tensors, round=int(saved.meta["round"]), device=ranks.device)
-        log = RunLog.reopen(run_dir, world, saved.meta) if ranks.leads else None
+        log = RunLog.reopen(claim, world, saved.meta) if claim is not None else None
         return _play(world, state, log, observer, fresh=False)
+
+
+def _refuse_other_sources(claim: Claim, saved: Checkpoint, config: Config, *, other_code: bool) -> None:
+    """Refuse a checkpoint of another run, or one whose corpus, model or code is not what is here now."""
+    place = f"{claim.path}/checkpoint"
+    if saved.meta.get("run") != claim.id:
+        raise ValueError(
+            f"{place} belongs to another run than {claim.path}/config.toml; restore the run's own checkpoint"
+        )
+    then, now = Identity.read(saved.meta.get("identity") or {}), Identity.of(config)
+    if then is None:
+        raise ValueError(f"{place} does not say which data and model it was made from; start the run afresh")
+    then.require_same_sources(now, str(claim.path), config)
+    if not other_code:
+        then.require_same_code(now, str(claim.path))
 
 
 def dry_run(config: Config, *, observer: Observer | None = None) -> list[PlanRow]:
@@ -226,17 +256,6 @@ def _play(world: World, state: ServerState, log: RunLog | None, observer: Observ
     world.ranks.wait()
     observer.on_end(summary)
     return summary
-
-
-def _claim(out: Path, *, force: bool) -> None:
-    """Make the run directory, refusing to mix with an earlier run unless told to replace it."""
-    if out.exists() and any(out.iterdir()):
-        if not force:
-            raise ValueError(f"{out} holds an earlier run; fedmoe resume {out} continues it, --force replaces it")
-        if not (out / "config.toml").exists():
-            raise ValueError(f"{out} is not a run directory, so --force will not empty it; choose another out=")
-        shutil.rmtree(out)
-    ensure_writable(out)
 
 
 def _headline(world: World, state: ServerState) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import re
 from hashlib import sha256
 from pathlib import Path
 
-from fedmoe_core.corpus import Corpus, make_corpus, read_text
+from fedmoe_core.corpus import Corpus, decode, make_corpus, read_bytes
 
 LABEL_COLUMNS = ("label", "class", "class index", "class_index", "category", "target")
 GROUP_COLUMNS = ("client", "domain")
@@ -45,7 +45,8 @@ def read_csv(path: Path) -> Corpus:
         ValueError: no text column, a row of another width, an empty text or label, one class, not UTF-8, not CSV.
         OSError: the file cannot be read.
     """
-    rows = _rows(path)
+    raw = read_bytes(path)
+    rows = _rows(decode(raw, path), path)
     header = [cell.strip().casefold() for cell in rows[0][1]] if rows else []
     label_at, group_at = 0, None
     ignored: set[int] = set()
@@ -73,13 +74,13 @@ def read_csv(path: Path) -> Corpus:
     class_names = _class_names(path, set(labels))
     if class_names:
         labels = [class_names[int(label) - 1] for label in labels]
-    digest = sha256(path.read_bytes()).hexdigest()
+    digest = sha256(raw).hexdigest()
     return make_corpus(f"csv:{path}", texts, domains=domains, labels=labels, digest=digest, class_names=class_names)
 
 
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
+def _rows(text: str, path: Path) -> list[tuple[int, list[str]]]:
     """Non-blank rows with the number of the line each begins on."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[tuple[int, list[str]]] = []
     begin = 1
     try:
@@ -103,6 +104,6 @@ def _class_names(path: Path, labels: set[str]) -> tuple[str, ...]:
     beside = path.with_name(f"{path.stem}_classes.txt")
     if not beside.is_file():
         return ()
-    names = tuple(name.strip() for name in read_text(beside).splitlines() if name.strip())
+    names = tuple(name.strip() for name in decode(read_bytes(beside), beside).splitlines() if name.strip())
     fits = len(set(names)) == len(names) and labels <= {str(number) for number in range(1, len(names) + 1)}
     return names if fits else ()

@@ -25,7 +25,7 @@ from fedmoe_core.wording import unknown
 END = "<|end|>"
 UNKNOWN = "<|unk|>"
 DEFAULT_VOCAB = {"bpe": 2048, "bpe-lower": 4096, "word": 8000}
-_FORMAT = 2  # of the cache file; part of its key
+_FORMAT = 3  # of the cache file; part of its key
 
 Kind = Literal["bpe", "bpe-lower", "word", "model"]  # "model": a pretrained model's own
 
@@ -183,6 +183,7 @@ def encode_corpus(
     encoded = Encoded(torch.from_numpy(tokens_N), torch.from_numpy(offsets_P1), end)
     if path is not None:
         metadata = {"key": key, "settings": json.dumps(settings), "tokenizer": tokenizer.to_json()}
+        metadata["content"] = _content_digest(encoded, metadata["tokenizer"])
         _write(path, {"tokens_N": encoded.tokens_N, "offsets_P1": encoded.offsets_P1}, metadata)
     return tokenizer, encoded
 
@@ -204,9 +205,19 @@ def _read(path: Path, kind: Kind, key: str, end: str) -> tuple[TextTokenizer, En
                 return None
             tokenizer = from_json(kind, metadata["tokenizer"], end)
             encoded = Encoded(file.get_tensor("tokens_N"), file.get_tensor("offsets_P1"), tokenizer.end_id)
+            if metadata.get("content") != _content_digest(encoded, metadata["tokenizer"]):
+                return None
     except (SafetensorError, KeyError):
         return None
     return tokenizer, encoded
+
+
+def _content_digest(encoded: Encoded, tokenizer: str) -> str:
+    """Sha256 (hex) of what a cache file gives: a disk that lost bytes would else change results without a word."""
+    digest = sha256(tokenizer.encode())
+    for tensor in (encoded.tokens_N, encoded.offsets_P1):
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

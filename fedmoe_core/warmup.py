@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,10 @@ from fedmoe_core.measure import ProfileSums
 from fedmoe_core.rng import counter_seed
 from fedmoe_core.update import ClientProfile
 
-RECIPE = 1  # raise it when this file changes what a warm-up gives, so that old caches are not read
-
 
 def warmup_key(**facts: object) -> str:
     """A short hash of everything that decides a warm-up's weights."""
-    text = json.dumps({"recipe": RECIPE, "torch": torch.__version__, **facts}, sort_keys=True, default=str)
+    text = json.dumps({"torch": torch.__version__, **facts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -94,17 +93,20 @@ def _fit(
         layer.keep_logits, layer.with_scores = False, True
 
 
-def cached_warmup(directory: Path, key: str, train: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], bool]:
+def cached_warmup(
+    directory: Path, key: str, train: Callable[[], dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], bool]:
     """The warm model under ``key``, trained by ``train`` unless the cache holds it; and whether the cache did.
 
-    A cache entry that cannot be read is trained again rather than trusted.
+    A cache entry that cannot be read, is of another key, or lacks one of ``shapes`` (by parameter), is trained again.
     """
     place = directory / f"warmup-{key}"
     if place.exists():
-        try:
-            return load_checkpoint(place).tensors, True
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            saved = load_checkpoint(place)
+            found = {name: tuple(tensor.shape) for name, tensor in saved.tensors.items()}
+            if saved.meta == {"warmup": key} and found == dict(shapes):
+                return saved.tensors, True
     tensors = train()
     save_checkpoint(place, tensors, {"warmup": key}, {})
     return tensors, False
