@@ -265,7 +265,10 @@ def _config(words: list[str] | None) -> Config:
     if paths and not paths[0].endswith(".toml"):
         raise ValueError(f"{paths[0]!r} is neither key=value nor a .toml file; write for example train.lr=1e-3")
     overrides = [word for word in words or [] if "=" in word]
-    return Config.load(Path(paths[0]) if paths else None, overrides).resolved()
+    config = Config.load(Path(paths[0]) if paths else None, overrides).resolved()
+    if ":" in config.algorithm and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # an algorithm of the user's own, in a file that lies here
+    return config
 
 
 def _flags(**flags: bool) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from fedmoe_core.budget import NOTHING, Budget
 from fedmoe_core.names import ALGORITHMS
 from fedmoe_core.schema import (
+    PLACE,
     AtLeast,
     Between,
     MoreThan,
@@ -205,7 +206,7 @@ class Config:
         ValueError: a value of the wrong type, out of range, or at odds with another; one sentence with the remedy.
     """
 
-    algorithm: Annotated[str, OneOf(*ALGORITHMS)] = "hfedmoe"
+    algorithm: Annotated[str, OneOf(*ALGORITHMS, PLACE)] = "hfedmoe"
     data: Annotated[str, OneOf("stdlib", "csv:FILE", "jsonl:FILE")] = "stdlib"
     tokenizer: Annotated[str, OneOf("auto", "bpe", "bpe-lower", "word")] = "auto"
     model: str = "tiny"  # tiny | path | hub id

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import file_digest, sha256
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +45,7 @@ class Identity:
             ValueError, OSError: the corpus or the model cannot be read.
         """
         sources = corpus_digest(config.data), model_digest(config.model)
-        return cls(*sources, code_version(config.adapter), version("torch"))
+        return cls(*sources, code_version(config.adapter, config.algorithm), version("torch"))
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Identity | None:
@@ -111,11 +112,12 @@ def model_digest(name: str) -> str:
     return f"commit:{Path(found).parent.name}" if isinstance(found, str) else ""
 
 
-def code_version(adapter: str) -> str:
+def code_version(adapter: str, algorithm: str = "") -> str:
     """Name the code that runs: the installed version, and 12 hex digits over the source files of its packages.
 
     Args:
         adapter: name of the model adapter, whose package counts too.
+        algorithm: if it has the form ``MODULE:CLASS``, that module counts too.
     """
     try:
         number = version("fedmoe-core")
@@ -129,6 +131,9 @@ def code_version(adapter: str) -> str:
             for path in sorted(Path(root).rglob("*")):
                 if path.suffix in (".py", ".json"):  # the tables of tiles decide results too
                     digest.update(f"{package}/{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    module, colon, _ = algorithm.partition(":")
+    if colon and (source := getattr(import_module(module), "__file__", None)):
+        digest.update(Path(source).read_bytes())
     return f"{number}+{digest.hexdigest()[:12]}"
 
 

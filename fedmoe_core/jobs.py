@@ -59,7 +59,11 @@ class Job:
 
     def begun(self) -> bool:
         """Whether this very run has a checkpoint to go on from, made by this very code."""
-        return (self.out / "checkpoint").exists() and self._same() and self.code() == code_version(self.config.adapter)
+        return (
+            (self.out / "checkpoint").exists()
+            and self._same()
+            and self.code() == code_version(self.config.adapter, self.config.algorithm)
+        )
 
     def differs(self) -> str:
         """Name the first setting in which the run on disk is another one; empty where there is none, or no run."""

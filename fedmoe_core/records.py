@@ -17,7 +17,7 @@ from fedmoe_core.checkpoint import save_checkpoint
 from fedmoe_core.evaluate import Held
 from fedmoe_core.files import write_json, write_whole
 from fedmoe_core.metrics import JsonlLog
-from fedmoe_core.names import TITLES
+from fedmoe_core.names import title_of
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.progress import PlanRow
 from fedmoe_core.run_directory import Claim
@@ -191,7 +191,7 @@ class RunLog:
 
 def label_of(config: Any) -> str:
     """What people call this run: the algorithm and the choices that change its meaning."""
-    name = TITLES[config.algorithm]
+    name = title_of(config.algorithm)
     if config.algorithm != "hfedmoe":
         return name
     parts = [f"score {config.selection.score}"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_core import show
-from fedmoe_core.names import TITLES
+from fedmoe_core.names import title_of
 
 # Keys that may differ between two runs of one comparison: they name the method, or where and how fast it ran.
 METHOD = ("algorithm", "out", "cache", "ranks", "threads", "selection", "aggregation")
@@ -152,7 +152,7 @@ def _read(path: Path) -> Run:
     algorithm = str(summary.get("algorithm", config.get("algorithm", "run")))
     return Run(
         path=path,
-        name=str(summary.get("label") or TITLES.get(algorithm, algorithm)),
+        name=str(summary.get("label") or title_of(algorithm)),
         summary=summary,
         config=config,
         rounds=rounds,

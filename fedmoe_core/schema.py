@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+PLACE = "MODULE:CLASS"  # a form of OneOf: a class by the module it is in
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,9 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 def _fits(form: str, value: str) -> bool:
     kind, colon, _ = form.partition(":")
+    if form == PLACE:
+        module, colon, name = value.partition(":")
+        return all(part.isidentifier() for part in [*module.split("."), name])
     return value.startswith(f"{kind}:") and len(value) > len(kind) + 1 if colon else value == form
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from fedmoe_core.aggregate import Accumulator, SumSettings, model_hash
 from fedmoe_core.batch import Batch, client_batches
@@ -20,8 +22,8 @@ from fedmoe_core.identity import Identity
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.planning import plan_costs
 from fedmoe_core.prepare import World, build_world, local_settings, pick_device
-from fedmoe_core.progress import NullObserver, Observer, PlanRow
-from fedmoe_core.ranks import open_ranks
+from fedmoe_core.progress import NullObserver, Observer, PlanRow, observer_for
+from fedmoe_core.ranks import Ranks, open_ranks
 from fedmoe_core.records import RunLog, client_record, label_of, plan_row
 from fedmoe_core.reports import refused, report_of, update_of
 from fedmoe_core.rng import counter_rng
@@ -45,6 +47,16 @@ class Round:
 def run(config: Config, *, observer: Observer | None = None, force: bool = False) -> dict[str, Any]:
     """Train ``config`` from its warm-up to its last round and return what ``summary.json`` holds.
 
+    Args:
+        config: what to run; ``config.out`` is the run directory.
+        observer: told of every stage, client and round; None shows progress on stderr, ``NullObserver()`` nothing.
+        force: replace a run that lies in ``config.out``.
+
+    Example:
+        >>> from fedmoe_core import Config, simulate
+        >>> config = Config.load(overrides=["clients=4", "rounds=2", "warmup.steps=20"])
+        >>> summary = simulate.run(config)  # doctest: +SKIP
+
     Raises:
         ValueError, OSError: one sentence that names the offender and the remedy; nothing half-written is left.
     """
@@ -53,9 +65,9 @@ def run(config: Config, *, observer: Observer | None = None, force: bool = False
     with (
         open_ranks(config.ranks, pick_device(config)) as ranks,
         claimed(out, force=force) if ranks.leads else nullcontext() as claim,
+        _watching(observer, ranks) as observer,
     ):
         ranks.wait()
-        observer = observer if observer is not None and ranks.leads else NullObserver()
         world = build_world(config, ranks, observer)
         state = world.algorithm.init(world.params)
         check_budgets(world, state)
@@ -69,7 +81,7 @@ def resume(run_dir: Path, *, observer: Observer | None = None, other_code: bool 
 
     Args:
         run_dir: the directory of the run.
-        observer: told of every round.
+        observer: as for ``run``.
         other_code: go on although other code, or another torch, began the run; its bits may then differ.
 
     Raises:
@@ -80,8 +92,8 @@ def resume(run_dir: Path, *, observer: Observer | None = None, other_code: bool 
     with (
         open_ranks(config.ranks, pick_device(config)) as ranks,
         held(run_dir) if ranks.leads else nullcontext() as claim,
+        _watching(observer, ranks) as observer,
     ):
-        observer = observer if observer is not None and ranks.leads else NullObserver()
         saved = load_checkpoint(run_dir / "checkpoint", expected_fingerprint=config.decisive())
         config = replace(config, out=str(run_dir))
         if claim is not None:
@@ -90,6 +102,21 @@ def resume(run_dir: Path, *, observer: Observer | None = None, other_code: bool 
         state = unpack_state(saved.tensors, round=int(saved.meta["round"]), device=ranks.device)
         log = RunLog.reopen(claim, world, saved.meta) if claim is not None else None
         return _play(world, state, log, observer, fresh=False)
+
+
+@contextmanager
+def _watching(observer: Observer | None, ranks: Ranks) -> Iterator[Observer]:
+    """The observer of this rank: the caller's, else progress on stderr, taken off the screen whatever happens."""
+    if not ranks.leads:
+        yield NullObserver()
+    elif observer is not None:
+        yield observer
+    else:
+        shown = observer_for(Console(stderr=True))
+        try:
+            yield shown
+        finally:
+            shown.close()
 
 
 def _refuse_other_sources(claim: Claim, saved: Checkpoint, config: Config, *, other_code: bool) -> None:

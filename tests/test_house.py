@@ -153,6 +153,11 @@ def test_inv12_the_search_finds_a_pickle_reader(source: str) -> None:
     assert not pickle_readers(ast.parse("torch.load(f, weights_only=True); np.load(f, allow_pickle=False)"))
 
 
+def test_the_readme_is_a_landing_page() -> None:
+    """Nobody reads 2,000 words before the first command; what is longer belongs to docs/."""
+    assert len((HOUSE / "README.md").read_text().split()) <= 900
+
+
 def test_the_wheel_holds_three_packages_and_the_command(tmp_path: Path) -> None:
     for tool in ("setuptools", "pip"):
         if importlib.util.find_spec(tool) is None:

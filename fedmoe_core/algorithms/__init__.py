@@ -78,17 +78,22 @@ class Algorithm(ABC):
 
 
 def algorithm_class(name: str) -> type[Algorithm]:
-    """The class of the algorithm called ``name``, with what it declares.
+    """The class of the algorithm called ``name``, or of one of your own as ``MODULE:CLASS``, with what it declares.
 
     Raises:
-        ValueError: no such algorithm; the message names the nearest.
+        ValueError: no such algorithm (the message names the nearest), or the class is not an ``Algorithm``.
     """
-    if name not in PLACES:
+    if name not in PLACES and ":" not in name:
         near = get_close_matches(name, ALGORITHMS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(ALGORITHMS)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(ALGORITHMS)}, or give MODULE:CLASS"
         raise ValueError(f"algorithm {name!r} is not implemented; {hint}")
-    module, _, attribute = PLACES[name].partition(":")
-    found: type[Algorithm] = getattr(import_module(module), attribute)
+    module, _, attribute = PLACES.get(name, name).partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"algorithm {name!r} cannot be loaded ({error}); check the module and the class") from error
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise ValueError(f"algorithm {name!r} does not inherit fedmoe_core.algorithms.Algorithm; make it a subclass")
     return found
 
 

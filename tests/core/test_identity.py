@@ -104,7 +104,7 @@ def test_resume_refuses_other_data_and_goes_on_with_the_same_data_elsewhere(note
 def test_resume_refuses_other_code_unless_told(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = stop_after(config(notes), 1)
     made = Identity.of(config(notes))
-    monkeypatch.setattr("fedmoe_core.identity.code_version", lambda adapter: "9.9+edited")
+    monkeypatch.setattr("fedmoe_core.identity.code_version", lambda *of: "9.9+edited")
     with pytest.raises(ValueError, match=r"was made by fedmoe .* and this is 9.9\+edited; .*--other-code"):
         simulate.resume(run)
     assert simulate.resume(run, other_code=True)["rounds"] == 2
@@ -271,7 +271,7 @@ def test_compare_says_which_runs_other_code_made(tmp_path: Path, monkeypatch: py
         (job.out / "config.toml").write_text(text)
     assert compare(study, unheard)[2] == []
     own = study.identity.code
-    monkeypatch.setattr("fedmoe_core.identity.code_version", lambda adapter: "9.9+edited")
+    monkeypatch.setattr("fedmoe_core.identity.code_version", lambda *of: "9.9+edited")
     later = Study.of([], systems="random", seeds="0-1", out=tmp_path, workers=1)
     assert compare(later, unheard)[2] == [
         f"2 runs of this table came from fedmoe {own}, and this is 9.9+edited; --force runs them again"
