@@ -49,7 +49,7 @@ class Config:
     """
 
     algorithm: Annotated[str, OneOf(*ALGORITHMS)] = (
-        "hfedmoe"  # the system that runs; `fedmoe systems` says what each is
+        "hfedmoe"  # the system that runs; `fedmoe systems` lists all
     )
     # stdlib: the text of this Python's standard library; a CSV of labelled rows; a JSON Lines file
     data: Annotated[str, OneOf("stdlib", "csv:FILE", "jsonl:FILE")] = "stdlib"
