@@ -46,11 +46,18 @@ class Config:
 
     Raises:
         ValueError: a value of the wrong type, out of range, or at odds with another; one sentence with the remedy.
+
+    Example:
+        >>> config = Config(clients=4, budgets=("memory=25%", "memory=100%"))
+        >>> config.clients, config.train.lr
+        (4, 0.002)
+        >>> Config(clients=0)
+        Traceback (most recent call last):
+        ValueError: clients=0 is out of range; give a whole number of at least 1
     """
 
-    algorithm: Annotated[str, OneOf(*ALGORITHMS)] = (
-        "hfedmoe"  # the system that runs; `fedmoe systems` lists all
-    )
+    # the system that runs; `fedmoe systems` lists all
+    algorithm: Annotated[str, OneOf(*ALGORITHMS)] = "hfedmoe"
     # stdlib: the text of this Python's standard library; a CSV of labelled rows; a JSON Lines file
     data: Annotated[str, OneOf("stdlib", "csv:FILE", "jsonl:FILE")] = "stdlib"
     # trained on public text; auto: bpe, or bpe-lower for labelled data; a saved model brings its own
@@ -121,6 +128,13 @@ class Config:
         Raises:
             ValueError: an unknown key or value (with the nearest valid one), or a file that is not TOML.
             OSError: the file cannot be read.
+
+        Example:
+            >>> Config.load(overrides=["clients=4", "train.lr=1e-3"]).train.lr
+            0.001
+            >>> Config.load(overrides=["clinets=4"])
+            Traceback (most recent call last):
+            ValueError: unknown key 'clinets'; did you mean 'clients'?
         """
         schema = schema_of(Config)
         chosen = read_toml(path, schema) if path else {}

@@ -40,6 +40,16 @@ class MoE(ExpertStore):
 
     ``last_stats`` is overwritten by each forward and never summed here, so that a forward repeated by activation
     checkpointing cannot count twice; whoever wants sums adds it once per micro-batch.
+
+    Example:
+        >>> import torch
+        >>> layer = MoE(8, 16, 4, 2, permitted=[True, True, False, False], trainable=[True, False, False, False])
+        >>> layer(torch.zeros(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+        >>> layer
+        MoE(hidden_size=8, intermediate_size=16, top_k=2, experts=2/4, trainable=1)
+        >>> layer.w_in.shape  # one trainable expert; the frozen one is a buffer, the absent two have no byte
+        torch.Size([1, 32, 8])
     """
 
     out_scale: nn.Parameter | None
