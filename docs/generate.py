@@ -182,12 +182,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     while waiting:
         _, source = waiting.popitem()
         for target in _targets(source):
-            uri = _uri(target)
-            if uri is None or files.get_file_from_path(uri) is not None or not uri.startswith("repository/"):
+            carried = _uri(target)
+            if carried is None or not carried.startswith("repository/") or files.get_file_from_path(carried):
                 continue
-            files.append(File.generated(config, uri, abs_src_path=str(target)))
+            files.append(File.generated(config, carried, abs_src_path=str(target)))
             if target.suffix == ".md":
-                waiting[uri] = target
+                waiting[carried] = target
     return files
 
 

@@ -79,7 +79,10 @@ class MoE(ExpertStore):
         """Make a layer with fresh normal weights.
 
         Args:
-            hidden_size, intermediate_size, num_experts, top_k: H, I, E and k.
+            hidden_size: H, the width of a token.
+            intermediate_size: I, the width inside an expert.
+            num_experts: E, of the whole layer.
+            top_k: k, experts that each token is sent to.
             permitted: bool (E,), the experts to store; None = all.
             trainable: bool (E,), those that get a weight gradient, a subset of ``permitted``; None = all permitted.
             activation: as ``fedmoe_kernels.moe_mlp``.
