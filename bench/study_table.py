@@ -1,4 +1,4 @@
-"""The tables of README and docs/study.md, from the committed records of `fedmoe compare`.
+"""The tables of docs/results.md and docs/study.md, from the committed records of `fedmoe compare`.
 
     python bench/study_table.py                     # all systems, in Markdown
     python bench/study_table.py ablation-plus       # one ablation, every variant against the first

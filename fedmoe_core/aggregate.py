@@ -51,6 +51,20 @@ class Accumulator:
     Raises:
         ValueError: no expert tensor, a repeated key, layers that differ in their number of experts, or a resolution too
             coarse for ``lr``.
+
+    Example:
+        >>> from fedmoe_core.budget import Budget, Cost
+        >>> sums = Accumulator([ParamSpec("moe.0.w_out", "expert", (2, 1, 1), torch.float32, layer=0)])
+        >>> first = np.array([[True, False]])  # both clients train expert 0 only
+        >>> for client, delta in enumerate([0.25, 0.75]):
+        ...     plan = ExpertPlan(client, 0, first, first, 1, 1, 0, Budget(), Cost())
+        ...     deltas = {"moe.0.w_out": torch.full((1, 1, 1), delta)}
+        ...     update = ClientUpdate(client, 0, deltas, 1.0 * first, 0.0 * first, 0.0, 1.0, None, Cost(), 8, steps=1)
+        ...     print(sums.add(update, plan).accepted)
+        True
+        True
+        >>> expert_mean(sums.sums(), {"moe.0.w_out": torch.zeros(2, 1, 1)})["moe.0.w_out"].flatten()
+        tensor([0.5000, 0.0000])
     """
 
     def __init__(

@@ -67,6 +67,13 @@ class Budget:
 
         Raises:
             ValueError: unknown word, unit or profile (with the nearest valid one), a bad number, a resource twice.
+
+        Example:
+            >>> budget = Budget.parse("memory=40MiB,experts=25%", spec_experts=32)
+            >>> budget.memory_bytes, budget.experts
+            (41943040, 8)
+            >>> Budget.parse("raspberry-pi-5-8gb").memory_bytes == 6 * 2**30  # three quarters of its 8 GiB
+            True
         """
         limits: dict[str, int | float | None] = {}
         for place, part in enumerate(text.split(",")):
@@ -97,7 +104,12 @@ class Budget:
         return ",".join(parts) or "unlimited"
 
     def violations(self, cost: Cost) -> list[str]:
-        """One line for every resource of which ``cost`` needs more than is allowed; empty = it fits."""
+        """One line for every resource of which ``cost`` needs more than is allowed; empty = it fits.
+
+        Example:
+            >>> Budget.parse("memory=1MiB").violations(Cost(memory_bytes=2 * 2**20))
+            ['memory: 2.0 MiB (2097152 B) used, 1.0 MiB (1048576 B) allowed']
+        """
         found = []
         for word, attribute in RESOURCES.items():
             used, allowed = getattr(cost, attribute), getattr(self, attribute)

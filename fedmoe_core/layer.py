@@ -40,6 +40,16 @@ class MoE(ExpertStore):
 
     ``last_stats`` is overwritten by each forward and never summed here, so that a forward repeated by activation
     checkpointing cannot count twice; whoever wants sums adds it once per micro-batch.
+
+    Example:
+        >>> import torch
+        >>> layer = MoE(8, 16, 4, 2, permitted=[True, True, False, False], trainable=[True, False, False, False])
+        >>> layer(torch.zeros(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+        >>> layer
+        MoE(hidden_size=8, intermediate_size=16, top_k=2, experts=2/4, trainable=1)
+        >>> layer.w_in.shape  # one trainable expert; the frozen one is a buffer, the absent two have no byte
+        torch.Size([1, 32, 8])
     """
 
     out_scale: nn.Parameter | None
@@ -69,7 +79,10 @@ class MoE(ExpertStore):
         """Make a layer with fresh normal weights.
 
         Args:
-            hidden_size, intermediate_size, num_experts, top_k: H, I, E and k.
+            hidden_size: H, the width of a token.
+            intermediate_size: I, the width inside an expert.
+            num_experts: E, of the whole layer.
+            top_k: k, experts that each token is sent to.
             permitted: bool (E,), the experts to store; None = all.
             trainable: bool (E,), those that get a weight gradient, a subset of ``permitted``; None = all permitted.
             activation: as ``fedmoe_kernels.moe_mlp``.

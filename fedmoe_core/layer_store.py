@@ -15,7 +15,7 @@ from fedmoe_core.layer_lora import FACTORS, LayerLora
 from fedmoe_core.rows import Rows, check_rows, slot_map_of
 from fedmoe_core.slots import frozen_stack, group_of, stack
 from fedmoe_kernels.quantized import Quantized
-from fedmoe_kernels.routing import SlotMap
+from fedmoe_kernels.slot_map import SlotMap
 
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
 NO_ROWS: Rows = MappingProxyType({})

@@ -59,6 +59,16 @@ class ExpertPlan:
             what it became is in ``LocalResult.kept`` under ``moe.{l}.out_scale``. None = no such factor.
         per_batch: chooses which of the trainable experts learn from each batch, after a scoring pass over it; every
             expert must then be permitted and trainable. None = all of them learn from every batch.
+
+    Example:
+        >>> from fedmoe_core.budget import Budget, Cost
+        >>> held, trains = np.array([[True, True, False]]), np.array([[True, False, False]])
+        >>> work = dict(client=0, round=0, permitted_LE=held, trainable_LE=trains, top_k=1, local_steps=2, seed=0)
+        >>> ExpertPlan(**work, budget=Budget(experts=2), predicted=Cost(experts=2)).counted_experts
+        2
+        >>> ExpertPlan(**work, budget=Budget(experts=1), predicted=Cost(experts=2))
+        Traceback (most recent call last):
+        ValueError: client 0: the plan exceeds its budget (experts: 2 experts used, 1 expert allowed); plan less
     """
 
     client: int

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_kernels.routing import SlotMap
+from fedmoe_kernels.slot_map import SlotMap
 
 Rows = Mapping[str, Mapping[int, Tensor]]  # tensor name -> expert id -> row
 

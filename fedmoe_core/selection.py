@@ -62,6 +62,12 @@ def select_top_n(scores_LE: np.ndarray, n: int, *, keep_one: bool = True, drop_n
 
     Raises:
         ValueError: a score is not finite; n below the number of layers with ``keep_one``.
+
+    Example:
+        >>> scores = np.array([[3.0, 1.0], [2.0, 5.0]])  # two layers of two experts
+        >>> select_top_n(scores, 3)
+        array([[ True, False],
+               [ True,  True]])
     """
     _require_finite(scores_LE)
     layers, experts = scores_LE.shape
@@ -97,6 +103,13 @@ def knapsack(
 
     Raises:
         ValueError: no set has one expert per layer within all limits, or an input is malformed.
+
+    Example:
+        >>> values = np.array([[3.0, 1.0], [2.0, 5.0]])  # two layers of two experts
+        >>> bytes_each = np.array([[[4, 1], [1, 4]]])
+        >>> best = knapsack(values, bytes_each, [6])
+        >>> best.value, int((bytes_each[0] * best.chosen_LE).sum())
+        (8.0, 6)
     """
     _require_finite(values_LE)
     if not np.issubdtype(costs_DLE.dtype, np.integer) or (costs_DLE < 0).any():

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import ast
-import configparser
-import importlib.util
 import re
-import shutil
-import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,32 +151,3 @@ def test_inv12_the_search_finds_a_pickle_reader(source: str) -> None:
 def test_the_readme_is_a_landing_page() -> None:
     """Nobody reads 2,000 words before the first command; what is longer belongs to docs/."""
     assert len((HOUSE / "README.md").read_text().split()) <= 900
-
-
-def test_the_wheel_holds_three_packages_and_the_command(tmp_path: Path) -> None:
-    for tool in ("setuptools", "pip"):
-        if importlib.util.find_spec(tool) is None:
-            pytest.skip(f"{tool} is not installed, so no wheel can be built here")
-    tree = tmp_path / "tree"  # built from a copy: a build leaves folders behind in its tree
-    tree.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        if (HOUSE / name).exists():
-            shutil.copy(HOUSE / name, tree)
-    for folder in ("fedmoe_core", "kernels", "bindings"):
-        shutil.copytree(HOUSE / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path)]
-    command = [sys.executable, "-m", "pip", "wheel", str(tree), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.endswith("-py3-none-any.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        entry = next(name for name in names if name.endswith(".dist-info/entry_points.txt"))
-        entries = configparser.ConfigParser()
-        entries.read_string(archive.read(entry).decode())
-    shipped = {name for name in names if ".dist-info/" not in name}
-    tables = HOUSE.glob("kernels/fedmoe_kernels/tiles/*.json")  # of tiles tuned on a GPU
-    assert shipped == {str(path.relative_to(HOUSE / FLOORS[package_of(path)])) for path in (*SOURCES, *tables)}
-    assert entries["console_scripts"]["fedmoe"] == "fedmoe_core.cli:main"
-    assert entries["fedmoe.adapters"]["transformers"] == "fedmoe_bindings.transformers:load_adapter"

@@ -12,7 +12,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedmoe_bindings.transformers_families import Block, family_of, layer_masks, sparse_blocks
 from fedmoe_kernels.experts import moe_mlp
-from fedmoe_kernels.routing import Routing, SlotMap, route
+from fedmoe_kernels.routing import Routing, route
+from fedmoe_kernels.slot_map import SlotMap
 
 NAME = "fedmoe"
 _HOOK = "_fedmoe_permitted_hook"
@@ -34,6 +35,17 @@ def use_fedmoe(model: PreTrainedModel, *, permitted: np.ndarray | Tensor | None 
     Raises:
         ValueError: the family is not served, by name, or the mask does not fit. transformers itself accepts an experts
             implementation on models that never call it and says nothing; here that is an error.
+
+    Example:
+        >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+        >>> heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+        >>> experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+        >>> sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, intermediate_size=32)
+        >>> model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts)).eval()
+        >>> tokens = torch.arange(8)[None]
+        >>> before = model(tokens).logits
+        >>> torch.allclose(use_fedmoe(model)(tokens).logits, before, atol=1e-5)
+        True
     """
     # transformers has no public question for this; the method with the underscore is the one its own setter asks.
     if not isinstance(model, PreTrainedModel) or not model._can_set_experts_implementation():

@@ -61,6 +61,14 @@ def moe_mlp(
 
     Raises:
         ValueError: names the argument that does not fit the others.
+
+    Example:
+        >>> import torch
+        >>> from fedmoe_kernels import route
+        >>> routing = route(torch.zeros(1, 2), 2)  # one token, sent to both of two experts by halves
+        >>> w_in, w_out = torch.ones(2, 3, 2), torch.ones(2, 2, 3)
+        >>> moe_mlp(torch.ones(1, 2), routing, w_in, w_out, activation="relu")
+        tensor([[6., 6.]])
     """
     stacks = stacked(w_in=w_in, w_out=w_out, bias_in=bias_in, bias_out=bias_out)
     checks.check_call(x_TH, activation, backend, scores)

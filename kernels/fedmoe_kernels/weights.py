@@ -25,6 +25,12 @@ class ExpertWeights:
 
     Raises:
         ValueError: when the two differ in dtype or trailing shape, or the frozen part asks for a gradient.
+
+    Example:
+        >>> import torch
+        >>> weights = ExpertWeights(torch.zeros(2, 8, 4, requires_grad=True), torch.zeros(3, 8, 4))
+        >>> len(weights.trainable), len(weights.frozen)  # five slots, two of which can have a gradient
+        (2, 3)
     """
 
     trainable: Tensor
