@@ -24,7 +24,7 @@ def write_texts(path: Path) -> None:
             person = row % 6
             favourite, other = ("sport", "money") if person < 3 else ("money", "sport")
             subject = favourite if draw.random() < 0.8 else other
-            text = " ".join(draw.choices(WORDS[subject], k=5) + draw.choices(WORDS["sport"] + WORDS["money"], k=3))
+            text = " ".join(draw.choices(WORDS[subject], k=2) + draw.choices(WORDS["sport"] + WORDS["money"], k=8))
             file.write(json.dumps({"text": text, "label": subject, "client": f"person {person}"}) + "\n")
 
 
@@ -38,6 +38,7 @@ def main() -> None:
         "clients=4",
         "rounds=3",
         "warmup.steps=20",
+        "warmup.labels_per_class=4",  # the server knows four texts of each label; the clients know all of theirs
         "budgets=experts=25%;experts=50%",
         f"out={folder / 'run'}",
     ]

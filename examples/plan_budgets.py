@@ -6,7 +6,7 @@ python examples/plan_budgets.py
 from fedmoe_core import Config, simulate
 
 # A tier is a device by name, a limit, several limits, or a share of what training every expert needs.
-TIERS = ("raspberry-pi-5-8gb", "memory=20MiB", "memory=24MiB,up=2MiB", "experts=25%", "memory=50%")
+TIERS = ("raspberry-pi-5-8gb", "memory=24MiB,up=2MiB", "experts=25%", "memory=50%")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Fine-tune over eight clients with four sizes of memory, from Python, and write the report.
+"""Fine-tune over four clients with four sizes of memory, from Python, and write the report.
 
 python examples/simulate.py [OUT]
 """
@@ -10,12 +10,12 @@ from fedmoe_core import Config, simulate
 from fedmoe_core.report import report
 
 SETTINGS = [
-    "clients=8",
+    "clients=4",
     "rounds=3",
     "budgets=memory=12.5%;memory=25%;memory=50%;memory=100%",
     "selection.score=taylor",
     "train.lr=2e-3",
-    "warmup.steps=40",  # the small model's stand-in for pretraining; the default, 300, takes a minute
+    "warmup.steps=20",  # the small model's stand-in for pretraining; the default, 300, takes a minute
 ]
 
 

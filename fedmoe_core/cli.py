@@ -190,9 +190,6 @@ def systems(as_json: AsJson = False, debug: Debug = False) -> None:
 
 def main() -> None:
     """Entry point of the ``fedmoe`` command."""
-    # Before torch loads. GNU OpenMP spins at every barrier for as long as it takes while a core is busy elsewhere: with
-    # 4 threads on 4 cores, two of them shared, a warm-up step took 6.5 s in place of 0.08 s; spinning briefly, 0.22 s.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # The memory profiler's notes about blocks older than itself are expected: resident bytes are counted apart.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -28,9 +28,10 @@ SAYS = {
 
 
 def environment(home: Path) -> dict[str, str]:
+    """A home of its own; one cache for all examples, which name the same data, so that it is encoded once."""
     paths = [str(HOUSE / part) for part in ("kernels", "bindings", ".")]
-    own = {"PYTHONPATH": os.pathsep.join(paths), "HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **own, "XDG_CACHE_HOME": str(home / "cache")}
+    own = {"GOMP_SPINCOUNT": "1000", "PYTHONPATH": os.pathsep.join(paths), "HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **own, "XDG_CACHE_HOME": str(home.parent / "examples-cache")}
 
 
 def test_every_example_is_here_and_short() -> None:

@@ -18,8 +18,11 @@ from tiny_corpus import make_config
 from toy import Toy
 
 from fedmoe_core import algorithms, simulate
+from fedmoe_core.algorithms import algorithm_class
 from fedmoe_core.checkpoint import load_checkpoint
 from fedmoe_core.config import Config
+from fedmoe_core.identity import code_version
+from fedmoe_core.names import title_of
 from fedmoe_core.prepare import World, build_world
 from fedmoe_core.progress import NullObserver
 from fedmoe_core.ranks import Ranks
@@ -155,3 +158,32 @@ def test_a_classification_head_is_averaged_over_a_frozen_trunk(config: Make, tmp
     for plan, update in zip(round_.plans, round_.updates, strict=True):
         assert update.cost.bytes_up == plan.predicted.bytes_up
         assert update.cost.bytes_down == plan.predicted.bytes_down
+
+
+def test_an_algorithm_of_the_users_own_is_named_by_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from fedmoe_core.algorithms.baselines import RandomExperts\n"
+        "class Mine(RandomExperts):\n    'Another name for random experts.'\n"
+        "nothing = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert algorithm_class("mine:Mine").__name__ == "Mine"
+    assert Config.load(overrides=["algorithm=mine:Mine"]).algorithm == "mine:Mine"
+    assert title_of("mine:Mine") == "Mine"
+    assert title_of("flux") == "Flux"
+    for name, message in {
+        "mine:nothing": "does not inherit",
+        "mine:Absent": "cannot be loaded",
+        "no_such_module:X": "cannot be loaded",
+        "fedavgg": "did you mean 'fedavg'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            algorithm_class(name)
+    for word in ("mine:", ":Mine", "a b:C", "mine:Mine:More"):
+        with pytest.raises(ValueError, match="algorithm"):
+            Config.load(overrides=[f"algorithm={word}"])
+    before = code_version("transformers", "mine:Mine")
+    assert before != code_version("transformers")
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write("# edited\n")
+    assert code_version("transformers", "mine:Mine") != before
