@@ -17,7 +17,7 @@ $(VENV)/.ready: setup.py pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fedmoe needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[test,docs]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[test]"
 	@touch $@
 
 setup: $(VENV)/.ready ## create .venv with fedmoe, torch and the test tools (TORCH= picks the torch)
@@ -25,8 +25,8 @@ setup: $(VENV)/.ready ## create .venv with fedmoe, torch and the test tools (TOR
 test: setup ## the whole test suite
 	$(BIN)/python -m pytest -q
 
-docs: setup ## build the documentation site into site/; a broken link or an unknown name is an error
-	$(BIN)/mkdocs build --strict --quiet
+docs: setup ## build the documentation site into build/site; a broken link or an unknown name is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: setup ## lint, format and types
 	$(BIN)/ruff check .
@@ -67,4 +67,4 @@ bench-gpu: setup ## on a GPU: correctness, compute-sanitizer, times against peer
 	PYTHON=$(abspath $(BIN)/python) bash bench/gpu.sh
 
 clean: ## remove the environment and the runs
-	rm -rf $(VENV) $(OLDEST) runs site build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info
