@@ -157,7 +157,12 @@ def _train(bench: Bench, batches: Iterable[Batch], *, costs: CostModel) -> Local
     profile = sums.finish()
     flops, down = spent(), received_bytes(adapter, plan)
     answer, peak = run_probe(plan.after, bench, device)
-    found = validate(adapter, bench.validation(), log_prior_C=bench.log_prior_C) if plan.validate else None
+    found = None
+    if plan.validate:
+        resident, held_out = resident_bytes(adapter.model, optimizer), list(bench.validation())
+        judge = partial(validate, adapter, held_out, log_prior_C=bench.log_prior_C)
+        found, trace = trace_memory(judge, device)
+        memory = max(memory, resident + trace.peak)
     cost = Cost(
         memory_bytes=max(memory, peak),
         flops=flops,
