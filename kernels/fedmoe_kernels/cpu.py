@@ -84,7 +84,7 @@ def forward_bytes(
     most, room = _room(rows, inner)
     combining = tokens * hidden + 4 * rows + 4 * tokens  # 8-byte indices counted in values of 4
     working = room * (hidden + inner) + (most + most_slack(most)) * max(width, hidden)
-    z = rows if keep_z else room
+    z = rows if keep_z else most
     return itemsize * (z * width + (rows + 1) * hidden + max(working, combining))
 
 
@@ -110,7 +110,7 @@ def backward_bytes(
     combining = tokens * hidden + 4 * rows + 4 * tokens
     working = room * (hidden + 2 * inner + width) + most * width + hidden * width
     if recompute:
-        working += room * width
+        working += most * width
     weights = grad_slots * (width + inner) * hidden
     return 16 * rows + itemsize * (weights + (rows + 1) * hidden + 3 * rows + max(working, combining))
 
@@ -135,7 +135,7 @@ def _forward_tiles(
     gemm = _gemm(x_TH)
     most, room = _room(rows.tokens_R.shape[0], inner)
     x_CH, h_CI = x_TH.new_empty(room, hidden), x_TH.new_empty(room, inner)
-    z_CF = x_TH.new_empty(room if z_RF is None else 0, activation.width(inner))
+    z_CF = x_TH.new_empty(most if z_RF is None else 0, activation.width(inner))  # only written and read by row
     for low, high, pieces in _tiles(rows.offsets, experts, most):
         torch.index_select(x_TH, 0, rows.tokens_R[low:high], out=x_CH[: high - low])
         z_nF = z_CF[: high - low] if z_RF is None else z_RF[low:high]
@@ -213,7 +213,7 @@ def _backward_tiles(
     most, room = _room(rows.tokens_R.shape[0], inner)
     want_dz = out.dx_XH is not None or grads.want_in or grads.scores is not None
     row_CH, d_CI, h_CI, dz_CF = (x_TH.new_empty(room, n) for n in (hidden, inner, inner, z_RF.shape[1]))
-    z_CF = x_TH.new_empty(0 if z_RF.shape[0] else room, z_RF.shape[1])
+    z_CF = x_TH.new_empty(0 if z_RF.shape[0] else most, z_RF.shape[1])
     for low, high, pieces in _tiles(rows.offsets, experts, most):
         n, s_n1, tokens_n = high - low, out.s_N1[low:high], rows.tokens_R[low:high]
         row_nH, d_nI, h_nI, dz_nF = row_CH[:n], d_CI[:n], h_CI[:n], dz_CF[:n]
