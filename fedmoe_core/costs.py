@@ -255,13 +255,10 @@ class CostModel:
     def forward_memory(self, held_LE: np.ndarray, *, top_k: int | None = None) -> int:
         """Bound of the peak of a pass without gradients over batches of the training shape, ``held_LE`` experts held.
 
-        Of a training step it has the weights and, at most, what lives while the forward and the loss run. Where its
-        layers measure, each keeps its logits and choices until the next batch; and each place has its loss.
+        Of a training step it has the weights and, at most, what lives while the forward and the loss run.
         """
-        k = self.top_k if top_k is None else top_k
-        transient = max(self.trunk.stages(k)[0], 0)
-        measured = self.tokens * (self.num_layers * (4 * self.num_experts + 8 * k) + 16)
-        return self.resident_bytes + int(held_LE.sum()) * self.held_bytes + transient + measured
+        transient = max(self.trunk.stages(self.top_k if top_k is None else top_k)[0], 0)
+        return self.resident_bytes + int(held_LE.sum()) * self.held_bytes + transient
 
     def predict(
         self,

@@ -27,10 +27,15 @@ def pass_cost(
         top_k: choices per token; None = the model's own.
         bits: 8 or 4, what the experts are stored in (``ModelAdapter.configure(frozen_bits=...)``); None = as they are.
     """
-    memory = costs.forward_memory(held_LE, top_k=top_k)
+    k = costs.top_k if top_k is None else top_k
+    # Layers that measure keep their logits and choices until the next batch, and every place has its loss.
+    measured = costs.tokens * (costs.num_layers * (4 * costs.num_experts + 8 * k) + 16)
+    memory = costs.forward_memory(held_LE, top_k=top_k) + measured
     if bits is not None:
         few = coded(costs, bits)
-        memory = few.forward_memory(held_LE, top_k=top_k) + _coding_bytes(few, int(held_LE.sum(axis=1).max()))
+        memory = (
+            few.forward_memory(held_LE, top_k=top_k) + measured + _coding_bytes(few, int(held_LE.sum(axis=1).max()))
+        )
     return Cost(
         memory_bytes=memory,
         flops=costs.forward_flops(held_LE, tokens=tokens, top_k=top_k),
