@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from fedmoe_core.budget import Cost
+from fedmoe_core.resources import Rows
 from fedmoe_core.trunk import UNMEASURED, TrunkCost
 
 if TYPE_CHECKING:
@@ -17,23 +18,6 @@ if TYPE_CHECKING:
 
 # compact: only permitted experts are stored and run. backward-masked: all are, and only trainable ones get gradients.
 Mode = Literal["compact", "backward-masked"]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Additive resources: a plan is inside its budget where ``base_D + sum of the chosen experts' costs`` is.
-
-    Attributes:
-        names: resource of each row (memory has one row per stage).
-        base_D: int64, cost of a client without any chosen expert.
-        costs_DLE: int64, cost of each expert that trains.
-        frozen_D: int64, cost of any expert that is held beside those and only runs.
-    """
-
-    names: tuple[str, ...]
-    base_D: np.ndarray
-    costs_DLE: np.ndarray
-    frozen_D: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -373,8 +357,8 @@ class CostModel:
         if of == 1:
             return np.full_like(layer_L1, self.gradient_bytes * (1 + copies))
         running = self.num_layers - stage
-        unsure = self._router_row * self.grad_bytes * at_least
-        return self.gradient_bytes * ((layer_L1 >= running) + copies * (layer_L1 == running)) - unsure * (
+        late = self._router_row * self.grad_bytes * at_least
+        return self.gradient_bytes * (layer_L1 >= running) + (copies * self.gradient_bytes - late) * (
             layer_L1 == running
         )
 
