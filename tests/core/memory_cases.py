@@ -34,7 +34,7 @@ class Case:
         train: settings of ``TrainConfig``.
         rank, declared: of the client's adapters and of the declared ones (0 = none); ``in_state``: see ``LoraSpec``.
         masked: every expert is held, whatever ``held`` says.
-        per_batch: experts chosen for every batch anew; 0 = none are.
+        per_batch: experts that each batch chooses; 0 = the plan chooses.
         asks: further fields of the plan.
         steps: local steps.
     """
@@ -136,7 +136,7 @@ def measure(case: Case) -> tuple[int, int]:
         (Budget(),),
         plain,
         np.ones(1),
-        cast(Any, None),  # no algorithm plans here, so nobody needs the server's own profile
+        cast(Any, None),  # no algorithm plans here, so the run has no use for the server's own profile
         validation_tokens_C=np.array([case.steps * full.tokens_SN.numel()]),
         lora_costs=None if not case.declared else plain if case.in_state else costs(case.declared),
     )
