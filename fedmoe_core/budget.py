@@ -25,9 +25,7 @@ _BYTES = {**_BINARY, **_DECIMAL, "B": 1}
 _FLOPS = {"PFLOP": 10**15, "TFLOP": 10**12, "GFLOP": 10**9, "MFLOP": 10**6}
 _MOST = 2**60  # bytes or experts: 1 EiB; solvers add such numbers up in int64
 _MOST_FLOPS = 1e300  # what floats hold, with room to be rounded up
-_DIGITS = (
-    80  # longer amounts, and exponents of more than three digits, are refused; to write 1e999999999 out takes hours
-)
+_DIGITS = 80  # of an amount; an exponent has at most three: to write 1e999999999 out takes hours
 _NUMBER = re.compile(r"(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)\s*([A-Za-z%]*)")
 
 

@@ -178,7 +178,7 @@ def test_inv2_calibrated_on_one_plan_is_exact_on_others(
     model = step.model.calibrated({2: step.peaks(*masks(seed))}, *masks(seed))
     # The bytes kept per slot of the calibration plan stay in the transients, so that smaller plans are bounded too.
     slack = int(masks(seed)[0].sum()) * DEMO.slot_bytes
-    # And the router's rows of the layer that runs, because it is not known whether they had their gradients at the height.
+    # And the router's rows of the layer that runs: it is not known whether they had their gradients at the height.
     most = max(int(masks(each)[1].sum(axis=1).max()) for each in (seed, other))
     unsure = most * DEMO.hidden_size * DEMO.grad_bytes
     for plan in (masks(seed), masks(other)):
