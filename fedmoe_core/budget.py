@@ -23,6 +23,9 @@ _BINARY = {"TiB": 1024**4, "GiB": 1024**3, "MiB": 1024**2, "KiB": 1024}
 _DECIMAL = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
 _BYTES = {**_BINARY, **_DECIMAL, "B": 1}
 _FLOPS = {"PFLOP": 10**15, "TFLOP": 10**12, "GFLOP": 10**9, "MFLOP": 10**6}
+_MOST = 2**60  # bytes or experts: 1 EiB; solvers add such numbers up in int64
+_MOST_FLOPS = 1e300  # what floats hold, with room to be rounded up
+_DIGITS = 80  # of an amount; an exponent has at most three: to write 1e999999999 out takes hours
 _NUMBER = re.compile(r"(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)\s*([A-Za-z%]*)")
 
 
@@ -48,8 +51,13 @@ class Budget:
     def __post_init__(self) -> None:
         for word, attribute in RESOURCES.items():
             limit = getattr(self, attribute)
-            if limit is not None and not (math.isfinite(limit) and limit >= 0):
-                raise ValueError(f"budget {word}={limit} is not a limit; give a finite number of at least 0")
+            most = _MOST_FLOPS if word == "flops" else _MOST
+            if limit is not None and not 0 <= limit <= most:  # written so that NaN is none
+                huge = isinstance(limit, int) and limit.bit_length() > 1000  # such an int has no text, nor a float
+                given = "a number of hundreds of digits" if huge else limit
+                raise ValueError(
+                    f"budget {word}={given} is not a limit; give a number from 0 to {most}, or leave it out"
+                )
 
     @classmethod
     def parse(cls, text: str, *, spec_experts: int | None = None, plain: Callable[[int], Cost] | None = None) -> Budget:
@@ -224,11 +232,11 @@ def _amount(
     match = _NUMBER.fullmatch(amount)
     if match is None:
         raise ValueError(f"budget {text!r}: {amount!r} is not an amount of {word}; write for example {_example(word)}")
-    number, unit = Fraction(match[1]), match[2]
+    number, unit = _exact(match[1], text=text, word=word), match[2]
     if unit == "%" and word != "flops":
         if spec_experts is None or (word != "experts" and plain is None):
             raise ValueError(f"budget {text!r}: a share of experts needs a model to be a share of; give a number")
-        count = math.floor(number * spec_experts / 100)
+        count = min(math.floor(number * spec_experts / 100), spec_experts)
         if word == "experts" or plain is None:
             return count
         return int(getattr(plain(count), RESOURCES[word]))
@@ -237,7 +245,25 @@ def _amount(
     if size is None:
         known = [*units, *(["%"] if word != "flops" else [])]
         raise ValueError(f"budget {text!r}: {unit!r} is not a unit of {word}; {_nearest(unit, known)}")
-    return float(number * size) if word == "flops" else math.floor(number * size)
+    most = _MOST_FLOPS if word == "flops" else _MOST
+    if number * size > most:
+        raise ValueError(
+            f"budget {text!r}: {amount!r} is more than {show(word, most)}; give less, or leave {word} out for no limit"
+        )
+    if word == "flops":
+        return float(number * size)
+    return math.floor(number * size)
+
+
+def _exact(digits: str, *, text: str, word: str) -> Fraction:
+    """A number of a budget's text; only one of a sensible length is ever written out."""
+    exponent = digits.lower().partition("e")[2].lstrip("+-0")
+    if len(digits) > _DIGITS or len(exponent) > 3:
+        shown = digits if len(digits) <= 20 else f"{digits[:17]}..."
+        raise ValueError(
+            f"budget {text[:60]!r}: {shown!r} is too long a number for {word}; write for example {_example(word)}"
+        )
+    return Fraction(digits)
 
 
 def _example(word: str) -> str:

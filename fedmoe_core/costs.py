@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from fedmoe_core.budget import Cost
+from fedmoe_core.resources import Rows
 from fedmoe_core.trunk import UNMEASURED, TrunkCost
 
 if TYPE_CHECKING:
@@ -17,23 +18,6 @@ if TYPE_CHECKING:
 
 # compact: only permitted experts are stored and run. backward-masked: all are, and only trainable ones get gradients.
 Mode = Literal["compact", "backward-masked"]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Additive resources: a plan is inside its budget where ``base_D + sum of the chosen experts' costs`` is.
-
-    Attributes:
-        names: resource of each row (memory has one row per stage).
-        base_D: int64, cost of a client without any chosen expert.
-        costs_DLE: int64, cost of each expert that trains.
-        frozen_D: int64, cost of any expert that is held beside those and only runs.
-    """
-
-    names: tuple[str, ...]
-    base_D: np.ndarray
-    costs_DLE: np.ndarray
-    frozen_D: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -160,8 +144,13 @@ class CostModel:
 
     @property
     def held_bytes(self) -> int:
-        """Memory of one expert that only runs."""
-        return self._base_expert + self.adapter_params * self.weight_bytes + self.slot_bytes
+        """Memory of one expert's weights, adapters included."""
+        return self.frozen_bytes + self.adapter_params * self.weight_bytes
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Memory of one expert that only runs: its adapter is merged into its weights."""
+        return self._base_expert + self.slot_bytes
 
     @property
     def gradient_bytes(self) -> int:
@@ -285,8 +274,8 @@ class CostModel:
         stages = self.trunk.stages(self.top_k if top_k is None else top_k)
         shape = (self.num_layers, self.num_experts)
         compact = mode == "compact"
-        held = np.full(shape, (self.held_bytes if compact else 0) + self.state_bytes)
-        base = self.resident_bytes + (0 if compact else self.total_experts * self.held_bytes)
+        held = np.full(shape, self.held_bytes - (0 if compact else self.frozen_bytes) + self.state_bytes)
+        base = self.resident_bytes + (0 if compact else self.total_experts * self.frozen_bytes)
         resident_LE = np.full(shape, not compact)
         expert_down = self._base_expert + self._adapter_down
         base_down = self.bytes_down(resident_LE, first_participation=first_participation)
@@ -301,7 +290,7 @@ class CostModel:
         entries.append(("experts", self.base_experts, np.ones(shape, int)))
         names, bases, costs = zip(*entries, strict=True)
         # In backward-masked mode the frozen are all there already, and an expert budget counts those that train.
-        frozen = {"memory": self.held_bytes, "down": expert_down, "up": 0, "experts": 1}
+        frozen = {"memory": self.frozen_bytes, "down": expert_down, "up": 0, "experts": 1}
         frozen_D = np.array([frozen[name] * compact for name in names], dtype=np.int64)
         return Rows(names, np.array(bases, dtype=np.int64), np.stack(costs).astype(np.int64), frozen_D)
 
@@ -322,13 +311,16 @@ class CostModel:
         """
         base = replace(self, trunk=replace(self.trunk, transients={}, **measured))  # type: ignore[arg-type]
         # The few bytes kept per slot are not taken off: a plan with fewer slots than this one stays bounded.
-        held = int(permitted_LE.sum()) * (base.held_bytes - base.slot_bytes)
-        fixed = base.resident_bytes + held + int(trainable_LE.sum()) * base.state_bytes
+        held = int(permitted_LE.sum()) * (base.frozen_bytes - base.slot_bytes)
+        learning = base.held_bytes - base.frozen_bytes + base.state_bytes
+        fixed = base.resident_bytes + held + int(trainable_LE.sum()) * learning
         transients = {}
         for top_k, stages in peaks.items():
             gradients = [0]
             if len(stages) > 1:
-                gradients = [int((base._gradients(s, of=len(stages)) * trainable_LE).sum()) for s in range(len(stages))]
+                # To take off rows that had no gradient at the height would leave plans short that train fewer of them.
+                sure = [base._gradients(stage, of=len(stages), at_least=True) for stage in range(len(stages))]
+                gradients = [int((each_L1 * trainable_LE).sum()) for each_L1 in sure]
             left = tuple(peak - fixed - gradient for peak, gradient in zip(stages, gradients, strict=True))
             if max(left) < 0:
                 raise ValueError(
@@ -354,17 +346,21 @@ class CostModel:
         layout = self.num_experts * (self.held_bytes + self.hidden_size * self.weight_bytes)  # a layer laid out anew
         return resident + max(step, layout, *peaks)
 
-    def _gradients(self, stage: int, *, of: int) -> np.ndarray:
+    def _gradients(self, stage: int, *, of: int, at_least: bool = False) -> np.ndarray:
         """Bytes of gradients (L, 1) that a trainable expert of each layer adds in a stage.
 
-        Where one stage stands for the whole step, all gradients are taken to exist at its peak.
+        Where one stage stands for the whole step, all gradients are taken to exist at its peak. ``at_least``: what is
+        sure to exist then; of the layer that runs its router's rows get theirs after the experts.
         """
         layer_L1 = np.arange(self.num_layers)[:, None]
         copies = self.trunk.gradient_copies
         if of == 1:
             return np.full_like(layer_L1, self.gradient_bytes * (1 + copies))
         running = self.num_layers - stage
-        return self.gradient_bytes * ((layer_L1 >= running) + copies * (layer_L1 == running))
+        late = self._router_row * self.grad_bytes * at_least
+        return self.gradient_bytes * (layer_L1 >= running) + (copies * self.gradient_bytes - late) * (
+            layer_L1 == running
+        )
 
     @property
     def _adapter_down(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
@@ -39,6 +39,23 @@ class LayerState:
     w_in: Tensor
     w_out: Tensor
     lora: LayerLora | None = None
+
+
+class _Merged(Mapping[int, Tensor]):
+    """Rows of a matrix, those of ``merged`` experts with their adapters; made on reading, one at a time."""
+
+    def __init__(self, rows: Mapping[int, Tensor], lora: LayerLora, name: str, merged: frozenset[int]) -> None:
+        self.rows, self.lora, self.name, self.merged = rows, lora, name, merged
+
+    def __getitem__(self, expert: int) -> Tensor:
+        row = self.rows[expert]
+        return row + self.lora.change(self.name, expert) if expert in self.merged else row
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 class ExpertStore(nn.Module):
@@ -264,10 +281,9 @@ class ExpertStore(nn.Module):
                 if isinstance(stored, Tensor):
                     rows |= dict(zip(self.frozen_experts, stored, strict=True))
                 rows |= own.get(name, {})
-                if lora is not None:
-                    rows |= {e: rows[e] + lora.change(name, e) for e in frozen}
-                setattr(self, name, nn.Parameter(stack(rows, learning, shape)))
-                values, scale = frozen_stack(rows, codes, stored_ids, bits=self.frozen_bits, like=shape)
+                whole = rows if lora is None else _Merged(rows, lora, name, frozenset(frozen))
+                setattr(self, name, nn.Parameter(stack(whole, learning, shape)))
+                values, scale = frozen_stack(whole, codes, stored_ids, bits=self.frozen_bits, like=shape)
                 setattr(self, f"{name}_frozen", values)
                 setattr(self, f"{name}_scale", scale)
             self._install_factors(lora, trainable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -26,10 +27,31 @@ def pass_cost(
         top_k: choices per token; None = the model's own.
         bits: 8 or 4, what the experts are stored in (``ModelAdapter.configure(frozen_bits=...)``); None = as they are.
     """
+    k = costs.top_k if top_k is None else top_k
+    # Layers that measure keep their logits and choices until the next batch, and every place has its loss.
+    measured = costs.tokens * (costs.num_layers * (4 * costs.num_experts + 8 * k) + 16)
+    memory = costs.forward_memory(held_LE, top_k=top_k) + measured
+    if bits is not None:
+        few = coded(costs, bits)
+        memory = (
+            few.forward_memory(held_LE, top_k=top_k) + measured + _coding_bytes(few, int(held_LE.sum(axis=1).max()))
+        )
     return Cost(
-        memory_bytes=(costs if bits is None else coded(costs, bits)).forward_memory(held_LE, top_k=top_k),
+        memory_bytes=memory,
         flops=costs.forward_flops(held_LE, tokens=tokens, top_k=top_k),
     )
+
+
+def _coding_bytes(few: CostModel, held: int) -> int:
+    """What codes need beside themselves: while one matrix is multiplied by, or while a layer of ``held`` is laid out.
+
+    To multiply takes the matrix as bytes and as floats. Laid out, the codes of one of a layer's two stacks exist twice,
+    one by one and as the stack; that of w_out comes last, and that of w_in before there is one of w_out.
+    """
+    w_out = few.intermediate_size * few.hidden_size
+    w_in = few.expert_params - w_out  # never the smaller one
+    stacked = held * max(w_in - w_out, w_out) * (few.base_bytes or 0)
+    return max(5 * w_in, math.ceil(stacked))
 
 
 def coded(costs: CostModel, bits: int) -> CostModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedmoe_core.config import TrainConfig
 from fedmoe_core.costs import CostModel
 from fedmoe_core.importance import Score, expert_scores
 from fedmoe_core.measure import validate
-from fedmoe_core.memory import HasState, resident_bytes, tensor_bytes
+from fedmoe_core.memory import HasState, resident_bytes, tensor_bytes, trace_memory
 from fedmoe_core.selection import select_top_n
 from fedmoe_core.update import ClientProfile
 
@@ -79,8 +80,10 @@ class BatchChooser:
         self.chosen_LE = self.trained_LE
 
     def choose(self, batch: Batch, optimizer: HasState) -> int:
-        """Score ``batch`` without gradients and let only the chosen experts learn; the peak bytes of the change."""
-        self.chosen_LE = self.rule(validate(self.adapter, [batch]).profile)
+        """Score ``batch`` without gradients and let only the chosen experts learn; the peak bytes of both."""
+        resident = resident_bytes(self.adapter.model, optimizer)
+        found, trace = trace_memory(partial(validate, self.adapter, [batch]), batch.tokens_SN.device)
+        self.chosen_LE = self.rule(found.profile)
         self.trained_LE = self.trained_LE | self.chosen_LE
         for layer, chosen_E in zip(self.adapter.moe, self.chosen_LE, strict=True):
             layer.set_experts(None, chosen_E)
@@ -88,7 +91,7 @@ class BatchChooser:
         self.flops += self.costs.forward_flops(served_LE, tokens=batch.tokens_SN.numel(), top_k=self.top_k)
         # A layer's weights exist twice while its slots are laid out anew.
         largest = max(tensor_bytes([*layer.parameters(), *layer.buffers()]) for layer in self.adapter.moe)
-        return resident_bytes(self.adapter.model, optimizer) + largest
+        return max(resident + trace.peak, resident_bytes(self.adapter.model, optimizer) + largest)
 
     def bill(self, rows_LE: np.ndarray, tokens: int) -> None:
         """Add the operations of the step that just ran."""

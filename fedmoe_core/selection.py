@@ -11,7 +11,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from fedmoe_core.budget import RESOURCES, Budget, show
-from fedmoe_core.costs import CostModel, Mode, Rows
+from fedmoe_core.costs import CostModel, Mode
+from fedmoe_core.resources import Rows
 
 
 @dataclass(frozen=True)

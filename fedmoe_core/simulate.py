@@ -231,7 +231,8 @@ def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[Clie
 def _admit(update: ClientUpdate, plan: ExpertPlan, sums: Accumulator) -> ClientUpdate:
     """Sum the update, or refuse it by name: it broke its budget, or it is not what was asked for."""
     if over := plan.budget.violations(update.cost):
-        return refused(update, f"over budget: {over[0]}")
+        # Its plan fits, or there would be none: so what was predicted of the client is wrong, and the log says that.
+        return refused(update, f"over budget, though its plan fits: {over[0]}")
     outcome = sums.add(update, plan)
     if outcome.accepted or update.status == "failed":
         return update

@@ -11,8 +11,17 @@ from fedmoe_kernels.quantized import Quantized
 
 
 def stack(rows: Mapping[int, Tensor] | Tensor, ids: Sequence[int], like: Tensor) -> Tensor:
-    """A fresh tensor of the rows ``ids``; with no ids, an empty one shaped as the rows of ``like`` (any, ...)."""
-    return torch.stack([rows[e].detach() for e in ids]) if ids else like.new_empty((0, *like.shape[1:]))
+    """A fresh tensor of the rows ``ids``; with no ids, an empty one shaped as the rows of ``like`` (any, ...).
+
+    Rows are read one after another, so that those made on reading do not all exist beside the stack.
+    """
+    stacked = like.new_empty((0, *like.shape[1:]))
+    for place, e in enumerate(ids):
+        row = rows[e].detach()
+        if not place:
+            stacked = row.new_empty((len(ids), *row.shape))
+        stacked[place] = row
+    return stacked
 
 
 def frozen_stack(
