@@ -31,10 +31,13 @@ class QuantisedProfile:
         count_LE, attention_LE = torch.zeros(2, *shape, dtype=torch.float64)
         tokens = 0
         for layer in adapter.moe:
-            layer.frozen_bits, layer.keep_logits = BITS, True
+            layer.keep_logits = True
         try:
             nothing_LE = np.zeros(shape, dtype=bool)
-            adapter.configure(bench.params, trainable_LE=nothing_LE, train_router=False, train_head=False)
+            # `configure` sets the bits of every layer, so they are asked for here; the client's own plan sets them back.
+            adapter.configure(
+                bench.params, trainable_LE=nothing_LE, train_router=False, train_head=False, frozen_bits=BITS
+            )
             with adapter.watch_attention() as received:
                 for batch in bench.batches():
                     adapter.evaluate(batch)
@@ -50,7 +53,7 @@ class QuantisedProfile:
                         attention_LE[number] += torch.bincount(chosen_R, score_T[row_T].double(), minlength=shape[1])
         finally:
             for layer in adapter.moe:
-                layer.frozen_bits, layer.keep_logits = None, False
+                layer.keep_logits = False
                 layer.forget_logits()
         return {"freq": count_LE / max(tokens, 1), "attention": attention_LE / count_LE.clamp(min=1)}
 

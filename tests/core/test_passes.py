@@ -172,9 +172,8 @@ def test_inv2_a_look_at_wide_experts_pays_for_the_matrix_that_is_made_of_codes(c
     assert peak <= cost.memory_bytes <= 1.15 * peak
 
 
-@pytest.mark.xfail(strict=True, reason="the profile asks for 4 bits before configure, which sets them back to none")
 def test_inv1_the_profile_of_flux_holds_its_experts_in_4_bits(config: Make) -> None:
-    """In float32 all experts take more than the profile is charged; to mend it changes what Flux learns of clients."""
+    """In float32 all experts take more than the profile is charged."""
     world, _ = made(config, "model_config.hidden_size=256", "model_config.expert_width=256")
     charged = profile_cost(world.population)
     assert charged is not None
