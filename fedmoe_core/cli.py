@@ -125,7 +125,7 @@ def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> 
         if as_json:
             typer.echo(json.dumps({"fits": not outside, "clients": [asdict(row) for row in rows]}, indent=2))
         else:
-            # A pipe has no width of its own; 160 columns keep every row on one line.
+            # A pipe has no width; 160 columns keep every row on one line.
             console = Console() if sys.stdout.isatty() else Console(width=160)
             console.print(_plan_table(rows, config))
         if outside:
@@ -200,7 +200,7 @@ class _Stop:
     """Where a stopped run could go on; set once the command knows it."""
 
     run_dir: Path | None = None
-    again: str = ""  # what goes on where it is no run that stopped
+    again: str = ""  # how to continue when what was interrupted is not a single run
 
 
 @contextmanager
@@ -264,7 +264,7 @@ def _config(words: list[str] | None) -> Config:
     overrides = [word for word in words or [] if "=" in word]
     config = Config.load(Path(paths[0]) if paths else None, overrides).resolved()
     if ":" in config.algorithm and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # an algorithm of the user's own, in a file that lies here
+        sys.path.append(os.getcwd())  # an algorithm of the user, in a file that lies here
     return config
 
 

@@ -17,7 +17,7 @@ class Prefix:
 
 
 def activation_shares(p_LE: np.ndarray) -> np.ndarray:
-    """p of every layer divided by the layer's sum [E].
+    """Return p of every layer divided by the layer's sum [E].
 
     The paper's p_ij = n_ij / N sums to 1 in each layer because its router is top-1; under top-k it sums to k, and theta
     in [0, 1] needs shares. A layer without any activation gives every expert the same share.
@@ -33,7 +33,7 @@ def activation_shares(p_LE: np.ndarray) -> np.ndarray:
 
 
 def prefixes(p_LE: np.ndarray, theta: float) -> np.ndarray:
-    """In each layer the fewest experts, taken by descending p, whose shares add up to theta; at least one (L, E).
+    """Take in each layer the fewest experts, by descending p, whose shares add up to theta; at least one (L, E).
 
     Ties go to the smaller expert id. A sum that misses theta only by rounding counts as having reached it.
     """

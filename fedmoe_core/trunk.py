@@ -1,4 +1,4 @@
-"""What a model costs beside its routers and experts: measured by dry steps, for no closed form covers it."""
+"""What a model costs besides its routers and experts: measured by dry steps, for no closed form covers it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TrunkCost:
     forward_flops_per_token: float = 0.0
 
     def stages(self, top_k: int) -> tuple[int, ...]:
-        """Transient bytes of each stage at k'; where k' was not measured, those of the next larger one (a bound).
+        """Return the transient bytes of each stage at k'; if unmeasured, those of the next larger k' (a bound).
 
         Raises:
             ValueError: something was measured, but nothing at k' or above.
