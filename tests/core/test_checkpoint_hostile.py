@@ -105,7 +105,7 @@ def test_inv11_the_forger_can_also_write_a_good_file(tmp_path: Path) -> None:
         (b"[]", "is not a fedmoe checkpoint"),
         (b'{"epoch": 3}', "is not a fedmoe checkpoint"),
         (b'{"format": "fedmoe-checkpoint", "format_version": 99}', "format version 99"),
-        (b'{"format": "fedmoe-checkpoint", "format_version": 1}', "does not match its digest"),
+        (b'{"format": "fedmoe-checkpoint", "format_version": 2}', "does not match its digest"),
     ],
 )
 def test_inv11_foreign_json_is_refused(tmp_path: Path, content: bytes, words: str) -> None:

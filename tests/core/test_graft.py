@@ -178,7 +178,7 @@ def test_a_graft_that_is_no_mixture_is_refused(experts: int, width: int, top_k: 
 
 def test_a_model_is_grafted_once(config: Make) -> None:
     world = world_of(grafted(config))
-    with pytest.raises(ValueError, match="load it anew"):
+    with pytest.raises(ValueError, match="load it again"):
         world.adapter.graft(GraftSpec(M, WIDTH, TOP_K), seed=0)
     with pytest.raises(ValueError, match="grafted"):
         world.adapter.export()
