@@ -35,7 +35,7 @@ OPCODES = {
     "LDG": r"\bLDG\b",  # plain loads
     "STL": r"\bSTL\b",  # spills: stores to and loads from a thread's own memory
     "LDL": r"\bLDL\b",
-    "ATOMG": r"\b(?:ATOM|ATOMG|RED|REDG)\b",  # atomics on memory, whose order is nobody's
+    "ATOMG": r"\b(?:ATOM|ATOMG|RED|REDG)\b",  # atomics on memory, in an order that nothing fixes
 }
 PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA")
 
@@ -131,7 +131,7 @@ class Code:
     error: str = ""
 
     def resident(self, job: Job) -> int:
-        """Programs that fit an SM at a time: by 64 K registers, 64 warps, and shared memory with 1 KB of overhead."""
+        """Programs that fit an SM at once: by 64 K registers, 64 warps, and shared memory with 1 KB of overhead."""
         if self.error:
             return 0
         registers = 8 * -(-max(self.registers, 1) // 8)
