@@ -3,8 +3,8 @@
     python bench/aot.py [--all] [--arch sm_90] [--kernel up] [--keep]
 
 The drivers run on meta tensors and hand over their launches instead of starting them; equal launches are compiled
-once. A row passes when nothing spills, the program fits the shared memory, products run on the tensor cores that the
-architecture has (warp-group products from 64 rows, a warp's own below) and operands stream past the registers. A case
+once. A row passes when nothing spills, the program fits the shared memory, products run on the architecture's tensor
+cores and operands stream past the registers. (Products are of warp groups from 64 rows, of a warp below.) A case
 passes when other numbers of tokens and slots need no other code. Each row also says what it is predicted to cost.
 Exits 1 when anything falls short.
 """

@@ -1,7 +1,7 @@
 """The part `kernels`: every launch of a step timed alone, cold, next to its prediction made without a GPU.
 
 The cases are those of aot_cases.py, so that a line here answers a line of the table that `bench/aot.py` keeps in
-bench/results: registers and instructions are known there, times only here.
+bench/results. Registers and instructions are known there, times only here.
 """
 
 from __future__ import annotations

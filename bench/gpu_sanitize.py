@@ -1,7 +1,7 @@
 """The part `sanitize`: a small case of every kernel under compute-sanitizer, for stray accesses and for races.
 
 The case runs in a separate process, once without the tool (so that Triton's compilation is done and cached) and then
-under each tool, with torch's caching allocator off: else a stray access lands in memory that torch holds anyway.
+under each tool. torch's caching allocator is off: else a stray access lands in memory that torch holds anyway.
 """
 
 from __future__ import annotations

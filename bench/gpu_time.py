@@ -1,7 +1,7 @@
 """The part `time`: every contender on every client case of a shape, interleaved, after its results have been compared.
 
-A row is one contender, one pass ("fwd", "bwd", "fwd+bwd") and one way of launching: "eager" as a training loop calls
-it, or for few tokens also "graph", the replay of a CUDA graph, which takes the host out of the time.
+A row is one contender, one pass ("fwd", "bwd", "fwd+bwd") and one way of launching. That is "eager", as a training loop
+calls it, or for few tokens also "graph", the replay of a CUDA graph, which takes the host out of the time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One Launch compiled for a GPU that is not there, and what its machine code says: registers, spills, instructions.
 
 A launch is turned into a `Job` by the same code that Triton runs when a kernel is called (its binder and its packing
-of arguments), so a job is what a GPU of that architecture would compile: pointers and numbers divisible by 16 are
+of arguments). So a job is what a GPU of that architecture would compile: pointers and numbers divisible by 16 are
 known to be, a 1 is a constant. A job holds plain data only and can be sent to another process.
 """
 

@@ -143,8 +143,8 @@ def assign(
     """Solve FLEX-MoE's program [E]: the best total fitness with the loads of all experts near their mean.
 
     max sum (Q_ce + eta d_e / lbar) x_ce - M sum_e (s_e^- + s_e^+), where sum_e x_ce = k_c and
-    (1 - delta) lbar - s_e^- <= sum_c n_c x_ce <= (1 + delta) lbar + s_e^+; as few experts as can be stay without a
-    client (none where there are places enough); sum_e cost_ce x_ce <= room_c where given.
+    (1 - delta) lbar - s_e^- <= sum_c n_c x_ce <= (1 + delta) lbar + s_e^+; sum_e cost_ce x_ce <= room_c where given.
+    As few experts as possible stay without a client (none if there are enough places).
 
     With equal n_c and no rooms the matrix is that of a transportation problem, totally unimodular: a vertex of the
     linear program is integral, and HiGHS is done at its root. Otherwise it branches, up to ``node_limit``, and reports

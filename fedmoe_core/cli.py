@@ -115,7 +115,7 @@ def resume(
 
 @app.command()
 def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> None:
-    """The dry run: what each client would hold, move, compute and need in memory, before anything trains."""
+    """Show what each client would hold, move, compute and need in memory, before anything trains (the dry run)."""
     with _errors(debug):
         config = _config(words)
         from fedmoe_core import simulate as simulator
@@ -183,13 +183,13 @@ def compare(
 
 @app.command()
 def systems(as_json: AsJson = False, debug: Debug = False) -> None:
-    """Every system: its paper, the equations implemented, how sure we are of each, what is approximated or missing."""
+    """List every system: its paper, the equations implemented, how sure we are of each, what is not there."""
     with _errors(debug):
         cli_study.show_systems(as_json=as_json)
 
 
 def main() -> None:
-    """Entry point of the ``fedmoe`` command."""
+    """Run the ``fedmoe`` command."""
     # The memory profiler's notes about blocks older than itself are expected: resident bytes are counted apart.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -20,8 +20,8 @@ def expert_features(
     """Return the features of every expert for clustering, (L, E, components): PCA of its weights, as Flux does [N].
 
     The weights [W_in, W_out] of an expert are flattened and go through a Gaussian random projection first, the same for
-    all experts, so that PCA meets E vectors of ``projected`` numbers and not of millions [E]; distances survive to
-    about 1 / sqrt(projected). PCA is fitted on the experts of all layers together.
+    all experts. So PCA meets E vectors of ``projected`` numbers and not of millions [E]; distances survive to about
+    1 / sqrt(projected). PCA is fitted on the experts of all layers together.
 
     Args:
         weights: for each layer, (E, F, H) and (E, H, I).

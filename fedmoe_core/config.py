@@ -199,7 +199,7 @@ def usable_cores() -> int:
 
 
 def is_labelled(data: str) -> bool:
-    """Whether ``Config.data`` holds labels: every CSV does; a JSONL file does when its first object has a ``label``."""
+    """Tell whether ``Config.data`` has labels: every CSV does, a JSONL file if its first object has a ``label``."""
     kind, _, name = data.partition(":")
     if kind != "jsonl":
         return kind == "csv"

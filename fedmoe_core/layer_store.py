@@ -63,12 +63,12 @@ class ExpertStore(nn.Module):
 
     Storage is compact: ``w_in`` and ``w_out`` are Parameters of the trainable experts only, ``w_in_frozen`` and
     ``w_out_frozen`` buffers of the other permitted ones, and an absent expert has no byte here. ``router`` is a
-    Parameter with the rows of the trainable experts, ``router_rest`` a buffer with all other rows: the whole router is
-    small, and with it the demand for absent experts stays measurable. So a frozen or absent expert can have neither
-    gradient nor optimizer state, whatever the optimizer (invariant 5).
+    Parameter with the rows of the trainable experts, ``router_rest`` a buffer with all other rows. The whole router is
+    kept because it is small, and with it the demand for absent experts stays measurable. A frozen or absent expert can
+    have neither gradient nor optimizer state, whatever the optimizer (invariant 5).
 
-    With adapters (``load_global(lora=...)``) the experts themselves are frozen: ``w_in`` and ``w_out`` have no row, the
-    frozen buffers hold every slot, and ``a_in``, ``b_in``, ``a_out``, ``b_out`` are Parameters of the trainable
+    With adapters (``load_global(lora=...)``) the experts themselves are frozen: ``w_in`` and ``w_out`` have no row, and
+    the frozen buffers hold every slot. ``a_in``, ``b_in``, ``a_out``, ``b_out`` are Parameters of the trainable
     experts' factors. The adapter of an expert that does not train is merged into its weights.
 
     Args:

@@ -121,8 +121,8 @@ def adapter_sum(adapters: Sequence[Adapter], weights: Tensor) -> Spectrum:
 
     Each client then gets its own top r_k.
 
-    The factors are stacked, B = [w_1 B_1 ..], A = [A_1; ..], which is the sum exactly, and reduced by two QRs, so that
-    the SVD is of (sum r) x (sum r) and not of out x in [D].
+    The factors are stacked, B = [w_1 B_1 ..], A = [A_1; ..]: their product is exactly the sum. Two QRs reduce them, so
+    that the SVD is of (sum r) x (sum r) and not of out x in [D].
 
     Args:
         adapters: of the K clients, any ranks.

@@ -114,9 +114,9 @@ def gate_mean(
 
     The literal rule is eq. 21 as printed, G' = sum_c alpha(c) G_c with alpha(c) = gate_weight(c) / S, S = |S_global|.
     With G_c = G + delta_c and A = sum_c gate_weight(c) that is (A / S) G + (sum_c gate_weight(c) delta_c) / S. Both
-    sums use the quantised weights (integers over top_weight; each off by at most half of 1 / top_weight, or by less
-    than 1 / top_weight where a tiny weight was kept above 0), so the result is exactly eq. 21 with those alphas.
-    The alphas do not sum to 1, so the router's scale drifts. That is the paper's form, off by default.
+    sums use the quantised weights, which are integers over top_weight, so the result is exactly eq. 21 with those
+    alphas. Each weight is off by at most half of 1 / top_weight, or by less than 1 / top_weight where a tiny weight was
+    kept above 0. The alphas do not sum to 1, so the router's scale drifts. That is the paper's form, off by default.
 
     Args:
         sums: the round's sums.

@@ -54,10 +54,10 @@ def make_plan(
     """Plan the experts of largest score within the client's budget, then as much work as its FLOPs allow.
 
     Memory, traffic and count choose the experts (HFedMoE eq. 15 and its real-budget form); FLOPs then set local steps,
-    k' and the trainable share. With ``explore_absent`` an absent expert sometimes takes the place of the least valued
-    held one, in proportion to the client's own demand for it, so that no expert stays unseen forever [E]. With a
-    ``train_share`` below 1 a compact client that could train less than ``hold_share`` of all experts trains only the
-    best of those, at least that share of them, and holds more, at most ``hold_share`` of all [E].
+    k' and the trainable share. With ``explore_absent`` an absent expert sometimes replaces the least valued held one,
+    in proportion to the client's own demand for it, so that no expert stays unseen forever [E]. ``train_share`` below 1
+    applies to a compact client that could train less than ``hold_share`` of all experts. It trains only the best of
+    those, at least that share of them, and holds more, at most ``hold_share`` of all [E].
 
     Raises:
         ValueError: the budget cannot hold one expert per MoE layer or pay one step; the message says what would do.

@@ -56,13 +56,14 @@ def prefix_search(
     fill: float = 1.0,
     tolerance: float = 1e-9,
 ) -> Prefix:
-    """FedMoE eq. 3 [P]: max theta with sum_j x_ij p_ij >= theta in each layer and min(sum_ij x_ij w_ij + w_d) <= a*M.
+    """Solve FedMoE eq. 3 [P]: the most used experts of every layer, as deep as all limits allow.
 
-    Bisection on theta in [0, 1], as the paper does: the descending-p prefixes of each layer either fit, then theta may
-    rise, or they do not. Prefixes are nested, so this finds the best theta of all prefixes; with experts of one size no
-    other set does better [D]. With unequal sizes another set may, the general problem being NP-hard. The smallest
-    prefix has one expert per layer, so routing never runs empty [E]. Memory is one row of D: bytes down and up and a
-    plain count are limits of the same kind.
+    That is max theta with sum_j x_ij p_ij >= theta in each layer and min(sum_ij x_ij w_ij + w_d) <= a*M. The search
+    bisects theta in [0, 1], as the paper does: where the descending-p prefixes of each layer fit, theta may rise.
+    Prefixes are nested, so this finds the best theta of all prefixes; with experts of one size no other set does
+    better [D]. With unequal sizes another set may, the general problem being NP-hard. The smallest prefix has one
+    expert per layer, so routing never runs empty [E]. Memory is one row of D: bytes down and up and a plain count are
+    limits of the same kind.
 
     Args:
         p_LE: activations of each expert on validation data, in any unit.

@@ -128,7 +128,7 @@ class SlotAdamW:
         return [{"params": [*experts, *self._dense]}]
 
     def step(self) -> None:
-        """One AdamW step of every slot that has a gradient."""
+        """Take one AdamW step of every slot that has a gradient."""
         places: dict[object, nn.Parameter] = {("dense", place): p for place, p in enumerate(self._dense)}
         for number, layer in enumerate(self.adapter.moe):
             for name in ("router", "w_in", "w_out"):

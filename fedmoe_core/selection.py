@@ -252,8 +252,8 @@ def fit_flops(
     """Fit the work to a FLOP budget: local steps first (down to ``min_steps``), then k', then the trainable share.
 
     k' starts at the most experts that any layer holds, if that is below the model's k: the rest would be empty places.
-    At k' = 1 a token meets one expert, so what is trained within a layer no longer changes the bound: the share falls
-    by whole layers, least total score first (ties: the shallower layer, whose backward is the longer), down to one.
+    At k' = 1 a token meets one expert, so what is trained within a layer no longer changes the bound. The share then
+    falls by whole layers, down to one, least total score first (ties: the shallower layer, whose backward is longer).
 
     Raises:
         ValueError: not even ``min_steps`` steps with k' = 1 and one trainable layer fit, with the number that would do.

@@ -142,9 +142,9 @@ def encode_corpus(
 ) -> tuple[TextTokenizer, Encoded]:
     """Train the tokenizer on ``texts[public_P]``, or take ``pretrained``; encode every text, an end token after each.
 
-    With ``cache`` the result is one safetensors file there (the tokenizer's JSON in its metadata), named by the sha256
-    of the corpus and of everything else that decides it, written to a temporary file and renamed. A damaged file is
-    made again.
+    With ``cache`` the result is one safetensors file there, with the tokenizer's JSON in its metadata. Its name is the
+    sha256 of the corpus and of everything else that decides it. It is written to a temporary file and renamed. A
+    damaged file is made again.
 
     Returns:
         The tokenizer, and all P texts encoded, without labels.

@@ -20,7 +20,7 @@ Kind = Literal["expert", "router", "dense", "frozen"]
 class ParamSpec:
     """One tensor of the global model.
 
-    ``moe.{l}.w_in`` (E, 2I, H) and ``moe.{l}.w_out`` (E, H, I) are "expert", ``moe.{l}.router`` (E, H) is "router",
+    ``moe.{l}.w_in`` (E, 2I, H) and ``moe.{l}.w_out`` (E, H, I) are "expert", ``moe.{l}.router`` (E, H) is "router".
     ``dense.{name}`` is everything else (trunk and head), under the model's own parameter names.
     """
 

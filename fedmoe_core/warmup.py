@@ -36,9 +36,9 @@ def warm_up(
 ) -> dict[str, Tensor]:
     """Train the live model on public data alone and return its weights in global coordinates.
 
-    Every parameter learns public text by next-token prediction. Classification then trains all of it, head included,
-    on the public rows that carry a label (at most ``labels_per_class`` of each class), as a pretrained model that
-    meets its task for the first time.
+    Every parameter learns public text by next-token prediction. Classification then trains all of it, head included, on
+    the public rows that carry a label (at most ``labels_per_class`` of each class). So the model is like a pretrained
+    one that meets its task for the first time.
     """
     settings, device = config.warmup, next(adapter.model.parameters()).device
     draw = partial(public_batches, seed=config.seed, seq_len=settings.seq_len)

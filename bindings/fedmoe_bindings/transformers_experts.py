@@ -27,7 +27,7 @@ def use_fedmoe(model: PreTrainedModel, *, permitted: np.ndarray | Tensor | None 
         model: a Qwen3-MoE, OLMoE or Mixtral model.
         permitted: bool (L, E), or (E,) for all layers alike: route among these experts only, exactly as the sub-model
             that has no others (the mask acts before the scores are normalised). None = all, and lifts an earlier mask.
-            The weights of the others stay in memory; a model that does not even hold them is ``extract_submodel``'s.
+            The weights of the others stay in memory; ``extract_submodel`` makes a model that does not even hold them.
 
     Returns:
         The same model.

@@ -56,8 +56,8 @@ class Feedback:
 class LocalFeedback:
     """How well the trained sub-model's experts do on local data, (3, L, E): rows, sum of losses, number of right ones.
 
-    l_ce = (1/|D_ce|) sum of l(x, y) over D_ce [N], where D_ce are the tokens of ``batches`` local batches that chose e,
-    each with the loss of its own prediction or, in classification, of its sequence [E].
+    l_ce = (1/|D_ce|) sum of l(x, y) over D_ce [N]. D_ce are the tokens of ``batches`` local batches that chose e. Each
+    has the loss of its own prediction or, in classification, of its sequence [E].
     """
 
     batches: int

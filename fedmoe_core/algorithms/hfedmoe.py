@@ -165,8 +165,8 @@ def with_absent_experts(
     """Return profiles whose Taylor sums cover absent experts too: own demand x what a served row is worth [E].
 
     A compact client sends all its tokens to the few experts it holds, which inflates their sums; what it measures well
-    is the value of a row. So demand is the hits of the unmasked top-k, and the worth of a hit is Taylor per row: the
-    client's own where it held the expert, else pooled over all clients and the server's pass over public data.
+    is the value of a row. So demand is the hits of the unmasked top-k, and the worth of a hit is Taylor per row. That
+    is the client's own where it held the expert, else pooled over all clients and the server's pass over public data.
     """
     heard_C = np.array([profile is not None for profile in state.profiles])
     demand_CLE = np.stack([profile.hits_LE for profile in profiles])

@@ -127,7 +127,7 @@ def check_lora(x_TH: Tensor, stacks: dict[str, Stack], lora: ExpertLora, slots: 
 
 
 def check_stack_like(stack: Stack, x_TH: Tensor) -> None:
-    """Dtype and device of both parts."""
+    """Refuse a stack if the dtype or device of either part is not that of x."""
     check_like(stack.name, stack.trainable, x_TH)
     if isinstance(stack.frozen, Quantized):
         if stack.name.startswith("bias"):

@@ -1,9 +1,9 @@
 """Which tile every kernel uses: static tables by architecture and rows per slot, nothing tuned while training.
 
 A tile is chosen from the shapes of one client's plan, never from those that share a launch, so a client's bits do
-not depend on its cohort. In order of preference a tile comes from the file that FEDMOE_TILES names, from the table
-that ships for this very GPU (written by bench/tune.py), and from the static tables (`static_tiles.py`). What each
-static tile compiles to is in bench/results/aot-*.md.
+not depend on its cohort. A tile comes from the first of these that has one: the file that FEDMOE_TILES names, the table
+that ships for this very GPU (written by bench/tune.py), the static tables (`static_tiles.py`). What each static tile
+compiles to is in bench/results/aot-*.md.
 """
 
 from __future__ import annotations

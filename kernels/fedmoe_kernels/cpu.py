@@ -332,7 +332,7 @@ def _combine(rows_XH: Tensor, rows: Rows, *, weighted: bool) -> Tensor:
     """Sum each token's rows, in the order of its choices: (T, H). Half precision is summed in float32.
 
     embedding_bag is a gather and a weighted sum in one pass: 10 to 25 times faster than gather, multiply, sum (on one
-    thread, float32), and a bag is summed by one thread, so its order is fixed.
+    thread, float32). One thread sums a bag, so its order is fixed.
     """
     T, K = rows.rows_TK.shape
     zero = rows_XH.shape[0] - 1

@@ -35,7 +35,7 @@ class Holders(NamedTuple):
     valid_T: Tensor | None
 
     def args(self, stand_in: Tensor) -> dict[str, Any]:
-        """Kernel arguments; `stand_in` is passed, and never read, for what is not given."""
+        """Return the kernel arguments; `stand_in` is passed, and never read, for what is not given."""
         return {
             "table": self.table_CE,
             "client": stand_in if self.client_T is None else self.client_T,

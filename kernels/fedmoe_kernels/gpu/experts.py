@@ -3,7 +3,7 @@
 Shapes: T tokens, K top-k, B slots, Bt trainable slots, Bl slots with an adapter, R = T * K places of which the first N
 are rows, H hidden, I intermediate, F = 2 * I for gated activations and I for the others, r rank.
 
-Nothing here reads a value from the device or depends on one, so a CUDA graph can hold a call, and with
+Nothing here reads a value from the device or depends on one, so a CUDA graph can hold a call. With
 `execute=list.append` on tensors of the meta device the launches can be looked at, or compiled, where there is no GPU.
 """
 
@@ -84,7 +84,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Compute the gradients that `needs` asks for in the order of `DIFFERENTIABLE`, then the scores; (0,) for others.
 
-    The order keeps the peak low: what comes from s * h first, so that it is gone before dx is made, and dW_in last,
+    The order keeps the peak low. What comes from s * h is first, so that it is gone before dx is made; dW_in is last,
     when all that is left by row is dz.
 
     Args:
