@@ -130,6 +130,7 @@ def _heading(run: Run, *, alone: bool) -> str:
         ("partition", str(run.summary.get("partition", show.NONE))),
         ("corpus sha256", str(s.get("corpus_sha256") or show.NONE)[:16]),
         ("model hash", str(s.get("model_hash") or show.NONE)[:16]),
+        ("fedmoe", str(s.get("code") or show.NONE)),
         ("updates refused", str(s.get("refused_updates", show.NONE))),
         ("mass lost", f"{show.share(run.last('lost_mass'))} of the router's weight on absent experts"),
         ("experts trained", f"{show.share(run.last('coverage'), 0)} by some client in the last round"),

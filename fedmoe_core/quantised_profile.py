@@ -34,7 +34,7 @@ class QuantisedProfile:
             layer.keep_logits = True
         try:
             nothing_LE = np.zeros(shape, dtype=bool)
-            # `configure` sets the bits of every layer, so all are asked for here; the client's own plan sets them back.
+            # `configure` sets the bits of every layer; the client's own plan sets them back.
             adapter.configure(
                 bench.params, trainable_LE=nothing_LE, train_router=False, train_head=False, frozen_bits=BITS
             )
@@ -53,7 +53,7 @@ class QuantisedProfile:
                         attention_LE[number] += torch.bincount(chosen_R, score_T[row_T].double(), minlength=shape[1])
         finally:
             for layer in adapter.moe:
-                layer.keep_logits = False
+                layer.frozen_bits, layer.keep_logits = None, False
                 layer.forget_logits()
         return {"freq": count_LE / max(tokens, 1), "attention": attention_LE / count_LE.clamp(min=1)}
 
