@@ -333,9 +333,8 @@ class CostModel:
     def _rescheduled_memory(self, permitted_LE: np.ndarray, *, top_k: int | None) -> int:
         """Return the peak bytes where every batch re-chooses its experts.
 
-        Optimizer state is counted for every expert that ever learnt, gradients only for the current ones.
-
-        A bound: that every batch chooses others, and that a batch's choice lies in the layers that are reached first.
+        Optimizer state is counted for every expert that ever learnt, gradients only for the current ones. It is a
+        bound: every batch is taken to choose other experts, and in the layers that are reached first.
         """
         stages = self.trunk.stages(self.top_k if top_k is None else top_k)
         chosen, ever = self.chosen_per_batch or 0, self.chosen_in_round or 0

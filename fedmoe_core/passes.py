@@ -43,7 +43,7 @@ def pass_cost(
 
 
 def _coding_bytes(few: CostModel, held: int) -> int:
-    """What codes also need: while one matrix is multiplied by, or while a layer of ``held`` is laid out.
+    """Return further bytes of codes: while one matrix is multiplied by, or while a layer of ``held`` is laid out.
 
     To multiply takes the matrix as bytes and as floats. Laid out, the codes of one of a layer's two stacks exist twice,
     one by one and as the stack; that of w_out comes last, and that of w_in before there is one of w_out.

@@ -24,7 +24,7 @@ class Bench:
 
     Attributes:
         adapter: the live model. Before training it may be configured in any way (all experts, quantised rows, other
-            masks), for training configures it again; after training it holds the trained sub-model.
+            masks), as local training configures it again; after training it holds the trained sub-model.
         params: the global model, read only.
         plan: the client's plan; its ``seed`` is the source of anything random.
         train: settings of local training, for batches and losses alike.

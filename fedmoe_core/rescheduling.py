@@ -80,7 +80,7 @@ class BatchChooser:
         self.chosen_LE = self.trained_LE
 
     def choose(self, batch: Batch, optimizer: HasState) -> int:
-        """Score ``batch`` without gradients and let only the chosen experts learn; the peak bytes of both."""
+        """Score ``batch`` without gradients and let only the chosen experts learn; return the peak bytes of both."""
         resident = resident_bytes(self.adapter.model, optimizer)
         found, trace = trace_memory(partial(validate, self.adapter, [batch]), batch.tokens_SN.device)
         self.chosen_LE = self.rule(found.profile)

@@ -88,7 +88,7 @@ def select_top_n(scores_LE: np.ndarray, n: int, *, keep_one: bool = True, drop_n
 def knapsack(
     values_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: Sequence[int], *, node_limit: int | None = None
 ) -> Selection:
-    """Choose the most valuable set within D additive limits, with one expert per layer or more [E]; exact.
+    """Choose the most valuable set within D additive limits, at least one expert per layer [E]; exact.
 
     Where every binding resource costs the same for all experts this is ``select_top_n`` with the smallest count;
     otherwise an integer program (HiGHS). Negative values are taken only to keep a layer alive. Among sets of equal

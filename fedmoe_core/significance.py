@@ -22,7 +22,7 @@ class MeanInterval:
 
 
 def mean_interval(values: Sequence[float]) -> MeanInterval:
-    """Return the mean of at least one value."""
+    """Return the mean of at least one value, with its interval."""
     array = np.asarray(values, dtype=float)
     if len(array) < 2:
         return MeanInterval(float(array.mean()), math.nan, len(array))

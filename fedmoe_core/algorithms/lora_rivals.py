@@ -197,7 +197,7 @@ class FlexLora(Algorithm):
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """Compute w + sum_k p_k B_k A_k, and its singular directions for the next plans."""
+        """Compute W + sum_k p_k B_k A_k, and its singular directions for the next plans."""
         params = {**state.params, **gate_mean(sums, state.params, "fedavg"), **dense_mean(sums, state.params)}
         memory = dict(state.memory)
         rank, scale = self.population.config.lora.rank, _scale(self.population)
