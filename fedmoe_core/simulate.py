@@ -55,6 +55,8 @@ def run(config: Config, *, observer: Observer | None = None, force: bool = False
     Example:
         >>> from fedmoe_core import Config, simulate
         >>> config = Config.load(overrides=["clients=4", "rounds=2", "warmup.steps=20"])
+        >>> config.clients, config.rounds
+        (4, 2)
         >>> summary = simulate.run(config)  # doctest: +SKIP
 
     Raises:
