@@ -125,8 +125,8 @@ def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> 
         if as_json:
             typer.echo(json.dumps({"fits": not outside, "clients": [asdict(row) for row in rows]}, indent=2))
         else:
-            # A pipe has no width; 160 columns keep every row on one line.
-            console = Console() if sys.stdout.isatty() else Console(width=160)
+            # A pipe has no width; 190 columns keep every row on one line.
+            console = Console() if sys.stdout.isatty() else Console(width=190)
             console.print(_plan_table(rows, config))
         if outside:
             first = outside[0]
