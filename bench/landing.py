@@ -24,7 +24,7 @@ ORACLE = "fedavg"  # needs memory that the smaller devices lack
 
 
 def curve(earlier: Earlier, system: str) -> tuple[list[float], list[float]]:
-    """Megabytes moved and loss of the clients' models, means over seeds, at every evaluated round."""
+    """Return megabytes moved and loss of the clients' models, means over seeds, at every evaluated round."""
     points = list(zip(*(run.curve for run in earlier.measured[system]), strict=True))
     moved = [fmean(spent.bytes_moved for spent, _ in point) / 1e6 for point in points]
     return moved, [fmean(loss for _, loss in point) for point in points]

@@ -35,7 +35,7 @@ SCALARS = ("accepted", "gate_den", "dense_den", "round_den")  # places 0..3 of t
 
 
 class Accumulator:
-    """Exact fixed-point sums of one round, folded one client at a time and never holding two clients (invariant 13).
+    """Exact fixed-point sums of one round, folded client by client and never holding two clients (invariant 13).
 
     All sums live in one flat int64 tensor, so that one all-reduce merges ranks; integer addition makes the result
     the same bits for every order of clients and every placement on ranks.
@@ -166,7 +166,7 @@ class Accumulator:
         return int(self._scalars[0])
 
     def sums(self) -> Sums:
-        """The sums so far, as a record that later calls leave unchanged (copied only if something is added later)."""
+        """Return the sums so far; later calls leave the record unchanged (copied only if something is added later)."""
         self._lent = True
         _, gate_den, dense_den, round_den = self._scalars.tolist()
         return Sums(
@@ -183,7 +183,7 @@ class Accumulator:
         )
 
     def reset(self) -> None:
-        """Empty sums for the next round; memory is reused unless a Sums record still looks into it."""
+        """Set all sums to zero for the next round; memory is reused unless a Sums record still looks into it."""
         self._clients.clear()
         if self._lent:
             self._set_flat(torch.zeros_like(self._flat))
@@ -191,7 +191,7 @@ class Accumulator:
             self._flat.zero_()
 
     def flatten(self) -> Tensor:
-        """A copy of all sums as one int64 vector; adding such vectors merges the sums."""
+        """Return a copy of all sums as one int64 vector; adding such vectors merges the sums."""
         return self._flat.clone()
 
     def load_flat(self, flat: Tensor) -> None:
@@ -224,7 +224,7 @@ class Accumulator:
         self._clients |= other._clients
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Make these sums those of all ranks together: one in-place all-reduce of int64, exact whatever its order.
+        """Add up the sums of all ranks: one in-place all-reduce of int64, exact whatever its order.
 
         Raises:
             ValueError: the ranks together hold more clients than ``max_clients``.
@@ -239,7 +239,7 @@ class Accumulator:
 
 
 def model_hash(state: Mapping[str, Tensor]) -> str:
-    """sha256 of a model: keys in sorted order, each with its dtype, shape and little-endian bytes. Hexadecimal."""
+    """Return the hex sha256 of a model: keys in sorted order, each with its dtype, shape and little-endian bytes."""
     digest = hashlib.sha256()
     for key in sorted(state):
         tensor = state[key].detach().cpu().contiguous()

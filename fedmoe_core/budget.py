@@ -52,7 +52,7 @@ class Budget:
         for word, attribute in RESOURCES.items():
             limit = getattr(self, attribute)
             most = _MOST_FLOPS if word == "flops" else _MOST
-            if limit is not None and not 0 <= limit <= most:  # written so that NaN is none
+            if limit is not None and not 0 <= limit <= most:  # written so that NaN is refused
                 huge = isinstance(limit, int) and limit.bit_length() > 1000  # such an int has no text, nor a float
                 given = "a number of hundreds of digits" if huge else limit
                 raise ValueError(
@@ -97,7 +97,7 @@ class Budget:
         return cls(**limits, name=text.strip())  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        """Text that ``parse`` reads back to an equal budget."""
+        """Return text that ``parse`` reads back to an equal budget."""
         if (device := find_device(self.name)) is not None and device_budget(device) == self:
             return device.name
         parts = [
@@ -112,7 +112,7 @@ class Budget:
         return ",".join(parts) or "unlimited"
 
     def violations(self, cost: Cost) -> list[str]:
-        """One line for every resource of which ``cost`` needs more than is allowed; empty = it fits.
+        """Return one line for every resource of which ``cost`` needs more than is allowed; empty = it fits.
 
         Example:
             >>> Budget.parse("memory=1MiB").violations(Cost(memory_bytes=2 * 2**20))
@@ -126,17 +126,17 @@ class Budget:
         return found
 
     def fits(self, cost: Cost) -> bool:
-        """Whether ``cost`` stays within every limit."""
+        """Return whether ``cost`` stays within every limit."""
         return not self.violations(cost)
 
     def after(self, extra: Cost) -> Budget:
-        """What is left of traffic and operations once ``extra`` is paid; peaks and counts are not spent by it.
+        """Return what is left of traffic and operations once ``extra`` is paid; peaks and counts are not spent by it.
 
         Raises:
             ValueError: ``extra`` alone needs more than is allowed of some resource.
         """
         if over := self.violations(extra):
-            raise ValueError(f"the work beside training alone needs more than the budget ({over[0]}); raise the budget")
+            raise ValueError(f"the work besides training alone exceeds the budget ({over[0]}); raise the budget")
         return replace(
             self,
             flops=None if self.flops is None else self.flops - extra.flops,
@@ -157,7 +157,7 @@ class Cost:
     seconds: float = 0.0
 
     def with_extra(self, extra: Cost) -> Cost:
-        """This cost and that of work done before or after it: traffic, operations and time add up, peaks do not."""
+        """Return this cost plus that of work before or after it: traffic, operations, time add up, peaks do not."""
         return Cost(
             memory_bytes=max(self.memory_bytes, extra.memory_bytes),
             flops=self.flops + extra.flops,
@@ -172,7 +172,7 @@ NOTHING = Cost()
 
 
 def device_budget(device: Device) -> Budget:
-    """The limits of a device profile."""
+    """Return the limits of a device profile."""
     return Budget(
         memory_bytes=device.usable_bytes,
         flops=device.round_flops,
@@ -183,7 +183,7 @@ def device_budget(device: Device) -> Budget:
 
 
 def show(resource: str, amount: float, *, exact: bool = False) -> str:
-    """An amount of a resource for people, rounded up: a limit typed from it is large enough.
+    """Format an amount of a resource for people, rounded up: a limit typed from it is large enough.
 
     ``exact`` adds the plain number, so that two amounts that round to the same text can be told apart.
     """
@@ -235,7 +235,7 @@ def _amount(
     number, unit = _exact(match[1], text=text, word=word), match[2]
     if unit == "%" and word != "flops":
         if spec_experts is None or (word != "experts" and plain is None):
-            raise ValueError(f"budget {text!r}: a share of experts needs a model to be a share of; give a number")
+            raise ValueError(f"budget {text!r}: {amount!r} can only be resolved once the model is known; give a number")
         count = min(math.floor(number * spec_experts / 100), spec_experts)
         if word == "experts" or plain is None:
             return count

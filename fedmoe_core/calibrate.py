@@ -30,17 +30,19 @@ def calibrate(
     padding: bool,
     lora_rank: int | None = None,
 ) -> CostModel:
-    """The cost model of ``adapter`` for local steps on batches shaped like ``batch``, with measured trunk terms.
+    """Make the cost model of ``adapter`` for local steps on batches shaped like ``batch``, with measured trunk terms.
 
-    With ``lora_rank`` experts carry adapters of that rank, which then train in their place.
+    With ``lora_rank`` experts carry adapters of that rank, which then train instead of them.
 
     Each k' from 1 to the model's k is traced once, holding the k' experts of lowest id in every layer. Few experts are
-    the worst case for the temporaries of the expert stage: with k' held, each serves every token, and no token can
-    give one expert more than one row, so no other choice of experts makes a slot larger. (With k held at a smaller k'
-    the products of adapters came out up to 5 kB short.) Of the tokens all are taken as real, since padding and token
-    dropout only take rows away; where tokens are dropped, the draw is made, and drops none. A model may build an
-    attention mask only where there is padding (half a megabyte of the demo's 20), so where clients' batches may have
-    some, a batch with one padded place is traced as well and the larger peak of each stage is kept.
+    the worst case for the temporaries of the expert stage. With k' held, each serves every token, and no token can give
+    one expert more than one row, so no other choice of experts makes a slot larger. (With k held at a smaller k' the
+    products of adapters came out up to 5 kB short.)
+
+    All tokens are taken as real, since padding and token dropout only take rows away. Where tokens are dropped, the
+    draw is made, and drops none. A model may build an attention mask only if a batch has padding (half a megabyte of
+    the demo's 20). So where clients' batches may have some, a batch with one padded place is traced as well, and the
+    larger peak of each stage is kept.
     """
     train = replace(train, token_dropout=min(train.token_dropout, _NEVER))
     whole_SN = torch.ones_like(batch.mask_SN)

@@ -115,7 +115,7 @@ def resume(
 
 @app.command()
 def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> None:
-    """The dry run: what each client would hold, move, compute and need in memory, before anything trains."""
+    """Show what each client would hold, move, compute and need in memory, before anything trains (the dry run)."""
     with _errors(debug):
         config = _config(words)
         from fedmoe_core import simulate as simulator
@@ -125,7 +125,7 @@ def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> 
         if as_json:
             typer.echo(json.dumps({"fits": not outside, "clients": [asdict(row) for row in rows]}, indent=2))
         else:
-            # A pipe has no width of its own; 190 columns keep every row on one line.
+            # A pipe has no width; 190 columns keep every row on one line.
             console = Console() if sys.stdout.isatty() else Console(width=190)
             console.print(_plan_table(rows, config))
         if outside:
@@ -183,13 +183,13 @@ def compare(
 
 @app.command()
 def systems(as_json: AsJson = False, debug: Debug = False) -> None:
-    """Every system: its paper, the equations implemented, how sure we are of each, what is approximated or missing."""
+    """List every system: its paper, the equations implemented, how sure we are of each, what is not there."""
     with _errors(debug):
         cli_study.show_systems(as_json=as_json)
 
 
 def main() -> None:
-    """Entry point of the ``fedmoe`` command."""
+    """Run the ``fedmoe`` command."""
     # The memory profiler's notes about blocks older than itself are expected: resident bytes are counted apart.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -200,7 +200,7 @@ class _Stop:
     """Where a stopped run could go on; set once the command knows it."""
 
     run_dir: Path | None = None
-    again: str = ""  # what goes on where it is no run that stopped
+    again: str = ""  # how to continue when what was interrupted is not a single run
 
 
 @contextmanager
@@ -264,7 +264,7 @@ def _config(words: list[str] | None) -> Config:
     overrides = [word for word in words or [] if "=" in word]
     config = Config.load(Path(paths[0]) if paths else None, overrides).resolved()
     if ":" in config.algorithm and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # an algorithm of the user's own, in a file that lies here
+        sys.path.append(os.getcwd())  # an algorithm of the user, in a file that lies here
     return config
 
 

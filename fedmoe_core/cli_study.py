@@ -23,10 +23,10 @@ Words = Annotated[
 Systems = Annotated[str, typer.Option(help="Names separated by commas, or all; the first is the subject of the tests.")]
 Seeds = Annotated[str, typer.Option(help="Such as 0-7 or 0,3,5.")]
 Out = Annotated[Path, typer.Option(help="Directory of the comparison; the same words go on with what is there.")]
-Workers = Annotated[int, typer.Option(help="Runs at a time; 0 = one for every two cores.")]
+Workers = Annotated[int, typer.Option(help="Runs at once; 0 = one for every two cores.")]
 Target = Annotated[
     float | None,
-    typer.Option(help="Quality meant by 'target'; default: by seed, half way from the best start to the best end."),
+    typer.Option(help="Quality to reach ('target'). Default: by seed, midway between best start and best end."),
 ]
 Beside = Annotated[
     Path | None,

@@ -149,7 +149,7 @@ def _train(bench: Bench, batches: Iterable[Batch], *, costs: CostModel) -> Local
         trained_LE = chooser.trained_LE
     trained = adapter.trained()
     staying = plan.keeps | {"scale"}
-    # Adapters that the state does not have are sent whole, since nobody else knows what they started from.
+    # Adapters that the state does not have are sent whole: only this client knows what they started from.
     whole = {key for key in trained if key not in bench.params}
     kept = {key: new.clone() for key, new in trained.items() if key in whole or kind_of(key) in staying}
     returned = [kept[key] for key in whole if kind_of(key) not in staying]

@@ -46,9 +46,9 @@ class Study:
         variants: the systems; the first is the subject, which the others are tested against.
         seeds: of every system.
         out: the directory of the comparison.
-        workers: most runs at a time; every one gets its share of the cores.
-        target: quality (mean over clients) that "to the target" means; None = half way, by seed.
-        beside: an earlier comparison under the same words, whose other systems stand in the table, not run again.
+        workers: most runs at once; every one gets its share of the cores.
+        target: quality (mean over clients) that "to the target" means; None = by seed, midway from best start to end.
+        beside: an earlier comparison under the same words; its other systems are shown in the table, not run again.
     """
 
     words: tuple[str, ...]
@@ -72,7 +72,7 @@ class Study:
         variants: Path | None = None,
         beside: Path | None = None,
     ) -> Study:
-        """A study from the command line's words.
+        """Make a study from the command line's words.
 
         Args:
             words: shared by all systems.
@@ -84,8 +84,8 @@ class Study:
             beside: the ``compare.json`` of an earlier comparison.
 
         Raises:
-            ValueError: a system that is neither an algorithm nor a label, seeds that are none, or an earlier comparison
-                that cannot stand beside this one.
+            ValueError: a system that is neither an algorithm nor a label, no seed, or an earlier comparison
+                that cannot be shown with this one.
             OSError: a file cannot be read.
         """
         named: Mapping[str, Any] = {}
@@ -117,7 +117,7 @@ class Study:
         return Identity.of(config_of(self.words))
 
     def jobs(self) -> list[Job]:
-        """All runs of the study."""
+        """List all runs of the study."""
         return make_jobs(self.words, self.variants, self.seeds, out=self.out, threads=self.threads)
 
 
@@ -170,7 +170,7 @@ def other_code(study: Study, jobs: Sequence[Job]) -> list[str]:
 
 
 def write(study: Study, done: Sequence[Job]) -> list[str]:
-    """The table's lines, after everything has been written that finished runs can tell."""
+    """Write everything that finished runs can tell; return the table's lines."""
     measured: dict[str, list[Measures]] = {}
     for job in done:
         (run,) = read_runs([job.out])

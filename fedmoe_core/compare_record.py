@@ -1,4 +1,4 @@
-"""``compare.json``: what a comparison was asked and found, written whole, and read back to stand beside a later one."""
+"""``compare.json``: what a comparison was asked and found, written whole, and read back for use in a later one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Earlier:
 
     @classmethod
     def read(cls, path: Path) -> Earlier:
-        """The record at ``path``.
+        """Read the record at ``path``.
 
         Raises:
             ValueError: it was not written by a comparison of this version.
@@ -66,10 +66,10 @@ class Earlier:
             ) from error
 
     def runs(self, study: Study) -> dict[str, list[Measures]]:
-        """The runs of the systems that ``study`` does not run itself, of its seeds.
+        """Return the runs of the systems that ``study`` does not run itself, of its seeds.
 
         A setting that this record does not know came later: it stood at what is now its default, or it was not there.
-        Settings that only systems run anew would read may differ.
+        Settings that only newly run systems would read may differ.
 
         Raises:
             ValueError: the record was made under other settings or threads, from other data or another model, or lacks
@@ -103,7 +103,7 @@ class Earlier:
 
 
 def shared(study: Study) -> dict[str, Any]:
-    """What all systems of a study share: decisive settings by dotted key, in JSON's types."""
+    """Return what all systems of a study share: decisive settings by dotted key, in JSON's types."""
     decisive = config_of(study.words).decisive()
     kept: dict[str, Any] = json.loads(json.dumps({key: value for key, value in decisive.items() if key not in OWN}))
     return kept

@@ -68,7 +68,7 @@ class Config:
     clients_per_round: Natural = 0  # clients drawn in each round; 0 = all
     rounds: Positive = 8  # number of rounds
     seed: Annotated[int, Between(0, 2**63 - 1)] = 0  # decides all that is random
-    # who owns which data; auto: domain where the data names domains, else dirichlet:0.5 (labelled) or iid
+    # which client owns which data; auto: domain where the data names domains, else dirichlet:0.5 (labelled) or iid
     partition: Annotated[str, OneOf("auto", "domain", "iid", "dirichlet:ALPHA")] = "auto"
     # limits or a device, one text for each tier; the tiers are dealt to the clients in turn
     budgets: tuple[str, ...] = ("experts=12.5%", "experts=25%", "experts=50%", "experts=100%")
@@ -123,7 +123,7 @@ class Config:
 
     @staticmethod
     def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-        """A configuration from defaults, then the task's preset, then the TOML file, then ``key=value`` overrides.
+        """Make a configuration from defaults, then the task's preset, then the TOML file, then ``key=value`` overrides.
 
         Raises:
             ValueError: an unknown key or value (with the nearest valid one), or a file that is not TOML.
@@ -144,7 +144,7 @@ class Config:
         return build(Config, {**preset, **chosen})
 
     def resolved(self) -> Config:
-        """The same run with ``threads`` as this machine's number and absolute paths, so that it can go on anywhere."""
+        """Return the same run with this machine's ``threads`` and absolute paths, so that it can go on anywhere."""
         kind, _, file = self.data.partition(":")
         data = f"{kind}:{Path(file).absolute()}" if file else self.data
         model = str(Path(self.model).absolute()) if Path(self.model).is_dir() and self.model != "tiny" else self.model
@@ -152,11 +152,11 @@ class Config:
         return replace(self, threads=threads, data=data, model=model)
 
     def to_toml(self) -> str:
-        """Every key and value as TOML; ``Config.load`` of that text gives an equal configuration."""
+        """Return every key and value as TOML; ``Config.load`` of that text gives an equal configuration."""
         return write_toml(flatten(self), schema_of(Config))
 
     def decisive(self) -> dict[str, Any]:
-        """Values by dotted key that decide results: all but where files lie and how many ranks share the work.
+        """Return the values that decide results by dotted key: all but where files lie and how many ranks share work.
 
         Data and model count by kind (``csv``, ``given``) here and by content in ``identity``, never by their path.
         """
@@ -164,7 +164,7 @@ class Config:
         return {key: value for key, value in (flatten(self) | named).items() if key not in INDIFFERENT}
 
     def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
-        """Dotted keys that decide results and differ, with this value and the other."""
+        """Return the dotted keys that decide results and differ, each with this value and the other."""
         mine, theirs = self.decisive(), other.decisive()
         return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
 
@@ -199,7 +199,7 @@ def usable_cores() -> int:
 
 
 def is_labelled(data: str) -> bool:
-    """Whether ``Config.data`` holds labels: every CSV does; a JSONL file does when its first object has a ``label``."""
+    """Tell whether ``Config.data`` has labels: every CSV does, a JSONL file if its first object has a ``label``."""
     kind, _, name = data.partition(":")
     if kind != "jsonl":
         return kind == "csv"
@@ -214,7 +214,7 @@ def is_labelled(data: str) -> bool:
 
 
 def flatten(record: object, prefix: str = "") -> dict[str, Any]:
-    """Values of a nested configuration by dotted key, in the order of the fields."""
+    """Return values of a nested configuration by dotted key, in the order of the fields."""
     flat: dict[str, Any] = {}
     for item in fields(record):  # type: ignore[arg-type]
         value = getattr(record, item.name)

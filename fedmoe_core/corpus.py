@@ -17,7 +17,7 @@ PIECE_CHARS = 4000
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload", "__pycache__"}
 )
-# Packages with a vocabulary of their own, measured to make non-identical clients; some systems lack tkinter, idlelib.
+# Packages with a special vocabulary, measured to make non-identical clients; some systems lack tkinter, idlelib.
 FIRST_OWNED = (
     *("asyncio", "email", "unittest", "tkinter", "idlelib"),
     *("encodings", "xml", "ctypes", "pydoc_data", "multiprocessing"),
@@ -51,7 +51,7 @@ class Corpus:
 
 
 def read_stdlib(root: Path) -> Corpus:
-    """Every ``.py`` file under ``root`` (but SKIPPED_FOLDERS), cut into pieces; its domain is its package or module.
+    """Read all ``.py`` files under ``root`` (but SKIPPED_FOLDERS) in pieces; the domain is the package or module.
 
     Raises:
         ValueError: there is no source text, as in a Python that ships bytecode only.
@@ -88,7 +88,7 @@ def read_stdlib(root: Path) -> Corpus:
 
 
 def read_jsonl(path: Path) -> Corpus:
-    """One JSON object a line: ``text``, and, on every line or on none, ``label`` and ``client`` or ``domain``.
+    """Read one JSON object per line: ``text``, and, on every line or on none, ``label`` and ``client`` or ``domain``.
 
     With labels each line is one row; without, it is a document that is cut into pieces.
 
@@ -99,7 +99,7 @@ def read_jsonl(path: Path) -> Corpus:
     raw = read_bytes(path)
     records = list(_jsonl_records(decode(raw, path), path))
     if not records:
-        raise ValueError(f"{path} holds no line; give one JSON object a line, each with a text")
+        raise ValueError(f"{path} holds no line; give one JSON object per line, each with a text")
     fields = {field for field in ("label", "client", "domain") if field in records[0][1]}
     group_field = next((field for field in ("client", "domain") if field in fields), None)
     texts: list[str] = []
@@ -113,7 +113,7 @@ def read_jsonl(path: Path) -> Corpus:
                 )
         text = record.get("text")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path} line {line}: 'text' is missing, empty or no string; fill it or drop the line")
+            raise ValueError(f"{path} line {line}: 'text' is missing, empty or not a string; fill it or drop the line")
         # A JSON escape can name half a surrogate pair, which no UTF-8 encoder takes.
         text = text.encode("utf-8", errors="replace").decode("utf-8")
         pieces = [text] if "label" in fields else cut(text)
@@ -169,13 +169,13 @@ def make_corpus(
 
 
 def cut(text: str) -> list[str]:
-    """Pieces of PIECE_CHARS characters; blank pieces are dropped."""
+    """Cut into pieces of PIECE_CHARS characters; blank pieces are dropped."""
     pieces = [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
     return [piece for piece in pieces if piece.strip()]
 
 
 def stdlib_digest(root: Path) -> str:
-    """Sha256 (hex) of what ``read_stdlib`` reads: over every path, length and content in sorted order."""
+    """Return the sha256 (hex) of what ``read_stdlib`` reads: over every path, length and content in sorted order."""
     digest = sha256()
     for inside, raw in _python_sources(root):
         digest.update(_entry(inside, raw))
@@ -229,7 +229,7 @@ def _python_sources(root: Path) -> Iterator[tuple[Path, bytes]]:
 
 
 def _jsonl_records(raw: str, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    # Not splitlines(): JSON strings may hold U+2028 and its kin unescaped, which are no line ends here.
+    # Not splitlines(): JSON strings may hold U+2028 and its kin unescaped, which do not end a line here.
     for line, content in enumerate(raw.split("\n"), start=1):
         if not content.strip():
             continue
@@ -238,7 +238,7 @@ def _jsonl_records(raw: str, path: Path) -> Iterator[tuple[int, dict[str, object
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {line} is not valid JSON ({error}); repair or drop the line") from None
         if not isinstance(record, dict):
-            raise ValueError(f'{path} line {line} is no JSON object; write {{"text": ...}}')
+            raise ValueError(f'{path} line {line} is not a JSON object; write {{"text": ...}}')
         yield line, record
 
 

@@ -25,7 +25,7 @@ class CostModel:
     """Closed-form cost of a client's round [E]: bytes and floating-point operations.
 
     An expert has P = H * I_in + I * H parameters (I_in = 2I where gated). Held: P weights. Trainable: gradient and
-    optimizer state beside them (fp32 AdamW: 16 bytes a parameter in all). LoRA experts: the base stays frozen and
+    optimizer state in addition (fp32 AdamW: 16 bytes a parameter in all). LoRA experts: the base stays frozen and
     r * (d_in + d_out) adapter parameters per matrix train instead. Arithmetic per row: 2P forward, 2P input gradient,
     2P weight gradient, so 6P trainable and 4P frozen (the bound of a frozen expert on the path of a gradient).
     Element-wise work (activation, optimizer, scores) is not counted: it is O(P + rows * I), not O(rows * P).
@@ -41,8 +41,8 @@ class CostModel:
         lora_rank: rank of the experts' adapters; None = the experts themselves train.
         base_experts: experts of the blocks that these layers are grafted on; resident, so they count as held.
         train_router: whether the router rows of trainable experts train.
-        router_travels: whether routers are sent at all; False where each client keeps a gate of its own.
-        anchored: whether a copy of what trains, as it was received, stays beside it (FedProx).
+        router_travels: whether routers are sent at all; False where each client keeps its own gate.
+        anchored: whether a copy of what trains, as it was received, is kept too (FedProx).
         adapters_travel: whether adapters are sent to the client; False where it makes them itself.
         experts_return: whether trained experts, or their adapters, are sent back.
         chosen_per_batch, chosen_in_round: most experts that learn from one batch and in one round, where every batch
@@ -86,7 +86,7 @@ class CostModel:
 
     @classmethod
     def of(cls, spec: ModelSpec, *, tokens: int, train_dense: bool = False, lora_rank: int | None = None) -> CostModel:
-        """The model behind an adapter, not yet calibrated; ``train_dense`` trains every dense tensor."""
+        """Make the cost model behind an adapter, not yet calibrated; ``train_dense`` trains every dense tensor."""
         w_in = next(p for p in spec.params if p.kind in ("expert", "frozen") and p.key.endswith(".w_in"))
         of_trunk = [p for p in spec.params if p.kind == "dense" or (p.kind == "frozen" and p.layer < 0)]
         trunk = sum(math.prod(param.shape) for param in of_trunk)
@@ -164,7 +164,7 @@ class CostModel:
 
     @property
     def _kept_bytes(self) -> int:
-        """Bytes per trainable parameter that stay between two steps, beside its weight."""
+        """Bytes per trainable parameter that stay between two steps, in addition to its weight."""
         return self.optimizer_bytes + self.anchored * self.weight_bytes
 
     @property
@@ -175,7 +175,7 @@ class CostModel:
         return weights + self.trunk_trainable * self._kept_bytes + self.trunk.buffer_bytes + aux
 
     def memory(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> int:
-        """Peak bytes of a local step from the second on (optimizer state exists): the largest of its stages."""
+        """Return the peak bytes of a local step from the second on (optimizer state exists): its largest stage."""
         if self.chosen_per_batch is not None:
             return self._rescheduled_memory(permitted_LE, top_k=top_k)
         rows = self.rows("compact", top_k=top_k)
@@ -186,7 +186,7 @@ class CostModel:
     def bytes_down(
         self, permitted_LE: np.ndarray, *, first_participation: bool = True, cached_LE: np.ndarray | None = None
     ) -> int:
-        """Bytes to the client: permitted experts, the whole router, the trunk (all of it at first, then what trains).
+        """Return bytes to the client: permitted experts, the whole router, the trunk (all at first, then what trains).
 
         ``cached_LE``: experts whose frozen LoRA base the client still has; only their adapters travel.
         """
@@ -195,12 +195,12 @@ class CostModel:
         return int(new_LE.sum()) * self._base_expert + adapters + self._base_down(first_participation)
 
     def bytes_up(self, trainable_LE: np.ndarray) -> int:
-        """Bytes from the client: deltas of trainable experts and router rows, statistics, the trunk if it trains."""
+        """Return bytes from the client: deltas of trainable experts and router rows, statistics, a trained trunk."""
         count = int(trainable_LE.sum())
         return min(count, self.chosen_in_round or count) * self._expert_up + self._base_up
 
     def step_flops(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> float:
-        """Most operations that one local step can need, over every routing of its tokens.
+        """Return the most operations that one local step can need, over every routing of its tokens.
 
         A token's k' rows go to different experts, so a layer sees at most T * min(k', held) rows, of which at most
         T * min(k', trainable) meet a trainable expert.
@@ -215,7 +215,7 @@ class CostModel:
         return self._flops(trained, float(rows_L.sum()) - trained, self.tokens) + scoring
 
     def real_flops(self, rows_LE: np.ndarray, trainable_LE: np.ndarray, *, tokens: int) -> float:
-        """Operations of one local step that gave each expert ``rows_LE`` rows; never above ``step_flops``.
+        """Return the operations of a local step in which each expert had ``rows_LE`` rows; never above ``step_flops``.
 
         Pure, so that a client can add it up step by step and stop before the step that would pass its budget.
         """
@@ -223,7 +223,7 @@ class CostModel:
         return self._flops(trained, float(rows_LE.sum()) - trained, tokens)
 
     def forward_flops(self, served_LE: np.ndarray, *, tokens: int, top_k: int | None = None) -> float:
-        """Most operations of a pass without gradients: 2P a row, the routers, and the trunk's forward.
+        """Return the most operations of a pass without gradients: 2P a row, the routers, and the trunk's forward.
 
         Args:
             served_LE: experts that a token may choose, bool (L, E).
@@ -237,7 +237,7 @@ class CostModel:
         return rows * expert + tokens * (routers + self.trunk.forward_flops_per_token)
 
     def forward_memory(self, held_LE: np.ndarray, *, top_k: int | None = None) -> int:
-        """Bound of the peak of a pass without gradients over batches of the training shape, ``held_LE`` experts held.
+        """Bound the peak of a pass without gradients over batches of the training shape, ``held_LE`` experts held.
 
         Of a training step it has the weights and, at most, what lives while the forward and the loss run.
         """
@@ -255,7 +255,7 @@ class CostModel:
         cached_LE: np.ndarray | None = None,
         mode: Mode = "compact",
     ) -> Cost:
-        """Cost of a round. ``experts`` counts the permitted (compact) or the trainable ones (backward-masked)."""
+        """Predict a round's cost. ``experts`` counts permitted (compact) or trainable experts (backward-masked)."""
         counted_LE = permitted_LE if mode == "compact" else trainable_LE
         return Cost(
             memory_bytes=self.memory(permitted_LE, trainable_LE, top_k=top_k),
@@ -266,7 +266,7 @@ class CostModel:
         )
 
     def rows(self, mode: Mode, *, top_k: int | None = None, first_participation: bool = True) -> Rows:
-        """The additive resources of a plan in which every chosen expert trains.
+        """Return the additive resources of a plan in which every chosen expert trains.
 
         In compact mode an expert that is not chosen does not exist; in backward-masked mode it is held and frozen,
         so holding all experts is part of the base and choosing one costs its gradient and optimizer state.
@@ -297,11 +297,11 @@ class CostModel:
     def calibrated(
         self, peaks: Mapping[int, Sequence[int]], permitted_LE: np.ndarray, trainable_LE: np.ndarray, **measured: float
     ) -> CostModel:
-        """This model with its transients set from dry steps of one configuration.
+        """Return this model with its transients set from dry steps of one configuration.
 
         Args:
             peaks: k' -> peak live bytes in each stage (L + 1 entries, see ``TrunkCost``), or of the whole step (one
-                entry: its own expert gradients are then not subtracted, since nobody knows whether they coincided
+                entry: its own expert gradients are then not subtracted, as it is unknown whether they coincided
                 with the peak; measure with one trainable expert per layer to keep that excess small).
             permitted_LE, trainable_LE: the configuration measured.
             measured: further fields of ``TrunkCost``.
@@ -331,9 +331,10 @@ class CostModel:
         return replace(base, trunk=replace(base.trunk, transients=transients))
 
     def _rescheduled_memory(self, permitted_LE: np.ndarray, *, top_k: int | None) -> int:
-        """Peak bytes where experts are chosen anew for every batch: moments of all that ever learnt, gradients of few.
+        """Return the peak bytes where every batch re-chooses its experts.
 
-        A bound: that every batch chooses others, and that a batch's choice lies in the layers that are reached first.
+        Optimizer state is counted for every expert that ever learnt, gradients only for the current ones. It is a
+        bound: every batch is taken to choose other experts, and in the layers that are reached first.
         """
         stages = self.trunk.stages(self.top_k if top_k is None else top_k)
         chosen, ever = self.chosen_per_batch or 0, self.chosen_in_round or 0
@@ -343,7 +344,7 @@ class CostModel:
         gradients = [self.gradient_bytes * min(chosen, self.num_experts * layers) for layers in reached]
         peaks = [transient + gradient for transient, gradient in zip(stages, gradients, strict=True)]
         step = chosen * self.gradient_bytes + self.trunk_trainable * self.grad_bytes + self.trunk.step_bytes
-        layout = self.num_experts * (self.held_bytes + self.hidden_size * self.weight_bytes)  # a layer laid out anew
+        layout = self.num_experts * (self.held_bytes + self.hidden_size * self.weight_bytes)  # a layer laid out again
         return resident + max(step, layout, *peaks)
 
     def _gradients(self, stage: int, *, of: int, at_least: bool = False) -> np.ndarray:

@@ -15,8 +15,8 @@ from fedmoe_core.metrics import plain
 def write_whole(path: Path, text: str) -> None:
     """Write a UTF-8 file in one step: readers and crashes see the old content or the new one.
 
-    The text goes to a new file beside it, which then takes its name. A symbolic link at ``path`` is replaced; what it
-    points to is never written.
+    The text goes to a new file in the same folder, which then takes its name. A symbolic link at ``path`` is replaced;
+    what it points to is never written.
 
     Raises:
         OSError: the directory cannot be written, or the disk is full; the old file is intact.

@@ -49,13 +49,13 @@ class Identity:
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Identity | None:
-        """The identity that ``facts`` put on record; None where a field is missing or is not text."""
+        """Return the identity that ``facts`` put on record; None where a field is missing or is not text."""
         values = {name: record.get(name) for name in cls.__dataclass_fields__}
         texts = {name: value for name, value in values.items() if isinstance(value, str)}
         return cls(**texts) if len(texts) == len(values) else None
 
     def facts(self) -> dict[str, str]:
-        """The fields by name, for JSON."""
+        """Return the fields by name, for JSON."""
         return asdict(self)
 
     def require_same_sources(self, now: Identity, what: str, config: Config) -> None:

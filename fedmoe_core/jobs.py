@@ -1,6 +1,6 @@
 """The runs of a comparison: which there are, which are done, and the processes that do the rest, stoppable at any time.
 
-Every run is a run directory like any other, made by ``fedmoe simulate`` in a process of its own. So whatever ends
+Every run is a run directory like any other, made by ``fedmoe simulate`` in a separate process. So whatever ends
 early, a worker, a seed or the whole comparison, takes nothing with it: the same command goes on from the checkpoints.
 """
 
@@ -54,11 +54,11 @@ class Job:
         return f"{self.variant.label}, seed {self.seed}"
 
     def finished(self) -> bool:
-        """Whether this very run is on disk, whole."""
+        """Return whether this very run is on disk, whole."""
         return (self.out / "summary.json").is_file() and self._same()
 
     def begun(self) -> bool:
-        """Whether this very run has a checkpoint to go on from, made by this very code."""
+        """Return whether this very run has a checkpoint to go on from, made by this very code."""
         return (
             (self.out / "checkpoint").exists()
             and self._same()
@@ -66,7 +66,7 @@ class Job:
         )
 
     def differs(self) -> str:
-        """Name the first setting in which the run on disk is another one; empty where there is none, or no run."""
+        """Name the first setting that differs in the run on disk; empty where all agree or no run is there."""
         if read_facts(self.out) is None:
             return ""
         try:
@@ -86,7 +86,7 @@ class Job:
         return read_facts(self.out) is not None and not self.differs()
 
     def command(self, words: Sequence[str], *, afresh: bool = False) -> list[str]:
-        """The command line of this run: a resumption where possible and not ``afresh``, else the run from its start."""
+        """Return the command line of this run: a resumption where possible and not ``afresh``, else from its start."""
         start = [sys.executable, "-m", "fedmoe_core.cli"]
         if not afresh and self.begun():
             return [*start, "resume", str(self.out), "--quiet"]
@@ -107,7 +107,7 @@ class Outcome:
 def make_jobs(
     words: Sequence[str], variants: Sequence[Variant], seeds: Sequence[int], *, out: Path, threads: int
 ) -> list[Job]:
-    """All runs, contender by contender; within a contender, seed by seed.
+    """List all runs, contender by contender; within a contender, seed by seed.
 
     The first processes to start have different seeds, and each makes the warm-up that its seed's later runs read.
 
@@ -126,7 +126,7 @@ def make_jobs(
     slugs = [variant.slug for variant in variants]
     for slug in slugs:
         if not slug or slugs.count(slug) > 1:
-            raise ValueError(f"two systems are called {slug!r}; give each a label of its own")
+            raise ValueError(f"two systems are called {slug!r}; give each its own label")
     jobs = []
     for variant in variants:
         config = config_of(words, variant.words)
@@ -137,7 +137,7 @@ def make_jobs(
 
 
 def config_of(words: Sequence[str], own: Sequence[str] = ()) -> Config:
-    """The configuration that shared words (a TOML file among them, if any) and a contender's own make.
+    """Make the configuration of shared words (a TOML file among them, if any) and a contender's own.
 
     Raises:
         ValueError, OSError: as ``Config.load``.
@@ -154,14 +154,14 @@ def run_jobs(
     watch: Callable[[Outcome, float], None],
     again: Collection[Path] = (),
 ) -> list[Outcome]:
-    """Do what is not done yet, ``workers`` processes at a time; a failed run is an outcome, never the end of the rest.
+    """Do what is not done yet, ``workers`` processes at once; a failed run is an outcome, never the end of the rest.
 
     Args:
         jobs: as ``make_jobs`` gives them.
         words: the shared words that ``make_jobs`` was given.
-        workers: most processes at a time.
+        workers: most processes at once.
         watch: told of every outcome, finished ones from disk first, with the seconds that the rest may still take.
-        again: run directories whose runs are replaced from their start, finished or not.
+        again: run directories in which the run starts again, finished or not.
 
     Raises:
         KeyboardInterrupt: after the running processes have been stopped; their checkpoints stay.
@@ -223,12 +223,12 @@ def other_runs(jobs: Sequence[Job]) -> dict[Path, str]:
 
 
 def remaining(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs without a finished run."""
+    """Return the jobs without a finished run."""
     return [job for job in jobs if not job.finished()]
 
 
 def _start(job: Job, words: Sequence[str], *, afresh: bool) -> subprocess.Popen[bytes]:
-    # Its own log, not a pipe: a pipe that nobody empties would stop a talkative child.
+    # Its own log, not a pipe: a full pipe would stop a talkative child.
     log = job.out.parent / f"{job.out.name}.log"
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.config.threads)}
     with log.open("wb") as sink:
@@ -265,7 +265,7 @@ def _children() -> Iterator[dict[subprocess.Popen[bytes], tuple[Job, float]]]:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """``0-7``, ``0,2,5`` or a mixture.
+    """Read seeds: ``0-7``, ``0,2,5`` or a mixture.
 
     Raises:
         ValueError: something else.
@@ -277,12 +277,12 @@ def parse_seeds(text: str) -> tuple[int, ...]:
             raise ValueError(f"seeds {text!r} are not a list; write 0-7 or 0,1,2")
         seeds += range(int(low), int(high or low) + 1)
     if len(set(seeds)) != len(seeds) or not seeds:
-        raise ValueError(f"seeds {text!r} name none or one twice; write 0-7 or 0,1,2")
+        raise ValueError(f"seeds {text!r} name no seed, or one twice; write 0-7 or 0,1,2")
     return tuple(seeds)
 
 
 def parse_variants(systems: Sequence[str], named: Mapping[str, Sequence[str]]) -> list[Variant]:
-    """Contenders by name: a label of ``named`` (a file's table of words), else an algorithm."""
+    """Find contenders by name: a label of ``named`` (a file's table of words), else an algorithm."""
     return [
         Variant(system, tuple(named[system]) if system in named else (f"algorithm={system}",)) for system in systems
     ]

@@ -38,12 +38,11 @@ def mark(name: str, device: torch.device) -> None:
 
 
 def trace_memory(step: Callable[[], T], device: torch.device) -> tuple[T, MemoryTrace]:
-    """Run ``step`` once; its result, and the peak of what torch allocated meanwhile.
+    """Run ``step`` once; return its result and the peak of what torch allocated meanwhile.
 
     On the CPU, freeing a block that is older than the step lowers nothing, so the peak is then a bound from above.
-    Torch remembers the sizes of blocks that it saw in an earlier trace and takes them off for whatever lies at their
-    address by now, so blocks are followed by address here. On CUDA only the overall peak is known, so ``phases`` is
-    {"start": peak}.
+    Torch's profiler caches block sizes across traces and may subtract a stale size for a reused address; live blocks
+    are therefore tracked by address here. On CUDA only the overall peak is known, so ``phases`` is {"start": peak}.
 
     Raises:
         RuntimeError: a profiler runs already in this thread.
@@ -104,7 +103,7 @@ def _in_time(roots: list[_ProfilerEvent]) -> list[_ProfilerEvent]:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind ``tensors``; views and tied weights count once."""
+    """Count the bytes of the distinct storages behind ``tensors``; views and tied weights count once."""
     storages = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -120,7 +119,7 @@ class HasState(Protocol):
 
 
 def resident_bytes(model: nn.Module, optimizer: HasState | None = None) -> int:
-    """Bytes held between two steps: parameters, buffers, gradients and optimizer state."""
+    """Count the bytes held between two steps: parameters, buffers, gradients and optimizer state."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if optimizer is not None:

@@ -15,10 +15,10 @@ from fedmoe_core.slots import group_of
 def pass_cost(
     costs: CostModel, held_LE: np.ndarray, *, tokens: int, top_k: int | None = None, bits: int | None = None
 ) -> Cost:
-    """Operations and peak memory of forward passes over ``tokens`` tokens, padding included, in training batches.
+    """Return operations and peak memory of forward passes over ``tokens`` tokens, with padding, in training batches.
 
-    Nothing that trains is resident beside it. Traffic is not part of it: what the pass needs to be sent, and what it
-    tells, the caller adds.
+    Nothing that trains is resident meanwhile. Traffic is not part of it: the caller adds what the pass needs to be
+    sent, and what it tells.
 
     Args:
         costs: the population's cost model.
@@ -43,7 +43,7 @@ def pass_cost(
 
 
 def _coding_bytes(few: CostModel, held: int) -> int:
-    """What codes need beside themselves: while one matrix is multiplied by, or while a layer of ``held`` is laid out.
+    """Return further bytes of codes: while one matrix is multiplied by, or while a layer of ``held`` is laid out.
 
     To multiply takes the matrix as bytes and as floats. Laid out, the codes of one of a layer's two stacks exist twice,
     one by one and as the stack; that of w_out comes last, and that of w_in before there is one of w_out.
@@ -55,7 +55,7 @@ def _coding_bytes(few: CostModel, held: int) -> int:
 
 
 def coded(costs: CostModel, bits: int) -> CostModel:
-    """The cost model with frozen experts in ``bits`` bits: codes, and a float32 scale for each group of columns."""
+    """Return the cost model with frozen experts in ``bits`` bits: codes, and a float32 scale per group of columns."""
     w_out = costs.intermediate_size * costs.hidden_size
     matrices = ((costs.hidden_size, costs.expert_params - w_out), (costs.intermediate_size, w_out))
     stored = sum(weights * (bits / 8 + 4 / group_of(columns)) for columns, weights in matrices)

@@ -38,11 +38,11 @@ class ExpertPlan:
         predicted: what the cost model expects; inside ``budget`` in every resource, or the plan is refused.
         first_participation: whether the frozen trunk travels to the client with this plan.
         mode: "compact" counts the permitted experts against an expert budget, "backward-masked" the trainable ones.
-        rows: rows of expert and router tensors that this client gets in place of the global ones, by key
+        rows: rows of expert and router tensors that this client gets instead of the global ones, by key
             (``moe.{l}.router``) and expert id: a personal gate, a merged expert. Its deltas are relative to them.
         alias_LE: int (L, E); an absent expert with an alias is served by the slot of that permitted expert, and may be
-            chosen by top-k; -1 = none. None = nobody is served.
-        surcharge: work that the algorithm makes the client do beside training (profiling, probing), declared in closed
+            chosen by top-k; -1 = none. None = no absent expert is served.
+        surcharge: work that the algorithm makes the client do besides training (profiling, probing), declared in closed
             form; part of ``predicted`` and of the real cost (``Cost.with_extra``), so the budget holds for both.
             ``planning`` adds what validation costs.
         before, after: what the client measures on the live model before and after local training; see ``probe``.
@@ -156,7 +156,7 @@ class ExpertPlan:
 
 
 def taught(trainable_LE: np.ndarray, alias_LE: np.ndarray | None) -> np.ndarray:
-    """The trainable experts and those that a trainable one serves, bool (L, E)."""
+    """Return the trainable experts and those that a trainable one serves, bool (L, E)."""
     if alias_LE is None:
         return trainable_LE
     by_LE = np.take_along_axis(trainable_LE, alias_LE.clip(0, alias_LE.shape[1] - 1), axis=1)
@@ -164,5 +164,5 @@ def taught(trainable_LE: np.ndarray, alias_LE: np.ndarray | None) -> np.ndarray:
 
 
 def sends_adapters(rows: Mapping[str, Mapping[int, Tensor]], *, in_state: bool) -> bool:
-    """Whether a client is sent its adapters: the state's, or the rows of its plan; fresh ones it makes itself."""
+    """Tell whether a client is sent its adapters: the state's, or the rows of its plan; fresh ones it makes itself."""
     return in_state or any(key.rpartition(".")[2] in FACTORS for key in rows)

@@ -49,21 +49,21 @@ class World:
 
 
 def cache_directory(config: Config) -> Path:
-    """Where warm-ups and encoded corpora are kept: ``cache``, else fedmoe under the user's cache directory.
+    """Return where warm-ups and encoded corpora are kept: ``cache``, else fedmoe under the user's cache directory.
 
-    In it every version of the code has a folder of its own, so none reads what another one made.
+    In it every version of the code has its own folder, so that none reads what another one made.
     """
     base = Path(config.cache) if config.cache else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return (base if config.cache else base / "fedmoe") / code_version(config.adapter)
 
 
 def is_pretrained(config: Config) -> bool:
-    """Whether the model comes with weights and a tokenizer of its own, rather than being built here."""
+    """Tell whether the model brings its own weights and tokenizer, rather than being built here."""
     return config.model != "tiny"
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device of this process; under torchrun each local rank takes its own GPU."""
+    """Choose the device of this process; under torchrun each local rank takes its own GPU."""
     if config.device == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         return torch.device(name)
@@ -134,7 +134,7 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
 
 
 def deal_budgets(config: Config, spec: ModelSpec, plain: CostModel | None) -> tuple[Budget, ...]:
-    """Each client's budget, the configured tiers dealt in turn.
+    """Deal the configured tiers to the clients in turn; return each client's budget.
 
     Args:
         config: with the tiers.
@@ -158,7 +158,7 @@ def deal_budgets(config: Config, spec: ModelSpec, plain: CostModel | None) -> tu
 def take_form(
     config: Config, form: type[Algorithm], adapter: ModelAdapter, params: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Give the live model the form that the algorithm declares; the state in that form, ``params`` are not changed."""
+    """Give the live model the form that the algorithm declares; return the state in it, ``params`` stays unchanged."""
     lora, graft = form.lora(config), form.graft(config)
     if lora is not None and graft is not None:
         raise ValueError(f"algorithm {config.algorithm!r} declares both adapters and grafts; declare one of them")
@@ -172,25 +172,25 @@ def take_form(
 
 
 def local_settings(config: Config, form: type[Algorithm]) -> TrainConfig:
-    """Local training as configured, the trunk frozen where the algorithm says so."""
+    """Return local training as configured, with the trunk frozen where the algorithm says so."""
     return config.train if form.trains_trunk else replace(config.train, trunk="frozen")
 
 
 def may_pad(config: Config, data: FederatedData) -> bool:
-    """Whether some client's batches may hold padding: rows differ in length, and a short stream fills no window."""
+    """Tell whether a client's batches may hold padding: rows differ in length, and short streams fill no window."""
     streams = [part for client in data.clients for part in (client.private, client.validation) if part is not None]
     shortest = min(len(stream.tokens_N) for stream in streams)
     return data.task == "classification" or shortest < config.train.seq_len
 
 
 def validation_tokens(config: Config, data: FederatedData) -> np.ndarray:
-    """Tokens, padding included, of each client's validation pass, (C,)."""
+    """Count the tokens, padding included, of each client's validation pass, (C,)."""
     passes = [validation_batches(client, config) for client in data.clients]
     return np.array([sum(batch.tokens_SN.numel() for batch in batches) for batches in passes])
 
 
 def read_data(config: Config, ranks: Ranks, *, validation: bool) -> FederatedData:
-    """The corpus, split and encoded; rank 0 first, so that the others find the cache filled."""
+    """Read the corpus, split and encoded; rank 0 first, so that the others find the cache filled."""
     if not ranks.leads:
         ranks.wait()
     data = load_data(
@@ -211,7 +211,7 @@ def read_data(config: Config, ranks: Ranks, *, validation: bool) -> FederatedDat
 
 
 def load_model(config: Config, data: FederatedData, device: torch.device) -> ModelAdapter:
-    """The live model for this task, by the adapter that the configuration names."""
+    """Load the live model for this task, by the adapter that the configuration names."""
     load = cast("type", find_adapter(config.adapter))
     adapter = load(
         config.model,
@@ -243,7 +243,7 @@ def warm_model(
     train: bool,
     before_training: Callable[[dict[str, Tensor]], None],
 ) -> dict[str, Tensor]:
-    """The model that federation starts from; a pretrained one only has its fresh classification head trained.
+    """Make the model that federation starts from; a pretrained one only trains its fresh classification head.
 
     Where the cache does not hold it, ``before_training`` sees the untrained weights first and may raise; it may leave
     the live model configured in any way.
@@ -290,7 +290,7 @@ def warm_model(
 
 
 def local_public_batches(config: Config, data: FederatedData, steps: int) -> Iterable[Batch]:
-    """Public batches of the clients' shape, for measuring; labels are those given (none is invented)."""
+    """Draw public batches of the clients' shape, for measuring; labels are those given (none is invented)."""
     source = data.public if data.public_labelled is None else data.public_labelled
     return islice(
         public_batches(

@@ -1,4 +1,4 @@
-"""Profiling the whole model in 4 bits: who uses which expert, and how much attention those tokens receive (Flux)."""
+"""Profiling the whole model in 4 bits: which experts tokens use, and how much attention those tokens get (Flux)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class QuantisedProfile:
 
 
 def profile_cost(population: Population) -> Cost | None:
-    """What the profile costs a client; None where the experts' matrices cannot be stored in 4 bits.
+    """Return what the profile costs a client; None where the experts' matrices cannot be stored in 4 bits.
 
     Codes of all experts travel and are held (twice while they are laid out); they count as experts. Attention weights
     are tables of (S, heads, N, N) floats, a few of which live at once.

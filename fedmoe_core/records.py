@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def plan_row(world: World, plan: ExpertPlan) -> PlanRow:
-    """One line of the dry run: the plan beside the device's own budget, which FedAvg may pass."""
+    """Make one line of the dry run: the plan and the device's own budget, which FedAvg may pass."""
     budget, cost = world.population.budgets[plan.client], plan.predicted
     over = budget.violations(cost)
     return PlanRow(
@@ -98,14 +98,14 @@ class RunLog:
         self.unbilled_seconds = time.perf_counter() - began
 
     def before(self, held: Held) -> dict[str, Any]:
-        """The line of the warm model, round 0."""
+        """Write the line of the warm model, round 0."""
         line = {"type": "round", "round": 0, **_results(held), **self.totals}
         line |= {"seconds": held.seconds, "engine_seconds": 0.0, "refused": []}
         self.metrics.append(line)
         return line
 
     def round(self, played: Round, held: Held | None, state: ServerState) -> dict[str, Any]:
-        """The lines of one round: every client's, the ledger's, and the round's own, which it returns."""
+        """Write the lines of one round: every client's, the ledger's, and the round's own, which it returns."""
         began, number = time.perf_counter(), played.index + 1
         plans = {plan.client: plan for plan in played.plans}
         budgets = self.world.population.budgets
@@ -190,7 +190,7 @@ class RunLog:
 
 
 def label_of(config: Any) -> str:
-    """What people call this run: the algorithm and the choices that change its meaning."""
+    """Return what people call this run: the algorithm and the choices that change its meaning."""
     name = title_of(config.algorithm)
     if config.algorithm != "hfedmoe":
         return name
@@ -222,7 +222,7 @@ def _personal_results(held: Held) -> dict[str, Any]:
 
 
 def _worst(line: Mapping[str, Any], kind: str, pick: Any) -> float | None:
-    """The worst client's figure: of the global model, or of the clients' own where there is no global one."""
+    """The worst client's figure: of the global model, or of the clients' own where no global one exists."""
     values = line[f"{kind}_clients"] if line["loss_clients"] else line.get(f"personal_{kind}_C")
     return pick(values) if values else None
 
@@ -242,7 +242,7 @@ def _personal_summary(line: Mapping[str, Any], budgets: tuple[Budget, ...]) -> d
 
 
 def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:
-    """One client's line of metrics.jsonl; validation and metrics are there where the algorithm has them."""
+    """Make one client's line of metrics.jsonl; validation and metrics are there if the algorithm has them."""
     found: dict[str, Any] = {}
     if update.validation is not None:
         count = update.validation.count

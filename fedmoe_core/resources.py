@@ -15,7 +15,7 @@ class Rows:
         names: resource of each row (memory has one row per stage).
         base_D: int64, cost of a client without any chosen expert.
         costs_DLE: int64, cost of each expert that trains.
-        frozen_D: int64, cost of any expert that is held beside those and only runs.
+        frozen_D: int64, cost of any further expert that is held and only runs.
     """
 
     names: tuple[str, ...]

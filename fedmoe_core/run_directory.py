@@ -1,4 +1,4 @@
-"""Whose directory it is: marked as a run's before anything else, locked while in use, emptied of our own files only."""
+"""Ownership of a run directory: marked before anything else, locked while in use, emptied of our own files only."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def claimed(path: Path, *, force: bool) -> Iterator[Claim]:
         if fresh:  # no run began: nothing of ours stays
             (path / LOCK).unlink(missing_ok=True)
             if made:
-                with suppress(OSError):  # somebody else's file appeared in it
+                with suppress(OSError):  # another program's file appeared in it
                     path.rmdir()
 
 
@@ -160,7 +160,7 @@ def exclusive(path: Path, lock: str = LOCK) -> Iterator[None]:
 
 
 def read_facts(path: Path) -> Mapping[str, Any] | None:
-    """What the marker of the run in ``path`` says; None where fedmoe marked nothing or no run began."""
+    """Return what the marker of the run in ``path`` says; None where fedmoe marked nothing or no run began."""
     return _read_marker(path) if _holds_run(path) else None
 
 

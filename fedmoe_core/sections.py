@@ -1,4 +1,4 @@
-"""The sections of a configuration: frozen dataclasses whose every field has a type, a bound, a default and a meaning.
+"""The sections of a configuration: frozen dataclasses, and every field has a type, a bound, a default and a meaning.
 
 The comment on a field is its meaning in the documentation; ``docs/generate.py`` reads it from here.
 """
@@ -76,7 +76,7 @@ class SelectionConfig:
     # compact: store only chosen experts; backward-masked: store all, train only the chosen
     mode: Literal["compact", "backward-masked"] = "compact"
     reschedule: Literal["round", "batch"] = "round"  # when eq. 15 is solved; per batch only backward-masked
-    lam: Share = 0.5  # lambda of eq. 5: weight of the mean gate value, beside the largest
+    lam: Share = 0.5  # lambda of eq. 5: weight of the mean gate value; the largest has the rest
     lam_change: float = 0.0  # what the last round adds to lam, in equal steps; beta and tau likewise
     beta: NaturalReal = 0.1  # beta of eq. 14: weight of the information that a router spends on an expert
     beta_change: float = 0.0  # what the last round adds to beta

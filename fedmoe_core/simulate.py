@@ -34,7 +34,7 @@ from fedmoe_core.update import ClientUpdate
 
 @dataclass(frozen=True)
 class Round:
-    """What a round left behind besides the next state."""
+    """What a round left in addition to the next state."""
 
     index: int  # from 0
     plans: list[ExpertPlan]
@@ -55,6 +55,8 @@ def run(config: Config, *, observer: Observer | None = None, force: bool = False
     Example:
         >>> from fedmoe_core import Config, simulate
         >>> config = Config.load(overrides=["clients=4", "rounds=2", "warmup.steps=20"])
+        >>> config.clients, config.rounds
+        (4, 2)
         >>> summary = simulate.run(config)  # doctest: +SKIP
 
     Raises:
@@ -135,7 +137,7 @@ def _refuse_other_sources(claim: Claim, saved: Checkpoint, config: Config, *, ot
 
 
 def dry_run(config: Config, *, observer: Observer | None = None) -> list[PlanRow]:
-    """What each client would hold in the first round, and what it would cost, before anything trains.
+    """Plan the first round for each client, before anything trains: what it would hold, and what that would cost.
 
     Without a cached warm-up the untrained model stands in: the numbers are the same, the chosen experts may differ.
     """
@@ -152,7 +154,7 @@ def check_budgets(world: World, state: ServerState) -> None:
 
 
 def play_round(world: World, state: ServerState, observer: Observer) -> tuple[ServerState, Round]:
-    """The server plans, clients train, exact sums meet, the server applies."""
+    """Play one round: the server plans, clients train, exact sums meet, the server applies."""
     config, ranks, began = world.config, world.ranks, time.perf_counter()
 
     plans = world.algorithm.plan(state, sample_clients(config, state.round))
@@ -183,14 +185,14 @@ def play_round(world: World, state: ServerState, observer: Observer) -> tuple[Se
 
 
 def sample_clients(config: Config, round: int) -> list[int]:
-    """The clients of a round, ascending; every rank draws the same."""
+    """Draw the clients of a round, ascending; every rank draws the same."""
     count = config.clients_per_round or config.clients
     rng = counter_rng(config.seed, "sample", round)
     return sorted(int(client) for client in rng.choice(config.clients, size=count, replace=False))
 
 
 def round_settings(world: World, round: int) -> TrainConfig:
-    """Local training of this run, at this round's learning rate: from lr to lr_final of it along half a cosine."""
+    """Return local training at this round's learning rate: from lr to lr_final of it along half a cosine."""
     train = local_settings(world.config, type(world.algorithm))
     done = round / max(1, world.config.rounds - 1)
     factor = train.lr_final + (1 - train.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
@@ -231,7 +233,7 @@ def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[Clie
 def _admit(update: ClientUpdate, plan: ExpertPlan, sums: Accumulator) -> ClientUpdate:
     """Sum the update, or refuse it by name: it broke its budget, or it is not what was asked for."""
     if over := plan.budget.violations(update.cost):
-        # Its plan fits, or there would be none: so what was predicted of the client is wrong, and the log says that.
+        # Without a plan that fits, no client trains: so what was predicted was wrong, and the log says that.
         return refused(update, f"over budget, though its plan fits: {over[0]}")
     outcome = sums.add(update, plan)
     if outcome.accepted or update.status == "failed":

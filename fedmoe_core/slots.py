@@ -11,9 +11,9 @@ from fedmoe_kernels.quantized import Quantized
 
 
 def stack(rows: Mapping[int, Tensor] | Tensor, ids: Sequence[int], like: Tensor) -> Tensor:
-    """A fresh tensor of the rows ``ids``; with no ids, an empty one shaped as the rows of ``like`` (any, ...).
+    """Make a fresh tensor of the rows ``ids``; with no ids, an empty one shaped as the rows of ``like`` (any, ...).
 
-    Rows are read one after another, so that those made on reading do not all exist beside the stack.
+    Rows are read one after another, so that those made on reading never exist all at once.
     """
     stacked = like.new_empty((0, *like.shape[1:]))
     for place, e in enumerate(ids):
@@ -27,7 +27,7 @@ def stack(rows: Mapping[int, Tensor] | Tensor, ids: Sequence[int], like: Tensor)
 def frozen_stack(
     rows: Mapping[int, Tensor], coded: Mapping[int, Quantized], ids: Sequence[int], *, bits: int | None, like: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """(values, None) in the dtype of the rows, or (codes, scale) in ``bits`` bits.
+    """Return (values, None) in the dtype of the rows, or (codes, scale) in ``bits`` bits.
 
     Experts in ``coded``, stacks of one, keep their codes and scales; the others are quantised from their rows.
     """
@@ -39,7 +39,7 @@ def frozen_stack(
 
 
 def group_of(columns: int) -> int:
-    """How many columns share a scale: 128, or the largest smaller multiple of 32 that divides them.
+    """Return how many columns share a scale: 128, or the largest smaller multiple of 32 that divides them.
 
     Raises:
         ValueError: when 32 does not divide them.

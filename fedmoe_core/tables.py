@@ -21,7 +21,7 @@ _TAG = re.compile(r"</?(?:a|b|i|p|br|em|font|img|span|strong)(?=[\s/>])[^<>]*>",
 
 
 def clean(text: str) -> str:
-    r"""Plain text of a web-harvested field.
+    r"""Turn a web-harvested field into plain text.
 
     AG News writes line breaks as a lone backslash and has lost the ampersand of many entities: ``doesn #39;t``,
     `` #36;10``, ``quot;``. Entities become characters, backslashes spaces (``\$`` becomes ``$``), the commonest HTML
@@ -35,10 +35,10 @@ def clean(text: str) -> str:
 
 
 def read_csv(path: Path) -> Corpus:
-    """Label first, then one or more text columns, which are joined by a blank; quoting as in RFC 4180.
+    """Read the label, then one or more text columns, which are joined by a blank; quoting as in RFC 4180.
 
     A first line that holds one of LABEL_COLUMNS is a header: the label may then stand anywhere, and a ``client`` or
-    ``domain`` column names the row's domain. When ``<stem>_classes.txt`` lies beside the file and the labels are 1..n,
+    ``domain`` column names the row's domain. When ``<stem>_classes.txt`` lies next to the file and the labels are 1..n,
     its n lines name the classes.
 
     Raises:

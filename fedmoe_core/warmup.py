@@ -26,7 +26,7 @@ from fedmoe_core.update import ClientProfile
 
 
 def warmup_key(**facts: object) -> str:
-    """A short hash of everything that decides a warm-up's weights."""
+    """Return a short hash of everything that decides a warm-up's weights."""
     text = json.dumps({"torch": torch.__version__, **facts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -36,9 +36,9 @@ def warm_up(
 ) -> dict[str, Tensor]:
     """Train the live model on public data alone and return its weights in global coordinates.
 
-    Every parameter learns public text by next-token prediction. Classification then trains all of it, head included,
-    on the public rows that carry a label (at most ``labels_per_class`` of each class), as a pretrained model that
-    meets its task for the first time.
+    Every parameter learns public text by next-token prediction. Classification then trains all of it, head included, on
+    the public rows that carry a label (at most ``labels_per_class`` of each class). So the model is like a pretrained
+    one that meets its task for the first time.
     """
     settings, device = config.warmup, next(adapter.model.parameters()).device
     draw = partial(public_batches, seed=config.seed, seq_len=settings.seq_len)
@@ -96,7 +96,7 @@ def _fit(
 def cached_warmup(
     directory: Path, key: str, train: Callable[[], dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Tensor], bool]:
-    """The warm model under ``key``, trained by ``train`` unless the cache holds it; and whether the cache did.
+    """Return the warm model under ``key``, trained by ``train`` unless cached; and whether it was cached.
 
     A cache entry that cannot be read, is of another key, or lacks one of ``shapes`` (by parameter), is trained again.
     """
@@ -113,7 +113,7 @@ def cached_warmup(
 
 
 def measure_profile(adapter: ModelAdapter, params: dict[str, Tensor], batches: Iterable[Batch]) -> ClientProfile:
-    """Router statistics and importance sums of the full model over ``batches``; nothing is trained.
+    """Measure router statistics and importance sums of the full model over ``batches``; nothing is trained.
 
     The server runs it over public data: it has no budget, and its profile stands in for clients not yet heard.
     """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,14 @@ LONGEST = 400  # lines; a longer file asks to be two
 SOURCES = sorted(path for package, folder in FLOORS.items() for path in (HOUSE / folder / package).rglob("*.py"))
 # What tensors in, tensors out may lean on; nn.Module, frameworks and file formats belong to the floors above.
 KERNEL_FRIENDS = {"torch", "triton", "numpy", "fedmoe_kernels", *sys.stdlib_module_names}
+# Words that cost a second reading; write "is not a", "again", "midway", "instead of", or name the thing that acts.
+# "There is no X" is plain.
+RIDDLES = re.compile(
+    r"(?<!there )\bis\s+no\s+(?!longer|more|less)|(?<!there )\bare\s+no\s+(?!longer|more)|\banew\b|\bwhoever\b"
+    r"|\bhalf\s+way\b|\bin\s+(?:the\s+)?place\s+of\b|\bthat\s+is\s+none\b|\bfor\s+ever\b|\bas\s+it\s+were\b"
+    r"|\bnot\s+to\s+be\s+had\b|\bnobody\b|\b(?:some|any|every)body\b",
+    flags=re.IGNORECASE,
+)
 
 
 def named(path: Path) -> str:
@@ -65,6 +75,22 @@ def pickle_readers(tree: ast.AST) -> list[str]:
         if unsafe_load or unsafe_numpy or sent_objects or called.endswith("read_pickle"):
             found.append(ast.unparse(node))
     return found
+
+
+def riddles(source: str) -> list[str]:
+    """``line: words`` for every riddle in the docstrings, messages and comments of a module."""
+    texts = [
+        (node.lineno, node.value)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    texts += [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
+    return [
+        f"{first + text.count(chr(10), 0, found.start())}: {' '.join(found[0].split())}"
+        for first, text in texts
+        for found in RIDDLES.finditer(text)
+    ]
 
 
 def test_the_search_sees_all_three_packages() -> None:
@@ -146,6 +172,27 @@ def test_inv12_no_source_can_read_pickle(path: Path) -> None:
 def test_inv12_the_search_finds_a_pickle_reader(source: str) -> None:
     assert pickle_readers(ast.parse(source))
     assert not pickle_readers(ast.parse("torch.load(f, weights_only=True); np.load(f, allow_pickle=False)"))
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((HOUSE / "bench").glob("*.py"))], ids=named)
+def test_plain_english(path: Path) -> None:
+    assert [f"{named(path)}:{found}" for found in riddles(path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""A file that is\n    no checkpoint."""',
+        'raise ValueError(f"{path} is no JSON object")',
+        "x = 1  # made anew for whoever asks",
+        'help = "half way in place of the end"',
+    ],
+)
+def test_the_search_finds_a_riddle(source: str) -> None:
+    assert riddles(source)
+    assert not riddles(
+        '"""There is no GPU here, which is no longer an error; a place of its own."""  # instead of none'
+    )
 
 
 def test_the_readme_is_a_landing_page() -> None:

@@ -27,7 +27,7 @@ def use_fedmoe(model: PreTrainedModel, *, permitted: np.ndarray | Tensor | None 
         model: a Qwen3-MoE, OLMoE or Mixtral model.
         permitted: bool (L, E), or (E,) for all layers alike: route among these experts only, exactly as the sub-model
             that has no others (the mask acts before the scores are normalised). None = all, and lifts an earlier mask.
-            The weights of the others stay in memory; a model that does not even hold them is ``extract_submodel``'s.
+            The weights of the others stay in memory; ``extract_submodel`` makes a model that does not even hold them.
 
     Returns:
         The same model.
@@ -67,10 +67,10 @@ def use_fedmoe(model: PreTrainedModel, *, permitted: np.ndarray | Tensor | None 
 
 
 def fedmoe_experts(self: nn.Module, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The experts function registered as "fedmoe": all experts in expert order, ids outside [0, E) = no row.
+    """Run all experts in expert order, ids outside [0, E) = no row: the experts function registered as "fedmoe".
 
     Args:
-        self: the experts module; transformers calls this function in place of its forward.
+        self: the experts module; transformers calls this function instead of its forward.
         hidden_TH: tokens.
         experts_TK: int64 expert ids.
         weights_TK: routing weights, in the family's own dtype.
@@ -87,7 +87,7 @@ def fedmoe_experts(self: nn.Module, hidden_TH: Tensor, experts_TK: Tensor, weigh
 
 
 def _remember_slots(experts: nn.Module, device: torch.device) -> SlotMap:
-    """Slot b holds expert b; kept on the module, as making it waits for the device."""
+    """Let slot b hold expert b; kept on the module, as making it waits for the device."""
     num_experts = cast(Tensor, experts.gate_up_proj).shape[0]
     everyone = SlotMap(torch.arange(num_experts, device=device), num_experts)
     setattr(experts, _SLOTS, everyone)
@@ -95,7 +95,7 @@ def _remember_slots(experts: nn.Module, device: torch.device) -> SlotMap:
 
 
 def _check_layout(block: Block) -> None:
-    """The decorator of transformers' interface leaves these flags; a module without them would never call us."""
+    """Refuse a module without the flags that transformers' decorator leaves: it would never call us."""
     want = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     for flag, value in want.items():
         if getattr(block.experts, flag, None) is not value:

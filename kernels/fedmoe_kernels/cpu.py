@@ -68,14 +68,14 @@ class _Tile(NamedTuple):
 
 
 def tile_rows(intermediate: int) -> int:
-    """C, the most rows that are worked on at once."""
+    """Return C, the most rows that are worked on at once."""
     return max(64, _TILE_VALUES // max(1, intermediate))
 
 
 def forward_bytes(
     tokens: int, rows: int, hidden: int, inner: int, *, gated: bool, itemsize: int = 4, keep_z: bool = True
 ) -> int:
-    """The most bytes a forward allocates at once, for any routing of R = `rows` places.
+    """Return the most bytes that a forward allocates at once, for any routing of R = `rows` places.
 
     Of these the saved z (R * F values, with `keep_z`) and y (T * H) stay. Exact to 64 kB (oneDNN's scratch) when one
     slot fills a tile; other routings take less. A quantised slot adds one dequantised matrix and its codes as floats.
@@ -99,10 +99,10 @@ def backward_bytes(
     itemsize: int = 4,
     recompute: bool = False,
 ) -> int:
-    """The most bytes a backward allocates at once, all gradients asked for.
+    """Return the most bytes that a backward allocates at once, all gradients asked for.
 
     Of these the weight gradients (G * (F + I) * H values) and dx (T * H) stay. Exact in the same sense. To recompute z
-    takes one tile of it, C * F values, beside the product that makes it. 16 bytes a row are its token and place, which
+    takes one tile of it, C * F values, and the product that makes it. 16 bytes a row are its token and place, which
     are not kept from the forward on.
     """
     width = 2 * inner if gated else inner
@@ -118,7 +118,7 @@ def backward_bytes(
 def forward(
     x_TH: Tensor, rows: Rows, experts: Sequence[Expert], activation: Activation, *, keep_z: bool
 ) -> tuple[Tensor, Tensor]:
-    """y (T, H) and the pre-activations z (R, F) that the backward reads; z is (0, F) without `keep_z`."""
+    """Compute y (T, H) and the pre-activations z (R, F) that the backward reads; z is (0, F) without `keep_z`."""
     width = activation.width(experts[0].w_out.shape[1])
     z_RF = x_TH.new_empty(rows.tokens_R.shape[0] if keep_z else 0, width)
     if rows.real == 0:
@@ -332,7 +332,7 @@ def _combine(rows_XH: Tensor, rows: Rows, *, weighted: bool) -> Tensor:
     """Sum each token's rows, in the order of its choices: (T, H). Half precision is summed in float32.
 
     embedding_bag is a gather and a weighted sum in one pass: 10 to 25 times faster than gather, multiply, sum (on one
-    thread, float32), and a bag is summed by one thread, so its order is fixed.
+    thread, float32). One thread sums a bag, so its order is fixed.
     """
     T, K = rows.rows_TK.shape
     zero = rows_XH.shape[0] - 1

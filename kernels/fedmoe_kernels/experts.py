@@ -32,7 +32,7 @@ def moe_mlp(
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """y[t] = sum over the rows of token t of weight * (w_out @ f(w_in @ x[t] + bias_in) + bias_out); shape (T, H).
+    """Return y[t] = sum over token t's rows of weight * (w_out @ f(w_in @ x[t] + bias_in) + bias_out), shape (T, H).
 
     Differentiable by x, `routing.weights_TK`, trainable weights and biases, adapter factors. Exact for any routing:
     slots without a row get zero gradients, places without a row count nowhere. Two runs with the same inputs and
@@ -41,7 +41,7 @@ def moe_mlp(
 
     Args:
         x_TH: tokens; float32, float64, bfloat16 or float16.
-        routing: who goes where, of this x and these slots; its weights may have any floating dtype.
+        routing: which token goes to which slot, for this x; its weights may have any floating dtype.
         w_in: (B, F, H), gated forms as [gate; up]. Dtype of x. Non-contiguous weights are copied at every call.
         w_out: (B, H, I).
         activation: "swiglu", "geglu", "swiglu_oai", "relu", "gelu", "silu"; formulas in `reference.activate`.

@@ -67,7 +67,7 @@ class Routing:
         valid_T: Tensor | None = None,
         backend: str = "auto",
     ) -> Routing:
-        """The record for a model that routes itself.
+        """Make the record for a model that routes itself.
 
         Args:
             experts_TK: integer expert ids, best first. Ids outside [0, E) and absent experts mean "not here": no row.
@@ -149,7 +149,7 @@ def route(
             logits other than float64.
 
     Returns:
-        Routing, differentiable from weights_TK to the logits (once: there is no second derivative).
+        Routing, differentiable once from weights_TK to the logits; a second derivative does not exist.
 
     Raises:
         ValueError: for an argument that does not fit; the sentence names it and the remedy.
@@ -216,7 +216,7 @@ def _check_rule(logits_TE: Tensor, k: int, scoring: str, bias_E: Tensor | None, 
 
 
 def _table(slot_map: SlotMap | None, like_T: Tensor, client_T: Tensor | None, valid_T: Tensor | None) -> Tensor:
-    """The slot table (C, E) for these tokens, after the checks on the map and the per-token arguments."""
+    """Return the slot table (C, E) for these tokens, after the checks on the map and the per-token arguments."""
     T, E, device = like_T.shape[0], like_T.shape[1], like_T.device
     for name, per_token, dtype in (("client_T", client_T, torch.int64), ("valid_T", valid_T, torch.bool)):
         if per_token is None:

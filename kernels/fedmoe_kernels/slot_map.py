@@ -24,7 +24,7 @@ class SlotMap:
         num_slots: B, the number of slots.
         rows_per_slot: rows that a slot is expected to get, from the plan: tokens * k / slots of one client. It chooses
             the kernels' tiles, so clients of a cohort get the bits that each gets alone with the same number.
-            None = from each call's own shapes, or for a cohort, whose shapes depend on who is in it, a fixed 256.
+            None = from each call's own shapes; for a cohort, which has shapes that vary with its clients, a fixed 256.
         owner_B: (B,) int64, the place in the flattened table whose expert each slot stores, where other experts share
             slots (`SlotMap.shared`); None = no slot is shared.
 
@@ -103,7 +103,7 @@ class SlotMap:
         alias_E: Tensor,
         rows_per_slot: int | None = None,
     ) -> SlotMap:
-        """The map of `build`, with absent experts served by the slots of experts that the same client holds.
+        """Make the map of `build`, with absent experts served by the slots of experts that the same client holds.
 
         Top-k still chooses among the original experts, held and served. Two choices of a token that land on one slot
         are two rows of it, whose weights add up in the sum over the token's rows.
@@ -161,7 +161,7 @@ class SlotMap:
         return table.argsort(stable=True)[table.numel() - self.num_slots :]
 
     def to(self, device: torch.device | str) -> SlotMap:
-        """The same map on another device."""
+        """Return the same map on another device."""
         owner_B = None if self.owner_B is None else self.owner_B.to(device)
         return SlotMap(self.slot_of_expert.to(device), self.num_slots, self.rows_per_slot, owner_B)
 

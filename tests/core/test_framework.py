@@ -137,9 +137,9 @@ def test_inv1_inv2_profiling_and_validation_are_charged_and_memory_is_bounded(co
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        ("flops=1e6", r"client 0: the work beside training alone needs more than the budget \(flops"),
+        ("flops=1e6", r"client 0: the work besides training alone exceeds the budget \(flops"),
         ("experts=7", r"client 0: the plan exceeds its budget \(experts: 8 experts used, 7 experts allowed\)"),
-        ("memory=100KiB", r"client 0: the work beside training alone .*memory"),
+        ("memory=100KiB", r"client 0: the work besides training alone .*memory"),
     ],
 )
 def test_inv1_a_plan_of_masks_that_does_not_fit_is_refused_by_client_and_amount(
