@@ -22,8 +22,9 @@ $(VENV)/.ready: setup.py pyproject.toml $(CONSTRAINTS)
 
 setup: $(VENV)/.ready ## create .venv with fedmoe, torch and the test tools (TORCH= picks the torch)
 
+# A worker for each core, each with one thread; a worker that runs out of tests takes some of another's.
 test: setup ## the whole test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal
 
 docs: setup ## build the documentation site into build/site; a broken link or an unknown name is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

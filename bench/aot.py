@@ -25,7 +25,7 @@ import torch
 import triton
 from aot_cases import CASES, MORE, Case, launches
 from aot_table import GPU_OF, Row, Step, keep, show
-from sass import Code, Job, compiled, job_of, misses
+from sass import Code, Job, compiled_by, job_of, misses
 
 from fedmoe_kernels.configs import SHARED
 from fedmoe_kernels.gpu.launch import Launch
@@ -80,7 +80,7 @@ def compile_all(jobs: list[Job], workers: int) -> dict[Job, Code]:
         os.environ["TRITON_CACHE_DIR"] = cache
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            for job, code in zip(jobs, pool.map(compiled, jobs), strict=True):
+            for job, code in zip(jobs, compiled_by(pool, jobs), strict=True):
                 codes[job] = code
                 wrong = misses(job, code)
                 if wrong:

@@ -7,17 +7,23 @@ known to be, a 1 is a constant. A job holds plain data only and can be sent to a
 
 from __future__ import annotations
 
+import bisect
 import importlib
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import sm_arch_from_capability
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
@@ -38,6 +44,9 @@ OPCODES = {
     "ATOMG": r"\b(?:ATOM|ATOMG|RED|REDG)\b",  # atomics on memory, in an order that nothing fixes
 }
 PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA")
+BATCH = 8  # jobs that a worker takes at a time
+BYTES = 16  # of an instruction, since Volta
+PROGBITS, EXECUTABLE = 1, 4  # of an ELF section: it has contents, and they can be run
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -165,6 +174,32 @@ def job_of(launch: Launch, arch: str) -> Job:
 
 def compiled(job: Job) -> Code:
     """Compile and read the code; a compiler's error becomes the record's, so that a table can show it."""
+    return compiled_all([job])[0]
+
+
+def compiled_all(jobs: Sequence[Job]) -> list[Code]:
+    """Compile every job as `compiled` does, in order.
+
+    The disassembler needs 0.3 s to start and little more to read a kernel, so it starts once for each architecture.
+    """
+    built = [_built(job) for job in jobs]
+    for arch in sorted({job.arch for job in jobs}):
+        places = [place for place, job in enumerate(jobs) if job.arch == arch and not built[place][0].error]
+        listings = _disassembled(arch, [built[place][1] for place in places])
+        for place, listing in zip(places, listings, strict=True):
+            opcodes = {name: len(re.findall(pattern, listing)) for name, pattern in OPCODES.items()}
+            built[place] = (replace(built[place][0], opcodes=opcodes), b"")
+    return [code for code, _ in built]
+
+
+def compiled_by(pool: Executor, jobs: Sequence[Job]) -> Iterator[Code]:
+    """The code of every job, in order, compiled by the workers of `pool`."""
+    batches = [jobs[start : start + BATCH] for start in range(0, len(jobs), BATCH)]
+    return itertools.chain.from_iterable(pool.map(compiled_all, batches))
+
+
+def _built(job: Job) -> tuple[Code, bytes]:
+    """All of the code's record but its opcodes, and the instructions."""
     start = time.perf_counter()
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     source = ASTSource(
@@ -176,19 +211,17 @@ def compiled(job: Job) -> Code:
     try:
         built = triton.compile(source, target=target_of(job.arch), options=job.options)
     except Exception as error:
-        return Code(error=_reason(error))
-    usage, listing = _dump(built.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    return Code(
-        registers=int(found[1]),
-        stack=int(found[2]),
+        return Code(error=_reason(error)), b""
+    registers, stack = _usage(built.asm["cubin"])
+    code = Code(
+        registers=registers,
+        stack=stack,
         shared=built.metadata.shared,
-        opcodes={name: len(re.findall(pattern, listing)) for name, pattern in OPCODES.items()},
         dots=tuple(_dots(built.asm["ttir"])),
         waiting=waiting(built.asm["ttgir"]),
         seconds=time.perf_counter() - start,
     )
+    return code, _instructions(built.asm["cubin"])
 
 
 def misses(job: Job, code: Code) -> list[str]:
@@ -225,13 +258,48 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 
 
-def _dump(cubin: bytes) -> tuple[str, str]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def _run(tool: str, *options: str, data: bytes) -> str:
+    """What one of the compiler's tools prints about `data`."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
         file.flush()
-        command = [str(TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
-        both = subprocess.run(command, capture_output=True, text=True, check=True)
-    return both.stdout + both.stderr, both.stdout
+        command = [str(TOOLS / tool), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its own memory."""
+    usage = _run("cuobjdump", "-res-usage", data=cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1]), int(found[2])
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """The sections of an ELF64 file that hold instructions."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count = struct.unpack_from("<HH", cubin, 58)
+    found = b""
+    for number in range(count):
+        _, kind, flags, _, start, length = struct.unpack_from("<IIQQQQ", cubin, table + number * size)
+        if kind == PROGBITS and flags & EXECUTABLE:
+            found += cubin[start : start + length]
+    assert found, "no instructions in the program"
+    return found
+
+
+def _disassembled(arch: str, programs: list[bytes]) -> list[str]:
+    """The listing of each program, from one start of the disassembler over all of them."""
+    name = sm_arch_from_capability(target_of(arch).arch).replace("sm_", "SM")  # "SM80", "SM90a"
+    text = _run("nvdisasm", "--binary", name, data=b"".join(programs)) if programs else ""
+    lines = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(.*)$", text, re.MULTILINE)
+    ends = list(itertools.accumulate(map(len, programs)))
+    parts: list[list[str]] = [[] for _ in programs]
+    for address, line in lines:
+        parts[bisect.bisect_right(ends, int(address, 16))].append(line)
+    for program, part in zip(programs, parts, strict=True):
+        assert len(part) == len(program) // BYTES, "the disassembler left instructions out"
+    return ["\n".join(part) for part in parts]
 
 
 def _dots(ttir: str) -> list[Dot]:

@@ -32,7 +32,7 @@ import triton
 from cases import EDGE, STANDARD, TINY, Shape
 from clock import Clock
 from gpu_machine import about
-from sass import compiled, job_of, misses
+from sass import compiled_by, job_of, misses
 from torch import Tensor
 from tune_stages import Layer, gated, layer_of, scaled, stage
 
@@ -105,7 +105,7 @@ def fitting(layer: Layer, family: str, tiles: list[Tile], arch: str, pool: Proce
         stage(layer, family, tile, launches.append)
         jobs.append(job_of(launches[-1], arch))
     kept = []
-    for tile, job, code in zip(tiles, jobs, pool.map(compiled, jobs), strict=True):
+    for tile, job, code in zip(tiles, jobs, compiled_by(pool, jobs), strict=True):
         wrong = misses(job, code)
         if not wrong:
             kept.append(tile)

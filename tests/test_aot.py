@@ -1,13 +1,15 @@
-"""Every kernel compiled ahead of time, in a process of its own; and that the table would notice what it looks for."""
+"""Every kernel compiled ahead of time, and that the table would notice what it looks for."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,20 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="where Triton interprets, it cannot compile"),
 ]
+ARCHS = ("sm_80", "sm_90", "sm_100")
+CASES = (
+    "qwen3-30b-a3b",
+    "gpt-oss-20b",
+    "switch-base-8",
+    "qwen3, 64 rows a slot",
+    "qwen3, 32 rows a slot",
+    "qwen3, 12 rows a slot",
+    "qwen3, adapters of 4 clients",
+    "qwen3, int8",
+    "qwen3, int4",
+    "qwen3, z recomputed",
+    "edge, float32",
+)
 
 
 @pytest.fixture
@@ -27,18 +43,86 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The modules of bench/ can be imported, and what they compile is not kept."""
     monkeypatch.syspath_prepend(str(HOUSE / "bench"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("FEDMOE_TILES", raising=False)
     return
 
 
+@functools.cache
+def first_asked_for(arch: str) -> dict[str, list[Any]]:
+    """The jobs of an architecture by the case that needs them first, so that none is compiled twice."""
+    import aot
+
+    found: dict[str, list[Any]] = {}
+    seen: set[Any] = set()
+    for (_, case), passes in aot.collect(aot.CASES, [arch], "").items():
+        jobs = dict.fromkeys(job for pairs in passes.values() for _, job in pairs)
+        found[case.name] = [job for job in jobs if job not in seen]
+        seen |= jobs.keys()
+    return found
+
+
 @pytest.mark.timeout(1800)
-def test_every_kernel_passes_ahead_of_time() -> None:
-    """0 spills, shared memory, tensor cores, streaming, on sm_80, sm_90 and sm_100; the same as `make aot`."""
+@pytest.mark.usefixtures("bench")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_passes_ahead_of_time(arch: str, case: str) -> None:
+    """0 spills, shared memory, tensor cores, streaming: all that `make aot` compiles, in as many parts."""
+    from sass import compiled_all, misses
+
+    jobs = first_asked_for(arch)[case]
+    assert jobs, "every case adds a kernel of its own"
+    wrong = {job: found for job, code in zip(jobs, compiled_all(jobs), strict=True) if (found := misses(job, code))}
+    assert not wrong, "\n".join(f"{job.kernel}: {'; '.join(found)}; {job.parts()}" for job, found in wrong.items())
+
+
+@pytest.mark.usefixtures("bench")
+def test_the_cases_above_are_all_that_the_table_has() -> None:
+    import aot
+    from aot_table import GPU_OF
+
+    assert tuple(case.name for case in aot.CASES) == CASES
+    assert tuple(GPU_OF) == ARCHS
+
+
+@pytest.mark.usefixtures("bench")
+def test_other_numbers_of_tokens_and_slots_compile_nothing_again() -> None:
+    import aot
+
+    assert aot.recompiled(aot.CASES, ARCHS[:1]) == []
+
+
+def test_the_command_compiles_and_shows_its_table() -> None:
+    """As `make aot` does, but for one family on one architecture."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FEDMOE_TILES")
     }
-    command = [sys.executable, "bench/aot.py"]
+    command = [sys.executable, "bench/aot.py", "--arch", "sm_90", "--kernel", "schedule"]
     done = subprocess.run(command, cwd=HOUSE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+    assert "11 cases on 1 architectures" in done.stdout
+    assert "4 different: 4 pass, 0 fall short; 0 would be compiled again" in done.stdout
+
+
+@pytest.mark.usefixtures("bench")
+def test_the_whole_table_passes_when_every_kernel_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All cases on all architectures, with a compiler that makes flawless code."""
+    import aot
+    from sass import OPCODES, Code
+
+    def flawless(jobs: Sequence[Any], workers: int) -> dict[Any, Any]:
+        described = {job: any(kind.startswith("tensordesc") for _, kind in job.signature) for job in jobs}
+        opcodes = dict.fromkeys(OPCODES, 0)
+        return {job: Code(registers=64, opcodes=opcodes | {"UTMALDG": int(yes)}) for job, yes in described.items()}
+
+    monkeypatch.setattr(aot, "compile_all", flawless)
+    monkeypatch.setattr(sys, "argv", ["aot.py"])
+    assert aot.main() == 0
+    said = capsys.readouterr().out
+    assert "11 cases on 3 architectures" in said
+    assert "0 fall short; 0 would be compiled again" in said
+    assert said.count("forward + backward") >= 1, "whole steps are predicted too"
 
 
 @pytest.mark.usefixtures("bench")
@@ -159,6 +243,15 @@ def test_the_products_of_a_kernel_are_read_off_its_source_form() -> None:
     ]
 
 
+# Runs the script that its first word names, with the interpreter as tests/interpret has it.
+INTERPRETED = """
+import runpy, sys
+import patched_once
+patched_once.install()
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 STANDARD = [  # T, H, I, E, K, gated; TFLOP and GB forward and backward, least ms forward, backward, backward all frozen
     ((8192, 4096, 14336, 8, 2, True), (5.77, 11.55), (5.1, 10.9), (5.90, 11.73, 5.90)),
     ((16384, 2048, 1024, 64, 8, True), (1.65, 3.30), (3.1, 5.6), (1.85, 3.52, 1.85)),
@@ -192,18 +285,25 @@ def test_a_prediction_is_never_below_the_roofline() -> None:
                 assert expected(work, gpu, Tiling(programs, streamed=1e5, stored=65536)) > work.seconds(gpu)
 
 
-def tune(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FEDMOE_TILES")}
-    command = [sys.executable, "bench/tune.py", *options]
-    return subprocess.run(command, cwd=HOUSE, env={**clean, **environment}, capture_output=True, text=True)
+def tune(*options: str, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FEDMOE_TILES")
+    }
+    command = ["bench/tune.py", *options]
+    if interpreted:
+        paths = [str(HOUSE / "bench"), str(HOUSE / "tests" / "interpret"), environment.get("PYTHONPATH", "")]
+        environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        command = ["-c", INTERPRETED, *command]
+    command = [sys.executable, *command]
+    return subprocess.run(command, cwd=HOUSE, env=environment, capture_output=True, text=True)
 
 
 def test_the_tuner_says_without_a_gpu_what_it_would_try() -> None:
-    options = ("--shape", "edge", "--rows", "64", "--family", "data_gradient", "--most", "2")
+    options = ("--shape", "edge", "--rows", "64", "--family", "data_gradient", "--most", "1")
     done = tune("--dry-run", "--arch", "sm_90", *options)
     assert done.returncode == 0, done.stderr
     tried = [line for line in done.stderr.splitlines() if "registers" in line]
-    assert len(tried) == 6, "two tiles at each of three heights"
+    assert len(tried) == 3, "one tile at each of three heights"
     assert {line.rsplit("  ", 1)[1] == "ok" for line in tried} == {True, False}, "some are refused, and it says why"
     assert "no GPU to time on" in tune().stderr or importlib.import_module("torch").cuda.is_available()
 
@@ -216,7 +316,7 @@ def test_the_tuner_writes_a_table_that_the_kernels_take(tmp_path: Path, monkeypa
 
     out = tmp_path / "table.json"
     effort = ("--rows", "12", "--dtype", "float32", "--most", "2", "--walks", "1", "--repeats", "1", "--out", str(out))
-    done = tune("--rehearse", "--arch", "sm_80", "--shape", "tiny-relu", *effort, TRITON_INTERPRET="1")
+    done = tune("--rehearse", "--arch", "sm_80", "--shape", "tiny-relu", *effort, interpreted=True)
     assert done.returncode == 0, done.stderr
     assert "written to" in done.stdout
     monkeypatch.setenv("FEDMOE_TILES", str(out))

@@ -1,4 +1,4 @@
-"""What a user gets wrong ends in one sentence, a non-zero status and no half-written run; through the real command."""
+"""What a user gets wrong ends in one sentence, a non-zero status and no half-written run; by the command itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny_runs import TINY, fedmoe, write_notes
+from tiny_runs import TINY, fedmoe, fedmoe_here, write_notes
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 Done = subprocess.CompletedProcess[str]
@@ -27,10 +27,12 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def simulate(notes: Path, tmp_path: Path) -> Simulate:
-    def run(*words: str, flags: tuple[str, ...] = ("--quiet",)) -> tuple[Done, Path]:
+    def run(
+        *words: str, flags: tuple[str, ...] = ("--quiet",), command: Callable[..., Done] = fedmoe_here
+    ) -> tuple[Done, Path]:
         out = tmp_path / "out"
         where = [f"data=jsonl:{notes}", f"out={out}", f"cache={notes.parent / 'cache'}"]
-        return fedmoe("simulate", *TINY, *where, *words, *flags), out
+        return command("simulate", *TINY, *where, *words, *flags), out
 
     return run
 
@@ -40,7 +42,7 @@ def finished(notes: Path) -> Path:
     """A run of one round, to be copied and damaged."""
     out = notes.parent / "finished"
     where = [f"data=jsonl:{notes}", f"out={out}", f"cache={notes.parent / 'cache'}"]
-    done = fedmoe("simulate", *TINY, *where, "--quiet")
+    done = fedmoe_here("simulate", *TINY, *where, "--quiet")
     assert done.returncode == 0, done.stderr
     return out
 
@@ -83,7 +85,7 @@ BAD_VALUES = {
 @pytest.mark.parametrize("case", BAD_VALUES)
 def test_a_bad_word_is_refused_with_the_nearest_good_one(case: str, simulate: Simulate) -> None:
     word, fragments = BAD_VALUES[case]
-    done, out = simulate(word)
+    done, out = simulate(word, command=fedmoe)
     one_sentence(done, *fragments)
     assert not out.exists()
 
@@ -97,7 +99,7 @@ def test_inv1_too_few_experts_are_refused_before_the_warm_up(simulate: Simulate,
 
 
 def test_inv1_too_little_memory_is_refused_with_the_amount_that_does(simulate: Simulate) -> None:
-    done, out = simulate("budgets=unlimited;memory=10KiB")
+    done, out = simulate("budgets=unlimited;memory=10KiB", command=fedmoe)
     one_sentence(done, "client 1", "memory budget 10.0 KiB", "at least ", "KiB is needed")
     assert_nothing_written(out)
     needed = done.stderr.split("at least ")[1].split(" is needed")[0].replace(" ", "")
@@ -192,7 +194,7 @@ def test_an_out_that_may_not_be_written_is_refused(simulate: Simulate, tmp_path:
 
 
 def test_debug_shows_the_traceback(simulate: Simulate) -> None:
-    done, out = simulate("train.lrr=1", flags=("--debug",))
+    done, out = simulate("train.lrr=1", flags=("--debug",), command=fedmoe)
     assert done.returncode != 0
     assert "Traceback (most recent call last)" in done.stderr
     assert "unknown key 'train.lrr'" in done.stderr
@@ -200,7 +202,7 @@ def test_debug_shows_the_traceback(simulate: Simulate) -> None:
 
 
 def test_with_progress_on_the_error_is_still_one_line_and_the_last(simulate: Simulate) -> None:
-    done, _ = simulate("data=jsonl:nowhere.jsonl", flags=())
+    done, _ = simulate("data=jsonl:nowhere.jsonl", flags=(), command=fedmoe)
     *before, last = done.stderr.splitlines()
     assert last.startswith("error: nowhere.jsonl")
     assert not any(line.startswith("error") or "Traceback" in line for line in before)
@@ -254,6 +256,7 @@ def test_inv11_resume_refuses_what_is_not_its_own_checkpoint(case: str, finished
     shutil.copytree(finished.parent / "cache", tmp_path / "cache")
     damage(run)
     before = {path: sha256(path.read_bytes()).digest() for path in run.rglob("*") if path.is_file()}
-    one_sentence(fedmoe("resume", run, "--quiet"), *fragments)
+    command = fedmoe if case == "one bit off" else fedmoe_here
+    one_sentence(command("resume", run, "--quiet"), *fragments)
     after = {path: sha256(path.read_bytes()).digest() for path in run.rglob("*") if path.is_file()}
     assert after == before

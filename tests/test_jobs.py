@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,19 +59,14 @@ def test_an_unknown_system_is_refused_before_anything_runs(tmp_path: Path) -> No
 
 def test_a_comparison_runs_once_survives_a_bad_run_and_goes_on(tmp_path: Path, words: list[str]) -> None:
     good, bad = Variant("FedAvg", ("algorithm=fedavg",)), Variant("too small", ("budgets=memory=1KiB",))
-    jobs = make_jobs(words, [good, bad], [0, 1], out=tmp_path / "study", threads=1)
+    jobs = make_jobs(words, [good, bad], [0, 1], out=tmp_path / "study", threads=1)[:3]  # a second bad one adds nothing
 
     outcomes, seen = play(jobs, words)
-    assert [o.job.name for o in outcomes] == [
-        "FedAvg, seed 0",
-        "FedAvg, seed 1",
-        "too small, seed 0",
-        "too small, seed 1",
-    ]
-    assert [bool(o.error) for o in outcomes] == [False, False, True, True]
+    assert [o.job.name for o in outcomes] == ["FedAvg, seed 0", "FedAvg, seed 1", "too small, seed 0"]
+    assert [bool(o.error) for o in outcomes] == [False, False, True]
     assert "1.00 KiB" in outcomes[2].error or "memory" in outcomes[2].error
-    assert [job.name for job in remaining(jobs)] == ["too small, seed 0", "too small, seed 1"]
-    assert len(seen) == 4
+    assert [job.name for job in remaining(jobs)] == ["too small, seed 0"]
+    assert len(seen) == 3
     assert seen[-1][1] == 0.0  # nothing is left to wait for
 
     finished = (jobs[0].out / "summary.json").stat().st_mtime_ns
@@ -105,7 +102,7 @@ def test_sections_concern_the_system_that_reads_them_and_all_else_everybody() ->
 
 def test_a_killed_worker_is_named(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = make_jobs(words, [Variant("FedAvg", ("algorithm=fedavg",))], [0], out=tmp_path / "study", threads=1)
-    suicide = ["python", "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    suicide = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
     monkeypatch.setattr(type(jobs[0]), "command", lambda self, words, afresh: suicide)
     outcomes, _ = play(jobs, words)
     assert outcomes[0].error == "killed by SIGKILL"
@@ -114,7 +111,7 @@ def test_a_killed_worker_is_named(tmp_path: Path, words: list[str], monkeypatch:
 def test_an_interruption_stops_the_children(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = make_jobs(words, [Variant("slow", ()), Variant("quick", ())], [0], out=tmp_path / "study", threads=1)
     mark = tmp_path / "alive"
-    sleeper = ["python", "-c", f"import time; time.sleep(3); open({str(mark)!r}, 'w')"]
+    sleeper = [sys.executable, "-c", f"import time; time.sleep(3); open({str(mark)!r}, 'w')"]
     monkeypatch.setattr(
         type(jobs[0]), "command", lambda self, words, afresh: sleeper if self.variant.label == "slow" else ["true"]
     )
@@ -124,7 +121,5 @@ def test_an_interruption_stops_the_children(tmp_path: Path, words: list[str], mo
 
     with pytest.raises(KeyboardInterrupt):
         run_jobs(jobs, words, workers=2, watch=stop)
-    import time
-
     time.sleep(3.5)
     assert not mark.exists()

@@ -10,14 +10,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FOLDER = "tests/interpret"
+# The two files that take longest have a process of their own, so that workers can share them; one takes the rest.
+ALONE = ("test_moe_mlp.py", "test_data_gradient.py")
+PARTS = {name: [f"{FOLDER}/{name}"] for name in ALONE}
+PARTS["the rest"] = [FOLDER, *(f"--ignore={FOLDER}/{name}" for name in ALONE)]
 
 
 @pytest.mark.timeout(1800)
-def test_interpreter() -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_interpreter(part: str) -> None:
     """Every kernel in Triton's interpreter, against the float64 reference; alone: make interpret."""
     pytest.importorskip("triton", reason="triton is not installed on this platform")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "tests/interpret"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", *PARTS[part]]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+INTERPRETED = "import patched_once; patched_once.install()\n"  # of tests/interpret
+PATHS = os.pathsep.join([str(ROOT / "bench"), str(ROOT / "tests" / "interpret"), os.environ.get("PYTHONPATH", "")])
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +49,9 @@ def test_every_form_runs_in_both_directions(triton: bool) -> None:
         "for form in FORMS:\n"
         "    for run in whole(task, form).values(): run()\n"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'bench'}:{os.environ.get('PYTHONPATH', '')}"}
-    environment |= {"TRITON_INTERPRET": "1"} if triton else {}
+    environment = {**os.environ, "PYTHONPATH": PATHS}
+    if triton:
+        code, environment = INTERPRETED + code, {**environment, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -59,7 +62,7 @@ def test_stages_of_the_kernels_add_up_to_the_operator() -> None:
     versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
         pytest.skip("the interpreter of triton 3.6 cannot loop to a bound that it loaded with numpy 2.4 or newer")
-    code = (
+    code = INTERPRETED + (
         "from cases import CLIENT_CASES, Shape, problem\n"
         "from peers import errors, fedmoe, step\n"
         "from stages import cut\n"
@@ -70,10 +73,6 @@ def test_stages_of_the_kernels_add_up_to_the_operator() -> None:
         "found = errors(got, {name: want[name] for name in got})\n"
         "assert max(found.values()) < 1e-6, found\n"
     )
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": f"{ROOT / 'bench'}:{os.environ.get('PYTHONPATH', '')}",
-    }
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": PATHS}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ from fedmoe_core.ranked import TailLoss, squared_norm
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "framework")
+    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
 def test_fft_k_is_the_largest_that_the_flops_pay(config: Make) -> None:

@@ -22,7 +22,7 @@ SYSTEMS = ("fft_moe", "flame", "hetlora", "flexlora")
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "framework")
+    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -29,7 +29,7 @@ Make = Callable[..., Config]
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    make = make_config(tmp_path, tmp_path_factory.getbasetemp() / "fedmoe")
+    make = make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
     return lambda *words, **rest: make("algorithm=fedmoe", "rounds=3", *words, **rest)
 
 

@@ -23,7 +23,7 @@ Make = Callable[..., Config]
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "framework")
+    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
 @pytest.mark.parametrize("clip", [1e9, 0.01])

@@ -248,7 +248,7 @@ Make = Callable[..., Config]
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    make = make_config(tmp_path, tmp_path_factory.getbasetemp() / "flex_moe")
+    make = make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
     return lambda *words, **rest: make("algorithm=flex_moe", "rounds=3", *words, **rest)
 
 

@@ -38,7 +38,7 @@ TIERS = 'budgets=["experts=25%", "memory=800KiB", "unlimited"]'
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
-    make = make_config(tmp_path, tmp_path_factory.getbasetemp() / "flux")
+    make = make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
     small = ("algorithm=flux", "model_config.expert_width=32", "clients=3", "train.local_steps=2", "flux.probes=1")
     return lambda *overrides, out="run": make(*small, *overrides, out_name=out)
 

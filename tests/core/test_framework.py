@@ -34,7 +34,7 @@ Make = Callable[..., Config]
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setattr(algorithms, "PLACES", {**algorithms.PLACES, "random": "toy:Toy"})
-    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "framework")
+    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
 def toy(config: Make, *overrides: str, out: str = "run") -> Config:

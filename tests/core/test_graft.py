@@ -77,7 +77,7 @@ class ToyGraft(Algorithm):
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setattr(algorithms, "PLACES", {**algorithms.PLACES, "random": "test_graft:ToyGraft"})
-    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "framework")
+    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
 def grafted(config: Make, *overrides: str, **words: Any) -> Config:

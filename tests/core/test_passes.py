@@ -32,7 +32,7 @@ WIDE = ("model_config.hidden_size=64", "model_config.expert_width=32", "train.ba
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "framework")
+    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
 def made(config: Make, *words: str, labelled: bool = False) -> tuple[World, Batch]:

@@ -28,7 +28,7 @@ TIERS = "budgets=experts=25%;experts=100%"
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "framework")
+    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
 def summary_of(run: Path) -> dict[str, Any]:

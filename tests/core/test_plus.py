@@ -41,7 +41,7 @@ NEW = ("hfedmoe_plus", "fedavg_smallest", "most_activated")
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "plus")
+    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
 def heard() -> ServerState:

@@ -28,7 +28,7 @@ BATCH = ("selection.mode=backward-masked", "selection.reschedule=batch")
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "framework")
+    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
 @pytest.mark.parametrize("score", ["s", "ib"])

@@ -22,7 +22,7 @@ SHARES = ("12.5", "25", "50", "100")
 
 @pytest.fixture
 def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiers")
+    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
 def tiers(*words: str) -> str:

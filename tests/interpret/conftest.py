@@ -16,6 +16,14 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # expert_cases.py
 
 
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_patched() -> None:
+    """See `patched_once.py`."""
+    import patched_once
+
+    patched_once.install()
+
+
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """torch.empty and its like hold NaN, or the largest integer, so that what a kernel forgets to write is loud."""
