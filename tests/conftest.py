@@ -7,12 +7,20 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before torch loads, here and in every process that a test starts: the workers of pytest-xdist fill the cores, and
 # threads that wait for a core spin.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-# Files whose tests take longest. They start first, so that no worker is left with one of them at the end.
-LONGEST = ("test_rungs.py", "test_aot.py", "test_jobs.py", "test_framework.py", "test_simulate.py")
+# How long a drawn example takes is not what a test is about, and failed ones are printed, not kept in the checkout.
+settings.register_profile("house", deadline=None, database=None)
+settings.load_profile("house")
+# Files with the longest single tests, and then the many of some seconds. They start first, so that no worker is left
+# with one of them at the end.
+LONGEST = (
+    *("test_rungs.py", "test_jobs.py", "test_no_network.py", "test_framework.py", "test_simulate.py"),
+    "test_aot.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(home.cleanup)
     names = {"HOME": ".", "XDG_CACHE_HOME": ".cache", "XDG_CONFIG_HOME": ".config", "HF_HOME": "hub"}
     names |= {"MPLCONFIGDIR": "matplotlib", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    names |= {"HYPOTHESIS_STORAGE_DIRECTORY": "hypothesis"}
     os.environ |= {name: str(Path(home.name) / folder) for name, folder in names.items()}
 
 
