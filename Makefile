@@ -7,14 +7,15 @@ BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check interpret aot aot-3.6 demo bench bench-gpu clean
+.PHONY: help setup test check docs interpret aot aot-3.6 demo bench bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: setup.py pyproject.toml $(CONSTRAINTS)
+	@echo "setup: making $(VENV) and installing $(TORCH) and the rest, a few minutes the first time"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fedmoe needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[test]"
 	@touch $@
@@ -24,6 +25,9 @@ setup: $(VENV)/.ready ## create .venv with fedmoe, torch and the test tools (TOR
 # A worker for each core, each with one thread; a worker that runs out of tests takes some of another's.
 test: setup ## the whole test suite
 	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal
+
+docs: setup ## build the documentation site into build/site; a broken link or an unknown name is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: setup ## lint, format and types
 	$(BIN)/ruff check .
@@ -47,11 +51,15 @@ $(OLDEST)/.ready:
 aot-3.6: $(OLDEST)/.ready ## the same with triton 3.6.0, in an environment of its own
 	PYTHONPATH=kernels $(OLDEST)/bin/python bench/aot.py --keep
 
+# Absolute, so that no variable that is lost or empty can send the runs anywhere else.
+DEMO := $(CURDIR)/runs/demo
+DEMO_SYSTEMS := hfedmoe random fedavg
 demo: setup ## fine-tune a small MoE over ten budgeted clients, next to random experts and FedAvg, and write the report
-	$(BIN)/fedmoe simulate examples/demo.toml algorithm=hfedmoe out=$(DEMO)/hfedmoe --force
-	$(BIN)/fedmoe simulate examples/demo.toml algorithm=random out=$(DEMO)/random --force
-	$(BIN)/fedmoe simulate examples/demo.toml algorithm=fedavg out=$(DEMO)/fedavg --force
-	$(BIN)/fedmoe report $(DEMO)/hfedmoe $(DEMO)/random $(DEMO)/fedavg --out $(DEMO)/report.html
+	@number=0; for system in $(DEMO_SYSTEMS); do \
+	  number=$$((number + 1)); echo "demo: run $$number of $(words $(DEMO_SYSTEMS)), $$system"; \
+	  $(BIN)/fedmoe simulate examples/demo.toml algorithm=$$system out="$(DEMO)/$$system" --force || exit; \
+	done
+	@$(BIN)/fedmoe report $(DEMO_SYSTEMS:%="$(DEMO)/%") --out "$(DEMO)/report.html"
 
 bench: setup ## CPU microbenchmarks against the experts of transformers and one dense product
 	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name

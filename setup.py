@@ -1,13 +1,11 @@
 """One distribution, three import packages; the folders that hold two of them are not packages themselves."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+ROOTS = {"fedmoe_core": ".", "fedmoe_kernels": "kernels", "fedmoe_bindings": "bindings"}
 
 setup(
-    packages=["fedmoe_core", "fedmoe_core.algorithms", "fedmoe_kernels", "fedmoe_kernels.gpu", "fedmoe_bindings"],
-    package_dir={
-        "fedmoe_core": "fedmoe_core",
-        "fedmoe_kernels": "kernels/fedmoe_kernels",
-        "fedmoe_bindings": "bindings/fedmoe_bindings",
-    },
-    package_data={"fedmoe_kernels": ["tiles/*.json"]},
+    packages=[name for root, folder in ROOTS.items() for name in find_packages(folder, include=[root, f"{root}.*"])],
+    package_dir={root: f"{folder}/{root}" for root, folder in ROOTS.items()},
+    package_data={**{root: ["py.typed"] for root in ROOTS}, "fedmoe_kernels": ["py.typed", "tiles/*.json"]},
 )

@@ -3,9 +3,9 @@
     python bench/aot.py [--all] [--arch sm_90] [--kernel up] [--keep]
 
 The drivers run on meta tensors and hand over their launches instead of starting them; equal launches are compiled
-once. A row passes when nothing spills, the program fits the shared memory, products run on the tensor cores that the
-architecture has (warp-group products from 64 rows, a warp's own below) and operands stream past the registers. A case
-passes when other numbers of tokens and slots need no other code. Beside each row stands what it is predicted to cost.
+once. A row passes when nothing spills, the program fits the shared memory, products run on the architecture's tensor
+cores and operands stream past the registers. (Products are of warp groups from 64 rows, of a warp below.) A case
+passes when other numbers of tokens and slots need no other code. Each row also says what it is predicted to cost.
 Exits 1 when anything falls short.
 """
 
@@ -49,7 +49,7 @@ def collect(cases: Iterable[Case], archs: Iterable[str], kernel: str) -> dict[tu
 def recompiled(cases: Iterable[Case], archs: Iterable[str]) -> list[str]:
     """Kernels that other numbers of tokens and slots would have compiled again, with the arguments to blame.
 
-    A yes or no that such numbers decide (are all experts permitted, do counts fit one block) is a case of its own.
+    A yes or no that such numbers decide (are all experts permitted, do counts fit one block) is a separate case.
     """
     found = []
     for arch in archs:
@@ -73,7 +73,7 @@ def _changes(before: dict[str, str], after: dict[str, str]) -> dict[str, str]:
 
 
 def compile_all(jobs: list[Job], workers: int) -> dict[Job, Code]:
-    """Compile in parallel, with a cache of its own that goes with the run, and say now and then how far it is."""
+    """Compile in parallel, with a cache for this run only, and say now and then how far it is."""
     codes: dict[Job, Code] = {}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:

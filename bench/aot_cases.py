@@ -53,7 +53,7 @@ class Case:
         return max(1, self.T * self.K // self.B)
 
     def varied(self) -> Case:
-        """The same model with other numbers of tokens and slots, for which no kernel may need code of its own."""
+        """Return the same model with other numbers of tokens and slots, for which no kernel may need new code."""
         slots = self.B - 3 * self.clients
         trainable = slots if self.Bt == self.B else min(self.Bt, max(1, self.Bt - 1))
         return replace(self, T=self.T * slots // self.B - 5, B=slots, Bt=trainable)
@@ -98,7 +98,7 @@ MORE = (
 
 
 def launches(case: Case, arch: str) -> dict[str, list[Launch]]:
-    """All that one step of the case starts on `arch`, by pass: routing, forward, backward with all gradients.
+    """Collect all that one step of the case starts on `arch`, by pass: routing, forward, backward with all gradients.
 
     "routing" has what a step of the layer starts; "more" has the statistics and the placing of a given choice.
     """
@@ -120,7 +120,7 @@ def launches(case: Case, arch: str) -> dict[str, list[Launch]]:
 
 
 def _route(case: Case, found: dict[str, list[Launch]]) -> Callable[[list[Launch]], object]:
-    """Everything of the router but its backward, which is returned."""
+    """Run everything of the router but its backward, which is returned."""
     held = torch.empty(case.clients, case.E, dtype=torch.int64, device="meta")
     client_T = _ids(case.T) if case.clients > 1 else None
     rule = Rule(case.K, case.scoring, True, *case.groups)
@@ -140,7 +140,7 @@ def _route(case: Case, found: dict[str, list[Launch]]) -> Callable[[list[Launch]
 
 
 def inputs_of(case: Case) -> OpInputs:
-    """The operator's tensors, on "meta"."""
+    """Make the operator's tensors, on "meta"."""
     T, H, I, K = case.T, case.H, case.I, case.K  # noqa: E741
     F, R = ACTIVATIONS[case.activation].width(I), case.T * case.K
     real = lambda *size: torch.empty(*size, dtype=case.dtype, device="meta")  # noqa: E731

@@ -18,7 +18,7 @@ from sass import PRODUCTS, Code, Job
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.gpu.launch import Launch
 
-# Whose peaks a prediction takes; the GPUs of sm_86 are many, so it has none.
+# The GPU that gives a prediction its peaks; sm_86 stands for many GPUs, so it has none.
 GPU_OF = {"sm_80": GPUS["A100"], "sm_90": GPUS["H100"], "sm_100": GPUS["B200"]}
 # Elements that a program reads and writes after its products, for each of their columns; 1 where nothing is said.
 EPILOGUE = {"up": 1.5, "data_gradient": 5.0}
@@ -48,11 +48,11 @@ class Row:
 
     @property
     def gpu(self) -> Gpu | None:
-        """Whose times are predicted; None where there are none: float32 has a peak of its own."""
+        """The GPU that predictions are made for; None without one. (float32 has its own peak.)"""
         return None if self.case.dtype == torch.float32 or self.code.error else GPU_OF.get(self.job.arch)
 
     def tiling(self) -> Tiling:
-        """What `roofline.expected` needs to know."""
+        """Collect what `roofline.expected` needs to know."""
         looped = [dot for dot in self.code.dots if dot.looped]
         if not looped:
             return Tiling(0)
@@ -74,14 +74,14 @@ class Row:
         )
 
     def microseconds(self) -> tuple[float, float] | None:
-        """(at the roofline, expected) on the GPU that stands for the architecture."""
+        """Return (at the roofline, expected) on the GPU that stands for the architecture."""
         if self.gpu is None:
             return None
         work = Work(self.name, self.launch.flops, self.launch.bytes)
         return 1e6 * work.seconds(self.gpu), 1e6 * expected(work, self.gpu, self.tiling())
 
     def record(self) -> dict[str, Any]:
-        """The row as it is kept in bench/results: nothing in it changes from run to run."""
+        """Return the row as it is kept in bench/results: nothing in it changes from run to run."""
         job, code, times = self.job, self.code, self.microseconds()
         likely = {} if times is None else {"roof_us": _three(times[0]), "expected_us": _three(times[1])}
         return {
@@ -116,7 +116,7 @@ class Step:
     rows: dict[str, list[Row]]
 
     def passes(self) -> dict[str, dict[str, float]]:
-        """Of forward and forward + backward: milliseconds at the roofline and expected, and TFLOP/s expected.
+        """Predict forward and forward + backward: milliseconds at the roofline and expected, and TFLOP/s expected.
 
         The roofline is that of the stages in closed form, where every tensor is moved once; adapters and codes have
         none. Routing is part of the forward.
@@ -154,7 +154,7 @@ STEP_HEAD = ("arch", "case", "T", "slots", "trainable", "pass", "roof ms", "expe
 
 
 def cells(row: Row) -> list[str]:
-    """The row as text, in the order of `HEAD`."""
+    """Write the row as text, in the order of `HEAD`."""
     code, job, count, times = row.code, row.job, row.code.opcodes, row.microseconds()
     products = " ".join(f"{count[name]} {name}" for name in PRODUCTS if count.get(name))
     copies = " ".join(f"{count[name]} {name}" for name in ("LDGSTS", "UTMALDG") if count.get(name))
@@ -168,7 +168,7 @@ def cells(row: Row) -> list[str]:
 
 
 def step_cells(steps: list[Step]) -> list[list[str]]:
-    """Every pass of every step as text, in the order of `STEP_HEAD`."""
+    """Write every pass of every step as text, in the order of `STEP_HEAD`."""
     lines = []
     for step in steps:
         case = step.case
@@ -182,7 +182,7 @@ def step_cells(steps: list[Step]) -> list[list[str]]:
 
 
 def show(rows: list[Row], steps: list[Step]) -> None:
-    """Both tables on the terminal, in full however narrow that is."""
+    """Print both tables on the terminal, in full however narrow that is."""
     console = Console(width=240)
     table = Table(*HEAD, box=None, pad_edge=False)
     for row in rows:

@@ -50,7 +50,7 @@ SHAPES = (
     Shape("large", 4096, 512, 1024, 8, 2),
 )
 
-# The layers a GPU is measured on, the one that most others publish first. gpt-oss: 2880 = 45 * 64, no multiple of 128.
+# The layers a GPU is measured on, the one that most others publish first. 128 does not divide gpt-oss's 2880.
 STANDARD = (
     Shape("qwen3-30b-a3b", 32768, 2048, 768, 128, 8),
     Shape("mixtral-8x7b", 8192, 4096, 14336, 8, 2),
@@ -77,7 +77,7 @@ class Case:
     Attributes:
         permitted: share of the experts permitted, at least K of them.
         trainable: share of the permitted experts that train; at least one, or none at 0.
-        tokens: T in place of the shape's, None = the shape's.
+        tokens: T instead of the shape's, None = the shape's.
         routes: "uniform"; "zipf", expert of rank i chosen in proportion to 1 / i; "empty", 30 % of the permitted
             experts never chosen (as many as leave K). For tests of correctness also "one", all rows to one expert
             (K = 1), "gaps", a third of the places without a row, and "nowhere", no row at all.
@@ -90,15 +90,15 @@ class Case:
     routes: str = "uniform"
 
     def held(self, shape: Shape) -> int:
-        """B, how many experts are permitted."""
+        """Return B, how many experts are permitted."""
         return max(shape.K, int(shape.E * self.permitted))
 
     def learning(self, shape: Shape) -> int:
-        """Bt, how many of them are trainable."""
+        """Return Bt, how many of them are trainable."""
         return max(1, int(self.held(shape) * self.trainable)) if self.trainable else 0
 
     def shaped(self, shape: Shape) -> Shape:
-        """The shape with this case's tokens; never more than it has."""
+        """Return the shape with this case's tokens; never more than it has."""
         return shape if self.tokens is None else replace(shape, T=min(self.tokens, shape.T))
 
 
@@ -181,7 +181,7 @@ def problem(
 
 
 def redrawn(task: Problem, seed: int) -> Problem:
-    """The same experts with other tokens, sent elsewhere by the same rule: what a measurement rotates through."""
+    """Draw other tokens for the same experts, sent elsewhere by the same rule: what a measurement rotates through."""
     draw = torch.Generator(task.x_TH.device).manual_seed(seed)
     return replace(task, **_tokens(task.shape, task.case, task.permitted_E, draw, task.x_TH.dtype))
 
@@ -189,7 +189,7 @@ def redrawn(task: Problem, seed: int) -> Problem:
 def _tokens(
     shape: Shape, case: Case, permitted_E: Tensor, draw: torch.Generator, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The fields of `Problem` that depend on the tokens; in skewed routing low ids are the busy or the empty ones."""
+    """Draw the fields of `Problem` that depend on the tokens; in skewed routing low ids are busy, or empty."""
     device = permitted_E.device
     ids = permitted_E.nonzero().flatten()
     chance = torch.ones(len(ids), device=device)

@@ -1,4 +1,4 @@
-"""moe_mlp on CPU beside its peers, all cases interleaved in one run; prints a table and writes bench/results/.
+"""moe_mlp and its peers on CPU, all cases interleaved in one run; prints a table and writes bench/results/.
 
     python bench/cpu.py [--threads 4] [--repeats 15] [--out FILE]
 
@@ -29,7 +29,7 @@ from rich.table import Table
 
 
 def measure(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step, `repeats` times, interleaved, after two warm-up rounds."""
+    """Time each step in seconds, `repeats` times, interleaved, after two warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 2):
         for name, run in steps.items():
@@ -41,7 +41,7 @@ def measure(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list
 
 
 def run_case(task: Problem, repeats: int) -> dict[str, Any]:
-    """One row of the table: medians in ms and rates in GFLOP/s."""
+    """Measure one row of the table: medians in ms and rates in GFLOP/s."""
     steps: dict[str, Callable[[], Any]] = {
         "fedmoe": step(fedmoe(), task),
         "grouped_mm": step(transformers_experts("grouped_mm"), task),
@@ -65,7 +65,7 @@ def run_case(task: Problem, repeats: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows as people read them, with geometric means at the foot."""
+    """Write the rows as people read them, with geometric means at the foot."""
     out = Table("shape", "case", "GFLOP", title="forward + backward, float32: median ms, and fedmoe's speed over each")
     for name in ("fedmoe", "grouped_mm", "eager", "dense", "x grouped_mm", "x eager", "of dense rate"):
         out.add_column(name, justify="right")
@@ -79,12 +79,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def geometric_mean(values: list[float]) -> float:
-    """exp(mean(log))."""
+    """Return exp(mean(log))."""
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
 def machine() -> dict[str, Any]:
-    """What a number needs beside it to mean anything."""
+    """Describe what a number needs with it to mean anything."""
     here = Path(__file__).parent
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     cpuinfo = Path("/proc/cpuinfo")

@@ -23,12 +23,12 @@ from fedmoe_kernels import Routing, SlotMap, moe_mlp, route
 MEDIUM = Shape("medium", 2048, 512, 256, 16, 4)
 
 
-class Skipped(Exception):  # noqa: N818 - it is no error
+class Skipped(Exception):  # noqa: N818 - it is not an error
     """A check that cannot be made here; its message says why."""
 
 
 def checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
-    """All checks of this file by name."""
+    """List all checks of this file by name."""
 
     def bind(run: Callable[..., str], *args: Any) -> Check:
         return lambda: run(*args, device, backend)
@@ -47,7 +47,7 @@ def checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
 
 
 def large_checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
-    """The checks that want the GPU's memory for themselves."""
+    """List the checks that want the GPU's memory for themselves."""
     rows = Shape("far rows", 65536, 256, 2816, 8, 8), Case("all")
     weights = Shape("far weights", 2048, 2560, 4096, 128, 2), Case("eighth trainable", trainable=1 / 8)
     whole = TINY[0] if tiny else STANDARD[0]
@@ -84,7 +84,7 @@ class _Client(NamedTuple):
 
 
 def _clients(dtype: torch.dtype, device: str) -> list[_Client]:
-    """Three clients of very different sizes, so that tiles chosen by the cohort's rows would show."""
+    """Make three clients of very different sizes, so that tiles chosen by the cohort's rows would show."""
     found = []
     for seed, tokens in enumerate((700, 33, 1)):
         case = Case("client", permitted=(0.5, 1.0, 0.25)[seed], trainable=(0.5, 0.0, 1.0)[seed])
@@ -108,7 +108,7 @@ def _cohort(rows_per_slot: int | None, dtype: torch.dtype, device: str, backend:
 
 
 def _together(clients: list[_Client], rows_per_slot: int | None, device: str, backend: str) -> list[Outcome]:
-    """The clients in one launch; what each gets."""
+    """Run the clients in one launch; return what each gets."""
     permitted_CE, trainable_CE = (torch.stack([client[i] for client in clients]) for i in (1, 2))
     slot_map = SlotMap.build(permitted_CE, trainable_CE, rows_per_slot=rows_per_slot)
     owner_B, ids_B = slot_map.client_of_slot_B, slot_map.expert_of_slot_B
@@ -183,7 +183,7 @@ def _layer(dtype: torch.dtype, device: str, backend: str) -> _Layer:
 
 
 def _graph(dtype: torch.dtype, device: str, backend: str) -> str:
-    """Captured on one set of tokens, replayed on others: other rows per slot in the same memory."""
+    """Capture a graph on one set of tokens, replay it on others: other rows per slot in the same memory."""
     if device != "cuda":
         raise Skipped("CUDA graphs need a GPU")
     layer, kept = _layer(dtype, device, backend), {}
@@ -231,7 +231,7 @@ def _compiled(device: str, backend: str) -> str:
 
 
 def _far(shape: Shape, case: Case, device: str, backend: str) -> str:
-    """Where T * K * F or E * F * H is above 2^31 elements, a product in 32 bits lands in another row or expert."""
+    """Check a product where T * K * F or E * F * H is above 2^31: in 32 bits it lands in another row or expert."""
     if device != "cuda":
         raise Skipped("it takes 40 GB of GPU memory")
     free = torch.cuda.mem_get_info()[0]

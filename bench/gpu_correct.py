@@ -29,7 +29,7 @@ EIGHTH = Case("eighth", permitted=1 / 8)
 
 
 def shapes(*, tiny: bool) -> dict[str, tuple[Shape, Case]]:
-    """Problems and what each is for; the tiny ones are for a rehearsal on a CPU."""
+    """List problems and what each is for; the tiny ones are for a rehearsal on a CPU."""
 
     def shape(name: str, *sizes: int, activation: str = "swiglu", bias: bool = False) -> Shape:
         T, H, inner, E, K = sizes
@@ -37,7 +37,7 @@ def shapes(*, tiny: bool) -> dict[str, tuple[Shape, Case]]:
             T, H, inner = min(T, 40 + T % 8), min(H, 32 + H % 8), min(inner, 24 + inner % 8)
         return Shape(name, T, H, inner, E, K, activation, bias)
 
-    # Few (H, I): the kernels are compiled anew for each.
+    # Few (H, I): the kernels are compiled again for each.
     medium, few = (2048, 512, 256, 16, 4), (512, 512, 256, 8, 2)
     found = {
         "many rows a slot": (shape("medium", *medium), ALL),
@@ -64,7 +64,7 @@ def shapes(*, tiny: bool) -> dict[str, tuple[Shape, Case]]:
 
 
 def checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
-    """All checks of this file by name, in the order to run them."""
+    """List all checks of this file by name, in the order to run them."""
     found: dict[str, Check] = {"the float64 truth is the reference": lambda: _truth_is_reference(device)}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         short = str(dtype).removeprefix("torch.")
@@ -84,7 +84,7 @@ def _bind(run: Callable[..., str], *args: Any) -> Check:
 
 
 def hold(found: Mapping[str, float], tolerance: float) -> str:
-    """The worst error in words; AssertionError names every tensor that is off."""
+    """Return the worst error in words; AssertionError names every tensor that is off."""
     off = {name: error for name, error in found.items() if not error < tolerance}
     assert not off, ", ".join(f"{name} is off by {error:.1e}" for name, error in off.items()) + f" ({tolerance:.0e})"
     return f"worst relative error {max(found.values(), default=0.0):.1e} of {', '.join(found)}"
@@ -115,7 +115,7 @@ def _experts(shape: Shape, case: Case, device: str, backend: str, dtype: torch.d
 
 
 def small(dtype: torch.dtype, device: str, *, bias: bool = True) -> Problem:
-    """A problem that `reference.py` takes a fraction of a second for."""
+    """Draw a problem that `reference.py` takes a fraction of a second for."""
     return problem(Shape("small", 24, 64, 32, 6, 2, bias=bias), Case("half", trainable=0.5), device=device, dtype=dtype)
 
 
@@ -139,13 +139,13 @@ def _scores(device: str, backend: str, dtype: torch.dtype) -> str:
 
 
 def stored(full: Tensor, trainable_E: Tensor) -> ExpertWeights:
-    """A stack in slot order, its trainable part a leaf."""
+    """Lay a stack out in slot order, its trainable part a leaf."""
     count = int(trainable_E.sum())
     return ExpertWeights(leaf(full[:count]), full[count:].clone())
 
 
 def _lora(device: str, backend: str, dtype: torch.dtype) -> str:
-    """Six slots over three base experts, the last slot without an adapter."""
+    """Check six slots over three base experts, the last slot without an adapter."""
     task, rank, count = small(dtype, device), 4, 5
     shape, draw = task.shape, torch.Generator(device).manual_seed(3)
     sizes = ((rank, shape.H), (shape.F, rank), (rank, shape.I), (shape.H, rank))  # of a_in, b_in, a_out, b_out
@@ -175,7 +175,7 @@ def _adapted(task: Problem, factors: list[Tensor], where: str, dtype: torch.dtyp
 
 
 def _quantised(bits: int, device: str, backend: str, dtype: torch.dtype) -> str:
-    """Frozen experts as codes, against the same problem with what the codes stand for."""
+    """Check frozen experts as codes against the same problem with what the codes stand for."""
     task = problem(Shape("codes", 96, 128, 64, 8, 2), QUARTER, device=device, dtype=dtype)
     slot_map = SlotMap.build(task.permitted_E, task.trainable_E)
     order, count = slot_map.expert_of_slot_B, int(task.trainable_E.sum())
@@ -209,7 +209,7 @@ _RULES: Mapping[str, dict[str, Any]] = MappingProxyType(
 
 
 def _route(rule: Mapping[str, Any], device: str, backend: str, tiny: bool) -> str:
-    """On this device and by the CPU's path; logits on a grid, so that ties are ties and nothing else is near one."""
+    """Route here and by the CPU's path; logits on a grid, so that ties are ties and nothing else is near one."""
     T, E, k = (97, 32, 4) if tiny else (4099, 64, 8)
     draw = torch.Generator().manual_seed(5)
     logits_TE = torch.randn(T, E, generator=draw).mul(64).round().div(64)

@@ -32,7 +32,7 @@ _BLOCK = 512  # CUDA's caching allocator counts in these
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one step above weights, x and dy: `kept` between the passes with y, `peak` the most at a time."""
+    """Bytes of one step above weights, x and dy: `kept` between the passes with y, `peak` the most at once."""
 
     kept: int
     peak: int
@@ -68,10 +68,10 @@ class Allocations(TorchDispatchMode):
 
 
 def predicted(shape: Shape, case: Case, arch: str, *, dtype: torch.dtype, recompute: bool = False) -> Sizes:
-    """The same as `sizes_of` in closed form, as a cost model has it, with room for the allocator to round 24 blocks up.
+    """Predict `sizes_of` in closed form, as a cost model has it, with room for the allocator to round 24 blocks up.
 
     Of the routing a row keeps its place's row (8 bytes), weight (4) and whether it is not 0 (1); the forward has its
-    token, place, expert and slot beside them (8 each).
+    token, place, expert and slot too (8 each).
     """
     shape = case.shaped(shape)
     held, gated = case.held(shape), shape.F == 2 * shape.I
@@ -92,7 +92,7 @@ def predicted(shape: Shape, case: Case, arch: str, *, dtype: torch.dtype, recomp
 
 
 def sizes_of(shape: Shape, case: Case, arch: str, **how: Any) -> Sizes:
-    """What a step allocates; arguments as of `dry_step`."""
+    """Return what a step allocates; arguments as of `dry_step`."""
     with Allocations() as count:
         y_TH, backward = dry_step(shape, case, arch, _drop, **how)
         kept = count.live
@@ -103,7 +103,7 @@ def sizes_of(shape: Shape, case: Case, arch: str, **how: Any) -> Sizes:
 
 
 def launches_of(shape: Shape, case: Case, arch: str, **how: Any) -> list[Any]:
-    """What a step starts, `gpu.launch.Launch` records in their order; arguments as of `dry_step`."""
+    """Return what a step starts, `gpu.launch.Launch` records in their order; arguments as of `dry_step`."""
     found: list[Any] = []
     _, backward = dry_step(shape, case, arch, found.append, **how)
     backward()
@@ -111,7 +111,7 @@ def launches_of(shape: Shape, case: Case, arch: str, **how: Any) -> list[Any]:
 
 
 def _drop(launch: Any) -> None:
-    """A record kept would keep what it was to write."""
+    """Drop a record: kept, it would keep what it was to write."""
 
 
 def dry_step(
@@ -123,7 +123,7 @@ def dry_step(
     dtype: torch.dtype = torch.bfloat16,
     recompute: bool = False,
 ) -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
-    """The forward of the contender `fedmoe` without a GPU: y, and its backward to be called; no adapters, no scores.
+    """Run the contender `fedmoe`'s forward without a GPU; return y and its backward; no adapters, no scores.
 
     Args:
         shape, case: as measured; shapes are all that the drivers see, so it does not matter where the rows go.
@@ -189,7 +189,7 @@ def compile_steps(group: Sequence[tuple[Shape, Case]], how: dict[str, Any]) -> i
 
 
 def main() -> None:
-    """The table of the eight shapes, everything trainable, beside SonicMoE's closed form: x, z, 16 bytes a row."""
+    """Print the table of eight shapes, everything trainable, with SonicMoE's closed form: x, z, 16 bytes a row."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--arch", choices=SHARED, default="sm_90")
     arch = parser.parse_args().arch

@@ -41,7 +41,7 @@ class Goal:
 
 
 def goals(data: Record) -> list[Goal]:
-    """All goals against one file's rows; a rehearsal measures none of them."""
+    """Judge all goals by one file's rows; a rehearsal measures none of them."""
     rows = [] if data["about"]["rehearsal"] else data["rows"]
     return [
         _rate(rows, "fwd", 525),
@@ -55,7 +55,7 @@ def goals(data: Record) -> list[Goal]:
 
 
 def summary(data: Record) -> list[str]:
-    """A line for each goal, with a warning where the GPU is not the one the goals were made for."""
+    """Write a line for each goal, with a warning where the GPU is not the one the goals were made for."""
     gpu = data["about"]["gpu"]
     lines = []
     if gpu is not None and MADE_FOR not in gpu:
@@ -71,7 +71,7 @@ def _find(rows: list[Record], **fields: Any) -> list[Record]:
 
 
 def _ours(rows: list[Record], case: str, name: str) -> Record | None:
-    """fedmoe's fastest row of a case: for few tokens a graph's replay may beat the eager launch."""
+    """Find fedmoe's fastest row of a case: for few tokens a graph's replay may beat the eager launch."""
     found = _find(rows, shape=QWEN, case=case, peer="fedmoe", **{"pass": name})
     return min(found, key=lambda row: row["ms"], default=None)
 
@@ -90,7 +90,7 @@ def _near_roof(rows: list[Record], name: str) -> Goal:
 
 
 def _faster(rows: list[Record], case: str, wanted: float, tokens: str) -> Goal:
-    """Both sides in whichever way of launching suits them best."""
+    """Compare both sides, each launched in the way that suits it best."""
     text = f"an eighth of the experts, a quarter of them trainable, {tokens}: times the best peer with full storage"
     ours = _ours(rows, case, "fwd+bwd")
     theirs = [
@@ -106,7 +106,7 @@ def _faster(rows: list[Record], case: str, wanted: float, tokens: str) -> Goal:
 
 
 def _memory(rows: list[Record]) -> Goal:
-    """Measured over predicted, the worst of all cases: a budget is broken as soon as one is above 1."""
+    """Return measured over predicted, the worst of all cases: a budget is broken as soon as one is above 1."""
     found = [row for row in rows if row["peer"] == "fedmoe" and row.get("MB predicted") and row.get("MB")]
     worst = max(found, key=lambda row: row["MB"] / row["MB predicted"], default=None)
     text = "peak memory of a step over what the cost model predicts, worst case"
@@ -117,7 +117,7 @@ def _memory(rows: list[Record]) -> Goal:
 
 
 def _against_sonic(rows: list[Record]) -> Goal:
-    """Bytes kept between the passes; where SonicMoE did not run, its published form: x, z and indices."""
+    """Compare bytes kept between the passes; without a run of SonicMoE, its published form: x, z and indices."""
     row = _ours(rows, "all", "fwd+bwd")
     sonic = _find(rows, shape=QWEN, case="all", peer="sonicmoe", launch="eager", **{"pass": "fwd+bwd"})
     text = f"activation memory of {QWEN} at T = 32768 over SonicMoE's"

@@ -1,7 +1,7 @@
-"""The part `kernels`: every launch of a step timed alone, cold, beside what was predicted of it without a GPU.
+"""The part `kernels`: every launch of a step timed alone, cold, next to its prediction made without a GPU.
 
 The cases are those of aot_cases.py, so that a line here answers a line of the table that `bench/aot.py` keeps in
-bench/results: registers and instructions are known there, times only here.
+bench/results. Registers and instructions are known there, times only here.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Stopwatch:
 
 
 def measure(case: Case, device: str, gpu: Gpu | None, rounds: int) -> list[Record]:
-    """A row for each launch of a step, in order: what it is, its time, its rate and its share of its own roofline."""
+    """Make a row for each launch of a step, in order: what it is, its time, its rate and its share of its roofline."""
     inputs, dy_TH = real_inputs(case, device)
     needs = needs_of(case)
     watch = _Stopwatch(device)
@@ -82,7 +82,7 @@ def measure(case: Case, device: str, gpu: Gpu | None, rounds: int) -> list[Recor
 
 
 def name_of(launch: Launch) -> str:
-    """The kernel's name as the ahead-of-time table has it: after its file's, where they differ."""
+    """Return the kernel's name as the ahead-of-time table has it: after its file's, where they differ."""
     function = launch.kernel.fn
     file, kernel = function.__module__.rsplit(".", 1)[-1], function.__qualname__.strip("_").removesuffix("_kernel")
     return kernel if kernel == file else f"{file}.{kernel}"
@@ -106,7 +106,7 @@ def _row(place: int, launch: Launch, ms: float, case: Case, gpu: Gpu | None) -> 
 
 
 def predictions(results: Path, arch: str) -> Mapping[tuple[str, str, int], float]:
-    """Milliseconds that the ahead-of-time tables expect, by case, kernel and FLOPs; of the newest triton last."""
+    """Read milliseconds that the ahead-of-time tables expect, by case, kernel and FLOPs; of the newest triton last."""
     found: dict[tuple[str, str, int], float] = {}
     for path in sorted(results.glob("aot-*.json")):
         for row in json.loads(path.read_text()).get("rows", []):
@@ -116,7 +116,7 @@ def predictions(results: Path, arch: str) -> Mapping[tuple[str, str, int], float
 
 
 def needs_of(case: Case) -> list[bool]:
-    """All gradients that the case has, and the importance sums, as the ahead-of-time table takes them."""
+    """List all gradients that the case has, and the importance sums, as the ahead-of-time table takes them."""
     adapters = ("a_in", "b_in", "a_out", "b_out")
     has = {"x_TH", "weights_TK", *(adapters if case.rank else ("w_in", "w_out"))}
     has |= {"bias_in", "bias_out"} if case.bias and not case.rank else set()
@@ -124,7 +124,7 @@ def needs_of(case: Case) -> list[bool]:
 
 
 def _route(case: Case, device: str, execute: Execute) -> None:
-    """The routing of the case, forward and backward, from logits; each client holds its first experts."""
+    """Route the case, forward and backward, from logits; each client holds its first experts."""
     draw = torch.Generator(device).manual_seed(1)
     held = case.B // case.clients
     table_CE = torch.full((case.clients, case.E), -1, dtype=torch.int64, device=device)
@@ -139,7 +139,7 @@ def _route(case: Case, device: str, execute: Execute) -> None:
 
 
 def real_inputs(case: Case, device: str) -> tuple[OpInputs, Tensor]:
-    """The operator's tensors with random values and routing, of the shapes and dtypes of `aot_cases.inputs_of`."""
+    """Make the operator's tensors with random values and routing, shaped and typed as by `aot_cases.inputs_of`."""
     draw = torch.Generator(device).manual_seed(0)
 
     def filled(like: Tensor) -> Tensor:

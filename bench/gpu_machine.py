@@ -1,4 +1,4 @@
-"""What a number needs beside it: the GPU, its driver and clocks, the versions, and which sources were measured."""
+"""What must be known with a number: the GPU, its driver and clocks, the versions, and which sources were measured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MEASURED = ("kernels/fedmoe_kernels/**/*.py", "kernels/fedmoe_kernels/**/*.json
 
 
 def about(device: str, *, tiny: bool) -> dict[str, Any]:
-    """The fields that every row carries, flat; those without a meaning on a CPU are None there."""
+    """Collect the fields that every row carries, flat; those without a meaning on a CPU are None there."""
     gpu = device == "cuda"
     return {
         "device": device,
@@ -47,7 +47,7 @@ def about(device: str, *, tiny: bool) -> dict[str, Any]:
 
 
 def sources() -> str:
-    """A hash of the files that decide what is measured, so that resuming notices a change git does not know."""
+    """Compute a hash of the files that decide what is measured, so that resuming notices a change git does not know."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in _MEASURED for path in CHECKOUT.glob(pattern)):
         digest.update(str(path.relative_to(CHECKOUT)).encode() + path.read_bytes())
@@ -55,30 +55,30 @@ def sources() -> str:
 
 
 def _override() -> str | None:
-    """The tile tables that the environment puts in the place of the shipped ones, by content."""
+    """The tile tables that the environment puts instead of the shipped ones, by content."""
     named = os.environ.get(OVERRIDE)
     return hashlib.sha256(Path(named).read_bytes()).hexdigest()[:12] if named else None
 
 
 def slug(name: str) -> str:
-    """A GPU's name as a part of a file's name: "NVIDIA H100 80GB HBM3" to "h100-80gb-hbm3"."""
+    """Turn a GPU's name into a part of a file's name: "NVIDIA H100 80GB HBM3" to "h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
 
 
 def data_sheet(gpu_name: str | None) -> Gpu | None:
-    """The peaks that percentages refer to, None for a GPU that the table lacks: the other makes of these are others."""
+    """Find the peaks that percentages refer to, None for a GPU outside the table: its other makes differ."""
     if gpu_name is None or re.search("PCIe|PCIE|NVL|40GB|MIG", gpu_name):
         return None
     return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", gpu_name)), None)
 
 
 def clocks() -> str | None:
-    """SM and memory clocks, power and temperature now, as nvidia-smi says; None where it says nothing."""
+    """Read SM and memory clocks, power and temperature now, as nvidia-smi says; None where it says nothing."""
     return _nvidia_smi("clocks.sm,clocks.mem,power.draw,temperature.gpu") if torch.cuda.is_available() else None
 
 
 def ceilings(device: str, *, tiny: bool) -> dict[str, float]:
-    """What this machine reached just now: a bfloat16 product on random data, and a copy counting both directions."""
+    """Measure what this machine reaches now: a bfloat16 product on random data, and a copy, both directions counted."""
     n, length = (256, 2**20) if tiny else (8192, 2**30)
     a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
@@ -101,7 +101,7 @@ def _seconds(device: str, run: Any) -> float:
 
 
 def _nvidia_smi(query: str) -> str | None:
-    """One line about the GPU in use, which CUDA_VISIBLE_DEVICES may have made number 0."""
+    """Ask one line about the GPU in use, which CUDA_VISIBLE_DEVICES may have made number 0."""
     unit = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={unit}"]
     try:

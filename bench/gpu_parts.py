@@ -85,7 +85,7 @@ class Run:
         return 1 if failed else 0
 
     def _run_checks(self, checks: Mapping[str, gpu_correct.Check], jobs: int, until: float) -> None:
-        """Those that have not passed yet; by one process in this one, by several each in its own."""
+        """Run the checks that have not passed yet: one job on a CPU in this process, else each in its own."""
         done = {check["name"] for check in self.store.data["checks"] if check["status"] in ("passed", "skipped")}
         names = [name for name in checks if name not in done]
         if self.options.device == "cuda" or jobs > 1:
@@ -131,7 +131,7 @@ class Run:
         return 0
 
     def _red(self) -> bool:
-        """Whether a check has not passed; no speed is reported from a red test."""
+        """Tell whether a check has not passed; no speed is reported from a red test."""
         green = {check["name"] for check in self.store.data["checks"] if check["status"] in ("passed", "skipped")}
         red = [name for name in (*self._checks(), *self._large_checks()) if name not in green]
         if red:
@@ -192,7 +192,7 @@ class Run:
         return Plan(self.options.device, dtype, self._peaks(), rounds)
 
     def _peaks(self) -> Gpu | None:
-        """What percentages refer to: the data sheet, or for a GPU that is not in the table what it reached here."""
+        """Choose what percentages refer to: the data sheet, or for an unlisted GPU what it reached here."""
         if self.options.device != "cuda":
             return None
         known = gpu_machine.data_sheet(self.store.about["gpu"])
@@ -204,7 +204,7 @@ class Run:
         return Gpu(self.store.about["gpu"], arch, *peaks, 1, 1.0, "measured here: a bfloat16 product and a copy")
 
     def _contenders(self) -> list[Contender]:
-        """fedmoe and whoever can be imported; who cannot is put on record once."""
+        """List fedmoe and all peers that can be imported; the others are put on record once."""
         backend = _backend(self.options)
         found = [fedmoe(backend), fedmoe(backend, recompute=True), grouped_mm(), grouped_mm(compact=True)]
         makers = {f"transformers-{how}": lambda how=how: transformers_experts(how) for how in ("grouped_mm", "eager")}
@@ -220,7 +220,7 @@ class Run:
         return [*found, dense()]
 
     def _say(self, shape: Shape, case: Case) -> None:
-        """The case's times in one line each."""
+        """Print the case's times in one line each."""
         for launch in ("eager", "graph"):
             rows = self.store.find("rows", shape=shape.name, case=case.name, launch=launch)
             cells: dict[str, list[str]] = {}
@@ -239,7 +239,7 @@ class Run:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """A process that another one started: a worker of `correct`, or what compute-sanitizer watches; no store."""
+    """Serve another process: as a worker of `correct`, or as what compute-sanitizer watches; no store."""
     if options.part == "sanitized":
         gpu_sanitize.run_case(_checks(options))
         return
@@ -248,7 +248,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def _backend(options: argparse.Namespace) -> str:
-    """On a GPU the kernels or an error, never a fallback; on a CPU its own path."""
+    """Choose, on a GPU, the kernels or an error, never a fallback; on a CPU its own path."""
     return "triton" if options.device == "cuda" else "auto"
 
 
@@ -266,10 +266,10 @@ def _chosen(offered: Sequence, names: str, option: str) -> tuple:
 
 
 def _from_file(path: Path) -> Contender:
-    """The contender of somebody's own file; it is taken to be risky."""
+    """Load the contender from a user's file; it is taken to be risky."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
+        raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return replace(module.contender(), risky=True)

@@ -20,14 +20,14 @@ _COLUMNS = (
 
 
 def write(data: Record, path: Path) -> list[Path]:
-    """Put the table and the plots beside the JSON file at `path`; return what was written."""
+    """Put the table and the plots next to the JSON file at `path`; return what was written."""
     table = path.with_suffix(".md")
     table.write_text(markdown(data))
     return [table, *_plots(data, path)]
 
 
 def markdown(data: Record) -> str:
-    """Everything in the file that a reader needs, numbers that are missing as a dash."""
+    """Write everything in the file that a reader needs, numbers that are missing as a dash."""
     about = data["about"]
     title = "Rehearsal" if about["rehearsal"] else about["gpu"]
     lines = [f"# {title}, {about['date']}", ""]
@@ -70,7 +70,7 @@ def _shape_table(rows: list[Record], shape: str) -> list[str]:
 
 
 def _kernels(data: Record) -> list[str]:
-    """Single launches beside what was predicted of them."""
+    """List single launches next to their predictions."""
     if not data["kernels"]:
         return []
     heads = ("case", "kernel", "ms", "predicted ms", "TFLOP/s", "TB/s", "% of roofline")
@@ -84,7 +84,7 @@ def _kernels(data: Record) -> list[str]:
 
 
 def _left_out(data: Record) -> list[str]:
-    """Who was not timed, and why; the same reason for many cases in one line."""
+    """List the contenders that were not timed, and why; the same reason for many cases in one line."""
     where: dict[tuple[str, str, str, str], list[str]] = {}
     for record in data["left_out"]:
         key = record["peer"], record.get("launch") or "", record["status"], record["reason"]
@@ -106,7 +106,7 @@ def _ordered(rows: list[Record], key: str) -> list[str]:
 
 
 def _plots(data: Record, path: Path) -> list[Path]:
-    """Rates by shape, speed over the best peer by case, memory by case: PNG files, none without rows."""
+    """Draw rates by shape, speed over the best peer by case, memory by case: PNG files, none without rows."""
     import matplotlib  # half of this script's users have no display and some no matplotlib
 
     matplotlib.use("Agg")
@@ -137,7 +137,7 @@ def _plots(data: Record, path: Path) -> list[Path]:
 
 
 def _bars(axes: Any, rows: list[Record], across: str, among: str, key: str) -> None:
-    """Grouped bars: one group per `across`, one colour per `among`; a bar that is missing was not measured."""
+    """Draw grouped bars: a group per `across`, a colour per `among`; a bar that is missing was not measured."""
     groups, series = _ordered(rows, across), _ordered(rows, among)
     width = 0.8 / len(series)
     for i, name in enumerate(series):

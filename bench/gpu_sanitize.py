@@ -1,7 +1,7 @@
 """The part `sanitize`: a small case of every kernel under compute-sanitizer, for stray accesses and for races.
 
-The case runs in a process of its own, once without the tool (so that Triton's compilation is done and cached) and then
-under each tool, with torch's caching allocator off: else a stray access lands in memory that torch holds anyway.
+The case runs in a separate process, once without the tool (so that Triton's compilation is done and cached) and then
+under each tool. torch's caching allocator is off: else a stray access lands in memory that torch holds anyway.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ _CASE = (
 
 
 def run_case(checks: Mapping[str, Check]) -> None:
-    """What the tools watch: the checks of `_CASE`, at tiny sizes."""
+    """Run what the tools watch: the checks of `_CASE`, at tiny sizes."""
     for name in _CASE:
         print(f"{name}: {checks[name]()}", flush=True)
 
 
 def tool() -> str | None:
-    """Where compute-sanitizer is, None = not installed."""
+    """Find compute-sanitizer; None = not installed."""
     found = shutil.which("compute-sanitizer")
     beside = Path("/usr/local/cuda/bin/compute-sanitizer")
     return found or (str(beside) if beside.exists() else None)
 
 
 def results(device: str) -> list[Record]:
-    """A record for each tool: passed, failed with what it said last, or skipped with the reason."""
+    """Make a record for each tool: passed, failed with what it said last, or skipped with the reason."""
     program = tool()
     missing = None
     if device != "cuda":
@@ -84,7 +84,7 @@ def _run(prefix: list[str], device: str) -> subprocess.CompletedProcess[str]:
 
 
 def _end(done: subprocess.CompletedProcess[str]) -> str:
-    """The tool's own summary if there is one, else the last lines."""
+    """Return the tool's own summary if there is one, else the last lines."""
     lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     summary = [line for line in lines if "SUMMARY" in line]
     return " | ".join((summary or lines)[-6:])[:600]

@@ -1,9 +1,9 @@
 """The file that a GPU run writes into as it goes, so that a run that was cut off goes on where it stopped.
 
 One JSON object: `about` (machine, versions, sources), `ceilings`, `checks`, `rows` (times), `kernels` (times of
-single launches), `left_out` (who was not timed and why), `finished` (cases) and `attempts` (what was begun that may
-take the process down). A file made of other
-sources or versions is never added to: its numbers are of something else.
+single launches), `left_out` (contenders that were not timed, and why), `finished` (cases) and `attempts` (what was
+begun that may take the process down). A file made of other sources or versions is never added to: its numbers are of
+something else.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Record = dict[str, Any]
 
 
 def stem(about: Record) -> str:
-    """gpu-NAME for a GPU's real shapes, rehearsal-DEVICE for anything else; the file's name is this and the date."""
+    """Name a file: gpu-NAME for a GPU's real shapes, rehearsal-DEVICE for all else; the date follows."""
     return f"rehearsal-{about['device']}" if about["rehearsal"] else f"gpu-{slug(about['gpu'])}"
 
 
 def refuse_name(about: Record, path: Path) -> None:
-    """Numbers of a rehearsal never go under the name of a GPU's."""
+    """Refuse to put a rehearsal's numbers under the name of a GPU's."""
     if about["rehearsal"] and path.name.startswith("gpu-"):
         raise ValueError(f"{path.name} is a name for a GPU's results, and this is a rehearsal; name it otherwise")
 
@@ -41,7 +41,7 @@ class Store:
     Args:
         about: this machine and these sources, from `gpu_machine.about`.
         folder: where results lie; the newest file of the same GPU that agrees with `about` is continued.
-        path: a file of one's own choice instead.
+        path: a chosen file instead.
 
     Raises:
         ValueError: for a rehearsal under the name of a GPU's results.
@@ -82,7 +82,7 @@ class Store:
             self.save()
 
     def find(self, name: str, **fields: Any) -> list[Record]:
-        """The records of a list that have these values."""
+        """Find the records of a list that have these values."""
         return [r for r in self.data[name] if all(r.get(key) == value for key, value in fields.items())]
 
     def save(self) -> None:

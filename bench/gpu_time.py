@@ -1,7 +1,7 @@
 """The part `time`: every contender on every client case of a shape, interleaved, after its results have been compared.
 
-A row is one contender, one pass ("fwd", "bwd", "fwd+bwd") and one way of launching: "eager" as a training loop calls
-it, or for few tokens also "graph", the replay of a CUDA graph, which takes the host out of the time.
+A row is one contender, one pass ("fwd", "bwd", "fwd+bwd") and one way of launching. That is "eager", as a training loop
+calls it, or for few tokens also "graph", the replay of a CUDA graph, which takes the host out of the time.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _Seat(NamedTuple):
 def run_case(shape: Shape, case: Case, contenders: Sequence[Contender], plan: Plan, store: Store) -> None:
     """Measure one case, unless the store has it finished; what is there of an unfinished one is measured again.
 
-    Where fedmoe itself cannot run or is wrong, nobody is timed: no speed comes from a red test.
+    Where fedmoe itself cannot run or is wrong, no contender is timed: no speed comes from a red test.
     """
     key = {"shape": shape.name, "case": case.name, "dtype": str(plan.dtype).removeprefix("torch.")}
     if store.find("finished", **key):
@@ -102,7 +102,7 @@ def run_case(shape: Shape, case: Case, contenders: Sequence[Contender], plan: Pl
 
 
 def _measure(seats: list[_Seat], task: Problem, plan: Plan, store: Store, key: Record) -> list[Record]:
-    """The rows of all who take part."""
+    """Measure the rows of all contenders that take part."""
     rows = [_row(seat, key, task, plan) for seat in seats]
     times = {"eager": _eager(seats, plan)}
     if plan.device == "cuda" and task.shape.T <= SMALL_TOKENS:
@@ -122,7 +122,7 @@ def _measure(seats: list[_Seat], task: Problem, plan: Plan, store: Store, key: R
 def _admit(
     contender: Contender, tasks: list[Problem], want: Outcome, store: Store, key: Record, plan: Plan
 ) -> _Seat | None:
-    """A seat for a contender that can run the case and gives what is right there; else the reason goes on record."""
+    """Make a seat for a contender that can run the case and is right there; else the reason goes on record."""
     named = key | {"peer": contender.name, "detail": contender.detail, "launch": "eager"}
     if store.find("left_out", **key, peer=contender.name, launch="eager"):
         return None
@@ -154,7 +154,7 @@ def _leave_out(store: Store, named: Record, status: str, reason: str) -> None:
 
 
 def _compare(seat: _Seat, want: Outcome) -> dict[str, float]:
-    """Relative errors of y and every gradient on the first set of tokens."""
+    """Compute relative errors of y and every gradient on the first set of tokens."""
     seat.forget()
     y = seat.forward(0)
     seat.backward(y, 0)
@@ -164,7 +164,7 @@ def _compare(seat: _Seat, want: Outcome) -> dict[str, float]:
 
 
 def _memory(seat: _Seat, device: str) -> Record:
-    """MB of 10^6 bytes: `kept` between the passes with y, `step` at the peak of one step, `held` as weights."""
+    """Measure MB of 10^6 bytes: `kept` between the passes with y, `step` at the peak of one step, `held` as weights."""
     if device == "cuda":
         gc.collect()
     seat.forget()
@@ -182,7 +182,7 @@ def _memory(seat: _Seat, device: str) -> Record:
 
 
 def _predicted(seat: _Seat, task: Problem, plan: Plan) -> Record:
-    """What the closed forms of the kernels' memory say that fedmoe will need, None for others."""
+    """Return what the closed forms of the kernels' memory say that fedmoe will need, None for others."""
     if plan.device != "cuda" or not seat.contender.name.startswith("fedmoe"):
         return {"MB predicted": None, "MB kept predicted": None}
     recompute = seat.contender.name == "fedmoe-recompute"
@@ -194,7 +194,7 @@ Times = dict[tuple[str, str], list[float]]
 
 
 def _eager(seats: Sequence[_Seat], plan: Plan) -> Times:
-    """Milliseconds of every pass of every contender; whoever starts a round starts the next one last."""
+    """Time every pass of every contender, in milliseconds; the one that starts a round starts the next one last."""
     clock, times = Clock(plan.device), {(s.contender.name, name): [] for s in seats for name in PASSES}
     for turn in range(plan.warm_up + plan.rounds):
         first = turn % len(seats) if seats else 0
@@ -216,7 +216,7 @@ def _eager(seats: Sequence[_Seat], plan: Plan) -> Times:
 
 
 def _graphs(seats: Sequence[_Seat], plan: Plan, store: Store, key: Record) -> Times:
-    """The same for replays of captured graphs, forward alone and both; who cannot be captured goes on record."""
+    """Time replays of captured graphs, forward alone and both; contenders that cannot be captured go on record."""
     graphs: dict[tuple[str, str], torch.cuda.CUDAGraph] = {}
     for seat in seats:
         named = key | {"peer": seat.contender.name, "detail": seat.contender.detail, "launch": "graph"}
@@ -247,7 +247,7 @@ def _graphs(seats: Sequence[_Seat], plan: Plan, store: Store, key: Record) -> Ti
 
 
 def capture(run: Callable[[], Any], forget: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A graph of `run`, warmed up on a stream of its own as capturing needs; its gradients stay in the graph's pool."""
+    """Capture a graph of `run`, warmed up on a separate stream, as needed; its gradients stay in the graph's pool."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -263,7 +263,7 @@ def capture(run: Callable[[], Any], forget: Callable[[], None]) -> torch.cuda.CU
 
 
 def _row(seat: _Seat, key: Record, task: Problem, plan: Plan) -> Record:
-    """What all rows of a contender in a case share."""
+    """Collect what all rows of a contender in a case share."""
     contender = seat.contender
     named = {"sizes": list(task.shape.sizes), "peer": contender.name, "detail": contender.detail}
     named["stores_all"] = contender.stores_all
@@ -274,7 +274,7 @@ def _row(seat: _Seat, key: Record, task: Problem, plan: Plan) -> Record:
 
 
 def _roof(task: Problem, gpu: Gpu | None) -> dict[str, float]:
-    """Least milliseconds of every pass, for a client that holds only what it is permitted; {} for an unknown GPU."""
+    """Return the least milliseconds of every pass, for a client that holds only what it may; {} for an unknown GPU."""
     if gpu is None:
         return {}
     layer = layer_of(task)
@@ -283,7 +283,7 @@ def _roof(task: Problem, gpu: Gpu | None) -> dict[str, float]:
 
 
 def layer_of(task: Problem) -> Layer:
-    """The closed forms' view of a problem; only slots that get rows count, for the others need not be read."""
+    """Describe a problem for the closed forms; only slots that get rows count, for the others need not be read."""
     shape, itemsize = task.shape, task.x_TH.element_size()
     busy_E = torch.bincount(task.experts_TK.flatten(), minlength=shape.E) > 0
     slots, learning = int(busy_E.sum()), int((busy_E & task.trainable_E).sum())
@@ -305,7 +305,7 @@ def _times(values: list[float], task: Problem, name: str, roof: dict[str, float]
 
 
 def _set_ratios(rows: list[Record], peers: set[str]) -> None:
-    """How many times faster than the best of the peers that store all experts, launched in the same way."""
+    """Write how many times faster than the best of the peers that store all experts, launched in the same way."""
     for row in rows:
         same = [r for r in rows if r["pass"] == row["pass"] and r["launch"] == row["launch"] and r["peer"] in peers]
         best = min(same, key=lambda r: r["ms"], default=None)
@@ -331,5 +331,5 @@ def _sentence(error: BaseException) -> str:
 
 
 def _number(value: float) -> float | str:
-    """A float that JSON can hold."""
+    """Make a float that JSON can hold."""
     return float(f"{value:.3g}") if math.isfinite(value) else str(value)

@@ -1,6 +1,6 @@
-"""Checks in processes of their own, several at a time: each compiles kernels on one core, and may end its process.
+"""Checks in separate processes, several at once: each compiles kernels on one core, and may end its process.
 
-A worker reads names from its standard input and answers each with one line of JSON. Whoever dies or takes too long
+A worker reads names from its standard input and answers each with one line of JSON. One that dies or takes too long
 fails the check it was at, and another worker takes its place.
 """
 
@@ -37,7 +37,7 @@ def result(name: str, run: Check) -> Record:
 
 
 def serve(checks: Mapping[str, Check]) -> None:
-    """A worker's life; what checks print goes to the standard error, for the output is spoken for."""
+    """Live a worker's life; what checks print goes to the standard error, for the output is spoken for."""
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         name = line.strip()
@@ -45,7 +45,7 @@ def serve(checks: Mapping[str, Check]) -> None:
 
 
 def run(names: Sequence[str], jobs: int, options: Sequence[str], until: float) -> Iterator[Record]:
-    """Results as they come, by `jobs` workers; what is not begun at `until` has none."""
+    """Yield results as they come, by `jobs` workers; what is not begun at `until` has none."""
     waiting: Queue[str] = Queue()
     for name in names:
         waiting.put(name)
@@ -64,7 +64,7 @@ def run(names: Sequence[str], jobs: int, options: Sequence[str], until: float) -
 
 
 def _drive(waiting: Queue[str], tell: Callable[[Record | None], None], options: Sequence[str], until: float) -> None:
-    """Give names to one worker at a time until there are none; ends by telling None."""
+    """Give names to one worker, one by one, until there are none; end by telling None."""
     worker = None
     try:
         while time.monotonic() < until:
@@ -91,7 +91,7 @@ def _start(options: Sequence[str]) -> subprocess.Popen[str]:
 
 
 def _ask(worker: subprocess.Popen[str], name: str) -> Record | None:
-    """The worker's answer, None when it ended or was ended for taking too long."""
+    """Return the worker's answer, None when it ended or was ended for taking too long."""
     assert worker.stdin is not None
     assert worker.stdout is not None
     alarm = threading.Timer(SECONDS, worker.kill)

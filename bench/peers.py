@@ -1,8 +1,8 @@
 """The contenders: fedmoe, torch's grouped_mm by hand, the experts of transformers, one dense product of equal FLOPs.
 
-Each is bound once to the weights of a problem, in a layout of its own, and then runs the tokens of that problem and of
+Each is bound once to the weights of a problem, in its own layout, and then runs the tokens of that problem and of
 all that share its weights. Making the routing record is part of fedmoe's forward, as sorting is part of its peers'.
-Peers that live in packages of their own are in peers_optional.py.
+Peers from other packages are in peers_optional.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """Who runs, named exactly as it is run.
+    """A contender that runs, named exactly as it is run.
 
     Attributes:
         name: short and stable; rows of results are keyed by it.
@@ -72,7 +72,7 @@ class Contender:
 
 
 def fedmoe(backend: str = "auto", *, recompute: bool = False) -> Contender:
-    """moe_mlp on compact storage: permitted experts only, gradients for trainable ones only."""
+    """Run moe_mlp on compact storage: permitted experts only, gradients for trainable ones only."""
 
     def bind(task: Problem) -> Bound:
         slot_map = SlotMap.build(task.permitted_E, task.trainable_E)
@@ -105,7 +105,7 @@ def fedmoe(backend: str = "auto", *, recompute: bool = False) -> Contender:
 
 
 def activate(z_F: Tensor, activation: str) -> Tensor:
-    """The activation by torch's own fused functions; the formulas are those of `reference.activate`."""
+    """Apply the activation by torch's own fused functions; the formulas are those of `reference.activate`."""
     if activation == "relu":
         return tnf.relu(z_F)
     gate, up = z_F.chunk(2, dim=-1)
@@ -116,10 +116,10 @@ def activate(z_F: Tensor, activation: str) -> Tensor:
 
 
 def grouped_mm(*, compact: bool = False) -> Contender:
-    """torch.nn.functional.grouped_mm between a gather and a weighted sum, as one writes it by hand.
+    """Run torch.nn.functional.grouped_mm between a gather and a weighted sum, as one writes it by hand.
 
-    Full storage; or with `compact` only the permitted experts, which no peer does by itself: what is left of fedmoe's
-    lead when someone does.
+    Full storage; or with `compact` only the permitted experts, which no peer does by itself: it shows what is left of
+    fedmoe's lead when one does.
     """
 
     def bind(task: Problem) -> Bound:
@@ -159,7 +159,7 @@ def grouped_mm(*, compact: bool = False) -> Contender:
 
 
 def transformers_experts(implementation: str) -> Contender:
-    """The experts module of transformers that has the shape's activation, with "eager" or "grouped_mm".
+    """Run transformers' experts module that has the shape's activation, with "eager" or "grouped_mm".
 
     Raises:
         ImportError: without transformers.
@@ -189,7 +189,7 @@ def transformers_experts(implementation: str) -> Contender:
 
 
 def _module(shape: Shape, implementation: str) -> tuple[Any, dict[str, str]]:
-    """An experts module without memory of its own, and its parameter for each name in `Problem.stacks`."""
+    """Make an experts module without memory, and find its parameter for each name in `Problem.stacks`."""
     names = {"w_in": "gate_up_proj", "w_out": "down_proj"}
     if shape.activation == "swiglu":
         from transformers.models.qwen3_moe import Qwen3MoeConfig
@@ -262,7 +262,7 @@ def dense() -> Contender:
 
 
 def step(contender: Contender, task: Problem) -> Step:
-    """Forward and backward once, from new leaves: y, dx, ds, and dw_in, ... of the trainable experts where any is."""
+    """Run forward and backward once, from new leaves: y, dx, ds, and dw_in, ... of trainable experts, if any."""
     bound = contender.bind(task)
     x_TH, s_TK = leaf(task.x_TH), leaf(task.weights_TK)
 
@@ -276,7 +276,7 @@ def step(contender: Contender, task: Problem) -> Step:
 
 
 def outcome(bound: Bound, y_TH: Tensor, x_TH: Tensor, s_TK: Tensor) -> Outcome:
-    """What a finished forward and backward left; a gradient that is missing is missing here."""
+    """Return what a finished forward and backward left; a gradient that is missing is missing here."""
     grads = {name: value.grad for name, value in bound.leaves.items() if value.grad is not None}
     found = {"y": y_TH.detach(), "dx": x_TH.grad, "ds": s_TK.grad}
     found |= {f"d{name}": grad for name, grad in bound.in_order(grads).items() if grad.shape[0]}
@@ -284,7 +284,7 @@ def outcome(bound: Bound, y_TH: Tensor, x_TH: Tensor, s_TK: Tensor) -> Outcome:
 
 
 def errors(got: Outcome, want: Outcome) -> dict[str, float]:
-    """Relative L2 error of every tensor that is wanted; inf where one is missing, nan where one is not finite."""
+    """Return every wanted tensor's relative L2 error; inf where one is missing, nan where one is not finite."""
     found = {}
     for name, value in want.items():
         if name not in got or got[name].shape != value.shape:
@@ -308,13 +308,13 @@ def check(task: Problem, ours: Step, peer: Step, tolerance: float = 1e-4) -> Non
 
 
 def trained_only(task: Problem) -> Callable[[Outcome], Outcome]:
-    """Full-sized gradients to those of the trainable experts."""
+    """Cut full-sized gradients to those of the trainable experts."""
     ids = task.trainable_E.nonzero().flatten()
     return lambda grads: {name: grad[ids] for name, grad in grads.items()}
 
 
 def shared(task: Problem) -> dict[str, Tensor]:
-    """Leaves on the problem's own memory, frozen as a whole where no expert trains: all that most peers can do."""
+    """Make leaves on the problem's own memory, frozen whole where no expert trains: all that most peers can do."""
     trains = bool(task.trainable_E.any())
     return {name: full.detach().requires_grad_(trains) for name, full in task.stacks.items()}
 

@@ -1,7 +1,7 @@
-"""Peers that live in packages of their own: each is imported only when asked for, and left out where it cannot be.
+"""Peers from other packages: each is imported only when asked for, and left out where it cannot be.
 
-None of them is a requirement. What they are given is what their documentation asks for: the routing that everyone
-gets, weights in their own layout (made once, outside every measurement), and a current stream.
+None of them is a requirement. What they are given is what their documentation asks for: the routing that all
+contenders get, weights in their own layout (made once, outside every measurement), and a current stream.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def version(distribution: str, module: Any = None) -> str:
-    """Of the installed distribution; a package that lies on the path without one names itself or nothing."""
+    """Return the version of the distribution; a package on the path without one names itself or nothing."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -28,7 +28,7 @@ def version(distribution: str, module: Any = None) -> str:
 
 
 def liger() -> Contender:
-    """Liger's fused_moe: swiglu without biases."""
+    """Run Liger's fused_moe: swiglu without biases."""
     ops = importlib.import_module("liger_kernel.ops.fused_moe")
 
     def bind(task: Problem) -> Bound:
@@ -45,7 +45,7 @@ def liger() -> Contender:
 
 
 def scattermoe() -> Contender:
-    """ScatterMoE's parallel_linear twice, with torch's activation between, as in its own MLP and GLUMLP."""
+    """Run ScatterMoE's parallel_linear twice, with torch's activation between, as in its own MLP and GLUMLP."""
     module = importlib.import_module("scattermoe.parallel_experts")
 
     def bind(task: Problem) -> Bound:
@@ -76,7 +76,7 @@ def scattermoe() -> Contender:
 
 
 def sonicmoe() -> Contender:
-    """SonicMoE on routing made elsewhere; gate and up in turn along the rows of its first matrix."""
+    """Run SonicMoE on routing made elsewhere; gate and up in turn along the rows of its first matrix."""
     sonic = importlib.import_module("sonicmoe.functional")
     kinds = importlib.import_module("sonicmoe.enums").ActivationType
 
@@ -108,7 +108,7 @@ def sonicmoe() -> Contender:
 
 
 def megablocks() -> Contender:
-    """megablocks' own layer of dropless experts, mlp_impl "grouped"; w_out transposed, gate and up apart."""
+    """Run megablocks' own layer of dropless experts, mlp_impl "grouped"; w_out transposed, gate and up apart."""
     dmoe = importlib.import_module("megablocks.layers.dmoe")
     arguments = importlib.import_module("megablocks.layers.arguments")
 
@@ -170,7 +170,7 @@ def _only(*activations: str) -> Callable[[Problem], str | None]:
 
 
 def _in_turn(w_in: Tensor) -> Tensor:
-    """[gate; up] (E, 2I, H) to gate and up row by row."""
+    """Turn [gate; up] (E, 2I, H) into gate and up row by row."""
     return torch.stack(w_in.chunk(2, dim=1), dim=2).flatten(1, 2)
 
 

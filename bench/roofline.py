@@ -117,12 +117,12 @@ class Work:
     bytes: int
 
     def seconds(self, gpu: Gpu) -> float:
-        """The least time there is."""
+        """Return the least time there is."""
         return max(self.flops / (gpu.tflops * 1e12), self.bytes / (gpu.tbytes * 1e12))
 
 
 def forward(layer: Layer) -> tuple[Work, ...]:
-    """The stages of the forward pass; each reads its weights and rows once and writes its result once."""
+    """List the stages of the forward pass; each reads its weights and rows once and writes its result once."""
     t, h, i, b, r, f, s = _letters(layer)
     return (
         Work("up", 2 * r * h * f, s * (t * h + b * f * h + r * f + r * i)),
@@ -132,7 +132,7 @@ def forward(layer: Layer) -> tuple[Work, ...]:
 
 
 def backward(layer: Layer, *, block: int = 128) -> tuple[Work, ...]:
-    """The stages of the backward pass; `block` is the width of the data gradient's blocks (its partial sums)."""
+    """List the stages of the backward pass; `block` is the width of the data gradient's blocks (its partial sums)."""
     t, h, i, b, r, f, s = _letters(layer)
     bt, rt = layer.trainable, layer.trainable_rows
     partials = 4 * r * math.ceil(i / block)
@@ -150,7 +150,7 @@ def backward(layer: Layer, *, block: int = 128) -> tuple[Work, ...]:
 
 
 def least_seconds(stages: tuple[Work, ...], gpu: Gpu) -> float:
-    """The roofline of a pass: no schedule of these stages, one after another, can be faster."""
+    """Return the roofline of a pass: no schedule of these stages, one after another, can be faster."""
     return sum(work.seconds(gpu) for work in stages)
 
 
@@ -164,7 +164,7 @@ class Tiling:
 
     Attributes:
         programs: that have something to do.
-        resident: programs that fit an SM at a time.
+        resident: programs that fit an SM at once.
         useful: share of the computed products that is asked for; the rest is the edges of tiles.
         streamed: bytes of operands that a program takes from the L2 cache.
         stored: bytes that it writes when its products are done.
@@ -178,7 +178,7 @@ class Tiling:
 
 
 def expected(work: Work, gpu: Gpu, tiling: Tiling) -> float:
-    """Seconds predicted for one launch: the slowest of its products, its operands' way through L2, and its memory.
+    """Predict the seconds of one launch: the slowest of its products, its operands' way through L2, and its memory.
 
     The programs come in waves of `resident * sms`. A program's share of the tensor cores idles while its pipeline
     fills and its result drains, unless another one on the same SM fills the gap: then 1 / resident of that time shows.

@@ -1,7 +1,7 @@
 """One Launch compiled for a GPU that is not there, and what its machine code says: registers, spills, instructions.
 
 A launch is turned into a `Job` by the same code that Triton runs when a kernel is called (its binder and its packing
-of arguments), so a job is what a GPU of that architecture would compile: pointers and numbers divisible by 16 are
+of arguments). So a job is what a GPU of that architecture would compile: pointers and numbers divisible by 16 are
 known to be, a 1 is a constant. A job holds plain data only and can be sent to another process.
 """
 
@@ -41,7 +41,7 @@ OPCODES = {
     "LDG": r"\bLDG\b",  # plain loads
     "STL": r"\bSTL\b",  # spills: stores to and loads from a thread's own memory
     "LDL": r"\bLDL\b",
-    "ATOMG": r"\b(?:ATOM|ATOMG|RED|REDG)\b",  # atomics on memory, whose order is nobody's
+    "ATOMG": r"\b(?:ATOM|ATOMG|RED|REDG)\b",  # atomics on memory, in an order that nothing fixes
 }
 PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA")
 BATCH = 8  # jobs that a worker takes at a time
@@ -140,7 +140,7 @@ class Code:
     error: str = ""
 
     def resident(self, job: Job) -> int:
-        """Programs that fit an SM at a time: by 64 K registers, 64 warps, and shared memory with 1 KB of overhead."""
+        """Programs that fit an SM at once: by 64 K registers, 64 warps, and shared memory with 1 KB of overhead."""
         if self.error:
             return 0
         registers = 8 * -(-max(self.registers, 1) // 8)

@@ -55,7 +55,7 @@ class Cut:
 
 
 def cut(task: Problem) -> Cut:
-    """All stages of a problem on its device, with every buffer filled once, so that each can be run alone."""
+    """Cut a problem on its device into all stages, with every buffer filled once, so that each can run alone."""
     kernels = can_run_triton(task.x_TH.device) is None
     slot_map = SlotMap.build(task.permitted_E, task.trainable_E)
     inputs = _inputs(task, slot_map)
@@ -86,7 +86,7 @@ def cut(task: Problem) -> Cut:
 
 
 def _inputs(task: Problem, slot_map: SlotMap) -> OpInputs:
-    """The operator's tensors for the compact store, trainable slots first."""
+    """Make the operator's tensors for the compact store, trainable slots first."""
     ids_B, count = slot_map.expert_of_slot_B, int(task.trainable_E.sum())
     record = Routing.from_topk(task.experts_TK, task.weights_TK, slot_map)
     fields = dict.fromkeys(OpInputs._fields) | {"x_TH": task.x_TH}
@@ -98,7 +98,7 @@ def _inputs(task: Problem, slot_map: SlotMap) -> OpInputs:
 
 
 def whole(task: Problem, form: str) -> dict[str, Stage]:
-    """The operator's two passes in one of the `FORMS`, by name."""
+    """Return the operator's two passes in one of the `FORMS`, by name."""
     backend = "triton" if can_run_triton(task.x_TH.device) is None else "auto"
     forward, backward = _whole(task, SlotMap.build(task.permitted_E, task.trainable_E), backend, form)
     return {"forward": forward, "backward": backward}
@@ -152,7 +152,7 @@ def _factors(task: Problem, slots: int, rank: int = 8) -> list[Tensor]:
 
 
 def _launched(task: Problem, inputs: OpInputs) -> Cut:
-    """By the driver's launches, collected instead of started."""
+    """Cut by the driver's launches, collected instead of started."""
     from fedmoe_kernels.gpu import experts
     from fedmoe_kernels.gpu.launch import Launch
 
@@ -188,7 +188,7 @@ def _launched(task: Problem, inputs: OpInputs) -> Cut:
 
 
 def _looped(task: Problem, inputs: OpInputs) -> Cut:
-    """By the products that the slot loops make, over buffers of all rows."""
+    """Cut by the products that the slot loops make, over buffers of all rows."""
     shape, gemm, act = task.shape, gemm_for(task.x_TH.dtype), ACTIVATIONS[task.shape.activation]
     rows = cpu.Rows(*inputs[1:5], inputs.offsets_B1.tolist())
     N, like = rows.real, task.x_TH
@@ -245,7 +245,7 @@ def _looped(task: Problem, inputs: OpInputs) -> Cut:
 
 
 def _experts(inputs: OpInputs) -> list[slot.Expert]:
-    """One record per slot of a store without adapters."""
+    """Make one record per slot of a store without adapters."""
     trainable, frozen = inputs[6:10], inputs[10:14]
     per_slot = [
         [None] * (inputs.offsets_B1.shape[0] - 1) if first is None or rest is None else [*first, *rest]

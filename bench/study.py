@@ -1,4 +1,4 @@
-"""The published accuracy tables: every method over three seeds, resumable, with naive Bayes beside classification.
+"""The published accuracy tables: every method over three seeds, resumable, with naive Bayes next to classification.
 
     python bench/study.py stdlib            # the demo's job: loss on held-out text
     python bench/study.py ag_news FILE.csv  # accuracy on the papers' AG News
@@ -44,7 +44,7 @@ METHODS = {
 
 
 def summary_of(words: Sequence[str], out: Path) -> dict[str, Any]:
-    """The summary of one run, from disk if a run of this very configuration is finished there."""
+    """Read the summary of one run, from disk if a run of this very configuration is finished there."""
     files = [word for word in words if word.endswith(".toml")]
     overrides = [word for word in words if not word.endswith(".toml")]
     wanted = Config.load(Path(files[0]) if files else None, overrides).resolved()
@@ -56,7 +56,7 @@ def summary_of(words: Sequence[str], out: Path) -> dict[str, Any]:
 
 
 def row_of(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One line of the table: per seed, and mean and standard deviation of the change."""
+    """Make one line of the table: per seed, and mean and standard deviation of the change."""
     key = "loss" if runs[0]["accuracy_after"] is None else "accuracy"
     before, after = ([run[f"{key}_{when}"] for run in runs] for when in ("before", "after"))
     gains = [b - a for a, b in zip(before, after, strict=True)]
@@ -77,7 +77,7 @@ def row_of(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table."""
+    """Write the rows as a table."""
     measure, seeds = rows[0]["measure"], "/".join(map(str, SEEDS))
     lines = [
         f"| method | {measure} before, seeds {seeds} | after | change, mean ± sd | moved | budgets exceeded |",

@@ -1,4 +1,4 @@
-"""The tables of README and docs/study.md, from the committed records of `fedmoe compare`.
+"""The tables of docs/results.md and docs/study.md, from the committed records of `fedmoe compare`.
 
     python bench/study_table.py                     # all systems, in Markdown
     python bench/study_table.py ablation-plus       # one ablation, every variant against the first
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "study"
 
 
 def cell(quality: Mapping[str, Any], *, accuracy: bool) -> str:
-    """One quality: its mean, and the distance from the subject with a star where it is significant."""
+    """Write one quality: its mean, and the distance from the subject with a star where it is significant."""
     if quality["value"] is None:
         return "n/a"
     scale, digits = (100.0, 1) if accuracy else (1.0, 3)
@@ -38,7 +38,7 @@ def cell(quality: Mapping[str, Any], *, accuracy: bool) -> str:
 
 
 def lines(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The table of systems: a line for each, three columns for each study."""
+    """Write the table of systems: a line for each, three columns for each study."""
     heads = ["system"]
     for name, record in records.items():
         seeds = len(record["seeds"])
@@ -61,7 +61,7 @@ def lines(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def departures(record: Mapping[str, Any]) -> list[str]:
-    """The table of an ablation: a line for each variant, what it is worth to everybody and in each tier."""
+    """Write the table of an ablation: a line for each variant, what it is worth to all clients and in each tier."""
     rows = record["rows"]
     unit = "accuracy, %" if rows[0]["accuracy"] else "loss, nats"
     names = ["global", "clients", *(name for name in rows[0]["qualities"] if name.startswith("mean "))]
@@ -78,7 +78,7 @@ def _markdown(table: list[list[str]]) -> list[str]:
 
 
 def read(name: str) -> dict[str, Any]:
-    """The record of a study by its directory's name."""
+    """Read the record of a study by its directory's name."""
     record: dict[str, Any] = json.loads((RESULTS / name / "compare.json").read_text("utf-8"))
     return record
 

@@ -1,4 +1,4 @@
-"""The cases of bench/cases.py under pytest-benchmark, grouped so that a table shows fedmoe beside its peers.
+"""The cases of bench/cases.py under pytest-benchmark, grouped so that a table shows fedmoe and its peers.
 
     make bench        # or: python -m pytest bench --benchmark-columns=median,iqr,rounds
 
@@ -29,7 +29,7 @@ CONTENDERS: Mapping[str, Callable[[], Contender]] = MappingProxyType(
 
 @cache
 def checked(shape: Shape, case: Case) -> Problem:
-    """The problem, after fedmoe has given on it what both peers give: no time is taken of a wrong result."""
+    """Return the problem, after fedmoe has given on it what both peers give: no time is taken of a wrong result."""
     task = problem(shape, case)
     for peer in ("grouped_mm", "eager"):
         check(task, step(fedmoe(), task), step(CONTENDERS[peer](), task))

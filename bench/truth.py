@@ -17,7 +17,7 @@ _ROWS = 4096
 
 
 def truth(task: Problem, *, keep: torch.dtype = torch.float32) -> Outcome:
-    """y, dx, ds and the gradients of the trainable experts' stacks by ascending id, kept in `keep`.
+    """Compute y, dx, ds and the gradients of the trainable experts' stacks by ascending id, kept in `keep`.
 
     The tensors of the problem are taken at the values they hold, so what is compared is the arithmetic alone. The
     order of sums is not fixed on a GPU; in float64 that shows at 1e-15.
@@ -62,7 +62,7 @@ def _mlp(x_nH: Tensor, leaves: dict[str, Tensor], activation: str) -> Tensor:
 
 
 def check_truth(task: Problem) -> dict[str, float]:
-    """Relative error of `truth` against `reference.moe_mlp` and autograd in float64, by name; the reference on CPU."""
+    """Return relative errors of `truth` against `reference.moe_mlp` and autograd in float64 on CPU, by name."""
     small = redrawn(task, 1)
     leaves = {name: full.detach().cpu().double().requires_grad_() for name, full in small.stacks.items()}
     x_TH, s_TK = (t.cpu().double().requires_grad_() for t in (small.x_TH, small.weights_TK))

@@ -73,7 +73,7 @@ class Timed:
 
 
 def neighbours(base: Tile, arch: str, family: str) -> list[Tile]:
-    """`base` first, then what differs from it in one number or in two that go together."""
+    """List `base` first, then what differs from it in one number or in two that go together."""
     steps = dict(STEPS)
     unused = {"split"} - ({"split"} if family in ("up", "data_gradient") else set())
     unused |= {"tma"} if arch in ("sm_80", "sm_86") else set()
@@ -90,7 +90,7 @@ def neighbours(base: Tile, arch: str, family: str) -> list[Tile]:
 
 
 def heights(tiles: TileSet) -> Iterator[TileSet]:
-    """`tiles`, and the same with blocks half and twice as high."""
+    """List `tiles`, and the same with blocks half and twice as high."""
     for m in (tiles.rows, tiles.rows // 2, tiles.rows * 2):
         if 16 <= m <= 128:
             over_rows = {name: replace(getattr(tiles, name), m=m) for name in FAMILIES if name != "weight_gradient"}
@@ -98,7 +98,7 @@ def heights(tiles: TileSet) -> Iterator[TileSet]:
 
 
 def fitting(layer: Layer, family: str, tiles: list[Tile], arch: str, pool: ProcessPoolExecutor) -> list[Tile]:
-    """The tiles whose code passes every gate of the ahead-of-time table, with a word on each that does not."""
+    """Keep the tiles whose code passes every gate of the ahead-of-time table, with a word on each that does not."""
     jobs = []
     for tile in tiles:
         launches: list[Launch] = []
@@ -114,7 +114,7 @@ def fitting(layer: Layer, family: str, tiles: list[Tile], arch: str, pool: Proce
 
 
 def same(out: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> bool:
-    """Whether every result is within the relative norm error that its dtype allows; NaN is never."""
+    """Tell whether every result is within the relative norm error that its dtype allows; NaN is never."""
     errors = [(out[name].double() - truth[name].double()).norm() / truth[name].double().norm() for name in truth]
     return all(bool(error <= tolerance) for error in errors)
 
@@ -154,14 +154,14 @@ def _milliseconds(layer: Layer, family: str, tile: Tile, clock: Clock) -> float:
 
 
 def brief(tile: Tile) -> str:
-    """A tile in a few words."""
+    """Describe a tile in a few words."""
     text = f"{tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages, group {tile.group}"
     text += f", split {tile.split}" if tile.split > 1 else ""
     return text + (f", {tile.registers} registers" if tile.registers else "") + (", tma" if tile.tma else "")
 
 
 def say(line: str) -> None:
-    """Progress, not result."""
+    """Print progress, not results."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -187,7 +187,7 @@ class Search:
     device: str | None
 
     def line(self, shape: Shape, rows: int) -> dict[str, Any] | None:
-        """The best tiles of one shape and number of rows, as a line of the table; None when nothing was timed."""
+        """Find the best tiles of one shape and number of rows, as a line of the table; None when nothing was timed."""
         start = tiles_for(self.arch, self.dtype, rows, hidden=shape.H, inner=shape.I, gated=gated(shape))
         unreal = layer_of(scaled(shape, rows), self.dtype, "meta") if self.pool else None
         real = layer_of(scaled(shape, rows), self.dtype, self.device) if self.device else None

@@ -1,4 +1,4 @@
-"""One family of kernels at a time, at one tile: its operands, its launches, and what they leave behind."""
+"""One family of kernels at one tile: its operands, its launches, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Layer:
     h_RI: Tensor
 
     def rows(self, *width: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An output by row, full of NaN so that what is not written shows."""
+        """Make an output by row, full of NaN so that what is not written shows."""
         size = (self.tokens_R.shape[0], *width)
         return torch.full(size, float("nan"), dtype=dtype or self.x_TH.dtype, device=self.x_TH.device)
 
@@ -140,10 +140,10 @@ def _over_rows(layer: Layer, family: str, how: dict[str, Any]) -> tuple[list[Lau
 
 
 def scaled(shape: Shape, rows_per_slot: int) -> Shape:
-    """The shape with as many tokens as give every expert this many rows on average."""
+    """Return the shape with as many tokens as give every expert this many rows on average."""
     return replace(shape, T=max(1, rows_per_slot * shape.E // shape.K))
 
 
 def gated(shape: Shape) -> bool:
-    """Whether its up-projection has two halves."""
+    """Tell whether its up-projection has two halves."""
     return ACTIVATIONS[shape.activation].gated

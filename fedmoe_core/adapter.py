@@ -18,6 +18,8 @@ from fedmoe_core.layer import MoE
 from fedmoe_core.rows import Rows
 from fedmoe_core.update import Evaluation, ParamSpec
 
+ENTRY_POINTS = "fedmoe.adapters"  # the group in which a package registers its adapter
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -45,7 +47,7 @@ class ModelSpec:
         return frozenset(spec.key for spec in self.params)
 
     def trained(self, *, train_dense: bool) -> tuple[ParamSpec, ...]:
-        """The tensors that may train: experts and routers, and of the dense ones all or the head."""
+        """Return the tensors that may train: experts and routers, and of the dense ones all or the head."""
         moving = [spec for spec in self.params if spec.kind != "frozen"]
         return tuple(spec for spec in moving if spec.kind != "dense" or train_dense or spec.key in self.head)
 
@@ -85,7 +87,7 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.alpha > 0:
-            raise ValueError(f"rank={self.rank}, alpha={self.alpha} is no adapter; give a rank and an alpha above 0")
+            raise ValueError(f"rank={self.rank}, alpha={self.alpha} is out of range; give rank >= 1 and alpha > 0")
 
     @property
     def scale(self) -> float:
@@ -101,7 +103,7 @@ class ModelAdapter(Protocol):
     frozen_moe: tuple[MoE, ...]  # original blocks that the layers of ``moe`` are grafted on; usually none
 
     def state(self) -> dict[str, Tensor]:
-        """The whole model in global coordinates (keys of ``ParamSpec``), cloned; every expert must be held."""
+        """Return the whole model in global coordinates (keys of ``ParamSpec``), cloned; every expert must be held."""
         ...
 
     def configure(
@@ -128,7 +130,7 @@ class ModelAdapter(Protocol):
         from ``state`` and get gradients when ``train_dense``; a classification head trains in any case unless
         ``train_head`` is False. The state is never mutated nor aliased.
 
-        After ``add_lora`` adapters train in place of the permitted experts, cut to the first ``lora_rank`` ranks; where
+        After ``add_lora`` adapters train instead of the permitted experts, cut to the first ``lora_rank`` ranks; where
         the state has no factors they exist only with a ``lora_rank``, fresh from ``lora_seed``. ``out_scale_L`` gives
         each layer's output a trainable factor that starts there. ``frozen_bits`` (8 or 4) stores the experts that do
         not train in as many bits, for a cheap look at the whole model.
@@ -136,22 +138,22 @@ class ModelAdapter(Protocol):
         ...
 
     def add_lora(self, lora: LoraSpec, *, seed: int) -> dict[str, Tensor]:
-        """Let experts carry adapters from now on; the factors to add to the state (none unless ``lora.in_state``)."""
+        """Let experts carry adapters from now on; return the factors to add to the state, if ``lora.in_state``."""
         ...
 
     def place_losses(self, batch: Batch, *, log_prior_C: Tensor | None = None) -> PlaceLosses:
-        """The losses behind ``evaluate``, place by place, no gradient; the layers measure. ``log_prior_C`` as there."""
+        """Return the losses of ``evaluate`` by place, no gradient; the layers measure; ``log_prior_C`` as there."""
         ...
 
     def attention_received(self, batch: Batch) -> Tensor:
-        """Attention that each place gets in the attention before each MoE layer, (L, S, N), 0 at padding.
+        """Return the attention that each place gets before each MoE layer, (L, S, N), 0 at padding.
 
         Mean over heads, and over the real places that can see it (itself and those after it).
         """
         ...
 
     def graft(self, graft: GraftSpec, *, seed: int) -> dict[str, Tensor]:
-        """Put a fresh mixture beside every MoE block; the whole state in the new coordinates.
+        """Put a fresh mixture next to every MoE block; return the whole state in the new coordinates.
 
         The grafted layers become ``moe`` and what ``spec`` describes; the original blocks stay as they are, frozen,
         under their own parameter names (kind "frozen").
@@ -159,7 +161,7 @@ class ModelAdapter(Protocol):
         ...
 
     def trained(self) -> dict[str, Tensor]:
-        """Detached views of what this configuration trains, keyed and shaped as ``ClientUpdate.deltas``."""
+        """Return detached views of what this configuration trains, keyed and shaped as ``ClientUpdate.deltas``."""
         ...
 
     def loss(
@@ -172,7 +174,7 @@ class ModelAdapter(Protocol):
         log_prior_C: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Mean loss of the batch, in nats per predicted token or per sample; padding neither routed nor counted.
+        """Return the batch's mean loss in nats per predicted token or sample; padding is neither routed nor counted.
 
         Classification only: ``token_dropout`` treats each real token as padding with that chance, drawn by
         ``generator``; ``log_prior_C`` is added to the logits. ``label_smoothing`` is the share of the target that is
@@ -181,18 +183,18 @@ class ModelAdapter(Protocol):
         ...
 
     def text_loss(self, batch: Batch) -> Tensor:
-        """Mean next-token loss of the batch, whatever the task: a classifier's trunk predicts by its own embedding."""
+        """Return the mean next-token loss, whatever the task; a classifier's trunk predicts by its own embedding."""
         ...
 
     def evaluate(self, batch: Batch, *, with_stats: bool = False, log_prior_C: Tensor | None = None) -> Evaluation:
-        """Loss sum, count and correct predictions, without gradients; ``with_stats`` lets the layers measure.
+        """Return loss sum, count and correct predictions, without gradients; ``with_stats`` lets the layers measure.
 
         ``log_prior_C`` is added to the logits of a classifier.
         """
         ...
 
     def watch_attention(self) -> AbstractContextManager[list[Tensor | None]]:
-        """Within the block, after each forward and for each MoE layer, what attention the tokens receive, (S, N).
+        """Record, within the block, what attention the tokens of each MoE layer receive, (S, N), after every forward.
 
         That is the mean over heads and over the places that see the token; None where attention cannot be watched.
         """
@@ -200,12 +202,12 @@ class ModelAdapter(Protocol):
 
 
 def find_adapter(name: str) -> object:
-    """The loader registered under ``name`` in the entry-point group ``fedmoe.adapters``.
+    """Return the loader registered under ``name`` in the entry-point group ``fedmoe.adapters``.
 
     Raises:
         ValueError: no installed package registers that name.
     """
-    found = {entry.name: entry for entry in entry_points(group="fedmoe.adapters")}
+    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name not in found:
         raise ValueError(f"adapter {name!r} is not installed; installed adapters: {', '.join(sorted(found)) or 'none'}")
     return found[name].load()

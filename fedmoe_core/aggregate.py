@@ -35,7 +35,7 @@ SCALARS = ("accepted", "gate_den", "dense_den", "round_den")  # places 0..3 of t
 
 
 class Accumulator:
-    """Exact fixed-point sums of one round, folded one client at a time and never holding two clients (invariant 13).
+    """Exact fixed-point sums of one round, folded client by client and never holding two clients (invariant 13).
 
     All sums live in one flat int64 tensor, so that one all-reduce merges ranks; integer addition makes the result
     the same bits for every order of clients and every placement on ranks.
@@ -51,6 +51,20 @@ class Accumulator:
     Raises:
         ValueError: no expert tensor, a repeated key, layers that differ in their number of experts, or a resolution too
             coarse for ``lr``.
+
+    Example:
+        >>> from fedmoe_core.budget import Budget, Cost
+        >>> sums = Accumulator([ParamSpec("moe.0.w_out", "expert", (2, 1, 1), torch.float32, layer=0)])
+        >>> first = np.array([[True, False]])  # both clients train expert 0 only
+        >>> for client, delta in enumerate([0.25, 0.75]):
+        ...     plan = ExpertPlan(client, 0, first, first, 1, 1, 0, Budget(), Cost())
+        ...     deltas = {"moe.0.w_out": torch.full((1, 1, 1), delta)}
+        ...     update = ClientUpdate(client, 0, deltas, 1.0 * first, 0.0 * first, 0.0, 1.0, None, Cost(), 8, steps=1)
+        ...     print(sums.add(update, plan).accepted)
+        True
+        True
+        >>> expert_mean(sums.sums(), {"moe.0.w_out": torch.zeros(2, 1, 1)})["moe.0.w_out"].flatten()
+        tensor([0.5000, 0.0000])
     """
 
     def __init__(
@@ -152,7 +166,7 @@ class Accumulator:
         return int(self._scalars[0])
 
     def sums(self) -> Sums:
-        """The sums so far, as a record that later calls leave unchanged (copied only if something is added later)."""
+        """Return the sums so far; later calls leave the record unchanged (copied only if something is added later)."""
         self._lent = True
         _, gate_den, dense_den, round_den = self._scalars.tolist()
         return Sums(
@@ -169,7 +183,7 @@ class Accumulator:
         )
 
     def reset(self) -> None:
-        """Empty sums for the next round; memory is reused unless a Sums record still looks into it."""
+        """Set all sums to zero for the next round; memory is reused unless a Sums record still looks into it."""
         self._clients.clear()
         if self._lent:
             self._set_flat(torch.zeros_like(self._flat))
@@ -177,7 +191,7 @@ class Accumulator:
             self._flat.zero_()
 
     def flatten(self) -> Tensor:
-        """A copy of all sums as one int64 vector; adding such vectors merges the sums."""
+        """Return a copy of all sums as one int64 vector; adding such vectors merges the sums."""
         return self._flat.clone()
 
     def load_flat(self, flat: Tensor) -> None:
@@ -210,7 +224,7 @@ class Accumulator:
         self._clients |= other._clients
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Make these sums those of all ranks together: one in-place all-reduce of int64, exact whatever its order.
+        """Add up the sums of all ranks: one in-place all-reduce of int64, exact whatever its order.
 
         Raises:
             ValueError: the ranks together hold more clients than ``max_clients``.
@@ -225,7 +239,7 @@ class Accumulator:
 
 
 def model_hash(state: Mapping[str, Tensor]) -> str:
-    """sha256 of a model: keys in sorted order, each with its dtype, shape and little-endian bytes. Hexadecimal."""
+    """Return the hex sha256 of a model: keys in sorted order, each with its dtype, shape and little-endian bytes."""
     digest = hashlib.sha256()
     for key in sorted(state):
         tensor = state[key].detach().cpu().contiguous()

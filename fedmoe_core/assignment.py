@@ -1,9 +1,9 @@
 """FLEX-MoE's client-expert assignment (arXiv 2512.23070): fitness scores, load deficits and the balanced program.
 
-The paper's own formulas were not to be had: what is known [N] is that the server scores the fitness of client-expert
-pairs from feedback, keeps historical deficits, and solves a program with lower and upper load bounds. The formulas here
-are our explicit reading [E]. C clients of the round, E experts of one MoE layer; every layer is assigned alone, while
-fitness and deficits take leading axes, such as layers, along.
+We could not obtain the paper's formulas. It is known [N] that the server scores the fitness of client-expert pairs from
+feedback, keeps historical deficits, and solves a program with lower and upper load bounds. The formulas here are our
+explicit reading [E]. C is the number of clients of the round, E that of experts of one MoE layer. Every layer is
+assigned alone, while fitness and deficits may have leading axes, such as layers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Fitness:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Who gets which expert: the mask (C, E), its load, its objective and the proven distance to the optimum."""
+    """Which client gets which expert: mask (C, E), load, objective and the proven distance to the optimum."""
 
     chosen_CE: np.ndarray
     load_E: np.ndarray
@@ -42,7 +42,7 @@ class Assignment:
 def quality(
     accuracy_CE: np.ndarray, loss_CE: np.ndarray, usage_CE: np.ndarray, weights: tuple[float, float, float] = (1, 1, 1)
 ) -> np.ndarray:
-    """q = w_a * accuracy + w_l * exp(-loss) + w_u * usage / sum_e usage, from a round's feedback [E].
+    """Compute q = w_a * accuracy + w_l * exp(-loss) + w_u * usage / sum_e usage, from a round's feedback [E].
 
     NaN, the loss or accuracy of an expert that served no token, counts as 0.
     """
@@ -53,14 +53,14 @@ def quality(
 
 
 def observe(fitness: Fitness, quality_CE: np.ndarray, assigned_CE: np.ndarray, *, rate: float) -> Fitness:
-    """Q^t = (1 - g) Q^{t-1} + g q for assigned pairs, else Q^{t-1}; a pair's first q is taken whole [E]."""
+    """Return Q^t = (1 - g) Q^{t-1} + g q for assigned pairs, else Q^{t-1}; a pair's first q is taken whole [E]."""
     step_CE = np.where(fitness.tried_CE == 0, 1.0, rate)
     moved_CE = (1 - step_CE) * fitness.mean_CE + step_CE * quality_CE
     return Fitness(np.where(assigned_CE, moved_CE, fitness.mean_CE), fitness.tried_CE + assigned_CE)
 
 
 def scores(fitness: Fitness, round: int, *, exploration: float) -> np.ndarray:
-    """z-score of Q + xi * sqrt(log t / (1 + N)) over each client's experts, with t = round + 1 [E].
+    """Return the z-score of Q + xi * sqrt(log t / (1 + N)) over each client's experts, with t = round + 1 [E].
 
     A pair never tried counts as the mean of those the client did try, so that ignorance is neither praise nor blame.
     The z-score keeps clients of large losses from dominating; a client whose scores are all equal gets zeros.
@@ -77,28 +77,28 @@ def scores(fitness: Fitness, round: int, *, exploration: float) -> np.ndarray:
 
 
 def next_deficit(deficit_E: np.ndarray, load_E: np.ndarray) -> np.ndarray:
-    """d_e^t = max(0, d_e^{t-1} + lbar - load_e^{t-1}), lbar = mean load: what an expert is owed by past rounds [E]."""
+    """Return d_e^t = max(0, d_e^{t-1} + lbar - load_e^{t-1}), lbar = mean load: what past rounds owe an expert [E]."""
     return np.maximum(0.0, deficit_E + load_E.mean(axis=-1, keepdims=True) - load_E)
 
 
 def coefficient_of_variation(load_E: np.ndarray) -> float:
-    """Standard deviation of the load over its mean; 0 where nobody is loaded. The paper's measure of balance [N]."""
+    """Return standard deviation over mean of the load: the paper's measure of balance [N]; 0 without any load."""
     return float(load_E.std() / load_E.mean()) if load_E.sum() > 0 else 0.0
 
 
 def greedy(scores_CE: np.ndarray, counts_C: np.ndarray) -> np.ndarray:
-    """Every client's own k_c best experts (C, E), whatever the load: the baseline; ties go to the smaller id [N]."""
+    """Choose each client's k_c best experts (C, E), whatever the load: the baseline; ties go to the smaller id [N]."""
     rank_CE = np.argsort(np.argsort(-scores_CE, axis=1, kind="stable"), axis=1, kind="stable")
     return rank_CE < counts_C[:, None]
 
 
 def random_experts(counts_C: np.ndarray, experts: int, rng: np.random.Generator) -> np.ndarray:
-    """k_c experts of each client drawn uniformly (C, E): the other baseline."""
+    """Draw k_c experts of each client uniformly (C, E): the other baseline."""
     return greedy(rng.random((len(counts_C), experts)), counts_C)
 
 
 def load_bounds(samples_C: np.ndarray, counts_C: np.ndarray, experts: int, delta: float) -> tuple[float, float]:
-    """(1 - delta) lbar and (1 + delta) lbar, lbar = sum_c n_c k_c / E [E].
+    """Return (1 - delta) lbar and (1 + delta) lbar, lbar = sum_c n_c k_c / E [E].
 
     Equal n_c: bounds are drawn in to whole clients, which loses no assignment and keeps the linear program integral;
     where no whole number lies between them, to the two nearest lbar.
@@ -140,11 +140,11 @@ def assign(
     program: Program | None = None,
     rooms: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Assignment:
-    """FLEX-MoE's program [E]: the best total fitness with the loads of all experts near their mean.
+    """Solve FLEX-MoE's program [E]: the best total fitness with the loads of all experts near their mean.
 
     max sum (Q_ce + eta d_e / lbar) x_ce - M sum_e (s_e^- + s_e^+), where sum_e x_ce = k_c and
-    (1 - delta) lbar - s_e^- <= sum_c n_c x_ce <= (1 + delta) lbar + s_e^+; as few experts as can be stay without a
-    client (none where there are places enough); sum_e cost_ce x_ce <= room_c where given.
+    (1 - delta) lbar - s_e^- <= sum_c n_c x_ce <= (1 + delta) lbar + s_e^+; sum_e cost_ce x_ce <= room_c where given.
+    As few experts as possible stay without a client (none if there are enough places).
 
     With equal n_c and no rooms the matrix is that of a transportation problem, totally unimodular: a vertex of the
     linear program is integral, and HiGHS is done at its root. Otherwise it branches, up to ``node_limit``, and reports
@@ -202,7 +202,7 @@ def assign_layers(
     deficit_LE: np.ndarray | None = None,
     program: Program | None = None,
 ) -> list[Assignment]:
-    """One program for each MoE layer: their loads do not share a bound, and k_c of each layer is given."""
+    """Solve one program for each MoE layer: their loads do not share a bound, and k_c of each layer is given."""
     deficits = [None] * len(scores_LCE) if deficit_LE is None else list(deficit_LE)
     return [
         assign(scores_CE, counts_C, samples_C, deficit_E=deficit_E, program=program)

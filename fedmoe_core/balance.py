@@ -50,12 +50,12 @@ class SwitchBalance:
 
 
 def balance_loss(layers: Sequence[MoE], *, served_only: bool = False) -> Tensor:
-    """Mean over layers of E * sum_e f_e P_e, a differentiable scalar: 1 when perfectly balanced, up to E.
+    """Return the mean over layers of E * sum_e f_e P_e, a differentiable scalar: 1 when perfectly balanced, up to E.
 
-    f_e is the share of top-k choices that fall on expert e (a constant), P_e the mean softmax probability of e, both
-    over the real tokens of the last forward and over the whole router, absent experts included. Switch Transformer
-    (arXiv 2101.03961) eqs. 4-6 [P], with f over k choices as in later models. With ``served_only`` the router is that
-    of the sub-model: absent experts that nobody serves have no probability, and E counts the others.
+    f_e is the share of top-k choices that fall on expert e (a constant), P_e the mean softmax probability of e. Both
+    are over the real tokens of the last forward and over the whole router, absent experts included. See Switch
+    Transformer (arXiv 2101.03961) eqs. 4-6 [P], with f over k choices as in later models. With ``served_only`` the
+    router is that of the sub-model: absent experts that no held one serves have no probability, and E counts the rest.
 
     Set ``keep_logits`` of every layer before the forward. The logits are released here, so call once per forward.
 

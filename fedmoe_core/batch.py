@@ -27,7 +27,7 @@ class Batch:
         return self.tokens_SN.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
+        """Return the same batch on ``device``."""
         labels_S = None if self.labels_S is None else self.labels_S.to(device)
         return Batch(self.tokens_SN.to(device), self.mask_SN.to(device), labels_S)
 
@@ -57,11 +57,11 @@ class Encoded:
         return len(self.tokens_N) if self.labels_P is None else len(self)
 
     def as_text(self) -> Encoded:
-        """The same tokens without labels, for language modelling on the text of a classification corpus."""
+        """Return the same tokens without labels, for language modelling on the text of a classification corpus."""
         return replace(self, labels_P=None)
 
     def take(self, rows: np.ndarray) -> Encoded:
-        """The given pieces, in the given order."""
+        """Return the given pieces, in the given order."""
         rows_P = torch.from_numpy(np.asarray(rows, dtype=np.int64))
         lengths_P = self.offsets_P1.diff()[rows_P]
         offsets_P1 = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_P.cumsum(0)])
@@ -74,7 +74,7 @@ class Encoded:
 def client_batches(
     data: Encoded, *, seed: int, round: int, client: int, steps: int, batch_size: int, seq_len: int
 ) -> Iterator[Batch]:
-    """The batches of one client in one round; a function of these arguments only, whatever other clients do.
+    """Draw the batches of one client in one round; they depend on these arguments only, whatever other clients do.
 
     Language modelling: windows of ``seq_len`` tokens at uniform places of the client's one long stream. Classification:
     rows in random order, each once before any comes twice. Every batch has the shape (batch_size, seq_len); padding
@@ -86,12 +86,12 @@ def client_batches(
 def public_batches(
     data: Encoded, *, seed: int, steps: int, batch_size: int, seq_len: int, purpose: str = "warm-up"
 ) -> Iterator[Batch]:
-    """The batches of central training on public data, drawn as in ``client_batches``; one stream per ``purpose``."""
+    """Draw the batches of central training on public data, as in ``client_batches``; one stream per ``purpose``."""
     yield from _draw(data, counter_rng(seed, f"public {purpose}"), steps, (batch_size, seq_len))
 
 
 def eval_batches(data: Encoded, *, batch_size: int, seq_len: int, sequences: int = 0) -> Iterator[Batch]:
-    """Fixed batches for evaluation: the same at every call.
+    """Return fixed batches for evaluation: the same at every call.
 
     Language modelling: disjoint windows, spread evenly over the stream. Classification: the first rows (splits are
     stored in random order). The last batch may be smaller.

@@ -23,6 +23,9 @@ _BINARY = {"TiB": 1024**4, "GiB": 1024**3, "MiB": 1024**2, "KiB": 1024}
 _DECIMAL = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
 _BYTES = {**_BINARY, **_DECIMAL, "B": 1}
 _FLOPS = {"PFLOP": 10**15, "TFLOP": 10**12, "GFLOP": 10**9, "MFLOP": 10**6}
+_MOST = 2**60  # bytes or experts: 1 EiB; solvers add such numbers up in int64
+_MOST_FLOPS = 1e300  # what floats hold, with room to be rounded up
+_DIGITS = 80  # of an amount; an exponent has at most three: to write 1e999999999 out takes hours
 _NUMBER = re.compile(r"(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)\s*([A-Za-z%]*)")
 
 
@@ -48,8 +51,13 @@ class Budget:
     def __post_init__(self) -> None:
         for word, attribute in RESOURCES.items():
             limit = getattr(self, attribute)
-            if limit is not None and not (math.isfinite(limit) and limit >= 0):
-                raise ValueError(f"budget {word}={limit} is not a limit; give a finite number of at least 0")
+            most = _MOST_FLOPS if word == "flops" else _MOST
+            if limit is not None and not 0 <= limit <= most:  # written so that NaN is refused
+                huge = isinstance(limit, int) and limit.bit_length() > 1000  # such an int has no text, nor a float
+                given = "a number of hundreds of digits" if huge else limit
+                raise ValueError(
+                    f"budget {word}={given} is not a limit; give a number from 0 to {most}, or leave it out"
+                )
 
     @classmethod
     def parse(cls, text: str, *, spec_experts: int | None = None, plain: Callable[[int], Cost] | None = None) -> Budget:
@@ -67,6 +75,13 @@ class Budget:
 
         Raises:
             ValueError: unknown word, unit or profile (with the nearest valid one), a bad number, a resource twice.
+
+        Example:
+            >>> budget = Budget.parse("memory=40MiB,experts=25%", spec_experts=32)
+            >>> budget.memory_bytes, budget.experts
+            (41943040, 8)
+            >>> Budget.parse("raspberry-pi-5-8gb").memory_bytes == 6 * 2**30  # three quarters of its 8 GiB
+            True
         """
         limits: dict[str, int | float | None] = {}
         for place, part in enumerate(text.split(",")):
@@ -82,7 +97,7 @@ class Budget:
         return cls(**limits, name=text.strip())  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        """Text that ``parse`` reads back to an equal budget."""
+        """Return text that ``parse`` reads back to an equal budget."""
         if (device := find_device(self.name)) is not None and device_budget(device) == self:
             return device.name
         parts = [
@@ -97,7 +112,12 @@ class Budget:
         return ",".join(parts) or "unlimited"
 
     def violations(self, cost: Cost) -> list[str]:
-        """One line for every resource of which ``cost`` needs more than is allowed; empty = it fits."""
+        """Return one line for every resource of which ``cost`` needs more than is allowed; empty = it fits.
+
+        Example:
+            >>> Budget.parse("memory=1MiB").violations(Cost(memory_bytes=2 * 2**20))
+            ['memory: 2.0 MiB (2097152 B) used, 1.0 MiB (1048576 B) allowed']
+        """
         found = []
         for word, attribute in RESOURCES.items():
             used, allowed = getattr(cost, attribute), getattr(self, attribute)
@@ -106,17 +126,17 @@ class Budget:
         return found
 
     def fits(self, cost: Cost) -> bool:
-        """Whether ``cost`` stays within every limit."""
+        """Return whether ``cost`` stays within every limit."""
         return not self.violations(cost)
 
     def after(self, extra: Cost) -> Budget:
-        """What is left of traffic and operations once ``extra`` is paid; peaks and counts are not spent by it.
+        """Return what is left of traffic and operations once ``extra`` is paid; peaks and counts are not spent by it.
 
         Raises:
             ValueError: ``extra`` alone needs more than is allowed of some resource.
         """
         if over := self.violations(extra):
-            raise ValueError(f"the work beside training alone needs more than the budget ({over[0]}); raise the budget")
+            raise ValueError(f"the work besides training alone exceeds the budget ({over[0]}); raise the budget")
         return replace(
             self,
             flops=None if self.flops is None else self.flops - extra.flops,
@@ -137,7 +157,7 @@ class Cost:
     seconds: float = 0.0
 
     def with_extra(self, extra: Cost) -> Cost:
-        """This cost and that of work done before or after it: traffic, operations and time add up, peaks do not."""
+        """Return this cost plus that of work before or after it: traffic, operations, time add up, peaks do not."""
         return Cost(
             memory_bytes=max(self.memory_bytes, extra.memory_bytes),
             flops=self.flops + extra.flops,
@@ -152,7 +172,7 @@ NOTHING = Cost()
 
 
 def device_budget(device: Device) -> Budget:
-    """The limits of a device profile."""
+    """Return the limits of a device profile."""
     return Budget(
         memory_bytes=device.usable_bytes,
         flops=device.round_flops,
@@ -163,7 +183,7 @@ def device_budget(device: Device) -> Budget:
 
 
 def show(resource: str, amount: float, *, exact: bool = False) -> str:
-    """An amount of a resource for people, rounded up: a limit typed from it is large enough.
+    """Format an amount of a resource for people, rounded up: a limit typed from it is large enough.
 
     ``exact`` adds the plain number, so that two amounts that round to the same text can be told apart.
     """
@@ -212,11 +232,11 @@ def _amount(
     match = _NUMBER.fullmatch(amount)
     if match is None:
         raise ValueError(f"budget {text!r}: {amount!r} is not an amount of {word}; write for example {_example(word)}")
-    number, unit = Fraction(match[1]), match[2]
+    number, unit = _exact(match[1], text=text, word=word), match[2]
     if unit == "%" and word != "flops":
         if spec_experts is None or (word != "experts" and plain is None):
-            raise ValueError(f"budget {text!r}: a share of experts needs a model to be a share of; give a number")
-        count = math.floor(number * spec_experts / 100)
+            raise ValueError(f"budget {text!r}: {amount!r} can only be resolved once the model is known; give a number")
+        count = min(math.floor(number * spec_experts / 100), spec_experts)
         if word == "experts" or plain is None:
             return count
         return int(getattr(plain(count), RESOURCES[word]))
@@ -225,7 +245,25 @@ def _amount(
     if size is None:
         known = [*units, *(["%"] if word != "flops" else [])]
         raise ValueError(f"budget {text!r}: {unit!r} is not a unit of {word}; {_nearest(unit, known)}")
-    return float(number * size) if word == "flops" else math.floor(number * size)
+    most = _MOST_FLOPS if word == "flops" else _MOST
+    if number * size > most:
+        raise ValueError(
+            f"budget {text!r}: {amount!r} is more than {show(word, most)}; give less, or leave {word} out for no limit"
+        )
+    if word == "flops":
+        return float(number * size)
+    return math.floor(number * size)
+
+
+def _exact(digits: str, *, text: str, word: str) -> Fraction:
+    """A number of a budget's text; only one of a sensible length is ever written out."""
+    exponent = digits.lower().partition("e")[2].lstrip("+-0")
+    if len(digits) > _DIGITS or len(exponent) > 3:
+        shown = digits if len(digits) <= 20 else f"{digits[:17]}..."
+        raise ValueError(
+            f"budget {text[:60]!r}: {shown!r} is too long a number for {word}; write for example {_example(word)}"
+        )
+    return Fraction(digits)
 
 
 def _example(word: str) -> str:

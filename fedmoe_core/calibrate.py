@@ -15,8 +15,10 @@ from fedmoe_core.adapter import Batch, ModelAdapter
 from fedmoe_core.config import TrainConfig
 from fedmoe_core.costs import CostModel
 from fedmoe_core.layer import MoE
-from fedmoe_core.local import Stepper, local_optimizer
+from fedmoe_core.local import Stepper, local_optimizer, log_prior
 from fedmoe_core.memory import mark, resident_bytes, tensor_bytes, trace_memory
+
+_NEVER = 1e-9  # a chance of token dropout at which the draw takes its memory and no token
 
 
 def calibrate(
@@ -28,26 +30,27 @@ def calibrate(
     padding: bool,
     lora_rank: int | None = None,
 ) -> CostModel:
-    """The cost model of ``adapter`` for local steps on batches shaped like ``batch``, with measured trunk terms.
+    """Make the cost model of ``adapter`` for local steps on batches shaped like ``batch``, with measured trunk terms.
 
-    With ``lora_rank`` experts carry adapters of that rank, which then train in their place.
+    With ``lora_rank`` experts carry adapters of that rank, which then train instead of them.
 
-    Each k' from 1 to the model's k is traced once, holding the k experts of lowest id in every layer. Few experts are
-    the worst case for the temporaries of the expert stage: with k held, each serves every token, and no token can
-    give one expert more than one row, so no other choice of experts makes a slot larger. Of the tokens all are taken
-    as real, since padding and token dropout only take rows away. A model may build an attention mask only where there
-    is padding (half a megabyte of the demo's 20), so where clients' batches may have some, a batch with one padded
-    place is traced as well and the larger peak of each stage is kept.
+    Each k' from 1 to the model's k is traced once, holding the k' experts of lowest id in every layer. Few experts are
+    the worst case for the temporaries of the expert stage. With k' held, each serves every token, and no token can give
+    one expert more than one row, so no other choice of experts makes a slot larger. (With k held at a smaller k' the
+    products of adapters came out up to 5 kB short.)
+
+    All tokens are taken as real, since padding and token dropout only take rows away. Where tokens are dropped, the
+    draw is made, and drops none. A model may build an attention mask only if a batch has padding (half a megabyte of
+    the demo's 20). So where clients' batches may have some, a batch with one padded place is traced as well, and the
+    larger peak of each stage is kept.
     """
-    train = replace(train, token_dropout=0.0)
+    train = replace(train, token_dropout=min(train.token_dropout, _NEVER))
     whole_SN = torch.ones_like(batch.mask_SN)
     padded_SN = whole_SN.clone()
     padded_SN[0, -1] = False
     batches = [replace(batch, mask_SN=mask_SN) for mask_SN in (whole_SN, padded_SN)[: 1 + padding]]
     spec = adapter.spec
     train_dense = train.trunk == "fedavg"
-    few_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
-    few_LE[:, : spec.top_k] = True
     model = CostModel.of(spec, tokens=batch.tokens_SN.numel(), train_dense=train_dense, lora_rank=lora_rank)
     adapter.configure(params, train_dense=train_dense)
     dense = sum(tensor.numel() for key, tensor in adapter.trained().items() if key.startswith("dense."))
@@ -57,8 +60,9 @@ def calibrate(
         anchored=train.prox > 0,
         base_experts=sum(layer.num_experts for layer in adapter.frozen_moe),
     )
-    peaks, buffers, flops = {}, 0, 0.0
+    traced, buffers, flops = {}, 0, 0.0
     for top_k in range(1, spec.top_k + 1):
+        few_LE = _first_experts(adapter, top_k)
         adapter.configure(
             params,
             permitted_LE=few_LE,
@@ -68,8 +72,8 @@ def calibrate(
             lora_rank=lora_rank,
         )
         optimizer = local_optimizer(adapter, train)
-        traced = [_stage_peaks(adapter, each, optimizer, train) for each in batches]
-        peaks[top_k] = tuple(max(stage) for stage in zip(*traced, strict=True))
+        found = [_stage_peaks(adapter, each, optimizer, train) for each in batches]
+        traced[top_k] = few_LE, tuple(max(stage) for stage in zip(*found, strict=True))
         buffers = _trunk_buffers(adapter)
         with FlopCounterMode(display=False) as counted:
             adapter.loss(batches[0]).backward()
@@ -80,14 +84,30 @@ def calibrate(
     forward = counted.get_total_flops() / model.tokens - 2 * model.total_experts * model.hidden_size
     # The counter knows no expert products: of frozen blocks the forward and, at most, the gradient of their input.
     frozen = 2.0 * sum(layer.top_k * _expert_params(layer) for layer in adapter.frozen_moe)
-    return model.calibrated(
-        peaks,
-        few_LE,
-        few_LE,
+    measured = replace(
+        model.trunk,
         buffer_bytes=buffers,
         flops_per_token=max(flops, 0.0) + 2 * frozen,
         forward_flops_per_token=max(forward, 0.0) + frozen,
     )
+    model = replace(model, trunk=measured)
+    transients = {
+        k: model.calibrated({k: peaks}, few_LE, few_LE).trunk.transients[k] for k, (few_LE, peaks) in traced.items()
+    }
+    return replace(model, trunk=replace(measured, transients=transients))
+
+
+def _first_experts(adapter: ModelAdapter, count: int) -> np.ndarray:
+    """The ``count`` experts of lowest id in every layer, bool (L, E)."""
+    few_LE = np.zeros((adapter.spec.num_layers, adapter.spec.num_experts), dtype=bool)
+    few_LE[:, :count] = True
+    return few_LE
+
+
+def _even_prior(adapter: ModelAdapter, train: TrainConfig, device: torch.device) -> Tensor | None:
+    """What logit adjustment adds to the logits of a client with as many rows of every class."""
+    classes = [param.shape[0] for param in adapter.spec.params if param.key in adapter.spec.head]
+    return log_prior(np.full(classes[0], 1 / classes[0]), train, device) if classes else None
 
 
 def _expert_params(layer: MoE) -> int:
@@ -101,7 +121,7 @@ def _stage_peaks(
     """Peak live bytes of each stage of a step with optimizer state; see ``TrunkCost`` for the stages."""
     layers = adapter.moe
     device = batch.tokens_SN.device
-    stepper = Stepper(adapter, optimizer, train)
+    stepper = Stepper(adapter, optimizer, train, log_prior_C=_even_prior(adapter, train, device))
     stepper.step(batch)  # optimizer state exists from here on
     resident = resident_bytes(adapter.model, optimizer) + tensor_bytes(stepper.anchors)
     with ExitStack() as hooks:

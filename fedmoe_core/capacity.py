@@ -8,12 +8,12 @@ from dataclasses import replace
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.state import Population
 
-# Makes the plan of a size, for a population whose budgets bind it, or (False) bound by nothing.
+# Makes the plan of a size, bound by the population's budgets or (False) by no budget.
 MakePlan = Callable[[Population, int, bool], ExpertPlan]
 
 
 def largest_size(population: Population, client: int, largest: int) -> int:
-    """The size that a client's expert budget stands for: its share of the model's experts times ``largest`` [E].
+    """Return the size that a client's expert budget stands for: its share of the model's experts times ``largest`` [E].
 
     Such systems hold every expert, so a count cannot bound what they hold; a client that is worth a quarter of the
     experts is taken to be worth a quarter of k, or of the ranks, and at least one.
@@ -26,15 +26,15 @@ def largest_size(population: Population, client: int, largest: int) -> int:
 
 
 def largest_plan(population: Population, client: int, largest: int, make: MakePlan) -> ExpertPlan:
-    """The plan of the largest size with which the client keeps all local steps inside its budget.
+    """Return the plan of the largest size with which the client keeps all local steps inside its budget.
 
     At size 1 fewer steps and fewer trained layers will do. A client that cannot hold the whole model in its count of
     experts is bound by its other limits; one that cannot do it at all is bound by nothing, at size 1. Both are charged
     for what they need and shown as over their budget.
 
     Args:
-        population: whose budgets bind.
-        client: whose plan.
+        population: its budgets bind the plan.
+        client: the client to plan for.
         largest: the size of a client without limits.
         make: the plan of a size; raises ValueError where the budget cannot bear it.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: safetensors beside one JSON file, which commits them by a rename.
+"""Checkpoints that are whole or not there: safetensors next to one JSON file, which commits them by a rename.
 
 A directory holds ``checkpoint.json`` and the ``state-<hash>.safetensors`` that it names. A save writes and syncs the
 new tensor file under its own name, then replaces the JSON in one rename, then deletes what the JSON no longer names. A
@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -25,8 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedmoe_core.files import ensure_writable
+
 FORMAT = "fedmoe-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: meta names the run and what it stands on
 JSON_NAME = "checkpoint.json"
 TENSOR_NAME = re.compile(r"state-[0-9a-f]{16}\.safetensors")
 PARTIAL_NAME = re.compile(r"(tensors|json)-\d+\.tmp")
@@ -44,25 +45,6 @@ class Checkpoint:
     versions: dict[str, str]
 
 
-def ensure_writable(directory: Path | str) -> Path:
-    """Make ``directory`` and prove that files can be made in it, before any work is done.
-
-    Raises:
-        PermissionError: it cannot be made or written, in one sentence.
-    """
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            probe.write(b"probe")
-            probe.flush()
-    except OSError as error:
-        raise PermissionError(
-            f"cannot write to {directory} ({error.strerror or error}); choose another directory with out=DIR"
-        ) from None
-    return directory
-
-
 def save_checkpoint(
     directory: Path | str,
     tensors: Mapping[str, Tensor],
@@ -72,7 +54,7 @@ def save_checkpoint(
     """Replace the checkpoint in ``directory`` in one step; the previous one stays until the new one is complete.
 
     Args:
-        directory: one directory a run; one writer at a time.
+        directory: one directory per run; one writer at a time.
         tensors: of any shape and dtype that safetensors knows; never changed.
         meta: plain JSON values under string keys: the round, counters, line counts of logs. Floats, NaN included, come
             back as they were, tuples as lists.
@@ -166,7 +148,7 @@ def _read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     # Only a plain name of our own form: a path in a foreign JSON could point anywhere.
     name = entry.get("file")
     if not isinstance(name, str) or not TENSOR_NAME.fullmatch(name):
-        raise ValueError(f"{path} names the tensor file {name!r:.60}, which is no checkpoint's; {START_AFRESH}")
+        raise ValueError(f"{path} names the tensor file {name!r:.60}, which is not one of ours; {START_AFRESH}")
     file = path.parent / name
     try:
         size = file.stat().st_size
@@ -209,7 +191,7 @@ def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CPU tensors, contiguous, each with memory of its own, as safetensors asks; copied only where they are not."""
+    """Return CPU tensors, contiguous, each with its own memory, as safetensors asks; copied only where needed."""
     own: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, tensor in tensors.items():
@@ -256,7 +238,7 @@ def _sweep(directory: Path) -> None:
     try:
         keep = json.loads((directory / JSON_NAME).read_bytes())["tensors"]["file"]
     except (OSError, ValueError, KeyError, TypeError):
-        keep = None  # no JSON of ours: leftovers of killed saves go, whole tensor files stay
+        keep = None  # not a JSON of ours: leftovers of killed saves go, whole tensor files stay
     for path in directory.iterdir():
         superseded = keep is not None and path.name != keep and TENSOR_NAME.fullmatch(path.name)
         if superseded or PARTIAL_NAME.fullmatch(path.name):

@@ -30,7 +30,7 @@ class Outcome:
 
 
 def expected_shapes(specs: Sequence[ParamSpec], plan: ExpertPlan) -> dict[str, tuple[int, ...]]:
-    """Key and shape of every delta that ``plan`` asks for.
+    """Return the key and shape of every delta that ``plan`` asks for.
 
     Expert and router tensors of a layer with Bt > 0 trainable experts come as (Bt, ...), dense tensors whole; a layer
     without a trainable expert sends nothing, and so does a kind that the plan keeps on the client.
@@ -51,7 +51,7 @@ def expected_shapes(specs: Sequence[ParamSpec], plan: ExpertPlan) -> dict[str, t
 
 
 def refusal(update: ClientUpdate, plan: ExpertPlan, specs: Sequence[ParamSpec], settings: SumSettings) -> str | None:
-    """The first reason to refuse ``update``, or None when it may be summed. Reads only; never raises on bad content.
+    """Return the first reason to refuse ``update``, None = it may be summed. Reads only; never raises on bad content.
 
     Args:
         update: what the client sent; not trusted in any field.

@@ -20,6 +20,7 @@ from rich.table import Table
 from fedmoe_core import cli_study, launch, show
 from fedmoe_core.config import Config
 from fedmoe_core.progress import NullObserver, PlanRow, observer_for
+from fedmoe_core.run_directory import refuse_claim
 
 app = typer.Typer(
     name="fedmoe",
@@ -62,7 +63,7 @@ def root(
 def simulate(
     words: Words = None,
     quiet: Quiet = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the run that is already in out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run in out; other files stay.")] = False,
     debug: Debug = False,
     as_json: AsJson = False,
 ) -> None:
@@ -72,7 +73,7 @@ def simulate(
         out = stop.run_dir = Path(config.out)
         launch.check_world(config.ranks)
         if launch.rank() == 0:
-            _refuse_overwrite(out, force=force)
+            refuse_claim(out, force=force)
         if config.ranks > 1 and not launch.launched():
             flags = [*_flags(quiet=quiet, debug=debug, json=as_json), *(["--force"] if force else [])]
             launch.run_ranks(["simulate", *(words or []), *flags], ranks=config.ranks, threads=config.threads)
@@ -85,7 +86,15 @@ def simulate(
 
 
 @app.command()
-def resume(run_dir: RunDir, quiet: Quiet = False, debug: Debug = False, as_json: AsJson = False) -> None:
+def resume(
+    run_dir: RunDir,
+    quiet: Quiet = False,
+    other_code: Annotated[
+        bool, typer.Option("--other-code", help="Go on under other code or another torch; bits may differ.")
+    ] = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
+) -> None:
     """Go on with a run from its last checkpoint, to the same bits as if it had never stopped."""
     with _errors(debug) as stop:
         stop.run_dir = run_dir
@@ -94,19 +103,19 @@ def resume(run_dir: RunDir, quiet: Quiet = False, debug: Debug = False, as_json:
         config = Config.load(run_dir / "config.toml").resolved()
         launch.check_world(config.ranks)
         if config.ranks > 1 and not launch.launched():
-            flags = _flags(quiet=quiet, debug=debug, json=as_json)
+            flags = _flags(quiet=quiet, debug=debug, json=as_json, **{"other-code": other_code})
             launch.run_ranks(["resume", str(run_dir), *flags], ranks=config.ranks, threads=config.threads)
             return
         from fedmoe_core import simulate as simulator
 
         with _watching(quiet) as observer:
-            summary = simulator.resume(run_dir, observer=observer)
+            summary = simulator.resume(run_dir, observer=observer, other_code=other_code)
         _finish(summary, run_dir, as_json=as_json)
 
 
 @app.command()
 def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> None:
-    """The dry run: what each client would hold, move, compute and need in memory, before anything trains."""
+    """Show what each client would hold, move, compute and need in memory, before anything trains (the dry run)."""
     with _errors(debug):
         config = _config(words)
         from fedmoe_core import simulate as simulator
@@ -116,8 +125,8 @@ def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> 
         if as_json:
             typer.echo(json.dumps({"fits": not outside, "clients": [asdict(row) for row in rows]}, indent=2))
         else:
-            # A pipe has no width of its own; 160 columns keep every row on one line.
-            console = Console() if sys.stdout.isatty() else Console(width=160)
+            # A pipe has no width; 190 columns keep every row on one line.
+            console = Console() if sys.stdout.isatty() else Console(width=190)
             console.print(_plan_table(rows, config))
         if outside:
             first = outside[0]
@@ -150,6 +159,7 @@ def compare(
     target: cli_study.Target = None,
     variants: cli_study.Variants = None,
     beside: cli_study.Beside = None,
+    force: cli_study.Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -168,21 +178,18 @@ def compare(
             variants=variants,
             beside=beside,
         )
-        raise typer.Exit(cli_study.run(study, Console(stderr=True, quiet=quiet)))
+        raise typer.Exit(cli_study.run(study, Console(stderr=True, quiet=quiet), force=force))
 
 
 @app.command()
 def systems(as_json: AsJson = False, debug: Debug = False) -> None:
-    """Every system: its paper, the equations implemented, how sure we are of each, what is approximated or missing."""
+    """List every system: its paper, the equations implemented, how sure we are of each, what is not there."""
     with _errors(debug):
         cli_study.show_systems(as_json=as_json)
 
 
 def main() -> None:
-    """Entry point of the ``fedmoe`` command."""
-    # Before torch loads. GNU OpenMP spins at every barrier for as long as it takes while a core is busy elsewhere: with
-    # 4 threads on 4 cores, two of them shared, a warm-up step took 6.5 s in place of 0.08 s; spinning briefly, 0.22 s.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    """Run the ``fedmoe`` command."""
     # The memory profiler's notes about blocks older than itself are expected: resident bytes are counted apart.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -193,7 +200,7 @@ class _Stop:
     """Where a stopped run could go on; set once the command knows it."""
 
     run_dir: Path | None = None
-    again: str = ""  # what goes on where it is no run that stopped
+    again: str = ""  # how to continue when what was interrupted is not a single run
 
 
 @contextmanager
@@ -255,27 +262,14 @@ def _config(words: list[str] | None) -> Config:
     if paths and not paths[0].endswith(".toml"):
         raise ValueError(f"{paths[0]!r} is neither key=value nor a .toml file; write for example train.lr=1e-3")
     overrides = [word for word in words or [] if "=" in word]
-    return Config.load(Path(paths[0]) if paths else None, overrides).resolved()
+    config = Config.load(Path(paths[0]) if paths else None, overrides).resolved()
+    if ":" in config.algorithm and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # an algorithm of the user, in a file that lies here
+    return config
 
 
 def _flags(**flags: bool) -> list[str]:
     return [f"--{name}" for name, on in flags.items() if on]
-
-
-def _refuse_overwrite(out: Path, *, force: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"out={out} is a file; choose a directory")
-    if not any(out.iterdir()):
-        return
-    if not (out / "config.toml").is_file():
-        raise ValueError(f"out={out} is not empty and holds no run; choose another out=DIRECTORY")
-    if not force:
-        raise ValueError(
-            f"out={out} already holds a run; go on with `fedmoe resume {out}`, replace it with --force, "
-            "or choose another out=DIRECTORY"
-        )
 
 
 @contextmanager

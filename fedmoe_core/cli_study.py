@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 
 from fedmoe_core import show
-from fedmoe_core.jobs import Outcome
 
 if TYPE_CHECKING:
     from fedmoe_core.compare import Study
+    from fedmoe_core.jobs import Outcome
 
 Words = Annotated[
     list[str] | None,
@@ -23,14 +23,18 @@ Words = Annotated[
 Systems = Annotated[str, typer.Option(help="Names separated by commas, or all; the first is the subject of the tests.")]
 Seeds = Annotated[str, typer.Option(help="Such as 0-7 or 0,3,5.")]
 Out = Annotated[Path, typer.Option(help="Directory of the comparison; the same words go on with what is there.")]
-Workers = Annotated[int, typer.Option(help="Runs at a time; 0 = one for every two cores.")]
+Workers = Annotated[int, typer.Option(help="Runs at once; 0 = one for every two cores.")]
 Target = Annotated[
     float | None,
-    typer.Option(help="Quality meant by 'target'; default: by seed, half way from the best start to the best end."),
+    typer.Option(help="Quality to reach ('target'). Default: by seed, midway between best start and best end."),
 ]
 Beside = Annotated[
     Path | None,
     typer.Option(help="compare.json of an earlier comparison: its other systems stand in the table, not run again."),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace runs in out of other settings, data or code."),
 ]
 Variants = Annotated[
     Path | None, typer.Option(help='TOML file whose table "systems" has lines: label = ["key=value", ...].')
@@ -52,13 +56,15 @@ class Watch:
         self.console.print(", ".join(parts), highlight=False, markup=False)
 
 
-def run(study: Study, console: Console) -> int:
+def run(study: Study, console: Console, *, force: bool) -> int:
     """Run a study and print its table; the exit code, 1 where runs are missing."""
     from fedmoe_core.compare import compare
 
-    missing, lines = compare(study, Watch(len(study.jobs()), console))
+    missing, lines, notes = compare(study, Watch(len(study.jobs()), console), force=force)
     for line in lines:
         typer.echo(line)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
     if not missing:
         return 0
     names = "; ".join(job.name for job in missing[:5])

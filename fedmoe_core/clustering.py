@@ -17,11 +17,11 @@ CHUNK = 1 << 16  # weights projected at once: the projection of a 50 MB expert w
 def expert_features(
     weights: Sequence[tuple[Tensor, Tensor]], *, seed: int, projected: int = 64, components: int = 16
 ) -> np.ndarray:
-    """Features of every expert for clustering, (L, E, components): PCA of its weights, as Flux does [N].
+    """Return the features of every expert for clustering, (L, E, components): PCA of its weights, as Flux does [N].
 
     The weights [W_in, W_out] of an expert are flattened and go through a Gaussian random projection first, the same for
-    all experts, so that PCA meets E vectors of ``projected`` numbers and not of millions [E]; distances survive to
-    about 1 / sqrt(projected). PCA is fitted on the experts of all layers together.
+    all experts. So PCA meets E vectors of ``projected`` numbers and not of millions [E]; distances survive to about
+    1 / sqrt(projected). PCA is fitted on the experts of all layers together.
 
     Args:
         weights: for each layer, (E, F, H) and (E, H, I).
@@ -40,7 +40,7 @@ def expert_features(
 def fused_kmeans(
     features_ND: np.ndarray, layer_N: np.ndarray, clusters_L: np.ndarray, *, seed: int, iterations: int = 100
 ) -> np.ndarray:
-    """Clusters of experts in one K-means for all layers, by cosine (Flux [N]); no cluster spans layers or is empty.
+    """Cluster experts by cosine in one K-means for all layers (Flux [N]); no cluster spans layers or is empty.
 
     Every centroid carries the label of its layer, and similarities across layers are masked, so the layers share each
     matrix product and nothing else: the result is that of one K-means per layer. Centroids start by K-means++ under a
@@ -85,7 +85,7 @@ def fused_kmeans(
 
 
 def spread(features_ND: np.ndarray, labels_N: np.ndarray) -> float:
-    """Sum over points of 1 - cosine to their cluster's centroid: what K-means makes small."""
+    """Return the sum over points of 1 - cosine to their cluster's centroid: what K-means makes small."""
     unit_ND = _unit(features_ND)
     sums_KD = np.zeros((labels_N.max() + 1, unit_ND.shape[1]))
     np.add.at(sums_KD, labels_N, unit_ND)

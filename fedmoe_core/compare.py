@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedmoe_core import compare_figures
 from fedmoe_core.compare_record import Earlier, write_record
 from fedmoe_core.compare_table import markdown, rows_of
-from fedmoe_core.jobs import Job, Outcome, Variant, make_jobs, parse_seeds, parse_variants, remaining, run_jobs
+from fedmoe_core.config import usable_cores
+from fedmoe_core.identity import Identity
+from fedmoe_core.jobs import (
+    Job,
+    Outcome,
+    Variant,
+    config_of,
+    make_jobs,
+    other_runs,
+    parse_seeds,
+    parse_variants,
+    remaining,
+    run_jobs,
+)
 from fedmoe_core.measures import Measures, measure
 from fedmoe_core.names import ALGORITHMS
+from fedmoe_core.run_directory import exclusive
 from fedmoe_core.runs import read_runs
+from fedmoe_core.show import plural
 
 __all__ = ["Study", "compare"]
+LOCK = "fedmoe-compare.lock"
 
 
 @dataclass(frozen=True)
@@ -29,9 +46,9 @@ class Study:
         variants: the systems; the first is the subject, which the others are tested against.
         seeds: of every system.
         out: the directory of the comparison.
-        workers: most runs at a time; every one gets its share of the cores.
-        target: quality (mean over clients) that "to the target" means; None = half way, by seed.
-        beside: an earlier comparison under the same words, whose other systems stand in the table, not run again.
+        workers: most runs at once; every one gets its share of the cores.
+        target: quality (mean over clients) that "to the target" means; None = by seed, midway from best start to end.
+        beside: an earlier comparison under the same words; its other systems are shown in the table, not run again.
     """
 
     words: tuple[str, ...]
@@ -55,7 +72,7 @@ class Study:
         variants: Path | None = None,
         beside: Path | None = None,
     ) -> Study:
-        """A study from the command line's words.
+        """Make a study from the command line's words.
 
         Args:
             words: shared by all systems.
@@ -67,8 +84,8 @@ class Study:
             beside: the ``compare.json`` of an earlier comparison.
 
         Raises:
-            ValueError: a system that is neither an algorithm nor a label, seeds that are none, or an earlier comparison
-                that cannot stand beside this one.
+            ValueError: a system that is neither an algorithm nor a label, no seed, or an earlier comparison
+                that cannot be shown with this one.
             OSError: a file cannot be read.
         """
         named: Mapping[str, Any] = {}
@@ -76,13 +93,12 @@ class Study:
             named = tomllib.loads(variants.read_text("utf-8")).get("systems", {})
         every = list(named) if named else list(ALGORITHMS)
         chosen = every if systems == "all" else [name.strip() for name in systems.split(",") if name.strip()]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         study = cls(
             tuple(words),
             tuple(parse_variants(chosen, named)),
             parse_seeds(seeds),
             out,
-            workers or max(1, cores // 2),
+            workers or max(1, usable_cores() // 2),
             target,
             Earlier.read(beside) if beside else None,
         )
@@ -93,36 +109,68 @@ class Study:
     @property
     def threads(self) -> int:
         """Threads of each run: the cores divided by the workers."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, cores // self.workers)
+        return max(1, usable_cores() // self.workers)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Digests of the data, the model and the code that all systems share, as they are now."""
+        return Identity.of(config_of(self.words))
 
     def jobs(self) -> list[Job]:
-        """All runs of the study."""
+        """List all runs of the study."""
         return make_jobs(self.words, self.variants, self.seeds, out=self.out, threads=self.threads)
 
 
-def compare(study: Study, watch: Callable[[Outcome, float], None]) -> tuple[list[Job], list[str]]:
+def compare(
+    study: Study, watch: Callable[[Outcome, float], None], *, force: bool = False
+) -> tuple[list[Job], list[str], list[str]]:
     """Run what is missing, then write ``compare.json``, ``table.md`` and the figures from what is there.
 
     Args:
         study: what to compare.
         watch: told of every run that ends, with the seconds that the rest may still take.
+        force: replace runs that were made under other settings, from other data, or by other code.
 
     Returns:
-        The runs that are still missing, and the lines of the table (none while a system has no finished run).
+        The runs that are still missing, the lines of the table (none while a system has no finished run), and what a
+        reader of the table should know besides.
 
     Raises:
         ValueError, OSError: one sentence with the remedy; finished runs stay.
     """
     study.out.mkdir(parents=True, exist_ok=True)
     jobs = study.jobs()
-    outcomes = run_jobs(jobs, study.words, workers=study.workers, watch=watch)
-    missing = remaining(jobs)
-    return missing, write(study, [outcome.job for outcome in outcomes if not outcome.error])
+    with exclusive(study.out, LOCK):
+        again = set(others := other_runs(jobs))
+        if others and not force:
+            more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+            raise ValueError(f"{next(iter(others.values()))}{more}; choose another --out, or replace it with --force")
+        if force:
+            again |= {job.out for job in jobs if job.finished() and job.code() != study.identity.code}
+        outcomes = run_jobs(jobs, study.words, workers=study.workers, watch=watch, again=again)
+        missing = remaining(jobs)
+        return (
+            missing,
+            write(study, [outcome.job for outcome in outcomes if not outcome.error]),
+            other_code(study, jobs),
+        )
+
+
+def other_code(study: Study, jobs: Sequence[Job]) -> list[str]:
+    """Say which finished runs in a study's table were made by other code than this."""
+    own = study.identity.code
+    made = Counter(code for job in jobs if job.finished() and (code := job.code()) != own)
+    notes = [
+        f"{plural(count, 'run')} of this table came from fedmoe {code}, and this is {own}; --force runs them again"
+        for code, count in made.items()
+    ]
+    if study.beside and study.beside.identity.code != own:
+        notes.append(f"{study.beside.path} came from fedmoe {study.beside.identity.code}, and this is {own}")
+    return notes
 
 
 def write(study: Study, done: Sequence[Job]) -> list[str]:
-    """The table's lines, after everything has been written that finished runs can tell."""
+    """Write everything that finished runs can tell; return the table's lines."""
     measured: dict[str, list[Measures]] = {}
     for job in done:
         (run,) = read_runs([job.out])

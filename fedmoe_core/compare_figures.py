@@ -19,13 +19,13 @@ LINES = ("-", "--", ":", "-.")  # seven colours do not reach for a dozen systems
 
 
 def styles(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and line style of each system; no two share both."""
+    """Assign a colour and a line style to each system; no two share both."""
     kinds = [(colour, line) for line in LINES for colour in PALETTE]
     return dict(zip(labels, cycle(kinds)))
 
 
 def tiers(runs: Mapping[str, Sequence[Measures]]) -> Figure:
-    """One panel a tier: how far each system's clients are from the first system's, paired by seed, with 95 % intervals.
+    """Draw one panel per tier: each system's clients against the first system's, paired by seed, with 95 % intervals.
 
     Paired, because seeds differ in their data by far more than systems differ on the same data.
     """
@@ -51,14 +51,14 @@ def tiers(runs: Mapping[str, Sequence[Measures]]) -> Figure:
             axes.axvline(0, color=GRID, lw=1.6, zorder=0)
         better = "right is better" if first.accuracy else "left is better"
         figure.suptitle(
-            f"Each system minus {subject} (whose mean is in the title); {better}; grey: over the budget", fontsize=9.5
+            f"Each system minus {subject} (its mean is in the title); {better}; grey: over the budget", fontsize=9.5
         )
         figure.tight_layout(w_pad=1.4)
     return figure
 
 
 def learning(runs: Mapping[str, Sequence[Measures]]) -> Figure:
-    """Mean over clients and seeds against bytes moved both ways."""
+    """Draw the mean over clients and seeds against bytes moved both ways."""
     kinds = styles(list(runs))
     first = next(iter(runs.values()))[0]
     scale = 100.0 if first.accuracy else 1.0
@@ -79,7 +79,7 @@ def learning(runs: Mapping[str, Sequence[Measures]]) -> Figure:
 
 
 def interval(values: np.ndarray) -> float:
-    """Half the width of the 95 % confidence interval of the mean (Student's t); 0 for a single value."""
+    """Return half the width of the 95 % confidence interval of the mean (Student's t); 0 for a single value."""
     if len(values) < 2:
         return 0.0
     return float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))

@@ -1,4 +1,4 @@
-"""``compare.json``: what a comparison was asked and found, written whole, and read back to stand beside a later one."""
+"""``compare.json``: what a comparison was asked and found, written whole, and read back for use in a later one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fedmoe_core.compare_table import Row
+from fedmoe_core.files import write_json
+from fedmoe_core.identity import Identity
 from fedmoe_core.jobs import config_of
 from fedmoe_core.measures import Measures
 from fedmoe_core.names import concerns
-from fedmoe_core.records import write_json
 
 if TYPE_CHECKING:
     from fedmoe_core.compare import Study
@@ -32,6 +31,7 @@ class Earlier:
     Attributes:
         path: its ``compare.json``.
         threads: of each run; sums depend on them.
+        identity: digests of what its runs were made from, and the code that made them.
         shared: what its systems shared: decisive settings by dotted key, as JSON gives them back.
         systems: the words of every system.
         measured: the runs of every system.
@@ -39,35 +39,43 @@ class Earlier:
 
     path: Path
     threads: int
+    identity: Identity
     shared: Mapping[str, Any]
     systems: Mapping[str, tuple[str, ...]]
     measured: Mapping[str, tuple[Measures, ...]]
 
     @classmethod
     def read(cls, path: Path) -> Earlier:
-        """The record at ``path``.
+        """Read the record at ``path``.
 
         Raises:
-            ValueError: it is no record of a comparison.
+            ValueError: it was not written by a comparison of this version.
             OSError: it cannot be read.
         """
         try:
             record = json.loads(path.read_text("utf-8"))
             measured = {label: tuple(map(Measures.of, runs)) for label, runs in record["runs"].items()}
             systems = {label: tuple(words) for label, words in record["systems"].items()}
-            return cls(path, record["threads"], record["shared"], systems, measured)
+            identity = Identity.read(record["identity"])
+            if identity is None:
+                raise ValueError("it does not say which data and model its runs were made from")
+            return cls(path, record["threads"], identity, record["shared"], systems, measured)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no compare.json of this version of fedmoe ({error}); run it again") from error
+            raise ValueError(
+                f"{path} was not written by this version of fedmoe ({error}); run the comparison again"
+            ) from error
 
     def runs(self, study: Study) -> dict[str, list[Measures]]:
-        """The runs of the systems that ``study`` does not run itself, of its seeds.
+        """Return the runs of the systems that ``study`` does not run itself, of its seeds.
 
         A setting that this record does not know came later: it stood at what is now its default, or it was not there.
-        Settings that only systems run anew would read may differ.
+        Settings that only newly run systems would read may differ.
 
         Raises:
-            ValueError: the record was made under other settings or threads, or lacks a seed.
+            ValueError: the record was made under other settings or threads, from other data or another model, or lacks
+                a seed.
         """
+        self.identity.require_same_sources(study.identity, str(self.path), config_of(study.words))
         mine = {variant.label for variant in study.variants}
         found = {label: runs for label, runs in self.measured.items() if label not in mine}
         taken = {
@@ -95,7 +103,7 @@ class Earlier:
 
 
 def shared(study: Study) -> dict[str, Any]:
-    """What all systems of a study share: decisive settings by dotted key, in JSON's types."""
+    """Return what all systems of a study share: decisive settings by dotted key, in JSON's types."""
     decisive = config_of(study.words).decisive()
     kept: dict[str, Any] = json.loads(json.dumps({key: value for key, value in decisive.items() if key not in OWN}))
     return kept
@@ -112,9 +120,9 @@ def write_record(study: Study, measured: Mapping[str, Sequence[Measures]], rows:
         "shared": shared(study),
         "systems": own | other,
         "beside": {"record": str(earlier.path), "systems": list(other)} if earlier else None,
+        "identity": study.identity.facts(),
         "seeds": list(study.seeds),
         "threads": study.threads,
-        "torch": torch.__version__,
         "python": sys.version.split()[0],
         "rows": [json.loads(json.dumps(asdict(row), default=float)) for row in rows],
         "runs": {label: [asdict(run) for run in runs] for label, runs in measured.items()},

@@ -54,15 +54,14 @@ class Row:
 
 
 def rows_of(measured: Mapping[str, Sequence[Measures]], *, target: float | None = None) -> list[Row]:
-    """One row for each system, in the order given; the first is the subject of the tests.
+    """Make one row for each system, in the order given; the first is the subject of the tests.
 
     Systems that no budget binds are shown but are not candidates for best. Tests pair runs of equal seed.
 
     Args:
         measured: runs by label, every seed at most once.
-        target: quality (mean over clients) whose price is told; None = for each seed, half way from the best that any
-            system inside the budgets starts with to the best that any of them ends with, so that none of them is there
-            without learning.
+        target: quality (mean over clients) whose price is told. None = for each seed, the midpoint of the best start
+            and the best end of the systems inside the budgets, so that none of them is there without learning.
     """
     runs = {label: sorted(of_seed, key=lambda run: run.seed) for label, of_seed in measured.items()}
     first = next(iter(runs.values()))[0]
@@ -75,7 +74,7 @@ def rows_of(measured: Mapping[str, Sequence[Measures]], *, target: float | None 
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:
-    """The table in Markdown: qualities first, then prices. Bold: significantly better than every other bound system."""
+    """Write the table in Markdown: qualities, then prices. Bold: significantly better than every other bound system."""
     scale, digits = (100.0, 1) if rows[0].accuracy else (1.0, 3)
     names = list(rows[0].qualities)
     unit = "accuracy, %" if rows[0].accuracy else "held-out loss, nats"
@@ -138,7 +137,7 @@ def _judge(
 
 
 def _half_way(runs: Mapping[str, Sequence[Measures]]) -> dict[int, float]:
-    """By seed, half way from the best start to the best end of the systems inside the budgets (all, if none is)."""
+    """Return, by seed, the midpoint of best start and best end of systems inside the budgets (all, if none is)."""
     bound = [of_seed for of_seed in runs.values() if all(run.budgeted for run in of_seed)]
     every = [run for of_seed in bound or runs.values() for run in of_seed]
     best = max if every[0].accuracy else min

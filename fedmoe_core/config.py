@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fedmoe_core.budget import NOTHING, Budget
 from fedmoe_core.names import ALGORITHMS
 from fedmoe_core.schema import (
-    AtLeast,
+    PLACE,
     Between,
-    MoreThan,
     OneOf,
     build,
     check,
@@ -24,178 +22,22 @@ from fedmoe_core.schema import (
     schema_of,
     write_toml,
 )
-
-Positive = Annotated[int, AtLeast(1)]
-Natural = Annotated[int, AtLeast(0)]
-PositiveReal = Annotated[float, MoreThan(0.0)]
-NaturalReal = Annotated[float, AtLeast(0.0)]
-Share = Annotated[float, Between(0.0, 1.0)]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Size of the default small model; ignored when ``Config.model`` is a path or a hub id."""
-
-    hidden_size: Positive = 128
-    layers: Positive = 2
-    heads: Positive = 4
-    kv_heads: Positive = 2
-    head_dim: Annotated[int, AtLeast(2)] = 32
-    experts: Positive = 16
-    top_k: Positive = 2
-    expert_width: Positive = 64
-    vocab_size: Annotated[int, AtLeast(257)] = 2048  # 256 bytes and one special token at least
-
-
-@dataclass(frozen=True)
-class WarmupConfig:
-    """Central training on the public split, which stands in for pretraining; cached on disk."""
-
-    steps: Natural = 500
-    batch_size: Positive = 16
-    seq_len: Annotated[int, AtLeast(2)] = 128
-    lr: PositiveReal = 3e-3
-    weight_decay: NaturalReal = 0.1
-    balance: NaturalReal = 0.001  # weight of the Switch load-balance loss
-    labels_per_class: Positive = 25  # classification only: labelled public rows that the head may see
-    head_steps: Natural = 60  # classification only: steps on those rows, after the steps on public text
-    head_lr: PositiveReal = 1e-3  # classification only
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Local training of every client; the optimizer is AdamW with fresh state each round."""
-
-    batch_size: Positive = 4
-    seq_len: Annotated[int, AtLeast(2)] = 128
-    local_steps: Positive = 8
-    lr: PositiveReal = 2e-3
-    lr_final: Share = 1.0  # share of lr left in the last round; the rate falls between them along a cosine
-    weight_decay: NaturalReal = 0.0
-    clip: PositiveReal = 1.0
-    prox: NaturalReal = 0.0  # mu of FedProx (arXiv 1812.06127): mu/2 ||w - w0||^2 over what trains, w0 as received
-    label_smoothing: Annotated[float, Between(0.0, 0.99)] = 0.0  # share of the target that all classes have alike
-    trunk: Literal["frozen", "fedavg"] = "frozen"
-    token_dropout: Annotated[float, Between(0.0, 0.95)] = 0.0  # classification only
-    logit_adjustment: NaturalReal = 0.0  # classification only: weight of the client's log class shares in its loss
-
-
-@dataclass(frozen=True)
-class SelectionConfig:
-    """How experts are scored and chosen under a budget (HFedMoE eqs. 3-5, 10-15)."""
-
-    score: Literal["s", "ib", "taylor"] = "ib"
-    mode: Literal["compact", "backward-masked"] = "compact"
-    reschedule: Literal["round", "batch"] = "round"  # when eq. 15 is solved; per batch only backward-masked
-    lam: Share = 0.5  # lambda of eq. 5
-    lam_change: float = 0.0  # what the last round adds to lam, in equal steps; beta and tau likewise
-    beta: NaturalReal = 0.1  # beta of eq. 14
-    beta_change: float = 0.0
-    explore: Share = 0.1  # chance per client and layer that one held expert gives way to an absent one
-
-
-@dataclass(frozen=True)
-class AggregationConfig:
-    """How updates are averaged (HFedMoE eqs. 16-21)."""
-
-    experts: Literal["participation", "damped"] = "participation"
-    gate: Literal["auto", "row-wise", "normalised", "literal", "fedavg"] = "auto"  # auto: by SelectionConfig.mode
-    tau: Share = 0.0  # usage threshold of eq. 17
-    tau_change: float = 0.0
-    weighting: Literal["samples", "uniform"] = "samples"
-    participation: bool = True  # an expert that saw no row does not vote
-    value_bound: PositiveReal = 1.0  # largest |delta| accepted; larger is refused
-    norm_bound: PositiveReal = 100.0  # largest L2 norm of an update accepted
-    scale_bits: Annotated[int, Between(8, 52)] = 36
-    weight_bits: int = 16
-
-
-@dataclass(frozen=True)
-class FedMoEConfig:
-    """FedMoE's settings (arXiv 2408.11304); the paper gives a value for ``tunings`` alone, about 5."""
-
-    fill: Annotated[float, Between(0.01, 1.0)] = 0.9  # a of eq. 3: share of a budget that stage one may use
-    tunings: Natural = 5  # stage one: passes over a round's batches that fit adapters before the model is profiled
-    balance: NaturalReal = 0.01  # alpha of eq. 1: weight of the load-balance loss
-    similar: Positive = 5  # K of eq. 5: how many similar clients advise
-    patience: Positive = 3  # participations without improvement before a sub-model changes, or is reverted
-    smoothing: Share = 0.5  # weight of the newest profile in a client's running one
-
-
-@dataclass(frozen=True)
-class FlexMoEConfig:
-    """FLEX-MoE's settings (arXiv 2512.23070); the values are ours."""
-
-    exploration: NaturalReal = 0.2  # xi: what a pair never tried is worth in fitness, times sqrt(log t)
-    rate: Share = 0.5  # g: weight of the newest quality in a pair's moving average
-    deficit_weight: NaturalReal = 1.0  # eta: what being owed one mean load is worth, in z-scores of fitness
-    delta: Share = 0.1  # how far a load may be from the mean
-    slack_price: PositiveReal = 3.0  # M: what one mean client of load outside those bounds costs, in z-scores
-    feedback: Natural = 2  # local batches over which a client measures loss and accuracy by expert
-
-
-@dataclass(frozen=True)
-class PlusConfig:
-    """Ingredients of HFedMoE+ (``algorithm = "hfedmoe_plus"``), which come before [selection] and [aggregation] there.
-
-    Each can be switched off alone: importance=ib, hold_share=0, gate=row-wise and explore=0.1 are HFedMoE's own.
-    """
-
-    importance: Literal["taylor", "s", "ib", "hits"] = "taylor"  # hits: how often the client's own tokens choose it
-    mean: Literal["participation", "damped"] = "participation"
-    gate: Literal["personal", "row-wise", "frozen", "normalised"] = "personal"  # frozen: neither trains nor travels
-    explore: Share = 0.0  # as selection.explore; measured to cost a little on two corpora
-    train_share: Annotated[float, Between(0.01, 1.0)] = 0.5  # of what a client could train; the rest buys frozen ones
-    hold_share: Share = 0.5  # of all experts; frozen ones are bought until so many are held
-    redundancy: NaturalReal = (
-        0.0  # rho: how much two experts that say the same are worth less; measured to gain nothing
-    )
-
-
-@dataclass(frozen=True)
-class FftMoEConfig:
-    """FFT-MoE's settings (arXiv 2508.18663), none of which is known from the paper."""
-
-    experts: Positive = 4  # M, experts of each grafted mixture
-    width: Positive = 16  # r, bottleneck of an expert
-    top_k: Positive = 2  # k_max
-    balance: NaturalReal = 0.01  # lambda0: weight of the balance loss on a client of even data that runs k_max
-    pull: NaturalReal = 0.01  # mu: weight of the divergence from the client's own target distribution
-    smoothing: Share = 0.5  # weight of the newest routing distribution in a client's running one
-    aggregation: Literal["fedavg", "usage"] = "fedavg"  # usage: FLAME's weights, by how often an expert was activated
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Adapters on the experts: FLAME, HetLoRA, FlexLoRA, FedMoE's stage one, and FLAME's weights wherever used."""
-
-    rank: Positive = 8  # of a client without limits
-    alpha: PositiveReal = 16.0  # the product counts alpha / rank, for clients of every rank
-    temperature: NaturalReal = 2.0  # t of FLAME's activation weights; 0 is FedAvg
-    keep_share: Annotated[float, Between(0.01, 1.0)] = 0.99  # HetLoRA's gamma: share of the ranks that pruning keeps
-    tail: NaturalReal = 0.005  # HetLoRA's weight of the tail-rank regulariser
-
-
-@dataclass(frozen=True)
-class FluxConfig:
-    """Flux's settings (arXiv 2508.19078); the values are ours."""
-
-    tune_share: Share = 0.5  # share of the experts a client could train that it tunes; the rest are merged slots
-    epsilon_start: Share = 0.3  # share of the tuned that are trained in the first round; the others are explored
-    epsilon_step: NaturalReal = 0.1  # growth of that share in a round
-    epsilon_most: Share = 0.9
-    probes: Positive = 4  # pairs of forward passes for each explored expert
-    sigma: PositiveReal = 1e-3  # size of the change of weights that they try
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Held-out evaluation on every client's test split."""
-
-    sequences: Positive = 8  # per client
-    every: Positive = 1  # rounds
-    personal: bool = False  # also every client's own deployable model, on its own test split
-    validation: Positive = 64  # most rows or windows of one client's validation pass, where its algorithm has one
+from fedmoe_core.sections import (
+    AggregationConfig,
+    EvalConfig,
+    FedMoEConfig,
+    FftMoEConfig,
+    FlexMoEConfig,
+    FluxConfig,
+    LoraConfig,
+    ModelConfig,
+    Natural,
+    PlusConfig,
+    Positive,
+    SelectionConfig,
+    TrainConfig,
+    WarmupConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -204,25 +46,39 @@ class Config:
 
     Raises:
         ValueError: a value of the wrong type, out of range, or at odds with another; one sentence with the remedy.
+
+    Example:
+        >>> config = Config(clients=4, budgets=("memory=25%", "memory=100%"))
+        >>> config.clients, config.train.lr
+        (4, 0.002)
+        >>> Config(clients=0)
+        Traceback (most recent call last):
+        ValueError: clients=0 is out of range; give a whole number of at least 1
     """
 
-    algorithm: Annotated[str, OneOf(*ALGORITHMS)] = "hfedmoe"
+    # the system that runs: one that `fedmoe systems` lists, or a class of your own as MODULE:CLASS
+    algorithm: Annotated[str, OneOf(*ALGORITHMS, PLACE)] = "hfedmoe"
+    # stdlib: the text of this Python's standard library; a CSV of labelled rows; a JSON Lines file
     data: Annotated[str, OneOf("stdlib", "csv:FILE", "jsonl:FILE")] = "stdlib"
+    # trained on public text; auto: bpe, or bpe-lower for labelled data; a saved model brings its own
     tokenizer: Annotated[str, OneOf("auto", "bpe", "bpe-lower", "word")] = "auto"
-    model: str = "tiny"  # tiny | path | hub id
-    adapter: str = "transformers"
-    clients: Positive = 10
-    clients_per_round: Natural = 0  # 0 = all
-    rounds: Positive = 8
-    seed: Annotated[int, Between(0, 2**63 - 1)] = 0
+    model: str = "tiny"  # tiny = built from [model_config]; else a directory, or a hub id of the form owner/name
+    adapter: str = "transformers"  # entry point that opens the model; a binding of your own has its own name
+    clients: Positive = 10  # number of clients
+    clients_per_round: Natural = 0  # clients drawn in each round; 0 = all
+    rounds: Positive = 8  # number of rounds
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 0  # decides all that is random
+    # which client owns which data; auto: domain where the data names domains, else dirichlet:0.5 (labelled) or iid
     partition: Annotated[str, OneOf("auto", "domain", "iid", "dirichlet:ALPHA")] = "auto"
-    budgets: tuple[str, ...] = ("experts=12.5%", "experts=25%", "experts=50%", "experts=100%")  # dealt in turn
-    min_clients: Positive = 1
-    ranks: Positive = 1
-    threads: Natural = 0  # per client process; 0 = cores divided by ranks
+    # limits or a device, one text for each tier; the tiers are dealt to the clients in turn
+    budgets: tuple[str, ...] = ("experts=12.5%", "experts=25%", "experts=50%", "experts=100%")
+    min_clients: Positive = 1  # fewest accepted updates that change the model
+    ranks: Positive = 1  # processes that share the work; the result has the same bits
+    threads: Natural = 0  # CPU threads of each process; 0 = cores divided by ranks
+    # where tensors live; auto: a GPU if torch sees one
     device: Annotated[str, OneOf("auto", "cpu", "cuda", "cuda:INDEX")] = "auto"
-    cache: str = ""  # directory of cached warm-ups; empty = the user's cache directory
-    out: str = "runs/last"
+    cache: str = ""  # folder of cached warm-ups and encoded text; empty = the user's cache folder
+    out: str = "runs/last"  # the run directory
     model_config: ModelConfig = field(default_factory=ModelConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -267,11 +123,18 @@ class Config:
 
     @staticmethod
     def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-        """A configuration from defaults, then the task's preset, then the TOML file, then ``key=value`` overrides.
+        """Make a configuration from defaults, then the task's preset, then the TOML file, then ``key=value`` overrides.
 
         Raises:
             ValueError: an unknown key or value (with the nearest valid one), or a file that is not TOML.
             OSError: the file cannot be read.
+
+        Example:
+            >>> Config.load(overrides=["clients=4", "train.lr=1e-3"]).train.lr
+            0.001
+            >>> Config.load(overrides=["clinets=4"])
+            Traceback (most recent call last):
+            ValueError: unknown key 'clinets'; did you mean 'clients'?
         """
         schema = schema_of(Config)
         chosen = read_toml(path, schema) if path else {}
@@ -281,29 +144,29 @@ class Config:
         return build(Config, {**preset, **chosen})
 
     def resolved(self) -> Config:
-        """The same run with ``threads`` as the number that this machine will use."""
-        if self.threads:
-            return self
-        allowed = getattr(os, "sched_getaffinity", None)  # absent outside Linux
-        cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-        return replace(self, threads=max(1, cores // self.ranks))
+        """Return the same run with this machine's ``threads`` and absolute paths, so that it can go on anywhere."""
+        kind, _, file = self.data.partition(":")
+        data = f"{kind}:{Path(file).absolute()}" if file else self.data
+        model = str(Path(self.model).absolute()) if Path(self.model).is_dir() and self.model != "tiny" else self.model
+        threads = self.threads or max(1, usable_cores() // self.ranks)
+        return replace(self, threads=threads, data=data, model=model)
 
     def to_toml(self) -> str:
-        """Every key and value as TOML; ``Config.load`` of that text gives an equal configuration."""
+        """Return every key and value as TOML; ``Config.load`` of that text gives an equal configuration."""
         return write_toml(flatten(self), schema_of(Config))
 
     def decisive(self) -> dict[str, Any]:
-        """Values by dotted key that decide results: all but where files lie and how many ranks share the work."""
-        return {key: value for key, value in flatten(self).items() if key not in INDIFFERENT}
+        """Return the values that decide results by dotted key: all but where files lie and how many ranks share work.
 
-    def fingerprint(self) -> str:
-        """Sha256 (hex) over the keys that decide results."""
-        return hashlib.sha256(write_toml(self.decisive(), schema_of(Config)).encode()).hexdigest()
+        Data and model count by kind (``csv``, ``given``) here and by content in ``identity``, never by their path.
+        """
+        named = {"data": self.data.partition(":")[0], "model": self.model if self.model == "tiny" else "given"}
+        return {key: value for key, value in (flatten(self) | named).items() if key not in INDIFFERENT}
 
     def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
-        """Dotted keys that decide results and differ, with this value and the other; empty means equal fingerprints."""
-        mine, theirs = flatten(self), flatten(other)
-        return {k: (mine[k], theirs[k]) for k in mine if k not in INDIFFERENT and mine[k] != theirs[k]}
+        """Return the dotted keys that decide results and differ, each with this value and the other."""
+        mine, theirs = self.decisive(), other.decisive()
+        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
 
 
 # Same results whatever these say; `threads` is not here, because the order of a sum depends on it.
@@ -329,11 +192,19 @@ CLASSIFICATION_DEFAULTS: Mapping[str, object] = {
 }
 
 
+def usable_cores() -> int:
+    """Count the cores that this process may run on."""
+    allowed = getattr(os, "sched_getaffinity", None)  # absent outside Linux
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 def is_labelled(data: str) -> bool:
-    """Whether ``Config.data`` holds labels: every CSV does; a JSONL file does when its first object has a ``label``."""
+    """Tell whether ``Config.data`` has labels: every CSV does, a JSONL file if its first object has a ``label``."""
     kind, _, name = data.partition(":")
     if kind != "jsonl":
         return kind == "csv"
+    if not Path(name).is_file():
+        return False  # the data room says so; a pipe would lose its first line here
     try:
         with open(name, encoding="utf-8") as lines:
             first = next((line for line in lines if line.strip()), "")
@@ -343,7 +214,7 @@ def is_labelled(data: str) -> bool:
 
 
 def flatten(record: object, prefix: str = "") -> dict[str, Any]:
-    """Values of a nested configuration by dotted key, in the order of the fields."""
+    """Return values of a nested configuration by dotted key, in the order of the fields."""
     flat: dict[str, Any] = {}
     for item in fields(record):  # type: ignore[arg-type]
         value = getattr(record, item.name)

@@ -17,7 +17,7 @@ PIECE_CHARS = 4000
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload", "__pycache__"}
 )
-# Packages with a vocabulary of their own, measured to make non-identical clients; some systems lack tkinter, idlelib.
+# Packages with a special vocabulary, measured to make non-identical clients; some systems lack tkinter, idlelib.
 FIRST_OWNED = (
     *("asyncio", "email", "unittest", "tkinter", "idlelib"),
     *("encodings", "xml", "ctypes", "pydoc_data", "multiprocessing"),
@@ -51,7 +51,7 @@ class Corpus:
 
 
 def read_stdlib(root: Path) -> Corpus:
-    """Every ``.py`` file under ``root`` (but SKIPPED_FOLDERS), cut into pieces; its domain is its package or module.
+    """Read all ``.py`` files under ``root`` (but SKIPPED_FOLDERS) in pieces; the domain is the package or module.
 
     Raises:
         ValueError: there is no source text, as in a Python that ships bytecode only.
@@ -60,10 +60,8 @@ def read_stdlib(root: Path) -> Corpus:
     texts: list[str] = []
     domains: list[str] = []
     packages: set[str] = set()
-    for path in _python_files(root):
-        inside = path.relative_to(root)
-        raw = path.read_bytes()
-        digest.update(f"{inside.as_posix()}\0{len(raw)}\0".encode() + raw)
+    for inside, raw in _python_sources(root):
+        digest.update(_entry(inside, raw))
         pieces = cut(raw.decode("utf-8", errors="replace"))
         texts += pieces
         domains += [inside.parts[0].removesuffix(".py")] * len(pieces)
@@ -90,7 +88,7 @@ def read_stdlib(root: Path) -> Corpus:
 
 
 def read_jsonl(path: Path) -> Corpus:
-    """One JSON object a line: ``text``, and, on every line or on none, ``label`` and ``client`` or ``domain``.
+    """Read one JSON object per line: ``text``, and, on every line or on none, ``label`` and ``client`` or ``domain``.
 
     With labels each line is one row; without, it is a document that is cut into pieces.
 
@@ -98,10 +96,10 @@ def read_jsonl(path: Path) -> Corpus:
         ValueError: a broken line, an empty text or a field that some lines lack; the message names the line.
         OSError: the file cannot be read.
     """
-    raw = read_text(path)
-    records = list(_jsonl_records(raw, path))
+    raw = read_bytes(path)
+    records = list(_jsonl_records(decode(raw, path), path))
     if not records:
-        raise ValueError(f"{path} holds no line; give one JSON object a line, each with a text")
+        raise ValueError(f"{path} holds no line; give one JSON object per line, each with a text")
     fields = {field for field in ("label", "client", "domain") if field in records[0][1]}
     group_field = next((field for field in ("client", "domain") if field in fields), None)
     texts: list[str] = []
@@ -115,7 +113,7 @@ def read_jsonl(path: Path) -> Corpus:
                 )
         text = record.get("text")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path} line {line}: 'text' is missing, empty or no string; fill it or drop the line")
+            raise ValueError(f"{path} line {line}: 'text' is missing, empty or not a string; fill it or drop the line")
         # A JSON escape can name half a surrogate pair, which no UTF-8 encoder takes.
         text = text.encode("utf-8", errors="replace").decode("utf-8")
         pieces = [text] if "label" in fields else cut(text)
@@ -123,9 +121,8 @@ def read_jsonl(path: Path) -> Corpus:
         domains += [_name(record, group_field, path, line) if group_field else "all"] * len(pieces)
         if "label" in fields:
             labels.append(_name(record, "label", path, line))
-    return make_corpus(
-        f"jsonl:{path}", texts, domains=domains, labels=labels or None, digest=sha256(path.read_bytes()).hexdigest()
-    )
+    digest = sha256(raw).hexdigest()
+    return make_corpus(f"jsonl:{path}", texts, domains=domains, labels=labels or None, digest=digest)
 
 
 def make_corpus(
@@ -172,22 +169,30 @@ def make_corpus(
 
 
 def cut(text: str) -> list[str]:
-    """Pieces of PIECE_CHARS characters; blank pieces are dropped."""
+    """Cut into pieces of PIECE_CHARS characters; blank pieces are dropped."""
     pieces = [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
     return [piece for piece in pieces if piece.strip()]
 
 
-def read_text(path: Path) -> str:
-    """The file as UTF-8 (a byte-order mark is dropped).
+def stdlib_digest(root: Path) -> str:
+    """Return the sha256 (hex) of what ``read_stdlib`` reads: over every path, length and content in sorted order."""
+    digest = sha256()
+    for inside, raw in _python_sources(root):
+        digest.update(_entry(inside, raw))
+    return digest.hexdigest()
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file once: what is parsed and what is digested are then the same bytes, whatever happens to the file.
 
     Raises:
-        ValueError: it is not UTF-8; the message names the first wrong byte.
+        ValueError: it is a pipe or a device, which a resumed run could not read again.
         OSError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is a pipe or a device, which can be read only once; save its text as a file")
+        return path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist; check the file name after data=") from None
     except IsADirectoryError:
@@ -196,16 +201,35 @@ def read_text(path: Path) -> str:
         raise PermissionError(f"{path} may not be read; check its permissions") from None
 
 
-def _python_files(root: Path) -> Iterator[Path]:
+def decode(raw: bytes, path: Path) -> str:
+    """Decode UTF-8 and drop a byte-order mark; every way to end a line becomes a newline.
+
+    Raises:
+        ValueError: it is not UTF-8; the message names the first wrong byte.
+    """
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _entry(inside: Path, raw: bytes) -> bytes:
+    """What a file adds to the digest of the standard library."""
+    return f"{inside.as_posix()}\0{len(raw)}\0".encode() + raw
+
+
+def _python_sources(root: Path) -> Iterator[tuple[Path, bytes]]:
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if name not in SKIPPED_FOLDERS)
         for name in sorted(files):
             if name.endswith(".py"):
-                yield Path(folder, name)
+                path = Path(folder, name)
+                yield path.relative_to(root), path.read_bytes()
 
 
 def _jsonl_records(raw: str, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    # Not splitlines(): JSON strings may hold U+2028 and its kin unescaped, which are no line ends here.
+    # Not splitlines(): JSON strings may hold U+2028 and its kin unescaped, which do not end a line here.
     for line, content in enumerate(raw.split("\n"), start=1):
         if not content.strip():
             continue
@@ -214,7 +238,7 @@ def _jsonl_records(raw: str, path: Path) -> Iterator[tuple[int, dict[str, object
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {line} is not valid JSON ({error}); repair or drop the line") from None
         if not isinstance(record, dict):
-            raise ValueError(f'{path} line {line} is no JSON object; write {{"text": ...}}')
+            raise ValueError(f'{path} line {line} is not a JSON object; write {{"text": ...}}')
         yield line, record
 
 

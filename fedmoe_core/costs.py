@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from fedmoe_core.budget import Cost
+from fedmoe_core.resources import Rows
 from fedmoe_core.trunk import UNMEASURED, TrunkCost
 
 if TYPE_CHECKING:
@@ -20,28 +21,11 @@ Mode = Literal["compact", "backward-masked"]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Additive resources: a plan is inside its budget where ``base_D + sum of the chosen experts' costs`` is.
-
-    Attributes:
-        names: resource of each row (memory has one row per stage).
-        base_D: int64, cost of a client without any chosen expert.
-        costs_DLE: int64, cost of each expert that trains.
-        frozen_D: int64, cost of any expert that is held beside those and only runs.
-    """
-
-    names: tuple[str, ...]
-    base_D: np.ndarray
-    costs_DLE: np.ndarray
-    frozen_D: np.ndarray
-
-
-@dataclass(frozen=True)
 class CostModel:
     """Closed-form cost of a client's round [E]: bytes and floating-point operations.
 
     An expert has P = H * I_in + I * H parameters (I_in = 2I where gated). Held: P weights. Trainable: gradient and
-    optimizer state beside them (fp32 AdamW: 16 bytes a parameter in all). LoRA experts: the base stays frozen and
+    optimizer state in addition (fp32 AdamW: 16 bytes a parameter in all). LoRA experts: the base stays frozen and
     r * (d_in + d_out) adapter parameters per matrix train instead. Arithmetic per row: 2P forward, 2P input gradient,
     2P weight gradient, so 6P trainable and 4P frozen (the bound of a frozen expert on the path of a gradient).
     Element-wise work (activation, optimizer, scores) is not counted: it is O(P + rows * I), not O(rows * P).
@@ -57,8 +41,8 @@ class CostModel:
         lora_rank: rank of the experts' adapters; None = the experts themselves train.
         base_experts: experts of the blocks that these layers are grafted on; resident, so they count as held.
         train_router: whether the router rows of trainable experts train.
-        router_travels: whether routers are sent at all; False where each client keeps a gate of its own.
-        anchored: whether a copy of what trains, as it was received, stays beside it (FedProx).
+        router_travels: whether routers are sent at all; False where each client keeps its own gate.
+        anchored: whether a copy of what trains, as it was received, is kept too (FedProx).
         adapters_travel: whether adapters are sent to the client; False where it makes them itself.
         experts_return: whether trained experts, or their adapters, are sent back.
         chosen_per_batch, chosen_in_round: most experts that learn from one batch and in one round, where every batch
@@ -102,7 +86,7 @@ class CostModel:
 
     @classmethod
     def of(cls, spec: ModelSpec, *, tokens: int, train_dense: bool = False, lora_rank: int | None = None) -> CostModel:
-        """The model behind an adapter, not yet calibrated; ``train_dense`` trains every dense tensor."""
+        """Make the cost model behind an adapter, not yet calibrated; ``train_dense`` trains every dense tensor."""
         w_in = next(p for p in spec.params if p.kind in ("expert", "frozen") and p.key.endswith(".w_in"))
         of_trunk = [p for p in spec.params if p.kind == "dense" or (p.kind == "frozen" and p.layer < 0)]
         trunk = sum(math.prod(param.shape) for param in of_trunk)
@@ -160,8 +144,13 @@ class CostModel:
 
     @property
     def held_bytes(self) -> int:
-        """Memory of one expert that only runs."""
-        return self._base_expert + self.adapter_params * self.weight_bytes + self.slot_bytes
+        """Memory of one expert's weights, adapters included."""
+        return self.frozen_bytes + self.adapter_params * self.weight_bytes
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Memory of one expert that only runs: its adapter is merged into its weights."""
+        return self._base_expert + self.slot_bytes
 
     @property
     def gradient_bytes(self) -> int:
@@ -175,7 +164,7 @@ class CostModel:
 
     @property
     def _kept_bytes(self) -> int:
-        """Bytes per trainable parameter that stay between two steps, beside its weight."""
+        """Bytes per trainable parameter that stay between two steps, in addition to its weight."""
         return self.optimizer_bytes + self.anchored * self.weight_bytes
 
     @property
@@ -186,7 +175,7 @@ class CostModel:
         return weights + self.trunk_trainable * self._kept_bytes + self.trunk.buffer_bytes + aux
 
     def memory(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> int:
-        """Peak bytes of a local step from the second on (optimizer state exists): the largest of its stages."""
+        """Return the peak bytes of a local step from the second on (optimizer state exists): its largest stage."""
         if self.chosen_per_batch is not None:
             return self._rescheduled_memory(permitted_LE, top_k=top_k)
         rows = self.rows("compact", top_k=top_k)
@@ -197,7 +186,7 @@ class CostModel:
     def bytes_down(
         self, permitted_LE: np.ndarray, *, first_participation: bool = True, cached_LE: np.ndarray | None = None
     ) -> int:
-        """Bytes to the client: permitted experts, the whole router, the trunk (all of it at first, then what trains).
+        """Return bytes to the client: permitted experts, the whole router, the trunk (all at first, then what trains).
 
         ``cached_LE``: experts whose frozen LoRA base the client still has; only their adapters travel.
         """
@@ -206,12 +195,12 @@ class CostModel:
         return int(new_LE.sum()) * self._base_expert + adapters + self._base_down(first_participation)
 
     def bytes_up(self, trainable_LE: np.ndarray) -> int:
-        """Bytes from the client: deltas of trainable experts and router rows, statistics, the trunk if it trains."""
+        """Return bytes from the client: deltas of trainable experts and router rows, statistics, a trained trunk."""
         count = int(trainable_LE.sum())
         return min(count, self.chosen_in_round or count) * self._expert_up + self._base_up
 
     def step_flops(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> float:
-        """Most operations that one local step can need, over every routing of its tokens.
+        """Return the most operations that one local step can need, over every routing of its tokens.
 
         A token's k' rows go to different experts, so a layer sees at most T * min(k', held) rows, of which at most
         T * min(k', trainable) meet a trainable expert.
@@ -226,7 +215,7 @@ class CostModel:
         return self._flops(trained, float(rows_L.sum()) - trained, self.tokens) + scoring
 
     def real_flops(self, rows_LE: np.ndarray, trainable_LE: np.ndarray, *, tokens: int) -> float:
-        """Operations of one local step that gave each expert ``rows_LE`` rows; never above ``step_flops``.
+        """Return the operations of a local step in which each expert had ``rows_LE`` rows; never above ``step_flops``.
 
         Pure, so that a client can add it up step by step and stop before the step that would pass its budget.
         """
@@ -234,7 +223,7 @@ class CostModel:
         return self._flops(trained, float(rows_LE.sum()) - trained, tokens)
 
     def forward_flops(self, served_LE: np.ndarray, *, tokens: int, top_k: int | None = None) -> float:
-        """Most operations of a pass without gradients: 2P a row, the routers, and the trunk's forward.
+        """Return the most operations of a pass without gradients: 2P a row, the routers, and the trunk's forward.
 
         Args:
             served_LE: experts that a token may choose, bool (L, E).
@@ -248,7 +237,7 @@ class CostModel:
         return rows * expert + tokens * (routers + self.trunk.forward_flops_per_token)
 
     def forward_memory(self, held_LE: np.ndarray, *, top_k: int | None = None) -> int:
-        """Bound of the peak of a pass without gradients over batches of the training shape, ``held_LE`` experts held.
+        """Bound the peak of a pass without gradients over batches of the training shape, ``held_LE`` experts held.
 
         Of a training step it has the weights and, at most, what lives while the forward and the loss run.
         """
@@ -266,7 +255,7 @@ class CostModel:
         cached_LE: np.ndarray | None = None,
         mode: Mode = "compact",
     ) -> Cost:
-        """Cost of a round. ``experts`` counts the permitted (compact) or the trainable ones (backward-masked)."""
+        """Predict a round's cost. ``experts`` counts permitted (compact) or trainable experts (backward-masked)."""
         counted_LE = permitted_LE if mode == "compact" else trainable_LE
         return Cost(
             memory_bytes=self.memory(permitted_LE, trainable_LE, top_k=top_k),
@@ -277,7 +266,7 @@ class CostModel:
         )
 
     def rows(self, mode: Mode, *, top_k: int | None = None, first_participation: bool = True) -> Rows:
-        """The additive resources of a plan in which every chosen expert trains.
+        """Return the additive resources of a plan in which every chosen expert trains.
 
         In compact mode an expert that is not chosen does not exist; in backward-masked mode it is held and frozen,
         so holding all experts is part of the base and choosing one costs its gradient and optimizer state.
@@ -285,8 +274,8 @@ class CostModel:
         stages = self.trunk.stages(self.top_k if top_k is None else top_k)
         shape = (self.num_layers, self.num_experts)
         compact = mode == "compact"
-        held = np.full(shape, (self.held_bytes if compact else 0) + self.state_bytes)
-        base = self.resident_bytes + (0 if compact else self.total_experts * self.held_bytes)
+        held = np.full(shape, self.held_bytes - (0 if compact else self.frozen_bytes) + self.state_bytes)
+        base = self.resident_bytes + (0 if compact else self.total_experts * self.frozen_bytes)
         resident_LE = np.full(shape, not compact)
         expert_down = self._base_expert + self._adapter_down
         base_down = self.bytes_down(resident_LE, first_participation=first_participation)
@@ -301,18 +290,18 @@ class CostModel:
         entries.append(("experts", self.base_experts, np.ones(shape, int)))
         names, bases, costs = zip(*entries, strict=True)
         # In backward-masked mode the frozen are all there already, and an expert budget counts those that train.
-        frozen = {"memory": self.held_bytes, "down": expert_down, "up": 0, "experts": 1}
+        frozen = {"memory": self.frozen_bytes, "down": expert_down, "up": 0, "experts": 1}
         frozen_D = np.array([frozen[name] * compact for name in names], dtype=np.int64)
         return Rows(names, np.array(bases, dtype=np.int64), np.stack(costs).astype(np.int64), frozen_D)
 
     def calibrated(
         self, peaks: Mapping[int, Sequence[int]], permitted_LE: np.ndarray, trainable_LE: np.ndarray, **measured: float
     ) -> CostModel:
-        """This model with its transients set from dry steps of one configuration.
+        """Return this model with its transients set from dry steps of one configuration.
 
         Args:
             peaks: k' -> peak live bytes in each stage (L + 1 entries, see ``TrunkCost``), or of the whole step (one
-                entry: its own expert gradients are then not subtracted, since nobody knows whether they coincided
+                entry: its own expert gradients are then not subtracted, as it is unknown whether they coincided
                 with the peak; measure with one trainable expert per layer to keep that excess small).
             permitted_LE, trainable_LE: the configuration measured.
             measured: further fields of ``TrunkCost``.
@@ -322,13 +311,16 @@ class CostModel:
         """
         base = replace(self, trunk=replace(self.trunk, transients={}, **measured))  # type: ignore[arg-type]
         # The few bytes kept per slot are not taken off: a plan with fewer slots than this one stays bounded.
-        held = int(permitted_LE.sum()) * (base.held_bytes - base.slot_bytes)
-        fixed = base.resident_bytes + held + int(trainable_LE.sum()) * base.state_bytes
+        held = int(permitted_LE.sum()) * (base.frozen_bytes - base.slot_bytes)
+        learning = base.held_bytes - base.frozen_bytes + base.state_bytes
+        fixed = base.resident_bytes + held + int(trainable_LE.sum()) * learning
         transients = {}
         for top_k, stages in peaks.items():
             gradients = [0]
             if len(stages) > 1:
-                gradients = [int((base._gradients(s, of=len(stages)) * trainable_LE).sum()) for s in range(len(stages))]
+                # To take off rows that had no gradient at the height would leave plans short that train fewer of them.
+                sure = [base._gradients(stage, of=len(stages), at_least=True) for stage in range(len(stages))]
+                gradients = [int((each_L1 * trainable_LE).sum()) for each_L1 in sure]
             left = tuple(peak - fixed - gradient for peak, gradient in zip(stages, gradients, strict=True))
             if max(left) < 0:
                 raise ValueError(
@@ -339,9 +331,10 @@ class CostModel:
         return replace(base, trunk=replace(base.trunk, transients=transients))
 
     def _rescheduled_memory(self, permitted_LE: np.ndarray, *, top_k: int | None) -> int:
-        """Peak bytes where experts are chosen anew for every batch: moments of all that ever learnt, gradients of few.
+        """Return the peak bytes where every batch re-chooses its experts.
 
-        A bound: that every batch chooses others, and that a batch's choice lies in the layers that are reached first.
+        Optimizer state is counted for every expert that ever learnt, gradients only for the current ones. It is a
+        bound: every batch is taken to choose other experts, and in the layers that are reached first.
         """
         stages = self.trunk.stages(self.top_k if top_k is None else top_k)
         chosen, ever = self.chosen_per_batch or 0, self.chosen_in_round or 0
@@ -351,20 +344,24 @@ class CostModel:
         gradients = [self.gradient_bytes * min(chosen, self.num_experts * layers) for layers in reached]
         peaks = [transient + gradient for transient, gradient in zip(stages, gradients, strict=True)]
         step = chosen * self.gradient_bytes + self.trunk_trainable * self.grad_bytes + self.trunk.step_bytes
-        layout = self.num_experts * (self.held_bytes + self.hidden_size * self.weight_bytes)  # a layer laid out anew
+        layout = self.num_experts * (self.held_bytes + self.hidden_size * self.weight_bytes)  # a layer laid out again
         return resident + max(step, layout, *peaks)
 
-    def _gradients(self, stage: int, *, of: int) -> np.ndarray:
+    def _gradients(self, stage: int, *, of: int, at_least: bool = False) -> np.ndarray:
         """Bytes of gradients (L, 1) that a trainable expert of each layer adds in a stage.
 
-        Where one stage stands for the whole step, all gradients are taken to exist at its peak.
+        Where one stage stands for the whole step, all gradients are taken to exist at its peak. ``at_least``: what is
+        sure to exist then; of the layer that runs its router's rows get theirs after the experts.
         """
         layer_L1 = np.arange(self.num_layers)[:, None]
         copies = self.trunk.gradient_copies
         if of == 1:
             return np.full_like(layer_L1, self.gradient_bytes * (1 + copies))
         running = self.num_layers - stage
-        return self.gradient_bytes * ((layer_L1 >= running) + copies * (layer_L1 == running))
+        late = self._router_row * self.grad_bytes * at_least
+        return self.gradient_bytes * (layer_L1 >= running) + (copies * self.gradient_bytes - late) * (
+            layer_L1 == running
+        )
 
     @property
     def _adapter_down(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fedmoe_core.batch import Encoded, Task
-from fedmoe_core.corpus import Corpus, read_jsonl, read_stdlib
+from fedmoe_core.corpus import Corpus, read_bytes, read_jsonl, read_stdlib, stdlib_digest
 from fedmoe_core.splits import Splits, count_holdings, split_corpus, with_validation
 from fedmoe_core.tables import read_csv
 from fedmoe_core.tokens import DEFAULT_VOCAB, Kind, TextTokenizer, encode_corpus
@@ -23,7 +23,7 @@ SOURCES = ("stdlib", "csv:FILE", "jsonl:FILE")
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """What one client owns: private text to train on and held-out text to be judged by.
+    """Private text of one client to train on, and held-out text to judge it by.
 
     ``validation`` is private text too, held back from training where the algorithm needs it; else None.
     """
@@ -51,7 +51,7 @@ class FederatedData:
         clients: C clients.
         test: the global test split (classification); None for language modelling, where the clients' own count.
         class_names: empty for language modelling.
-        names_D, counts_CD: who holds what: int64 private rows by class, or private tokens by domain; the row sums are
+        names_D, counts_CD: what each has: int64 private rows by class, or private tokens by domain; the row sums are
             the clients' ``samples``.
         corpus_sha256: of the raw text.
         public_sha256: of the tokenizer, the public tokens and the labels given; two runs that agree here have the
@@ -80,7 +80,7 @@ class FederatedData:
         return len(self.class_names)
 
     def class_shares(self, client: int) -> np.ndarray | None:
-        """The client's own class shares, one row of each class added so that none is 0; None without classes."""
+        """Return the client's class shares, one row of each class added so that none is 0; None without classes."""
         if self.task != "classification":
             return None
         counts_D = self.counts_CD[client] + 1.0
@@ -94,14 +94,29 @@ def load_corpus(source: str) -> Corpus:
         ValueError: unknown scheme, or content that cannot be used; the message names the line.
         OSError: the file cannot be read.
     """
+    scheme, path = _scheme_and_path(source)
+    return {"stdlib": read_stdlib, "csv": read_csv, "jsonl": read_jsonl}[scheme](path)
+
+
+def corpus_digest(source: str) -> str:
+    """Digest the raw text as it is now, without parsing it: the ``sha256`` of the corpus that ``load_corpus`` gives.
+
+    Raises:
+        ValueError, OSError: as ``load_corpus``, where the file cannot be read at all.
+    """
+    scheme, path = _scheme_and_path(source)
+    return stdlib_digest(path) if scheme == "stdlib" else sha256(read_bytes(path)).hexdigest()
+
+
+def _scheme_and_path(source: str) -> tuple[str, Path]:
     scheme, colon, name = source.partition(":")
     if scheme not in ("stdlib", "csv", "jsonl") or (scheme == "stdlib" and colon):
         raise unknown("data", source, SOURCES)
     if scheme == "stdlib":
-        return read_stdlib(Path(sysconfig.get_path("stdlib")))
+        return scheme, Path(sysconfig.get_path("stdlib"))
     if not name:
         raise ValueError(f"data {source!r} names no file; write {scheme}:FILE")
-    return read_csv(Path(name)) if scheme == "csv" else read_jsonl(Path(name))
+    return scheme, Path(name)
 
 
 def load_data(
@@ -126,10 +141,10 @@ def load_data(
             ``dirichlet:0.5`` over classes, or ``iid`` for unlabelled text.
         tokenizer: ``bpe``, ``bpe-lower``, ``word``, or ``auto``: ``bpe`` for language modelling, else ``bpe-lower``.
         vocab_size: most ids; None = 2048 (``bpe``), 4096 (``bpe-lower``) or 8000 (``word``).
-        labels_per_class: public rows of each class whose label is given (classification).
+        labels_per_class: public rows of each class that come with their label (classification).
         validation: whether a tenth of each client's private data is held back for validation.
-        pretrained: a model's own tokenizer, in place of ``tokenizer`` and ``vocab_size``.
-        cache: folder for encoded corpora; None = encode anew.
+        pretrained: a model's own tokenizer, instead of ``tokenizer`` and ``vocab_size``.
+        cache: folder for encoded corpora; None = encode at every call.
 
     Raises:
         ValueError, OSError: one sentence that names the offender and the remedy.

@@ -139,5 +139,5 @@ DEVICES: tuple[Device, ...] = (
 
 
 def find_device(name: str) -> Device | None:
-    """The profile of that name, or None."""
+    """Return the profile of that name, or None."""
     return next((device for device in DEVICES if device.name == name), None)

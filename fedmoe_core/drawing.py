@@ -17,7 +17,7 @@ from fedmoe_core.theme import FONTS, INK, RC
 
 
 def svg(draw: Callable[..., Figure | None], *args: Any, name: str) -> str | None:
-    """The figure that ``draw`` makes as an SVG element without outside references; None where there is nothing to draw.
+    """Return what ``draw`` makes as an SVG element without outside references; None where there is nothing to draw.
 
     Args:
         draw: one of the functions below.
@@ -42,7 +42,7 @@ def svg(draw: Callable[..., Figure | None], *args: Any, name: str) -> str | None
 
 
 def cells(axes: Axes, table: np.ndarray, **colours: Any) -> None:
-    """A heat map of separate cells: thin white lines between them while they are few."""
+    """Draw a heat map of separate cells: thin white lines between them while they are few."""
     axes.imshow(np.ma.masked_invalid(table), aspect="auto", **colours)
     axes.grid(visible=False)
     axes.spines[["bottom", "left"]].set_visible(False)
@@ -72,7 +72,7 @@ def expert_ticks(axes: Axes, experts: int) -> None:
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names at the right end of lines, pushed apart until none covers another."""
+    """Write names at the right end of lines, pushed apart until none covers another."""
     low, high = axes.get_ylim()
     gap = 0.075 * (high - low)
     placed = low - gap

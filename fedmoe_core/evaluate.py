@@ -1,4 +1,4 @@
-"""How good the global model is, for everybody and for each client, and how good each client's own model is."""
+"""How good the global model is, for all clients together and for each, and how good each client's own model is."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Held:
         loss_C, accuracy_C: the same on each client's own held-out data.
         personal_loss_C, personal_accuracy_C: of each client's own deployable model on its own held-out data. Where
             training adjusted the logits by the client's log class shares, its own model still does: that is the
-            predictor that was trained; without the shares it answers for a world of even classes.
+            predictor that was trained; without them it would predict as if all classes were equally frequent.
         seconds: wall-clock.
     """
 
@@ -117,7 +117,7 @@ def _evaluate_parts(
 
 
 def validation_batches(client: ClientData, config: Config) -> Iterator[Batch]:
-    """All of a client's validation data, in batches of the training shape; none where it has no such data.
+    """Return all of a client's validation data, in batches of the training shape; empty where it has none.
 
     Of the training shape, so that the pass needs no more memory than a local step.
     """
@@ -131,7 +131,7 @@ def validation_batches(client: ClientData, config: Config) -> Iterator[Batch]:
 
 
 def evaluate(adapter: ModelAdapter, batches: Iterable[Batch], *, log_prior_C: Tensor | None = None) -> Evaluation:
-    """Sums over batches of the live model as it is configured; ``log_prior_C`` is added to the logits of classes."""
+    """Sum over batches with the live model as it is configured; ``log_prior_C`` is added to the logits of classes."""
     loss_sum, count, correct = 0.0, 0, 0
     for batch in batches:
         result = adapter.evaluate(batch, log_prior_C=log_prior_C)

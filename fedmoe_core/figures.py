@@ -25,7 +25,7 @@ RESOURCES = {
 
 
 def learning(runs: Sequence[Run]) -> Figure | None:
-    """Held-out loss, and accuracy where there is one, against rounds, bytes moved and FLOPs; one line a run.
+    """Draw held-out loss, and accuracy if there is one, against rounds, bytes moved and FLOPs; one line per run.
 
     Of the global model where some run has one, and of the clients' own models, on average, where those were evaluated.
     """
@@ -74,7 +74,7 @@ def learning(runs: Sequence[Run]) -> Figure | None:
 
 
 def spread(runs: Sequence[Run]) -> Figure | None:
-    """Every client's held-out loss per round, with the worst, the mean and the best named; one panel a run.
+    """Draw every client's held-out loss per round, with the worst, the mean and the best named; one panel a run.
 
     Of the global model, or of each client's own where there is no global one.
     """
@@ -113,7 +113,7 @@ def spread(runs: Sequence[Run]) -> Figure | None:
 
 
 def holdings(run: Run) -> Figure | None:
-    """Which client holds and trains which expert, for the first, middle and last round and up to four layers."""
+    """Show which client holds and trains which expert, for the first, middle and last round and up to four layers."""
     by_round: dict[int, dict[int, Mapping[str, Any]]] = {}
     for record in run.clients:
         if record.get("held_LE"):
@@ -147,7 +147,7 @@ def holdings(run: Run) -> Figure | None:
 
 
 def importance(run: Run) -> Figure | None:
-    """Importance of every expert by layer (mean over the fleet), and beneath it how many clients hold the expert."""
+    """Draw every expert's importance by layer (mean over the fleet), and how many clients hold the expert."""
     values = run.last("importance_LE")
     if values is None:
         return None
@@ -183,7 +183,7 @@ def importance(run: Run) -> Figure | None:
 
 
 def budgets(run: Run) -> Figure | None:
-    """Largest share of every limit that each client used in any round, against the hard line at 100 %."""
+    """Draw the largest share of every limit that each client used in any round, against the hard line at 100 %."""
     order = run.client_ids
     panels: list[tuple[str, list[tuple[float, float] | None]]] = []
     for key, (label, _) in RESOURCES.items():
@@ -225,7 +225,7 @@ def budgets(run: Run) -> Figure | None:
 
 
 def data_split(run: Run) -> Figure | None:
-    """Who holds what data: each client's rows by label or domain, as a share of its own."""
+    """Show which client holds what data: each client's rows by label or domain, as a share of its own."""
     if not run.partition or not run.partition.get("counts"):
         return None
     count_CD = np.array(run.partition["counts"], float)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Elements per block of the fixed-point conversion: the float64 and int64 temporaries of a block stay in cache on a
-# CPU (1.0 ms per million elements against 2.2 ms for whole tensors), and stay small beside the sums on a GPU.
+# CPU (1.0 ms per million elements against 2.2 ms for whole tensors), and stay small next to the sums on a GPU.
 BLOCK_CPU = 1 << 17
 BLOCK_GPU = 1 << 24
 INT64_MAX = (1 << 63) - 1
@@ -97,7 +97,7 @@ class SumSettings:
             )
 
     def quantise(self, weight: Any) -> np.ndarray:
-        """Real weights in [0, 1] as int64 in [0, top_weight]: 0 stays 0, anything above 0 becomes at least 1."""
+        """Turn real weights in [0, 1] into int64 in [0, top_weight]: 0 stays 0, anything above 0 becomes at least 1."""
         real = np.asarray(weight, dtype=np.float64)
         return np.where(real > 0, np.maximum(np.rint(real * self.top_weight), 1), 0).astype(np.int64)
 
@@ -128,7 +128,7 @@ def add_fixed(total: Tensor, delta: Tensor, weight_B: Tensor, *, rows_B: Tensor 
 
 
 def row_blocks(rows_B: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """``rows_B`` cut so that rows of ``like`` come in blocks whose temporaries stay small; at least one row each."""
+    """Cut ``rows_B`` so that rows of ``like`` come in blocks with small temporaries; at least one row each."""
     if not rows_B.numel() or not like.numel():
         return ()
     block = BLOCK_CPU if like.device.type == "cpu" else BLOCK_GPU
@@ -136,7 +136,7 @@ def row_blocks(rows_B: Tensor, like: Tensor) -> tuple[Tensor, ...]:
 
 
 def square_sum(values: Tensor) -> float:
-    """Sum of squares in float64, block by block, so that no float64 copy of a whole tensor is made."""
+    """Return the sum of squares in float64, block by block, so that no float64 copy of a whole tensor is made."""
     block = BLOCK_CPU if values.device.type == "cpu" else BLOCK_GPU
     blocks = (part.to(torch.float64) for part in values.reshape(-1).split(block))
     return float(sum(torch.dot(part, part) for part in blocks))

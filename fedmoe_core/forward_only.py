@@ -19,7 +19,7 @@ from fedmoe_core.utilities import spsa
 class ForwardEstimates:
     """|grad|^2 of the mean loss on the round's first batch, for each explored expert, (L, E); 0 elsewhere.
 
-    Run after local training, on the trained sub-model, one expert at a time; see ``utilities.spsa``.
+    Run after local training, on the trained sub-model, one expert after another; see ``utilities.spsa``.
 
     Attributes:
         experts: (layer, expert id), each held and frozen.
@@ -59,7 +59,7 @@ class ForwardEstimates:
 
 
 def estimate_cost(costs: CostModel, held_LE: np.ndarray, *, explored: int, probes: int) -> Cost:
-    """What the estimates cost beside training: 2 * probes forward passes of one batch for each explored expert."""
+    """Return the cost of the estimates: 2 * probes forward passes of one batch for each explored expert."""
     if not explored:
         return Cost()
     all_LE = np.ones_like(held_LE)

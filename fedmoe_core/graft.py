@@ -1,4 +1,4 @@
-"""A frozen block with a small mixture of experts grafted beside it (FFT-MoE, arXiv 2508.18663)."""
+"""A frozen block with a small mixture of experts grafted onto it (FFT-MoE, arXiv 2508.18663)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class GraftSpec:
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts or self.width < 1:
             raise ValueError(
-                f"num_experts={self.num_experts}, width={self.width}, top_k={self.top_k} is no mixture; "
-                "give 1 <= top_k <= num_experts and a width of at least 1"
+                f"cannot graft a mixture with num_experts={self.num_experts}, width={self.width}, top_k={self.top_k}; "
+                "give 1 <= top_k <= num_experts and width >= 1"
             )
 
 
@@ -57,7 +57,7 @@ class Grafted(nn.Module):
 
 
 def fresh_graft(base: MoE, graft: GraftSpec, *, seed: int) -> Grafted:
-    """``base`` with a fresh mixture beside it, of its device and dtype: V ~ N(0, 2/H), U = 0, drawn on the CPU."""
+    """Graft a fresh mixture onto ``base``, of its device and dtype: V ~ N(0, 2/H), U = 0, drawn on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     hidden, like = base.hidden_size, base.w_out
 

@@ -17,17 +17,17 @@ Score = Literal["s", "ib", "taylor"]
 
 
 def cumulative(prob_sum_LE: np.ndarray, tokens_L: np.ndarray) -> np.ndarray:
-    """Mean router probability, s_cumul(e) = (1/B) sum_i G_e(x_i): HFedMoE eq. 3 [N]. Zero where no token was seen."""
+    """Return the mean router probability, s_cumul(e) = (1/B) sum_i G_e(x_i): HFedMoE eq. 3 [N]. Zero without tokens."""
     return prob_sum_LE / np.maximum(tokens_L, 1)[:, None]
 
 
 def specific(prob_max_LE: np.ndarray) -> np.ndarray:
-    """Largest router probability, s_specific(e) = max_i G_e(x_i): HFedMoE eq. 4 [N]; keeps rare, decisive experts."""
+    """Return the largest router probability, max_i G_e(x_i): HFedMoE eq. 4 [N]; it keeps rare, decisive experts."""
     return np.asarray(prob_max_LE, dtype=np.float64)
 
 
 def importance_s(prob_sum_LE: np.ndarray, prob_max_LE: np.ndarray, tokens_L: np.ndarray, *, lam: float) -> np.ndarray:
-    """s(e) = lambda * s_cumul(e) + (1 - lambda) * s_specific(e), in [0, 1]: HFedMoE eq. 5 [N].
+    """Return s(e) = lambda * s_cumul(e) + (1 - lambda) * s_specific(e), in [0, 1]: HFedMoE eq. 5 [N].
 
     Raises:
         ValueError: lambda outside [0, 1].
@@ -38,7 +38,7 @@ def importance_s(prob_sum_LE: np.ndarray, prob_max_LE: np.ndarray, tokens_L: np.
 
 
 def kl_terms(prob_sum_LE: np.ndarray, plogp_sum_LE: np.ndarray, tokens_L: np.ndarray) -> np.ndarray:
-    """(1/B) sum_i G_e(x_i) log(G_e(x_i) / p_e) with p_e = (1/B) sum_j G_e(x_j), in nats: HFedMoE eqs. 10, 11 [N].
+    """Return (1/B) sum_i G_e(x_i) log(G_e(x_i) / p_e), p_e = (1/B) sum_j G_e(x_j), nats: HFedMoE eqs. 10, 11 [N].
 
     From sums: (1/B) sum_i G log G - p_e log p_e. Each term is at least 0 (log-sum inequality) and their sum over the
     experts of a layer is I(router; input), exactly [D].
@@ -50,7 +50,7 @@ def kl_terms(prob_sum_LE: np.ndarray, plogp_sum_LE: np.ndarray, tokens_L: np.nda
 
 
 def information_bottleneck(s_LE: np.ndarray, kl_LE: np.ndarray, *, beta: float) -> np.ndarray:
-    """I(e) = s(e) - beta * KL(e), the lower bound of eqs. 6-9 that can be computed: HFedMoE eqs. 12-14 [N].
+    """Return I(e) = s(e) - beta * KL(e), the computable lower bound of eqs. 6-9: HFedMoE eqs. 12-14 [N].
 
     Units mix (s in [0, 1], KL in nats), as in the paper. Measured here: KL alone correlates positively with true
     importance, and beta >= 2 is worse than no penalty.
@@ -59,7 +59,7 @@ def information_bottleneck(s_LE: np.ndarray, kl_LE: np.ndarray, *, beta: float) 
 
 
 def taylor(taylor_abs_LE: np.ndarray, kl_LE: np.ndarray, tokens_L: np.ndarray, *, beta: float) -> np.ndarray:
-    """Contribution to the loss: T_e / sum_e' T_e' - beta * KL_e / log B, per layer [E].
+    """Return the contribution to the loss: T_e / sum_e' T_e' - beta * KL_e / log B, per layer [E].
 
     T_e = sum_i |G_e(x_i) dL/dG_e(x_i)| is the first-order change of the loss when expert e is taken out, the abstract's
     "contribution to fine-tuning". Division by log B puts the penalty into [0, p_e]. A layer whose T is all zero (no
@@ -73,12 +73,12 @@ def taylor(taylor_abs_LE: np.ndarray, kl_LE: np.ndarray, tokens_L: np.ndarray, *
 
 
 def usage(prob_sum_LE: np.ndarray, samples_L: np.ndarray) -> np.ndarray:
-    """u_c(e) = (1/|D_c|) sum over D_c of G_e(x): HFedMoE eq. 16 [N]; over tokens for sequence models."""
+    """Return u_c(e) = (1/|D_c|) sum over D_c of G_e(x): HFedMoE eq. 16 [N]; over tokens for sequence models."""
     return cumulative(prob_sum_LE, samples_L)
 
 
 def expert_scores(sums: ClientProfile, score: Score, *, lam: float, beta: float) -> np.ndarray:
-    """The score (L, E) that selection maximises: ``s`` eq. 5, ``ib`` eq. 14, ``taylor`` [E]; larger is better."""
+    """Return the score (L, E) to maximise: ``s`` eq. 5, ``ib`` eq. 14, ``taylor`` [E]; larger is better."""
     kl_LE = kl_terms(sums.prob_sum_LE, sums.plogp_sum_LE, sums.tokens_L)
     if score == "taylor":
         return taylor(sums.taylor_abs_LE, kl_LE, sums.tokens_L, beta=beta)
@@ -98,10 +98,10 @@ def estimate_absent(
     prior_taylor_LE: np.ndarray | None = None,
     prior_prob_sum_LE: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Taylor sums of every client with absent experts filled in: own demand x what a unit of demand is worth [E].
+    """Fill absent experts into the Taylor sums of every client: own demand x what a unit of demand is worth [E].
 
     A client cannot measure T_e of an expert that it does not hold, but its full router tells how much it would use it.
-    The worth of a unit of demand, T_e / sum_i G_e(x_i), is pooled over the clients that hold e; where nobody does, over
+    The worth of a unit of demand, T_e / sum_i G_e(x_i), is pooled over the clients that hold e; where none does, over
     the layer's held experts, and where that is empty too, it is 1 in every layer (demand alone decides).
 
     Args:

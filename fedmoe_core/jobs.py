@@ -1,6 +1,6 @@
 """The runs of a comparison: which there are, which are done, and the processes that do the rest, stoppable at any time.
 
-Every run is a run directory like any other, made by ``fedmoe simulate`` in a process of its own. So whatever ends
+Every run is a run directory like any other, made by ``fedmoe simulate`` in a separate process. So whatever ends
 early, a worker, a seed or the whole comparison, takes nothing with it: the same command goes on from the checkpoints.
 """
 
@@ -11,13 +11,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmoe_core.config import Config
+from fedmoe_core.identity import Identity, code_version
 from fedmoe_core.names import concerns
+from fedmoe_core.run_directory import read_facts, refuse_claim
 
 KEPT = 2000  # characters of a failed run's last words that are worth keeping
 
@@ -52,24 +54,41 @@ class Job:
         return f"{self.variant.label}, seed {self.seed}"
 
     def finished(self) -> bool:
-        """Whether this very run is on disk, whole."""
+        """Return whether this very run is on disk, whole."""
         return (self.out / "summary.json").is_file() and self._same()
 
     def begun(self) -> bool:
-        """Whether this very run has a checkpoint to go on from."""
-        return (self.out / "checkpoint").exists() and self._same()
+        """Return whether this very run has a checkpoint to go on from, made by this very code."""
+        return (
+            (self.out / "checkpoint").exists()
+            and self._same()
+            and self.code() == code_version(self.config.adapter, self.config.algorithm)
+        )
+
+    def differs(self) -> str:
+        """Name the first setting that differs in the run on disk; empty where all agree or no run is there."""
+        if read_facts(self.out) is None:
+            return ""
+        try:
+            differing = Config.load(self.out / "config.toml").diff(self.config)
+        except (OSError, ValueError) as error:
+            return f"a configuration that cannot be read ({error})"
+        for key, (was, now) in differing.items():
+            if concerns(key, [self.config.algorithm]):
+                return f"{key}={was} and not {now}"
+        return ""
+
+    def code(self) -> str:
+        """Name the code that made the run on disk; empty where no run began."""
+        return str((read_facts(self.out) or {}).get("code", ""))
 
     def _same(self) -> bool:
-        try:
-            differs = Config.load(self.out / "config.toml").diff(self.config)
-        except (OSError, ValueError):
-            return False
-        return not any(concerns(key, [self.config.algorithm]) for key in differs)
+        return read_facts(self.out) is not None and not self.differs()
 
-    def command(self, words: Sequence[str]) -> list[str]:
-        """The command line of this run: a resumption where that is possible, else the run from its start."""
+    def command(self, words: Sequence[str], *, afresh: bool = False) -> list[str]:
+        """Return the command line of this run: a resumption where possible and not ``afresh``, else from its start."""
         start = [sys.executable, "-m", "fedmoe_core.cli"]
-        if self.begun():
+        if not afresh and self.begun():
             return [*start, "resume", str(self.out), "--quiet"]
         own = [*self.variant.words, f"seed={self.seed}", f"threads={self.config.threads}", f"out={self.out}"]
         return [*start, "simulate", *words, *own, "--quiet", "--force"]
@@ -88,9 +107,9 @@ class Outcome:
 def make_jobs(
     words: Sequence[str], variants: Sequence[Variant], seeds: Sequence[int], *, out: Path, threads: int
 ) -> list[Job]:
-    """All runs, every contender's first seed before anybody's second... but seeds vary fastest.
+    """List all runs, contender by contender; within a contender, seed by seed.
 
-    So the first processes to start have different seeds, and each makes the warm-up that its seed's later runs read.
+    The first processes to start have different seeds, and each makes the warm-up that its seed's later runs read.
 
     Args:
         words: what the contenders share: a configuration file and ``key=value`` words.
@@ -107,7 +126,7 @@ def make_jobs(
     slugs = [variant.slug for variant in variants]
     for slug in slugs:
         if not slug or slugs.count(slug) > 1:
-            raise ValueError(f"two systems are called {slug!r}; give each a label of its own")
+            raise ValueError(f"two systems are called {slug!r}; give each its own label")
     jobs = []
     for variant in variants:
         config = config_of(words, variant.words)
@@ -118,7 +137,7 @@ def make_jobs(
 
 
 def config_of(words: Sequence[str], own: Sequence[str] = ()) -> Config:
-    """The configuration that shared words (a TOML file among them, if any) and a contender's own make.
+    """Make the configuration of shared words (a TOML file among them, if any) and a contender's own.
 
     Raises:
         ValueError, OSError: as ``Config.load``.
@@ -128,21 +147,28 @@ def config_of(words: Sequence[str], own: Sequence[str] = ()) -> Config:
 
 
 def run_jobs(
-    jobs: Sequence[Job], words: Sequence[str], *, workers: int, watch: Callable[[Outcome, float], None]
+    jobs: Sequence[Job],
+    words: Sequence[str],
+    *,
+    workers: int,
+    watch: Callable[[Outcome, float], None],
+    again: Collection[Path] = (),
 ) -> list[Outcome]:
-    """Do what is not done yet, ``workers`` processes at a time; a failed run is an outcome, never the end of the rest.
+    """Do what is not done yet, ``workers`` processes at once; a failed run is an outcome, never the end of the rest.
 
     Args:
         jobs: as ``make_jobs`` gives them.
         words: the shared words that ``make_jobs`` was given.
-        workers: most processes at a time.
+        workers: most processes at once.
         watch: told of every outcome, finished ones from disk first, with the seconds that the rest may still take.
+        again: run directories in which the run starts again, finished or not.
 
     Raises:
         KeyboardInterrupt: after the running processes have been stopped; their checkpoints stay.
     """
-    outcomes = [Outcome(job, 0.0, cached=True) for job in jobs if job.finished()]
-    waiting = [job for job in jobs if not job.finished()]
+    done = {job.out for job in jobs if job.out not in again and job.finished()}
+    outcomes = [Outcome(job, 0.0, cached=True) for job in jobs if job.out in done]
+    waiting = [job for job in jobs if job.out not in done]
     for outcome in outcomes:
         watch(outcome, float("nan"))
     took: list[float] = []
@@ -151,7 +177,7 @@ def run_jobs(
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
                 job.out.parent.mkdir(parents=True, exist_ok=True)
-                running[_start(job, words)] = (job, time.monotonic())
+                running[_start(job, words, afresh=job.out in again)] = (job, time.monotonic())
             for process in [process for process in running if process.poll() is not None]:
                 job, began = running.pop(process)
                 took.append(time.monotonic() - began)
@@ -163,17 +189,51 @@ def run_jobs(
     return sorted(outcomes, key=lambda outcome: order[outcome.job.out])
 
 
+def other_runs(jobs: Sequence[Job]) -> dict[Path, str]:
+    """Find runs that lie where ``jobs`` go and are not theirs: other settings, or other content of data or model.
+
+    Returns:
+        One sentence by run directory.
+
+    Raises:
+        ValueError: a directory there holds something that fedmoe did not make.
+        OSError: data or model cannot be read.
+    """
+    found: dict[Path, str] = {}
+    today: dict[tuple[str, str], Identity] = {}
+    for job in jobs:
+        refuse_claim(job.out, force=True)
+        facts = read_facts(job.out)
+        if facts is None:
+            continue
+        if differs := job.differs():
+            found[job.out] = f"{job.out} holds a run with {differs}"
+            continue
+        sources = (job.config.data, job.config.model)
+        if sources not in today:
+            today[sources] = Identity.of(job.config)
+        then = Identity.read(facts)
+        try:
+            if then is None:
+                raise ValueError(f"{job.out} does not say which data it was made from")
+            then.require_same_sources(today[sources], str(job.out), job.config)
+        except ValueError as error:
+            found[job.out] = str(error)
+    return found
+
+
 def remaining(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs without a finished run."""
+    """Return the jobs without a finished run."""
     return [job for job in jobs if not job.finished()]
 
 
-def _start(job: Job, words: Sequence[str]) -> subprocess.Popen[bytes]:
-    # Its own log, not a pipe: a pipe that nobody empties would stop a talkative child.
+def _start(job: Job, words: Sequence[str], *, afresh: bool) -> subprocess.Popen[bytes]:
+    # Its own log, not a pipe: a full pipe would stop a talkative child.
     log = job.out.parent / f"{job.out.name}.log"
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.config.threads)}
     with log.open("wb") as sink:
-        return subprocess.Popen(job.command(words), stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=environment)
+        command = job.command(words, afresh=afresh)
+        return subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=environment)
 
 
 def _error(job: Job, process: subprocess.Popen[bytes]) -> str:
@@ -205,7 +265,7 @@ def _children() -> Iterator[dict[subprocess.Popen[bytes], tuple[Job, float]]]:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """``0-7``, ``0,2,5`` or a mixture.
+    """Read seeds: ``0-7``, ``0,2,5`` or a mixture.
 
     Raises:
         ValueError: something else.
@@ -217,12 +277,12 @@ def parse_seeds(text: str) -> tuple[int, ...]:
             raise ValueError(f"seeds {text!r} are not a list; write 0-7 or 0,1,2")
         seeds += range(int(low), int(high or low) + 1)
     if len(set(seeds)) != len(seeds) or not seeds:
-        raise ValueError(f"seeds {text!r} name none or one twice; write 0-7 or 0,1,2")
+        raise ValueError(f"seeds {text!r} name no seed, or one twice; write 0-7 or 0,1,2")
     return tuple(seeds)
 
 
 def parse_variants(systems: Sequence[str], named: Mapping[str, Sequence[str]]) -> list[Variant]:
-    """Contenders by name: a label of ``named`` (a file's table of words), else an algorithm."""
+    """Find contenders by name: a label of ``named`` (a file's table of words), else an algorithm."""
     return [
         Variant(system, tuple(named[system]) if system in named else (f"algorithm={system}",)) for system in systems
     ]

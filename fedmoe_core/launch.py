@@ -23,17 +23,17 @@ class RankError(Exception):
 
 
 def rank() -> int:
-    """This process's rank; 0 outside torchrun."""
+    """Return this process's rank; 0 outside torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launched() -> bool:
-    """Whether this process is a rank under torchrun, whoever started it."""
+    """Tell whether this process is a rank under torchrun, no matter which process started it."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def speaks() -> bool:
-    """Whether this process tells the user how it ended: rank 0, unless a parent of ours waits for it."""
+    """Tell whether this process tells the user how it ended: rank 0, unless a parent of ours waits for it."""
     return rank() == 0 and LAUNCHED not in os.environ
 
 
@@ -87,7 +87,7 @@ def run_ranks(arguments: Sequence[str], *, ranks: int, threads: int) -> None:
 
 
 def tell_parent(sentence: str) -> bool:
-    """Hand an error to the process that started this rank; False when nobody did, and the rank must say it itself."""
+    """Hand an error to the process that started this rank; False without one: the rank must say it itself."""
     target = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if LAUNCHED not in os.environ or not target:
         return False

@@ -39,7 +39,17 @@ class MoE(ExpertStore):
         out_scale: a scalar Parameter that the layer's output is multiplied by (FLAME's s_i); None = 1, for good.
 
     ``last_stats`` is overwritten by each forward and never summed here, so that a forward repeated by activation
-    checkpointing cannot count twice; whoever wants sums adds it once per micro-batch.
+    checkpointing cannot count twice. To sum it, add it once per micro-batch.
+
+    Example:
+        >>> import torch
+        >>> layer = MoE(8, 16, 4, 2, permitted=[True, True, False, False], trainable=[True, False, False, False])
+        >>> layer(torch.zeros(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+        >>> layer
+        MoE(hidden_size=8, intermediate_size=16, top_k=2, experts=2/4, trainable=1)
+        >>> layer.w_in.shape  # one trainable expert; the frozen one is a buffer, the absent two have no byte
+        torch.Size([1, 32, 8])
     """
 
     out_scale: nn.Parameter | None
@@ -69,7 +79,10 @@ class MoE(ExpertStore):
         """Make a layer with fresh normal weights.
 
         Args:
-            hidden_size, intermediate_size, num_experts, top_k: H, I, E and k.
+            hidden_size: H, the width of a token.
+            intermediate_size: I, the width inside an expert.
+            num_experts: E, of the whole layer.
+            top_k: k, experts that each token is sent to.
             permitted: bool (E,), the experts to store; None = all.
             trainable: bool (E,), those that get a weight gradient, a subset of ``permitted``; None = all permitted.
             activation: as ``fedmoe_kernels.moe_mlp``.
@@ -126,7 +139,7 @@ class MoE(ExpertStore):
         trainable: ExpertMask | None = None,
         **options: object,
     ) -> MoE:
-        """A layer with copies of a dense MoE layer's permitted weights.
+        """Make a layer with copies of a dense MoE layer's permitted weights.
 
         Args:
             router_EH: (E, H).
@@ -190,7 +203,7 @@ class MoE(ExpertStore):
         self.out_scale = None if start is None else nn.Parameter(start)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """As ``ExpertStore``, and the output's factor where there is one."""
+        """Return what ``ExpertStore.trained_state`` does, and the output's factor where there is one."""
         found = super().trained_state()
         return found if self.out_scale is None else found | {"out_scale": self.out_scale.detach()}
 
@@ -215,7 +228,7 @@ class MoE(ExpertStore):
         self.last_logits_TE, self.last_experts_TK = None, None
 
     def chosen_rows_E(self) -> np.ndarray:
-        """Rows of each held expert in the last forward, (E,), by the choices that ``keep_logits`` left; one host sync.
+        """Count the last forward's rows of each held expert, (E,), by what ``keep_logits`` left; one host sync.
 
         A choice of an expert that another one serves counts for the one that serves.
         """

@@ -36,7 +36,7 @@ class LayerLora:
 
     @classmethod
     def fresh(cls, w_in: Tensor, w_out: Tensor, *, rank: int, scale: float, seed: int) -> LayerLora:
-        """Adapters that change nothing yet, for experts (E, F, H) and (E, H, I): a uniform in +-1/sqrt(fan-in), b = 0.
+        """Make adapters that change nothing yet for experts (E, F, H), (E, H, I): a uniform in +-1/sqrt(fan-in), b = 0.
 
         Drawn on the CPU from ``seed``, the same on every device.
         """
@@ -50,7 +50,7 @@ class LayerLora:
 
     @classmethod
     def of(cls, factors: Mapping[str, Tensor], scale: float) -> LayerLora:
-        """From a mapping that has every name of ``FACTORS``."""
+        """Take the factors from a mapping that has every name of ``FACTORS``."""
         return cls(factors["a_in"], factors["b_in"], factors["a_out"], factors["b_out"], scale)
 
     @property
@@ -63,11 +63,11 @@ class LayerLora:
         return {name: getattr(self, name) for name in FACTORS}
 
     def to(self, device: torch.device) -> LayerLora:
-        """The same on another device."""
+        """Return the same on another device."""
         return LayerLora.of({name: factor.to(device) for name, factor in self.factors.items()}, self.scale)
 
     def truncated(self, rank: int) -> LayerLora:
-        """The first ``rank`` ranks (HetLoRA's truncation).
+        """Return the first ``rank`` ranks (HetLoRA's truncation).
 
         Raises:
             ValueError: a rank outside 1..r.
@@ -78,7 +78,7 @@ class LayerLora:
         return LayerLora.of(cut, self.scale)
 
     def with_rows(self, rows: Mapping[str, Mapping[int, Tensor]]) -> LayerLora:
-        """The same with some experts' factors replaced, by name and expert id; nothing given is changed."""
+        """Replace some experts' factors in a copy, by name and expert id; nothing given is changed."""
         own = {}
         for name in FACTORS:
             if given := rows.get(name, {}):
@@ -88,14 +88,14 @@ class LayerLora:
         return replace(self, **own) if own else self
 
     def change(self, name: str, expert: int) -> Tensor:
-        """scale * b @ a of one expert's ``w_in`` or ``w_out``."""
+        """Return scale * b @ a of one expert's ``w_in`` or ``w_out``."""
         side = name.removeprefix("w_")
         a, b = getattr(self, f"a_{side}")[expert], getattr(self, f"b_{side}")[expert]
         return self.scale * (b @ a)
 
 
 def lora_specs(specs: Sequence[ParamSpec], rank: int) -> tuple[ParamSpec, ...]:
-    """The tensors of a model whose experts carry adapters of ``rank``: factors are what trains, experts are frozen."""
+    """List the tensors of a model with adapters of ``rank`` on its experts: factors train, experts are frozen."""
     found: list[ParamSpec] = []
     for spec in specs:
         name = spec.key.rpartition(".")[2]
@@ -112,7 +112,7 @@ def lora_specs(specs: Sequence[ParamSpec], rank: int) -> tuple[ParamSpec, ...]:
 
 
 def lora_of_layer(state: Mapping[str, Tensor], layer: int, lora: LoraSpec, *, rank: int | None, seed: int) -> LayerLora:
-    """The adapters of one layer: the state's, cut to ``rank`` (None = whole), or fresh ones where it has none."""
+    """Return the adapters of a layer: the state's, cut to ``rank`` (None = whole), or fresh ones where it has none."""
     prefix = f"moe.{layer}."
     if lora.in_state:
         whole = LayerLora.of({name: state[prefix + name] for name in FACTORS}, lora.scale)
@@ -125,5 +125,5 @@ def lora_of_layer(state: Mapping[str, Tensor], layer: int, lora: LoraSpec, *, ra
 
 
 def first_ranks(name: str, factor: Tensor, rank: int) -> Tensor:
-    """A view of the first ``rank`` ranks of a stack of factors called ``name``: rows of an a, columns of a b."""
+    """View the first ``rank`` ranks of a stack of factors called ``name``: rows of an a, columns of a b."""
     return factor[:, :rank] if name.startswith("a_") else factor[..., :rank]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
@@ -15,7 +15,7 @@ from fedmoe_core.layer_lora import FACTORS, LayerLora
 from fedmoe_core.rows import Rows, check_rows, slot_map_of
 from fedmoe_core.slots import frozen_stack, group_of, stack
 from fedmoe_kernels.quantized import Quantized
-from fedmoe_kernels.routing import SlotMap
+from fedmoe_kernels.slot_map import SlotMap
 
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
 NO_ROWS: Rows = MappingProxyType({})
@@ -41,17 +41,34 @@ class LayerState:
     lora: LayerLora | None = None
 
 
+class _Merged(Mapping[int, Tensor]):
+    """Rows of a matrix, those of ``merged`` experts with their adapters; made on reading, one by one."""
+
+    def __init__(self, rows: Mapping[int, Tensor], lora: LayerLora, name: str, merged: frozenset[int]) -> None:
+        self.rows, self.lora, self.name, self.merged = rows, lora, name, merged
+
+    def __getitem__(self, expert: int) -> Tensor:
+        row = self.rows[expert]
+        return row + self.lora.change(self.name, expert) if expert in self.merged else row
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 class ExpertStore(nn.Module):
     """The storage of one MoE layer; ``MoE`` adds the forward.
 
     Storage is compact: ``w_in`` and ``w_out`` are Parameters of the trainable experts only, ``w_in_frozen`` and
     ``w_out_frozen`` buffers of the other permitted ones, and an absent expert has no byte here. ``router`` is a
-    Parameter with the rows of the trainable experts, ``router_rest`` a buffer with all other rows: the whole router is
-    small, and with it the demand for absent experts stays measurable. So a frozen or absent expert can have neither
-    gradient nor optimizer state, whatever the optimizer (invariant 5).
+    Parameter with the rows of the trainable experts, ``router_rest`` a buffer with all other rows. The whole router is
+    kept because it is small, and with it the demand for absent experts stays measurable. A frozen or absent expert can
+    have neither gradient nor optimizer state, whatever the optimizer (invariant 5).
 
-    With adapters (``load_global(lora=...)``) the experts themselves are frozen: ``w_in`` and ``w_out`` have no row, the
-    frozen buffers hold every slot, and ``a_in``, ``b_in``, ``a_out``, ``b_out`` are Parameters of the trainable
+    With adapters (``load_global(lora=...)``) the experts themselves are frozen: ``w_in`` and ``w_out`` have no row, and
+    the frozen buffers hold every slot. ``a_in``, ``b_in``, ``a_out``, ``b_out`` are Parameters of the trainable
     experts' factors. The adapter of an expert that does not train is merged into its weights.
 
     Args:
@@ -101,7 +118,7 @@ class ExpertStore(nn.Module):
             group_of(hidden_size), group_of(intermediate_size)
 
     def router_EH(self) -> Tensor:
-        """The whole router in expert order, (E, H); gradients reach the trainable rows only."""
+        """Return the whole router in expert order, (E, H); gradients reach the trainable rows only."""
         rows = torch.cat([self.router, self.router_rest])
         return rows if self._router_in_order else rows[self._row_of_expert.to(rows.device)]
 
@@ -134,9 +151,9 @@ class ExpertStore(nn.Module):
         Args:
             router, w_in, w_out: the layer in global coordinates.
             permitted, trainable: as the constructor.
-            rows: rows in place of those tensors' own, by "router", "w_in", "w_out" or a factor's name, and expert id.
+            rows: rows instead of those tensors' own, by "router", "w_in", "w_out" or a factor's name, and expert id.
             alias: int (E,), the held expert whose slot serves an absent one, -1 = none; see ``SlotMap.shared``.
-            lora: adapters of all experts (E, ...), which then train in place of the experts.
+            lora: adapters of all experts (E, ...), which then train instead of the experts.
 
         Raises:
             ValueError: as the constructor; a row of another shape or of an expert that is not held; a bad alias.
@@ -161,7 +178,7 @@ class ExpertStore(nn.Module):
         self._install(*self.check_masks(permitted, trainable), source, keep=True)
 
     def global_state(self) -> LayerState:
-        """Copies of the router and of the held experts, in ascending expert id.
+        """Return copies of the router and of the held experts, in ascending expert id.
 
         Raises:
             ValueError: the adapter of a frozen expert is merged into it and cannot be told apart any more.
@@ -176,7 +193,7 @@ class ExpertStore(nn.Module):
             return LayerState(tuple(sorted(self.experts)), self.router_EH().detach().clone(), w_in, w_out, lora)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Detached views of what trains here, rows in ascending expert id; empty where no expert trains."""
+        """Return detached views of what trains here, rows in ascending expert id; empty where no expert trains."""
         if not self.trainable_experts:
             return {}
         names = ("w_in", "w_out") if self.lora_scale is None else FACTORS
@@ -184,7 +201,7 @@ class ExpertStore(nn.Module):
         return {name: getattr(self, name).detach() for name in names}
 
     def check_masks(self, permitted: ExpertMask | None, trainable: ExpertMask | None) -> tuple[np.ndarray, np.ndarray]:
-        """Numpy bool (E,) masks of the permitted and of the trainable experts, None filled in.
+        """Return numpy bool (E,) masks of the permitted and of the trainable experts, None filled in.
 
         Raises:
             ValueError: an empty permitted set, or masks of the wrong shape, kind or inclusion.
@@ -200,7 +217,7 @@ class ExpertStore(nn.Module):
         return held, trains
 
     def get_extra_state(self) -> Tensor:
-        """The experts by slot, so that a state dict cannot be read into a layer that holds others."""
+        """Save the experts by slot, so that a state dict cannot be read into a layer that holds others."""
         return torch.tensor([len(self.trainable_experts), *self.experts])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -250,7 +267,7 @@ class ExpertStore(nn.Module):
             like = {name: getattr(source, name) for name in ("router", "w_in", "w_out")}
             check_rows(own, like if lora is None else like | lora.factors, held)
             lora = None if lora is None else lora.with_rows(own)
-        # Adapters train in place of the experts, which then lie in the frozen stack, trainable ones first all the same.
+        # Adapters train instead of the experts, which then lie in the frozen stack, still the trainable ones first.
         learning, stored_ids = (trainable, frozen) if lora is None else ((), trainable + frozen)
         with torch.no_grad():
             router_EH = self.router_EH() if keep else cast(LayerState, source).router
@@ -264,10 +281,9 @@ class ExpertStore(nn.Module):
                 if isinstance(stored, Tensor):
                     rows |= dict(zip(self.frozen_experts, stored, strict=True))
                 rows |= own.get(name, {})
-                if lora is not None:
-                    rows |= {e: rows[e] + lora.change(name, e) for e in frozen}
-                setattr(self, name, nn.Parameter(stack(rows, learning, shape)))
-                values, scale = frozen_stack(rows, codes, stored_ids, bits=self.frozen_bits, like=shape)
+                whole = rows if lora is None else _Merged(rows, lora, name, frozenset(frozen))
+                setattr(self, name, nn.Parameter(stack(whole, learning, shape)))
+                values, scale = frozen_stack(whole, codes, stored_ids, bits=self.frozen_bits, like=shape)
                 setattr(self, f"{name}_frozen", values)
                 setattr(self, f"{name}_scale", scale)
             self._install_factors(lora, trainable)
@@ -317,7 +333,7 @@ class ExpertStore(nn.Module):
         return values if scale is None else Quantized(values, scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStore:
-        """Another dtype for the layer is none for the scales of its codes, which stay float32."""
+        """Cast the layer, but keep the scales of quantised experts in float32."""
         scales = {name: getattr(self, name) for name in ("w_in_scale", "w_out_scale")}
         super()._apply(fn, recurse)
         for name, scale in scales.items():

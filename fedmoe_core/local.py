@@ -25,7 +25,7 @@ class LocalOptimizer(Protocol):
 
 
 def local_optimizer(adapter: ModelAdapter, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over what this configuration trains; fused, because the foreach form holds copies of every gradient."""
+    """Make AdamW for what this configuration trains; fused, as the foreach form holds copies of every gradient."""
     trainable = [p for p in adapter.model.parameters() if p.requires_grad and p.numel()]
     return torch.optim.AdamW(trainable, lr=train.lr, weight_decay=train.weight_decay, fused=True)
 
@@ -58,7 +58,7 @@ class Stepper:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def step(self, batch: Batch) -> float:
-        """Forward, backward, clip, update; the batch's mean loss in nats, without auxiliary and proximal terms."""
+        """Run forward, backward, clip, update; return the mean loss in nats, without auxiliary and proximal terms."""
         loss, auxiliary = self._forward(batch)
         (loss if auxiliary is None else loss + auxiliary).backward()
         for parameter, anchor in zip(self.parameters, self.anchors, strict=bool(self.anchors)):
@@ -89,7 +89,7 @@ class Stepper:
 
 
 def log_prior(class_shares_C: np.ndarray | None, train: TrainConfig, device: torch.device) -> Tensor | None:
-    """What logit adjustment adds to the logits; None where it is off."""
+    """Return what logit adjustment adds to the logits; None where it is off."""
     if class_shares_C is None or train.logit_adjustment == 0:
         return None
     return torch.as_tensor(train.logit_adjustment * np.log(class_shares_C), dtype=torch.float32, device=device)

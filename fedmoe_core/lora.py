@@ -1,4 +1,4 @@
-"""Low-rank adapters of unlike clients brought together: HetLoRA, FlexLoRA and FLAME.
+"""Aggregation of LoRA factors of different ranks: HetLoRA, FlexLoRA and FLAME.
 
 An adapter is W + B A with A (..., r, in) and B (..., out, r); leading axes, such as experts, are carried along.
 Tags: [N] read through published notes, [D] derived, [E] our reading.
@@ -26,7 +26,7 @@ class Adapter(NamedTuple):
         return self.a.shape[-2]
 
     def product(self) -> Tensor:
-        """B A, the change of the weights, (..., out, in)."""
+        """Return B A, the change of the weights, (..., out, in)."""
         return self.b @ self.a
 
 
@@ -38,16 +38,16 @@ class Spectrum(NamedTuple):
     v: Tensor
 
     def truncate(self, rank: int) -> Adapter:
-        """The best adapter of ``rank`` (padded with zeros where the sum has less): A = V_r^T, B = U_r diag(s_r)."""
+        """Return the best adapter of ``rank`` (padded with zeros if the sum has less): A = V_r^T, B = U_r diag(s_r)."""
         return resize(Adapter(self.v[..., :rank, :], self.u[..., :rank] * self.s[..., None, :rank]), rank)
 
     def tail(self, rank: int) -> Tensor:
-        """||sum - truncate(rank)||_F = sqrt(sum of the squared singular values after ``rank``), (...) [D]."""
+        """Return ||sum - truncate(rank)||_F = sqrt(sum of the squared singular values after ``rank``), (...) [D]."""
         return torch.linalg.vector_norm(self.s[..., rank:], dim=-1)
 
 
 def resize(adapter: Adapter, rank: int) -> Adapter:
-    """The first ``rank`` of the adapter's ranks; zeros where it has fewer (HetLoRA's truncation and zero-padding [N]).
+    """Keep the first ``rank`` of the adapter's ranks, padded with zeros (HetLoRA's truncation and zero-padding [N]).
 
     Padding leaves B A unchanged; truncation drops the last ranks, which is why HetLoRA presses weight into the first.
 
@@ -62,7 +62,7 @@ def resize(adapter: Adapter, rank: int) -> Adapter:
 
 
 def hetlora_weights(adapters: Sequence[Adapter]) -> Tensor:
-    """||B_k A_k||_F / sum_j ||B_j A_j||_F, (K, ...): HetLoRA's sparsity weights (arXiv 2401.06432 [N]).
+    """Return ||B_k A_k||_F / sum_j ||B_j A_j||_F, (K, ...): HetLoRA's sparsity weights (arXiv 2401.06432 [N]).
 
     ||B A||_F^2 = tr((B^T B)(A A^T)), so no full-sized product is formed [D]. Where all are zero the weights are equal.
     """
@@ -77,7 +77,7 @@ def hetlora_weights(adapters: Sequence[Adapter]) -> Tensor:
 
 
 def separate_mean(adapters: Sequence[Adapter], weights: Tensor) -> Adapter:
-    """sum_k w_k A_k and sum_k w_k B_k apart, zero-padded to the largest rank: HetLoRA's aggregation [N].
+    """Return sum_k w_k A_k and sum_k w_k B_k apart, zero-padded to the largest rank: HetLoRA's aggregation [N].
 
     Biased: its product is not sum_k w_k B_k A_k, unless all A or all B are the same.
 
@@ -91,18 +91,18 @@ def separate_mean(adapters: Sequence[Adapter], weights: Tensor) -> Adapter:
 
 
 def tail_penalty(adapter: Adapter, keep: int) -> Tensor:
-    """||B[:, keep:]||_F ||A[keep:, :]||_F, (...): what HetLoRA adds to the loss so that last ranks fade [N]."""
+    """Return ||B[:, keep:]||_F ||A[keep:, :]||_F, (...): HetLoRA's addition to the loss, to fade last ranks [N]."""
     tail_a, tail_b = adapter.a[..., keep:, :], adapter.b[..., keep:]
     return torch.linalg.matrix_norm(tail_b) * torch.linalg.matrix_norm(tail_a)
 
 
 def kept_ranks(rank: int, keep_share: float) -> int:
-    """floor(gamma r), at least 1: what HetLoRA's pruning leaves [N]."""
+    """Return floor(gamma r), at least 1: what HetLoRA's pruning leaves [N]."""
     return max(1, math.floor(keep_share * rank + 1e-9))
 
 
 def pruned_rank(before: Adapter, after: Adapter, *, keep_share: float) -> int:
-    """HetLoRA's self-pruning [N]: the rank falls to floor(gamma r), at least 1, if the tail's norm product has shrunk.
+    """Prune as HetLoRA does [N]: the rank falls to floor(gamma r), at least 1, if the tail's norm product has shrunk.
 
     Leading axes share one rank, so their products are added up [E].
 
@@ -117,10 +117,12 @@ def pruned_rank(before: Adapter, after: Adapter, *, keep_share: float) -> int:
 
 
 def adapter_sum(adapters: Sequence[Adapter], weights: Tensor) -> Spectrum:
-    """sum_k w_k B_k A_k by its singular values: FlexLoRA (arXiv 2402.11505 [N]); each client then gets its own top r_k.
+    """Return sum_k w_k B_k A_k by its singular values: FlexLoRA (arXiv 2402.11505 [N]).
 
-    The factors are stacked, B = [w_1 B_1 ..], A = [A_1; ..], which is the sum exactly, and reduced by two QRs, so that
-    the SVD is of (sum r) x (sum r) and not of out x in [D].
+    Each client then gets its own top r_k.
+
+    The factors are stacked, B = [w_1 B_1 ..], A = [A_1; ..]: their product is exactly the sum. Two QRs reduce them, so
+    that the SVD is of (sum r) x (sum r) and not of out x in [D].
 
     Args:
         adapters: of the K clients, any ranks.
@@ -138,10 +140,12 @@ def adapter_sum(adapters: Sequence[Adapter], weights: Tensor) -> Spectrum:
 def flame_weights(
     activations_CLE: np.ndarray, steps_C: np.ndarray, samples_C: np.ndarray, *, temperature: float
 ) -> np.ndarray:
-    """gamma_i^j = (a_i^j / S_i)^t |D_i|, over its sum among the clients i: FLAME (arXiv 2506.16600 [N]), (C, L, E).
+    """Return FLAME's weights (arXiv 2506.16600 [N]), (C, L, E).
 
-    t = 0 is FedAvg among all, whoever activated what; an expert that nobody activated at t > 0 has weight 0 everywhere,
-    so it stays as it is [E].
+    gamma_i^j = (a_i^j / S_i)^t |D_i|, over its sum among the clients i.
+
+    t = 0 is FedAvg among all clients, whatever they activated. At t > 0 an expert that no client activated has weight 0
+    everywhere, so it stays as it is [E].
 
     Args:
         activations_CLE: a, activations of each expert.
@@ -158,7 +162,7 @@ def flame_weights(
 
 
 def flame_share(rows_LE: np.ndarray, *, steps: int, tokens: int, samples: float, temperature: float) -> np.ndarray:
-    """|D_i| (a_i^j / S_i)^t of one client before ``flame_weights`` normalises it over clients, (L, E), in [0, 1].
+    """Return |D_i| (a_i^j / S_i)^t of one client, which ``flame_weights`` normalises over clients, (L, E), in [0, 1].
 
     a / S is divided by the tokens of a step, an upper bound of it and the same for all clients, so that it fits a
     weight's range; the normalised weights are those of FLAME [D].
@@ -175,7 +179,7 @@ def flame_share(rows_LE: np.ndarray, *, steps: int, tokens: int, samples: float,
 
 
 def flame_rescale(top_k: int, client_k: int) -> float:
-    """Where FLAME's learnable output scale s_i starts: k / k_i, for a client that activates k_i of k experts [N].
+    """Return the start of FLAME's learnable output scale s_i: k / k_i, for a client with k_i of k experts [N].
 
     Raises:
         ValueError: client_k outside 1..top_k.

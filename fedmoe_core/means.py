@@ -61,7 +61,7 @@ class Sums:
     accepted: int
 
     def mean(self, key: str, old: Tensor, den: Tensor | int) -> Tensor:
-        """old + numerator / den, in float64 and back to the dtype of ``old``; a row whose den is 0 keeps its bits.
+        """Return old + numerator / den, in float64, then in ``old``'s dtype; a row with den 0 keeps its bits.
 
         Args:
             key: a key of ``numerators``.
@@ -82,7 +82,7 @@ class Sums:
 
 
 def expert_mean(sums: Sums, old_state: Mapping[str, Tensor], rule: ExpertRule = "participation") -> dict[str, Tensor]:
-    """New expert tensors: HFedMoE eq. 17 [N] on deltas, or damped [E].
+    """Return the new expert tensors: HFedMoE eq. 17 [N] on deltas, or damped [E].
 
     "participation" divides by the weight of the clients that qualified, so one contributor of a rare expert moves it
     by its whole delta. "damped" divides by the weight of every accepted client: the others vote "no change", which
@@ -110,13 +110,13 @@ def expert_mean(sums: Sums, old_state: Mapping[str, Tensor], rule: ExpertRule = 
 def gate_mean(
     sums: Sums, old_state: Mapping[str, Tensor], rule: GateRule = "row-wise", *, s_global_size: float | None = None
 ) -> dict[str, Tensor]:
-    """New routers: HFedMoE eqs. 18-21 [N] and their repaired readings [E]; see the table at the top of the file.
+    """Return the new routers: HFedMoE eqs. 18-21 [N], repaired readings [E]; see the table at the top of the file.
 
     The literal rule is eq. 21 as printed, G' = sum_c alpha(c) G_c with alpha(c) = gate_weight(c) / S, S = |S_global|.
     With G_c = G + delta_c and A = sum_c gate_weight(c) that is (A / S) G + (sum_c gate_weight(c) delta_c) / S. Both
-    sums use the quantised weights (integers over top_weight; each off by at most half of 1 / top_weight, or by less
-    than 1 / top_weight where a tiny weight was kept above 0), so that the result is exactly eq. 21 with those alphas.
-    The alphas do not sum to 1, hence the router's scale drifts: that is the paper's form, off by default.
+    sums use the quantised weights, which are integers over top_weight, so the result is exactly eq. 21 with those
+    alphas. Each weight is off by at most half of 1 / top_weight, or by less than 1 / top_weight where a tiny weight was
+    kept above 0. The alphas do not sum to 1, so the router's scale drifts. That is the paper's form, off by default.
 
     Args:
         sums: the round's sums.
@@ -146,7 +146,7 @@ def gate_mean(
             new[spec.key] = _literal(sums, spec.key, old_EH, float(s_global_size or 0))
             continue
         if rule != "row-wise":
-            # One denominator for all rows, yet a row that nobody trained is not even rounded.
+            # One denominator for all rows, yet a row that no client trained is not even rounded.
             den_E = torch.where(den_E > 0, sums.gate_den if rule == "normalised" else sums.round_den, 0)
         new[spec.key] = sums.mean(spec.key, old_EH, den_E)
     return new
@@ -161,7 +161,7 @@ def _literal(sums: Sums, key: str, old_EH: Tensor, s_global_size: float) -> Tens
 
 
 def dense_mean(sums: Sums, old_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New trunk and head: FedAvg by sample weight. Empty where dense tensors do not train.
+    """Return the new trunk and head: FedAvg by sample weight. Empty where dense tensors do not train.
 
     Args:
         sums: the round's sums.

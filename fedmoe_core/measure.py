@@ -24,7 +24,7 @@ IMPORTANCE = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "grad_sq_B")  # 
 class ProfileSums:
     """Router statistics and importance sums of a round, added up over micro-batches in global coordinates.
 
-    Rows and importance come from the backward pass. With ``forward_only`` there is none: rows are then counted by the
+    Rows and importance come from the backward pass. With ``forward_only`` none runs. Rows are then counted by the
     choices that each layer keeps (``keep_logits``), and importance is 0.
     """
 
@@ -42,7 +42,7 @@ class ProfileSums:
             self._chosen_LE += np.stack([layer.chosen_rows_E() for layer in self._adapter.moe])
 
     def rows_LE(self) -> np.ndarray:
-        """Rows that each held expert has processed so far. One host sync a layer."""
+        """Count the rows that each held expert has processed so far. One host sync a layer."""
         return self._chosen_LE if self._forward_only else self._scores("rows_B")
 
     def harvest(self) -> None:
@@ -61,7 +61,7 @@ class ProfileSums:
         return sums_LE + self._harvested[name] if self._harvested else sums_LE
 
     def finish(self) -> ClientProfile:
-        """The profile in global coordinates, float64."""
+        """Return the profile in global coordinates, float64."""
         layers = self._adapter.moe
         experts = self._adapter.spec.num_experts
 
@@ -88,13 +88,13 @@ class ProfileSums:
 
 
 def statistics_bytes(profile: ClientProfile) -> int:
-    """Bytes of a profile and of the two weights per expert that travel with it."""
+    """Return the bytes of a profile and of the two weights per expert that travel with it."""
     return sum(array.nbytes for array in profile_arrays(profile).values()) + 2 * profile.hits_LE.nbytes
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What a pass without gradients shows of a model: its loss, its router, and how each expert's places fare."""
+    """What a pass without gradients shows of a model: its loss, its router, and how well each expert's tokens fare."""
 
     total: Evaluation
     profile: ClientProfile
@@ -102,7 +102,7 @@ class Validation:
 
 
 def validate(adapter: ModelAdapter, batches: Iterable[Batch], *, log_prior_C: Tensor | None = None) -> Validation:
-    """One pass of the live model over ``batches``, without gradients, ``log_prior_C`` added to a classifier's logits.
+    """Run one pass of the live model over ``batches``, without gradients; ``log_prior_C`` is added to class logits.
 
     Raises:
         ValueError: there is no batch.
@@ -148,10 +148,11 @@ def _fare(adapter: ModelAdapter, places: PlaceLosses) -> np.ndarray:
 def run_probe(
     probe: Probe | None, bench: Bench, device: torch.device, *, afresh: bool = False
 ) -> tuple[dict[str, Tensor], int]:
-    """A probe's answer, detached and on the CPU, and its peak memory in bytes; nothing where there is no probe.
+    """Return a probe's answer, detached and on the CPU, and its peak memory in bytes; nothing where there is no probe.
 
-    ``afresh``: the live model is an earlier client's, whose experts are not the probe's memory. They are shed first, as
-    far as a model can be without experts; what of the model outlives the probe's own configuring is counted once.
+    ``afresh``: the live model is an earlier client's, and its experts must not count as the probe's memory. They are
+    shed first, as far as a model can be without experts. What of the model outlives the probe's own configuring is
+    counted once.
     """
     if probe is None:
         return {}, 0

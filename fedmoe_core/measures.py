@@ -1,4 +1,4 @@
-"""What one finished run is worth, as plain numbers: quality for everybody and for each tier, and what it cost.
+"""What one finished run is worth, as plain numbers: quality for all clients and for each tier, and what it cost.
 
 Quality is accuracy where the task has classes (more is better), else held-out loss in nats (less is better).
 """
@@ -69,10 +69,10 @@ class Measures:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Measures:
-        """The measures that ``dataclasses.asdict`` and JSON made of one.
+        """Rebuild the measures that ``dataclasses.asdict`` and JSON made of one.
 
         Raises:
-            TypeError, ValueError, KeyError: it is none.
+            TypeError, ValueError, KeyError: they do not fit.
         """
 
         def number(value: float | None) -> float:
@@ -84,7 +84,7 @@ class Measures:
         return cls(**{**record, **bare, "curve": curve, "spent": Spent(**record["spent"]), "peak_ratio": (low, high)})
 
     def to_target(self, target: float) -> Spent | None:
-        """What had been spent when the mean over clients first reached ``target``; None = never."""
+        """Return what had been spent when the mean over clients first reached ``target``; None = never."""
         for spent, quality in self.curve:
             if quality >= target if self.accuracy else quality <= target:
                 return spent
@@ -92,7 +92,7 @@ class Measures:
 
 
 def measure(run: Run, label: str) -> Measures:
-    """The measures of a finished run.
+    """Return the measures of a finished run.
 
     Raises:
         ValueError: the run has not been evaluated after training.
@@ -170,8 +170,7 @@ def _held(run: Run, tiers: Mapping[str, Sequence[int]]) -> dict[str, float]:
 
 
 def _load_cv(run: Run) -> float:
-    """Spread of training over experts: standard deviation over mean of the clients that train an expert, each weighing
-    what data it has; per layer and round, then the mean."""
+    """Return the coefficient of variation of how much data trained each expert, per layer and round, averaged."""
     sizes = (run.partition or {}).get("counts")
     samples_C = [float(sum(row)) for row in sizes] if sizes else []
     loads: dict[int, np.ndarray] = {}

@@ -35,11 +35,12 @@ class Merge:
 
 
 def merge_budgets(freq_LE: np.ndarray, merged_LE: np.ndarray, slots: int) -> np.ndarray:
-    """Slots of merged experts in each layer, (L,): Flux eq. 1 [N], b^l = (L - l + 1) / v^l and B(l) = floor(share * B).
+    """Return the slots of merged experts in each layer, (L,): Flux eq. 1 [N], B(l) = floor(share * B).
 
-    v^l is the variance of activation frequency over the layer's experts: shallow layers, and layers that use their
-    experts evenly, get more. 1e-6 is added to v^l, B(l) is held between 1 and the layer's experts to merge (0 where
-    there is none), and what rounding leaves goes where B(l) is farthest below its share; ties to the shallower [E].
+    The shares are in proportion to b^l = (L - l + 1) / v^l. v^l is the variance of activation frequency over the
+    layer's experts: shallow layers, and layers that use their experts evenly, get more. 1e-6 is added to v^l, and B(l)
+    is held between 1 and the layer's experts to merge (0 without any). What rounding leaves goes where B(l) is farthest
+    below its share; ties to the shallower [E].
 
     Measured on hand-made layers (tests/core/test_merging.py): output error .12 against .31 of equal slots, where the
     most used experts are tuned and deep layers skewed; but .68 against .57 at top-4, nothing tuned, even layers.
@@ -57,14 +58,14 @@ def merge_budgets(freq_LE: np.ndarray, merged_LE: np.ndarray, slots: int) -> np.
 
 
 def uniform_budgets(merged_LE: np.ndarray, slots: int) -> np.ndarray:
-    """The same number of slots in every layer, as far as it divides: what eq. 1 is measured against."""
+    """Give every layer the same number of slots, as far as it divides: what eq. 1 is measured against."""
     return _share_out(np.ones(len(merged_LE)), merged_LE, slots)
 
 
 def merge_shares(alias_LE: np.ndarray, freq_LE: np.ndarray, attention_LE: np.ndarray) -> np.ndarray:
-    """alpha_e / sum_{e' in cluster} alpha_e' with alpha_e = f_e * abar_e: the weights of Flux eq. 2 [N], (L, E).
+    """Return the weights of Flux eq. 2 [N], alpha_e / sum_{e' in cluster} alpha_e', alpha_e = f_e * abar_e, (L, E).
 
-    abar_e is the mean attention score of the tokens that went to e. A cluster that nobody used weighs its members
+    abar_e is the mean attention score of the tokens that went to e. A cluster that no token used weighs its members
     equally [E].
     """
     alpha_LE = freq_LE * attention_LE
@@ -86,7 +87,7 @@ def plan_merge(
     attention_LE: np.ndarray,
     seed: int,
 ) -> Merge:
-    """Cluster the experts to merge into ``budgets_L`` clusters a layer, and weigh them by eq. 2.
+    """Cluster the experts to merge into ``budgets_L`` clusters per layer, and weigh them by eq. 2.
 
     Args:
         features_LED: see ``clustering.expert_features``.
@@ -108,7 +109,7 @@ def plan_merge(
 
 
 def merged_rows(stack: Tensor, merge: Merge, layer: int) -> Tensor:
-    """W_merged = sum_{e in cluster} share_e W_e: Flux eq. 2 [N]. One row per representative, in ascending id.
+    """Return W_merged = sum_{e in cluster} share_e W_e: Flux eq. 2 [N]. One row per representative, ascending id.
 
     A cluster of one is copied bit for bit, so as many slots as experts give back the model.
 
@@ -128,7 +129,7 @@ def merged_rows(stack: Tensor, merge: Merge, layer: int) -> Tensor:
 
 
 def merged_experts(params: Mapping[str, Tensor], merge: Merge) -> dict[str, Mapping[int, Tensor]]:
-    """Rows of a plan (``ExpertPlan.rows``): the merged weights of every cluster of more than one expert."""
+    """Return rows of a plan (``ExpertPlan.rows``): the merged weights of every cluster of more than one expert."""
     rows: dict[str, Mapping[int, Tensor]] = {}
     for layer, alias_E in enumerate(merge.alias_LE):
         ids, sizes = np.unique(alias_E, return_counts=True)

@@ -1,4 +1,4 @@
-"""Append-only logs, one JSON object a line, that survive a kill in the middle of a line."""
+"""Append-only logs, one JSON object per line, that survive a kill in the middle of a line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class JsonlLog:
         return end + len(data)
 
     def read(self) -> list[dict[str, Any]]:
-        """All complete records; [] where there is no file.
+        """Read all complete records; [] without a file.
 
         Raises:
             ValueError: a complete line is not a JSON object, so the file is not one of ours or was edited.
@@ -61,7 +61,7 @@ class JsonlLog:
         return records
 
     def count(self) -> int:
-        """Number of complete lines; 0 where there is no file."""
+        """Count the complete lines; 0 without a file."""
         return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
 
     def truncate(self, keep: int) -> None:
@@ -96,7 +96,7 @@ def _end_of_lines(descriptor: int) -> int:
 
 
 def plain(value: Any) -> Any:
-    """``value`` in the words of strict JSON."""
+    """Put ``value`` into the words of strict JSON."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

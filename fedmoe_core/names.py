@@ -30,7 +30,12 @@ SECTIONS: Mapping[str, str] = MappingProxyType(
 )
 
 
+def title_of(algorithm: str) -> str:
+    """Return what people call the system: its title, or the class name of one given as ``MODULE:CLASS``."""
+    return TITLES.get(algorithm) or algorithm.partition(":")[2] or algorithm
+
+
 def concerns(key: str, systems: Collection[str]) -> bool:
-    """Whether any of ``systems`` reads the setting of that dotted key."""
+    """Tell whether any of ``systems`` reads the setting of that dotted key."""
     owner = SECTIONS.get(key.partition(".")[0])
     return owner is None or owner in systems

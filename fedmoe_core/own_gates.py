@@ -15,12 +15,12 @@ Rows = dict[str, dict[int, Tensor]]
 
 
 def gate_keys(spec: ModelSpec) -> list[str]:
-    """Keys of the routers, by layer."""
+    """Return the keys of the routers, by layer."""
     return [f"moe.{layer}.router" for layer in range(spec.num_layers)]
 
 
 def own_rows(state: ServerState, spec: ModelSpec, client: int) -> Rows:
-    """The rows of a plan for the gate that the client has kept; before it has one, the server's.
+    """Return the rows of a plan for the gate that the client has kept; before it has one, the server's.
 
     What a client keeps lies in the server's memory under ``gate/CLIENT``, (L, E, H): the simulation's stand-in for the
     client's own disk. No other client's plan or average reads it.
@@ -34,13 +34,13 @@ def own_rows(state: ServerState, spec: ModelSpec, client: int) -> Rows:
 
 
 def sent_gate(plan: ExpertPlan) -> Tensor:
-    """The gate that a plan with ``rows`` for every expert starts from, (L, E, H)."""
+    """Return the gate that a plan with ``rows`` for every expert starts from, (L, E, H)."""
     experts = range(plan.permitted_LE.shape[1])
     return torch.stack([torch.stack([rows[expert] for expert in experts]) for rows in plan.rows.values()])
 
 
 def grown_gate(plan: ExpertPlan, trained: Mapping[str, Tensor], *, deltas: bool = False) -> Tensor:
-    """The client's gate after its round, (L, E, H): that of the plan, the rows that learnt replaced.
+    """Return the client's gate after its round, (L, E, H): that of the plan, with the rows that learnt replaced.
 
     Args:
         plan: with ``rows`` for every expert of every router, by layer.

@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, no network, nothing beside the file."""
+"""The report as one HTML page: no script, no network, no second file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedmoe_core.runs import Run
 
 
 def render(runs: Sequence[Run], verdicts: Sequence[str]) -> str:
-    """The whole page; the first run is its subject."""
+    """Write the whole page; the first run is its subject."""
     several = len(runs) > 1
     body = _comparison(runs, verdicts) if several else ""
     body += "".join(_run(run, place, alone=not several) for place, run in enumerate(runs))
@@ -88,7 +88,7 @@ def _run(run: Run, place: int, *, alone: bool) -> str:
     )
     html += _figure("Budget used, against budget given", figures.budgets, run, name=tag + "budgets", caption=caption)
     html += _tiers(run)
-    html += _figure("Who holds what data", figures.data_split, run, name=tag + "data")
+    html += _figure("Which client holds what data", figures.data_split, run, name=tag + "data")
     html += _ledger(run) + _refused(run) + _configuration(run)
     return html
 
@@ -130,9 +130,10 @@ def _heading(run: Run, *, alone: bool) -> str:
         ("partition", str(run.summary.get("partition", show.NONE))),
         ("corpus sha256", str(s.get("corpus_sha256") or show.NONE)[:16]),
         ("model hash", str(s.get("model_hash") or show.NONE)[:16]),
+        ("fedmoe", str(s.get("code") or show.NONE)),
         ("updates refused", str(s.get("refused_updates", show.NONE))),
         ("mass lost", f"{show.share(run.last('lost_mass'))} of the router's weight on absent experts"),
-        ("experts trained", f"{show.share(run.last('coverage'), 0)} by somebody in the last round"),
+        ("experts trained", f"{show.share(run.last('coverage'), 0)} by some client in the last round"),
     ]
     html += "</div><dl>" + "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts) + "</dl>"
     return html + "</header>\n"
@@ -196,7 +197,7 @@ def _tiers(run: Run) -> str:
         rows.append(("", cells))
     names = ["tier", "clients", *(label for label, _ in figures.RESOURCES.values()), "mean loss", "change", "worst"]
     names += ["own accuracy: mean, worst"] if own else []
-    note = "<p class='muted'>Most that a client of the tier used in any round, beside its share of the limit.</p>"
+    note = "<p class='muted'>Most that a client of the tier used in any round, with its share of the limit.</p>"
     return f"<h2>Tiers</h2>{note}" + _table(names, rows, left=(0,))
 
 

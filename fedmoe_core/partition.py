@@ -1,4 +1,4 @@
-"""Who gets which row: partitioners over index arrays."""
+"""Partitioners over index arrays: which client gets which row."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LEAST_ROWS = 10  # a client with fewer rows than one batch learns only noise; us
 
 
 def parse_scheme(text: str) -> tuple[str, float]:
-    """``iid``, ``domain``, ``auto`` or ``dirichlet:ALPHA`` as (name, alpha); alpha is 0 where it means nothing.
+    """Read ``iid``, ``domain``, ``auto`` or ``dirichlet:ALPHA`` as (name, alpha); alpha is 0 where it means nothing.
 
     Raises:
-        ValueError: unknown name, or an alpha that is no finite number above 0.
+        ValueError: unknown name, or an alpha that is not a finite number above 0.
     """
     name, colon, value = text.partition(":")
     if name in ("auto", "domain", "iid") and not colon:
@@ -42,13 +42,13 @@ def partition(groups_N: np.ndarray, *, clients: int, scheme: str, seed: int, lea
     far, so that a client may own several.
 
     No client may be empty. ``iid`` and ``domain`` see to that by themselves; under ``dirichlet`` every client is raised
-    to max(least, min(LEAST_ROWS, N // 2C)) rows by moving random rows, one at a time, from the client that holds
+    to max(least, min(LEAST_ROWS, N // 2C)) rows by moving random rows, one by one, from the client that holds
     most at that moment. The rule bites only when a draw starves a client, as small alphas do.
 
     Args:
         groups_N: (N,) integers: the class or the domain of each row.
         clients: C, number of clients.
-        scheme: ``iid``, ``dirichlet:ALPHA`` or ``domain`` (``auto`` is resolved by the caller, who knows the data).
+        scheme: ``iid``, ``dirichlet:ALPHA`` or ``domain`` (``auto`` is resolved by the caller, which knows the data).
         seed: fixes everything.
         least: fewest rows a client can do with.
 
@@ -79,7 +79,7 @@ def partition(groups_N: np.ndarray, *, clients: int, scheme: str, seed: int, lea
 
 
 def counts(owner_N: np.ndarray, groups_N: np.ndarray, shape: tuple[int, int], weights_N: np.ndarray) -> np.ndarray:
-    """Who holds what, (clients, groups) int64: the sum of ``weights_N`` (rows or tokens) of each client and group."""
+    """Count rows or tokens, ``weights_N``, of each client and group, (clients, groups) int64."""
     counts_CD = np.zeros(shape, dtype=np.int64)
     np.add.at(counts_CD, (owner_N, groups_N), weights_N)
     return counts_CD
@@ -113,7 +113,7 @@ def _dirichlet(groups_N: np.ndarray, clients: int, alpha: float, seed: int) -> n
 
 
 def _raise_poorest(owner_N: np.ndarray, clients: int, least: int, seed: int) -> np.ndarray:
-    """Move rows from the richest client of the moment until nobody has fewer than the floor (see ``partition``)."""
+    """Move rows from the richest client of the moment until no client has fewer than the floor (see ``partition``)."""
     floor = max(least, min(LEAST_ROWS, len(owner_N) // (2 * clients)))
     owner_N = owner_N.copy()
     rng = counter_rng(seed, "raise")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +15,10 @@ from fedmoe_core.slots import group_of
 def pass_cost(
     costs: CostModel, held_LE: np.ndarray, *, tokens: int, top_k: int | None = None, bits: int | None = None
 ) -> Cost:
-    """Operations and peak memory of forward passes over ``tokens`` tokens, padding included, in training batches.
+    """Return operations and peak memory of forward passes over ``tokens`` tokens, with padding, in training batches.
 
-    Nothing that trains is resident beside it. Traffic is not part of it: what the pass needs to be sent, and what it
-    tells, the caller adds.
+    Nothing that trains is resident meanwhile. Traffic is not part of it: the caller adds what the pass needs to be
+    sent, and what it tells.
 
     Args:
         costs: the population's cost model.
@@ -26,14 +27,35 @@ def pass_cost(
         top_k: choices per token; None = the model's own.
         bits: 8 or 4, what the experts are stored in (``ModelAdapter.configure(frozen_bits=...)``); None = as they are.
     """
+    k = costs.top_k if top_k is None else top_k
+    # Layers that measure keep their logits and choices until the next batch, and every place has its loss.
+    measured = costs.tokens * (costs.num_layers * (4 * costs.num_experts + 8 * k) + 16)
+    memory = costs.forward_memory(held_LE, top_k=top_k) + measured
+    if bits is not None:
+        few = coded(costs, bits)
+        memory = (
+            few.forward_memory(held_LE, top_k=top_k) + measured + _coding_bytes(few, int(held_LE.sum(axis=1).max()))
+        )
     return Cost(
-        memory_bytes=(costs if bits is None else coded(costs, bits)).forward_memory(held_LE, top_k=top_k),
+        memory_bytes=memory,
         flops=costs.forward_flops(held_LE, tokens=tokens, top_k=top_k),
     )
 
 
+def _coding_bytes(few: CostModel, held: int) -> int:
+    """Return further bytes of codes: while one matrix is multiplied by, or while a layer of ``held`` is laid out.
+
+    To multiply takes the matrix as bytes and as floats. Laid out, the codes of one of a layer's two stacks exist twice,
+    one by one and as the stack; that of w_out comes last, and that of w_in before there is one of w_out.
+    """
+    w_out = few.intermediate_size * few.hidden_size
+    w_in = few.expert_params - w_out  # never the smaller one
+    stacked = held * max(w_in - w_out, w_out) * (few.base_bytes or 0)
+    return max(5 * w_in, math.ceil(stacked))
+
+
 def coded(costs: CostModel, bits: int) -> CostModel:
-    """The cost model with frozen experts in ``bits`` bits: codes, and a float32 scale for each group of columns."""
+    """Return the cost model with frozen experts in ``bits`` bits: codes, and a float32 scale per group of columns."""
     w_out = costs.intermediate_size * costs.hidden_size
     matrices = ((costs.hidden_size, costs.expert_params - w_out), (costs.intermediate_size, w_out))
     stored = sum(weights * (bits / 8 + 4 / group_of(columns)) for columns, weights in matrices)

@@ -38,11 +38,11 @@ class ExpertPlan:
         predicted: what the cost model expects; inside ``budget`` in every resource, or the plan is refused.
         first_participation: whether the frozen trunk travels to the client with this plan.
         mode: "compact" counts the permitted experts against an expert budget, "backward-masked" the trainable ones.
-        rows: rows of expert and router tensors that this client gets in place of the global ones, by key
+        rows: rows of expert and router tensors that this client gets instead of the global ones, by key
             (``moe.{l}.router``) and expert id: a personal gate, a merged expert. Its deltas are relative to them.
         alias_LE: int (L, E); an absent expert with an alias is served by the slot of that permitted expert, and may be
-            chosen by top-k; -1 = none. None = nobody is served.
-        surcharge: work that the algorithm makes the client do beside training (profiling, probing), declared in closed
+            chosen by top-k; -1 = none. None = no absent expert is served.
+        surcharge: work that the algorithm makes the client do besides training (profiling, probing), declared in closed
             form; part of ``predicted`` and of the real cost (``Cost.with_extra``), so the budget holds for both.
             ``planning`` adds what validation costs.
         before, after: what the client measures on the live model before and after local training; see ``probe``.
@@ -59,6 +59,16 @@ class ExpertPlan:
             what it became is in ``LocalResult.kept`` under ``moe.{l}.out_scale``. None = no such factor.
         per_batch: chooses which of the trainable experts learn from each batch, after a scoring pass over it; every
             expert must then be permitted and trainable. None = all of them learn from every batch.
+
+    Example:
+        >>> from fedmoe_core.budget import Budget, Cost
+        >>> held, trains = np.array([[True, True, False]]), np.array([[True, False, False]])
+        >>> work = dict(client=0, round=0, permitted_LE=held, trainable_LE=trains, top_k=1, local_steps=2, seed=0)
+        >>> ExpertPlan(**work, budget=Budget(experts=2), predicted=Cost(experts=2)).counted_experts
+        2
+        >>> ExpertPlan(**work, budget=Budget(experts=1), predicted=Cost(experts=2))
+        Traceback (most recent call last):
+        ValueError: client 0: the plan exceeds its budget (experts: 2 experts used, 1 expert allowed); plan less
     """
 
     client: int
@@ -146,7 +156,7 @@ class ExpertPlan:
 
 
 def taught(trainable_LE: np.ndarray, alias_LE: np.ndarray | None) -> np.ndarray:
-    """The trainable experts and those that a trainable one serves, bool (L, E)."""
+    """Return the trainable experts and those that a trainable one serves, bool (L, E)."""
     if alias_LE is None:
         return trainable_LE
     by_LE = np.take_along_axis(trainable_LE, alias_LE.clip(0, alias_LE.shape[1] - 1), axis=1)
@@ -154,5 +164,5 @@ def taught(trainable_LE: np.ndarray, alias_LE: np.ndarray | None) -> np.ndarray:
 
 
 def sends_adapters(rows: Mapping[str, Mapping[int, Tensor]], *, in_state: bool) -> bool:
-    """Whether a client is sent its adapters: the state's, or the rows of its plan; fresh ones it makes itself."""
+    """Tell whether a client is sent its adapters: the state's, or the rows of its plan; fresh ones it makes itself."""
     return in_state or any(key.rpartition(".")[2] in FACTORS for key in rows)

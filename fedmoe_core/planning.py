@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Asks(TypedDict, total=False):
-    """What an algorithm may ask of a client beside training its experts: the fields of ``ExpertPlan`` so named."""
+    """What an algorithm may ask of a client besides training its experts: the fields of ``ExpertPlan`` so named."""
 
     rows: Mapping[str, Mapping[int, Tensor]]
     alias_LE: np.ndarray | None
@@ -51,13 +51,13 @@ def make_plan(
     hold_share: float = 1.0,
     **asks: Unpack[Asks],
 ) -> ExpertPlan:
-    """The experts of largest score within the client's budget, then as much work as its FLOPs allow.
+    """Plan the experts of largest score within the client's budget, then as much work as its FLOPs allow.
 
     Memory, traffic and count choose the experts (HFedMoE eq. 15 and its real-budget form); FLOPs then set local steps,
-    k' and the trainable share. With ``explore_absent`` an absent expert sometimes takes the place of the least valued
-    held one, in proportion to the client's own demand for it, so that no expert stays unseen for ever [E]. With a
-    ``train_share`` below 1 a compact client that could train less than ``hold_share`` of all experts trains only the
-    best of those, at least that share of them, and holds more, at most ``hold_share`` of all [E].
+    k' and the trainable share. With ``explore_absent`` an absent expert sometimes replaces the least valued held one,
+    in proportion to the client's own demand for it, so that no expert stays unseen forever [E]. ``train_share`` below 1
+    applies to a compact client that could train less than ``hold_share`` of all experts. It trains only the best of
+    those, at least that share of them, and holds more, at most ``hold_share`` of all [E].
 
     Raises:
         ValueError: the budget cannot hold one expert per MoE layer or pay one step; the message says what would do.
@@ -95,10 +95,10 @@ def plan_of_masks(
     budgeted: bool = True,
     **asks: Unpack[Asks],
 ) -> ExpertPlan:
-    """The plan of experts that the algorithm chose itself, with as much work as the client's FLOPs allow.
+    """Plan the experts that the algorithm chose itself, with as much work as the client's FLOPs allow.
 
     Args:
-        population, state, client: whose plan.
+        population, state, client: the client to plan for, and what the server knows.
         permitted_LE, trainable_LE: the masks; None trains all permitted experts.
         scores_LE: which layers keep training where a FLOP budget cannot pay all of them; None = the deeper ones.
         top_k, local_steps: the most of each; None = the model's and the configuration's own.
@@ -156,13 +156,13 @@ def plan_of_masks(
 
 
 def plan_everything(population: Population, state: ServerState, client: int) -> ExpertPlan:
-    """All experts, all steps, no limit: what FedAvg asks of every client, and is charged for."""
+    """Plan all experts, all steps, without limit: what FedAvg asks of every client, and is charged for."""
     all_LE = np.ones((population.spec.num_layers, population.spec.num_experts), dtype=bool)
     return plan_of_masks(population, state, client, all_LE, budgeted=False)
 
 
 def client_room(population: Population, client: int, *, first_participation: bool, **asks: Unpack[Asks]) -> Room:
-    """What the client's budget leaves for experts once the work beside training is paid, whatever the experts.
+    """Return what the client's budget leaves for experts once the work besides training is paid.
 
     Raises:
         ValueError: the budget cannot hold one expert per MoE layer; the message says what would do.
@@ -179,7 +179,7 @@ def bears(
     *,
     surcharge: Cost = NOTHING,
 ) -> bool:
-    """Whether the client's budget bears these held and trained experts, all others served, for a step at k' = 1."""
+    """Tell if the client's budget bears these held and trained experts, all others served, for a step at k' = 1."""
     costs, (held_LE, trained_LE) = population.costs, masks
     cost = costs.predict(held_LE, trained_LE, local_steps=1, first_participation=state.visits[client] == 0)
     step = costs.step_flops(np.ones_like(held_LE), trained_LE, top_k=1)
@@ -187,7 +187,7 @@ def bears(
 
 
 def asked_costs(population: Population, asks: Asks) -> CostModel:
-    """The cost model of a client that is asked for these things."""
+    """Return the cost model of a client that is asked for these things."""
     keeps, aux, rule = asks.get("keeps", frozenset()), asks.get("aux"), asks.get("per_batch")
     total = population.spec.num_layers * population.spec.num_experts
     costs = population.costs_at(asks.get("lora_rank"))
@@ -208,7 +208,7 @@ def asked_costs(population: Population, asks: Asks) -> CostModel:
 
 
 def plan_costs(population: Population, plan: ExpertPlan) -> CostModel:
-    """The cost model that a plan was made with."""
+    """Return the cost model that a plan was made with."""
     asks = Asks(
         keeps=plan.keeps,
         train_router=plan.train_router,
@@ -224,7 +224,7 @@ def plan_costs(population: Population, plan: ExpertPlan) -> CostModel:
 def whole_surcharge(
     population: Population, client: int, asks: Asks, *, served_LE: np.ndarray, top_k: int | None = None
 ) -> Cost:
-    """What a client spends beside training: the surcharge that was asked for, and validation."""
+    """Return what a client spends besides training: the surcharge that was asked for, and validation."""
     surcharge = asks.get("surcharge", NOTHING)
     if not asks.get("validate", False):
         return surcharge
@@ -239,7 +239,7 @@ EVALUATION_BYTES = 3 * 8  # loss sum, count and correct predictions
 
 
 def _left(population: Population, client: int, asks: Asks, *, served_LE: np.ndarray | None = None) -> Budget:
-    """The client's budget once the work beside training is paid; by default at the most that this may be."""
+    """The client's budget once the work besides training is paid; by default at the most that this may be."""
     if served_LE is None:
         served_LE = np.ones((population.spec.num_layers, population.spec.num_experts), dtype=bool)
     try:

@@ -17,7 +17,7 @@ class Prefix:
 
 
 def activation_shares(p_LE: np.ndarray) -> np.ndarray:
-    """p of every layer divided by the layer's sum [E].
+    """Return p of every layer divided by the layer's sum [E].
 
     The paper's p_ij = n_ij / N sums to 1 in each layer because its router is top-1; under top-k it sums to k, and theta
     in [0, 1] needs shares. A layer without any activation gives every expert the same share.
@@ -33,7 +33,7 @@ def activation_shares(p_LE: np.ndarray) -> np.ndarray:
 
 
 def prefixes(p_LE: np.ndarray, theta: float) -> np.ndarray:
-    """In each layer the fewest experts, taken by descending p, whose shares add up to theta; at least one (L, E).
+    """Take in each layer the fewest experts, by descending p, whose shares add up to theta; at least one (L, E).
 
     Ties go to the smaller expert id. A sum that misses theta only by rounding counts as having reached it.
     """
@@ -56,13 +56,14 @@ def prefix_search(
     fill: float = 1.0,
     tolerance: float = 1e-9,
 ) -> Prefix:
-    """FedMoE eq. 3 [P]: max theta with sum_j x_ij p_ij >= theta in each layer and min(sum_ij x_ij w_ij + w_d) <= a*M.
+    """Solve FedMoE eq. 3 [P]: the most used experts of every layer, as deep as all limits allow.
 
-    Bisection on theta in [0, 1], as the paper does: the descending-p prefixes of each layer either fit, then theta may
-    rise, or they do not. Prefixes are nested, so this finds the best theta of all prefixes; with experts of one size no
-    other set does better [D]. With unequal sizes another set may, the general problem being NP-hard. The smallest
-    prefix has one expert per layer, so routing never runs empty [E]. Memory is one row of D: bytes down and up and a
-    plain count are limits of the same kind.
+    That is max theta with sum_j x_ij p_ij >= theta in each layer and min(sum_ij x_ij w_ij + w_d) <= a*M. The search
+    bisects theta in [0, 1], as the paper does: where the descending-p prefixes of each layer fit, theta may rise.
+    Prefixes are nested, so this finds the best theta of all prefixes; with experts of one size no other set does
+    better [D]. With unequal sizes another set may, the general problem being NP-hard. The smallest prefix has one
+    expert per layer, so routing never runs empty [E]. Memory is one row of D: bytes down and up and a plain count are
+    limits of the same kind.
 
     Args:
         p_LE: activations of each expert on validation data, in any unit.

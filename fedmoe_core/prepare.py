@@ -23,6 +23,7 @@ from fedmoe_core.config import Config, TrainConfig
 from fedmoe_core.costs import CostModel
 from fedmoe_core.data import FederatedData, load_data
 from fedmoe_core.evaluate import validation_batches
+from fedmoe_core.identity import Identity, code_version
 from fedmoe_core.progress import Observer
 from fedmoe_core.ranks import Ranks
 from fedmoe_core.rng import counter_seed
@@ -44,22 +45,25 @@ class World:
     population: Population
     algorithm: Algorithm
     ranks: Ranks
+    identity: Identity  # of the data and the model as they were read
 
 
 def cache_directory(config: Config) -> Path:
-    """Where warm-ups and encoded corpora are kept: ``cache``, else fedmoe under the user's cache directory."""
-    if config.cache:
-        return Path(config.cache)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedmoe"
+    """Return where warm-ups and encoded corpora are kept: ``cache``, else fedmoe under the user's cache directory.
+
+    In it every version of the code has its own folder, so that none reads what another one made.
+    """
+    base = Path(config.cache) if config.cache else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return (base if config.cache else base / "fedmoe") / code_version(config.adapter)
 
 
 def is_pretrained(config: Config) -> bool:
-    """Whether the model comes with weights and a tokenizer of its own, rather than being built here."""
+    """Tell whether the model brings its own weights and tokenizer, rather than being built here."""
     return config.model != "tiny"
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device of this process; under torchrun each local rank takes its own GPU."""
+    """Choose the device of this process; under torchrun each local rank takes its own GPU."""
     if config.device == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         return torch.device(name)
@@ -82,6 +86,7 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
     observer.on_stage(f"reading {config.data}")
     data = read_data(config, ranks, validation=algorithm_class(config.algorithm).needs_validation)
     adapter = load_model(config, data, ranks.device)
+    identity = replace(Identity.of(config), corpus_sha256=data.corpus_sha256)
     spec, form = adapter.spec, algorithm_class(config.algorithm)
     first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
     padding = may_pad(config, data)
@@ -119,16 +124,17 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
         algorithm = form(measured(twin, params, plain))
         algorithm.plan(algorithm.init(params), range(config.clients))
 
-    params = warm_model(config, data, adapter, ranks, observer, train=train_warmup, before_training=refuse_early)
+    sources = WarmSources(data, adapter, identity)
+    params = warm_model(config, sources, ranks, observer, train=train_warmup, before_training=refuse_early)
     observer.on_stage("measuring one local step and the value of experts on public text")
     plain = plain_costs(adapter, params)
     params = take_form(config, form, adapter, params)
     population = measured(adapter, params, plain)
-    return World(config, data, adapter, params, population, form(population), ranks)
+    return World(config, data, adapter, params, population, form(population), ranks, identity)
 
 
 def deal_budgets(config: Config, spec: ModelSpec, plain: CostModel | None) -> tuple[Budget, ...]:
-    """Each client's budget, the configured tiers dealt in turn.
+    """Deal the configured tiers to the clients in turn; return each client's budget.
 
     Args:
         config: with the tiers.
@@ -152,7 +158,7 @@ def deal_budgets(config: Config, spec: ModelSpec, plain: CostModel | None) -> tu
 def take_form(
     config: Config, form: type[Algorithm], adapter: ModelAdapter, params: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Give the live model the form that the algorithm declares; the state in that form, ``params`` are not changed."""
+    """Give the live model the form that the algorithm declares; return the state in it, ``params`` stays unchanged."""
     lora, graft = form.lora(config), form.graft(config)
     if lora is not None and graft is not None:
         raise ValueError(f"algorithm {config.algorithm!r} declares both adapters and grafts; declare one of them")
@@ -166,25 +172,25 @@ def take_form(
 
 
 def local_settings(config: Config, form: type[Algorithm]) -> TrainConfig:
-    """Local training as configured, the trunk frozen where the algorithm says so."""
+    """Return local training as configured, with the trunk frozen where the algorithm says so."""
     return config.train if form.trains_trunk else replace(config.train, trunk="frozen")
 
 
 def may_pad(config: Config, data: FederatedData) -> bool:
-    """Whether some client's batches may hold padding: rows differ in length, and a short stream fills no window."""
+    """Tell whether a client's batches may hold padding: rows differ in length, and short streams fill no window."""
     streams = [part for client in data.clients for part in (client.private, client.validation) if part is not None]
     shortest = min(len(stream.tokens_N) for stream in streams)
     return data.task == "classification" or shortest < config.train.seq_len
 
 
 def validation_tokens(config: Config, data: FederatedData) -> np.ndarray:
-    """Tokens, padding included, of each client's validation pass, (C,)."""
+    """Count the tokens, padding included, of each client's validation pass, (C,)."""
     passes = [validation_batches(client, config) for client in data.clients]
     return np.array([sum(batch.tokens_SN.numel() for batch in batches) for batches in passes])
 
 
 def read_data(config: Config, ranks: Ranks, *, validation: bool) -> FederatedData:
-    """The corpus, split and encoded; rank 0 first, so that the others find the cache filled."""
+    """Read the corpus, split and encoded; rank 0 first, so that the others find the cache filled."""
     if not ranks.leads:
         ranks.wait()
     data = load_data(
@@ -205,7 +211,7 @@ def read_data(config: Config, ranks: Ranks, *, validation: bool) -> FederatedDat
 
 
 def load_model(config: Config, data: FederatedData, device: torch.device) -> ModelAdapter:
-    """The live model for this task, by the adapter that the configuration names."""
+    """Load the live model for this task, by the adapter that the configuration names."""
     load = cast("type", find_adapter(config.adapter))
     adapter = load(
         config.model,
@@ -219,30 +225,40 @@ def load_model(config: Config, data: FederatedData, device: torch.device) -> Mod
     return cast(ModelAdapter, adapter)
 
 
+@dataclass(frozen=True)
+class WarmSources:
+    """What a warm-up trains and on what: the data, the live model, and the digests of both."""
+
+    data: FederatedData
+    adapter: ModelAdapter
+    identity: Identity
+
+
 def warm_model(
     config: Config,
-    data: FederatedData,
-    adapter: ModelAdapter,
+    sources: WarmSources,
     ranks: Ranks,
     observer: Observer,
     *,
     train: bool,
     before_training: Callable[[dict[str, Tensor]], None],
 ) -> dict[str, Tensor]:
-    """The model that federation starts from; a pretrained one only has its fresh classification head trained.
+    """Make the model that federation starts from; a pretrained one only trains its fresh classification head.
 
     Where the cache does not hold it, ``before_training`` sees the untrained weights first and may raise; it may leave
     the live model configured in any way.
     """
+    data, adapter = sources.data, sources.adapter
     if is_pretrained(config):
         config = replace(config, warmup=replace(config.warmup, steps=0))
     if config.warmup.steps == 0 and (data.task == "causal_lm" or config.warmup.head_steps == 0):
         return adapter.state()
     key = warmup_key(
         public=data.public_sha256,
-        model=config.model,
+        model=sources.identity.model_sha256,
+        adapter=config.adapter,
         sizes=asdict(config.model_config),
-        settings=asdict(config.warmup),
+        settings=asdict(config.warmup) | {"token_dropout": config.train.token_dropout},
         task=data.task,
         classes=data.num_classes,
         seed=config.seed,
@@ -266,14 +282,15 @@ def warm_model(
     )
     if not ranks.leads:
         ranks.wait()
-    params, _ = cached_warmup(directory, key, warmed)
+    shapes = {param.key: tuple(param.shape) for param in adapter.spec.params}
+    params, _ = cached_warmup(directory, key, warmed, shapes)
     if ranks.leads:
         ranks.wait()
     return {key: tensor.to(ranks.device) for key, tensor in params.items()}
 
 
 def local_public_batches(config: Config, data: FederatedData, steps: int) -> Iterable[Batch]:
-    """Public batches of the clients' shape, for measuring; labels are those given (none is invented)."""
+    """Draw public batches of the clients' shape, for measuring; labels are those given (none is invented)."""
     source = data.public if data.public_labelled is None else data.public_labelled
     return islice(
         public_batches(

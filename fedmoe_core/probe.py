@@ -1,4 +1,4 @@
-"""Work that an algorithm makes a client do beside training: profiling, scoring, forward-only estimates."""
+"""Work that an algorithm makes a client do besides training: profiling, scoring, forward-only estimates."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Bench:
 
     Attributes:
         adapter: the live model. Before training it may be configured in any way (all experts, quantised rows, other
-            masks), for training configures it anew; after training it holds the trained sub-model.
+            masks), as local training configures it again; after training it holds the trained sub-model.
         params: the global model, read only.
         plan: the client's plan; its ``seed`` is the source of anything random.
         train: settings of local training, for batches and losses alike.
         batches: the batches of this round's local training, from the start at every call.
         validation: the client's validation batches; none where the algorithm does not need them.
-        log_prior_C: what the client's logit-adjusted training adds to a classifier's logits, and whoever judges its own
-            model has to add too; None where nothing is adjusted.
+        log_prior_C: what the client's logit-adjusted training adds to a classifier's logits. An evaluation of its own
+            model has to add it too; None where nothing is adjusted.
     """
 
     adapter: ModelAdapter

@@ -1,4 +1,4 @@
-"""What a run tells whoever watches: the Observer protocol, a live view, plain lines, silence, rows of a dry run."""
+"""How a run reports its progress: the Observer protocol, a live view, plain lines, silence, rows of a dry run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedmoe_core import show
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What one client would hold and spend in its first round; a budget of None is no limit.
+    """What one client would hold and spend in its first round; a budget of None means no limit.
 
     Attributes:
         client: name of the client.
@@ -53,32 +53,32 @@ class Observer(Protocol):
     """Called by the simulator on rank 0; an observer never changes a run."""
 
     def on_start(self, info: Mapping[str, Any]) -> None:
-        """Facts of the run: label, algorithm, model, data, rounds, clients_per_round, first_round, out."""
+        """Report the facts of the run: label, algorithm, model, data, rounds, clients_per_round, first_round, out."""
         ...
 
     def on_stage(self, text: str) -> None:
-        """A stage outside the rounds begins, such as the warm-up."""
+        """Report that a stage outside the rounds begins, such as the warm-up."""
         ...
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
-        """``done`` of ``total`` steps of a stage are over."""
+        """Report that ``done`` of ``total`` steps of a stage are over."""
         ...
 
     def on_client(self, round: int, client: int, record: Mapping[str, Any]) -> None:
-        """A client of round ``round`` (from 1) answered; ``record`` is its line of metrics.jsonl."""
+        """Report that a client of round ``round`` (from 1) answered; ``record`` is its line of metrics.jsonl."""
         ...
 
     def on_round(self, round: int, rounds: int, record: Mapping[str, Any]) -> None:
-        """Round ``round`` of ``rounds`` is over (0 = before training); ``record`` is its line of metrics.jsonl."""
+        """Report that round ``round`` of ``rounds`` is over (0 = before training), with its line of metrics.jsonl."""
         ...
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """The run is over; ``summary`` is what summary.json holds."""
+        """Report that the run is over; ``summary`` is what summary.json holds."""
         ...
 
 
 class NullObserver:
-    """Says nothing."""
+    """An observer that says nothing."""
 
     def on_start(self, info: Mapping[str, Any]) -> None: ...
     def on_stage(self, text: str) -> None: ...
@@ -90,7 +90,7 @@ class NullObserver:
 
 
 class LineObserver:
-    """One line per event that matters: for logs and pipes."""
+    """An observer that prints one line per event that matters: for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -191,7 +191,7 @@ class RoundLines:
         self.traffic = 0
 
     def of(self, round: int, rounds: int, record: Mapping[str, Any]) -> list[str]:
-        """One line of figures, and one more for every update that was refused."""
+        """Write one line of figures, and one more for every update that was refused."""
         width = len(str(rounds))
         loss = record.get("loss")
         parts = [f"round {round:>{width}}/{rounds}" if round else f"before {'':>{2 * width - 1}} "]
@@ -219,7 +219,7 @@ class RoundLines:
 
 
 def headline(info: Mapping[str, Any]) -> str:
-    """One line that says what is about to run."""
+    """Write one line that says what is about to run."""
     label = info.get("label") or info.get("algorithm", "run")
     parts = [f"{label}: {info.get('model', '?')} on {info.get('data', '?')}"]
     if info.get("rounds"):
@@ -232,7 +232,7 @@ def headline(info: Mapping[str, Any]) -> str:
 
 
 def client_line(client: int, record: Mapping[str, Any]) -> str:
-    """One line for one client of a round."""
+    """Write one line for one client of a round."""
     name = f"client {client}" + (f" ({record['tier']})" if record.get("tier") else "")
     if record.get("status", "ok") != "ok":
         return f"{name} failed: {record.get('error') or 'no reason given'}"
@@ -240,7 +240,7 @@ def client_line(client: int, record: Mapping[str, Any]) -> str:
 
 
 def observer_for(console: Console, *, quiet: bool = False) -> NullObserver | LineObserver | LiveObserver:
-    """Silence when quiet, a live view on a terminal, lines elsewhere."""
+    """Choose silence when quiet, a live view on a terminal, lines elsewhere."""
     if quiet:
         return NullObserver()
     return LiveObserver(console) if console.is_terminal else LineObserver(console)

@@ -1,4 +1,4 @@
-"""Copies of a model as it is in 4 or 8 bits, for cheap profiling of who uses which expert (Flux, arXiv 2508.19078)."""
+"""Copies of a model in 4 or 8 bits, for cheap profiling of which client uses which expert (Flux, arXiv 2508.19078)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedmoe_kernels.quantized import Quantized
 def quantised_copy(
     params: Mapping[str, Tensor], specs: Sequence[ParamSpec], *, bits: int = 4, group: int = 128
 ) -> dict[str, Tensor]:
-    """The model with every matrix rounded to ``bits`` and back, in its own dtype; nothing in ``params`` is touched.
+    """Round every matrix of the model to ``bits`` and back, in its own dtype; nothing in ``params`` is touched.
 
     Flux profiles an INT4 copy of the global model [N]. Router rows, vectors (norms, biases) and integers stay as they
     are, because they weigh next to nothing and the router decides what is being measured [E].
@@ -40,7 +40,7 @@ def quantised_copy(
 
 
 def quantised_bytes(specs: Sequence[ParamSpec], *, bits: int = 4, group: int = 128) -> int:
-    """What a client stores to profile: codes and scales of the matrices, everything else as it is; for the ledger."""
+    """Count what a client stores to profile: codes and scales of matrices, all else as it is; for the ledger."""
     total = 0
     for spec in specs:
         empty = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
@@ -52,7 +52,7 @@ def quantised_bytes(specs: Sequence[ParamSpec], *, bits: int = 4, group: int = 1
 
 
 def frequency_error(freq_LE: np.ndarray, estimate_LE: np.ndarray) -> float:
-    """sum |f_est - f| / sum f over all layers and experts: how far estimated activation frequencies are [E].
+    """Return sum |f_est - f| / sum f over all layers and experts: how far estimated activation frequencies are [E].
 
     Flux reports about 11 % for 4 bits [N] without a formula in what was read; this is twice the share of activations
     that would have to move to make the two equal.

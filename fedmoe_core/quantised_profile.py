@@ -1,4 +1,4 @@
-"""Profiling the whole model in 4 bits: who uses which expert, and how much attention those tokens receive (Flux)."""
+"""Profiling the whole model in 4 bits: which experts tokens use, and how much attention those tokens get (Flux)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ class QuantisedProfile:
         count_LE, attention_LE = torch.zeros(2, *shape, dtype=torch.float64)
         tokens = 0
         for layer in adapter.moe:
-            layer.frozen_bits, layer.keep_logits = BITS, True
+            layer.keep_logits = True
         try:
             nothing_LE = np.zeros(shape, dtype=bool)
-            adapter.configure(bench.params, trainable_LE=nothing_LE, train_router=False, train_head=False)
+            # `configure` sets the bits of every layer; the client's own plan sets them back.
+            adapter.configure(
+                bench.params, trainable_LE=nothing_LE, train_router=False, train_head=False, frozen_bits=BITS
+            )
             with adapter.watch_attention() as received:
                 for batch in bench.batches():
                     adapter.evaluate(batch)
@@ -56,7 +59,7 @@ class QuantisedProfile:
 
 
 def profile_cost(population: Population) -> Cost | None:
-    """What the profile costs a client; None where the experts' matrices cannot be stored in 4 bits.
+    """Return what the profile costs a client; None where the experts' matrices cannot be stored in 4 bits.
 
     Codes of all experts travel and are held (twice while they are laid out); they count as experts. Attention weights
     are tables of (S, heads, N, N) floats, a few of which live at once.

@@ -47,7 +47,7 @@ class TailLoss:
 
 
 def tail_tables(costs: CostModel) -> int:
-    """The tables that a ``TailLoss`` may keep: the kept logits, and further gradients of every factor in float32."""
+    """Count the tables that a ``TailLoss`` may keep: kept logits, and float32 gradients of every factor."""
     return 2 + math.ceil(2 * costs.adapter_params / costs.tokens)
 
 
@@ -87,13 +87,13 @@ class RankProbe:
 
 
 def squared_norm(adapter: Adapter) -> Tensor:
-    """||B A||_F^2 = tr((B^T B)(A A^T)), float64 over the leading axes, without the full-sized product [D]."""
+    """Return ||B A||_F^2 = tr((B^T B)(A A^T)), float64 over the leading axes, without the full-sized product [D]."""
     b_rr, a_rr = adapter.b.mT @ adapter.b, adapter.a @ adapter.a.mT
     return (b_rr.double() * a_rr.double()).sum(dim=(-2, -1)).clamp(min=0)
 
 
 def padded(deltas: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Factors with zeros for the ranks that the client did not have (HetLoRA [N]); other tensors as they are."""
+    """Pad factors with zeros for the ranks that the client did not have (HetLoRA [N]); other tensors as they are."""
     whole = dict(deltas)
     for key in deltas:
         prefix, _, name = key.rpartition(".")
@@ -109,11 +109,11 @@ def without_missing_ranks(
     sums: Sums,
     votes: Sequence[tuple[int, np.ndarray]],
 ) -> dict[str, Tensor]:
-    """Means of deltas turned into HetLoRA's means of zero-padded factors [N].
+    """Turn means of deltas into HetLoRA's means of zero-padded factors [N].
 
-    A delta that is zero where a client lacks the rank says "no change"; a padded factor that is zero there says
-    "nothing", so the old value loses the weight of the clients without the rank. Weights are those of the sums, whole
-    numbers, so that the order of clients changes no bit.
+    A delta that is zero where a client lacks the rank says "no change". A padded factor that is zero there says
+    "nothing", so the old value loses the weight of the clients without the rank. Weights are those of the sums. They
+    are whole numbers, so the order of clients changes no bit.
 
     Args:
         means: new factors by ``expert_mean``.

@@ -1,4 +1,4 @@
-"""Many processes, one round: who trains whom, and reports gathered as JSON."""
+"""Many processes, one round: which rank trains which client, and reports gathered as JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Ranks:
         return self.rank == 0
 
     def mine(self, items: Sequence[T], costs: Sequence[float]) -> list[T]:
-        """This rank's share: longest first onto the least loaded rank, ties by index; the same on every rank."""
+        """Return this rank's share: longest first onto the least loaded rank, ties by index; the same on every rank."""
         loads = [0.0] * self.world
         share = []
         for index in sorted(range(len(items)), key=lambda i: (-costs[i], i)):
@@ -42,7 +42,7 @@ class Ranks:
         return [items[index] for index in sorted(share)]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's JSON value, in rank order. JSON, not pickle: nothing read here can run code."""
+        """Return every rank's JSON value, in rank order. JSON, not pickle: nothing read here can run code."""
         if self.world == 1:
             return [json.loads(json.dumps(value))]
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +15,12 @@ from fedmoe_core.assignment import coefficient_of_variation
 from fedmoe_core.budget import NOTHING, Budget, Cost
 from fedmoe_core.checkpoint import save_checkpoint
 from fedmoe_core.evaluate import Held
-from fedmoe_core.metrics import JsonlLog, plain
-from fedmoe_core.names import TITLES
+from fedmoe_core.files import write_json, write_whole
+from fedmoe_core.metrics import JsonlLog
+from fedmoe_core.names import title_of
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.progress import PlanRow
+from fedmoe_core.run_directory import Claim
 from fedmoe_core.state import ServerState, pack_state
 from fedmoe_core.update import ClientUpdate
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def plan_row(world: World, plan: ExpertPlan) -> PlanRow:
-    """One line of the dry run: the plan beside the device's own budget, which FedAvg may pass."""
+    """Make one line of the dry run: the plan and the device's own budget, which FedAvg may pass."""
     budget, cost = world.population.budgets[plan.client], plan.predicted
     over = budget.violations(cost)
     return PlanRow(
@@ -56,28 +55,23 @@ def plan_row(world: World, plan: ExpertPlan) -> PlanRow:
     )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 class RunLog:
     """What rank 0 writes. A round is on record once its checkpoint is; later lines are cut off on resume."""
 
-    def __init__(self, out: Path, world: World) -> None:
-        self.out, self.world = out, world
+    def __init__(self, claim: Claim, world: World) -> None:
+        self.out, self.run, self.world = claim.path, claim.id, world
+        out = self.out
         self.totals = {"bytes_down_total": 0, "bytes_up_total": 0, "flops_total": 0.0}
         self.unbilled_seconds = 0.0  # of the last commit; its round's line was written before it
         self.metrics = JsonlLog(out / "metrics.jsonl")
         self.ledger = JsonlLog(out / "ledger.jsonl")
 
     @classmethod
-    def create(cls, out: Path, world: World) -> RunLog:
-        """Start a run directory: configuration and partition first."""
-        log = cls(out, world)
-        (out / "config.toml").write_text(world.config.to_toml(), encoding="utf-8")
+    def create(cls, claim: Claim, world: World) -> RunLog:
+        """Start a run directory: an earlier run's files go, then the marker, configuration and partition come."""
+        claim.begin(world.identity.facts())
+        log, out = cls(claim, world), claim.path
+        write_whole(out / "config.toml", world.config.to_toml())
         data = world.data
         names = list(data.names_D)
         clients = [client.name for client in data.clients]
@@ -85,9 +79,9 @@ class RunLog:
         return log
 
     @classmethod
-    def reopen(cls, out: Path, world: World, meta: Mapping[str, Any]) -> RunLog:
+    def reopen(cls, claim: Claim, world: World, meta: Mapping[str, Any]) -> RunLog:
         """Continue a run directory: keep the lines that the checkpoint counted, drop any later ones."""
-        log = cls(out, world)
+        log = cls(claim, world)
         log.metrics.truncate(int(meta["metrics_lines"]))
         log.ledger.truncate(int(meta["ledger_lines"]))
         for line in log.metrics.read():
@@ -99,18 +93,19 @@ class RunLog:
         """Write the checkpoint atomically; from here on the round counts as played."""
         began, config = time.perf_counter(), self.world.config
         lines = {"metrics_lines": self.metrics.count(), "ledger_lines": self.ledger.count()}
-        save_checkpoint(self.out / "checkpoint", pack_state(state), {"round": state.round, **lines}, config.decisive())
+        meta = {"round": state.round, **lines, "run": self.run, "identity": self.world.identity.facts()}
+        save_checkpoint(self.out / "checkpoint", pack_state(state), meta, config.decisive())
         self.unbilled_seconds = time.perf_counter() - began
 
     def before(self, held: Held) -> dict[str, Any]:
-        """The line of the warm model, round 0."""
+        """Write the line of the warm model, round 0."""
         line = {"type": "round", "round": 0, **_results(held), **self.totals}
         line |= {"seconds": held.seconds, "engine_seconds": 0.0, "refused": []}
         self.metrics.append(line)
         return line
 
     def round(self, played: Round, held: Held | None, state: ServerState) -> dict[str, Any]:
-        """The lines of one round: every client's, the ledger's, and the round's own, which it returns."""
+        """Write the lines of one round: every client's, the ledger's, and the round's own, which it returns."""
         began, number = time.perf_counter(), played.index + 1
         plans = {plan.client: plan for plan in played.plans}
         budgets = self.world.population.budgets
@@ -185,7 +180,7 @@ class RunLog:
             "engine_seconds": math.fsum(line["engine_seconds"] for line in rounds),
             "client_seconds": math.fsum(entry["real"]["seconds"] for entry in entries),
             "budgeted": not overruns,
-            "corpus_sha256": data.corpus_sha256,
+            **self.world.identity.facts(),
             "model_hash": model_hash,
             "threads": config.threads,
             "partition": data.partition,
@@ -195,8 +190,8 @@ class RunLog:
 
 
 def label_of(config: Any) -> str:
-    """What people call this run: the algorithm and the choices that change its meaning."""
-    name = TITLES[config.algorithm]
+    """Return what people call this run: the algorithm and the choices that change its meaning."""
+    name = title_of(config.algorithm)
     if config.algorithm != "hfedmoe":
         return name
     parts = [f"score {config.selection.score}"]
@@ -227,7 +222,7 @@ def _personal_results(held: Held) -> dict[str, Any]:
 
 
 def _worst(line: Mapping[str, Any], kind: str, pick: Any) -> float | None:
-    """The worst client's figure: of the global model, or of the clients' own where there is no global one."""
+    """The worst client's figure: of the global model, or of the clients' own where no global one exists."""
     values = line[f"{kind}_clients"] if line["loss_clients"] else line.get(f"personal_{kind}_C")
     return pick(values) if values else None
 
@@ -247,7 +242,7 @@ def _personal_summary(line: Mapping[str, Any], budgets: tuple[Budget, ...]) -> d
 
 
 def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:
-    """One client's line of metrics.jsonl; validation and metrics are there where the algorithm has them."""
+    """Make one client's line of metrics.jsonl; validation and metrics are there if the algorithm has them."""
     found: dict[str, Any] = {}
     if update.validation is not None:
         count = update.validation.count

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def overlap(prob_LE: np.ndarray, outputs_LEH: np.ndarray) -> np.ndarray:
-    """p_e p_e' max(0, cos(m_e, m_e')) for two experts of one layer, (L, E, E), zero on the diagonal [E].
+    """Return p_e p_e' max(0, cos(m_e, m_e')) for two experts of one layer, (L, E, E), zero on the diagonal [E].
 
     Experts of different layers add to different points of the residual stream, so their outputs are not compared.
 
@@ -38,7 +38,7 @@ def overlap(prob_LE: np.ndarray, outputs_LEH: np.ndarray) -> np.ndarray:
 
 
 def mean_outputs(params: Mapping[str, Tensor], spec: ModelSpec) -> np.ndarray:
-    """m_e without data: each expert's mean output on the inputs that its layer's router prefers, (L, E, H) [E].
+    """Compute m_e without data: each expert's mean output on inputs that its layer's router prefers, (L, E, H) [E].
 
     Those inputs are the router's own rows, at the length of a normalised hidden state, sqrt(H).
     """
@@ -52,7 +52,7 @@ def mean_outputs(params: Mapping[str, Tensor], spec: ModelSpec) -> np.ndarray:
 
 
 def discounted(values_LE: np.ndarray, penalty_LEE: np.ndarray) -> np.ndarray:
-    """Each expert's gain in F beside those that greedy takes before it, (L, E) [E].
+    """Return each expert's gain in F on top of those that greedy takes before it, (L, E) [E].
 
     Gains never rise along greedy's way, because penalties are never negative. So the n largest of these scores are
     greedy's set of n, and any selection that knows single scores, such as ``knapsack``, can choose by F.
@@ -68,7 +68,7 @@ def discounted(values_LE: np.ndarray, penalty_LEE: np.ndarray) -> np.ndarray:
 
 
 def joint_value(chosen_LE: np.ndarray, values_LE: np.ndarray, penalty_LEE: np.ndarray) -> float:
-    """F(A) of a mask, with ``penalty_LEE`` = rho * overlap: values of the chosen minus the penalty of each pair [E]."""
+    """Return F(A) of a mask: chosen values minus the penalty of each pair, ``penalty_LEE`` = rho * overlap [E]."""
     held_LE = chosen_LE.astype(np.float64)
     return float((values_LE * held_LE).sum() - np.einsum("le,lef,lf->", held_LE, penalty_LEE, held_LE) / 2)
 
@@ -76,7 +76,7 @@ def joint_value(chosen_LE: np.ndarray, values_LE: np.ndarray, penalty_LEE: np.nd
 def select_joint(
     values_LE: np.ndarray, penalty_LEE: np.ndarray, costs_DLE: np.ndarray, limits_D: Sequence[int]
 ) -> Selection:
-    """A set of large F(A) within D additive limits, at least one expert per layer: greedy, then one pass of swaps [E].
+    """Find a set of large F(A) within D limits, at least one expert per layer: greedy, then one pass of swaps [E].
 
     Without a penalty F is modular and the answer is ``knapsack``'s, exact. Otherwise greedy adds the expert of largest
     gain while one fits and gains at least 0; each chosen expert is then exchanged once for the outsider that raises F

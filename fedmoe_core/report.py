@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from fedmoe_core import show
+from fedmoe_core.files import write_whole
 from fedmoe_core.runs import Run, differences, read_runs
 
 LEVEL = 0.0005  # differences below this vanish in the three digits that are printed
@@ -36,14 +37,12 @@ def report(run_dirs: Sequence[Path], *, out: Path | None = None) -> tuple[Path, 
     verdicts = compare(runs)
     text = render(runs, verdicts)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(out)
+    write_whole(out, text)
     return out, [*(line(run) for run in runs), *verdicts]
 
 
 def line(run: Run) -> str:
-    """One line: loss before and after, worst client, traffic, experts, budgets."""
+    """Write one line: loss before and after, worst client, traffic, experts, budgets."""
     summary = run.summary
     before, after = summary.get("loss_before"), summary.get("loss_after")
     parts = [f"{run.name}: held-out loss {show.number(before)} -> {show.number(after)}"]
@@ -75,7 +74,7 @@ def _not_bound(over: Sequence[str] | None) -> str:
 
 
 def held(run: Run) -> str:
-    """The fewest and the most experts that a client held, such as ``8..12``."""
+    """Return the fewest and the most experts that a client held, such as ``8..12``."""
     low, high = run.summary.get("experts_held_min"), run.summary.get("experts_held_max")
     if low is None or high is None:
         return show.NONE
@@ -83,7 +82,7 @@ def held(run: Run) -> str:
 
 
 def compare(runs: Sequence[Run]) -> list[str]:
-    """One sentence for each method beside the first; runs of one method that differ in seed only count together."""
+    """Write one sentence per method against the first; runs of one method that differ only in seed count together."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         settings = {key: value for key, value in run.config.items() if key not in ("seed", "out", "cache", "ranks")}
@@ -138,7 +137,7 @@ class Figure:
 
 
 def judged_by(runs: Sequence[Run]) -> Figure:
-    """The first figure that all of these runs have: a system of local gates has no global model to be judged by."""
+    """Return the first figure that all of these runs have: systems of local gates have no global model to judge."""
     order = [Figure(True, False), Figure(False, False), Figure(True, True), Figure(False, True)]
     return next((figure for figure in order if all(figure.of(run) is not None for run in runs)), order[1])
 
@@ -152,7 +151,7 @@ def _terms(a: Run, b: Run, unlike: Sequence[str]) -> str:
 
 
 def _sentence(name: str, other: str, values: Sequence[tuple[float, float]], *, accurate: bool) -> str:
-    """Who ends where; ahead means lower loss or higher accuracy, on the mean over the seeds."""
+    """Say which run ends where; ahead means lower loss or higher accuracy, on the mean over the seeds."""
     a, b = fmean(x for x, _ in values), fmean(y for _, y in values)
     sign = 1 if accurate else -1
     wins = sum(sign * (x - y) > 0 for x, y in values)
@@ -173,7 +172,7 @@ def _group_name(runs: Sequence[Run]) -> str:
 
 
 def ranking(runs: Sequence[Run]) -> list[tuple[int | None, Run, str]]:
-    """Runs from best to worst with their place; None and a reason where a run may not be ranked."""
+    """Order runs from best to worst with their place; None and a reason where a run may not be ranked."""
     figure = judged_by(runs)
 
     def merit(run: Run) -> float:

@@ -17,7 +17,7 @@ from fedmoe_core.memory import tensor_bytes
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.update import ClientProfile, ClientUpdate, Evaluation, profile_arrays
 
-# Fields with a form of their own in a report; the others are plain JSON values already.
+# Fields with a special form in a report; the others are plain JSON values already.
 ELSEWHERE = ("deltas", "profile", "validation_profile", "validation", "cost", "private")
 
 
@@ -35,12 +35,12 @@ def finished_update(
     private_travels: bool = False,
     metrics: Mapping[str, float] | None = None,
 ) -> ClientUpdate:
-    """The answer of a client that trained: its deltas, profile and cost under an algorithm's weights.
+    """Make the answer of a client that trained: its deltas, profile and cost under an algorithm's weights.
 
     Args:
         plan, result: what was asked and what came of it.
         samples, sample_weight, expert_weight_LE, router_weight_LE, gate_weight: as ``ClientUpdate``.
-        deltas: in place of the result's own, where the algorithm recasts them; None = as they are.
+        deltas: instead of the result's own, where the algorithm recasts them; None = as they are.
         private, metrics: as ``ClientUpdate``.
         private_travels: whether the private tensors really go to the server, so that their bytes are charged; the plan
             must then leave room for them (``surcharge=Cost(bytes_up=...)`` charges and predicts them in one).
@@ -69,7 +69,7 @@ def finished_update(
 
 
 def failed_update(plan: ExpertPlan, result: LocalResult, sample_weight: float) -> ClientUpdate:
-    """The report of a client whose round failed: nothing to aggregate, the reason, and what it cost all the same."""
+    """Make the report of a client whose round failed: nothing to aggregate, the reason, and what it still cost."""
     nothing_LE = np.zeros(plan.trainable_LE.shape)
     return ClientUpdate(
         client=plan.client,
@@ -88,7 +88,7 @@ def failed_update(plan: ExpertPlan, result: LocalResult, sample_weight: float) -
 
 
 def report_of(update: ClientUpdate) -> dict[str, Any]:
-    """Everything of the update but its deltas, in JSON types; floats and tensors survive the round trip bit for bit."""
+    """Put all of the update but its deltas into JSON types; floats and tensors survive the round trip bit for bit."""
     plain = {f.name: getattr(update, f.name) for f in fields(update) if f.name not in ELSEWHERE}
     plain["expert_weight_LE"] = update.expert_weight_LE.tolist()
     plain["router_weight_LE"] = update.router_weight_LE.tolist()
@@ -101,7 +101,7 @@ def report_of(update: ClientUpdate) -> dict[str, Any]:
 
 
 def update_of(report: Mapping[str, Any]) -> ClientUpdate:
-    """The inverse of ``report_of``; deltas are empty."""
+    """Invert ``report_of``; deltas are empty."""
     validation = report["validation"]
     rest = {
         **report,
@@ -117,7 +117,7 @@ def update_of(report: Mapping[str, Any]) -> ClientUpdate:
 
 
 def refused(update: ClientUpdate, reason: str) -> ClientUpdate:
-    """The same report with nothing in it that could enter the model or the server's memory."""
+    """Return the same report with nothing in it that could enter the model or the server's memory."""
     return replace(
         update,
         deltas={},

@@ -1,8 +1,9 @@
-"""Experts chosen anew for every batch: a scoring pass, then a step in which only the chosen ones learn."""
+"""Experts chosen again for every batch: a scoring pass, then a step in which only the chosen ones learn."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedmoe_core.config import TrainConfig
 from fedmoe_core.costs import CostModel
 from fedmoe_core.importance import Score, expert_scores
 from fedmoe_core.measure import validate
-from fedmoe_core.memory import HasState, resident_bytes, tensor_bytes
+from fedmoe_core.memory import HasState, resident_bytes, tensor_bytes, trace_memory
 from fedmoe_core.selection import select_top_n
 from fedmoe_core.update import ClientProfile
 
@@ -48,7 +49,7 @@ class TopScores:
     beta: float
 
     def __call__(self, profile: ClientProfile) -> np.ndarray:
-        """The chosen experts, bool (L, E)."""
+        """Choose the experts, bool (L, E)."""
         scores_LE = expert_scores(profile, self.score, lam=self.lam, beta=self.beta)
         outside = min(0.0, float(scores_LE.min())) - 1.0  # below all that were reached, and never taken for its score
         return select_top_n(np.where(profile.hits_LE > 0, scores_LE, outside), self.count)
@@ -59,7 +60,7 @@ class BatchChooser:
     """Puts a rule into effect on the live model, batch by batch.
 
     Attributes:
-        adapter, rule, costs, top_k: the model with every expert held, who chooses, what operations cost, and k'.
+        adapter, rule, costs, top_k: the model with every expert held, the rule of choice, what operations cost, and k'.
         chosen_LE: experts that learn from the current batch.
         trained_LE: those that learnt from some batch of the round.
         flops: operations so far, scoring passes included.
@@ -79,29 +80,31 @@ class BatchChooser:
         self.chosen_LE = self.trained_LE
 
     def choose(self, batch: Batch, optimizer: HasState) -> int:
-        """Score ``batch`` without gradients and let only the chosen experts learn; the peak bytes of the change."""
-        self.chosen_LE = self.rule(validate(self.adapter, [batch]).profile)
+        """Score ``batch`` without gradients and let only the chosen experts learn; return the peak bytes of both."""
+        resident = resident_bytes(self.adapter.model, optimizer)
+        found, trace = trace_memory(partial(validate, self.adapter, [batch]), batch.tokens_SN.device)
+        self.chosen_LE = self.rule(found.profile)
         self.trained_LE = self.trained_LE | self.chosen_LE
         for layer, chosen_E in zip(self.adapter.moe, self.chosen_LE, strict=True):
             layer.set_experts(None, chosen_E)
         served_LE = np.ones_like(self.chosen_LE)
         self.flops += self.costs.forward_flops(served_LE, tokens=batch.tokens_SN.numel(), top_k=self.top_k)
-        # A layer's weights exist twice while its slots are laid out anew.
+        # A layer's weights exist twice while its slots are laid out again.
         largest = max(tensor_bytes([*layer.parameters(), *layer.buffers()]) for layer in self.adapter.moe)
-        return resident_bytes(self.adapter.model, optimizer) + largest
+        return max(resident + trace.peak, resident_bytes(self.adapter.model, optimizer) + largest)
 
     def bill(self, rows_LE: np.ndarray, tokens: int) -> None:
         """Add the operations of the step that just ran."""
         self.flops += self.costs.real_flops(rows_LE, self.chosen_LE, tokens=tokens)
 
     def settle(self, trainable_LE: np.ndarray) -> None:
-        """At the end of the round: all that the plan trains, so that every delta can be read, mostly zeros."""
+        """End the round: select all that the plan trains, so that every delta can be read, mostly zeros."""
         for layer, trainable_E in zip(self.adapter.moe, trainable_LE, strict=True):
             layer.set_experts(None, trainable_E)
 
 
 class SlotAdamW:
-    """AdamW over experts that come and go: every expert and router row has moments and a step count of its own.
+    """AdamW over experts that come and go: every expert and router row has its own moments and step count.
 
     A step moves only those that learn now. What is masked keeps its weights and its state bit for bit, weight decay
     included, and goes on from there when it is chosen again.
@@ -125,7 +128,7 @@ class SlotAdamW:
         return [{"params": [*experts, *self._dense]}]
 
     def step(self) -> None:
-        """One AdamW step of every slot that has a gradient."""
+        """Take one AdamW step of every slot that has a gradient."""
         places: dict[object, nn.Parameter] = {("dense", place): p for place, p in enumerate(self._dense)}
         for number, layer in enumerate(self.adapter.moe):
             for name in ("router", "w_in", "w_out"):

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def counter_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
-    """A fresh generator for one purpose at one place (round, client, class, ...).
+    """Make a fresh generator for one purpose at one place (round, client, class, ...).
 
     Equal arguments give equal streams on every machine; nothing global is read or written.
 
@@ -28,5 +28,5 @@ def counter_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
 
 
 def counter_seed(seed: int, purpose: str, *where: int) -> int:
-    """An integer seed below 2^63 under the same rule, for libraries that bring generators of their own."""
+    """Return an integer seed below 2^63 by the same rule, for libraries that bring their own generators."""
     return int(counter_rng(seed, purpose, *where).integers(2**63))

@@ -1,4 +1,4 @@
-"""What a plan may change of a layer beside its masks: whose slot serves an absent expert, and a client's own rows."""
+"""What a plan may change of a layer besides its masks: slots that serve absent experts, and a client's own rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_kernels.routing import SlotMap
+from fedmoe_kernels.slot_map import SlotMap
 
 Rows = Mapping[str, Mapping[int, Tensor]]  # tensor name -> expert id -> row
 
@@ -16,7 +16,7 @@ Rows = Mapping[str, Mapping[int, Tensor]]  # tensor name -> expert id -> row
 def slot_map_of(
     held_E: np.ndarray, trains_E: np.ndarray, alias_E: np.ndarray | None, *, rows_per_slot: int | None
 ) -> SlotMap:
-    """The map of a layer's masks, bool (E,); with ``alias_E``, int (E,), absent experts are served by held ones.
+    """Make the map of a layer's masks, bool (E,); with ``alias_E``, int (E,), absent experts are served by held ones.
 
     Raises:
         ValueError: as ``SlotMap.shared``.
@@ -32,7 +32,7 @@ def check_rows(rows: Rows, like: Mapping[str, Tensor], held_E: np.ndarray) -> No
     """Refuse rows that do not fit the tensors (E, ...) they stand in for.
 
     Raises:
-        ValueError: an unknown name, an expert that is not held (router rows may be anybody's), another shape or dtype.
+        ValueError: an unknown name, an expert that is not held (router rows may be), another shape or dtype.
     """
     for name, given in rows.items():
         if name not in like:
@@ -48,6 +48,6 @@ def check_rows(rows: Rows, like: Mapping[str, Tensor], held_E: np.ndarray) -> No
 
 
 def rows_of_layer(rows: Rows, layer: int) -> Rows:
-    """The rows under ``moe.{layer}.{name}``, by the layer's own names."""
+    """Return the rows under ``moe.{layer}.{name}``, by the layer's own names."""
     prefix = f"moe.{layer}."
     return {key.removeprefix(prefix): given for key, given in rows.items() if key.startswith(prefix)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_core import show
-from fedmoe_core.names import TITLES
+from fedmoe_core.names import title_of
 
 # Keys that may differ between two runs of one comparison: they name the method, or where and how fast it ran.
 METHOD = ("algorithm", "out", "cache", "ranks", "threads", "selection", "aggregation")
@@ -22,13 +22,13 @@ class Run:
 
     Attributes:
         path: the directory.
-        name: how people call it, unique among the runs that are shown together.
+        name: what people call it, unique among the runs that are shown together.
         summary: summary.json, or what the records still tell of a run that did not finish.
         config: the resolved configuration as a tree of tables.
         rounds: round records in order, round 0 (before training) first.
         clients: client records in order of round and client.
         ledger: ledger lines in order of round and client.
-        partition: who holds what data, or None.
+        partition: which client holds what data, or None.
         finished: whether summary.json is there.
     """
 
@@ -55,7 +55,7 @@ class Run:
         return show.known(self.summary.get("accuracy_after"))
 
     def personal(self, kind: str, *, first: bool = False) -> list[float]:
-        """``loss`` or ``accuracy`` of every client's own model, last evaluated (or first); empty where it was not."""
+        """Return ``loss`` or ``accuracy`` of every client's own model, last evaluated (or first); empty if never."""
         return [value for value in self.last(f"personal_{kind}_C", first=first) or () if show.known(value)]
 
     @property
@@ -86,7 +86,7 @@ class Run:
         return str(names[client]) if client < len(names) else f"client {client}"
 
     def last(self, key: str, *, first: bool = False) -> Any:
-        """A value of the last (or first) round record that has it."""
+        """Return a value of the last (or first) round record that has it."""
         for record in self.rounds if first else reversed(self.rounds):
             if record.get(key) is not None:
                 return record[key]
@@ -94,7 +94,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in these directories, each with a name of its own.
+    """Read the runs in these directories, each under its own name.
 
     Raises:
         ValueError: no run there, nothing recorded yet, or a file that cannot be understood.
@@ -115,7 +115,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def differences(first: Run, second: Run) -> list[str]:
-    """Dotted configuration keys, the method's own aside, and facts of the data in which two runs differ."""
+    """Return the dotted keys, the method's own aside, and facts of the data in which two runs differ."""
     keys = sorted(set(first.config) | set(second.config))
     found: list[str] = []
     for key in keys:
@@ -126,8 +126,13 @@ def differences(first: Run, second: Run) -> list[str]:
             found += [f"{key}.{leaf}" for leaf in sorted(set(mine) | set(theirs)) if mine.get(leaf) != theirs.get(leaf)]
         else:
             found.append(key)
-    if first.summary.get("corpus_sha256") != second.summary.get("corpus_sha256") and "data" not in found:
-        found.append("corpus")
+    # By content where both are on record: a moved file is the same data, a changed one is not.
+    for key, digest, name in (("data", "corpus_sha256", "corpus"), ("model", "model_sha256", "model weights")):
+        mine, theirs = first.summary.get(digest), second.summary.get(digest)
+        if mine and mine == theirs and key in found:
+            found.remove(key)
+        elif mine != theirs and key not in found:
+            found.append(name)
     return found
 
 
@@ -147,7 +152,7 @@ def _read(path: Path) -> Run:
     algorithm = str(summary.get("algorithm", config.get("algorithm", "run")))
     return Run(
         path=path,
-        name=str(summary.get("label") or TITLES.get(algorithm, algorithm)),
+        name=str(summary.get("label") or title_of(algorithm)),
         summary=summary,
         config=config,
         rounds=rounds,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+PLACE = "MODULE:CLASS"  # a form of OneOf: a class by the module it is in
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ Schema = Mapping[str, Setting]
 
 @cache
 def schema_of(record: type, prefix: str = "") -> dict[str, Setting]:
-    """Settings of a dataclass and of the dataclasses inside it, by dotted key."""
+    """Return the settings of a dataclass and of the dataclasses inside it, by dotted key."""
     hints = get_type_hints(record, include_extras=True)
     found: dict[str, Setting] = {}
     for item in fields(record):
@@ -106,7 +107,7 @@ def schema_of(record: type, prefix: str = "") -> dict[str, Setting]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The known name that is spelt most like ``name``, or None when nothing is close."""
+    """Return the known name that is spelt most like ``name``, or None when nothing is close."""
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return close[0] if close else None
 
@@ -135,7 +136,7 @@ def check(key: str, value: object, setting: Setting) -> None:
 
 
 def resolve_key(key: str, schema: Schema) -> str:
-    """The key itself when it is known.
+    """Return the key itself when it is known.
 
     Raises:
         ValueError: an unknown key, with the nearest valid one.
@@ -157,7 +158,7 @@ def resolve_key(key: str, schema: Schema) -> str:
 
 
 def build(record: type[T], values: Mapping[str, object], prefix: str = "") -> T:
-    """A nested dataclass from values by dotted key; keys that are absent keep their defaults."""
+    """Build a nested dataclass from values by dotted key; keys that are absent keep their defaults."""
     hints = get_type_hints(record)
     chosen: dict[str, Any] = {}
     for item in fields(record):  # type: ignore[arg-type]
@@ -173,7 +174,7 @@ def build(record: type[T], values: Mapping[str, object], prefix: str = "") -> T:
 
 
 def read_toml(path: Path, schema: Schema) -> dict[str, object]:
-    """Values of a TOML file by dotted key.
+    """Read the values of a TOML file by dotted key.
 
     Raises:
         ValueError: not TOML, or an unknown key.
@@ -202,7 +203,7 @@ def read_toml(path: Path, schema: Schema) -> dict[str, object]:
 
 
 def parse_override(text: str, schema: Schema) -> tuple[str, object]:
-    """Key and typed value of ``key=value``; tiers of ``budgets`` as a TOML array or separated by ``;``.
+    """Read key and typed value of ``key=value``; tiers of ``budgets`` as a TOML array or separated by ``;``.
 
     Raises:
         ValueError: no ``=``, an unknown key, or a value that its type cannot read.
@@ -215,7 +216,7 @@ def parse_override(text: str, schema: Schema) -> tuple[str, object]:
 
 
 def write_toml(values: Mapping[str, Any], schema: Schema) -> str:
-    """TOML text of values by dotted key: plain keys first, then one table per section; floats round-trip exactly."""
+    """Write values by dotted key as TOML: plain keys first, then one table per section; floats round-trip exactly."""
     top = {key: value for key, value in values.items() if "." not in key}
     lines = [f"{key} = {_format(value, schema[key].kind)}" for key, value in top.items()]
     section = ""
@@ -235,6 +236,9 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 def _fits(form: str, value: str) -> bool:
     kind, colon, _ = form.partition(":")
+    if form == PLACE:
+        module, colon, name = value.partition(":")
+        return all(part.isidentifier() for part in [*module.split("."), name])
     return value.startswith(f"{kind}:") and len(value) > len(kind) + 1 if colon else value == form
 
 

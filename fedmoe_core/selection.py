@@ -11,7 +11,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from fedmoe_core.budget import RESOURCES, Budget, show
-from fedmoe_core.costs import CostModel, Mode, Rows
+from fedmoe_core.costs import CostModel, Mode
+from fedmoe_core.resources import Rows
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class FlopFit(NamedTuple):
 
 
 def select_top_n(scores_LE: np.ndarray, n: int, *, keep_one: bool = True, drop_negative: bool = True) -> np.ndarray:
-    """argmax over |A| <= n of the sum of scores over A: HFedMoE eq. 15 [N], exact.
+    """Return argmax over |A| <= n of the sum of scores over A: HFedMoE eq. 15 [N], exact.
 
     With ``keep_one`` every layer keeps at least its best expert; the rest of n goes to the highest scores of all
     layers. With ``drop_negative`` a negative score is taken only to keep a layer alive, as eq. 15 implies; without it
@@ -62,6 +63,12 @@ def select_top_n(scores_LE: np.ndarray, n: int, *, keep_one: bool = True, drop_n
 
     Raises:
         ValueError: a score is not finite; n below the number of layers with ``keep_one``.
+
+    Example:
+        >>> scores = np.array([[3.0, 1.0], [2.0, 5.0]])  # two layers of two experts
+        >>> select_top_n(scores, 3)
+        array([[ True, False],
+               [ True,  True]])
     """
     _require_finite(scores_LE)
     layers, experts = scores_LE.shape
@@ -81,7 +88,7 @@ def select_top_n(scores_LE: np.ndarray, n: int, *, keep_one: bool = True, drop_n
 def knapsack(
     values_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: Sequence[int], *, node_limit: int | None = None
 ) -> Selection:
-    """Most valuable set within D additive limits and with at least one expert per layer [E]; exact.
+    """Choose the most valuable set within D additive limits, at least one expert per layer [E]; exact.
 
     Where every binding resource costs the same for all experts this is ``select_top_n`` with the smallest count;
     otherwise an integer program (HiGHS). Negative values are taken only to keep a layer alive. Among sets of equal
@@ -97,6 +104,13 @@ def knapsack(
 
     Raises:
         ValueError: no set has one expert per layer within all limits, or an input is malformed.
+
+    Example:
+        >>> values = np.array([[3.0, 1.0], [2.0, 5.0]])  # two layers of two experts
+        >>> bytes_each = np.array([[[4, 1], [1, 4]]])
+        >>> best = knapsack(values, bytes_each, [6])
+        >>> best.value, int((bytes_each[0] * best.chosen_LE).sum())
+        (8.0, 6)
     """
     _require_finite(values_LE)
     if not np.issubdtype(costs_DLE.dtype, np.integer) or (costs_DLE < 0).any():
@@ -136,7 +150,7 @@ def choose(
     top_k: int | None = None,
     first_participation: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The permitted and trainable experts (L, E) of a client: the best score inside memory, bytes and count.
+    """Choose a client's permitted and trainable experts (L, E): the best score inside memory, bytes and count.
 
     Compact: permitted = trainable. Backward-masked (the paper's form): all permitted, the chosen ones trainable; it
     holds every expert, so it takes a budget with an expert count, and any other limit has to hold the whole model.
@@ -168,7 +182,7 @@ def room_of(
     top_k: int | None = None,
     first_participation: bool = True,
 ) -> Room:
-    """The rows in which ``budget`` limits the experts of a client.
+    """Return the rows in which ``budget`` limits the experts of a client.
 
     Raises:
         ValueError: as ``choose``.
@@ -235,11 +249,11 @@ def fit_flops(
     scores_LE: np.ndarray | None = None,
     client: int | str = 0,
 ) -> FlopFit:
-    """The work that a FLOP budget allows: local steps first (down to ``min_steps``), then k', then the trainable share.
+    """Fit the work to a FLOP budget: local steps first (down to ``min_steps``), then k', then the trainable share.
 
     k' starts at the most experts that any layer holds, if that is below the model's k: the rest would be empty places.
-    At k' = 1 a token meets one expert, so what is trained within a layer no longer changes the bound: the share falls
-    by whole layers, least total score first (ties: the shallower layer, whose backward is the longer), down to one.
+    At k' = 1 a token meets one expert, so what is trained within a layer no longer changes the bound. The share then
+    falls by whole layers, down to one, least total score first (ties: the shallower layer, whose backward is longer).
 
     Raises:
         ValueError: not even ``min_steps`` steps with k' = 1 and one trainable layer fit, with the number that would do.

@@ -1,4 +1,4 @@
-"""Numbers as people read them: bytes, FLOPs, seconds, losses, shares; ``n/a`` where there is none."""
+"""Numbers as people read them: bytes, FLOPs, seconds, losses, shares; ``n/a`` where nothing is known."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ NONE = "n/a"
 
 
 def known(value: float | None) -> bool:
-    """Whether there is a finite number to show."""
+    """Tell whether ``value`` is a finite number to show."""
     return value is not None and math.isfinite(value)
 
 
 def size(count: float | None) -> str:
-    """Bytes in binary units, such as ``12.3 MiB``."""
+    """Show bytes in binary units, such as ``12.3 MiB``."""
     if count is None or not math.isfinite(count):
         return NONE
     if abs(count) < 1024:
@@ -26,7 +26,7 @@ def size(count: float | None) -> str:
 
 
 def flops(count: float | None) -> str:
-    """Floating-point operations in decimal units, such as ``4.20 GFLOP``."""
+    """Show floating-point operations in decimal units, such as ``4.20 GFLOP``."""
     if count is None or not math.isfinite(count):
         return NONE
     for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"):
@@ -37,7 +37,7 @@ def flops(count: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Time, such as ``3.2 s``, ``2 min 05 s`` or ``1 h 04 min``."""
+    """Show a time, such as ``3.2 s``, ``2 min 05 s`` or ``1 h 04 min``."""
     if value is None or not math.isfinite(value):
         return NONE
     if value < 60:
@@ -49,22 +49,22 @@ def seconds(value: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A loss or another plain number with ``digits`` decimals."""
+    """Show a loss or another plain number with ``digits`` decimals."""
     return NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """A change, always with its sign."""
+    """Show a change, always with its sign."""
     return NONE if value is None or not math.isfinite(value) else f"{value:+.{digits}f}".replace("-", "−")
 
 
 def share(value: float | None, digits: int = 1) -> str:
-    """A part of one, in per cent."""
+    """Show a part of one, in per cent."""
     return NONE if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 client``, ``2 clients``."""
+    """Count things in words: ``1 client``, ``2 clients``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

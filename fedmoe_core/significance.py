@@ -22,7 +22,7 @@ class MeanInterval:
 
 
 def mean_interval(values: Sequence[float]) -> MeanInterval:
-    """The mean of at least one value."""
+    """Return the mean of at least one value, with its interval."""
     array = np.asarray(values, dtype=float)
     if len(array) < 2:
         return MeanInterval(float(array.mean()), math.nan, len(array))
@@ -59,7 +59,7 @@ class Comparison:
 
     @staticmethod
     def family(subject: Mapping[int, float], others: Mapping[str, Mapping[int, float]]) -> dict[str, Comparison]:
-        """Every other system against the subject; p values are corrected over all of them. Values by seed."""
+        """Test every other system against the subject; p values are corrected over all of them. Values by seed."""
         single = {label: paired(subject, values) for label, values in others.items()}
         t_p = holm([one.t_p for one in single.values()])
         rank_p = holm([one.wilcoxon_p for one in single.values()])
@@ -70,12 +70,12 @@ class Comparison:
 
 
 def paired(subject: Mapping[int, float], other: Mapping[int, float]) -> Comparison:
-    """Uncorrected paired t and Wilcoxon signed-rank tests over common seeds."""
+    """Run uncorrected paired t and Wilcoxon signed-rank tests over common seeds."""
     seeds = sorted(set(subject) & set(other))
     gaps = np.array([other[seed] - subject[seed] for seed in seeds], dtype=float)
     if len(gaps) < 2:
         return Comparison(float(gaps.mean()) if len(gaps) else math.nan, len(gaps), math.nan, math.nan)
-    if np.all(gaps == gaps[0]):  # no spread: t divides by zero; equal is no evidence, a constant gap is all evidence
+    if np.all(gaps == gaps[0]):  # no spread: t divides by zero; equality proves nothing, a constant gap everything
         p = 1.0 if gaps[0] == 0 else 0.0
         rank_p = 1.0 if gaps[0] == 0 else float(stats.wilcoxon(gaps).pvalue)
         return Comparison(float(gaps[0]), len(gaps), p, rank_p)
@@ -88,7 +88,7 @@ def paired(subject: Mapping[int, float], other: Mapping[int, float]) -> Comparis
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (Holm 1979): p values that may be read at the level of the whole family.
+    """Apply Holm's step-down correction (Holm 1979): p values that may be read at the level of the whole family.
 
     NaN stays NaN and is not counted.
     """
@@ -102,7 +102,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def best_of(values: Mapping[str, Mapping[int, float]], *, more: bool) -> str | None:
-    """The system that is significantly better than every other one, None where there is no such system.
+    """Return the system that is significantly better than every other one; None if no system is.
 
     Args:
         values: by system and seed; at least one value each.

@@ -1,4 +1,4 @@
-"""How alike clients use experts, and what the users of a like mind advise (FedMoE, arXiv 2408.11304, eqs. 4-6)."""
+"""Similarity of clients by expert usage, and advice from the most similar ones (FedMoE, arXiv 2408.11304, eqs. 4-6)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 
 def cosine_similarity(profiles_CLE: np.ndarray) -> np.ndarray:
-    """sim(k, a) = <p_k, p_a> / (|p_k| |p_a|) over all layers and experts, (C, C): FedMoE eq. 4 [P].
+    """Return sim(k, a) = <p_k, p_a> / (|p_k| |p_a|) over layers and experts, (C, C): FedMoE eq. 4 [P].
 
-    A client without any activation is like nobody, not even itself (0).
+    A client without any activation is like no client, not even itself (0).
     """
     flat_CN = profiles_CLE.reshape(len(profiles_CLE), -1).astype(np.float64)
     norm_C1 = np.linalg.norm(flat_CN, axis=1, keepdims=True)
@@ -20,16 +20,16 @@ def cosine_similarity(profiles_CLE: np.ndarray) -> np.ndarray:
 
 
 def most_similar(similarity_CC: np.ndarray, client: int, count: int) -> list[int]:
-    """S(k): the ``count`` clients most like ``client``, itself excluded; ties go to the smaller index [P]."""
+    """Return S(k): the ``count`` clients most like ``client``, itself excluded; ties go to the smaller index [P]."""
     others = [other for other in range(len(similarity_CC)) if other != client]
     return sorted(others, key=lambda other: (-similarity_CC[client, other], other))[:count]
 
 
 def recommended_change(experts_C: np.ndarray, client: int, similar: Sequence[int]) -> int:
-    """n = mean(#experts of S(k)) - #experts(k): FedMoE eq. 5 [P]; positive adds, negative removes.
+    """Return n = mean(#experts of S(k)) - #experts(k): FedMoE eq. 5 [P]; positive adds, negative removes.
 
     The mean is a fraction and n a number of experts, so n is rounded to the nearest integer, halves towards no change
-    [E]. Nobody similar, no change.
+    [E]. Without similar clients, no change.
     """
     if not len(similar):
         return 0
@@ -40,7 +40,7 @@ def recommended_change(experts_C: np.ndarray, client: int, similar: Sequence[int
 
 
 def weighted_profile(profiles_CLE: np.ndarray, similarity_C: np.ndarray, similar: Sequence[int]) -> np.ndarray:
-    """phat_ij(k) = sum_{a in S(k)} sim(k, a) p_ij(a) / sum_{a in S(k)} sim(k, a), (L, E): FedMoE eq. 6 [P].
+    """Return sum_{a in S(k)} sim(k, a) p_ij(a) / sum_{a in S(k)} sim(k, a), (L, E), phat_ij(k) of FedMoE eq. 6 [P].
 
     Where the similarities add up to 0 the plain mean stands in [E].
 
@@ -54,7 +54,7 @@ def weighted_profile(profiles_CLE: np.ndarray, similarity_C: np.ndarray, similar
 
 
 def pooled_profile(profiles_CLE: np.ndarray, samples_C: np.ndarray) -> np.ndarray:
-    """sum_a |D_a| p(a) / sum_a |D_a|, (L, E): the profile of a client that cannot probe the full model [P].
+    """Return sum_a |D_a| p(a) / sum_a |D_a|, (L, E): the profile of a client that cannot probe the full model [P].
 
     The paper takes the mean over clients with the same task, so give only those.
     """
@@ -69,7 +69,7 @@ def adjust_experts(
     costs_DLE: np.ndarray | None = None,
     limits_D: np.ndarray | None = None,
 ) -> np.ndarray:
-    """FedMoE's recommendation, (L, E): n > 0 adds the n experts outside of largest phat, n < 0 removes |n| inside [P].
+    """Apply FedMoE's advice, (L, E): n > 0 adds the n experts outside of largest phat, n < 0 removes |n| inside [P].
 
     Removal takes the smallest phat first. An addition that would exceed a limit is passed over for the next one, and
     the last expert of a layer is never removed [E]. Ties go to the smaller layer, then the smaller expert id.
@@ -100,7 +100,7 @@ def adjust_experts(
 
 
 def jensen_shannon(p_X: np.ndarray, q_X: np.ndarray) -> np.ndarray:
-    """Jensen-Shannon divergence over the last axis, in nats: 0 for equal, log 2 for disjoint distributions.
+    """Return the Jensen-Shannon divergence over the last axis, nats: 0 for equal, log 2 for disjoint distributions.
 
     Rows are normalised first; a row of zeros is taken as uniform.
     """
@@ -110,9 +110,9 @@ def jensen_shannon(p_X: np.ndarray, q_X: np.ndarray) -> np.ndarray:
 
 
 def usage_divergence(profiles_CLE: np.ndarray) -> np.ndarray:
-    """Mean pairwise Jensen-Shannon divergence of the clients' usage, per layer (L,): how client-specific experts are.
+    """Return the clients' mean pairwise Jensen-Shannon divergence of usage, per layer (L,): how client-specific it is.
 
-    One client alone diverges from nobody (0).
+    One client alone diverges from no other (0).
     """
     first, second = np.triu_indices(len(profiles_CLE), k=1)
     if not len(first):

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from fedmoe_core.aggregate import Accumulator, SumSettings, model_hash
 from fedmoe_core.batch import Batch, client_batches
-from fedmoe_core.checkpoint import ensure_writable, load_checkpoint
+from fedmoe_core.checkpoint import Checkpoint, load_checkpoint
 from fedmoe_core.client import train_client
 from fedmoe_core.config import Config, TrainConfig
 from fedmoe_core.evaluate import evaluate_clients, validation_batches
+from fedmoe_core.identity import Identity
 from fedmoe_core.plan import ExpertPlan
 from fedmoe_core.planning import plan_costs
 from fedmoe_core.prepare import World, build_world, local_settings, pick_device
-from fedmoe_core.progress import NullObserver, Observer, PlanRow
-from fedmoe_core.ranks import open_ranks
+from fedmoe_core.progress import NullObserver, Observer, PlanRow, observer_for
+from fedmoe_core.ranks import Ranks, open_ranks
 from fedmoe_core.records import RunLog, client_record, label_of, plan_row
 from fedmoe_core.reports import refused, report_of, update_of
 from fedmoe_core.rng import counter_rng
+from fedmoe_core.run_directory import Claim, claimed, held
 from fedmoe_core.state import ServerState, unpack_state
 from fedmoe_core.update import ClientUpdate
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a round left behind besides the next state."""
+    """What a round left in addition to the next state."""
 
     index: int  # from 0
     plans: list[ExpertPlan]
@@ -43,42 +47,97 @@ class Round:
 def run(config: Config, *, observer: Observer | None = None, force: bool = False) -> dict[str, Any]:
     """Train ``config`` from its warm-up to its last round and return what ``summary.json`` holds.
 
+    Args:
+        config: what to run; ``config.out`` is the run directory.
+        observer: told of every stage, client and round; None shows progress on stderr, ``NullObserver()`` nothing.
+        force: replace a run that lies in ``config.out``.
+
+    Example:
+        >>> from fedmoe_core import Config, simulate
+        >>> config = Config.load(overrides=["clients=4", "rounds=2", "warmup.steps=20"])
+        >>> config.clients, config.rounds
+        (4, 2)
+        >>> summary = simulate.run(config)  # doctest: +SKIP
+
     Raises:
         ValueError, OSError: one sentence that names the offender and the remedy; nothing half-written is left.
     """
     config = config.resolved()
     out = Path(config.out)
-    with open_ranks(config.ranks, pick_device(config)) as ranks:
-        if ranks.leads:
-            _claim(out, force=force)
+    with (
+        open_ranks(config.ranks, pick_device(config)) as ranks,
+        claimed(out, force=force) if ranks.leads else nullcontext() as claim,
+        _watching(observer, ranks) as observer,
+    ):
         ranks.wait()
-        observer = observer if observer is not None and ranks.leads else NullObserver()
         world = build_world(config, ranks, observer)
         state = world.algorithm.init(world.params)
         check_budgets(world, state)
-        log = RunLog.create(out, world) if ranks.leads else None
+        # Only now does an earlier run in this directory go: whatever is wrong with the words has been refused.
+        log = RunLog.create(claim, world) if claim is not None else None
         return _play(world, state, log, observer, fresh=True)
 
 
-def resume(run_dir: Path, *, observer: Observer | None = None) -> dict[str, Any]:
+def resume(run_dir: Path, *, observer: Observer | None = None, other_code: bool = False) -> dict[str, Any]:
     """Continue an interrupted run after its last committed round; the result is that of a run never interrupted.
 
+    Args:
+        run_dir: the directory of the run.
+        observer: as for ``run``.
+        other_code: go on although other code, or another torch, began the run; its bits may then differ.
+
     Raises:
-        ValueError: no checkpoint, a damaged one, or one that belongs to another configuration.
+        ValueError: no checkpoint, a damaged one, or one that belongs to another configuration, corpus, model or code;
+            or another process is using the directory.
     """
     config = Config.load(run_dir / "config.toml")
-    with open_ranks(config.ranks, pick_device(config)) as ranks:
-        observer = observer if observer is not None and ranks.leads else NullObserver()
+    with (
+        open_ranks(config.ranks, pick_device(config)) as ranks,
+        held(run_dir) if ranks.leads else nullcontext() as claim,
+        _watching(observer, ranks) as observer,
+    ):
         saved = load_checkpoint(run_dir / "checkpoint", expected_fingerprint=config.decisive())
         config = replace(config, out=str(run_dir))
+        if claim is not None:
+            _refuse_other_sources(claim, saved, config, other_code=other_code)
         world = build_world(config, ranks, observer)
         state = unpack_state(saved.tensors, round=int(saved.meta["round"]), device=ranks.device)
-        log = RunLog.reopen(run_dir, world, saved.meta) if ranks.leads else None
+        log = RunLog.reopen(claim, world, saved.meta) if claim is not None else None
         return _play(world, state, log, observer, fresh=False)
 
 
+@contextmanager
+def _watching(observer: Observer | None, ranks: Ranks) -> Iterator[Observer]:
+    """The observer of this rank: the caller's, else progress on stderr, taken off the screen whatever happens."""
+    if not ranks.leads:
+        yield NullObserver()
+    elif observer is not None:
+        yield observer
+    else:
+        shown = observer_for(Console(stderr=True))
+        try:
+            yield shown
+        finally:
+            shown.close()
+
+
+def _refuse_other_sources(claim: Claim, saved: Checkpoint, config: Config, *, other_code: bool) -> None:
+    """Refuse a checkpoint of another run, or one whose corpus, model or code is not what is here now."""
+    place = f"{claim.path}/checkpoint"
+    if saved.meta.get("run") != claim.id:
+        raise ValueError(
+            f"{place} belongs to another run than {claim.path}/config.toml; restore the run's own checkpoint"
+        )
+    then, now = Identity.read(saved.meta.get("identity") or {}), Identity.of(config)
+    if then is None:
+        raise ValueError(f"{place} does not say which data and model it was made from; start the run afresh")
+    then.require_same_sources(now, str(claim.path), config)
+    if not other_code:
+        then.require_same_code(now, str(claim.path))
+
+
 def dry_run(config: Config, *, observer: Observer | None = None) -> list[PlanRow]:
-    """What each client would hold in the first round, and what it would cost, before anything trains.
+    """Plan the first round for each client, before anything trains: what it would hold, and what that would cost.
 
     Without a cached warm-up the untrained model stands in: the numbers are the same, the chosen experts may differ.
     """
@@ -95,7 +154,7 @@ def check_budgets(world: World, state: ServerState) -> None:
 
 
 def play_round(world: World, state: ServerState, observer: Observer) -> tuple[ServerState, Round]:
-    """The server plans, clients train, exact sums meet, the server applies."""
+    """Play one round: the server plans, clients train, exact sums meet, the server applies."""
     config, ranks, began = world.config, world.ranks, time.perf_counter()
 
     plans = world.algorithm.plan(state, sample_clients(config, state.round))
@@ -126,14 +185,14 @@ def play_round(world: World, state: ServerState, observer: Observer) -> tuple[Se
 
 
 def sample_clients(config: Config, round: int) -> list[int]:
-    """The clients of a round, ascending; every rank draws the same."""
+    """Draw the clients of a round, ascending; every rank draws the same."""
     count = config.clients_per_round or config.clients
     rng = counter_rng(config.seed, "sample", round)
     return sorted(int(client) for client in rng.choice(config.clients, size=count, replace=False))
 
 
 def round_settings(world: World, round: int) -> TrainConfig:
-    """Local training of this run, at this round's learning rate: from lr to lr_final of it along half a cosine."""
+    """Return local training at this round's learning rate: from lr to lr_final of it along half a cosine."""
     train = local_settings(world.config, type(world.algorithm))
     done = round / max(1, world.config.rounds - 1)
     factor = train.lr_final + (1 - train.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
@@ -174,7 +233,8 @@ def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[Clie
 def _admit(update: ClientUpdate, plan: ExpertPlan, sums: Accumulator) -> ClientUpdate:
     """Sum the update, or refuse it by name: it broke its budget, or it is not what was asked for."""
     if over := plan.budget.violations(update.cost):
-        return refused(update, f"over budget: {over[0]}")
+        # Without a plan that fits, no client trains: so what was predicted was wrong, and the log says that.
+        return refused(update, f"over budget, though its plan fits: {over[0]}")
     outcome = sums.add(update, plan)
     if outcome.accepted or update.status == "failed":
         return update
@@ -226,17 +286,6 @@ def _play(world: World, state: ServerState, log: RunLog | None, observer: Observ
     world.ranks.wait()
     observer.on_end(summary)
     return summary
-
-
-def _claim(out: Path, *, force: bool) -> None:
-    """Make the run directory, refusing to mix with an earlier run unless told to replace it."""
-    if out.exists() and any(out.iterdir()):
-        if not force:
-            raise ValueError(f"{out} holds an earlier run; fedmoe resume {out} continues it, --force replaces it")
-        if not (out / "config.toml").exists():
-            raise ValueError(f"{out} is not a run directory, so --force will not empty it; choose another out=")
-        shutil.rmtree(out)
-    ensure_writable(out)
 
 
 def _headline(world: World, state: ServerState) -> dict[str, Any]:

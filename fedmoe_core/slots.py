@@ -11,14 +11,23 @@ from fedmoe_kernels.quantized import Quantized
 
 
 def stack(rows: Mapping[int, Tensor] | Tensor, ids: Sequence[int], like: Tensor) -> Tensor:
-    """A fresh tensor of the rows ``ids``; with no ids, an empty one shaped as the rows of ``like`` (any, ...)."""
-    return torch.stack([rows[e].detach() for e in ids]) if ids else like.new_empty((0, *like.shape[1:]))
+    """Make a fresh tensor of the rows ``ids``; with no ids, an empty one shaped as the rows of ``like`` (any, ...).
+
+    Rows are read one after another, so that those made on reading never exist all at once.
+    """
+    stacked = like.new_empty((0, *like.shape[1:]))
+    for place, e in enumerate(ids):
+        row = rows[e].detach()
+        if not place:
+            stacked = row.new_empty((len(ids), *row.shape))
+        stacked[place] = row
+    return stacked
 
 
 def frozen_stack(
     rows: Mapping[int, Tensor], coded: Mapping[int, Quantized], ids: Sequence[int], *, bits: int | None, like: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """(values, None) in the dtype of the rows, or (codes, scale) in ``bits`` bits.
+    """Return (values, None) in the dtype of the rows, or (codes, scale) in ``bits`` bits.
 
     Experts in ``coded``, stacks of one, keep their codes and scales; the others are quantised from their rows.
     """
@@ -30,7 +39,7 @@ def frozen_stack(
 
 
 def group_of(columns: int) -> int:
-    """How many columns share a scale: 128, or the largest smaller multiple of 32 that divides them.
+    """Return how many columns share a scale: 128, or the largest smaller multiple of 32 that divides them.
 
     Raises:
         ValueError: when 32 does not divide them.

@@ -23,7 +23,7 @@ class Splits:
 
     Attributes:
         public_P: public rows, ascending.
-        labelled_P: the public rows whose label may be used (classification), a subset of ``public_P``; else empty.
+        labelled_P: the public rows with a label to use (classification), a subset of ``public_P``; else empty.
         test_P: one global test split in random order (classification); else empty.
         private: one array per client; disjoint from one another, from ``public_P`` and from all tests.
         tests: one held-out array per client. Language modelling: the client's own text, disjoint between clients.
@@ -68,7 +68,7 @@ def split_corpus(corpus: Corpus, *, clients: int, scheme: str, seed: int, labels
 
 
 def with_validation(splits: Splits, *, seed: int) -> Splits:
-    """The same splits with a tenth of each client's private rows, at least one, held back for validation.
+    """Hold back a tenth of each client's private rows, at least one, for validation; all else as in these splits.
 
     The rest keeps its order. Which rows go depends on the seed and the client alone.
 
@@ -90,7 +90,7 @@ def with_validation(splits: Splits, *, seed: int) -> Splits:
 
 
 def owned_domains(corpus: Corpus, *, clients: int, scheme: str) -> tuple[int, ...]:
-    """Domains whose text goes to clients.
+    """List the domains whose text goes to clients.
 
     A file's domains all do. Of the standard library the first 10 in the order of preference do, or, under ``domain``,
     as many as there are clients.
@@ -110,7 +110,7 @@ def owned_domains(corpus: Corpus, *, clients: int, scheme: str) -> tuple[int, ..
 
 
 def count_holdings(corpus: Corpus, splits: Splits, sizes_P: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Sums of ``sizes_P`` over private rows, int64 (clients, classes) or (clients, owned domains), and those names."""
+    """Sum ``sizes_P`` over private rows, int64 (clients, classes) or (clients, owned domains), and name those."""
     rows = np.concatenate(splits.private)
     owner = np.repeat(np.arange(len(splits.private)), [len(part) for part in splits.private])
     if corpus.labels_P is not None:

@@ -30,7 +30,7 @@ class Population:
         costs: the cost model, calibrated on this model, batch, sequence and backend.
         samples_C: |D_c|, private tokens or rows of each client.
         prior: the server's own pass over public data with the full model; stands in for clients not yet heard.
-        counts_CD: who holds what: private rows by class (classification) or private tokens by domain; None = unknown.
+        counts_CD: what each holds: private rows by class (classification) or tokens by domain; None = unknown.
         validation_tokens_C: tokens, padding included, of each client's validation pass; None where no algorithm of
             this run needs validation.
         lora_costs: the cost model under adapters of the declared rank, where ``costs`` is not that one already.
@@ -47,7 +47,7 @@ class Population:
     lora_costs: CostModel | None = None
 
     def costs_at(self, lora_rank: int | None) -> CostModel:
-        """The cost model of a client whose adapters have this rank; None as ``ExpertPlan.lora_rank``.
+        """Return the cost model of a client with adapters of this rank; None as ``ExpertPlan.lora_rank``.
 
         Raises:
             ValueError: no adapters were declared, or not of such a rank.
@@ -62,7 +62,7 @@ class Population:
         return replace(model, lora_rank=lora_rank)
 
     def sample_weight(self, client: int) -> float:
-        """|D_c| over the largest |D_c|, in (0, 1]; 1 for all when weighting is "uniform"."""
+        """Return |D_c| over the largest |D_c|, in (0, 1]; 1 for all when weighting is "uniform"."""
         if self.config.aggregation.weighting == "uniform":
             return 1.0
         return float(self.samples_C[client] / self.samples_C.max())
@@ -95,7 +95,7 @@ class ServerState:
         *,
         memory: Mapping[str, Tensor] | None = None,
     ) -> ServerState:
-        """The next round's state: new parameters, fresher profiles, one more visit for every planned client.
+        """Return the next round's state: new parameters, fresher profiles, one more visit for every planned client.
 
         ``memory`` replaces the algorithm's own state as a whole; None keeps it.
         """
@@ -106,22 +106,22 @@ class ServerState:
 
 
 def initial_state(params: dict[str, Tensor], clients: int) -> ServerState:
-    """Before the first round: nobody has been visited or heard."""
+    """Return the state before the first round: no client has been visited or heard."""
     return ServerState(0, params, (None,) * clients, (0,) * clients)
 
 
 def remember(record: object) -> dict[str, Tensor]:
-    """A record of arrays as ``ServerState.memory``, by field name; ``recall`` is the inverse."""
+    """Turn a record of arrays into ``ServerState.memory``, by field name; ``recall`` is the inverse."""
     return {item.name: torch.from_numpy(getattr(record, item.name)) for item in fields(record)}  # type: ignore[arg-type]
 
 
 def recall(kind: type[R], memory: Mapping[str, Tensor]) -> R:
-    """The record of arrays of class ``kind`` that ``remember`` took apart; its arrays are copies."""
+    """Rebuild the record of arrays of class ``kind`` that ``remember`` took apart; its arrays are copies."""
     return kind(**{item.name: memory[item.name].numpy().copy() for item in fields(kind)})  # type: ignore[arg-type]
 
 
 def pack_state(state: ServerState) -> dict[str, Tensor]:
-    """Every tensor of the state under one flat naming, for a checkpoint; ``unpack_state`` is the inverse."""
+    """Put every tensor of the state under one flat naming, for a checkpoint; ``unpack_state`` is the inverse."""
     packed = {f"params/{key}": tensor for key, tensor in state.params.items()}
     packed |= {f"memory/{key}": tensor for key, tensor in state.memory.items()}
     packed["visits"] = torch.tensor(state.visits, dtype=torch.int64)

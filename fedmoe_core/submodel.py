@@ -33,14 +33,14 @@ def configure_for(adapter: ModelAdapter, params: Mapping[str, Tensor], plan: Exp
 
 
 def kind_of(key: str) -> str:
-    """The kind of a tensor by its key: "router", "expert" (factors of adapters too), "scale" or "dense"."""
+    """Return a tensor's kind by its key: "router", "expert" (factors of adapters too), "scale" or "dense"."""
     if not key.startswith("moe."):
         return "dense"
     return {"router": "router", "out_scale": "scale"}.get(key.rpartition(".")[2], "expert")
 
 
 def start_of(params: Mapping[str, Tensor], key: str, plan: ExpertPlan) -> Tensor:
-    """What the client's tensor ``key`` was before training: the rows that the plan trains, ascending expert id.
+    """Return the client's tensor ``key`` before training: the rows that the plan trains, ascending expert id.
 
     Rows of the client's own come before the global ones; factors have the client's ranks; dense tensors are whole.
     """
@@ -58,7 +58,7 @@ def start_of(params: Mapping[str, Tensor], key: str, plan: ExpertPlan) -> Tensor
 
 
 def returned_bytes(deltas: Mapping[str, Tensor], trained_LE: np.ndarray, plan: ExpertPlan) -> int:
-    """Bytes of the deltas that are sent back: of experts and routers the rows that learnt something this round."""
+    """Count bytes of the deltas that are sent back: of experts and routers the rows that learnt in this round."""
     total = 0
     for key, delta in deltas.items():
         if not key.startswith("moe."):
@@ -71,7 +71,7 @@ def returned_bytes(deltas: Mapping[str, Tensor], trained_LE: np.ndarray, plan: E
 
 
 def received_bytes(adapter: ModelAdapter, plan: ExpertPlan) -> int:
-    """Bytes of the tensors that a client of this configuration is sent: experts, whole routers, and trunk where due."""
+    """Count bytes of the tensors that a client of this configuration is sent: experts, whole routers, trunk if due."""
     own = {id(layer.out_scale) for layer in adapter.moe}
     if "router" in plan.keeps:
         own |= {id(part) for layer in adapter.moe for part in (layer.router, layer.router_rest)}
@@ -84,7 +84,7 @@ def received_bytes(adapter: ModelAdapter, plan: ExpertPlan) -> int:
 
 
 def _adapter_bytes(adapter: ModelAdapter, plan: ExpertPlan, number: int) -> int:
-    """What a layer with adapters is sent beside what it stores.
+    """Count what a layer with adapters is sent in addition to what it stores.
 
     Fresh adapters are made by the client; those of frozen experts travel too, though the client merges them; base
     experts that it still has do not travel again.

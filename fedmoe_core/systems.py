@@ -32,7 +32,7 @@ class System:
 
     Attributes:
         name: the value of ``algorithm``.
-        title: how people call it.
+        title: what people call it.
         paper: title or authors, and identifier; "this package" for our own.
         equations: what is implemented.
         approximated: sentences, each one departure from the paper.
@@ -48,12 +48,12 @@ class System:
 
 
 def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
-    """The systems in JSON types."""
+    """Put the systems into JSON types."""
     return [asdict(system) for system in systems]
 
 
 def listing(systems: Sequence[System]) -> str:
-    """One block per system, wrapped at 100 columns, and what the tags mean."""
+    """Write one block per system, wrapped at 100 columns, and what the tags mean."""
     blocks = []
     for system in systems:
         lines = [f"{system.name}: {system.title} ({system.paper})"]

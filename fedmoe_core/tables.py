@@ -9,7 +9,7 @@ import re
 from hashlib import sha256
 from pathlib import Path
 
-from fedmoe_core.corpus import Corpus, make_corpus, read_text
+from fedmoe_core.corpus import Corpus, decode, make_corpus, read_bytes
 
 LABEL_COLUMNS = ("label", "class", "class index", "class_index", "category", "target")
 GROUP_COLUMNS = ("client", "domain")
@@ -21,7 +21,7 @@ _TAG = re.compile(r"</?(?:a|b|i|p|br|em|font|img|span|strong)(?=[\s/>])[^<>]*>",
 
 
 def clean(text: str) -> str:
-    r"""Plain text of a web-harvested field.
+    r"""Turn a web-harvested field into plain text.
 
     AG News writes line breaks as a lone backslash and has lost the ampersand of many entities: ``doesn #39;t``,
     `` #36;10``, ``quot;``. Entities become characters, backslashes spaces (``\$`` becomes ``$``), the commonest HTML
@@ -35,17 +35,18 @@ def clean(text: str) -> str:
 
 
 def read_csv(path: Path) -> Corpus:
-    """Label first, then one or more text columns, which are joined by a blank; quoting as in RFC 4180.
+    """Read the label, then one or more text columns, which are joined by a blank; quoting as in RFC 4180.
 
     A first line that holds one of LABEL_COLUMNS is a header: the label may then stand anywhere, and a ``client`` or
-    ``domain`` column names the row's domain. When ``<stem>_classes.txt`` lies beside the file and the labels are 1..n,
+    ``domain`` column names the row's domain. When ``<stem>_classes.txt`` lies next to the file and the labels are 1..n,
     its n lines name the classes.
 
     Raises:
         ValueError: no text column, a row of another width, an empty text or label, one class, not UTF-8, not CSV.
         OSError: the file cannot be read.
     """
-    rows = _rows(path)
+    raw = read_bytes(path)
+    rows = _rows(decode(raw, path), path)
     header = [cell.strip().casefold() for cell in rows[0][1]] if rows else []
     label_at, group_at = 0, None
     ignored: set[int] = set()
@@ -73,13 +74,13 @@ def read_csv(path: Path) -> Corpus:
     class_names = _class_names(path, set(labels))
     if class_names:
         labels = [class_names[int(label) - 1] for label in labels]
-    digest = sha256(path.read_bytes()).hexdigest()
+    digest = sha256(raw).hexdigest()
     return make_corpus(f"csv:{path}", texts, domains=domains, labels=labels, digest=digest, class_names=class_names)
 
 
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
+def _rows(text: str, path: Path) -> list[tuple[int, list[str]]]:
     """Non-blank rows with the number of the line each begins on."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[tuple[int, list[str]]] = []
     begin = 1
     try:
@@ -103,6 +104,6 @@ def _class_names(path: Path, labels: set[str]) -> tuple[str, ...]:
     beside = path.with_name(f"{path.stem}_classes.txt")
     if not beside.is_file():
         return ()
-    names = tuple(name.strip() for name in read_text(beside).splitlines() if name.strip())
+    names = tuple(name.strip() for name in decode(read_bytes(beside), beside).splitlines() if name.strip())
     fits = len(set(names)) == len(names) and labels <= {str(number) for number in range(1, len(names) + 1)}
     return names if fits else ()

@@ -25,7 +25,7 @@ from fedmoe_core.wording import unknown
 END = "<|end|>"
 UNKNOWN = "<|unk|>"
 DEFAULT_VOCAB = {"bpe": 2048, "bpe-lower": 4096, "word": 8000}
-_FORMAT = 2  # of the cache file; part of its key
+_FORMAT = 3  # of the cache file; part of its key
 
 Kind = Literal["bpe", "bpe-lower", "word", "model"]  # "model": a pretrained model's own
 
@@ -50,11 +50,11 @@ class TextTokenizer:
         return found
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without the end token."""
+        """Encode each text into ids, without the end token."""
         return [encoding.ids for encoding in self.model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, end tokens left out; exact for ``bpe``, lower-case for the others."""
+        """Decode ids into text, end tokens left out; exact for ``bpe``, lower-case for the others."""
         return self.model.decode(list(ids), skip_special_tokens=True)
 
     def to_json(self) -> str:
@@ -62,12 +62,12 @@ class TextTokenizer:
 
 
 def from_json(kind: Kind, text: str, end: str = END) -> TextTokenizer:
-    """The tokenizer that ``TextTokenizer.to_json`` wrote."""
+    """Rebuild the tokenizer that ``TextTokenizer.to_json`` wrote."""
     return _plain(kind, Tokenizer.from_str(text), end)
 
 
 def pretrained_tokenizer(name: str) -> TextTokenizer:
-    """A pretrained model's own tokenizer: ``tokenizer.json`` and the end token of ``tokenizer_config.json``.
+    """Read a pretrained model's tokenizer: ``tokenizer.json`` and the end token of ``tokenizer_config.json``.
 
     Args:
         name: a directory, or a hub id (then the two small files are fetched, unless HF_HUB_OFFLINE is set).
@@ -86,7 +86,7 @@ def pretrained_tokenizer(name: str) -> TextTokenizer:
         except OSError as error:
             raise OSError(f"the tokenizer of {name!r} cannot be fetched; check the name and the network") from error
     if not paths[0].is_file():
-        raise ValueError(f"model {name!r} has no tokenizer.json; save its fast tokenizer beside it")
+        raise ValueError(f"model {name!r} has no tokenizer.json; save its fast tokenizer next to it")
     model = Tokenizer.from_file(str(paths[0]))
     settings = json.loads(paths[1].read_text(encoding="utf-8")) if paths[1].is_file() else {}
     end = settings.get("eos_token")
@@ -142,9 +142,9 @@ def encode_corpus(
 ) -> tuple[TextTokenizer, Encoded]:
     """Train the tokenizer on ``texts[public_P]``, or take ``pretrained``; encode every text, an end token after each.
 
-    With ``cache`` the result is one safetensors file there (the tokenizer's JSON in its metadata), named by the sha256
-    of the corpus and of everything else that decides it, written to a temporary file and renamed. A damaged file is
-    made anew.
+    With ``cache`` the result is one safetensors file there, with the tokenizer's JSON in its metadata. Its name is the
+    sha256 of the corpus and of everything else that decides it. It is written to a temporary file and renamed. A
+    damaged file is made again.
 
     Returns:
         The tokenizer, and all P texts encoded, without labels.
@@ -183,6 +183,7 @@ def encode_corpus(
     encoded = Encoded(torch.from_numpy(tokens_N), torch.from_numpy(offsets_P1), end)
     if path is not None:
         metadata = {"key": key, "settings": json.dumps(settings), "tokenizer": tokenizer.to_json()}
+        metadata["content"] = _content_digest(encoded, metadata["tokenizer"])
         _write(path, {"tokens_N": encoded.tokens_N, "offsets_P1": encoded.offsets_P1}, metadata)
     return tokenizer, encoded
 
@@ -194,7 +195,7 @@ def _plain(kind: Kind, model: Tokenizer, end: str = END) -> TextTokenizer:
 
 
 def _read(path: Path, kind: Kind, key: str, end: str) -> tuple[TextTokenizer, Encoded] | None:
-    """The cached result, or None when there is none or it is damaged."""
+    """Return the cached result, or None when it is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -204,9 +205,19 @@ def _read(path: Path, kind: Kind, key: str, end: str) -> tuple[TextTokenizer, En
                 return None
             tokenizer = from_json(kind, metadata["tokenizer"], end)
             encoded = Encoded(file.get_tensor("tokens_N"), file.get_tensor("offsets_P1"), tokenizer.end_id)
+            if metadata.get("content") != _content_digest(encoded, metadata["tokenizer"]):
+                return None
     except (SafetensorError, KeyError):
         return None
     return tokenizer, encoded
+
+
+def _content_digest(encoded: Encoded, tokenizer: str) -> str:
+    """Sha256 (hex) of what a cache file gives: a disk that lost bytes would else change results without a word."""
+    digest = sha256(tokenizer.encode())
+    for tensor in (encoded.tokens_N, encoded.offsets_P1):
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""What a model costs beside its routers and experts: measured by dry steps, for no closed form covers it."""
+"""What a model costs besides its routers and experts: measured by dry steps, for no closed form covers it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 class TrunkCost:
     """What no closed form covers, taken from dry steps of one (model, batch, sequence, backend).
 
-    A step passes through stages: stage 0 until the first expert gradient exists (forward, loss, backward of the
-    head), stage s while the gradients of the s deepest MoE layers exist, stage L after the last. Live memory that is
-    neither weights, optimizer state nor expert and router gradients is the stage's transient; it depends on the
-    rows T * k', not on the experts held. ``CostModel.calibrated`` fills it in from measured peaks.
+    A step passes through stages. Stage 0 lasts until the first expert gradient exists (forward, loss, backward of the
+    head), stage s while the gradients of the s deepest MoE layers exist; stage L comes after the last. Live memory that
+    is neither weights, optimizer state nor expert and router gradients is the stage's transient. It depends on the rows
+    T * k', not on the experts held. ``CostModel.calibrated`` fills it in from measured peaks.
 
     Attributes:
         transients: k' -> bytes at each of the L + 1 stages, or one entry for the whole step (then every expert
@@ -34,7 +34,7 @@ class TrunkCost:
     forward_flops_per_token: float = 0.0
 
     def stages(self, top_k: int) -> tuple[int, ...]:
-        """Transient bytes of each stage at k'; where k' was not measured, those of the next larger one (a bound).
+        """Return the transient bytes of each stage at k'; if unmeasured, those of the next larger k' (a bound).
 
         Raises:
             ValueError: something was measured, but nothing at k' or above.

@@ -20,7 +20,7 @@ Kind = Literal["expert", "router", "dense", "frozen"]
 class ParamSpec:
     """One tensor of the global model.
 
-    ``moe.{l}.w_in`` (E, 2I, H) and ``moe.{l}.w_out`` (E, H, I) are "expert", ``moe.{l}.router`` (E, H) is "router",
+    ``moe.{l}.w_in`` (E, 2I, H) and ``moe.{l}.w_out`` (E, H, I) are "expert", ``moe.{l}.router`` (E, H) is "router".
     ``dense.{name}`` is everything else (trunk and head), under the model's own parameter names.
     """
 
@@ -42,7 +42,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ExpertFeedback:
-    """How well the places fare that chose each expert: sums over (place, choice) pairs, (L, E); divide by ``rows_LE``.
+    """Loss and accuracy of tokens sent to each expert: sums over (place, choice) pairs, (L, E); divide by ``rows_LE``.
 
     Attributes:
         rows_LE: pairs whose place predicts something. Choices count at the expert chosen, also where another serves it.
@@ -89,10 +89,10 @@ class ClientProfile:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """A client's answer. A value: nothing in it is mutated after it is made.
+    """A client's answer: a value, nothing in it is mutated after it is made.
 
     Attributes:
-        client, round: whose and when.
+        client, round: which client answers, and in which round.
         deltas: new minus old. "expert" and "router" keys hold only the rows of the experts trainable in the plan,
             ascending expert id, shape (Bt, ...); "dense" keys hold the whole tensor. Keys absent here did not train.
         expert_weight_LE: aggregation weight of each expert, in [0, 1]; 0 where it must not count.
@@ -134,5 +134,5 @@ class ClientUpdate:
 
 
 def profile_arrays(profile: ClientProfile) -> dict[str, np.ndarray]:
-    """The profile's arrays by field name."""
+    """Return the profile's arrays by field name."""
     return {f.name: getattr(profile, f.name) for f in fields(profile)}

@@ -1,4 +1,4 @@
-"""What an expert is worth training, and who is trained or only looked at (Flux, arXiv 2508.19078, eqs. 3 and 4)."""
+"""What an expert is worth training, and which are trained or only looked at (Flux, arXiv 2508.19078, eqs. 3 and 4)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GradientEstimate:
 
 
 def utility(tokens_LE: np.ndarray, grad_sq_sum_LE: np.ndarray) -> np.ndarray:
-    """u_e = |D_e| sqrt((1/|D_e|) sum_{k in D_e} |grad_k|^2): Flux eq. 3 [N], in the norm-square form [E].
+    """Return u_e = |D_e| sqrt((1/|D_e|) sum_{k in D_e} |grad_k|^2): Flux eq. 3 [N], in the norm-square form [E].
 
     The notes print grad_k without a norm; this is the form that the formula comes from (Oort). 0 without a token.
 
@@ -47,24 +47,25 @@ def utility(tokens_LE: np.ndarray, grad_sq_sum_LE: np.ndarray) -> np.ndarray:
 
 
 def first_utility(freq_LE: np.ndarray) -> np.ndarray:
-    """Round 1, before any gradient: u_e = norm(f_e) [N], frequencies divided by their sum [E]; equal if all are 0."""
+    """Return round 1's u_e = norm(f_e), before any gradient [N]: frequencies over their sum [E]; equal if all are 0."""
     total = float(freq_LE.sum())
     return freq_LE / total if total > 0 else np.full(freq_LE.shape, 1.0 / freq_LE.size)
 
 
 def exploit_share(round: int, *, start: float, step: float, most: float) -> float:
-    """epsilon_t = min(most, start + step * t), t from 0: exploitation grows over the rounds (Flux [N], this gloss [E]).
+    """Return epsilon_t = min(most, start + step * t), t from 0: exploitation grows (Flux [N], this gloss [E]).
 
     Raises:
         ValueError: a share outside [0, 1], or a step below 0.
     """
     if not (0 <= start <= 1 and 0 <= most <= 1 and step >= 0):
-        raise ValueError(f"epsilon from {start} by {step} to {most} is no growing share; give 0..1 and a step >= 0")
+        given = f"start={start}, step={step}, most={most}"
+        raise ValueError(f"epsilon must grow within 0..1, {given} does not; give start and most in 0..1, step >= 0")
     return min(most, start + step * round)
 
 
 def assign_roles(utility_LE: np.ndarray, count: int, epsilon: float, *, rng: np.random.Generator) -> Roles:
-    """Flux eq. 4 [N] and its split: |E_i| = B_tune experts, the top eps |E_i| by utility trained, the rest explored.
+    """Apply Flux eq. 4 [N]: of |E_i| = B_tune experts the top eps |E_i| by utility are trained, the rest explored.
 
     max sum_e x_e u_e with sum_e x_e <= B_tune separates by client, so its solution is the top B_tune. Of them
     ceil(eps B_tune), at least one, are trained; the other places go to experts drawn uniformly from all the others,
@@ -88,7 +89,7 @@ def assign_roles(utility_LE: np.ndarray, count: int, epsilon: float, *, rng: np.
 def spsa(
     loss: Callable[[Tensor], float], weights: Tensor, *, sigma: float = 1e-3, probes: int = 4, seed: int
 ) -> GradientEstimate:
-    """Gradient of ``loss`` at ``weights`` from 2 * probes forward passes, without any backward: Flux's exploration.
+    """Estimate the gradient of ``loss`` at ``weights`` from 2 * probes forward passes, no backward: Flux's exploration.
 
     The paper's estimate is (L(W + xi) - L(W)) / xi with xi ~ N(0, sigma^2) [N]. Here z is unit normal and the
     difference central: d = (L(W + sigma z) - L(W - sigma z)) / (2 sigma), ghat = d z, mean over the probes [E].

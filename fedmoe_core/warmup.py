@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,10 @@ from fedmoe_core.measure import ProfileSums
 from fedmoe_core.rng import counter_seed
 from fedmoe_core.update import ClientProfile
 
-RECIPE = 1  # raise it when this file changes what a warm-up gives, so that old caches are not read
-
 
 def warmup_key(**facts: object) -> str:
-    """A short hash of everything that decides a warm-up's weights."""
-    text = json.dumps({"recipe": RECIPE, "torch": torch.__version__, **facts}, sort_keys=True, default=str)
+    """Return a short hash of everything that decides a warm-up's weights."""
+    text = json.dumps({"torch": torch.__version__, **facts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -37,9 +36,9 @@ def warm_up(
 ) -> dict[str, Tensor]:
     """Train the live model on public data alone and return its weights in global coordinates.
 
-    Every parameter learns public text by next-token prediction. Classification then trains all of it, head included,
-    on the public rows that carry a label (at most ``labels_per_class`` of each class), as a pretrained model that
-    meets its task for the first time.
+    Every parameter learns public text by next-token prediction. Classification then trains all of it, head included, on
+    the public rows that carry a label (at most ``labels_per_class`` of each class). So the model is like a pretrained
+    one that meets its task for the first time.
     """
     settings, device = config.warmup, next(adapter.model.parameters()).device
     draw = partial(public_batches, seed=config.seed, seq_len=settings.seq_len)
@@ -94,24 +93,27 @@ def _fit(
         layer.keep_logits, layer.with_scores = False, True
 
 
-def cached_warmup(directory: Path, key: str, train: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], bool]:
-    """The warm model under ``key``, trained by ``train`` unless the cache holds it; and whether the cache did.
+def cached_warmup(
+    directory: Path, key: str, train: Callable[[], dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], bool]:
+    """Return the warm model under ``key``, trained by ``train`` unless cached; and whether it was cached.
 
-    A cache entry that cannot be read is trained again rather than trusted.
+    A cache entry that cannot be read, is of another key, or lacks one of ``shapes`` (by parameter), is trained again.
     """
     place = directory / f"warmup-{key}"
     if place.exists():
-        try:
-            return load_checkpoint(place).tensors, True
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            saved = load_checkpoint(place)
+            found = {name: tuple(tensor.shape) for name, tensor in saved.tensors.items()}
+            if saved.meta == {"warmup": key} and found == dict(shapes):
+                return saved.tensors, True
     tensors = train()
     save_checkpoint(place, tensors, {"warmup": key}, {})
     return tensors, False
 
 
 def measure_profile(adapter: ModelAdapter, params: dict[str, Tensor], batches: Iterable[Batch]) -> ClientProfile:
-    """Router statistics and importance sums of the full model over ``batches``; nothing is trained.
+    """Measure router statistics and importance sums of the full model over ``batches``; nothing is trained.
 
     The server runs it over public data: it has no budget, and its profile stands in for clients not yet heard.
     """

@@ -1,4 +1,4 @@
-"""Profiling the whole model on a client's validation data, after some fine-tuning of adapters, by who can bear it."""
+"""Profiling the whole model on a client's validation data, if it can bear that, after some fine-tuning of adapters."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class WholeModelProbe:
 def affordable_probe(
     population: Population, client: int, asks: Asks, *, tunings: int, first_participation: bool
 ) -> tuple[WholeModelProbe, Cost] | None:
-    """The probe of most ``tunings`` that a client can bear beside the smallest sub-model, and what it costs.
+    """Return the probe of most ``tunings`` that a client can bear with the smallest sub-model, and what it costs.
 
     None where not even the model as it is can be profiled. The whole model has to be sent, stored and run over the
     validation data. The sub-model is a part of it, so the traffic down of a plan that probes is the cost's and
@@ -83,5 +83,5 @@ def affordable_probe(
 
 
 def model_rest(population: Population, held_LE: np.ndarray) -> int:
-    """Bytes down of the whole model beyond those of a sub-model."""
+    """Return the bytes down of the whole model beyond those of a sub-model."""
     return population.costs.bytes_down(np.ones_like(held_LE)) - population.costs.bytes_down(held_LE)

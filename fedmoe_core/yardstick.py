@@ -10,7 +10,7 @@ from fedmoe_core.data import FederatedData, load_corpus
 
 
 def naive_bayes_accuracy(data: FederatedData) -> float:
-    """Test accuracy of multinomial naive Bayes (sklearn, add-one smoothing) on word counts.
+    """Return the test accuracy of multinomial naive Bayes (sklearn, add-one smoothing) on word counts.
 
     It is trained centrally on exactly the labels that the federation sees in all: every private row of every client
     and the labelled public rows; it is tested on the global test split.

@@ -95,7 +95,7 @@ def test_inv1_too_few_experts_are_refused_before_the_warm_up(simulate: Simulate,
     done, out = simulate("budgets=experts=1", "warmup.steps=1000000", f"cache={tmp_path / 'cache'}")
     one_sentence(done, "client 0", "experts budget 1 expert", "one expert per MoE layer", "at least 2 experts")
     assert_nothing_written(out)
-    assert list((tmp_path / "cache").glob("warmup-*")) == []
+    assert list((tmp_path / "cache").rglob("warmup-*")) == []
 
 
 def test_inv1_too_little_memory_is_refused_with_the_amount_that_does(simulate: Simulate) -> None:
@@ -221,7 +221,7 @@ def foreign(run: Path) -> None:
 
 def of_the_cache(run: Path) -> None:
     """A checkpoint of ours, whole, but of a warm-up and not of a run."""
-    (warm,) = (run.parent / "cache").glob("warmup-*")
+    (warm,) = (run.parent / "cache").rglob("warmup-*")
     shutil.rmtree(run / "checkpoint")
     shutil.copytree(warm, run / "checkpoint")
 

@@ -103,7 +103,7 @@ def test_sections_concern_the_system_that_reads_them_and_all_else_everybody() ->
 def test_a_killed_worker_is_named(tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = make_jobs(words, [Variant("FedAvg", ("algorithm=fedavg",))], [0], out=tmp_path / "study", threads=1)
     suicide = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
-    monkeypatch.setattr(type(jobs[0]), "command", lambda self, words: suicide)
+    monkeypatch.setattr(type(jobs[0]), "command", lambda self, words, afresh: suicide)
     outcomes, _ = play(jobs, words)
     assert outcomes[0].error == "killed by SIGKILL"
 
@@ -113,7 +113,7 @@ def test_an_interruption_stops_the_children(tmp_path: Path, words: list[str], mo
     mark = tmp_path / "alive"
     sleeper = [sys.executable, "-c", f"import time; time.sleep(3); open({str(mark)!r}, 'w')"]
     monkeypatch.setattr(
-        type(jobs[0]), "command", lambda self, words: sleeper if self.variant.label == "slow" else ["true"]
+        type(jobs[0]), "command", lambda self, words, afresh: sleeper if self.variant.label == "slow" else ["true"]
     )
 
     def stop(*_: object) -> None:

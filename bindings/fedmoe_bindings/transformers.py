@@ -44,7 +44,7 @@ def load_adapter(
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> TransformersAdapter:
-    """A live model by name.
+    """Load a live model by name.
 
     Args:
         name: "tiny" (the small Qwen3-MoE of ``model_config``), a directory, or a hub id of the form owner/name.
@@ -141,7 +141,7 @@ class TransformersAdapter(PlaceMeasures):
         self.spec = self._describe(task)
 
     def state(self) -> dict[str, Tensor]:
-        """The whole model in global coordinates, cloned.
+        """Return the whole model in global coordinates, cloned.
 
         Raises:
             ValueError: a layer does not hold every expert.
@@ -160,7 +160,7 @@ class TransformersAdapter(PlaceMeasures):
         return state | {key: parameter.detach().clone() for key, parameter in self._dense.items()}
 
     def export(self) -> PreTrainedModel:
-        """A stock transformers model with these weights, to save, share or serve without fedmoe.
+        """Return a stock transformers model with these weights, to save, share or serve without fedmoe.
 
         (The live ``model`` has fedmoe layers, under names that ``from_pretrained`` does not know.)
 
@@ -258,9 +258,9 @@ class TransformersAdapter(PlaceMeasures):
         return fresh
 
     def graft(self, graft: GraftSpec, *, seed: int) -> dict[str, Tensor]:
-        """Put a fresh mixture beside every MoE block, as the protocol."""
+        """Put a fresh mixture next to every MoE block, as the protocol."""
         if self.frozen_moe or self._lora is not None:
-            raise ValueError("the model was grafted or given adapters before; load it anew")
+            raise ValueError("the model was grafted or given adapters before; load it again")
         places = {module: name for name, module in self.model.named_modules() if isinstance(module, MoE)}
         grown = []
         for number, base in enumerate(self.moe):
@@ -274,7 +274,7 @@ class TransformersAdapter(PlaceMeasures):
         return self.state()
 
     def trained(self) -> dict[str, Tensor]:
-        """Detached views of what this configuration trains; the keys and shapes of ``ClientUpdate.deltas``."""
+        """Return detached views of what this configuration trains, keyed and shaped as ``ClientUpdate.deltas``."""
         views = {
             f"moe.{number}.{name}": value
             for number, layer in enumerate(self.moe)
@@ -283,7 +283,7 @@ class TransformersAdapter(PlaceMeasures):
         return views | {key: p.detach() for key, p in self._dense.items() if p.requires_grad}
 
     def watch_attention(self) -> AbstractContextManager[list[Tensor | None]]:
-        """What attention the tokens receive in the block of each MoE layer, as the protocol."""
+        """Record what attention the tokens receive in the block of each MoE layer, as the protocol."""
         return attention_received(self.model, self.moe)
 
     def _dense_parameters(self) -> dict[str, nn.Parameter]:

@@ -1,4 +1,4 @@
-"""How much attention each token receives in the blocks of a transformers model, while somebody asks."""
+"""How much attention each token receives in the blocks of a transformers model, while that is being recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def attention_received(model: nn.Module, moe: Sequence[nn.Module]) -> Iterator[list[Tensor | None]]:
-    """One entry for each MoE layer, (S, N) after every forward inside the block: what its tokens receive there.
+    """Yield one entry per MoE layer, (S, N) after every forward in the block: the attention its tokens receive.
 
     A token's score is the mean over heads, and over the places that see it, of the attention paid to it by the
     attention module of the same block. Attention is computed eagerly meanwhile, for only then are there weights to see.

@@ -12,7 +12,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedmoe_bindings.transformers_families import Block, family_of, layer_masks, sparse_blocks
 from fedmoe_kernels.experts import moe_mlp
-from fedmoe_kernels.routing import Routing, SlotMap, route
+from fedmoe_kernels.routing import Routing, route
+from fedmoe_kernels.slot_map import SlotMap
 
 NAME = "fedmoe"
 _HOOK = "_fedmoe_permitted_hook"
@@ -26,7 +27,7 @@ def use_fedmoe(model: PreTrainedModel, *, permitted: np.ndarray | Tensor | None 
         model: a Qwen3-MoE, OLMoE or Mixtral model.
         permitted: bool (L, E), or (E,) for all layers alike: route among these experts only, exactly as the sub-model
             that has no others (the mask acts before the scores are normalised). None = all, and lifts an earlier mask.
-            The weights of the others stay in memory; a model that does not even hold them is ``extract_submodel``'s.
+            The weights of the others stay in memory; ``extract_submodel`` makes a model that does not even hold them.
 
     Returns:
         The same model.
@@ -34,6 +35,17 @@ def use_fedmoe(model: PreTrainedModel, *, permitted: np.ndarray | Tensor | None 
     Raises:
         ValueError: the family is not served, by name, or the mask does not fit. transformers itself accepts an experts
             implementation on models that never call it and says nothing; here that is an error.
+
+    Example:
+        >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+        >>> heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+        >>> experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+        >>> sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, intermediate_size=32)
+        >>> model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts)).eval()
+        >>> tokens = torch.arange(8)[None]
+        >>> before = model(tokens).logits
+        >>> torch.allclose(use_fedmoe(model)(tokens).logits, before, atol=1e-5)
+        True
     """
     # transformers has no public question for this; the method with the underscore is the one its own setter asks.
     if not isinstance(model, PreTrainedModel) or not model._can_set_experts_implementation():
@@ -55,10 +67,10 @@ def use_fedmoe(model: PreTrainedModel, *, permitted: np.ndarray | Tensor | None 
 
 
 def fedmoe_experts(self: nn.Module, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The experts function registered as "fedmoe": all experts in expert order, ids outside [0, E) = no row.
+    """Run all experts in expert order, ids outside [0, E) = no row: the experts function registered as "fedmoe".
 
     Args:
-        self: the experts module; transformers calls this function in place of its forward.
+        self: the experts module; transformers calls this function instead of its forward.
         hidden_TH: tokens.
         experts_TK: int64 expert ids.
         weights_TK: routing weights, in the family's own dtype.
@@ -75,7 +87,7 @@ def fedmoe_experts(self: nn.Module, hidden_TH: Tensor, experts_TK: Tensor, weigh
 
 
 def _remember_slots(experts: nn.Module, device: torch.device) -> SlotMap:
-    """Slot b holds expert b; kept on the module, as making it waits for the device."""
+    """Let slot b hold expert b; kept on the module, as making it waits for the device."""
     num_experts = cast(Tensor, experts.gate_up_proj).shape[0]
     everyone = SlotMap(torch.arange(num_experts, device=device), num_experts)
     setattr(experts, _SLOTS, everyone)
@@ -83,7 +95,7 @@ def _remember_slots(experts: nn.Module, device: torch.device) -> SlotMap:
 
 
 def _check_layout(block: Block) -> None:
-    """The decorator of transformers' interface leaves these flags; a module without them would never call us."""
+    """Refuse a module without the flags that transformers' decorator leaves: it would never call us."""
     want = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     for flag, value in want.items():
         if getattr(block.experts, flag, None) is not value:

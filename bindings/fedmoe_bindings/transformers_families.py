@@ -62,7 +62,7 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a configuration.
+    """Find the family of a configuration.
 
     Raises:
         ValueError: the family is not served, by name; or its options ask for what fedmoe does not do.
@@ -81,10 +81,10 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def sparse_blocks(model: nn.Module, config: PreTrainedConfig) -> tuple[Block, ...]:
-    """The stock MoE blocks in depth order; dense layers among them (``mlp_only_layers``) are passed over.
+    """List the stock MoE blocks in depth order; dense layers among them (``mlp_only_layers``) are passed over.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has no MoE block.
     """
     blocks = []
     for name, module in model.named_modules():
@@ -101,7 +101,7 @@ def sparse_blocks(model: nn.Module, config: PreTrainedConfig) -> tuple[Block, ..
 
 
 def layer_masks(permitted: np.ndarray | Tensor, blocks: tuple[Block, ...]) -> np.ndarray:
-    """A checked bool (L, E) mask from one of shape (L, E) or, for all layers alike, (E,).
+    """Make a checked bool (L, E) mask from one of shape (L, E) or, for all layers alike, (E,).
 
     Raises:
         ValueError: another dtype or shape, or a layer without any expert.

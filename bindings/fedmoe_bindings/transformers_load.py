@@ -76,7 +76,7 @@ class SequenceClassifier(nn.Module):
         return cls(model, score, pool)
 
     def forward(self, tokens_SN: Tensor, mask_SN: Tensor, **trunk_options: object) -> Tensor:
-        """Logits (S, classes) of token ids and their mask (bool, True = real), both (S, N)."""
+        """Return logits (S, classes) of token ids and their mask (bool, True = real), both (S, N)."""
         hidden_SNH = self.model(
             input_ids=tokens_SN, attention_mask=mask_SN.long(), use_cache=False, **trunk_options
         ).last_hidden_state
@@ -90,7 +90,7 @@ class SequenceClassifier(nn.Module):
 
 
 def small_model(config: ModelConfig, *, vocab_size: int, task: Task, seed: int) -> PreTrainedModel:
-    """The default small Qwen3-MoE: tied embeddings, renormalised top-k, SwiGLU experts, fresh weights from ``seed``.
+    """Make the default small Qwen3-MoE: tied embeddings, renormalised top-k, SwiGLU experts, fresh weights by ``seed``.
 
     Two layers were measured better than four at equal tokens, and 16 experts with top-2 show the choice of experts
     best at this size. The global random state is left as it was.
@@ -124,7 +124,7 @@ def small_model(config: ModelConfig, *, vocab_size: int, task: Task, seed: int) 
 
 
 def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A stock model from a directory, or from the hub when ``name`` has the form owner/name and is no directory.
+    """Load a stock model from a directory, or from the hub when ``name`` is owner/name and not a directory.
 
     Only safetensors are read and no remote code runs. HF_HUB_OFFLINE is respected; a directory never needs a network.
 
@@ -132,7 +132,7 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
         A causal LM, or for classification a classifier if the checkpoint is one, else the bare trunk.
 
     Raises:
-        ValueError: the name is neither, or the family is not served.
+        ValueError: the name is neither of these, or the family is not served.
         OSError: the checkpoint cannot be read, or lacks weights (which transformers would fill with random ones).
     """
     local = Path(name).is_dir()
@@ -178,7 +178,7 @@ def _one_sentence(name: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block transformers reports errors only and draws no progress bars; then as it was."""
+    """Within the block let transformers report errors only, without progress bars; then as it was."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -34,7 +34,7 @@ class TaskLosses:
         log_prior_C: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Mean loss of the batch, in nats per predicted token or per sample; padding neither routed nor counted.
+        """Return the batch's mean loss in nats per predicted token or sample; padding is neither routed nor counted.
 
         Args:
             batch: as ``Batch``; a token is predicted where it and its predecessor are real.
@@ -42,7 +42,7 @@ class TaskLosses:
             token_dropout: classification only; each real token is treated as padding with this probability (a
                 sequence never loses all its tokens).
             generator: a CPU generator for token dropout.
-            log_prior_C: classification only; added to the logits, so that what a client learns is not its own class
+            log_prior_C: classification only; added to the logits, so that a client does not learn its own class
                 shares (logit adjustment, arXiv 2007.07314 [E]).
             label_smoothing: share of the target that all classes, or all tokens of the vocabulary, have alike.
 
@@ -58,7 +58,7 @@ class TaskLosses:
         return loss_sum / count
 
     def text_loss(self, batch: Batch) -> Tensor:
-        """Mean next-token loss in nats; a classifier's trunk predicts with its own embedding as output layer."""
+        """Return the mean next-token loss in nats; a classifier's trunk uses its own embedding as output layer."""
         self.model.train()
         if self.spec.task == "causal_lm":
             loss_sum, count, _ = self._sums(batch)
@@ -76,7 +76,7 @@ class TaskLosses:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, *, with_stats: bool = False, log_prior_C: Tensor | None = None) -> Evaluation:
-        """Loss sum, count, and in classification the correct predictions, ``log_prior_C`` added to the logits.
+        """Return loss sum, count, and for classes the correct predictions, with ``log_prior_C`` added to the logits.
 
         ``last_stats`` stays as it was, unless ``with_stats`` leaves those of this batch there.
         """

@@ -17,11 +17,11 @@ def carry_token_mask(model: nn.Module) -> dict[MoE, Carrier]:
     """Let the token mask ride each forward as a keyword, from the model's call to its MoE layers.
 
     Returns:
-        What carries it to each of them, so that a layer put beside one later can be given the same mask.
+        The carriers that bring it to each of them, so that a layer grafted on later can be given the same mask.
 
     An attribute set around the forward would be gone when activation checkpointing repeats the layer during backward,
     and the repeated forward would route the padding. transformers hands unknown keywords to every decoder layer and on
-    to its attention, inside the repeated part; there a hook takes the mask off for the MoE layer beside it.
+    to its attention, inside the repeated part; there a hook takes the mask off for the MoE layer of that block.
     """
     carriers: dict[MoE, Carrier] = {}
     for module in list(model.modules()):

@@ -25,7 +25,7 @@ class PlaceMeasures(TaskLosses):
 
     @torch.no_grad()
     def place_losses(self, batch: Batch, *, log_prior_C: Tensor | None = None) -> PlaceLosses:
-        """Losses by place, as the protocol; the layers measure as in training."""
+        """Return losses by place, as the protocol; the layers measure as in training."""
         self.model.eval()
         mask_SN = batch.mask_SN
         options: dict[str, Any] = {TOKEN_MASK: mask_SN.reshape(-1)}
@@ -56,7 +56,7 @@ class PlaceMeasures(TaskLosses):
 
     @torch.no_grad()
     def attention_received(self, batch: Batch) -> Tensor:
-        """Attention that each place gets, (L, S, N), as the protocol; one layer's maps are in memory at a time."""
+        """Return the attention that each place gets, (L, S, N), as the protocol; one layer's maps at once in memory."""
         self.model.eval()
         found: dict[int, Tensor] = {}
         mask_SN = batch.mask_SN
@@ -87,7 +87,7 @@ class PlaceMeasures(TaskLosses):
         return torch.stack([found[number] for number in range(len(self.moe))])
 
     def _attentions(self) -> list[nn.Module]:
-        """The attention beside each MoE block, in depth order."""
+        """Return the attention module next to each MoE block, in depth order."""
         beside: dict[nn.Module, nn.Module] = {}
         for module in self.model.modules():
             attention, block = getattr(module, "self_attn", None), getattr(module, "mlp", None)
@@ -98,7 +98,7 @@ class PlaceMeasures(TaskLosses):
 
 @contextmanager
 def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block attention is computed in full, maps and all; then as it was."""
+    """Within the block compute attention in full, maps and all; then as it was."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

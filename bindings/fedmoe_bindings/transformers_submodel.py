@@ -17,7 +17,7 @@ KEPT = "fedmoe_kept_experts"  # in config.json: expert ids per MoE layer, in the
 
 
 def extract_submodel(model: PreTrainedModel, permitted_LE: np.ndarray | Tensor) -> PreTrainedModel:
-    """A stock model of the same class that has only the permitted experts; copies, never aliases.
+    """Cut out a stock model of the same class that has only the permitted experts; copies, never aliases.
 
     It saves and loads with ``save_pretrained`` and ``from_pretrained`` like any other, and its configuration carries
     the kept expert ids as ``fedmoe_kept_experts``. Its outputs are those of the full model routed under the mask.
@@ -104,7 +104,7 @@ def merge_submodel(
 def stock_model(
     cls: Any, config: PreTrainedConfig, state: Mapping[str, Tensor], places: Sequence[str]
 ) -> PreTrainedModel:
-    """A stock model from a state in global coordinates; copies, never aliases.
+    """Build a stock model from a state in global coordinates; copies, never aliases.
 
     Args:
         cls: a model class, or transformers' automatic classifier class.

@@ -35,7 +35,7 @@ class Algorithm(ABC):
         population: the fixed facts of the run.
         card: what ``fedmoe systems`` says of it.
         needs_validation: hold back a tenth of every client's private data, for plans with ``validate``.
-        has_global_model: False where no model serves everybody (local gates): global loss and accuracy are then null,
+        has_global_model: False where clients share no model (local gates): global loss and accuracy are then null,
             and the run is judged by ``personal`` models.
         trains_trunk: False where the trunk stays frozen whatever ``train.trunk`` says (a classification head trains).
     """
@@ -48,52 +48,57 @@ class Algorithm(ABC):
 
     @classmethod
     def lora(cls, config: Config) -> LoraSpec | None:
-        """Adapters that the experts of this run carry; None = none."""
+        """Return the adapters that the experts of this run carry; None for a run without adapters."""
         return None
 
     @classmethod
     def graft(cls, config: Config) -> GraftSpec | None:
-        """A mixture grafted onto every MoE block, which is then what the run trains; None = none."""
+        """Return the mixture to graft onto every MoE block, which is then what the run trains; None for no mixture."""
         return None
 
     def init(self, params: dict[str, Tensor]) -> ServerState:
-        """The state before the first round; by default nothing is known about anybody."""
+        """Return the state before the first round; by default nothing is known about any client."""
         return initial_state(params, len(self.population.budgets))
 
     @abstractmethod
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """One plan per sampled client, each inside that client's budget."""
+        """Return one plan per sampled client, each inside that client's budget."""
 
     @abstractmethod
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """What a client that finished its plan sends back: its deltas under this algorithm's weights."""
+        """Return what a client that finished its plan sends back: its deltas under this algorithm's weights."""
 
     @abstractmethod
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """The next state. ``sums`` are exact and over all ranks; ``updates`` carry no deltas here, only reports."""
+        """Return the next state. ``sums`` are exact, over all ranks; ``updates`` carry no deltas here, only reports."""
 
     def personal(self, state: ServerState, client: int) -> ExpertPlan:
-        """The model that this client would deploy, as the plan that makes it: by default its next plan."""
+        """Return the model that this client would deploy, as the plan that makes it: by default its next plan."""
         return self.plan(state, [client])[0]
 
 
 def algorithm_class(name: str) -> type[Algorithm]:
-    """The class of the algorithm called ``name``, with what it declares.
+    """Return the class of the algorithm ``name``, or of your own as ``MODULE:CLASS``, with what it declares.
 
     Raises:
-        ValueError: no such algorithm; the message names the nearest.
+        ValueError: no such algorithm (the message names the nearest), or the class is not an ``Algorithm``.
     """
-    if name not in PLACES:
+    if name not in PLACES and ":" not in name:
         near = get_close_matches(name, ALGORITHMS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(ALGORITHMS)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(ALGORITHMS)}, or give MODULE:CLASS"
         raise ValueError(f"algorithm {name!r} is not implemented; {hint}")
-    module, _, attribute = PLACES[name].partition(":")
-    found: type[Algorithm] = getattr(import_module(module), attribute)
+    module, _, attribute = PLACES.get(name, name).partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"algorithm {name!r} cannot be loaded ({error}); check the module and the class") from error
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise ValueError(f"algorithm {name!r} does not inherit fedmoe_core.algorithms.Algorithm; make it a subclass")
     return found
 
 
 def find_algorithm(name: str, population: Population) -> Algorithm:
-    """The algorithm called ``name``, for this population.
+    """Return the algorithm called ``name``, for this population.
 
     Raises:
         ValueError: as ``algorithm_class``.

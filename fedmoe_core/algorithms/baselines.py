@@ -37,11 +37,11 @@ class FedAvg(Algorithm):
     )
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """All experts permitted and trainable for everybody."""
+        """Give every client all experts, permitted and trainable."""
         return [plan_everything(self.population, state, client) for client in clients]
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """Every tensor weighs |D_c|."""
+        """Weigh every tensor by |D_c|."""
         samples = self.population.sample_weight(plan.client)
         if result.profile is None:
             return failed_update(plan, result, samples)
@@ -57,7 +57,7 @@ class FedAvg(Algorithm):
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """Each tensor moves by the |D_c|-weighted mean of its deltas."""
+        """Move each tensor by the |D_c|-weighted mean of its deltas."""
         heard = {update.client: update.profile for update in updates if update.profile is not None}
         params = {**state.params}
         for key, old in state.params.items():
@@ -68,7 +68,7 @@ class FedAvg(Algorithm):
 
 @dataclass(frozen=True)
 class RandomExperts(Algorithm):
-    """Uniformly random experts, drawn anew each round under the same budgets; all else exactly as HFedMoE's.
+    """Choose experts uniformly at random in each round, under the same budgets; all else is exactly as in HFedMoE.
 
     Redrawn rather than fixed per client, because a fixed draw was measured worse (global loss +.071 against +.037 nats
     under the per-contributor mean): the baseline is the better of the two.
@@ -78,11 +78,11 @@ class RandomExperts(Algorithm):
         name="random",
         title="random experts",
         paper="the usual baseline",
-        equations=(Equation("choice", "E", "uniform over experts, anew each round, under the same budgets"),),
+        equations=(Equation("choice", "E", "uniform over experts, redrawn each round, under the same budgets"),),
     )
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """Random scores in place of importance; positive, so that the budget is filled."""
+        """Plan by random scores instead of importance; they are positive, so that the budget is filled."""
         plans = []
         for client in clients:
             seed, spec = self.population.config.seed, self.population.spec
@@ -92,9 +92,9 @@ class RandomExperts(Algorithm):
         return plans
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """The weights of HFedMoE."""
+        """Return the weights of HFedMoE."""
         return HFedMoE(self.population).client(plan, result)
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """The aggregation of HFedMoE."""
+        """Apply the aggregation of HFedMoE."""
         return HFedMoE(self.population).apply(state, sums, updates)

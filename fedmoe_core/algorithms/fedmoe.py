@@ -36,12 +36,12 @@ from fedmoe_core.systems import Equation, System
 from fedmoe_core.update import ClientProfile, ClientUpdate, Evaluation
 from fedmoe_core.whole_model import affordable_probe, model_rest
 
-NEW, SETTLED, TRIAL, FROZEN = range(4)  # no sub-model of its own yet; has one; has a changed one; keeps it for good
+NEW, SETTLED, TRIAL, FROZEN = range(4)  # no own sub-model yet; has one; has a changed one; keeps it for good
 
 
 @dataclass(frozen=True)
 class ClientMap:
-    """The paper's client-expert map with each client's profiles and history; one row a client, in the server's memory.
+    """The paper's client-expert map with each client's profiles and history; a row per client, in the server's memory.
 
     Attributes:
         probe_CLE: p of stage one, by the full model; 0 where the client did not probe.
@@ -63,7 +63,7 @@ class ClientMap:
 
     @classmethod
     def of(cls, state: ServerState, population: Population) -> ClientMap:
-        """A copy of what the state remembers; of a fresh state, nothing about anybody."""
+        """Return a copy of what the state remembers; a fresh state knows nothing about any client."""
         if state.memory:
             return recall(cls, state.memory)
         clients = len(population.budgets)
@@ -73,8 +73,8 @@ class ClientMap:
         return cls(np.zeros(shape), np.zeros(shape), *masks, np.full(clients, -np.inf), *counts)
 
     def stage_one(self, client: int, population: Population) -> np.ndarray:
-        """p of eq. 3: the client's own probe; else the mean of the probes by data volume [P]; else the server's own
-        pass over public data [E]. All clients of a run have the same task, so the mean is over all that probed."""
+        """Return p of eq. 3: the client's own probe; else the mean of the probes by data volume [P]; else the server's
+        own pass over public data [E]. All clients of a run have the same task, so the mean is over all that probed."""
         if self.probe_CLE[client].any():
             return np.asarray(self.probe_CLE[client])
         probed = np.flatnonzero(self.probe_CLE.any(axis=(1, 2)))
@@ -118,11 +118,11 @@ class FedMoE(Algorithm):
 
     @classmethod
     def lora(cls, config: Config) -> LoraSpec | None:
-        """Adapters for stage one alone; they are never aggregated."""
+        """Return the adapters of stage one; they are never aggregated."""
         return LoraSpec(config.lora.rank, config.lora.alpha, in_state=False)
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """Each client's sub-model by the client-expert map."""
+        """Plan each client's sub-model by the client-expert map."""
         known = ClientMap.of(state, self.population)
         return [self._plan(state, known, client) for client in clients]
 
@@ -140,7 +140,7 @@ class FedMoE(Algorithm):
         return plan_of_masks(facts, state, client, held_LE, **asks)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """Deltas of the experts that it used, |D_c| each, router rows alike; its profile and validation quality."""
+        """Return deltas of experts that it used, |D_c| each, router rows alike; its profile and validation quality."""
         samples = self.population.sample_weight(plan.client)
         if result.profile is None or result.validation is None:
             return failed_update(plan, result, samples)
@@ -157,7 +157,7 @@ class FedMoE(Algorithm):
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """Modular aggregation, then stage one ends for the new and stage two goes on for the others (algorithm 1).
+        """Do modular aggregation; then stage one ends for the new, stage two goes on for the others (algorithm 1).
 
         The mean of one delta is that delta: where a single client used an expert, its copy replaces the server's.
         """
@@ -169,7 +169,7 @@ class FedMoE(Algorithm):
             **dense_mean(sums, state.params),
         }
         known = ClientMap.of(state, self.population)
-        before = replace(known, held_CLE=known.held_CLE.copy())  # nobody's advice depends on who was heard first
+        before = replace(known, held_CLE=known.held_CLE.copy())  # advice must not depend on who was heard first
         for update in updates:
             if "probe" in update.private:
                 known.probe_CLE[update.client] = update.private["probe"].numpy()
@@ -187,12 +187,12 @@ class FedMoE(Algorithm):
         return state.advance(params, heard, [update.client for update in updates], memory=remember(known))
 
     def quality(self, found: Evaluation) -> float:
-        """Accuracy on validation data [P]; minus the loss where the task has no classes [E]."""
+        """Return the accuracy on validation data [P]; minus the loss where the task has no classes [E]."""
         by_accuracy = self.population.spec.task == "classification"
         return (found.correct if by_accuracy else -found.loss_sum) / found.count
 
     def _asks(self) -> Asks:
-        """What every client does beside training: balance its router (eq. 1) and validate (algorithm 1)."""
+        """What every client does besides training: balance its router (eq. 1) and validate (algorithm 1)."""
         weight = self.population.config.fedmoe.balance
         return {"aux": SwitchBalance(weight, served_only=True) if weight > 0 else None, "validate": True}
 
@@ -231,7 +231,7 @@ class FedMoE(Algorithm):
             known.held_CLE[client], known.phase_C[client], known.stale_C[client] = held_LE, TRIAL, 0
 
     def _recommended(self, known: ClientMap, client: int) -> np.ndarray:
-        """Eqs. 4-6: as many experts as similar clients have, by their profiles, within the whole budget."""
+        """Apply eqs. 4-6: as many experts as similar clients have, by their profiles, within the whole budget."""
         p_CLE = known.usage_CLE * known.held_CLE
         similarity_CC = cosine_similarity(p_CLE)
         others = [other for other in most_similar(similarity_CC, client, len(p_CLE)) if p_CLE[other].any()]
@@ -245,5 +245,5 @@ class FedMoE(Algorithm):
 
 
 def shares_of(profile: ClientProfile, counts_LE: np.ndarray) -> np.ndarray:
-    """p_ij = n_ij / N of a profile's counts, N its tokens."""
+    """Compute p_ij = n_ij / N of a profile's counts, N its tokens."""
     return counts_LE / np.maximum(profile.tokens_L, 1)[:, None]

@@ -1,4 +1,4 @@
-"""FFT-MoE (arXiv 2508.18663): a frozen model, a small mixture grafted beside every block, k by each client's resources.
+"""FFT-MoE (arXiv 2508.18663): a frozen model, a small mixture grafted onto every block, k by each client's resources.
 
 The paper's formulas are not known to us beyond its FedAvg; what the mixture, k_n and the loss are is our reading [E].
 """
@@ -34,7 +34,7 @@ TARGET_FLOOR = 1e-6  # least share of an expert in a target, so that the diverge
 
 @dataclass(frozen=True)
 class FftMoE(Algorithm):
-    """Everybody holds the whole frozen model and trains the whole grafted mixture; clients differ in k and loss."""
+    """Every client holds the whole frozen model and trains the whole grafted mixture; clients differ in k and loss."""
 
     card: ClassVar[System] = System(
         name="fft_moe",
@@ -49,7 +49,7 @@ class FftMoE(Algorithm):
             Equation(
                 "h_n", "E", "Jensen-Shannon divergence (bits) of the client's class or domain shares from uniform"
             ),
-            Equation("usage", "E", "FLAME's weights |D_n| (a_n^m / S_n)^t on experts in place of |D_n|"),
+            Equation("usage", "E", "FLAME's weights |D_n| (a_n^m / S_n)^t on experts instead of |D_n|"),
         ),
         approximated=(
             "a budget in experts cannot be kept, since the whole model is resident and its experts are counted with "
@@ -63,12 +63,12 @@ class FftMoE(Algorithm):
 
     @classmethod
     def graft(cls, config: Config) -> GraftSpec | None:
-        """M experts of bottleneck r beside every block."""
+        """Return the mixture to graft: M experts of bottleneck r next to every block."""
         chosen = config.fft_moe
         return GraftSpec(num_experts=chosen.experts, width=chosen.width, top_k=chosen.top_k)
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """The whole mixture for everybody, k_n of it at a time: clip(floor((F_n - F_FM) / F_expert), 1, k_max) [E]."""
+        """Plan the whole mixture, k_n experts per token: clip(floor((F_n - F_FM) / F_expert), 1, k_max) [E]."""
         return [self._plan(state, client) for client in clients]
 
     def _plan(self, state: ServerState, client: int) -> ExpertPlan:
@@ -86,7 +86,7 @@ class FftMoE(Algorithm):
         return largest_plan(self.population, client, chosen.top_k, of_size)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """|D_n| for every tensor, or FLAME's weights for experts; and where this client's tokens went."""
+        """Weigh every tensor by |D_n|, or experts by FLAME's weights; report where this client's tokens went."""
         config, samples = self.population.config, self.population.sample_weight(plan.client)
         if result.profile is None:
             return failed_update(plan, result, samples)
@@ -112,7 +112,7 @@ class FftMoE(Algorithm):
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """W_E = sum_n |D_n| / |D| W_E^n [N], and each heard client's running routing distribution [E]."""
+        """Compute W_E = sum_n |D_n| / |D| W_E^n [N], and each heard client's running routing distribution [E]."""
         rate = self.population.config.fft_moe.smoothing
         memory = dict(state.memory)
         heard = {update.client: update.profile for update in updates if update.profile is not None}
@@ -160,7 +160,7 @@ class HeterogeneityLoss:
 
 
 def label_skew(population: Population, client: int) -> float:
-    """h_n: how far the client's shares of classes (or domains) are from uniform, in [0, 1]; 0 where unknown [E]."""
+    """Return h_n in [0, 1]: how far the client's class or domain shares are from uniform; 0 where unknown [E]."""
     if population.counts_CD is None or not population.counts_CD[client].sum() > 0:
         return 0.0
     counts_D = np.asarray(population.counts_CD[client], dtype=np.float64)
@@ -168,14 +168,14 @@ def label_skew(population: Population, client: int) -> float:
 
 
 def jensen_shannon(p_D: np.ndarray, q_D: np.ndarray) -> float:
-    """(KL(p || m) + KL(q || m)) / 2 in bits, m = (p + q) / 2: 0 for equal distributions, 1 for disjoint ones."""
+    """Return (KL(p || m) + KL(q || m)) / 2 in bits, m = (p + q) / 2: 0 for equal distributions, 1 for disjoint ones."""
     m_D = (p_D + q_D) / 2
     terms = [part[part > 0] * np.log2(part[part > 0] / m_D[part > 0]) for part in (p_D, q_D)]
     return min(1.0, max(0.0, math.fsum(np.concatenate(terms)) / 2))
 
 
 def routing_target(seen_LE: np.ndarray | None, skew: float, *, shape: tuple[int, ...]) -> np.ndarray:
-    """Pi_n = (1 - h_n) uniform + h_n (running P_n), uniform for a client not yet heard [E]; at least a floor, sum 1."""
+    """Return Pi_n = (1 - h_n) uniform + h_n (running P_n), uniform until heard [E]; at least a floor, sum 1."""
     uniform_LE = np.full(shape, 1 / shape[-1])
     target_LE = uniform_LE if seen_LE is None else (1 - skew) * uniform_LE + skew * seen_LE
     floored_LE = np.maximum(target_LE, TARGET_FLOOR)

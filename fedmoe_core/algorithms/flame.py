@@ -28,7 +28,7 @@ from fedmoe_core.update import ClientUpdate
 class Flame(Algorithm):
     """Every client holds every expert and trains full-rank adapters on all; its budget decides how many a token meets.
 
-    Saves arithmetic, neither memory nor traffic.
+    It saves arithmetic, but neither memory nor traffic.
     """
 
     card: ClassVar[System] = System(
@@ -52,11 +52,11 @@ class Flame(Algorithm):
 
     @classmethod
     def lora(cls, config: Config) -> LoraSpec | None:
-        """Adapters of one rank for everybody, part of the global model."""
+        """Return adapters of one rank for all clients, part of the global model."""
         return LoraSpec(rank=config.lora.rank, alpha=config.lora.alpha)
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """All experts, k_i at a time, each layer's output times s_i."""
+        """Plan all experts, k_i per token, each layer's output times s_i."""
         return [self._plan(state, client) for client in clients]
 
     def _plan(self, state: ServerState, client: int) -> ExpertPlan:
@@ -79,7 +79,7 @@ class Flame(Algorithm):
         return largest_plan(self.population, client, spec.top_k, of_size)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """Adapters under |D_i| (a_i^j / S_i)^t; s_i over its start stays with the client."""
+        """Weigh adapters by |D_i| (a_i^j / S_i)^t; s_i over its start stays with the client."""
         samples, spec = self.population.sample_weight(plan.client), self.population.spec
         if result.profile is None:
             return failed_update(plan, result, samples)
@@ -104,7 +104,7 @@ class Flame(Algorithm):
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """Adapters by gamma, routers and trunk by |D_i|; an expert that nobody activated stays."""
+        """Average adapters by gamma, routers and trunk by |D_i|; an expert that no client activated stays."""
         own = {f"gain/{update.client}": update.private["gain"] for update in updates if update.private}
         heard = {update.client: update.profile for update in updates if update.profile is not None}
         params = {**state.params, **expert_mean(sums, state.params), **gate_mean(sums, state.params, "fedavg")}

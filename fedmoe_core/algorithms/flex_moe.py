@@ -1,7 +1,7 @@
 """FLEX-MoE (arXiv 2512.23070): experts are assigned by fitness under load bounds, and every client keeps its own gate.
 
-The paper's formulas were not to be had. Tags: [N] read through published notes (the loop, the program over fitness with
-load bounds and historical deficits, local gates, the feedback), [E] our explicit form of it.
+We could not obtain the paper's formulas. Tags: [N] read through published notes (the loop, the program over fitness
+with load bounds and historical deficits, local gates, the feedback), [E] our explicit form of it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Feedback:
     Attributes:
         mean_LCE, tried_LCE: fitness of every client-expert pair, as ``assignment.Fitness`` of each layer.
         deficit_LE: load that an expert is owed.
-        next_CLE: who would get which expert if everybody took part in the next round.
+        next_CLE: which client would get which expert if all clients took part in the next round.
     """
 
     mean_LCE: np.ndarray
@@ -54,10 +54,10 @@ class Feedback:
 
 @dataclass(frozen=True)
 class LocalFeedback:
-    """What the trained sub-model's experts make of local data, (3, L, E): rows, sum of losses, how many are right.
+    """How well the trained sub-model's experts do on local data, (3, L, E): rows, sum of losses, number of right ones.
 
-    l_ce = (1/|D_ce|) sum of l(x, y) over D_ce [N], where D_ce are the tokens of ``batches`` local batches that chose e,
-    each with the loss of its own prediction or, in classification, of its sequence [E].
+    l_ce = (1/|D_ce|) sum of l(x, y) over D_ce [N]. D_ce are the tokens of ``batches`` local batches that chose e. Each
+    has the loss of its own prediction or, in classification, of its sequence [E].
     """
 
     batches: int
@@ -88,7 +88,7 @@ class FlexMoE(Algorithm):
             Equation("feature extractor", "E", "FedAvg by data volume where it trains"),
         ),
         approximated=(
-            "fitness, deficit and program are our reading: the paper's own formulas were not to be had",
+            "fitness, deficit and program are our reading: we could not obtain the paper's formulas",
             "loss and accuracy are measured in a forward pass over a few local batches after training, by token; the "
             "paper's image models route whole samples",
             "all clients' gates start as the pretrained router",
@@ -96,7 +96,7 @@ class FlexMoE(Algorithm):
     )
 
     def init(self, params: dict[str, Tensor]) -> ServerState:
-        """Nothing is known of any pair, so the first assignment is a balanced draw."""
+        """Start with nothing known of any pair, so that the first assignment is a balanced draw."""
         layers, experts = self.population.spec.num_layers, self.population.spec.num_experts
         clients = len(self.population.budgets)
         mean_LCE, deficit_LE = np.zeros((layers, clients, experts)), np.zeros((layers, experts))
@@ -105,7 +105,7 @@ class FlexMoE(Algorithm):
         return self._with_next(initial_state(params, clients), known)
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """Phase 1: the round's clients share out the experts of each layer."""
+        """Do phase 1: the round's clients share out the experts of each layer."""
         known = recall(Feedback, state.memory)
         held_CLE = known.next_CLE
         if len(set(clients)) < len(held_CLE):
@@ -113,7 +113,7 @@ class FlexMoE(Algorithm):
         return [self._plan(state, client, held_CLE[client]) for client in clients]
 
     def personal(self, state: ServerState, client: int) -> ExpertPlan:
-        """The client's own gate over the experts that it would be assigned if everybody took part."""
+        """Plan the client's own gate over the experts that it would be assigned if all clients took part."""
         return self._plan(state, client, recall(Feedback, state.memory).next_CLE[client])
 
     def _plan(self, state: ServerState, client: int, held_LE: np.ndarray) -> ExpertPlan:
@@ -122,7 +122,7 @@ class FlexMoE(Algorithm):
         return plan_of_masks(self.population, state, client, held_LE, **asks)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """Phase 2's end: deltas of experts by usage and of the feature extractor; the gate stays, feedback goes up."""
+        """End phase 2: deltas of experts by usage and of the feature extractor go up, with feedback; the gate stays."""
         samples = self.population.sample_weight(plan.client)
         if result.profile is None:
             return failed_update(plan, result, samples)
@@ -140,7 +140,7 @@ class FlexMoE(Algorithm):
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """Phases 3 and 4: theta_e += sum_c u_ce Delta / sum_c u_ce, psi by |D_c|; then fitness and deficits."""
+        """Do phases 3 and 4: theta_e += sum_c u_ce Delta / sum_c u_ce, psi by |D_c|; then fitness and deficits."""
         heard = {update.client: update.profile for update in updates if update.profile is not None}
         params = {**state.params, **expert_mean(sums, state.params), **dense_mean(sums, state.params)}
         known = recall(Feedback, state.memory)
@@ -167,12 +167,12 @@ class FlexMoE(Algorithm):
         return self._with_next(state.advance(params, heard, [u.client for u in updates], memory=memory), known)
 
     def _with_next(self, state: ServerState, known: Feedback) -> ServerState:
-        """The state that remembers ``known`` and the assignment of everybody that follows from it."""
+        """Return the state that remembers ``known`` and the assignment of all clients that follows from it."""
         known = replace(known, next_CLE=self._assigned(state, known, range(len(state.visits))))
         return replace(state, memory={**state.memory, **remember(known)})
 
     def _assigned(self, state: ServerState, known: Feedback, clients: Sequence[int]) -> np.ndarray:
-        """Who holds what, (C, L, E), when ``clients`` take part; nothing for the others."""
+        """Return which client holds which expert, (C, L, E), when ``clients`` take part; nothing for the others."""
         facts, chosen = self.population, self.population.config.flex_moe
         members = list(clients)
         scores_LCE = scores(Fitness(known.mean_LCE, known.tried_LCE), state.round, exploration=chosen.exploration)
@@ -213,7 +213,7 @@ class FlexMoE(Algorithm):
         return np.asarray(chosen_LE.sum(axis=1))
 
     def _asks(self, client: int, held_LE: np.ndarray, *, first_participation: bool) -> Asks:
-        """The gate stays; feedback is measured by whoever can pay for it beside a training step [E].
+        """Keep the gate local; measure feedback where the client can pay for it in addition to a training step [E].
 
         The gate that a client starts from travels once, with the trunk.
         """

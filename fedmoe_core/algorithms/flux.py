@@ -68,20 +68,20 @@ class Flux(Algorithm):
         ),
         approximated=(
             "the profile runs on the round's local batches, not on all of a client's data, and before training instead "
-            "of beside aggregation; its model is the round's, so the next plan uses it one round stale",
+            "of during aggregation; its model is the round's, so the next plan uses it one round stale",
             "a client whose budget cannot bear the 4-bit model (it counts as all experts) is profiled by the router "
             "statistics of its own training, without attention",
             "the gradient norms of eq. 3 are those of batches, not of single tokens; an expert never measured has the "
             "mean norm of those that were",
             "the server merges and sends merged experts; the paper's clients merge",
             "a budget of one slot per layer leaves none to merge: the best expert of each layer is tuned alone",
-            "router rows of trained experts are averaged by data volume (the paper's text on this was not to be had)",
+            "router rows of trained experts are averaged by data volume (we could not obtain the paper's text on this)",
         ),
         missing=("profiling in parallel with aggregation: rounds here take turns, so it saves no time",),
     )
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """Features are of the global model, so they are made once for all clients."""
+        """Plan every client; features are of the global model, so they are made once for all."""
         layers = range(self.population.spec.num_layers)
         weights = [(state.params[f"moe.{la}.w_in"], state.params[f"moe.{la}.w_out"]) for la in layers]
         features_LED = expert_features(weights, seed=self.population.config.seed)
@@ -123,7 +123,7 @@ class Flux(Algorithm):
         )
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """Only trained experts go up; with them the profile, and gradient norms measured or estimated."""
+        """Send the trained experts, the profile, and gradient norms measured or estimated."""
         samples = self.population.sample_weight(plan.client)
         if result.profile is None:
             return failed_update(plan, result, samples)
@@ -149,7 +149,7 @@ class Flux(Algorithm):
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """FedAvg for each expert and router row among those who trained it; profiles for the next plan."""
+        """Apply FedAvg to each expert and router row over its trainers; keep the profiles for the next plan."""
         heard = {update.client: update.profile for update in updates if update.profile is not None}
         memory = dict(state.memory)
         for update in updates:
@@ -169,7 +169,7 @@ class Flux(Algorithm):
         return state.advance(params, heard, [update.client for update in updates], memory=memory)
 
     def profile(self, state: ServerState, client: int) -> Profile:
-        """The client's last report; before the first one the server's pass over public data."""
+        """Return the client's last report; before the first one the server's pass over public data."""
         if f"freq/{client}" in state.memory:
             return Profile(*(state.memory[f"{name}/{client}"].numpy() for name in ("freq", "attention", "grad")))
         prior = self.population.prior
@@ -179,7 +179,7 @@ class Flux(Algorithm):
     def _roles(
         self, state: ServerState, client: int, utility_LE: np.ndarray, profiling: Cost
     ) -> tuple[Roles, int] | None:
-        """Eq. 4 with as many tuned experts as the budget allows, and how many merged slots fit beside them.
+        """Eq. 4 with as many tuned experts as the budget allows, and how many merged slots fit next to them.
 
         None where no layer has a slot for merged experts. Exploring is given up before tuning is.
         """
@@ -199,7 +199,7 @@ class Flux(Algorithm):
         return None
 
     def _merged_slots(self, state: ServerState, client: int, roles: Roles, profiling: Cost) -> int | None:
-        """B_non: the most merged experts that fit beside the tuned ones; None where a layer would go without."""
+        """B_non: the most merged experts that fit next to the tuned ones; None where a layer would go without."""
         tuned_LE = roles.exploit_LE | roles.explore_LE
         places = np.argwhere(~tuned_LE)
         least, most = int((~tuned_LE).any(axis=1).sum()), len(places)
@@ -236,7 +236,7 @@ class Flux(Algorithm):
 
 
 def utilities(known: Profile) -> np.ndarray:
-    """Eq. 3: |D_e| times the root mean squared gradient norm; norm(f_e) before any gradient, (L, E).
+    """Compute eq. 3: |D_e| times the root mean squared gradient norm; norm(f_e) before any gradient, (L, E).
 
     |D_e| is proportional to f_e within a client. An expert never measured has the mean norm of those that were, by
     frequency [E].

@@ -1,4 +1,4 @@
-"""HFedMoE (arXiv 2601.00583): experts scored by importance, chosen under each budget, averaged by who trained them.
+"""HFedMoE (arXiv 2601.00583): experts scored by importance, chosen under each budget, averaged over their trainers.
 
 Equation numbers are the paper's. Tags: [N] read through published notes, [D] derived, [E] our engineering reading where
 the paper is silent; ``(c, l, e)`` are client, MoE layer and expert, and the paper's set of experts is the union over
@@ -44,7 +44,7 @@ class HFedMoE(Algorithm):
             Equation("10, 11, 14", "N", "information-bottleneck score I = s - beta * KL; sum of KL = I(router; input)"),
             Equation("15", "N", "experts of largest score under a budget; exact for equal costs"),
             Equation("15, real budgets", "E", "a knapsack over bytes, traffic and count; FLOPs by steps, k' and share"),
-            Equation("Taylor", "E", "importance |s * dL/ds| summed in the backward pass, in place of s"),
+            Equation("Taylor", "E", "importance |s * dL/ds| summed in the backward pass, instead of s"),
             Equation("16, 17", "N", "usage, and the mean over clients above tau; on deltas, with true participation"),
             Equation("17, damped", "E", "divided by all clients of the round instead"),
             Equation("18-21", "N", "routing consistency and the importance-weighted gate, normalised or as printed"),
@@ -59,28 +59,28 @@ class HFedMoE(Algorithm):
     )
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """Eq. 15 for each client: the experts of largest score within its budget."""
+        """Solve eq. 15 for each client: the experts of largest score within its budget."""
         if self.chosen(state.round).reschedule == "batch":
             return [self.per_batch(state, client) for client in clients]
         scores = self.scores(state)
         return [make_plan(self.population, state, client, scores[client]) for client in clients]
 
     def chosen(self, number: int) -> SelectionConfig:
-        """How experts are scored in a round: lambda and beta move by equal steps from the first to the last [E]."""
+        """Return how experts are scored in a round: lambda and beta move by equal steps, first to last [E]."""
         rule, done = self.population.config.selection, self.progress(number)
         return replace(rule, lam=rule.lam + done * rule.lam_change, beta=rule.beta + done * rule.beta_change)
 
     def tau(self, number: int) -> float:
-        """Tau of eqs. 17 and 18 in a round, as lambda and beta."""
+        """Return tau of eqs. 17 and 18 in a round, as lambda and beta."""
         rule = self.population.config.aggregation
         return rule.tau + self.progress(number) * rule.tau_change
 
     def progress(self, number: int) -> float:
-        """0 in the first round, 1 in the last."""
+        """Return the progress of the run: 0 in the first round, 1 in the last."""
         return number / max(1, self.population.config.rounds - 1)
 
     def per_batch(self, state: ServerState, client: int) -> ExpertPlan:
-        """Eq. 15 anew for every batch, as printed: all experts resident, the chosen ones learn."""
+        """Solve eq. 15 again for every batch, as printed: all experts are resident, the chosen ones learn."""
         spec, chosen = self.population.spec, self.chosen(state.round)
         budget = self.population.budgets[client]
         every_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
@@ -95,7 +95,7 @@ class HFedMoE(Algorithm):
         return plan_of_masks(self.population, state, client, every_LE, mode="backward-masked", per_batch=rule)
 
     def scores(self, state: ServerState) -> list[np.ndarray]:
-        """One score per (layer, expert) and client: eq. 5 ("s"), eq. 14 ("ib"), or Taylor importance [E]."""
+        """Return one score per (layer, expert) and client: eq. 5 ("s"), eq. 14 ("ib"), or Taylor importance [E]."""
         chosen, prior = self.chosen(state.round), self.population.prior
         profiles = [profile if profile is not None else prior for profile in state.profiles]
         if chosen.score == "taylor":
@@ -103,7 +103,7 @@ class HFedMoE(Algorithm):
         return [expert_scores(profile, chosen.score, lam=chosen.lam, beta=chosen.beta) for profile in profiles]
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """Weights of eqs. 16, 17, 19 and 20 for what this client trained."""
+        """Return the weights of eqs. 16, 17, 19 and 20 for what this client trained."""
         rule, samples = self.population.config.aggregation, self.population.sample_weight(plan.client)
         tau = self.tau(plan.round)
         if result.profile is None:
@@ -138,7 +138,7 @@ class HFedMoE(Algorithm):
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """Eq. 17 for experts, eqs. 18-21 for gates, |D_c|-FedAvg for a trained trunk; what nobody trained stays."""
+        """Apply eq. 17 to experts, eqs. 18-21 to gates, |D_c|-FedAvg to a trained trunk; the untrained stays."""
         rule, tau = self.population.config.aggregation, self.tau(state.round)
         heard = {update.client: update.profile for update in updates if update.profile is not None}
         layers = self.population.spec.num_layers
@@ -162,11 +162,11 @@ class HFedMoE(Algorithm):
 def with_absent_experts(
     profiles: Sequence[ClientProfile], state: ServerState, prior: ClientProfile
 ) -> list[ClientProfile]:
-    """Profiles whose Taylor sums cover absent experts too: own demand x what a served row is worth [E].
+    """Return profiles whose Taylor sums cover absent experts too: own demand x what a served row is worth [E].
 
     A compact client sends all its tokens to the few experts it holds, which inflates their sums; what it measures well
-    is the value of a row. So demand is the hits of the unmasked top-k, and the worth of a hit is Taylor per row: the
-    client's own where it held the expert, else pooled over all clients and the server's pass over public data.
+    is the value of a row. So demand is the hits of the unmasked top-k, and the worth of a hit is Taylor per row. That
+    is the client's own where it held the expert, else pooled over all clients and the server's pass over public data.
     """
     heard_C = np.array([profile is not None for profile in state.profiles])
     demand_CLE = np.stack([profile.hits_LE for profile in profiles])
@@ -183,7 +183,7 @@ def with_absent_experts(
 
 
 def gate_rule(population: Population) -> GateRule:
-    """The gate mode; "auto" is row-wise for compact clients and normalised for the paper's backward-masked ones."""
+    """Return the gate mode; "auto" is row-wise for compact clients, normalised for the paper's backward-masked ones."""
     gate = population.config.aggregation.gate
     if gate != "auto":
         return gate

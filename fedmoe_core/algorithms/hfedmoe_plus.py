@@ -1,10 +1,10 @@
 """HFedMoE+: HFedMoE with the ingredients that measured best, each a word of ``[plus]`` that an ablation can take away.
 
-In one breath: a client keeps the experts whose removal would change its loss most, measured per routed row and times
-its own demand; where its memory could not train half of all experts, it trains the best of those that it could and
-spends the rest on experts that only run, until it holds half of all; the server averages what the trainers of an expert
-changed; router rows are averaged one by one, by how much each client used the row, while every client goes on with the
-router that it has trained itself.
+A client keeps the experts whose removal would change its loss most, measured per routed row and times its own demand.
+Where its memory could not train half of all experts, it trains the best of those that it could. It spends the rest on
+experts that only run, until it holds half of all. The server averages what the trainers of an expert changed. Router
+rows are averaged one by one, by how much each client used the row, while every client goes on with the router that it
+has trained itself.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from fedmoe_core.update import ClientUpdate
 
 @dataclass(frozen=True)
 class HFedMoEPlus(Algorithm):
-    """HFedMoE under other settings, and what no setting of HFedMoE has.
+    """HFedMoE under other settings, and with what no setting of HFedMoE has.
 
-    That is frozen experts in the place of trained ones, a router of the client's own, one that stays frozen, activation
-    counts as importance, and experts that are worth less beside others that say the same.
+    A client may hold frozen experts instead of trained ones, keep its own router, or leave the router frozen.
+    Importance may be an activation count. An expert may be worth less where a better one says the same.
     """
 
     card: ClassVar[System] = System(
@@ -69,7 +69,7 @@ class HFedMoEPlus(Algorithm):
         return self.population.config.plus.gate
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """The experts of largest score within each budget, the best of them trained."""
+        """Plan the experts of largest score within each budget, the best of them trained."""
         scores, population, plus = self.scores(state), self.base.population, self.population.config.plus
         train, hold = plus.train_share, plus.hold_share
         return [
@@ -78,7 +78,7 @@ class HFedMoEPlus(Algorithm):
         ]
 
     def scores(self, state: ServerState) -> list[np.ndarray]:
-        """One score per (layer, expert) and client, by ``plus.importance``, less ``plus.redundancy`` of doubles."""
+        """Return one score per (layer, expert) by ``plus.importance``, less ``plus.redundancy`` of doubles."""
         plus, prior = self.population.config.plus, self.population.prior
         known = [profile or prior for profile in state.profiles]
         if plus.importance == "hits":
@@ -106,7 +106,7 @@ class HFedMoEPlus(Algorithm):
         return Asks(keeps=frozenset({"router"}), train_router=False, surcharge=first)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """The weights of HFedMoE; none for a router that did not train. A personal gate is kept and its change sent."""
+        """Return HFedMoE's weights; none for a router that did not train. A personal gate is kept, its change sent."""
         update = self.base.client(plan, result)
         if self.gate == "frozen":
             return replace(update, router_weight_LE=np.zeros_like(update.router_weight_LE), gate_weight=0.0)
@@ -115,14 +115,14 @@ class HFedMoEPlus(Algorithm):
         return replace(update, private={**update.private, "gate": grown_gate(plan, result.deltas, deltas=True)})
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """The aggregation of HFedMoE; a router without weight keeps its bits, and a client its own gate."""
+        """Apply the aggregation of HFedMoE; a router without weight keeps its bits, and a client its own gate."""
         grown = {f"gate/{u.client}": u.private["gate"] for u in updates if "gate" in u.private}
         after = self.base.apply(state, sums, updates)
         return replace(after, memory={**after.memory, **grown})
 
 
 def as_hfedmoe(config: Config) -> Config:
-    """The configuration in HFedMoE's words: what ``[plus]`` says of selection and aggregation.
+    """Return the configuration in HFedMoE's words: what ``[plus]`` says of selection and aggregation.
 
     Taylor importance goes without eq. 14's penalty, which was measured to work against the choice (the KL term alone
     correlates with true importance at +.64 to +.81); ``s`` and ``ib`` are exactly the paper's.

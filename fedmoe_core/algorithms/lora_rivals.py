@@ -58,11 +58,11 @@ class HetLora(Algorithm):
 
     @classmethod
     def lora(cls, config: Config) -> LoraSpec | None:
-        """The server's adapters, part of the global model."""
+        """Return the server's adapters, part of the global model."""
         return LoraSpec(rank=config.lora.rank, alpha=config.lora.alpha)
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """All experts at rank r_k, or at what self-pruning has left of it."""
+        """Plan all experts at rank r_k, or at what self-pruning has left of it."""
         return [self._plan(state, client) for client in clients]
 
     def _plan(self, state: ServerState, client: int) -> ExpertPlan:
@@ -89,7 +89,7 @@ class HetLora(Algorithm):
         return largest_plan(self.population, client, chosen.rank, of_size)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """Padded adapters under the norm of their product, and the rank that is left for the next round."""
+        """Weigh padded adapters by the norm of their product; report the rank that is left for the next round."""
         samples, chosen = self.population.sample_weight(plan.client), self.population.config.lora
         if result.profile is None:
             return failed_update(plan, result, samples)
@@ -112,7 +112,7 @@ class HetLora(Algorithm):
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """Weighted means of zero-padded adapters; an expert whose product is zero everywhere stays."""
+        """Apply the weighted means of zero-padded adapters; an expert whose product is zero everywhere stays."""
         ranked = {update.client: update for update in updates if update.private}
         votes = [(int(u.private["ranks"][0]), u.expert_weight_LE) for u in ranked.values()]
         experts = without_missing_ranks(expert_mean(sums, state.params), state.params, sums, votes)
@@ -145,16 +145,16 @@ class FlexLora(Algorithm):
 
     @classmethod
     def lora(cls, config: Config) -> LoraSpec | None:
-        """Adapters that live for a round; their products are what the experts move by."""
+        """Return adapters that live for one round; the experts move by their products."""
         return LoraSpec(rank=config.lora.rank, alpha=config.lora.alpha, in_state=False)
 
     def init(self, params: dict[str, Tensor]) -> ServerState:
-        """The experts that stay frozen are remembered, since the state holds them with the sum added."""
+        """Remember the frozen experts, since the state holds them with the sum added."""
         frozen = {f"base/{key}": params[key].cpu().clone() for key in expert_keys(self.population)}
         return replace(super().init(params), memory=frozen)
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """All experts, each the frozen one and the best adapter of rank r_k for the sum."""
+        """Plan all experts, each the frozen one and the best adapter of rank r_k for the sum."""
         return [self._plan(state, client) for client in clients]
 
     def _plan(self, state: ServerState, client: int) -> ExpertPlan:
@@ -175,7 +175,7 @@ class FlexLora(Algorithm):
         return largest_plan(self.population, client, self.population.config.lora.rank, of_size)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """The trained product B_k A_k of every matrix under |D_k|."""
+        """Return the trained product B_k A_k of every matrix under |D_k|."""
         samples = self.population.sample_weight(plan.client)
         if result.profile is None:
             return failed_update(plan, result, samples)
@@ -197,7 +197,7 @@ class FlexLora(Algorithm):
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """W + sum_k p_k B_k A_k, and its singular directions for the next plans."""
+        """Compute W + sum_k p_k B_k A_k, and its singular directions for the next plans."""
         params = {**state.params, **gate_mean(sums, state.params, "fedavg"), **dense_mean(sums, state.params)}
         memory = dict(state.memory)
         rank, scale = self.population.config.lora.rank, _scale(self.population)
@@ -217,22 +217,22 @@ class FlexLora(Algorithm):
 
 
 def everything(population: Population) -> np.ndarray:
-    """Every expert of every layer, bool (L, E)."""
+    """Return every expert of every layer, bool (L, E)."""
     return np.ones((population.spec.num_layers, population.spec.num_experts), dtype=bool)
 
 
 def expert_keys(population: Population) -> list[str]:
-    """Keys of the experts' own matrices."""
+    """Return the keys of the experts' own matrices."""
     return [f"moe.{layer}.w_{side}" for layer in range(population.spec.num_layers) for side in ("in", "out")]
 
 
 def factor_key(key: str, letter: str) -> str:
-    """``moe.0.w_in`` and "a" give ``moe.0.a_in``."""
+    """Return the key of a factor: ``moe.0.w_in`` and "a" give ``moe.0.a_in``."""
     return key.replace(".w_", f".{letter}_")
 
 
 def start_rows(memory: Mapping[str, Tensor], rank: int) -> dict[str, Mapping[int, Tensor]]:
-    """The frozen experts and the first ``rank`` singular directions of the sum; nothing before the first round."""
+    """Return the frozen experts and the first ``rank`` singular directions of the sum; empty before the first round."""
     rows: dict[str, Mapping[int, Tensor]] = {}
     for name, a in memory.items():
         if not name.startswith("a/"):

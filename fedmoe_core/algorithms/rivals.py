@@ -28,7 +28,7 @@ class FedAvgSmallest(FedAvg):
     """FedAvg of the largest model that fits every client: the same experts for all, fixed before the first round.
 
     What a homogeneous system does under heterogeneous budgets. The server chooses by what it can know before it has
-    heard anybody: importance on its public data, the absolute Taylor term, measured best among the scores [E].
+    heard any client: importance on its public data, the absolute Taylor term, measured best among the scores [E].
     """
 
     card: ClassVar[System] = System(
@@ -43,18 +43,18 @@ class FedAvgSmallest(FedAvg):
     )
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """The common experts for everybody; a client of few FLOPs takes fewer steps."""
+        """Plan the common experts for every client; a client of few FLOPs takes fewer steps."""
         scores_LE, held_LE = self.scores(), self.experts()
         return [
             plan_of_masks(self.population, state, client, held_LE.copy(), scores_LE=scores_LE) for client in clients
         ]
 
     def scores(self) -> np.ndarray:
-        """What the server's own pass over public data says of every expert, (L, E)."""
+        """Return what the server's own pass over public data says of every expert, (L, E)."""
         return expert_scores(self.population.prior, "taylor", lam=1.0, beta=0.0)
 
     def experts(self) -> np.ndarray:
-        """The best experts within the least of every resource, (L, E); that of a first visit, so it never changes."""
+        """Choose the best experts within the least of every resource, (L, E), of a first visit, so it never changes."""
         least = Budget(
             memory_bytes=least_of([budget.memory_bytes for budget in self.population.budgets]),
             bytes_down=least_of([budget.bytes_down for budget in self.population.budgets]),
@@ -82,30 +82,30 @@ class MostActivated(Algorithm):
             Equation("choice", "N", "the experts with the most activations on the client's own data, others discarded"),
             Equation("averaging", "E", "HFedMoE's, so that the choice is the only difference"),
         ),
-        approximated=("activations are counted during training, one round stale, not in a pass of their own",),
+        approximated=("activations are counted during training, one round stale, not in a separate pass",),
     )
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """Activation counts in place of importance."""
+        """Plan by activation counts instead of importance."""
         return [
             make_plan(self.population, state, client, self.counts(state, client), explore_absent=False)
             for client in clients
         ]
 
     def counts(self, state: ServerState, client: int) -> np.ndarray:
-        """Share of the client's tokens that chose each expert, (L, E)."""
+        """Return the share of the client's tokens that chose each expert, (L, E)."""
         known = state.profiles[client] or self.population.prior
         return cumulative(known.hits_LE, known.tokens_L)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """The weights of HFedMoE."""
+        """Return the weights of HFedMoE."""
         return HFedMoE(self.population).client(plan, result)
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """The aggregation of HFedMoE."""
+        """Apply the aggregation of HFedMoE."""
         return HFedMoE(self.population).apply(state, sums, updates)
 
 
 def least_of(limits: Sequence[int | None]) -> int | None:
-    """The smallest of the limits that there are; None where nobody has one."""
+    """Return the smallest of the limits given; None where no client has one."""
     return min((limit for limit in limits if limit is not None), default=None)

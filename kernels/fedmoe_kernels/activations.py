@@ -31,7 +31,7 @@ class Activation:
     backward: Callable[[Tensor, Tensor, Tensor], None]
 
     def width(self, intermediate: int) -> int:
-        """F, the rows of w_in per expert."""
+        """Return F, the rows of w_in per expert."""
         return 2 * intermediate if self.gated else intermediate
 
 

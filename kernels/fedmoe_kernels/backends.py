@@ -16,7 +16,7 @@ EXPERT_BACKENDS = ("auto", "cpu", "triton", "reference")
 
 
 def can_run_triton(device: torch.device) -> str | None:
-    """None where the Triton kernels run on tensors of this device, else the reason why not."""
+    """Return None where the Triton kernels run on tensors of this device, else the reason why not."""
     if device.type == "cpu":
         # What triton read when it was imported decides, and only the environment could tell it.
         if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"):
@@ -32,11 +32,11 @@ def can_run_triton(device: torch.device) -> str | None:
 
 
 def use_triton(backend: str, device: torch.device, refusal: str | None, *, verb: str) -> bool:
-    """Whether the Triton kernels serve a call.
+    """Tell whether the Triton kernels serve a call.
 
     Args:
-        backend: "triton"; "torch" or "cpu", which are not; or "auto": on a GPU the kernels if they can serve, else the
-            other way and a warning, once for each reason.
+        backend: "triton"; "torch" or "cpu" for plain torch; or "auto": on a GPU the kernels if they can serve, else
+            plain torch and a warning, once for each reason.
         device: of the tensors.
         refusal: why the kernels do not serve these arguments, naming one and the remedy; None = they do.
         verb: what is called, for the messages.

@@ -86,7 +86,7 @@ def check_slots(
         if trainable_B.dtype != torch.bool or trainable_B.shape != (slots,):
             raise ValueError(f"trainable_B is {what(trainable_B)}; it must be bool of shape ({slots},)")
         if w_in.frozen is not None:
-            raise ValueError("trainable_B is given beside ExpertWeights, which already say what is trainable; drop it")
+            raise ValueError("trainable_B is given with ExpertWeights, which already say what is trainable; drop it")
         if trainable_B.device != w_in.trainable.device:
             raise ValueError(f"trainable_B is on {trainable_B.device}, w_in on {w_in.trainable.device}; move one")
     if scores is not None and scores.leaf_B6.device != w_in.trainable.device:
@@ -127,7 +127,7 @@ def check_lora(x_TH: Tensor, stacks: dict[str, Stack], lora: ExpertLora, slots: 
 
 
 def check_stack_like(stack: Stack, x_TH: Tensor) -> None:
-    """Dtype and device of both parts."""
+    """Refuse a stack if the dtype or device of either part is not that of x."""
     check_like(stack.name, stack.trainable, x_TH)
     if isinstance(stack.frozen, Quantized):
         if stack.name.startswith("bias"):

@@ -1,9 +1,9 @@
 """Which tile every kernel uses: static tables by architecture and rows per slot, nothing tuned while training.
 
-A tile is chosen from the shapes of one client's plan and never from who shares a launch, so that a client's bits do
-not depend on its cohort. In order of preference a tile comes from the file that FEDMOE_TILES names, from the table
-that ships for this very GPU (written by bench/tune.py), and from the static tables (`static_tiles.py`). What each
-static tile compiles to is in bench/results/aot-*.md.
+A tile is chosen from the shapes of one client's plan, never from those that share a launch, so a client's bits do
+not depend on its cohort. A tile comes from the first of these that has one: the file that FEDMOE_TILES names, the table
+that ships for this very GPU (written by bench/tune.py), the static tables (`static_tiles.py`). What each static tile
+compiles to is in bench/results/aot-*.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHIPPED = Path(__file__).parent / "tiles"
 
 
 def best(table: Table, arch: str, bytes_: int, rows_per_slot: float, **shape: int | None) -> Entry | None:
-    """The narrowest line of `table` that serves a call: first one for its very shape, then the lowest `below`."""
+    """Find the narrowest line of `table` that serves a call: first one for its very shape, then the lowest `below`."""
     hidden, inner = shape.get("hidden"), shape.get("inner")
     fitting = [e for e in table if e.arch == arch and e.serves(bytes_, rows_per_slot, hidden, inner)]
     return min(fitting, key=lambda e: ((e.hidden is None) + (e.inner is None), e.below or float("inf")), default=None)
@@ -45,7 +45,7 @@ def tiles_for(
     gated: bool = True,
     device: str | None = None,
 ) -> TileSet:
-    """The tiles of `arch` ("sm_80", "sm_86", "sm_90", "sm_100" or "interpret") for weights of `dtype`.
+    """Return the tiles of `arch` ("sm_80", "sm_86", "sm_90", "sm_100" or "interpret") for weights of `dtype`.
 
     Args:
         rows_per_slot: rows an expert is expected to get, from the plan: tokens * k / slots of one client.
@@ -74,7 +74,7 @@ def tiles_for(
 
 
 def arch_of(device: torch.device | str) -> str:
-    """Which table serves a device: "interpret" for the CPU, where the kernels run in Triton's interpreter.
+    """Name the table that serves a device: "interpret" for the CPU, where the kernels run in Triton's interpreter.
 
     Raises:
         ValueError: for a GPU that has no table.
@@ -88,7 +88,7 @@ def arch_of(device: torch.device | str) -> str:
 
 
 def arch_of_capability(major: int, minor: int) -> str:
-    """The table of a compute capability; 8.6 and 8.9 have their own, for they have 99 KB of shared memory, not 163."""
+    """Name the table of a compute capability; 8.6 and 8.9 have their own: 99 KB of shared memory, not 163."""
     if major == 8:
         return "sm_86" if minor in (6, 9) else "sm_80"
     if (major, minor) == (9, 0) or major == 10:
@@ -97,7 +97,7 @@ def arch_of_capability(major: int, minor: int) -> str:
 
 
 def fitted(tiles: TileSet, hidden: int, inner: int, *, gated: bool, itemsize: int) -> TileSet:
-    """`tiles` cut to a layer's shape: no block much wider than the matrix, no step that leaves a rest without need."""
+    """Cut `tiles` to a layer's shape: no block much wider than the matrix, no step that leaves a rest without need."""
     wide = 2 * inner if gated else inner
     shapes = {  # columns of the result and depth of the product
         "up": (inner, hidden),
@@ -129,7 +129,7 @@ def _cut(tile: Tile, columns: int, depth: int) -> Tile:
 
 
 def _columns(n: int, columns: int) -> int:
-    """The widest block up to `n` that computes at most 8 % more columns than there are; 32 at least.
+    """Choose the widest block up to `n` that computes at most 8 % more columns than there are; 32 at least.
 
     Half the width takes a third more operands from the L2 cache: 2880 columns go as 12 x 256, not as 23 x 128.
     """
@@ -139,7 +139,7 @@ def _columns(n: int, columns: int) -> int:
 
 
 def slug(device: str) -> str:
-    """The file name of a GPU's own table: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    """Make the file name of a GPU's own table: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
@@ -170,7 +170,7 @@ def load(path: Path, named: str) -> Table:
         raise ValueError(f"{named} cannot be read ({error}); give the path of a JSON table of tiles") from None
     lines = content.get("tiles") if isinstance(content, dict) else None
     if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
-        raise ValueError(f'{named} is no table of tiles; write {{"tiles": [...]}}, as bench/tune.py does')
+        raise ValueError(f'{named} is not a table of tiles; write {{"tiles": [...]}}, as bench/tune.py does')
     return tuple(_entry(line, f"{named}: tiles[{i}]") for i, line in enumerate(lines))
 
 

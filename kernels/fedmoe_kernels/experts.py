@@ -32,7 +32,7 @@ def moe_mlp(
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """y[t] = sum over the rows of token t of weight * (w_out @ f(w_in @ x[t] + bias_in) + bias_out); shape (T, H).
+    """Return y[t] = sum over token t's rows of weight * (w_out @ f(w_in @ x[t] + bias_in) + bias_out), shape (T, H).
 
     Differentiable by x, `routing.weights_TK`, trainable weights and biases, adapter factors. Exact for any routing:
     slots without a row get zero gradients, places without a row count nowhere. Two runs with the same inputs and
@@ -41,7 +41,7 @@ def moe_mlp(
 
     Args:
         x_TH: tokens; float32, float64, bfloat16 or float16.
-        routing: who goes where, of this x and these slots; its weights may have any floating dtype.
+        routing: which token goes to which slot, for this x; its weights may have any floating dtype.
         w_in: (B, F, H), gated forms as [gate; up]. Dtype of x. Non-contiguous weights are copied at every call.
         w_out: (B, H, I).
         activation: "swiglu", "geglu", "swiglu_oai", "relu", "gelu", "silu"; formulas in `reference.activate`.
@@ -61,6 +61,14 @@ def moe_mlp(
 
     Raises:
         ValueError: names the argument that does not fit the others.
+
+    Example:
+        >>> import torch
+        >>> from fedmoe_kernels import route
+        >>> routing = route(torch.zeros(1, 2), 2)  # one token, sent to both of two experts by halves
+        >>> w_in, w_out = torch.ones(2, 3, 2), torch.ones(2, 2, 3)
+        >>> moe_mlp(torch.ones(1, 2), routing, w_in, w_out, activation="relu")
+        tensor([[6., 6.]])
     """
     stacks = stacked(w_in=w_in, w_out=w_out, bias_in=bias_in, bias_out=bias_out)
     checks.check_call(x_TH, activation, backend, scores)

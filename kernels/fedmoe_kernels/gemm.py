@@ -32,7 +32,7 @@ class Gemm:
     def rows_into(
         self, out_MN: Tensor, buffer_XK: Tensor, start: int, w_NK: Tensor, *, bias_N: Tensor | None = None
     ) -> None:
-        """out = buffer[start : start + M] @ w.T + bias, rounded once; `w_NK` may be a transposed view.
+        """Write out = buffer[start : start + M] @ w.T + bias, rounded once; `w_NK` may be a transposed view.
 
         Up to `slack(M)` later rows of the buffer may be read, and their products dropped, so they need not hold
         anything in particular: a row of a product depends on that row alone.
@@ -48,7 +48,7 @@ class Gemm:
         out_MN.copy_(self.product(buffer_XK[start:stop], w_NK, bias_N)[:m])
 
     def outer_into(self, out_NK: Tensor, d_MN: Tensor, a_MK: Tensor, *, add: bool) -> None:
-        """out = d.T @ a, or out += d.T @ a with `add`; rows left over by the bucket go through torch."""
+        """Write out = d.T @ a, or out += d.T @ a with `add`; rows left over by the bucket go through torch."""
         whole = d_MN.shape[0] // _step(d_MN.shape[0]) * _step(d_MN.shape[0])
         if self.product is None or whole * out_NK.numel() < _SMALLEST_ONEDNN_FLOPS // 2:
             if add:
@@ -66,12 +66,12 @@ class Gemm:
 
 
 def slack(rows: int) -> int:
-    """Rows that a bucketed product may read past `rows`."""
+    """Count the rows that a bucketed product may read past `rows`."""
     return -rows % _step(rows)
 
 
 def most_slack(rows: int) -> int:
-    """The most that `slack` is for any count up to `rows`: what a buffer of that many rows needs behind them."""
+    """Return the most that `slack` gives for any count up to `rows`: what such a buffer needs behind its rows."""
     return _step(rows) - 1
 
 
@@ -80,7 +80,7 @@ def _step(rows: int) -> int:
 
 
 def gemm_for(dtype: torch.dtype) -> Gemm:
-    """The products for one dtype on this machine; the same choice in every process on the same kind of device."""
+    """Choose the products for a dtype on this machine; the same in every process on the same kind of device."""
     if dtype == torch.float32 and _onednn_beats_mkl():
         return Gemm(_onednn_linear)
     if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
@@ -95,7 +95,7 @@ def _onednn_linear(a_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 
 @functools.cache
 def _onednn_beats_mkl() -> bool:
-    """True on AMD processors with AVX-512, where this torch has the oneDNN operator and it computes what it should."""
+    """Tell if this is an AMD processor with AVX-512 whose torch has a working oneDNN operator."""
     cpuinfo = Path("/proc/cpuinfo")
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not cpuinfo.exists():
         return False

@@ -25,7 +25,7 @@ class OpInputs(NamedTuple):
     """The tensors of both operators, in the order of their schemas.
 
     x_TH (T, H) and the fields of `Routing`; tokens_R and places_R None = made again from rows_TK. w_in (Bt, F, H),
-    w_out (Bt, H, I) with the frozen slots' (B - Bt, ...) beside them, biases alike; where a scale is given, the frozen
+    w_out (Bt, H, I) with the frozen slots' (B - Bt, ...) next to them, biases alike; where a scale is given, the frozen
     matrices are the codes of `Quantized`. Adapters: a_in (Bl, r, H), b_in (Bl, F, r), a_out (Bl, r, I),
     b_out (Bl, H, r), scale_B (Bl,) float64 and base_of_slot_B (B,) int64, the row of the weights that a slot runs.
     trainable_B (B,) bool: slots that get a gradient, None = all that can.
@@ -57,11 +57,11 @@ class OpInputs(NamedTuple):
 
     @property
     def kept(self) -> OpInputs:
-        """What lies between the passes: 16 bytes a row less, because the inverse of rows_TK is cheap to make again."""
+        """Keep what lies between the passes: 16 bytes a row less, as the inverse of rows_TK is cheap to make again."""
         return self._replace(tokens_R=None, places_R=None)
 
     def rows_per_slot(self, given: int) -> int:
-        """What the tiles are chosen by: the number given, or T * K / B where that is 0."""
+        """Return the number that tiles are chosen by: the one given, or T * K / B where that is 0."""
         return given or max(1, self.rows_TK.numel() // (self.offsets_B1.shape[0] - 1))
 
 
@@ -159,7 +159,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def wanted(inputs: OpInputs, needs: list[bool]) -> list[Tensor]:
-    """Empty buffers for the gradients that are needed, (0,) for the others; the scores' last."""
+    """Make empty buffers for the gradients that are needed, (0,) for the others; the scores' last."""
     like = [getattr(inputs, name) for name in DIFFERENTIABLE]
     buffers = [
         torch.empty_like(tensor) if need else inputs.x_TH.new_empty(0)

@@ -37,7 +37,7 @@ class Quantized:
         if not fits or scale.dtype != torch.float32 or scale.device != codes.device:
             raise ValueError(
                 f"Quantized: scale is {_what(scale)} on {scale.device}, codes {_what(codes)} on {codes.device}; "
-                "it must be float32 (X, N, K / group) beside them"
+                "it must be float32 (X, N, K / group) for these codes"
             )
         if self.shape[2] % scale.shape[2] or self.group % 32:
             raise ValueError(
@@ -46,7 +46,7 @@ class Quantized:
 
     @classmethod
     def of(cls, tensor: Tensor, bits: int, group: int = 128) -> Quantized:
-        """The nearest codes to a (X, N, K) stack; the largest magnitude of each group sets its scale.
+        """Round a (X, N, K) stack to the nearest codes; the largest magnitude of each group sets its scale.
 
         The error of a weight is at most half a scale: 0.4 % of its group's largest magnitude with 8 bits, 7.2 % with 4.
 
@@ -98,20 +98,20 @@ class Quantized:
         return sum(t.numel() * t.itemsize for t in (self.codes, self.scale))
 
     def __getitem__(self, index: int) -> Quantized:
-        """One matrix, as a stack of one; a view."""
+        """Return one matrix, as a stack of one; a view."""
         return Quantized(self.codes[index, None], self.scale[index, None])
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """(X, N, K): the product in float32 (float64 for float64), rounded once to `dtype`."""
+        """Return (X, N, K): the product in float32 (float64 for float64), rounded once to `dtype`."""
         return dequantize(self.codes, self.scale, dtype)
 
     def to(self, device: torch.device | str) -> Quantized:
-        """The same weights on another device."""
+        """Return the same weights on another device."""
         return Quantized(self.codes.to(device), self.scale.to(device))
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes (..., N, K) or (..., N, K / 2) with scales (..., N, G) to (..., N, K)."""
+    """Turn codes (..., N, K) or (..., N, K / 2) with scales (..., N, G) into (..., N, K)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if codes.dtype == torch.uint8:
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.int8) - 8

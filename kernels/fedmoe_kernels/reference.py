@@ -40,7 +40,7 @@ def route(
     client_T: Tensor | None = None,
     valid_T: Tensor | None = None,
 ) -> RoutingTruth:
-    """Masked top-k routing, one token at a time; the rules are those in the docstring of `fedmoe_kernels.route`.
+    """Route by masked top-k, token by token; the rules are those in the docstring of `fedmoe_kernels.route`.
 
     Args:
         logits_TE: router logits; the arithmetic runs in their own dtype.
@@ -220,7 +220,7 @@ def _swiglu_oai(z_F: Tensor) -> Tensor:
 
 
 def activate(z_F: Tensor, activation: str) -> Tensor:
-    """The expert's activation, z (..., F) -> h (..., I).
+    """Apply the expert's activation, z (..., F) -> h (..., I).
 
     Gated forms read z as [gate; up], halves of the last axis: "swiglu" silu(gate) * up; "geglu" gelu(gate) * up;
     "swiglu_oai" (up' + 1) * gate' * sigmoid(1.702 * gate') with gate' = min(gate, 7), up' = clamp(up, -7, 7), as in
@@ -250,7 +250,7 @@ def moe_mlp(
     bias_out: Tensor | None = None,
     lora: Lora | None = None,
 ) -> Tensor:
-    """y[t] = sum over places j with slots_TK[t, j] >= 0 of weights_TK[t, j] * MLP_slot(x[t]); shape (T, H).
+    """Return y[t] = sum over places j with slots_TK[t, j] >= 0 of weights_TK[t, j] * MLP_slot(x[t]); shape (T, H).
 
     Args:
         x_TH: tokens.
@@ -311,12 +311,12 @@ def importance(
     lora: Lora | None = None,
     trainable_B: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The per-slot importance sums of `ExpertScores`, each (B,), from autograd alone.
+    """Return the per-slot importance sums of `ExpertScores`, each (B,), from autograd alone.
 
     With s the routing weight of a row, dS its gradient and z the pre-activation of the row:
     rows_B their number; taylor_B sum of s * dS, signed; taylor_abs_B sum of |s * dS|; fisher_B sum of (s * dS)^2;
     taylor_in_B sum of <z, dz>; grad_sq_B ||dW_in||^2 + ||dW_out||^2 (biases not counted), 0 for slots outside
-    `trainable_B`; with `lora` the gradients of the slot's four factors are counted in place of the shared base's.
+    `trainable_B`; with `lora` the gradients of the slot's four factors are counted instead of the shared base's.
     First-order Taylor importance, our reading [E].
     """
 

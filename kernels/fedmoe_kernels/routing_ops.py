@@ -22,7 +22,7 @@ MOST_CHOICES, MOST_EXPERTS, MOST_TOKENS = 16, 4096, 2**24
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype routing computes and returns weights in: float64 for float64 logits, float32 for all others."""
+    """Return the dtype that routing computes in and returns: float64 for float64 logits, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -240,7 +240,7 @@ def route_backward_op(
     scale: float,
     backend: str = "auto",
 ) -> Tensor:
-    """dL/dlogits (T, E) from dL/dweights (T, K); 0 at non-finite logits and for tokens without a row.
+    """Compute dL/dlogits (T, E) from dL/dweights (T, K); 0 at non-finite logits and for tokens without a row.
 
     With q a softmax over the competing logits and g = scale * grad: dl = q * (g - <g, q>), where the competitors are
     the chosen experts, or all permitted ones for "softmax" that is not renormalised. Sigmoid, w = s / (sum s + eps):

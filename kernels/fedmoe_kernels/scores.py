@@ -30,6 +30,15 @@ class ExpertScores:
 
     Raises:
         ValueError: without any slot.
+
+    Example:
+        >>> import torch
+        >>> from fedmoe_kernels import moe_mlp, route
+        >>> scores, w_in, w_out = ExpertScores(2), torch.ones(2, 3, 2), torch.ones(2, 2, 3)
+        >>> routing = route(torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, 2.0]]), 1)  # one token for expert 0, two for 1
+        >>> moe_mlp(torch.ones(3, 2), routing, w_in, w_out, activation="relu", scores=scores).sum().backward()
+        >>> scores.rows_B, scores.taylor_abs_B
+        (tensor([1., 2.]), tensor([12., 24.]))
     """
 
     def __init__(self, num_slots: int, *, device: torch.device | str = "cpu") -> None:

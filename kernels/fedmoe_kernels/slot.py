@@ -58,7 +58,7 @@ class Expert(NamedTuple):
 
     @property
     def learns(self) -> bool:
-        """Whether any gradient of its own can be asked for."""
+        """Whether any of its own gradients can be asked for."""
         return self.grad is not None or self.adapter_grad is not None
 
 
@@ -97,7 +97,7 @@ class Gradients(NamedTuple):
 
 
 def up(gemm: Gemm, expert: Expert, x_CH: Tensor, at: slice, *, out_mF: Tensor) -> None:
-    """z = x @ W_in.T + b_in."""
+    """Compute z = x @ W_in.T + b_in."""
     gemm.rows_into(out_mF, x_CH, at.start, _dense(expert.w_in, x_CH), bias_N=expert.bias_in)
     if expert.adapter is not None:
         a = expert.adapter
@@ -105,7 +105,7 @@ def up(gemm: Gemm, expert: Expert, x_CH: Tensor, at: slice, *, out_mF: Tensor) -
 
 
 def down(gemm: Gemm, expert: Expert, h_CI: Tensor, at: slice, *, out_mH: Tensor) -> None:
-    """y = h @ W_out.T + b_out, not yet weighted by the router."""
+    """Compute y = h @ W_out.T + b_out, not yet weighted by the router."""
     gemm.rows_into(out_mH, h_CI, at.start, _dense(expert.w_out, h_CI), bias_N=expert.bias_out)
     if expert.adapter is not None:
         a = expert.adapter
@@ -113,7 +113,7 @@ def down(gemm: Gemm, expert: Expert, h_CI: Tensor, at: slice, *, out_mH: Tensor)
 
 
 def down_back(gemm: Gemm, expert: Expert, dy_CH: Tensor, at: slice, *, out_mI: Tensor) -> None:
-    """d = dy @ W_out, the gradient of h before the routing weight."""
+    """Compute d = dy @ W_out, the gradient of h before the routing weight."""
     gemm.rows_into(out_mI, dy_CH, at.start, _dense(expert.w_out, dy_CH).t())
     if expert.adapter is not None:
         a = expert.adapter
@@ -121,7 +121,7 @@ def down_back(gemm: Gemm, expert: Expert, dy_CH: Tensor, at: slice, *, out_mI: T
 
 
 def up_back(gemm: Gemm, expert: Expert, dz_CF: Tensor, at: slice, *, out_mH: Tensor) -> None:
-    """dx of the rows = dz @ W_in."""
+    """Compute dx of the rows = dz @ W_in."""
     gemm.rows_into(out_mH, dz_CF, at.start, _dense(expert.w_in, dz_CF).t())
     if expert.adapter is not None:
         a = expert.adapter
@@ -129,7 +129,7 @@ def up_back(gemm: Gemm, expert: Expert, dz_CF: Tensor, at: slice, *, out_mH: Ten
 
 
 def grad_out(gemm: Gemm, expert: Expert, grads: Gradients, dy_mH: Tensor, h_mI: Tensor, *, add: bool) -> None:
-    """dW_out = dy.T @ h and its like, with dy already weighted; `add` for every piece of a slot but its first."""
+    """Compute dW_out = dy.T @ h and its like, dy already weighted; `add` for every piece of a slot but its first."""
     if expert.grad is not None:
         if grads.w_out is not None:
             gemm.outer_into(grads.w_out[expert.grad], dy_mH, h_mI, add=add)
@@ -143,7 +143,7 @@ def grad_out(gemm: Gemm, expert: Expert, grads: Gradients, dy_mH: Tensor, h_mI: 
 
 
 def grad_in(gemm: Gemm, expert: Expert, grads: Gradients, dz_mF: Tensor, x_mH: Tensor, *, add: bool) -> None:
-    """dW_in = dz.T @ x and its like; `add` for every piece of a slot but its first."""
+    """Compute dW_in = dz.T @ x and its like; `add` for every piece of a slot but its first."""
     if expert.grad is not None:
         if grads.w_in is not None:
             gemm.outer_into(grads.w_in[expert.grad], dz_mF, x_mH, add=add)

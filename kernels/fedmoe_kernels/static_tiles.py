@@ -21,7 +21,7 @@ INTERPRET = TileSet(_SMALL, _SMALL, _SMALL, _SMALL, _SMALL, _SMALL)
 
 
 def _few_rows(m: int, stages: int, *, tma: bool) -> TileSet:
-    """Blocks of `m` rows, 16 or 32: weights are streamed once through narrow blocks."""
+    """Make blocks of `m` rows, 16 or 32: weights are streamed once through narrow blocks."""
     gated = Tile(m, 64, 64, 4, stages, group=4, tma=tma)
     plain = Tile(m, 128, 64, 4, stages, group=4, tma=tma)
     return TileSet(gated, plain, gated, plain, Tile(64, 128, m, 4, 7), gated)

@@ -37,14 +37,14 @@ class RouterStats:
     def zeros(
         cls, num_experts: int, *, num_clients: int | None = None, device: torch.device | str = "cpu"
     ) -> RouterStats:
-        """The statistics of no token: the neutral element of `+`."""
+        """Return the statistics of no token: the neutral element of `+`."""
         lead = () if num_clients is None else (num_clients,)
         tokens, lost_mass = torch.zeros(2, *lead, dtype=torch.float64, device=device)
         hits, prob_sum, prob_max, plogp_sum = torch.zeros(4, *lead, num_experts, dtype=torch.float64, device=device)
         return cls(tokens, hits, prob_sum, prob_max, plogp_sum, lost_mass)
 
     def __add__(self, other: RouterStats) -> RouterStats:
-        """The statistics of both sets of tokens together; neither operand is changed."""
+        """Add the statistics of both sets of tokens; neither operand is changed."""
         return RouterStats(
             tokens=self.tokens + other.tokens,
             hits_E=self.hits_E + other.hits_E,

@@ -58,7 +58,7 @@ class TileSet:
 
     Attributes:
         up, down, data_gradient, input_gradient, weight_gradient: the stages of the experts.
-        rank: products with a rank-sized result (adapters); n is the most columns it computes at a time.
+        rank: products with a rank-sized result (adapters); n is the most columns it computes at once.
     """
 
     up: Tile
@@ -105,7 +105,7 @@ class Entry:
         return self.hidden is not None and self.inner is not None
 
     def serves(self, bytes_: int, rows_per_slot: float, hidden: int | None, inner: int | None) -> bool:
-        """Whether this line is meant for a call."""
+        """Tell whether this line is meant for a call."""
         return (
             self.bytes == bytes_
             and (self.below is None or rows_per_slot < self.below)

@@ -1,4 +1,4 @@
-"""How a layer's expert weights are stored and passed: stacked by slot, trainable slots first, adapters beside them.
+"""How a layer's expert weights are stored and passed: stacked by slot, trainable slots first, adapters next to them.
 
 Shapes: B slots, Bt trainable slots, H hidden, I intermediate, F = 2 * I for gated activations and I for the others,
 r LoRA rank, Bl slots with an adapter.
@@ -25,6 +25,12 @@ class ExpertWeights:
 
     Raises:
         ValueError: when the two differ in dtype or trailing shape, or the frozen part asks for a gradient.
+
+    Example:
+        >>> import torch
+        >>> weights = ExpertWeights(torch.zeros(2, 8, 4, requires_grad=True), torch.zeros(3, 8, 4))
+        >>> len(weights.trainable), len(weights.frozen)  # five slots, two of which can have a gradient
+        (2, 3)
     """
 
     trainable: Tensor
@@ -83,12 +89,12 @@ class Stack(NamedTuple):
         return self.trainable, self.frozen, None
 
     def cast(self, dtype: torch.dtype) -> Stack:
-        """The same weights in another dtype; codes and scales stay as they are."""
+        """Return the same weights in another dtype; codes and scales stay as they are."""
         frozen = self.frozen.to(dtype) if isinstance(self.frozen, Tensor) else self.frozen
         return Stack(self.name, self.trainable.to(dtype), frozen)
 
     def whole(self) -> Tensor:
-        """Both parts laid end to end, dequantised."""
+        """Lay both parts end to end, dequantised."""
         if self.frozen is None:
             return self.trainable
         dtype = self.trainable.dtype
@@ -102,7 +108,7 @@ def stacked(**given: Tensor | ExpertWeights | None) -> dict[str, Stack]:
     records = {name for name, value in forms.items() if isinstance(value, ExpertWeights)}
     if records and records != set(forms):
         other = next(name for name in forms if name not in records)
-        raise ValueError(f"{other} is a plain tensor beside ExpertWeights; give all weights and biases in one form")
+        raise ValueError(f"{other} is a plain tensor among ExpertWeights; give all weights and biases in one form")
     return {
         name: Stack(name, value.trainable, value.frozen)
         if isinstance(value, ExpertWeights)
@@ -112,7 +118,7 @@ def stacked(**given: Tensor | ExpertWeights | None) -> dict[str, Stack]:
 
 
 def what(value: Tensor | Quantized) -> str:
-    """Dtype and shape, as errors name a tensor."""
+    """Describe a tensor by dtype and shape, as errors name it."""
     if isinstance(value, Quantized):
         return f"int{value.bits} in groups of {value.group} {tuple(value.shape)}"
     return f"{value.dtype} {tuple(value.shape)}"

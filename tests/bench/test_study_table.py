@@ -1,4 +1,4 @@
-"""The tables in README and docs/study.md are what their command prints from the committed records."""
+"""The tables in docs/results.md and docs/study.md are what their command prints from the committed records."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ABLATIONS = [name for name in RECORDED if name.startswith("ablation-")]
 RECORDS = {name: study_table.read(name) for name in study_table.STUDIES if name in RECORDED}
 
 
-def test_the_readme_shows_the_table_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_results_show_the_table_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert RECORDS
     study_table.main([])
-    assert capsys.readouterr().out in (ROOT / "README.md").read_text("utf-8")
+    assert capsys.readouterr().out in (ROOT / "docs" / "results.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedmoe_core.config import Config
+from fedmoe_core.data import corpus_digest
+from fedmoe_core.identity import code_version
+from fedmoe_core.run_directory import MARKER, claimed
 
 TIERS = ("memory=24MiB", "memory=16MiB,down=2MiB", "experts=25%", "flops=40GFLOP,up=1.5MiB")
 EXPERT_BYTES = 100_000
+IDENTITY = {
+    "corpus_sha256": corpus_digest("stdlib"),
+    "model_sha256": "",
+    "code": code_version("transformers"),
+    "torch": version("torch"),
+}
 PACKAGES = ("asyncio", "email", "unittest", "tkinter", "idlelib", "encodings", "xml", "ctypes", "pydoc", "http")
 
 
@@ -32,7 +42,7 @@ def make_run(
 ) -> Path:
     """A run whose held-out loss falls by ``gain`` nats; ``summary_changes`` overwrite keys of summary.json."""
     rng = np.random.default_rng([seed, len(algorithm), clients])
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     data = "csv:news.csv" if classification else "stdlib"
     config = replace(
         Config.load(overrides=[f"data={data}"]),
@@ -44,6 +54,10 @@ def make_run(
         out=str(path),
         threads=2,
     )
+    if not (path / MARKER).exists():
+        with claimed(path, force=False) as claim:
+            claim.begin(IDENTITY)
+            (path / "config.toml").write_text(config.to_toml())
     (path / "config.toml").write_text(config.to_toml())
     writer = _Writer(rng, clients=clients, layers=layers, experts=experts, rounds=rounds)
     metrics, ledger = writer.records(gain=gain, classification=classification, tiers=tiers)
@@ -73,7 +87,7 @@ def make_run(
         "engine_seconds": after["engine_seconds"] * rounds,
         "client_seconds": (after["seconds"] - after["engine_seconds"]) * rounds,
         "budgeted": True,
-        "corpus_sha256": "9f2b" * 16,
+        **IDENTITY,
         "model_hash": "07ac" * 16,
         "experts_held_min": min(held),
         "experts_held_max": max(held),

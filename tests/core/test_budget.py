@@ -81,8 +81,55 @@ def test_parse_names_the_offender_and_the_nearest_valid_word(text: str, words: t
     assert "\n" not in str(error.value)
 
 
+HUGE = (
+    "1e999999999",
+    "1e-999999999",
+    "0e999999999",
+    "1e9999999999999999999999",
+    "1e400",
+    "9" * 5000,
+    f"0.{'0' * 5000}1",
+)
+
+
+@pytest.mark.parametrize("word", ["memory", "down", "up", "flops", "experts"])
+@pytest.mark.parametrize(
+    "amount", [*HUGE, "1e400", "1e30", "-1", "-inf", "inf", "nan", "1_000", "0x10", "1e"], ids=lambda a: a[:9]
+)
+def test_an_amount_that_no_device_has_is_refused_at_once_and_in_a_sentence(word: str, amount: str) -> None:
+    """1e30 bytes ended in an OverflowError of a solver, and 1e999999999 hung the reader."""
+    if (word, amount) == ("flops", "1e30"):
+        assert Budget.parse("flops=1e30") == Budget(flops=1e30)  # operations are floats: large, and still a limit
+        return
+    with pytest.raises(
+        ValueError, match=r"^budget '.*(is not an amount of|is not a unit of|is more than|is too long a number for) "
+    ) as error:
+        Budget.parse(f"{word}={amount}", spec_experts=32)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 6000
+
+
+@pytest.mark.parametrize("word", ["memory", "down", "up", "flops", "experts"])
+def test_nothing_at_all_is_a_limit(word: str) -> None:
+    """That nothing fits it, the plan says; as a limit it can be read, and shown."""
+    budget = Budget.parse(f"{word}=0")
+    assert Budget.parse(str(budget)) == budget != Budget()
+    assert budget.violations(Cost(1, 1.0, 1, 1, 1))
+
+
+def test_more_than_all_experts_are_all() -> None:
+    asked: list[int] = []
+
+    def plain(count: int) -> Cost:
+        asked.append(count)
+        return Cost(memory_bytes=count)
+
+    assert Budget.parse("experts=300%,memory=1e30%", spec_experts=32, plain=plain) == Budget(32, experts=32)
+    assert asked == [32]
+
+
 def test_parse_refuses_a_share_of_an_unknown_number() -> None:
-    with pytest.raises(ValueError, match="share of experts"):
+    with pytest.raises(ValueError, match="once the model is known"):
         Budget.parse("experts=25%")
 
 
@@ -97,16 +144,19 @@ def test_a_share_of_bytes_is_what_a_plain_client_with_that_share_of_experts_need
     assert budget == Budget(memory_bytes=104, bytes_down=90, bytes_up=1000, experts=16)
     assert asked == [4, 9]
     assert Budget.parse(str(budget)) == budget  # what is saved needs no model to be a share of
-    with pytest.raises(ValueError, match="share of experts"):
+    with pytest.raises(ValueError, match="once the model is known"):
         Budget.parse("memory=25%", spec_experts=32)
     with pytest.raises(ValueError, match="not a unit of flops"):  # top-k runs as many rows whatever is held
         Budget.parse("flops=25%", spec_experts=32, plain=plain)
 
 
-@pytest.mark.parametrize("limit", [-1, float("nan"), float("inf")])
-def test_budget_refuses_what_is_no_limit(limit: float) -> None:
+@pytest.mark.parametrize(
+    "limit", [-1, float("nan"), float("inf"), 10**400, -(10**400)], ids=["-1", "nan", "inf", "huge", "-huge"]
+)
+@pytest.mark.parametrize("field", ["memory_bytes", "flops", "bytes_down", "bytes_up", "experts"])
+def test_budget_refuses_what_is_no_limit(field: str, limit: float) -> None:
     with pytest.raises(ValueError, match="not a limit"):
-        Budget(flops=limit)
+        Budget(**{field: limit})  # type: ignore[arg-type]
 
 
 @given(BUDGETS)

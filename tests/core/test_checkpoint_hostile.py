@@ -105,7 +105,7 @@ def test_inv11_the_forger_can_also_write_a_good_file(tmp_path: Path) -> None:
         (b"[]", "is not a fedmoe checkpoint"),
         (b'{"epoch": 3}', "is not a fedmoe checkpoint"),
         (b'{"format": "fedmoe-checkpoint", "format_version": 99}', "format version 99"),
-        (b'{"format": "fedmoe-checkpoint", "format_version": 1}', "does not match its digest"),
+        (b'{"format": "fedmoe-checkpoint", "format_version": 2}', "does not match its digest"),
     ],
 )
 def test_inv11_foreign_json_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
@@ -122,7 +122,7 @@ def test_inv11_json_with_missing_or_wrong_parts_is_refused(tmp_path: Path) -> No
     outside.write_bytes(good)
     for name in (str(outside), "../outside.safetensors", "checkpoint.json", None, 3, "state-0.safetensors"):
         forge(tmp_path / "run", good, tensors={"file": name, "bytes": len(good)})
-        assert "which is no checkpoint's" in refused(tmp_path / "run")
+        assert "which is not one of ours" in refused(tmp_path / "run")
     forge(tmp_path, good, tensors={"file": "state-0123456789abcdef.safetensors"})
     assert "bytes instead of None" in refused(tmp_path)
     forge(tmp_path, good)

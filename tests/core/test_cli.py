@@ -6,7 +6,6 @@ import importlib.metadata
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import types
@@ -64,8 +63,6 @@ def writes_a_run(calls: list[Any], **changes: Any) -> Callable[..., dict[str, An
     def run(config: Config, *, observer: Any, force: bool) -> dict[str, Any]:
         calls.append((config, force))
         out = Path(config.out)
-        if out.exists():
-            shutil.rmtree(out)
         make_run(out, rounds=2, clients=3, **changes)
         return json.loads((out / "summary.json").read_text())
 
@@ -113,10 +110,11 @@ def test_force_never_overwrites_what_is_not_a_run(simulator: Any, tmp_path: Path
     (tmp_path / "precious.txt").write_text("mine")
     result = invoke("simulate", f"out={tmp_path}", "--force")
     assert result.exit_code == 2
-    assert "holds no run" in result.stderr
+    assert "fedmoe did not make it" in result.stderr
+    assert "--force" not in result.stderr
     assert (tmp_path / "precious.txt").read_text() == "mine"
     (tmp_path / "file").write_text("")
-    assert "is a file" in invoke("simulate", f"out={tmp_path}/file").stderr
+    assert "is not a directory" in invoke("simulate", f"out={tmp_path}/file").stderr
 
 
 def test_exceeded_budget_fails_the_run_unless_no_budget_binds_it(simulator: Any, tmp_path: Path) -> None:
@@ -202,7 +200,7 @@ def test_resume_goes_on_and_reports(simulator: Any, tmp_path: Path) -> None:
     out = make_run(tmp_path / "run", rounds=2, clients=3)
     seen: list[Path] = []
 
-    def resume(run_dir: Path, *, observer: Any) -> dict[str, Any]:
+    def resume(run_dir: Path, *, observer: Any, other_code: bool) -> dict[str, Any]:
         seen.append(run_dir)
         return json.loads((run_dir / "summary.json").read_text())
 

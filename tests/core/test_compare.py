@@ -14,7 +14,7 @@ from fedmoe_core.compare import Study, write
 from fedmoe_core.compare_record import write_record
 from fedmoe_core.compare_table import markdown, rows_of
 from fedmoe_core.measures import Measures, measure
-from fedmoe_core.records import plain
+from fedmoe_core.metrics import plain
 from fedmoe_core.runs import read_runs
 
 GAINS = {"hfedmoe": 0.3, "random": 0.1, "fedavg": 0.02}
@@ -185,7 +185,7 @@ def recorded(study: Study, runs: dict[str, list[Path]]) -> Path:
         (["rounds=3"], "0-2", "has rounds=20 and not 3"),
         (["rounds=20", "selection.beta=0.5"], "0-2", "has selection.beta=0.1 and not 0.5"),
         (["rounds=20"], "0-3", "lacks seed 3 of random"),
-        (None, "0-2", "is no compare.json of this version"),
+        (None, "0-2", "was not written by this version"),
     ],
 )
 def test_another_comparison_is_refused_before_anything_runs(

@@ -65,7 +65,7 @@ def test_toml_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, valu
     path.write_text(config.to_toml(), encoding="utf-8")
     again = Config.load(path)
     assert again == config
-    assert again.fingerprint() == config.fingerprint()
+    assert again.decisive() == config.decisive()
     assert again.to_toml() == config.to_toml()
     assert not config.diff(again)
 
@@ -230,7 +230,7 @@ def test_labelled_data_starts_from_its_preset_below_the_users_words(tmp_path: Pa
 
 def test_preset_is_itself_valid() -> None:
     assert set(CLASSIFICATION_DEFAULTS) <= set(SCHEMA)
-    assert Config.load(overrides=["data=csv:x"]).fingerprint() != Config().fingerprint()
+    assert Config.load(overrides=["data=csv:x"]).decisive() != Config().decisive()
 
 
 @given(st.sampled_from(sorted(FREE)), st.data())
@@ -240,9 +240,11 @@ def test_fingerprint_changes_exactly_with_what_decides_results(key: str, data: s
     value = data.draw(values_of(FREE[key]))
     other = replaced({key: value})
     changed = value != flatten(config)[key]
-    decides = changed and key not in INDIFFERENT
-    assert (config.fingerprint() != other.fingerprint()) == decides
-    assert config.diff(other) == ({key: (flatten(config)[key], value)} if decides else {})
+    by_content = key in ("data", "model")  # only their kind counts, never a path
+    was, now = config.decisive().get(key), other.decisive().get(key)
+    decides = changed and key not in INDIFFERENT and (was != now or not by_content)
+    assert (config.decisive() != other.decisive()) == decides
+    assert config.diff(other) == ({key: (was, now)} if decides else {})
 
 
 def test_resolved_names_its_threads_and_keeps_the_users() -> None:

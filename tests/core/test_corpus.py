@@ -127,7 +127,7 @@ def test_jsonl_with_labels_is_classification(tmp_path: Path) -> None:
     [
         ([""], "holds no line"),
         ([{"text": "a"}, '{"text": "b"'], "line 2 is not valid JSON"),
-        ([{"text": "a"}, "", "[1]"], "line 3 is no JSON object"),
+        ([{"text": "a"}, "", "[1]"], "line 3 is not a JSON object"),
         ([{"text": " "}], "line 1: 'text' is missing"),
         ([{"words": "a"}], "line 1: 'text' is missing"),
         ([{"text": 5}], "line 1: 'text' is missing"),

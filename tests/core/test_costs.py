@@ -91,8 +91,8 @@ def test_lora_counts_adapters_per_matrix() -> None:
     nothing, one = np.zeros((2, 3, 5), dtype=bool)
     one[1, 2] = True
     empty = lora.memory(nothing, nothing)
-    assert lora.memory(one, nothing) - empty == DEMO.expert_params // 2 + 4 * per_expert
-    assert lora.memory(one, one) - lora.memory(one, nothing) == 12 * (per_expert + 8)
+    assert lora.memory(one, nothing) - empty == DEMO.expert_params // 2  # a frozen expert has merged its adapter
+    assert lora.memory(one, one) - lora.memory(one, nothing) == 16 * per_expert + 12 * 8
     assert lora.bytes_up(one) - lora.bytes_up(nothing) == 4 * (per_expert + 8)
     assert lora.bytes_down(one) - lora.bytes_down(nothing) == DEMO.expert_params // 2 + 4 * per_expert
     assert lora.bytes_down(one, cached_LE=one) - lora.bytes_down(nothing) == 4 * per_expert
@@ -145,8 +145,9 @@ def test_more_experts_never_cost_less(seed: int) -> None:
 class Step:
     """A training step played out as allocations: the ground truth that calibration sees only the peaks of."""
 
-    def __init__(self, model: CostModel, transients: tuple[int, ...]) -> None:
+    def __init__(self, model: CostModel, transients: tuple[int, ...], *, router_late: bool = False) -> None:
         self.model, self.transients, self.copies = model, transients, model.trunk.gradient_copies
+        self.router_late = router_late  # whether a layer's router has its gradient only after the height of its stage
 
     def peaks(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray) -> list[int]:
         """Live bytes at the height of each stage, adding up tensor by tensor."""
@@ -160,24 +161,28 @@ class Step:
         heights = [live + self.transients[0]]
         for stage, layer in enumerate(reversed(range(model.num_layers)), start=1):
             gradients = int(trainable_LE[layer].sum()) * 4 * (tensor + model.hidden_size)
+            router = int(trainable_LE[layer].sum()) * 4 * model.hidden_size * self.router_late
+            heights.append(live + gradients - router + self.transients[stage] + self.copies * gradients)
             live += gradients
-            heights.append(live + self.transients[stage] + self.copies * gradients)
         return heights
 
 
 TRANSIENTS = st.tuples(*[st.integers(0, 20_000)] * 4)
 
 
-@given(SEEDS, SEEDS, TRANSIENTS, st.integers(0, 1))
+@given(SEEDS, SEEDS, TRANSIENTS, st.integers(0, 1), st.booleans())
 def test_inv2_calibrated_on_one_plan_is_exact_on_others(
-    seed: int, other: int, transients: tuple[int, ...], copies: int
+    seed: int, other: int, transients: tuple[int, ...], copies: int, router_late: bool
 ) -> None:
-    step = Step(replace(DEMO, trunk=replace(DEMO.trunk, gradient_copies=copies)), transients)
+    step = Step(replace(DEMO, trunk=replace(DEMO.trunk, gradient_copies=copies)), transients, router_late=router_late)
     model = step.model.calibrated({2: step.peaks(*masks(seed))}, *masks(seed))
     # The bytes kept per slot of the calibration plan stay in the transients, so that smaller plans are bounded too.
     slack = int(masks(seed)[0].sum()) * DEMO.slot_bytes
+    # And the router's rows of the layer that runs: it is not known whether they had their gradients at the height.
+    most = max(int(masks(each)[1].sum(axis=1).max()) for each in (seed, other))
+    unsure = most * DEMO.hidden_size * DEMO.grad_bytes
     for plan in (masks(seed), masks(other)):
-        assert model.memory(*plan) == max(step.peaks(*plan)) + slack
+        assert slack <= model.memory(*plan) - max(step.peaks(*plan)) <= slack + unsure
 
 
 @given(SEEDS, SEEDS, TRANSIENTS, st.integers(0, 1))

@@ -18,8 +18,11 @@ from tiny_corpus import make_config
 from toy import Toy
 
 from fedmoe_core import algorithms, simulate
+from fedmoe_core.algorithms import algorithm_class
 from fedmoe_core.checkpoint import load_checkpoint
 from fedmoe_core.config import Config
+from fedmoe_core.identity import code_version
+from fedmoe_core.names import title_of
 from fedmoe_core.prepare import World, build_world
 from fedmoe_core.progress import NullObserver
 from fedmoe_core.ranks import Ranks
@@ -134,9 +137,9 @@ def test_inv1_inv2_profiling_and_validation_are_charged_and_memory_is_bounded(co
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        ("flops=1e6", r"client 0: the work beside training alone needs more than the budget \(flops"),
+        ("flops=1e6", r"client 0: the work besides training alone exceeds the budget \(flops"),
         ("experts=7", r"client 0: the plan exceeds its budget \(experts: 8 experts used, 7 experts allowed\)"),
-        ("memory=100KiB", r"client 0: the work beside training alone .*memory"),
+        ("memory=100KiB", r"client 0: the work besides training alone .*memory"),
     ],
 )
 def test_inv1_a_plan_of_masks_that_does_not_fit_is_refused_by_client_and_amount(
@@ -155,3 +158,32 @@ def test_a_classification_head_is_averaged_over_a_frozen_trunk(config: Make, tmp
     for plan, update in zip(round_.plans, round_.updates, strict=True):
         assert update.cost.bytes_up == plan.predicted.bytes_up
         assert update.cost.bytes_down == plan.predicted.bytes_down
+
+
+def test_an_algorithm_of_the_users_own_is_named_by_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from fedmoe_core.algorithms.baselines import RandomExperts\n"
+        "class Mine(RandomExperts):\n    'Another name for random experts.'\n"
+        "nothing = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert algorithm_class("mine:Mine").__name__ == "Mine"
+    assert Config.load(overrides=["algorithm=mine:Mine"]).algorithm == "mine:Mine"
+    assert title_of("mine:Mine") == "Mine"
+    assert title_of("flux") == "Flux"
+    for name, message in {
+        "mine:nothing": "does not inherit",
+        "mine:Absent": "cannot be loaded",
+        "no_such_module:X": "cannot be loaded",
+        "fedavgg": "did you mean 'fedavg'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            algorithm_class(name)
+    for word in ("mine:", ":Mine", "a b:C", "mine:Mine:More"):
+        with pytest.raises(ValueError, match="algorithm"):
+            Config.load(overrides=[f"algorithm={word}"])
+    before = code_version("transformers", "mine:Mine")
+    assert before != code_version("transformers")
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write("# edited\n")
+    assert code_version("transformers", "mine:Mine") != before

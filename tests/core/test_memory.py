@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -126,6 +130,38 @@ def test_inv2_an_error_in_a_step_comes_through_and_the_next_trace_is_right() -> 
     with pytest.raises(RuntimeError, match="out of memory"):
         trace_memory(broken, CPU)
     assert trace_memory(lambda: block(5), CPU)[1].peak == 5 * KB
+
+
+def test_traces_leave_nothing_for_the_garbage_collector() -> None:
+    """Every trace once left a profile in a cycle: 1.5 GB after 30 steps of 1000 operators, until gc came by."""
+    w = torch.randn(64, 64, requires_grad=True)
+
+    def step() -> None:
+        x = torch.randn(32, 64)
+        for _ in range(1000):
+            x = torch.relu(x @ w)
+        x.sum().backward()
+        w.grad = None
+
+    for _ in range(3):
+        trace_memory(step, CPU)
+    gc.collect()
+    gc.disable()
+    try:
+        before = resident_megabytes()
+        for _ in range(30):
+            assert trace_memory(step, CPU)[1].peak > 0
+        grown, unreachable = resident_megabytes() - before, gc.collect()
+    finally:
+        gc.enable()
+    assert unreachable < 30, "a trace is part of a reference cycle"
+    assert grown < 30, f"30 traces kept {grown:.0f} MB"
+
+
+def resident_megabytes() -> float:
+    """Of this process; 0 where the system does not say."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6 if status.exists() else 0.0
 
 
 def test_a_mark_outside_a_trace_does_nothing() -> None:

@@ -22,6 +22,7 @@ from fedmoe_core.planning import plan_of_masks
 from fedmoe_core.prepare import World, build_world, local_public_batches
 from fedmoe_core.probe import Bench
 from fedmoe_core.progress import NullObserver
+from fedmoe_core.quantised_profile import QuantisedProfile, profile_cost
 from fedmoe_core.ranks import Ranks
 from fedmoe_core.slots import group_of
 
@@ -154,6 +155,34 @@ def test_inv2_a_look_in_few_bits_stays_within_its_closed_form(config: Make, bits
         exact = sum(w * (bits / 8 + 4 / group_of(c)) for c, w in ((64, 64 * 64), (32, 64 * 32)))
         assert coded(costs, bits).held_bytes == int(np.ceil(exact)) + costs.slot_bytes
         assert cost.memory_bytes < pass_cost(costs, every_LE, tokens=1).memory_bytes
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_inv2_a_look_at_wide_experts_pays_for_the_matrix_that_is_made_of_codes(config: Make, bits: int | None) -> None:
+    """Without it, and the stack beside its parts, 4 bits took up to 2.4 times what was predicted."""
+    wide = ("model_config.hidden_size=256", "model_config.expert_width=256", "train.seq_len=12")
+    world, _ = made(config, *wide)
+    every_LE = np.ones((2, 8), dtype=bool)
+    cost = pass_cost(world.population.costs, every_LE, tokens=1, bits=bits)
+    batches = list(local_public_batches(world.config, world.data, 2))
+    state = world.algorithm.init(world.params)
+    plan = plan_of_masks(world.population, state, 0, every_LE)
+    bench = Bench(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
+    _, peak = run_probe(Look(bits), bench, torch.device("cpu"), afresh=True)
+    assert peak <= cost.memory_bytes <= 1.15 * peak
+
+
+def test_inv1_the_profile_of_flux_holds_its_experts_in_4_bits(config: Make) -> None:
+    """In float32 all experts take more than the profile is charged."""
+    world, _ = made(config, "model_config.hidden_size=256", "model_config.expert_width=256")
+    charged = profile_cost(world.population)
+    assert charged is not None
+    batches = list(local_public_batches(world.config, world.data, 1))
+    state = world.algorithm.init(world.params)
+    plan = plan_of_masks(world.population, state, 0, np.ones((2, 8), dtype=bool))
+    bench = Bench(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
+    _, peak = run_probe(QuantisedProfile(), bench, torch.device("cpu"), afresh=True)
+    assert peak <= charged.memory_bytes
 
 
 @dataclass(frozen=True)

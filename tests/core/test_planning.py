@@ -82,7 +82,7 @@ def test_a_surcharge_is_predicted_and_leaves_less_for_training() -> None:
     tight = population("train.local_steps=4", budgets=(f"flops={4.5 * step}",) * 3)
     assert planned(tight).local_steps == 4
     assert planned(tight, surcharge=Cost(flops=2 * step)).local_steps == 2
-    with pytest.raises(ValueError, match=r"client 0: the work beside training alone needs more .*flops"):
+    with pytest.raises(ValueError, match=r"client 0: the work besides training alone exceeds .*flops"):
         planned(tight, surcharge=Cost(flops=5 * step))
 
 

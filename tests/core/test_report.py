@@ -90,7 +90,7 @@ def test_page_is_whole_and_stands_alone(tmp_path: Path, shape: dict[str, Any]) -
         "Which experts matter",
         "Budget used, against budget given",
         "Tiers",
-        "Who holds what data",
+        "Which client holds what data",
         "Refused updates",
         "Configuration of this run",
     ):

@@ -34,7 +34,7 @@ def test_round_one_takes_frequencies() -> None:
 def test_epsilon_grows_to_its_most() -> None:
     shares = [exploit_share(t, start=0.3, step=0.2, most=0.8) for t in range(5)]
     assert shares == pytest.approx([0.3, 0.5, 0.7, 0.8, 0.8])
-    with pytest.raises(ValueError, match="is no growing share"):
+    with pytest.raises(ValueError, match="epsilon must grow within"):
         exploit_share(0, start=1.2, step=0.1, most=1.0)
 
 

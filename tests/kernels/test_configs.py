@@ -192,7 +192,7 @@ def test_a_file_that_is_no_table_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     path = tmp_path / "bad.json"
     path.write_text(content)
     monkeypatch.setenv("FEDMOE_TILES", str(path))
-    with pytest.raises(ValueError, match=r"FEDMOE_TILES=.*bad\.json (cannot be read|is no table)"):
+    with pytest.raises(ValueError, match=r"FEDMOE_TILES=.*bad\.json (cannot be read|is not a table)"):
         tiles_for("sm_90", BF16, 2048)
     monkeypatch.setenv("FEDMOE_TILES", str(tmp_path / "absent.json"))
     with pytest.raises(ValueError, match=r"absent\.json cannot be read"):

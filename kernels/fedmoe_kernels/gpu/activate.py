@@ -25,7 +25,7 @@ def _value(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate(gate, up, ACTIVATION: tl.constexpr):
-    """h of a block. Ungated forms read `gate` alone; pass it twice."""
+    """Compute h of a block. Ungated forms read `gate` alone; pass it twice."""
     if ACTIVATION == "swiglu":
         return gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "geglu":

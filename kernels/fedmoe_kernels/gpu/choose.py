@@ -28,14 +28,14 @@ class Rule(NamedTuple):
 
 
 class Holders(NamedTuple):
-    """Which token belongs to whom, and who holds what: table_CE (C, E), client_T (T,) and valid_T (T,)."""
+    """Which client owns each token, and what it holds: table_CE (C, E), client_T (T,) and valid_T (T,)."""
 
     table_CE: Tensor
     client_T: Tensor | None
     valid_T: Tensor | None
 
     def args(self, stand_in: Tensor) -> dict[str, Any]:
-        """Kernel arguments; `stand_in` is passed, and never read, for what is not given."""
+        """Return the kernel arguments; `stand_in` is passed, and never read, for what is not given."""
         return {
             "table": self.table_CE,
             "client": stand_in if self.client_T is None else self.client_T,
@@ -47,7 +47,7 @@ class Holders(NamedTuple):
 
 
 def block_tokens(k: int, num_experts: int = 1, logits: int = 4096) -> int:
-    """Tokens of a block: at most 256 places and so many logits (4096 are 32 registers a thread in 4 warps).
+    """Return the tokens of a block: at most 256 places and so many logits (4096 are 32 registers a thread in 4 warps).
 
     A function of E and k alone: the order in which a token's logits are summed follows from the block's shape, and it
     must not depend on how many tokens others bring.

@@ -31,7 +31,7 @@ def _combine_kernel(rows, rows_TK, weights, out, H: tl.constexpr, K: tl.constexp
 
 
 def combine(rows_RH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None, out_TH: Tensor) -> list[Launch]:
-    """out[t] = sum over places j that have a row of weights[t, j] * rows[rows_TK[t, j]], rounded once.
+    """Write out[t] = sum over places j that have a row of weights[t, j] * rows[rows_TK[t, j]], rounded once.
 
     Args:
         rows_RH: rows of any dtype; those from N on are never read.

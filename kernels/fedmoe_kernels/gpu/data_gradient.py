@@ -191,7 +191,7 @@ def _store_sums(ds, zdz, ds_rows, zdz_rows, rows, live, tile, column, SUMS: tl.c
 
 
 def column_blocks(intermediate: int, tile: Tile, w_out: Stored) -> int:
-    """C, how many partial sums `data_gradient` leaves per row and per tile: the most of its launches."""
+    """Return C, the number of partial sums `data_gradient` leaves per row and tile: the most of its launches."""
     return max(cdiv(intermediate, _cut(tile, w_out.served(part)).n) for part in w_out.parts)
 
 

@@ -42,7 +42,7 @@ from fedmoe_kernels.gpu.storage import (
 def _clear_absent(
     out, rows_TK, block, tokens, columns, CHOICES: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """Zeros to the tokens of block `block`, BM each, none of whose places has a row."""
+    """Write zeros to the tokens of block `block`, BM each, that have no row at any place."""
     token = block.to(tl.int64) * BM + tl.arange(0, BM)
     absent = token < tokens
     for j in tl.static_range(CHOICES):
@@ -124,7 +124,7 @@ def down(
     direct: Direct | None = None,
     term: RankTerm | None = None,
 ) -> list[Launch]:
-    """out = h @ w_out^T + bias_out of each row's slot.
+    """Write out = h @ w_out^T + bias_out of each row's slot.
 
     Args:
         h_RI: the activations; rows from N on are never used.
@@ -150,7 +150,7 @@ def input_gradient(
     direct: Direct | None = None,
     term: RankTerm | None = None,
 ) -> list[Launch]:
-    """out = dz @ w_in of each row's slot, w_in (B, F, H); the rest as in `down`."""
+    """Write out = dz @ w_in of each row's slot, w_in (B, F, H); the rest as in `down`."""
     product = _Product(dz_RF, w_in, None, out_XH, True, direct=direct, term=term)
     return _launches(product, schedule, tile, w_in.parts)
 
@@ -165,7 +165,7 @@ def rank_product(
     schedule: Schedule,
     tile: Tile,
 ) -> list[Launch]:
-    """out = rows @ factor^T with factor (Bl, r, K), or rows @ factor with factor (Bl, K, r) if `transposed`.
+    """Write rows @ factor^T with factor (Bl, r, K), or rows @ factor with factor (Bl, K, r) if `transposed`.
 
     Rows of slots from Bl on, which have no adapter, are left alone. With `tokens_R` rows_XK is read by token.
     """

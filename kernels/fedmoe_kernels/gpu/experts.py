@@ -1,9 +1,9 @@
-"""The experts on a GPU: which kernels run in which order, what is allocated for them and when it is let go.
+"""The experts on a GPU: which kernels run in which order, what is allocated for them and when it is freed.
 
 Shapes: T tokens, K top-k, B slots, Bt trainable slots, Bl slots with an adapter, R = T * K places of which the first N
 are rows, H hidden, I intermediate, F = 2 * I for gated activations and I for the others, r rank.
 
-Nothing here reads a value from the device or depends on one, so a CUDA graph can hold a call, and with
+Nothing here reads a value from the device or depends on one, so a CUDA graph can hold a call. With
 `execute=list.append` on tensors of the meta device the launches can be looked at, or compiled, where there is no GPU.
 """
 
@@ -35,7 +35,7 @@ def forward(
     arch: str | None = None,
     execute: Execute = Launch.run,
 ) -> tuple[Tensor, Tensor]:
-    """y (T, H) and the pre-activations z (R, F) that the backward reads; z is (0, F) without `keep_z`.
+    """Compute y (T, H) and the pre-activations z (R, F) that the backward reads; z is (0, F) without `keep_z`.
 
     Args:
         inputs: as the operator takes them.
@@ -82,9 +82,9 @@ def backward(
     arch: str | None = None,
     execute: Execute = Launch.run,
 ) -> tuple[Tensor, ...]:
-    """The gradients that `needs` asks for in the order of `DIFFERENTIABLE`, then the scores; (0,) for the others.
+    """Compute the gradients that `needs` asks for in the order of `DIFFERENTIABLE`, then the scores; (0,) for others.
 
-    The order keeps the peak low: what comes from s * h first, so that it is gone before dx is made, and dW_in last,
+    The order keeps the peak low. What comes from s * h is first, so that it is gone before dx is made; dW_in is last,
     when all that is left by row is dz.
 
     Args:
@@ -164,7 +164,7 @@ class _Backward(NamedTuple):
     def send_back(
         self, z_RF: Tensor, dyb_Rr: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, Tensor | None]]:
-        """dz, s * h and the partial sums of <d, h> and <z, dz>, each None where nothing asks for it."""
+        """Compute dz, s * h and the partial sums of <d, h> and <z, dz>, each None where nothing asks for it."""
         stage, need, i = self.stage, self.need, self.stage.inputs
         learns = need["a_in"]
         want_dz = learns or need["x_TH"] or need["w_in"] or need["bias_in"]
@@ -199,7 +199,7 @@ class _Backward(NamedTuple):
         return dz_RF, sh_RI, (ds_RC, zdz_MC)
 
     def routing(self, ds_RC: Tensor | None, zdz_MC: Tensor | None) -> tuple[Tensor, Tensor]:
-        """dS by place, and the importance sums by piece of a tile; (0,) where nothing asks for them."""
+        """Compute dS by place, and the importance sums by piece of a tile; (0,) where nothing asks for them."""
         stage, i = self.stage, self.stage.inputs
         assert ds_RC is not None
         out_TK = torch.empty_like(i.weights_TK) if self.need["weights_TK"] else None
@@ -222,7 +222,7 @@ class _Backward(NamedTuple):
     def weight(
         self, name: str, left: tuple[Tensor | None, Tensor | None], right: tuple[Tensor | None, Tensor | None]
     ) -> Tensor:
-        """The gradient of a matrix from two operands, each with the tokens that it is read by or None."""
+        """Compute the gradient of a matrix from two operands, each with the tokens that it is read by or None."""
         i = self.stage.inputs
         out_GPQ = torch.empty_like(getattr(i, name))
         assert left[0] is not None
@@ -242,7 +242,7 @@ class _Backward(NamedTuple):
         return out_GPQ
 
     def bias(self, name: str, rows_XN: Tensor | None, *, weighted: bool) -> Tensor:
-        """The gradient of a bias: the sum of each slot's rows, of dy by token and `weighted`, or of dz by row."""
+        """Compute a bias gradient: the sum of each slot's rows, of dy by token and `weighted`, or of dz by row."""
         i = self.stage.inputs
         out_GN = torch.empty_like(getattr(i, name))
         assert rows_XN is not None
@@ -251,7 +251,7 @@ class _Backward(NamedTuple):
         return out_GN
 
     def input_gradient(self, dz_RF: Tensor | None, dzb_Rr: Tensor | None) -> Tensor:
-        """dx (T, H): each token's sum of dz @ w_in over its rows."""
+        """Compute dx (T, H): each token's sum of dz @ w_in over its rows."""
         stage, i = self.stage, self.stage.inputs
         assert dz_RF is not None
         direct = stage.direct(None)

@@ -48,22 +48,22 @@ class Launch:
 
 
 def cdiv(total: int, size: int) -> int:
-    """Blocks of `size` that cover `total`; triton.cdiv takes 2 to 6 us outside a kernel, and a call has 30 of them."""
+    """Count blocks of `size` to cover `total`; triton.cdiv takes 2 to 6 us outside a kernel, a call has 30 of them."""
     return -(-total // size)
 
 
 def power_of_2(least: int) -> int:
-    """The smallest power of two from `least` on."""
+    """Return the smallest power of two from `least` on."""
     return 1 << max(0, least - 1).bit_length()
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of products of `dtype`: float32 is exact unless torch allows TF32; no other dtype asks."""
+    """Return `input_precision` for products of `dtype`: float32 is exact unless torch allows TF32; others need none."""
     return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
 
 
 def row_constants(tile: Tile, dtype: torch.dtype, *, tma: bool) -> dict[str, Any]:
-    """The constants that the kernels over rows take from their tile; `tma` where all descriptors can be made."""
+    """Return the constants that kernels over rows take from their tile; `tma` where all descriptors can be made."""
     sizes = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": tile.group}
     return {**sizes, "TMA": tma, "PRECISION": dot_precision(dtype)}
 

@@ -62,12 +62,12 @@ class CallSizes:
         return 16 * self.most_tiles + 4 * (self.slots + 1)
 
     def by_row(self, *widths: int) -> int:
-        """Bytes of buffers with a row for every place."""
+        """Count the bytes of buffers with a row for every place."""
         return self.itemsize * self.rows * sum(widths)
 
 
 def forward_bytes(sizes: CallSizes, *, keep_z: bool = True) -> int:
-    """The most a forward allocates at once; of these z (R * F values, with `keep_z`) and y (T * H) stay."""
+    """Return the most a forward allocates at once; of these z (R * F values, with `keep_z`) and y (T * H) stay."""
     z = sizes.by_row(sizes.width) if keep_z else 0
     y = sizes.itemsize * sizes.tokens * sizes.hidden
     products = sizes.by_row(sizes.inner, sizes.rank)
@@ -77,7 +77,7 @@ def forward_bytes(sizes: CallSizes, *, keep_z: bool = True) -> int:
 
 
 def backward_bytes(sizes: CallSizes, *, recompute: bool = False, scores: bool = True) -> int:
-    """The most a backward allocates at once, all gradients but those of biases asked for.
+    """Return the most a backward allocates at once, all gradients but those of biases asked for.
 
     Of these dx (T * H values), dS, the weight gradients (G * (F + I) * H) or the factors' and the scores stay. Every
     row's token and place, 16 bytes, are made again. Frozen experts in codes take narrower blocks, and so up to twice

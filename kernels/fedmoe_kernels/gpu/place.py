@@ -146,7 +146,7 @@ def _rows_kernel(
 
 @triton.jit(do_not_specialize=["places"])
 def _inverse_kernel(rows, token_of_row, place_of_row, places, K: tl.constexpr, P: tl.constexpr):
-    """P places tell their rows who they are."""
+    """P places write their number to their rows."""
     place = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     row = tl.load(rows + place, mask=place < places, other=-1)
     tl.store(token_of_row + row, place // K, mask=row >= 0)
@@ -236,7 +236,7 @@ def rows(
 
 
 def inverse(rows_TK: Tensor, *, tokens_R: Tensor, places_R: Tensor) -> list[Launch]:
-    """Fill tokens_R and places_R for the real rows from rows_TK, as the backward needs them; what lies past them stays.
+    """Fill tokens_R and places_R of the real rows from rows_TK, as the backward needs them; what lies past them stays.
 
     Reads 8 and writes 16 bytes a place (6 MB at T * K = 262144, 4 us expected on an H100), which are not kept from the
     forward on.

@@ -114,7 +114,7 @@ def route(
 
 
 def shape_args(num_experts: int, rule: Rule, logits: int = 4096) -> dict[str, int]:
-    """The sizes of a routing kernel's blocks of so many logits, and its groups."""
+    """Return the sizes of a routing kernel's blocks of so many logits, and its groups."""
     return {
         "E": num_experts,
         "EP": power_of_2(num_experts),

@@ -112,12 +112,12 @@ def _sum_kernel(parts, part_tokens, stats, stat_tokens, splits, E: tl.constexpr,
 
 
 def _sizes(num_experts: int, rule: Rule) -> dict[str, int]:
-    """Blocks of 512 logits, because three sums of 64 bits lie beside them."""
+    """Choose blocks of 512 logits, because three sums of 64 bits lie next to them."""
     return shape_args(num_experts, rule, logits=512)
 
 
 def splits_for(tokens: int, clients: int, num_experts: int, rule: Rule) -> int:
-    """How many programs share one client's tokens: 8 blocks each, about 1024 programs at most.
+    """Choose how many programs share one client's tokens: 8 blocks each, about 1024 programs at most.
 
     It may depend on the cohort, because exact sums do not depend on it.
     """

@@ -66,7 +66,7 @@ def route(
     with_stats: bool,
     execute: Execute = Launch.run,
 ) -> Routed:
-    """What `routing_ops.route_op` returns, in 2 launches, 4 where blocks * B exceeds 4096, and 1 or 2 for statistics.
+    """Return what `routing_ops.route_op` does, in 2 launches, 4 if blocks * B exceeds 4096, and 1 or 2 for statistics.
 
     Tokens of a client outside [0, C) get no row. Nothing waits for the device.
     """
@@ -122,7 +122,7 @@ def route_backward(
     rule: Rule,
     execute: Execute = Launch.run,
 ) -> Tensor:
-    """dL/dlogits (T, E) in one launch."""
+    """Compute dL/dlogits (T, E) in one launch."""
     with torch.cuda.device_of(logits_TE):
         out_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
         for launch in route_backward_launches(
@@ -146,7 +146,7 @@ def place(
     num_slots: int,
     execute: Execute = Launch.run,
 ) -> Placed:
-    """What `routing_ops.place_rows_op` returns, in 2 launches (4 where blocks * B exceeds 4096)."""
+    """Return what `routing_ops.place_rows_op` does, in 2 launches (4 where blocks * B exceeds 4096)."""
     with torch.cuda.device_of(experts_TK):
         T, K = experts_TK.shape
         per_block = block_tokens(K)

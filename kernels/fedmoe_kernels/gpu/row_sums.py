@@ -22,7 +22,7 @@ _PIECE = 32
 
 @triton.jit
 def _add_columns(partial, rows, live, COLUMNS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """The sum of each row of a matrix (X, COLUMNS) of partial sums, BC columns at a time: (BM,)."""
+    """The sum of each row of a matrix (X, COLUMNS) of partial sums, BC columns at once: (BM,)."""
     acc = tl.zeros((BM, BC), tl.float32)
     for c0 in range(0, COLUMNS, BC):
         c = c0 + tl.arange(0, BC)
@@ -113,7 +113,7 @@ def _piece(schedule: Schedule) -> int:
 
 
 def tile_pieces(schedule: Schedule) -> int:
-    """S, the rows of the partial importance sums."""
+    """Return S, the rows of the partial importance sums."""
     return schedule.tiles * (schedule.height // _piece(schedule))
 
 
@@ -129,7 +129,7 @@ def routing_gradient(
     zdz_MC: Tensor | None = None,
     sums_S4: Tensor | None = None,
 ) -> list[Launch]:
-    """dS of every place, exact zeros where it has no row, and the importance sums of every piece of a tile.
+    """Write dS of every place, exact zeros where it has no row, and the importance sums of every piece of a tile.
 
     Args:
         ds_RC: from `data_gradient`.
@@ -144,7 +144,7 @@ def routing_gradient(
     if schedule.tiles == 0:
         return []
     bm, columns = _piece(schedule), ds_RC.shape[1]
-    # Without a bias there is no H to speak of, and no dy to read.
+    # Without a bias H does not matter, and no dy is read.
     hidden = 0 if bias_out is None or dy_TH is None else dy_TH.shape[1]
     args = {
         "ds": ds_RC,
@@ -178,7 +178,7 @@ def routing_gradient(
 def score_sums(
     sums_S4: Tensor, offsets_B1: Tensor, out_B6: Tensor, *, schedule: Schedule, squares_GN: Tensor | None = None
 ) -> list[Launch]:
-    """The importance of every slot, in the order of `ExpertScores`; zeros where a slot has no row.
+    """Write the importance of every slot, in the order of `ExpertScores`; zeros where a slot has no row.
 
     Args:
         sums_S4: from `routing_gradient`.

@@ -36,7 +36,7 @@ class Schedule(NamedTuple):
 
 
 def most_tiles(rows: int, slots: int, height: int) -> int:
-    """The most tiles that `rows` rows in `slots` slots can need: every slot but one leaves a tile with a single row."""
+    """Return the most tiles that `rows` rows in `slots` slots can need: all slots but one leave a tile with one row."""
     if rows <= slots:
         return rows
     return -(-(rows - slots + 1) // height) + slots - 1
@@ -76,7 +76,7 @@ def _schedule_kernel(
 
 
 def schedule(offsets_B1: Tensor, rows: int, height: int, execute: Execute = Launch.run) -> Schedule:
-    """The schedule of R = `rows` places sorted by slot; `offsets_B1` (B + 1,) int64 as in `Routing`."""
+    """Make the schedule of R = `rows` places sorted by slot; `offsets_B1` (B + 1,) int64 as in `Routing`."""
     slots = offsets_B1.shape[0] - 1
     tiles = most_tiles(rows, slots, height)
     table_M4 = torch.empty(tiles, 4, dtype=torch.int32, device=offsets_B1.device)

@@ -41,7 +41,7 @@ class Stage(NamedTuple):
             self.execute(launch)
 
     def rows(self, width: int) -> Tensor:
-        """(R, width) of x's dtype; rows from N on are never written."""
+        """Return room (R, width) of x's dtype; rows from N on are never written."""
         return self.inputs.x_TH.new_empty(self.inputs.rows_TK.numel(), width)
 
     @property
@@ -69,12 +69,12 @@ class Stage(NamedTuple):
         return None if i.bias_out is None else _stored(i.bias_out, i.bias_out_frozen, None, i.base_of_slot_B)
 
     def direct(self, weights_TK: Tensor | None) -> Direct | None:
-        """With one choice a token the last product writes to token order, and nothing is combined."""
+        """Tell if tokens have one choice: the last product then writes in token order, and nothing is combined."""
         (tokens_R, places_R, _), rows_TK = self.row_index, self.inputs.rows_TK
         return Direct(tokens_R, places_R, weights_TK, rows_TK) if rows_TK.shape[1] == 1 else None
 
     def through(self, rows_XK: Tensor, factor: Tensor, *, transposed: bool, gather: bool) -> Tensor:
-        """(R, r): rows times an adapter's factor (Bl, r, K), or (Bl, K, r) if `transposed`."""
+        """Compute (R, r): rows times an adapter's factor (Bl, r, K), or (Bl, K, r) if `transposed`."""
         out_Rr = self.rows(factor.shape[2 if transposed else 1])
         tokens_R = self.row_index.tokens_R if gather else None
         self.run(
@@ -89,14 +89,14 @@ class Stage(NamedTuple):
         return out_Rr
 
     def term(self, rows_Rr: Tensor | None, factor: Tensor | None) -> RankTerm | None:
-        """What adapters add to a product, None where there are none."""
+        """Return what adapters add to a product; None without adapters."""
         if rows_Rr is None or factor is None:
             return None
         assert self.inputs.scale_B is not None
         return RankTerm(rows_Rr, factor, self.inputs.scale_B)
 
     def first_product(self, z_RF: Tensor | None, h_RI: Tensor | None) -> None:
-        """z, f(z) or both, as the forward and a backward that recomputes make them: one kernel, the same bits."""
+        """Compute z, f(z) or both, for the forward and for a backward that recomputes: one kernel, the same bits."""
         i = self.inputs
         xa_Rr = None if i.a_in is None else self.through(i.x_TH, i.a_in, transposed=False, gather=True)
         self.run(
@@ -163,13 +163,13 @@ def _tiles(
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Itself, or a contiguous copy where it is none, or starts off 16 bytes, where no descriptor or wide load can."""
+    """Return the tensor, contiguous; copied if it starts off 16 bytes: no descriptor or wide load could read it."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _stored(trainable: Tensor, frozen: Tensor | None, scale: Tensor | None, base_of_slot_B: Tensor | None) -> Stored:
-    """An empty frozen part is none."""
+    """Wrap both parts of a stack; an empty frozen part becomes None."""
     if frozen is not None and frozen.shape[0] == 0:
         frozen, scale = None, None
     return Stored(trainable, frozen, scale, base_of_slot_B)

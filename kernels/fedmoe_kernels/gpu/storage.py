@@ -33,11 +33,11 @@ class Stored(NamedTuple):
     base_of_slot_B: Tensor | None = None
 
     def pointers(self, name: str) -> dict[str, Any]:
-        """Kernel arguments `name`, `name_frozen` (the same tensor where nothing is frozen) by address."""
+        """Return the kernel arguments `name`, `name_frozen` (the same tensor where nothing is frozen) by address."""
         return {name: self.trainable, f"{name}_frozen": self.trainable if self.frozen is None else self.frozen}
 
     def descriptors(self, name: str, block: tuple[int, int], matrices: int = 1) -> dict[str, Any]:
-        """The same two arguments as descriptors of blocks (matrices, *block); an empty part repeats the other."""
+        """Return those two arguments as descriptors of blocks (matrices, *block); an empty part repeats the other."""
         parts = [p for p in (self.trainable, self.frozen) if p is not None and p.shape[0]]
         first, last = (TensorDescriptor.from_tensor(p, [matrices, *block]) for p in (parts[0], parts[-1]))
         return {name: first, f"{name}_frozen": last}
@@ -56,14 +56,14 @@ class Stored(NamedTuple):
     def parts(self) -> tuple[str, ...]:
         """The launches of a product with this matrix, each by the slots that it serves, see `served`.
 
-        One, except that codes are read by a launch of their own, for decoding needs other registers and tiles.
+        One, except that codes are read by a separate launch, for decoding needs other registers and tiles.
         """
         if self.scale is None:
             return (self.part,)
         return ("trainable", "frozen") if self.trainable.shape[0] else ("frozen",)
 
     def served(self, part: str) -> Stored:
-        """What the launch of `part` reads; for "trainable" and "frozen" that tensor alone, as the first.
+        """Return what the launch of `part` reads; for "trainable" and "frozen" that tensor alone, as the first.
 
         Codes come in pairs: 8-bit ones as int16.
         """
@@ -98,7 +98,7 @@ class Stored(NamedTuple):
         return sum(t.nbytes for t in (self.trainable, self.frozen, self.scale) if t is not None)
 
     def split(self, halves: int) -> Stored:
-        """The same memory with each slot's N rows as `halves` matrices of N / halves rows one after the other."""
+        """View the same memory with each slot's N rows as `halves` matrices of N / halves rows, one after the other."""
 
         def apart(stack: Tensor | None) -> Tensor | None:
             if stack is None:
@@ -143,7 +143,7 @@ class RankTerm(NamedTuple):
 def matrix_arguments(
     w: Stored, bias: Stored | None, part: str, block: tuple[int, int] | None, halves: int = 1
 ) -> dict[str, Any]:
-    """What a launch of `part` is called with on account of its matrix: tensors, where they begin, how to decode them.
+    """Return what a launch of `part` gets for its matrix: tensors, where they begin, how to decode them.
 
     With `block` w comes by descriptors of such blocks. Slots have `halves` matrices each, see `Stored.split`.
     """
@@ -155,7 +155,7 @@ def matrix_arguments(
 
 
 def term_arguments(term: RankTerm | None) -> dict[str, Any]:
-    """The kernel's arguments of a term: RANK 0 without one; CHUNK is how much of the rank one product takes."""
+    """Return a term's kernel arguments: RANK 0 without one; CHUNK is how much of the rank one product takes."""
     if term is None:
         none = dict.fromkeys(("rank_rows", "factor", "adapter_scale"), None)
         return {**none, "adapters": 0, "RANK": 0, "CHUNK": 16}
@@ -166,7 +166,7 @@ def term_arguments(term: RankTerm | None) -> dict[str, Any]:
 
 
 def decoding_tile(tile: Tile, served: Stored, *, transposed: bool = False) -> Tile:
-    """The tile of a launch that reads `served`; with codes a large block is halved, to have registers for decoding.
+    """Return the tile of a launch that reads `served`; for codes a large block is halved: decoding takes registers.
 
     Along the axis of the codes, n if `transposed` and k otherwise, a block meets whole groups or lies within one.
     """
@@ -179,7 +179,7 @@ def decoding_tile(tile: Tile, served: Stored, *, transposed: bool = False) -> Ti
 
 
 def describable(tensor: Tensor) -> bool:
-    """Whether a tensor descriptor of a contiguous tensor can exist: base and rows at multiples of 16 bytes."""
+    """Tell whether a tensor descriptor of a contiguous tensor can exist: base and rows at multiples of 16 bytes."""
     return tensor.shape[-1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 

@@ -138,7 +138,7 @@ def up(
     tile: Tile,
     term: RankTerm | None = None,
 ) -> list[Launch]:
-    """z = x[tokens] @ w_in^T + bias_in of each row's slot, and h = f(z) from z before it is rounded.
+    """Compute z = x[tokens] @ w_in^T + bias_in of each row's slot, and h = f(z) from z before it is rounded.
 
     Args:
         x_TH: tokens.

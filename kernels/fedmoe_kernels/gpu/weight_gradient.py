@@ -100,7 +100,7 @@ def _blocks(P: int, Q: int, tile: Tile) -> tuple[bool, int, int]:
 
 
 def output_blocks(P: int, Q: int, tile: Tile) -> int:
-    """How many sums of squares `weight_gradient` leaves for each slot's P x Q matrix."""
+    """Count the sums of squares that `weight_gradient` leaves for each slot's P x Q matrix."""
     flipped, m, n = _blocks(P, Q, tile)
     return cdiv(Q if flipped else P, m) * cdiv(P if flipped else Q, n)
 
@@ -118,7 +118,7 @@ def weight_gradient(
     scale_B: Tensor | None = None,
     squares_GN: Tensor | None = None,
 ) -> list[Launch]:
-    """out[g] = scale[g] * the sum over the rows of slot g of left_row^T right_row, written whole, also where it is 0.
+    """Write out[g] = scale[g] * the sum over the rows of slot g of left_row^T right_row, whole, also where it is 0.
 
     Args:
         left_XP, right_XQ: the operands, by row, or by token where the row's token is given.
@@ -205,7 +205,7 @@ def bias_gradient(
     routing: RowIndex | None = None,
     learns_B: Tensor | None = None,
 ) -> list[Launch]:
-    """out[g] = the sum of the rows of slot g, zeros where it has none or does not learn.
+    """Write out[g] = the sum of the rows of slot g, zeros where it has none or does not learn.
 
     Without `routing` values_XN is by row (db_in, of dz); with it by token, and each row counts with its routing weight
     (db_out, of dy).

@@ -1,0 +1,55 @@
+"""An algorithm of your own, written out by hand: clients take turns with the experts, and each expert is averaged.
+
+python examples/custom_algorithm.py [OUT]
+fedmoe simulate algorithm=custom_algorithm:TakeTurns          # in the folder of this file
+"""
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmoe_core import Config, simulate
+from fedmoe_core.algorithms import Algorithm
+from fedmoe_core.planning import make_plan
+from fedmoe_core.reports import failed_update, finished_update
+
+
+@dataclass(frozen=True)
+class TakeTurns(Algorithm):
+    """In round r, client c prefers the experts that follow number r + c; all its updates weigh the same."""
+
+    def plan(self, state, clients):
+        """Server, before the round: a score for every expert; make_plan spends the client's budget on the highest."""
+        spec, plans = self.population.spec, []
+        for client in clients:
+            turn_E = (np.arange(spec.num_experts) - state.round - client) % spec.num_experts
+            scores_LE = np.tile(spec.num_experts - turn_E, (spec.num_layers, 1)).astype(float)
+            plans.append(make_plan(self.population, state, client, scores_LE, explore_absent=False))
+        return plans
+
+    def client(self, plan, result):
+        """Client, after local training: what it sends back, and how much that counts."""
+        if result.profile is None:  # training failed; the round goes on without this client
+            return failed_update(plan, result, 1.0)
+        once_LE = plan.trainable_LE.astype(float)  # 1 for every expert that it trained, 0 elsewhere
+        weights = {"expert_weight_LE": once_LE, "router_weight_LE": once_LE, "sample_weight": 1.0, "gate_weight": 1.0}
+        samples = int(self.population.samples_C[plan.client])
+        return finished_update(plan, result, samples=samples, **weights)
+
+    def apply(self, state, sums, updates):
+        """Server, after the round: each tensor moves by the mean delta of those who trained it."""
+        params = dict(state.params)
+        for spec in sums.specs:
+            weight = {"expert": sums.expert_den_LE, "router": sums.router_den_LE}.get(spec.kind)
+            divisor = sums.dense_den if weight is None else weight[spec.layer]  # 0 keeps the old tensor, bit for bit
+            params[spec.key] = sums.mean(spec.key, state.params[spec.key], divisor)
+        heard = {update.client: update.profile for update in updates if update.profile is not None}
+        return state.advance(params, heard, [update.client for update in updates])
+
+
+if __name__ == "__main__":
+    words = ["clients=4", "rounds=2", "warmup.steps=20", "budgets=experts=25%", "algorithm=__main__:TakeTurns"]
+    words.append(f"out={sys.argv[1] if len(sys.argv) > 1 else 'runs/custom-algorithm'}")
+    summary = simulate.run(Config.load(overrides=words), force=True)
+    print(f"held-out loss {summary['loss_before']:.4f} -> {summary['loss_after']:.4f}")
