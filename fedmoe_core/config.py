@@ -74,7 +74,7 @@ class Config:
     budgets: tuple[str, ...] = ("experts=12.5%", "experts=25%", "experts=50%", "experts=100%")
     min_clients: Positive = 1  # fewest accepted updates that change the model
     ranks: Positive = 1  # processes that share the work; the result has the same bits
-    threads: Natural = 0  # CPU threads of each process; 0 = cores divided by ranks
+    threads: Natural = 0  # per client process; 0 = OMP_NUM_THREADS if that is set, else cores divided by ranks
     # where tensors live; auto: a GPU if torch sees one
     device: Annotated[str, OneOf("auto", "cpu", "cuda", "cuda:INDEX")] = "auto"
     cache: str = ""  # folder of cached warm-ups and encoded text; empty = the user's cache folder
@@ -148,7 +148,8 @@ class Config:
         kind, _, file = self.data.partition(":")
         data = f"{kind}:{Path(file).absolute()}" if file else self.data
         model = str(Path(self.model).absolute()) if Path(self.model).is_dir() and self.model != "tiny" else self.model
-        threads = self.threads or max(1, usable_cores() // self.ranks)
+        asked = os.environ.get("OMP_NUM_THREADS", "")  # of each process, as launchers and batch systems set it
+        threads = self.threads or (int(asked) if asked.isdigit() else 0) or max(1, usable_cores() // self.ranks)
         return replace(self, threads=threads, data=data, model=model)
 
     def to_toml(self) -> str:

@@ -55,7 +55,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     assert not any(line.startswith(("!", "%")) for cell in cells for line in cell.splitlines())
     shown = "class HTML:\n    def __init__(self, data): self.data = data\n"
     shown += "import sys, types\nmodule = types.ModuleType('IPython.display')\nmodule.HTML = HTML\n"
-    shown += "sys.modules.update({'IPython': types.ModuleType('IPython'), 'IPython.display': module})\n"
+    shown += "sys.modules.update({'IPython': types.SimpleNamespace(version_info=(9, 0)), 'IPython.display': module})\n"
     script = tmp_path / "notebook.py"
     script.write_text(shown + "\n\n".join(cells) + "\nassert '<svg' in page.data\n")
     done = subprocess.run(

@@ -247,10 +247,14 @@ def test_fingerprint_changes_exactly_with_what_decides_results(key: str, data: s
     assert config.diff(other) == ({key: (was, now)} if decides else {})
 
 
-def test_resolved_names_its_threads_and_keeps_the_users() -> None:
+def test_resolved_names_its_threads_and_keeps_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     config = Config()
     assert config.threads == 0
     one, two = config.resolved(), dataclasses.replace(config, ranks=2).resolved()
     assert one.threads >= two.threads >= 1
     assert one.resolved() == one
     assert dataclasses.replace(config, threads=3).resolved().threads == 3
+    for asked, threads in (("3", 3), ("", one.threads), ("many", one.threads), ("0", one.threads)):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)  # what a batch system allots each process
+        assert config.resolved().threads == threads

@@ -117,7 +117,7 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 READS = {"item", "cpu", "tolist", "numpy", "nonzero", "is_nonzero", "unique", "masked_select", "synchronize"}
 PACKAGE = Path(fedmoe_kernels.__file__).parent
 # Not the loops' bodies, which wait for the device once a call, nor the map of a plan, which is made once.
-ELSEWHERE = {"cpu.py", "gemm.py", "ops.py", "reference.py", "routing.py"}
+ELSEWHERE = {"cpu.py", "gemm.py", "ops.py", "reference.py", "slot_map.py"}
 SOURCES = [*PACKAGE.glob("gpu/*.py"), *(path for path in PACKAGE.glob("*.py") if path.name not in ELSEWHERE)]
 
 
