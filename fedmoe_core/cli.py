@@ -100,7 +100,7 @@ def resume(
         stop.run_dir = run_dir
         if not (run_dir / "config.toml").is_file():
             raise ValueError(f"{run_dir} holds no run (no config.toml); give the directory that a run named as out")
-        config = Config.load(run_dir / "config.toml").resolved()
+        config = _importable(Config.load(run_dir / "config.toml").resolved())
         launch.check_world(config.ranks)
         if config.ranks > 1 and not launch.launched():
             flags = _flags(quiet=quiet, debug=debug, json=as_json, **{"other-code": other_code})
@@ -262,9 +262,13 @@ def _config(words: list[str] | None) -> Config:
     if paths and not paths[0].endswith(".toml"):
         raise ValueError(f"{paths[0]!r} is neither key=value nor a .toml file; write for example train.lr=1e-3")
     overrides = [word for word in words or [] if "=" in word]
-    config = Config.load(Path(paths[0]) if paths else None, overrides).resolved()
+    return _importable(Config.load(Path(paths[0]) if paths else None, overrides).resolved())
+
+
+def _importable(config: Config) -> Config:
+    """Let an algorithm of the user's own be imported from a file in the current folder."""
     if ":" in config.algorithm and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # an algorithm of the user, in a file that lies here
+        sys.path.append(os.getcwd())
     return config
 
 

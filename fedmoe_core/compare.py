@@ -146,7 +146,7 @@ def compare(
             more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
             raise ValueError(f"{next(iter(others.values()))}{more}; choose another --out, or replace it with --force")
         if force:
-            again |= {job.out for job in jobs if job.finished() and job.code() != study.identity.code}
+            again |= {job.out for job in jobs if job.finished() and job.other_code()}
         outcomes = run_jobs(jobs, study.words, workers=study.workers, watch=watch, again=again)
         missing = remaining(jobs)
         return (
@@ -159,7 +159,7 @@ def compare(
 def other_code(study: Study, jobs: Sequence[Job]) -> list[str]:
     """Say which finished runs in a study's table were made by other code than this."""
     own = study.identity.code
-    made = Counter(code for job in jobs if job.finished() and (code := job.code()) != own)
+    made = Counter(code for job in jobs if job.finished() and (code := job.other_code()))
     notes = [
         f"{plural(count, 'run')} of this table came from fedmoe {code}, and this is {own}; --force runs them again"
         for code, count in made.items()

@@ -38,13 +38,15 @@ class Identity:
     torch: str
 
     @classmethod
-    def of(cls, config: Config) -> Identity:
+    def of(cls, config: Config, *, corpus_sha256: str | None = None) -> Identity:
         """Digest what ``config`` names as it is now; a hub model must have been loaded once.
+
+        ``corpus_sha256`` is that of a corpus which has been read; None reads its text.
 
         Raises:
             ValueError, OSError: the corpus or the model cannot be read.
         """
-        sources = corpus_digest(config.data), model_digest(config.model)
+        sources = corpus_sha256 or corpus_digest(config.data), model_digest(config.model)
         return cls(*sources, code_version(config.adapter, config.algorithm), version("torch"))
 
     @classmethod

@@ -59,11 +59,7 @@ class Job:
 
     def begun(self) -> bool:
         """Return whether this very run has a checkpoint to go on from, made by this very code."""
-        return (
-            (self.out / "checkpoint").exists()
-            and self._same()
-            and self.code() == code_version(self.config.adapter, self.config.algorithm)
-        )
+        return (self.out / "checkpoint").exists() and self._same() and not self.other_code()
 
     def differs(self) -> str:
         """Name the first setting that differs in the run on disk; empty where all agree or no run is there."""
@@ -78,9 +74,10 @@ class Job:
                 return f"{key}={was} and not {now}"
         return ""
 
-    def code(self) -> str:
-        """Name the code that made the run on disk; empty where no run began."""
-        return str((read_facts(self.out) or {}).get("code", ""))
+    def other_code(self) -> str:
+        """Name the code that made the run on disk; empty where no run began, or where it is what would run now."""
+        made = str((read_facts(self.out) or {}).get("code", ""))
+        return "" if made == code_version(self.config.adapter, self.config.algorithm) else made
 
     def _same(self) -> bool:
         return read_facts(self.out) is not None and not self.differs()

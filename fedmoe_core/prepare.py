@@ -86,7 +86,7 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
     observer.on_stage(f"reading {config.data}")
     data = read_data(config, ranks, validation=algorithm_class(config.algorithm).needs_validation)
     adapter = load_model(config, data, ranks.device)
-    identity = replace(Identity.of(config), corpus_sha256=data.corpus_sha256)
+    identity = Identity.of(config, corpus_sha256=data.corpus_sha256)
     spec, form = adapter.spec, algorithm_class(config.algorithm)
     first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
     padding = may_pad(config, data)

@@ -220,7 +220,7 @@ def check_pip(words: list[str]) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("verb", choices=("install", "wheel"))
     parser.add_argument("what", nargs="*")
-    for flag in ("-e", "-r", "-c", "--index-url", "--wheel-dir", "-w"):
+    for flag in ("-e", "-r", "-c", "--wheel-dir", "-w"):
         parser.add_argument(flag)
     parser.add_argument("--no-deps", action="store_true")
     asked = parser.parse_args(words)

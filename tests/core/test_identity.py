@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -271,8 +272,42 @@ def test_compare_says_which_runs_other_code_made(tmp_path: Path, monkeypatch: py
         (job.out / "config.toml").write_text(text)
     assert compare(study, unheard)[2] == []
     own = study.identity.code
-    monkeypatch.setattr("fedmoe_core.identity.code_version", lambda *of: "9.9+edited")
+    for room in ("identity", "jobs"):
+        monkeypatch.setattr(f"fedmoe_core.{room}.code_version", lambda *of: "9.9+edited")
     later = Study.of([], systems="random", seeds="0-1", out=tmp_path, workers=1)
     assert compare(later, unheard)[2] == [
         f"2 runs of this table came from fedmoe {own}, and this is 9.9+edited; --force runs them again"
     ]
+
+
+def test_a_users_own_algorithm_is_compared_with_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module counts as code of its runs alone: no run of an unchanged file is said to be of other code."""
+    (tmp_path / "mine.py").write_text("from fedmoe_core.algorithms.baselines import RandomExperts as Mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    study = Study.of([], systems="mine:Mine,random", seeds="0", out=tmp_path / "study", workers=1)
+    for job in study.jobs():
+        make_run(job.out, algorithm="random", tiers=job.config.budgets)
+        (job.out / "config.toml").write_text(job.config.to_toml())
+        marker = job.out / "fedmoe-run.json"
+        code = code_version("transformers", job.config.algorithm)
+        marker.write_text(json.dumps({**json.loads(marker.read_text()), "code": code}))
+    assert [job.other_code() for job in study.jobs()] == ["", ""]
+    assert compare(study, unheard)[2] == []
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write("# edited\n")
+    assert [bool(job.other_code()) for job in study.jobs()] == [True, False]
+
+
+def test_the_command_resumes_an_algorithm_that_lies_in_the_current_folder(
+    notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own, as a user types it: the installed command has no current folder on its path."""
+    (notes.parent / "own_words.py").write_text("from fedmoe_core.algorithms.baselines import RandomExperts as Mine\n")
+    command = "from fedmoe_core.cli import main; import sys; sys.path.remove(''); main()"
+    words = [*TINY, "rounds=1", f"data=jsonl:{notes}", "out=run", "cache=cache", "algorithm=own_words:Mine"]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    for verb in (["simulate", *words], ["resume", "run"]):
+        done = subprocess.run(
+            [sys.executable, "-c", command, *verb, "-q"], cwd=notes.parent, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
