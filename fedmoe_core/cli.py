@@ -16,11 +16,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedmoe_core import cli_study, launch, show
 from fedmoe_core.config import Config
 from fedmoe_core.progress import NullObserver, PlanRow, observer_for
 from fedmoe_core.run_directory import refuse_claim
+from fedmoe_core.say import say
+from fedmoe_core.wording import visible
 
 app = typer.Typer(
     name="fedmoe",
@@ -46,7 +49,7 @@ def _print_version(asked: bool) -> None:
             number = importlib.metadata.version("fedmoe-core")
         except importlib.metadata.PackageNotFoundError:
             number = "from a source tree that is not installed"
-        typer.echo(f"fedmoe {number}")
+        say(f"fedmoe {number}")
         raise typer.Exit
 
 
@@ -145,8 +148,8 @@ def report(
 
         path, lines = reporting.report(run_dirs, out=out)
         for line in lines:
-            typer.echo(line)
-        typer.echo(f"report: {path}")
+            say(line)
+        say(f"report: {path}")
 
 
 @app.command()
@@ -211,15 +214,15 @@ def _errors(debug: bool) -> Iterator[_Stop]:
         yield stop
     except KeyboardInterrupt:
         if launch.speaks():
-            typer.echo(f"stopped; go on with: {stop.again}" if stop.again else _stopped(stop.run_dir), err=True)
+            say(f"stopped; go on with: {stop.again}" if stop.again else _stopped(stop.run_dir), err=True)
         raise typer.Exit(130) from None
     except launch.RankError as error:
         if error.code == 130:
-            typer.echo(_stopped(stop.run_dir), err=True)
+            say(_stopped(stop.run_dir), err=True)
         elif str(error):
-            typer.echo(f"error: {error}", err=True)
+            say(f"error: {error}", err=True)
         else:
-            typer.echo(f"error: a rank ended with status {error.code}; its own words are above", err=True)
+            say(f"error: a rank ended with status {error.code}; its own words are above", err=True)
         raise typer.Exit(error.code if error.code > 0 else 1) from None
     except (ValueError, OSError) as error:
         if debug:
@@ -229,7 +232,7 @@ def _errors(debug: bool) -> Iterator[_Stop]:
 
 def _fail(sentence: str) -> NoReturn:
     if not launch.tell_parent(sentence):
-        typer.echo(f"error: {sentence}", err=True)
+        say(f"error: {sentence}", err=True)
     raise typer.Exit(2)
 
 
@@ -297,15 +300,16 @@ def _finish(summary: dict[str, Any], run_dir: Path, *, as_json: bool) -> None:
         typer.echo(json.dumps(summary, indent=2))
     else:
         for line in [*lines, f"report: {path}"]:
-            typer.echo(line)
+            say(line)
     violations = int(summary.get("budget_violations") or 0)
     if violations and summary.get("budgeted", True):
-        typer.echo(f"error: budgets were exceeded {violations} times; {run_dir}/ledger.jsonl names them", err=True)
+        say(f"error: budgets were exceeded {violations} times; {run_dir}/ledger.jsonl names them", err=True)
         raise typer.Exit(1)
 
 
 def _plan_table(rows: list[PlanRow], config: Config) -> Table:
-    table = Table(title=f"{config.algorithm}: {config.model} on {config.data}, first round", title_justify="left")
+    title = visible(f"{config.algorithm}: {config.model} on {config.data}, first round")
+    table = Table(title=Text(title, style="table.title"), title_justify="left")
     for name in ("client", "tier"):
         table.add_column(name, no_wrap=True)
     for name in ("experts", "trained", "peak memory", "FLOPs", "down", "up", "steps", "k", "samples"):
@@ -320,8 +324,8 @@ def _plan_table(rows: list[PlanRow], config: Config) -> Table:
 
     for row in rows:
         table.add_row(
-            row.client,
-            row.tier,
+            Text(visible(row.client)),  # a Text, because rich reads "[red]" in a plain name as an order
+            Text(visible(row.tier)),
             f"{'+'.join(map(str, row.experts_held))} = {row.experts}"
             if len(row.experts_held) <= 4
             else str(row.experts),

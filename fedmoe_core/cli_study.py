@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from fedmoe_core import show
+from fedmoe_core.say import say
+from fedmoe_core.wording import visible
 
 if TYPE_CHECKING:
     from fedmoe_core.compare import Study
@@ -53,7 +56,7 @@ class Watch:
         parts = [f"{self.done}/{self.total}", f"{outcome.job.name}: {how}"]
         if not outcome.cached:
             parts += [f"took {show.seconds(outcome.seconds)}", f"about {show.seconds(left)} left"]
-        self.console.print(", ".join(parts), highlight=False, markup=False)
+        self.console.print(Text(visible(", ".join(parts))))
 
 
 def run(study: Study, console: Console, *, force: bool) -> int:
@@ -62,15 +65,15 @@ def run(study: Study, console: Console, *, force: bool) -> int:
 
     missing, lines, notes = compare(study, Watch(len(study.jobs()), console), force=force)
     for line in lines:
-        typer.echo(line)
+        say(line)
     for note in notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
     if not missing:
         return 0
     names = "; ".join(job.name for job in missing[:5])
     more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
     runs = show.plural(len(missing), "run")
-    typer.echo(f"error: {runs} still missing ({names}{more}); the same command goes on", err=True)
+    say(f"error: {runs} still missing ({names}{more}); the same command goes on", err=True)
     return 1
 
 
@@ -87,4 +90,5 @@ def show_systems(*, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(plain(cards), indent=2))
     else:
-        typer.echo(listing(cards))
+        for line in listing(cards).split("\n"):
+            say(line)

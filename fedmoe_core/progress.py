@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Eta
+from rich.text import Text
 
 from fedmoe_core import show
+from fedmoe_core.wording import visible
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class LineObserver:
     def close(self) -> None: ...
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(Text(visible(text)), soft_wrap=True)
 
 
 class LiveObserver:
@@ -136,12 +138,12 @@ class LiveObserver:
     def on_start(self, info: Mapping[str, Any]) -> None:
         self.progress.start()
         self.clients = int(info.get("clients_per_round") or 0)
-        self.progress.print(f"[bold]{escape(headline(info))}[/bold]", highlight=False)
+        self._say(headline(info), "bold")
 
     def on_stage(self, text: str) -> None:
         self.progress.start()
         self._clear()
-        self.progress.print(f"[dim]{escape(text)}[/dim]", highlight=False)
+        self._say(text, "dim")
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
         self._bar(stage, done, total, stage)
@@ -151,15 +153,15 @@ class LiveObserver:
     def on_client(self, round: int, client: int, record: Mapping[str, Any]) -> None:
         task = self.tasks.get("clients")
         done = 1 + (int(self.progress.tasks[self.progress.task_ids.index(task)].completed) if task is not None else 0)
-        self._bar("clients", done, self.clients or done, f"[dim]{escape(client_line(client, record))}[/dim]")
+        self._bar("clients", done, self.clients or done, client_line(client, record), "dim")
         if "rounds" in self.tasks:
             self.progress.advance(self.tasks["rounds"])
 
     def on_round(self, round: int, rounds: int, record: Mapping[str, Any]) -> None:
         first, *rest = self.rounds.of(round, rounds, record)
-        self.progress.print(escape(first), highlight=False)
+        self._say(first)
         for line in rest:
-            self.progress.print(f"[yellow]{escape(line)}[/yellow]", highlight=False)
+            self._say(line, "yellow")
         per_round = max(self.clients, 1)
         self._clear("clients")
         self._bar("rounds", round * per_round, rounds * per_round, f"round {min(round + 1, rounds)}/{rounds}")
@@ -172,7 +174,11 @@ class LiveObserver:
         self._clear()
         self.progress.stop()
 
-    def _bar(self, name: str, done: int, total: int, text: str) -> None:
+    def _say(self, text: str, style: str = "") -> None:
+        self.progress.print(Text(visible(text), style=style))
+
+    def _bar(self, name: str, done: int, total: int, text: str, style: str = "none") -> None:
+        text = f"[{style}]{escape(visible(text))}[/{style}]"  # a bar reads its description as markup
         if name not in self.tasks:
             self.tasks[name] = self.progress.add_task(text, total=total, completed=done)
         self.progress.update(self.tasks[name], completed=done, total=total, description=text)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmoe_core import show
+from fedmoe_core import run_schema, show
 from fedmoe_core.names import title_of
+from fedmoe_core.wording import visible
 
 # Keys that may differ between two runs of one comparison: they name the method, or where and how fast it ran.
 METHOD = ("algorithm", "out", "cache", "ranks", "threads", "selection", "aggregation")
@@ -97,7 +96,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read the runs in these directories, each under its own name.
 
     Raises:
-        ValueError: no run there, nothing recorded yet, or a file that cannot be understood.
+        ValueError: no run there, nothing recorded yet, or a file that holds what no run writes.
         OSError: a file cannot be read.
     """
     runs = [_read(Path(path)) for path in paths]
@@ -109,7 +108,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         if names.count(name) > 1:
             twins = [other for other in runs if other.name == name]
             by_seed = len(seeds) > 1 and len({twin.seed for twin in twins}) == len(twins)
-            name = f"{name}, seed {run.seed}" if by_seed else f"{name}, {run.path.name}"
+            name = f"{name}, seed {run.seed}" if by_seed else f"{name}, {visible(run.path.name)}"
         unique.append(Run(**{**run.__dict__, "name": name}))
     return unique
 
@@ -141,15 +140,15 @@ def _read(path: Path) -> Run:
         raise ValueError(f"{path} is not a directory; give the directory of a run")
     if not (path / "metrics.jsonl").is_file():
         raise ValueError(f"{path} holds no run (no metrics.jsonl); give the directory that a run named as out")
-    records = _lines(path / "metrics.jsonl")
-    rounds = _latest([r for r in records if r.get("type") == "round"], "round")
-    clients = _latest([r for r in records if r.get("type") == "client"], "round", "client")
+    told, answered = run_schema.read_metrics(path / "metrics.jsonl")
+    rounds, clients = _latest(told, "round"), _latest(answered, "round", "client")
     if not rounds:
         raise ValueError(f"{path}/metrics.jsonl has no round yet; let the run finish a round first")
-    config = tomllib.loads((path / "config.toml").read_text("utf-8")) if (path / "config.toml").is_file() else {}
+    config = run_schema.read_config(path / "config.toml") if (path / "config.toml").is_file() else {}
     finished = (path / "summary.json").is_file()
-    summary = _json(path / "summary.json") if finished else _summary_so_far(config, rounds)
-    algorithm = str(summary.get("algorithm", config.get("algorithm", "run")))
+    summary = run_schema.read_summary(path / "summary.json") if finished else _summary_so_far(config, rounds)
+    algorithm = summary.get("algorithm") or config.get("algorithm") or "run"
+    ledger = run_schema.read_ledger(path / "ledger.jsonl") if (path / "ledger.jsonl").is_file() else []
     return Run(
         path=path,
         name=str(summary.get("label") or title_of(algorithm)),
@@ -157,8 +156,8 @@ def _read(path: Path) -> Run:
         config=config,
         rounds=rounds,
         clients=clients,
-        ledger=_latest(_lines(path / "ledger.jsonl"), "round", "client") if (path / "ledger.jsonl").is_file() else [],
-        partition=_json(path / "partition.json") if (path / "partition.json").is_file() else None,
+        ledger=_latest(ledger, "round", "client"),
+        partition=run_schema.read_partition(path / "partition.json") if (path / "partition.json").is_file() else None,
         finished=finished,
     )
 
@@ -188,25 +187,3 @@ def _latest(records: Sequence[Mapping[str, Any]], *keys: str) -> list[Mapping[st
     """Records in order of ``keys``; of two for the same place (a resumed run) the later one counts."""
     kept = {tuple(int(record[key]) for key in keys): record for record in records}
     return [kept[place] for place in sorted(kept)]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    texts = path.read_text("utf-8").split("\n")
-    records: list[dict[str, Any]] = []
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
-        try:
-            records.append(json.loads(text))
-        except json.JSONDecodeError:
-            if number == len(texts):
-                break  # a killed run may leave half a last line
-            raise ValueError(f"{path} line {number} is not JSON; remove that line or run again") from None
-    return records
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError:
-        raise ValueError(f"{path} is not JSON; run again, or remove it") from None

@@ -1,9 +1,27 @@
-"""One sentence for one mistake: the offender, and the nearest thing that would have worked."""
+"""Words for people: one sentence for one mistake, and text of which every character can be seen."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
+
+# Controls (newline and tab too), lone surrogates, formats such as U+202E that turns the reading direction, line and
+# paragraph separators, private and unassigned: a terminal acts on them, or a reader cannot see them.
+UNSEEN = frozenset({"Cc", "Cs", "Cf", "Zl", "Zp", "Co", "Cn"})
+JOINERS = "\u200c\u200d"  # format characters that Persian, Hindi and emoji need
+
+
+def visible(text: str) -> str:
+    """Return ``text`` on one line, each character that a terminal would act on or a reader cannot see as an escape.
+
+    Example:
+        >>> visible("a\\x1b[2J\\n")
+        'a\\\\x1b[2J\\\\x0a'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escape(ord(sign)) if _unseen(sign) else sign for sign in text)
 
 
 def unknown(kind: str, word: str, options: Sequence[str]) -> ValueError:
@@ -12,3 +30,11 @@ def unknown(kind: str, word: str, options: Sequence[str]) -> ValueError:
     near = get_close_matches(word.partition(":")[0], list(heads), n=1, cutoff=0.5)
     hint = f"did you mean {heads[near[0]]!r}? " if near else ""
     return ValueError(f"{kind} {word!r} is unknown; {hint}valid: {', '.join(options)}")
+
+
+def _unseen(sign: str) -> bool:
+    return sign not in JOINERS and unicodedata.category(sign) in UNSEEN
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
