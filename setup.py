@@ -7,5 +7,9 @@ ROOTS = {"fedmoe_core": ".", "fedmoe_kernels": "kernels", "fedmoe_bindings": "bi
 setup(
     packages=[name for root, folder in ROOTS.items() for name in find_packages(folder, include=[root, f"{root}.*"])],
     package_dir={root: f"{folder}/{root}" for root, folder in ROOTS.items()},
-    package_data={**{root: ["py.typed"] for root in ROOTS}, "fedmoe_kernels": ["py.typed", "tiles/*.json"]},
+    package_data={
+        "fedmoe_kernels": ["py.typed", "tiles/*.json"],
+        "fedmoe_core": ["py.typed", "*.jinja"],
+        "fedmoe_bindings": ["py.typed"],
+    },
 )

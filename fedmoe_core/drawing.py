@@ -3,42 +3,61 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedmoe_core.runs import Run
 from fedmoe_core.theme import FONTS, INK, RC
+from fedmoe_core.wording import visible
 
 
-def svg(draw: Callable[..., Figure | None], *args: Any, name: str) -> str | None:
+def svg(draw: Callable[..., Figure | None], *args: Any, name: str, prefix: str) -> Markup | None:
     """Return what ``draw`` makes as an SVG element without outside references; None where there is nothing to draw.
 
+    The element is taken apart and put together again, so that names in it stay text: an edit by regular expressions
+    would also find its patterns in the name of a client. Comments, where matplotlib repeats every text, are left out.
+
     Args:
-        draw: one of the functions below.
-        name: a word unique on the page; prefixes every id inside the SVG, and labels it for screen readers.
+        draw: a function of ``figures``.
+        name: says what the figure shows, to screen readers.
+        prefix: a word unique on the page, of letters and digits; begins every id inside the SVG.
     """
     with mpl.rc_context(RC):
         figure = draw(*args)
         if figure is None:
             return None
-        buffer = io.StringIO()
+        buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.04, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r"'DejaVu Sans'", FONTS, text)
-    prefix = re.sub(r"\W", "-", name)
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = re.sub(r"url\(#", f"url(#{prefix}-", text)
-    text = re.sub(r'href="#', f'href="#{prefix}-', text)
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{name}"', text, count=1)
+    root = ElementTree.fromstring(buffer.getvalue())
+    for child in root.findall("{*}metadata"):
+        root.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {
+            key.rpartition("}")[2]: _placed(key.rpartition("}")[2], value, prefix)
+            for key, value in element.attrib.items()
+        }
+    for size in ("width", "height"):
+        root.attrib.pop(size)
+    root.attrib |= {"role": "img", "aria-label": visible(name)}
+    # The only markup that Python makes: an element tree, whose texts and attributes are escaped as it is written.
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _placed(key: str, value: str, prefix: str) -> str:
+    """Return an attribute as the page needs it: ids of its own figure, and the page's fonts."""
+    if key == "id":
+        return f"{prefix}-{value}"
+    if key == "href" and value.startswith("#"):
+        return f"#{prefix}-{value[1:]}"
+    return value.replace("url(#", f"url(#{prefix}-").replace("'DejaVu Sans'", FONTS)
 
 
 def cells(axes: Axes, table: np.ndarray, **colours: Any) -> None:

@@ -78,7 +78,7 @@ def spread(runs: Sequence[Run]) -> Figure | None:
 
     Of the global model, or of each client's own where there is no global one.
     """
-    tables = [[r for r in run.rounds if r.get("loss_clients") or r.get("personal_loss_C")] for run in runs]
+    tables = [[r for r in run.rounds if any(map(show.known, _losses(r)))] for run in runs]
     if not any(tables):
         return None
     columns = min(len(runs), 3)
@@ -92,9 +92,7 @@ def spread(runs: Sequence[Run]) -> Figure | None:
             axes.set_visible(False)
             continue
         x = [r["round"] for r in table]
-        loss_RC = np.array(
-            [[np.nan if v is None else v for v in r.get("loss_clients") or r["personal_loss_C"]] for r in table], float
-        )
+        loss_RC = np.array([[np.nan if v is None else v for v in _losses(r)] for r in table], float)
         axes.plot(x, loss_RC, color="#c3ccd4", lw=0.8 if loss_RC.shape[1] <= 40 else 0.3)
         worst, best = np.nanargmax(loss_RC[-1]), np.nanargmin(loss_RC[-1])
         lines = (
@@ -276,7 +274,7 @@ def _scaled(
     largest = max((place(r) or 0 for run in runs for r in run.rounds), default=0)
     if not largest:
         return []
-    power = min(int(np.log(largest) / np.log(base)), 5)
+    power = min(max(int(np.log(largest) / np.log(base)), 0), 5)
     prefix = ("", "K", "M", "G", "T", "P")[power] + ("i" if base == 1024 and power else "")
     return [(f"{name} ({prefix}{unit})", place, float(base) ** power)]
 
@@ -291,6 +289,11 @@ def _mean(key: str) -> Callable[[Mapping[str, Any]], float | None]:
         return float(np.mean(known)) if known else None
 
     return mean
+
+
+def _losses(record: Mapping[str, Any]) -> Sequence[float | None]:
+    """Every client's loss under the global model, or under its own where there is no global one."""
+    return record.get("loss_clients") or record.get("personal_loss_C") or ()
 
 
 def _plus(a: float | None, b: float | None) -> float | None:

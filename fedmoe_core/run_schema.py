@@ -157,7 +157,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
         if record.get("type") == "round":
             rounds.append(_checked(record, ROUND, where, ("round",)))
             for key in ("loss_clients", "personal_loss_C"):
-                _alike(shapes, key, record.get(key), where)
+                _alike(shapes, "the losses of the clients", record.get(key), where)
         elif record.get("type") == "client":
             clients.append(_checked(record, CLIENT, where, ("round", "client")))
             if record.get("held_LE") and not record.get("trained_LE"):

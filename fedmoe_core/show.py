@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 NONE = "n/a"
 
@@ -61,6 +62,11 @@ def signed(value: float | None, digits: int = 3) -> str:
 def share(value: float | None, digits: int = 1) -> str:
     """Show a part of one, in per cent."""
     return NONE if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
+
+
+def change(values: Mapping[str, float | None], key: str, text: Callable[[float | None], str]) -> str:
+    """Show a figure before and after: ``KEY_before`` and ``KEY_after`` of ``values``."""
+    return f"{text(values.get(f'{key}_before'))} → {text(values.get(f'{key}_after'))}"
 
 
 def plural(count: int, noun: str) -> str:

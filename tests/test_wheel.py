@@ -69,7 +69,10 @@ def test_the_wheel_holds_three_packages_and_nothing_else(wheel: Path) -> None:
     sources = [path for root, folder in FLOORS.items() for path in (HOUSE / folder / root).rglob("*.py")]
     typed = [HOUSE / folder / root / "py.typed" for root, folder in FLOORS.items()]
     tables = HOUSE.glob("kernels/fedmoe_kernels/tiles/*.json")  # of tiles tuned on a GPU
-    package = {path: next(root for root in FLOORS if root in path.parts) for path in (*sources, *typed, *tables)}
+    pages = [HOUSE / "fedmoe_core" / "report.html.jinja"]
+    package = {
+        path: next(root for root in FLOORS if root in path.parts) for path in (*sources, *typed, *tables, *pages)
+    }
     assert shipped == {str(path.relative_to(HOUSE / FLOORS[root])) for path, root in package.items()}
     assert not [name for name in shipped if "test" in name]
 
@@ -130,6 +133,13 @@ def test_the_installed_command_works_away_from_the_checkout(python: Path, tmp_pa
         "import fedmoe_bindings.transformers; print({sys.modules[load(name).__module__].__file__ for name in PLACES})"
     )
     assert str(HOUSE) not in run(python, "-c", code, cwd=tmp_path)
+
+
+def test_the_installed_package_has_its_page(python: Path, tmp_path: Path) -> None:
+    code = (
+        "from importlib.resources import files; print(files('fedmoe_core').joinpath('report.html.jinja').read_text())"
+    )
+    assert run(python, "-c", code, cwd=tmp_path).count("{% macro") == 4
 
 
 def test_the_environment_can_build_a_wheel() -> None:
