@@ -13,6 +13,7 @@ from scipy.stats import t as student
 
 from fedmoe_core.measures import Measures
 from fedmoe_core.theme import GRID, INK, MUTED, PALETTE, RC
+from fedmoe_core.wording import visible
 
 WIDTH = 10.4  # inches, as the figures of a report
 LINES = ("-", "--", ":", "-.")  # seven colours do not reach for a dozen systems
@@ -44,14 +45,15 @@ def tiers(runs: Mapping[str, Sequence[Measures]]) -> Figure:
                 if len(gaps):
                     half = interval(gaps)
                     axes.errorbar(gaps.mean(), -place, xerr=half, fmt="o", ms=4.5, color=colour, lw=1.4, mec="white")
-            axes.set_yticks([-place for place in range(len(labels))], labels)
+            axes.set_yticks([-place for place in range(len(labels))], list(map(visible, labels)))
             mean = fmean(own.values())
-            axes.set_title(f"{tier}: {mean:.1f} %" if first.accuracy else f"{tier}: {mean:.3f}")
+            axes.set_title(f"{visible(tier)}: {mean:.1f} %" if first.accuracy else f"{visible(tier)}: {mean:.3f}")
             axes.set_xlabel("points of accuracy" if first.accuracy else "nats of loss")
             axes.axvline(0, color=GRID, lw=1.6, zorder=0)
         better = "right is better" if first.accuracy else "left is better"
         figure.suptitle(
-            f"Each system minus {subject} (its mean is in the title); {better}; grey: over the budget", fontsize=9.5
+            f"Each system minus {visible(subject)} (its mean is in the title); {better}; grey: over the budget",
+            fontsize=9.5,
         )
         figure.tight_layout(w_pad=1.4)
     return figure
@@ -70,7 +72,7 @@ def learning(runs: Mapping[str, Sequence[Measures]]) -> Figure:
             moved = [fmean(spent.bytes_moved for spent, _ in point) / 2**30 for point in points]
             quality = [fmean(value for _, value in point) * scale for point in points]
             colour, line = kinds[label]
-            axes.plot(moved, quality, color=colour, ls=line, lw=1.8, label=label)
+            axes.plot(moved, quality, color=colour, ls=line, lw=1.8, label=visible(label))
         axes.set_xlabel("moved, both ways, all clients (GiB)")
         axes.set_title(f"{'accuracy (%)' if first.accuracy else 'held-out loss (nats)'}, mean over clients and seeds")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)

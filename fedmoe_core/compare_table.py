@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -10,6 +11,7 @@ from statistics import fmean
 from fedmoe_core import show
 from fedmoe_core.measures import Measures, Spent
 from fedmoe_core.significance import Comparison, MeanInterval, best_of, mean_interval
+from fedmoe_core.wording import visible
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,25 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     unit = "accuracy, %" if rows[0].accuracy else "held-out loss, nats"
     lines = [
         f"Quality ({unit}): mean ± half of the 95 % interval over seeds; bold only where better than every other "
-        f"system inside the budgets (paired t and Wilcoxon, Holm, 5 %); * differs from {rows[0].label}.",
+        f"system inside the budgets (paired t and Wilcoxon, Holm, 5 %); * differs from {_name(rows[0].label)}.",
         "",
-        _line(["system", "seeds", *names]),
+        _line(["system", "seeds", *map(_name, names)]),
         _line(["---"] * (2 + len(names))),
     ]
     for row in rows:
-        name = row.label if row.budgeted else f"{row.label} (not inside the budgets)"
+        name = _name(row.label) if row.budgeted else f"{_name(row.label)} (not inside the budgets)"
         cells = [_quality(row.qualities[n], scale, digits) for n in names]
         lines.append(_line([name, str(len(row.seeds)), *cells]))
     held = list(rows[0].tier_held)
     heads = ["system", "reached target", "rounds", "moved", "FLOPs", "time", "moved in all", "peak predicted"]
-    heads += ["measured", "ratio", *(f"experts, {tier}" for tier in held), "load CV", "router mass lost", "over budget"]
+    heads += [
+        "measured",
+        "ratio",
+        *(f"experts, {_name(tier)}" for tier in held),
+        "load CV",
+        "router mass lost",
+        "over budget",
+    ]
     lines += ["", _line(heads), _line(["---"] * len(heads))]
     for row in rows:
         lines.append(_line(_prices(row, held)))
@@ -179,6 +188,16 @@ def _mean_spent(spent: Sequence[Spent]) -> Spent:
     )
 
 
+def _name(text: str) -> str:
+    """Write a label or a tier so that Markdown shows it as it is: no HTML, no link, no cell's end; most stay the same.
+
+    Underscores stay: inside a word they mean nothing, and names such as ``top_k`` are everywhere.
+    """
+    text = re.sub(r"\\(?=[!-/:-@\[-`{-~]|$)|[|`*\[\]]", r"\\\g<0>", visible(text))
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
+    return text.replace("<", "&lt;").replace(">", "&gt;")
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -202,7 +221,7 @@ def _prices(row: Row, tiers: Sequence[str]) -> list[str]:
     )
     low, high = row.peak_ratio
     return [
-        row.label,
+        _name(row.label),
         f"{row.reached} of {len(row.seeds)}",
         *price,
         show.size(row.spent.bytes_moved),
