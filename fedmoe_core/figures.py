@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -274,7 +275,7 @@ def _scaled(
     largest = max((place(r) or 0 for run in runs for r in run.rounds), default=0)
     if not largest:
         return []
-    power = min(max(int(np.log(largest) / np.log(base)), 0), 5)
+    power = min(max(int(math.log(largest, base)), 0), 5)
     prefix = ("", "K", "M", "G", "T", "P")[power] + ("i" if base == 1024 and power else "")
     return [(f"{name} ({prefix}{unit})", place, float(base) ** power)]
 

@@ -7,6 +7,7 @@ import io
 import re
 import sys
 import tokenize
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ LONGEST = 400  # lines; a longer file asks to be two
 SOURCES = sorted(path for package, folder in FLOORS.items() for path in (HOUSE / folder / package).rglob("*.py"))
 # What tensors in, tensors out may lean on; nn.Module, frameworks and file formats belong to the floors above.
 KERNEL_FRIENDS = {"torch", "triton", "numpy", "fedmoe_kernels", *sys.stdlib_module_names}
+# What a package is called where it is installed from, when that is not the name it is imported by.
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
 # Words that cost a second reading; write "is not a", "again", "midway", "instead of", or name the thing that acts.
 # "There is no X" is plain.
 RIDDLES = re.compile(
@@ -75,6 +78,30 @@ def pickle_readers(tree: ast.AST) -> list[str]:
         if unsafe_load or unsafe_numpy or sent_objects or called.endswith("read_pickle"):
             found.append(ast.unparse(node))
     return found
+
+
+def loose_words(tree: ast.AST) -> list[str]:
+    """Calls that print text which is neither constant nor JSON, past the one door to the terminal."""
+    doors = {"print", "echo", "typer.echo", "click.echo", "typer.secho", "click.secho"}
+    doors |= {"sys.stdout.write", "sys.stderr.write"}
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        safe = [ast.unparse(arg).startswith(("json.dumps(", "Text(visible(", "_plan_table(")) for arg in node.args]
+        constant = [isinstance(arg, ast.Constant) for arg in node.args]
+        consoles = called.endswith(("console.print", "progress.print"))
+        if (called in doors or consoles) and not all(a or b for a, b in zip(safe, constant, strict=True)):
+            found.append(ast.unparse(node))
+    return found
+
+
+def undeclared(tree: ast.AST, declared: set[str]) -> set[str]:
+    """Packages that a module imports, wherever in it, and that are not ours, Python's or in ``declared``."""
+    heads = {name.split(".")[0] for name in modules_of(tree)}
+    ours = {*FLOORS, *sys.stdlib_module_names}
+    return {DISTRIBUTIONS.get(head, head) for head in heads - ours} - declared
 
 
 def riddles(source: str) -> list[str]:
@@ -172,6 +199,51 @@ def test_inv12_no_source_can_read_pickle(path: Path) -> None:
 def test_inv12_the_search_finds_a_pickle_reader(source: str) -> None:
     assert pickle_readers(ast.parse(source))
     assert not pickle_readers(ast.parse("torch.load(f, weights_only=True); np.load(f, allow_pickle=False)"))
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "say.py"], ids=named)
+def test_text_reaches_the_terminal_through_one_door(path: Path) -> None:
+    assert loose_words(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["print(name)", "typer.echo(f'{x}')", "self.console.print(text, markup=False)", "sys.stderr.write(str(error))"],
+)
+def test_the_search_finds_loose_words(source: str) -> None:
+    assert loose_words(ast.parse(source))
+    fine = "print('done'); typer.echo(json.dumps(x, indent=2)); console.print(Text(visible(name), style='dim'))"
+    assert not loose_words(ast.parse(fine))
+
+
+def test_html_is_written_by_one_template_and_markup_made_in_one_place() -> None:
+    made = [
+        named(path)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("Markup", "mark_safe")
+    ]
+    assert made == ["fedmoe_core/drawing.py"]
+    (template,) = (HOUSE / "fedmoe_core").rglob("*.jinja")
+    text = template.read_text("utf-8")
+    assert re.findall(r"\{\{[^}]*\|\s*safe\b[^}]*\}\}", text) == ["{{ css|safe }}"]
+    assert not re.search(r"autoescape|<script|\bon\w+=", text)
+
+
+def declared() -> set[str]:
+    listed = tomllib.loads((HOUSE / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    return {re.split(r"[^\w.-]", line)[0].lower() for line in listed}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_what_is_imported_is_declared(path: Path) -> None:
+    assert undeclared(ast.parse(path.read_text()), declared()) == set()
+
+
+def test_the_search_finds_what_is_not_declared() -> None:
+    tree = ast.parse("import os, numpy as np\ndef late():\n    from sklearn.cluster import KMeans\n    import requests")
+    assert undeclared(tree, {"numpy"}) == {"scikit-learn", "requests"}
+    assert {"torch", "filelock", "jinja2"} <= declared()
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *sorted((HOUSE / "bench").glob("*.py"))], ids=named)
