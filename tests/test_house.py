@@ -20,7 +20,7 @@ SOURCES = sorted(path for package, folder in FLOORS.items() for path in (HOUSE /
 # What tensors in, tensors out may lean on; nn.Module, frameworks and file formats belong to the floors above.
 KERNEL_FRIENDS = {"torch", "triton", "numpy", "fedmoe_kernels", *sys.stdlib_module_names}
 # What a package is called where it is installed from, when that is not the name it is imported by.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 # Words that cost a second reading; write "is not a", "again", "midway", "instead of", or name the thing that acts.
 # "There is no X" is plain.
 RIDDLES = re.compile(
