@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,10 @@ def test_a_system_without_a_global_model_is_judged_by_its_clients_own(
     assert "cannot be compared" not in verdict
     assert [place for place, _, _ in ranking(runs)] == [1, 2]
     page, lines = report([run.path for run in runs], out=tmp_path / "both.html")
-    assert "By final held-out loss of the clients' own models" in page.read_text().replace("&#x27;", "'")
+    assert "By final held-out loss of the clients' own models" in unescape(page.read_text("utf-8"))
     assert "n/a -> n/a" in lines[0]
     alone, _ = report([tmp_path / "toy"])
-    assert "mean loss of the clients&#x27; own models" in alone.read_text()
+    assert "mean loss of the clients' own models" in unescape(alone.read_text("utf-8"))
     (tmp_path / "toy" / "summary.json").unlink()  # as an interrupted run
     (cut,) = read_runs([tmp_path / "toy"])
     assert "own models" in line(cut)

@@ -141,6 +141,8 @@ def test_errors(simulator: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     assert "\\x1b[2J" in said("report", f"{tmp_path}/{TITLE}", status=2)[1]
     assert "\\udcff" in said("report", f"{tmp_path}/{LONE}", status=2)[1]
+    for words in ((f"--{TITLE}",), ("report", f"--{TITLE}"), (TITLE,), ("compare", "--workers", TITLE)):
+        said(*words, status=2)  # typer's own errors
     assert "\\x1b[2J" in said("simulate", f"{TITLE}=1", status=2)[1]
     for error in (ValueError(EVIL), FileNotFoundError(2, "No such file", LONE + TITLE)):
         raises(error)
