@@ -79,7 +79,7 @@ REFUSED = Kind(
     ),
 )
 
-CONFIG = {"algorithm": TEXT, "model": TEXT, "data": TEXT, "clients": COUNT, "seed": INTEGER}
+CONFIG = {"algorithm": TEXT, "model": TEXT, "data": TEXT, "clients": COUNT, "seed": INTEGER, "budgets": TEXTS}
 SUMMARY = {
     **dict.fromkeys(("algorithm", "label", "task", "partition"), TEXT),
     **dict.fromkeys(("corpus_sha256", "model_sha256", "model_hash", "code", "torch"), TEXT),
