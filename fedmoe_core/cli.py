@@ -210,8 +210,10 @@ class _Stop:
 def _errors(debug: bool) -> Iterator[_Stop]:
     """Turn errors that a user can mend into one sentence and exit code 2, Ctrl-C into a hint and 130."""
     stop = _Stop()
+    launch.follow_parent()
     try:
-        yield stop
+        with launch.stoppable():
+            yield stop
     except KeyboardInterrupt:
         if launch.speaks():
             say(f"stopped; go on with: {stop.again}" if stop.again else _stopped(stop.run_dir), err=True)
@@ -219,21 +221,25 @@ def _errors(debug: bool) -> Iterator[_Stop]:
     except launch.RankError as error:
         if error.code == 130:
             say(_stopped(stop.run_dir), err=True)
-        elif str(error):
-            say(f"error: {error}", err=True)
         else:
-            say(f"error: a rank ended with status {error.code}; its own words are above", err=True)
-        raise typer.Exit(error.code if error.code > 0 else 1) from None
+            unfinished = error.code > 128 or error.code == launch.PEER_LOST
+            hint = f"; go on with: fedmoe resume {stop.run_dir}" if unfinished and _resumable(stop.run_dir) else ""
+            say(f"error: {error}{hint}", err=True)
+        raise typer.Exit(error.code) from None
+    except launch.PeerLostError as error:
+        if debug:
+            raise
+        _fail(str(error), launch.PEER_LOST)
     except (ValueError, OSError) as error:
         if debug:
             raise
         _fail(_sentence(error))
 
 
-def _fail(sentence: str) -> NoReturn:
+def _fail(sentence: str, code: int = 2) -> NoReturn:
     if not launch.tell_parent(sentence):
         say(f"error: {sentence}", err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(code)
 
 
 def _sentence(error: Exception) -> str:
@@ -251,10 +257,14 @@ def _sentence(error: Exception) -> str:
 
 
 def _stopped(run_dir: Path | None) -> str:
-    saved = run_dir / "checkpoint" if run_dir else None
-    if saved is not None and saved.is_dir() and any(saved.iterdir()):
+    if _resumable(run_dir):
         return f"stopped; go on with: fedmoe resume {run_dir}"
     return "stopped before the first checkpoint; there is nothing to resume yet, start again"
+
+
+def _resumable(run_dir: Path | None) -> bool:
+    saved = run_dir / "checkpoint" if run_dir else None
+    return saved is not None and saved.is_dir() and any(saved.iterdir())
 
 
 def _config(words: list[str] | None) -> Config:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from fedmoe_core.config import Config
 from fedmoe_core.identity import Identity, code_version
+from fedmoe_core.launch import stop
+from fedmoe_core.lifeline import Lifeline, lifeline
 from fedmoe_core.names import concerns
 from fedmoe_core.run_directory import read_facts, refuse_claim
 
@@ -169,12 +171,13 @@ def run_jobs(
     for outcome in outcomes:
         watch(outcome, float("nan"))
     took: list[float] = []
-    with _children() as running:
+    with lifeline() as line, _children() as running:
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
                 job.out.parent.mkdir(parents=True, exist_ok=True)
-                running[_start(job, words, afresh=job.out in again)] = (job, time.monotonic())
+                process = _start(job, words, line, afresh=job.out in again)
+                running[process] = (job, time.monotonic())
             for process in [process for process in running if process.poll() is not None]:
                 job, began = running.pop(process)
                 took.append(time.monotonic() - began)
@@ -224,13 +227,19 @@ def remaining(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if not job.finished()]
 
 
-def _start(job: Job, words: Sequence[str], *, afresh: bool) -> subprocess.Popen[bytes]:
+def _start(job: Job, words: Sequence[str], line: Lifeline, *, afresh: bool) -> subprocess.Popen[bytes]:
     # Its own log, not a pipe: a full pipe would stop a talkative child.
     log = job.out.parent / f"{job.out.name}.log"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job.config.threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job.config.threads), **line.environment}
     with log.open("wb") as sink:
-        command = job.command(words, afresh=afresh)
-        return subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, env=environment)
+        return subprocess.Popen(
+            job.command(words, afresh=afresh),
+            stdout=sink,
+            stderr=sink,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            pass_fds=line.pass_fds,
+        )
 
 
 def _error(job: Job, process: subprocess.Popen[bytes]) -> str:
@@ -252,13 +261,7 @@ def _children() -> Iterator[dict[subprocess.Popen[bytes], tuple[Job, float]]]:
     try:
         yield running
     finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        stop(list(running))
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

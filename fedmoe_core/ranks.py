@@ -8,10 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from fedmoe_core import launch
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -48,11 +51,12 @@ class Ranks:
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = torch.zeros(self.world, dtype=torch.int64, device=self.device)
         sizes[self.rank] = mine.numel()
-        dist.all_reduce(sizes)
-        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=self.device)
-        padded[: mine.numel()] = mine
-        parts = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(parts, padded)
+        with self.meeting():
+            dist.all_reduce(sizes)
+            padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=self.device)
+            padded[: mine.numel()] = mine
+            parts = [torch.empty_like(padded) for _ in range(self.world)]
+            dist.all_gather(parts, padded)
         return [
             json.loads(bytes(part[:size].cpu().tolist()).decode())
             for part, size in zip(parts, sizes.tolist(), strict=True)
@@ -61,26 +65,58 @@ class Ranks:
     def wait(self) -> None:
         """Return once every rank is here."""
         if self.world > 1:
-            dist.barrier()
+            with self.meeting():
+                dist.barrier()
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Turn the error of a collective into one that says what it means: backends raise a bare RuntimeError.
+
+        Raises:
+            launch.PeerLostError: another rank ended, or did not come within 30 minutes.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise launch.PeerLostError(
+                f"rank {self.rank} lost the others ({str(error).splitlines()[0]}); see how they ended, then resume"
+            ) from error
 
 
 @contextmanager
 def open_ranks(ranks: int, device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that torchrun started (gloo on CPU, NCCL on CUDA), and leave them at the end.
+    """Join the other ranks (gloo on CPU, NCCL on CUDA), and leave them at the end.
+
+    Ranks that ``fedmoe`` started meet through a file and talk over the loopback interface. Under torchrun they use
+    what torchrun set up; give it a static rendezvous, its other one reads pickle.
 
     Raises:
         ValueError: ``ranks`` is not the number of processes started.
+        launch.PeerLostError: another rank did not come within 30 minutes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != ranks:
         raise ValueError(
-            f"ranks={ranks} but {world} process(es) run; start it with torchrun --nproc-per-node={ranks}, or set ranks"
+            f"ranks={ranks} but {world} process(es) run; start it with `fedmoe simulate`, with "
+            "torchrun --master-addr, or set ranks"
         )
+    launch.follow_parent()
     if world == 1:
         yield Ranks(device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    mine = Ranks(launch.rank(), world, device)
+    with mine.meeting():
+        _join(mine, launch.meeting_place())
     try:
-        yield Ranks(dist.get_rank(), world, device)
+        yield mine
     finally:
         dist.destroy_process_group()
+
+
+def _join(mine: Ranks, place: Path | None) -> None:
+    backend, limit = "nccl" if mine.device.type == "cuda" else "gloo", timedelta(minutes=30)
+    if place is None:
+        dist.init_process_group(backend, timeout=limit)
+    else:
+        store = dist.FileStore(str(place), mine.world)
+        dist.init_process_group(backend, store=store, rank=mine.rank, world_size=mine.world, timeout=limit)

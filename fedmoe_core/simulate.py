@@ -172,7 +172,8 @@ def play_round(world: World, state: ServerState, observer: Observer) -> tuple[Se
 
     summing = time.perf_counter()
     if ranks.world > 1:
-        sums.all_reduce()
+        with ranks.meeting():
+            sums.all_reduce()
     gathered = [report for part in ranks.gather(reports) for report in part]
     updates = sorted((update_of(report) for report in gathered), key=lambda update: update.client)
     applied = sums.accepted >= config.min_clients

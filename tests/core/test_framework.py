@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +14,7 @@ import torch
 from tiny_corpus import make_config
 from toy import Toy
 
-from fedmoe_core import algorithms, simulate
+from fedmoe_core import algorithms, launch, simulate
 from fedmoe_core.algorithms import algorithm_class
 from fedmoe_core.checkpoint import load_checkpoint
 from fedmoe_core.config import Config
@@ -109,11 +106,8 @@ def test_inv10_two_ranks_agree_on_private_tensors_bit_for_bit(config: Make, tmp_
     settings = toy(config, "eval.personal=true", out="one")
     one = simulate.run(settings)
     (tmp_path / "two.toml").write_text(replace(settings, out=str(tmp_path / "two"), ranks=2).to_toml())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, str(Path(__file__).parent / "toy.py"), "simulate", str(tmp_path / "two.toml"), "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
+    program = (str(Path(__file__).parent / "toy.py"),)
+    launch.run_ranks(["simulate", str(tmp_path / "two.toml"), "--quiet"], ranks=2, threads=1, program=program)
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert two["model_hash"] == one["model_hash"]
     assert two["personal_loss_C"] == one["personal_loss_C"]

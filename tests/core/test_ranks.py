@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmoe_core import launch
 from fedmoe_core.ranks import CPU, Ranks, open_ranks
 
 COSTS = st.lists(st.floats(0, 1e15, allow_nan=False), max_size=24)
@@ -86,12 +87,13 @@ with open_ranks(2, torch.device("cpu")) as ranks:
 """
 
 
-def test_inv10_two_processes_gather_the_same_exact_values_in_rank_order(tmp_path: Path) -> None:
+def test_inv10_two_processes_gather_the_same_exact_values_in_rank_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     script = tmp_path / "gathering.py"
     script.write_text(GATHERING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    launch.run_ranks([str(tmp_path)], ranks=2, threads=1, program=(str(script),))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert [part["rank"] for part in first] == [0, 1]
