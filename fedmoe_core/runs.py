@@ -11,6 +11,7 @@ from typing import Any
 
 from fedmoe_core import show
 from fedmoe_core.names import title_of
+from fedmoe_core.verdicts import kept_budgets
 
 # Keys that may differ between two runs of one comparison: they name the method, or where and how fast it ran.
 METHOD = ("algorithm", "out", "cache", "ranks", "threads", "selection", "aggregation")
@@ -48,7 +49,18 @@ class Run:
 
     @property
     def violations(self) -> int:
+        """Times that a client needed more than its device can bear, bound by a budget or not."""
         return int(self.summary.get("budget_violations") or 0)
+
+    @property
+    def broken(self) -> int:
+        """Times that a client used more than the budget that bound it."""
+        return int(self.summary.get("budgets_broken", self.violations if self.budgeted else 0) or 0)
+
+    @property
+    def nothing_trained(self) -> str:
+        """Why no training entered the model; empty where some did."""
+        return str(self.summary.get("nothing_trained") or "")
 
     @property
     def has_accuracy(self) -> bool:
@@ -148,7 +160,8 @@ def _read(path: Path) -> Run:
         raise ValueError(f"{path}/metrics.jsonl has no round yet; let the run finish a round first")
     config = tomllib.loads((path / "config.toml").read_text("utf-8")) if (path / "config.toml").is_file() else {}
     finished = (path / "summary.json").is_file()
-    summary = _json(path / "summary.json") if finished else _summary_so_far(config, rounds)
+    ledger = _latest(_lines(path / "ledger.jsonl"), "round", "client") if (path / "ledger.jsonl").is_file() else []
+    summary = _json(path / "summary.json") if finished else _summary_so_far(config, rounds) | kept_budgets(ledger)
     algorithm = str(summary.get("algorithm", config.get("algorithm", "run")))
     return Run(
         path=path,
@@ -157,7 +170,7 @@ def _read(path: Path) -> Run:
         config=config,
         rounds=rounds,
         clients=clients,
-        ledger=_latest(_lines(path / "ledger.jsonl"), "round", "client") if (path / "ledger.jsonl").is_file() else [],
+        ledger=ledger,
         partition=_json(path / "partition.json") if (path / "partition.json").is_file() else None,
         finished=finished,
     )
