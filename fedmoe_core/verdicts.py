@@ -48,9 +48,7 @@ def nothing_trained(records: Sequence[Mapping[str, Any]], min_clients: int) -> s
         why = f"client {first['client']} in round {first['round']}: {first['error']}"
         return f"all {len(answers)} updates failed or were refused; {why}"
     if not any(line.get("applied") for line in records):
-        return (
-            f"no round had min_clients={min_clients} accepted updates; {len(accepted)} of {len(answers)} were accepted"
-        )
+        return f"no round had min_clients={min_clients} accepted updates ({len(accepted)} of {len(answers)} in all)"
     if not any(line["steps"] for line in accepted):
         return "no client took a training step"
     return ""
