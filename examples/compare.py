@@ -27,9 +27,9 @@ def main() -> None:
         out=out,
     )
     # A finished run is not run again; stop the script and start it once more, and it goes on.
-    missing, lines, notes = compare(study, lambda ended, left: print(f"{ended.job.name}: {ended.error or 'done'}"))
-    print("\n".join(lines))
-    for note in [*notes, *(f"missing: {job.name}" for job in missing)]:
+    found = compare(study, lambda ended, left: print(f"{ended.job.name}: {ended.error or 'done'}"))
+    print("\n".join(found.lines))
+    for note in [*found.notes, *found.problems, *(f"missing: {job.name}" for job in found.missing)]:
         print(note)
 
 

@@ -300,10 +300,11 @@ def _watching(quiet: bool) -> Iterator[Any]:
 
 
 def _finish(summary: dict[str, Any], run_dir: Path, *, as_json: bool) -> None:
-    """Write the report and print the result; a budgeted run that broke a budget ends with exit code 1."""
+    """Write the report and print the result; a run that broke a budget or trained nothing ends with exit code 1."""
     if launch.rank():
         return
     from fedmoe_core import report as reporting
+    from fedmoe_core.verdicts import problems
 
     path, lines = reporting.report([run_dir])
     if as_json:
@@ -311,10 +312,8 @@ def _finish(summary: dict[str, Any], run_dir: Path, *, as_json: bool) -> None:
     else:
         for line in [*lines, f"report: {path}"]:
             say(line)
-    violations = int(summary.get("budget_violations") or 0)
-    if violations and summary.get("budgeted", True):
-        say(f"error: budgets were exceeded {violations} times; {run_dir}/ledger.jsonl names them", err=True)
-        raise typer.Exit(1)
+    if found := problems(summary, str(run_dir)):
+        _fail("; ".join(found), 1)
 
 
 def _plan_table(rows: list[PlanRow], config: Config) -> Table:

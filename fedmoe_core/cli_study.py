@@ -60,21 +60,22 @@ class Watch:
 
 
 def run(study: Study, console: Console, *, force: bool) -> int:
-    """Run a study and print its table; the exit code, 1 where runs are missing."""
+    """Run a study and print its table; the exit code, 1 where runs are missing, broke a budget or trained nothing."""
     from fedmoe_core.compare import compare
 
-    missing, lines, notes = compare(study, Watch(len(study.jobs()), console), force=force)
-    for line in lines:
+    found = compare(study, Watch(len(study.jobs()), console), force=force)
+    for line in found.lines:
         say(line)
-    for note in notes:
+    for note in found.notes:
         say(f"note: {note}", err=True)
-    if not missing:
-        return 0
-    names = "; ".join(job.name for job in missing[:5])
-    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-    runs = show.plural(len(missing), "run")
-    say(f"error: {runs} still missing ({names}{more}); the same command goes on", err=True)
-    return 1
+    for problem in found.problems:
+        say(f"error: {problem}", err=True)
+    if found.missing:
+        names = "; ".join(job.name for job in found.missing[:5])
+        more = f" and {len(found.missing) - 5} more" if len(found.missing) > 5 else ""
+        runs = show.plural(len(found.missing), "run")
+        say(f"error: {runs} still missing ({names}{more}); the same command goes on", err=True)
+    return 1 if found.missing or found.problems else 0
 
 
 def show_systems(*, as_json: bool) -> None:

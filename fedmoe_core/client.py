@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedmoe_core.adapter import Batch, ModelAdapter
@@ -23,6 +24,8 @@ from fedmoe_core.probe import Batches, Bench
 from fedmoe_core.rescheduling import BatchChooser, SlotAdamW
 from fedmoe_core.submodel import configure_for, kind_of, received_bytes, returned_bytes, start_of
 from fedmoe_core.update import ClientProfile, Evaluation, ExpertFeedback
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,28 +96,75 @@ def train_client(
     began = time.perf_counter()
     prior_C = log_prior(class_shares_C, train, next(adapter.model.parameters()).device)
     bench = Bench(adapter, params, plan, train, redraw, validation, prior_C)
+    # Until the tensors that were sent have been counted, the prediction stands for them.
+    sent = plan.predicted.bytes_down - plan.surcharge.bytes_down
+    meter = _Meter(bytes_down=sent, experts=plan.counted_experts + costs.base_experts)
     try:
-        return _train(bench, batches, costs=costs)
-    except (ArithmeticError, RuntimeError, ValueError) as error:
-        cost = Cost(seconds=time.perf_counter() - began).with_extra(plan.surcharge)
+        return _train(bench, batches, meter, costs=costs)
+    except FAILURES as error:
+        cost = Cost(
+            memory_bytes=max(meter.memory_bytes, resident_bytes(adapter.model)),
+            flops=meter.flops(),
+            bytes_down=meter.bytes_down,
+            experts=meter.experts,
+            seconds=time.perf_counter() - began,
+        )
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, ArithmeticError) else str(error)
-        return LocalResult({}, None, cost, (), status="failed", error=reason)
+        return LocalResult({}, None, cost.with_extra(plan.surcharge), (), status="failed", error=reason)
 
 
-def _train(bench: Bench, batches: Iterable[Batch], *, costs: CostModel) -> LocalResult:
+FAILURES = (ArithmeticError, RuntimeError, ValueError)  # what ends one client's round and not the run
+
+
+@dataclass
+class _Meter:
+    """What a client has used so far: a round that fails is charged for it too.
+
+    Attributes:
+        memory_bytes: largest so far.
+        bytes_down, experts: as in ``Cost``.
+        flops: counts them when asked, because counting waits for the device.
+    """
+
+    memory_bytes: int = 0
+    bytes_down: int = 0
+    experts: int = 0
+    flops: Callable[[], float] = lambda: 0.0
+
+    def run(self, step: Callable[[], T], device: torch.device, *, resident: int) -> T:
+        """Run ``step`` and count its peak above ``resident`` bytes, even where it raises."""
+        failures: list[Exception] = []
+
+        def attempt() -> T | None:
+            try:
+                return step()
+            except FAILURES as error:
+                failures.append(error)
+                return None
+
+        result, trace = trace_memory(attempt, device)
+        self.memory_bytes = max(self.memory_bytes, resident + trace.peak)
+        if failures:
+            raise failures[0]
+        return cast(T, result)
+
+
+def _train(bench: Bench, batches: Iterable[Batch], meter: _Meter, *, costs: CostModel) -> LocalResult:
     began = time.perf_counter()
     adapter, plan, train = bench.adapter, bench.plan, bench.train
     device = next(adapter.model.parameters()).device
-    probed, memory = run_probe(plan.before, bench, device, afresh=True)
+    probed, meter.memory_bytes = run_probe(plan.before, bench, device, afresh=True)
     extracting = time.perf_counter()
     configure_for(adapter, bench.params, plan, train_dense=train.trunk == "fedavg")
     extracted = time.perf_counter()
+    meter.bytes_down = received_bytes(adapter, plan)
     chooser = None if plan.per_batch is None else BatchChooser(adapter, plan.per_batch, costs, plan.top_k)
     optimizer = local_optimizer(adapter, train) if chooser is None else SlotAdamW(adapter, train)
     stepper = Stepper(adapter, optimizer, train, seed=plan.seed, log_prior_C=bench.log_prior_C, aux=plan.aux)
     sums = ProfileSums(adapter)
     losses: list[float] = []
-    tokens, memory = 0, max(memory, resident_bytes(adapter.model))
+    tokens, begun = 0, 0
+    meter.memory_bytes = max(meter.memory_bytes, resident_bytes(adapter.model))
     rows_LE = np.zeros(plan.trainable_LE.shape)
     bound = None if plan.budget.flops is None else plan.budget.flops - plan.surcharge.flops
     worst = costs.step_flops(plan.served_LE, plan.taught_LE, top_k=plan.top_k)
@@ -122,18 +172,26 @@ def _train(bench: Bench, batches: Iterable[Batch], *, costs: CostModel) -> Local
     def spent() -> float:
         return chooser.flops if chooser else costs.real_flops(sums.rows_LE(), plan.trainable_LE, tokens=tokens)
 
+    def spent_at_most() -> float:
+        """Count a step that did not end as a whole one; together never more than the plan foresaw."""
+        try:
+            return min(spent() + (begun - len(losses)) * worst, begun * worst)
+        except RuntimeError:  # the device itself failed
+            return begun * worst
+
+    meter.flops = spent_at_most
     for step, batch in zip(range(plan.local_steps), batches, strict=False):
         # Counting rows waits for the device, so it is done at every step only where a bound may be met.
         if bound is not None and spent() + worst > bound:
             break
+        begun += 1
         if chooser is not None:
-            memory = max(memory, chooser.choose(batch, optimizer))
+            meter.memory_bytes = max(meter.memory_bytes, chooser.choose(batch, optimizer))
         # Every step, because padding, token dropout and the choices of experts make some larger than others (by up to
         # 0.9 % on labelled rows); a trace takes 10 ms.
         resident = resident_bytes(adapter.model, optimizer) + tensor_bytes(stepper.anchors)
-        loss, trace = trace_memory(partial(stepper.step, batch), device)
-        losses.append(loss)
-        memory = max(memory, resident + trace.peak)
+        losses.append(meter.run(partial(stepper.step, batch), device, resident=resident))
+        tokens += batch.tokens_SN.numel()
         sums.add_batch()
         if chooser is not None:
             chooser.bill(sums.rows_LE() - rows_LE, batch.tokens_SN.numel())
@@ -141,7 +199,6 @@ def _train(bench: Bench, batches: Iterable[Batch], *, costs: CostModel) -> Local
             rows_LE = sums.rows_LE()
         if not np.isfinite(losses[-1]):
             raise ArithmeticError(f"the loss became {losses[-1]} at local step {step + 1}")
-        tokens += batch.tokens_SN.numel()
 
     trained_LE = plan.trainable_LE
     if chooser is not None:
@@ -155,20 +212,19 @@ def _train(bench: Bench, batches: Iterable[Batch], *, costs: CostModel) -> Local
     returned = [kept[key] for key in whole if kind_of(key) not in staying]
     deltas = {key: new - start_of(bench.params, key, plan) for key, new in trained.items() if key not in kept}
     profile = sums.finish()
-    flops, down = spent(), received_bytes(adapter, plan)
+    flops, meter.bytes_down = spent(), received_bytes(adapter, plan)  # choices per batch have changed what it holds
     answer, peak = run_probe(plan.after, bench, device)
     found = None
     if plan.validate:
         resident, held_out = resident_bytes(adapter.model, optimizer), list(bench.validation())
         judge = partial(validate, adapter, held_out, log_prior_C=bench.log_prior_C)
-        found, trace = trace_memory(judge, device)
-        memory = max(memory, resident + trace.peak)
+        found = meter.run(judge, device, resident=resident)
     cost = Cost(
-        memory_bytes=max(memory, peak),
+        memory_bytes=max(meter.memory_bytes, peak),
         flops=flops,
-        bytes_down=down,
+        bytes_down=meter.bytes_down,
         bytes_up=returned_bytes(deltas, trained_LE, plan) + tensor_bytes(returned) + statistics_bytes(profile),
-        experts=plan.counted_experts + costs.base_experts,
+        experts=meter.experts,
         seconds=time.perf_counter() - began,
     )
     return LocalResult(

@@ -32,8 +32,9 @@ from fedmoe_core.names import ALGORITHMS
 from fedmoe_core.run_directory import exclusive
 from fedmoe_core.runs import read_runs
 from fedmoe_core.show import plural
+from fedmoe_core.verdicts import problems
 
-__all__ = ["Study", "compare"]
+__all__ = ["Study", "StudyResult", "compare"]
 LOCK = "fedmoe-compare.lock"
 
 
@@ -121,19 +122,30 @@ class Study:
         return make_jobs(self.words, self.variants, self.seeds, out=self.out, threads=self.threads)
 
 
-def compare(
-    study: Study, watch: Callable[[Outcome, float], None], *, force: bool = False
-) -> tuple[list[Job], list[str], list[str]]:
+@dataclass(frozen=True)
+class StudyResult:
+    """What came of a study.
+
+    Attributes:
+        missing: runs that have not finished.
+        problems: sentences about finished runs that failed all the same: budgets broken, nothing trained.
+        lines: the table; none while a system has no finished run.
+        notes: what a reader of the table should know besides.
+    """
+
+    missing: Sequence[Job]
+    problems: Sequence[str]
+    lines: Sequence[str]
+    notes: Sequence[str]
+
+
+def compare(study: Study, watch: Callable[[Outcome, float], None], *, force: bool = False) -> StudyResult:
     """Run what is missing, then write ``compare.json``, ``table.md`` and the figures from what is there.
 
     Args:
         study: what to compare.
         watch: told of every run that ends, with the seconds that the rest may still take.
         force: replace runs that were made under other settings, from other data, or by other code.
-
-    Returns:
-        The runs that are still missing, the lines of the table (none while a system has no finished run), and what a
-        reader of the table should know besides.
 
     Raises:
         ValueError, OSError: one sentence with the remedy; finished runs stay.
@@ -148,12 +160,13 @@ def compare(
         if force:
             again |= {job.out for job in jobs if job.finished() and job.other_code()}
         outcomes = run_jobs(jobs, study.words, workers=study.workers, watch=watch, again=again)
-        missing = remaining(jobs)
-        return (
-            missing,
-            write(study, [outcome.job for outcome in outcomes if not outcome.error]),
-            other_code(study, jobs),
-        )
+        done = [outcome.job for outcome in outcomes if not outcome.error]
+        return StudyResult(remaining(jobs), failed(done), write(study, done), other_code(study, jobs))
+
+
+def failed(done: Sequence[Job]) -> list[str]:
+    """Say which of the finished runs broke a budget or trained nothing."""
+    return [sentence for job in done for sentence in problems(read_runs([job.out])[0].summary, str(job.out))]
 
 
 def other_code(study: Study, jobs: Sequence[Job]) -> list[str]:

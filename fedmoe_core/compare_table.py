@@ -35,7 +35,9 @@ class Row:
         to_target: seeds that reached the target, and the mean of what those had spent; None = none did.
         peak_predicted, peak_measured, peak_ratio, load_cv, lost_mass, spent: means over seeds (ratios: extremes).
         tier_held: experts held per client, by tier.
-        violations: budget violations of all seeds together.
+        violations: times that a client needed more than its device can bear, all seeds together.
+        broken: times that a client used more than the budget that bound it, all seeds together.
+        idle: seeds in which nothing trained.
     """
 
     label: str
@@ -53,17 +55,30 @@ class Row:
     load_cv: float
     lost_mass: float | None
     violations: int
+    broken: int
+    idle: int
+
+    @property
+    def remark(self) -> str:
+        """What sets this system apart from those that may be best, in brackets; empty where nothing does."""
+        if self.broken:
+            return " (broke its budgets)"
+        if self.idle:
+            return f" (nothing trained in {show.plural(self.idle, 'seed')})"
+        return "" if self.budgeted else " (not inside the budgets)"
 
 
 def rows_of(measured: Mapping[str, Sequence[Measures]], *, target: float | None = None) -> list[Row]:
     """Make one row for each system, in the order given; the first is the subject of the tests.
 
-    Systems that no budget binds are shown but are not candidates for best. Tests pair runs of equal seed.
+    Systems that passed a budget, or did not train, are shown but are not candidates for best. Tests pair runs of equal
+    seed.
 
     Args:
         measured: runs by label, every seed at most once.
         target: quality (mean over clients) whose price is told. None = for each seed, the midpoint of the best start
-            and the best end of the systems inside the budgets, so that none of them is there without learning.
+            and the best end of the systems inside the budgets, so that none of them is there without learning. Where no
+            end is better than the best start, there is no target.
     """
     runs = {label: sorted(of_seed, key=lambda run: run.seed) for label, of_seed in measured.items()}
     first = next(iter(runs.values()))[0]
@@ -88,7 +103,7 @@ def markdown(rows: Sequence[Row]) -> list[str]:
         _line(["---"] * (2 + len(names))),
     ]
     for row in rows:
-        name = _name(row.label) if row.budgeted else f"{_name(row.label)} (not inside the budgets)"
+        name = _name(row.label) + row.remark
         cells = [_quality(row.qualities[n], scale, digits) for n in names]
         lines.append(_line([name, str(len(row.seeds)), *cells]))
     held = list(rows[0].tier_held)
@@ -132,7 +147,7 @@ def _judge(
         for label, of_seed in values.items()
     }
     subject = next(iter(runs))
-    bound = [label for label, of_seed in runs.items() if known[label] and all(run.budgeted for run in of_seed)]
+    bound = [label for label, of_seed in runs.items() if known[label] and all(run.fair for run in of_seed)]
     verdict = best_of({label: known[label] for label in bound}, more=more)
     tests = Comparison.family(known[subject], {label: v for label, v in known.items() if label != subject and v})
     return {
@@ -146,19 +161,25 @@ def _judge(
 
 
 def _half_way(runs: Mapping[str, Sequence[Measures]]) -> dict[int, float]:
-    """Return, by seed, the midpoint of best start and best end of systems inside the budgets (all, if none is)."""
-    bound = [of_seed for of_seed in runs.values() if all(run.budgeted for run in of_seed)]
+    """Return, by seed, the midpoint of best start and best end of systems inside the budgets (all, if none is).
+
+    A seed in which no end is better than the best start has none: the best start would be there before round 1.
+    """
+    bound = [of_seed for of_seed in runs.values() if all(run.fair for run in of_seed)]
     every = [run for of_seed in bound or runs.values() for run in of_seed]
     best = max if every[0].accuracy else min
     goals = {}
     for seed in {run.seed for of_seed in runs.values() for run in of_seed}:
         alike = [run for run in every if run.seed == seed] or every
-        goals[seed] = (best(run.start for run in alike) + best(run.clients for run in alike)) / 2
+        start, end = best(run.start for run in alike), best(run.clients for run in alike)
+        if end != start and best(start, end) == end:
+            goals[seed] = (start + end) / 2
     return goals
 
 
 def _row(label: str, runs: Sequence[Measures], qualities: Mapping[str, Quality], goals: Mapping[int, float]) -> Row:
-    reached = [spent for run in runs if (spent := run.to_target(goals[run.seed])) is not None]
+    aims = [(run, goals[run.seed]) for run in runs if run.seed in goals]
+    reached = [spent for run, goal in aims if (spent := run.to_target(goal)) is not None]
     lost = [run.lost_mass for run in runs if run.lost_mass is not None]
     return Row(
         label=label,
@@ -176,6 +197,8 @@ def _row(label: str, runs: Sequence[Measures], qualities: Mapping[str, Quality],
         load_cv=fmean(run.load_cv for run in runs),
         lost_mass=fmean(lost) if lost else None,
         violations=sum(run.violations for run in runs),
+        broken=sum(run.broken for run in runs),
+        idle=sum(not run.trained for run in runs),
     )
 
 

@@ -46,6 +46,8 @@ class Measures:
         load_cv: coefficient of variation of the samples that train an expert, mean over layers and rounds.
         lost_mass: router mass on experts that the client did not hold, mean.
         budgeted: whether every client kept inside its budget; ``violations`` counts where not.
+        broken: how often a client used more than the budget that bound it.
+        trained: whether any training entered the model.
     """
 
     label: str
@@ -66,6 +68,13 @@ class Measures:
     lost_mass: float | None
     budgeted: bool
     violations: int
+    broken: int = 0  # records of earlier versions know neither this
+    trained: bool = True  # nor this
+
+    @property
+    def fair(self) -> bool:
+        """Whether this run may be called better than others: it trained, inside its budgets."""
+        return self.budgeted and self.trained
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Measures:
@@ -128,8 +137,10 @@ def measure(run: Run, label: str) -> Measures:
         tier_held=_held(run, tiers),
         load_cv=_load_cv(run),
         lost_mass=fmean(lost) if lost else None,
-        budgeted=run.budgeted,
+        budgeted=run.budgeted and not run.broken,
         violations=run.violations,
+        broken=run.broken,
+        trained=not run.nothing_trained,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.assignment import coefficient_of_variation
-from fedmoe_core.budget import NOTHING, Budget, Cost
+from fedmoe_core.budget import NOTHING, Budget
 from fedmoe_core.checkpoint import save_checkpoint
 from fedmoe_core.evaluate import Held
 from fedmoe_core.files import write_json, write_whole
@@ -23,6 +23,7 @@ from fedmoe_core.progress import PlanRow
 from fedmoe_core.run_directory import Claim
 from fedmoe_core.state import ServerState, pack_state
 from fedmoe_core.update import ClientUpdate
+from fedmoe_core.verdicts import kept_budgets, nothing_trained
 
 if TYPE_CHECKING:
     from fedmoe_core.prepare import World
@@ -147,11 +148,10 @@ class RunLog:
     def finish(self, state: ServerState, model_hash: str) -> dict[str, Any]:
         """Write ``summary.json`` from what the logs hold, so that a resumed run sums up the same."""
         config, data = self.world.config, self.world.data
-        rounds = [line for line in self.metrics.read() if line["type"] == "round"]
-        entries = self.ledger.read()
+        records, entries = self.metrics.read(), self.ledger.read()
+        rounds = [line for line in records if line["type"] == "round"]
         judged = [line for line in rounds if "evaluate_seconds" in line]
         first, last = judged[0], judged[-1]
-        overruns = [entry for entry in entries if _over(entry)]
         held = [int(entry["real"]["experts"]) for entry in entries if entry["real"]["experts"]]
         summary = {
             "algorithm": config.algorithm,
@@ -173,13 +173,12 @@ class RunLog:
             "peak_memory_bytes": max((entry["real"]["memory_bytes"] for entry in entries), default=0),
             "experts_held_min": min(held, default=0),
             "experts_held_max": max(held, default=0),
-            "budget_violations": len(overruns),
-            "over_budget": _first_overruns(overruns),
+            **kept_budgets(entries),
             "refused_updates": sum(len(line["refused"]) for line in rounds),
+            "nothing_trained": nothing_trained(records, config.min_clients),
             "seconds": math.fsum(line["seconds"] for line in rounds),
             "engine_seconds": math.fsum(line["engine_seconds"] for line in rounds),
             "client_seconds": math.fsum(entry["real"]["seconds"] for entry in entries),
-            "budgeted": not overruns,
             **self.world.identity.facts(),
             "model_hash": model_hash,
             "threads": config.threads,
@@ -268,30 +267,20 @@ def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: 
 
 
 def _ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:
-    budget = asdict(budgets[update.client])
-    budget.pop("name")
+    """Make one client's line of ledger.jsonl; ``bound_by`` is there where other limits bound the plan."""
+    budget = budgets[update.client]
     return {
         "round": number,
         "client": update.client,
-        "budget": budget,
+        "budget": _limits(budget),
+        **({} if plan.budget == budget else {"bound_by": _limits(plan.budget)}),
         "predicted": asdict(plan.predicted),
         "real": asdict(update.cost),
         **({} if plan.surcharge == NOTHING else {"surcharge": asdict(plan.surcharge)}),
     }
 
 
-def _over(entry: Mapping[str, Any]) -> bool:
-    """Whether a ledger line shows more than its budget, predicted or real."""
-    return bool(_excess(entry))
-
-
-def _excess(entry: Mapping[str, Any]) -> list[str]:
-    """What a ledger line needs more of than its budget allows, predicted first."""
-    budget = Budget(**entry["budget"])
-    return [line for kind in ("predicted", "real") for line in budget.violations(Cost(**entry[kind]))]
-
-
-def _first_overruns(overruns: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which clients needed more than their budgets and by how much, one line each, at their first time."""
-    first = {entry["client"]: _excess(entry)[0] for entry in reversed(overruns)}
-    return [f"client {client}: {first[client]}" for client in sorted(first)]
+def _limits(budget: Budget) -> dict[str, Any]:
+    limits = asdict(budget)
+    limits.pop("name")
+    return limits

@@ -42,10 +42,11 @@ def report(run_dirs: Sequence[Path], *, out: Path | None = None) -> tuple[Path, 
 
 
 def line(run: Run) -> str:
-    """Write one line: loss before and after, worst client, traffic, experts, budgets."""
+    """Write one line: whether anything trained, loss before and after, worst client, traffic, experts, budgets."""
     summary = run.summary
     before, after = summary.get("loss_before"), summary.get("loss_after")
-    parts = [f"{run.name}: held-out loss {show.number(before)} -> {show.number(after)}"]
+    idle = f"nothing trained ({run.nothing_trained}), " if run.nothing_trained else ""
+    parts = [f"{run.name}: {idle}held-out loss {show.number(before)} -> {show.number(after)}"]
     if own := run.personal("loss"):
         parts.append(f"clients' own models {show.number(fmean(own))}")
     if own := run.personal("accuracy"):
@@ -57,7 +58,10 @@ def line(run: Run) -> str:
     down, up = show.size(summary.get("bytes_down")), show.size(summary.get("bytes_up"))
     parts.append(f"moved {show.size(run.traffic)} (down {down}, up {up})")
     parts.append(f"experts held {held(run)}")
-    parts.append(f"budgets exceeded: {run.violations}" if run.budgeted else _not_bound(summary.get("over_budget")))
+    if run.broken or run.budgeted:
+        parts.append(f"budgets exceeded: {run.broken}{_first(summary.get('broken_by'))}")
+    if not run.budgeted:
+        parts.append(f"not bound by the budgets{_first(summary.get('over_budget'))}")
     if summary.get("refused_updates"):
         parts.append(f"updates refused: {summary['refused_updates']}")
     if not run.finished:
@@ -65,12 +69,12 @@ def line(run: Run) -> str:
     return ", ".join(parts)
 
 
-def _not_bound(over: Sequence[str] | None) -> str:
-    """That a run needed more than its clients can bear: which client, by how much, and how many more there are."""
+def _first(over: Sequence[str] | None) -> str:
+    """In brackets, which client needed more than its limits allow and by how much, and how many more there are."""
     if not over:
-        return "not bound by the budgets"
-    others = f"; {len(over) - 1} more clients" if len(over) > 1 else ""
-    return f"not bound by the budgets ({over[0]}{others})"
+        return ""
+    others = f"; {show.plural(len(over) - 1, 'more client')}" if len(over) > 1 else ""
+    return f" ({over[0]}{others})"
 
 
 def held(run: Run) -> str:
@@ -102,8 +106,10 @@ def _verdict(mine: Sequence[Run], theirs: Sequence[Run]) -> str:
     for run in (*mine, *theirs):
         if not run.finished:
             return f"{name} and {other} cannot be compared yet: {run.name} is unfinished."
-        if run.violations and run.budgeted:
-            return f"{name} and {other} cannot be compared: {run.name} exceeded {run.violations} budgets."
+        if run.nothing_trained:
+            return f"{name} and {other} cannot be compared: nothing trained in {run.name} ({run.nothing_trained})."
+        if run.broken:
+            return f"{name} and {other} cannot be compared: {run.name} exceeded {show.plural(run.broken, 'budget')}."
     figure = judged_by([run for pair in pairs for run in pair])
     found = [(figure.of(a), figure.of(b)) for a, b in pairs]
     values = [(float(a), float(b)) for a, b in found if a is not None and b is not None]
@@ -185,10 +191,12 @@ def ranking(runs: Sequence[Run]) -> list[tuple[int | None, Run, str]]:
         unlike = [key for key in differences(runs[0], run) if key != "seed"]
         if not run.finished:
             apart.append((None, run, "unfinished"))
+        elif run.nothing_trained:
+            apart.append((None, run, "nothing trained"))
+        elif run.broken:
+            apart.append((None, run, "exceeded a budget"))
         elif not run.budgeted:
             apart.append((None, run, "not bound by the budgets"))
-        elif run.violations:
-            apart.append((None, run, "exceeded a budget"))
         elif unlike:
             apart.append((None, run, f"differs in {', '.join(unlike)}"))
         elif merit(run) == float("inf"):

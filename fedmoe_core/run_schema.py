@@ -88,11 +88,12 @@ SUMMARY = {
     **dict.fromkeys(("bytes_down", "bytes_up", "flops", "peak_memory_bytes"), AMOUNT),
     **dict.fromkeys(("seconds", "engine_seconds", "client_seconds"), AMOUNT),
     **dict.fromkeys(("rounds", "experts_held_min", "experts_held_max"), COUNT),
-    **dict.fromkeys(("budget_violations", "refused_updates"), COUNT),
+    **dict.fromkeys(("budget_violations", "budgets_broken", "refused_updates"), COUNT),
     **dict.fromkeys(("personal_loss_C", "personal_accuracy_C"), PER_CLIENT),
     "seed": INTEGER,
     "budgeted": FLAG,
-    "over_budget": TEXTS,
+    **dict.fromkeys(("over_budget", "broken_by"), TEXTS),
+    "nothing_trained": TEXT,
 }
 ROUND = {
     "round": COUNT,
@@ -110,7 +111,7 @@ CLIENT = {
 }
 LEDGER = {
     **dict.fromkeys(("round", "client"), COUNT),
-    **dict.fromkeys(("budget", "predicted", "real"), COST),
+    **dict.fromkeys(("budget", "bound_by", "predicted", "real"), COST),
 }
 PARTITION = {
     **dict.fromkeys(("names", "clients"), TEXTS),
@@ -170,7 +171,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Read ``ledger.jsonl`` in the file's order; raises as ``read_summary``."""
-    return [_checked(record, LEDGER, where, ("round", "client")) for where, record in _lines(path)]
+    return [_known(_checked(record, LEDGER, where, ("round", "client"))) for where, record in _lines(path)]
 
 
 def read_text(path: Path) -> str:

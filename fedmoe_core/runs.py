@@ -9,6 +9,7 @@ from typing import Any
 
 from fedmoe_core import run_schema, show
 from fedmoe_core.names import title_of
+from fedmoe_core.verdicts import kept_budgets
 from fedmoe_core.wording import visible
 
 # Keys that may differ between two runs of one comparison: they name the method, or where and how fast it ran.
@@ -47,7 +48,18 @@ class Run:
 
     @property
     def violations(self) -> int:
+        """Times that a client needed more than its device can bear, bound by a budget or not."""
         return int(self.summary.get("budget_violations") or 0)
+
+    @property
+    def broken(self) -> int:
+        """Times that a client used more than the budget that bound it."""
+        return int(self.summary.get("budgets_broken", self.violations if self.budgeted else 0) or 0)
+
+    @property
+    def nothing_trained(self) -> str:
+        """Why no training entered the model; empty where some did."""
+        return str(self.summary.get("nothing_trained") or "")
 
     @property
     def has_accuracy(self) -> bool:
@@ -140,15 +152,19 @@ def _read(path: Path) -> Run:
         raise ValueError(f"{path} is not a directory; give the directory of a run")
     if not (path / "metrics.jsonl").is_file():
         raise ValueError(f"{path} holds no run (no metrics.jsonl); give the directory that a run named as out")
-    told, answered = run_schema.read_metrics(path / "metrics.jsonl")
-    rounds, clients = _latest(told, "round"), _latest(answered, "round", "client")
+    judged, answered = run_schema.read_metrics(path / "metrics.jsonl")
+    rounds, clients = _latest(judged, "round"), _latest(answered, "round", "client")
     if not rounds:
         raise ValueError(f"{path}/metrics.jsonl has no round yet; let the run finish a round first")
     config = run_schema.read_config(path / "config.toml") if (path / "config.toml").is_file() else {}
     finished = (path / "summary.json").is_file()
-    summary = run_schema.read_summary(path / "summary.json") if finished else _summary_so_far(config, rounds)
+    told = run_schema.read_ledger(path / "ledger.jsonl") if (path / "ledger.jsonl").is_file() else []
+    ledger = _latest(told, "round", "client")
+    if finished:
+        summary = run_schema.read_summary(path / "summary.json")
+    else:
+        summary = _summary_so_far(config, rounds) | _kept(ledger, path / "ledger.jsonl")
     algorithm = summary.get("algorithm") or config.get("algorithm") or "run"
-    ledger = run_schema.read_ledger(path / "ledger.jsonl") if (path / "ledger.jsonl").is_file() else []
     return Run(
         path=path,
         name=str(summary.get("label") or title_of(algorithm)),
@@ -156,10 +172,17 @@ def _read(path: Path) -> Run:
         config=config,
         rounds=rounds,
         clients=clients,
-        ledger=_latest(ledger, "round", "client"),
+        ledger=ledger,
         partition=run_schema.read_partition(path / "partition.json") if (path / "partition.json").is_file() else None,
         finished=finished,
     )
+
+
+def _kept(ledger: Sequence[Mapping[str, Any]], path: Path) -> dict[str, Any]:
+    try:
+        return kept_budgets(ledger)
+    except ValueError as error:  # a limit that no budget has
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _summary_so_far(config: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -235,7 +235,8 @@ def _admit(update: ClientUpdate, plan: ExpertPlan, sums: Accumulator) -> ClientU
     """Sum the update, or refuse it by name: it broke its budget, or it is not what was asked for."""
     if over := plan.budget.violations(update.cost):
         # Without a plan that fits, no client trains: so what was predicted was wrong, and the log says that.
-        return refused(update, f"over budget, though its plan fits: {over[0]}")
+        before = f"{update.error}; " if update.status == "failed" else ""
+        return refused(update, f"{before}over budget, though its plan fits: {over[0]}")
     outcome = sums.add(update, plan)
     if outcome.accepted or update.status == "failed":
         return update

@@ -261,3 +261,25 @@ def test_inv11_resume_refuses_what_is_not_its_own_checkpoint(case: str, finished
     one_sentence(command("resume", run, "--quiet"), *fragments)
     after = {path: sha256(path.read_bytes()).digest() for path in run.rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_a_run_in_which_nothing_trained_fails_with_the_first_reason(simulate: Simulate) -> None:
+    done, out = simulate("aggregation.norm_bound=1e-12")
+    assert done.returncode == 1
+    why = "all 4 updates failed or were refused; client 0 in round 1: L2 norm"
+    assert f"nothing trained ({why}" in done.stdout
+    assert done.stderr.startswith(f"error: nothing trained in {out}: {why}")
+    assert "is above norm_bound 1e-12" in done.stderr
+    again = fedmoe_here("resume", out, "--quiet")
+    assert again.returncode == 1
+    assert again.stderr == done.stderr
+
+
+def test_a_comparison_in_which_nothing_trained_fails_and_reaches_no_target(notes: Path, tmp_path: Path) -> None:
+    words = [*TINY, f"data=jsonl:{notes}", f"cache={notes.parent / 'cache'}", "aggregation.norm_bound=1e-12"]
+    options = ["--systems", "fedavg", "--seeds", "0", "--workers", "1", "--out", tmp_path / "study"]
+    done = fedmoe("compare", *words, *options, "--quiet")
+    assert done.returncode == 1
+    assert "| fedavg (nothing trained in 1 seed) | 1 |" in done.stdout
+    assert "| fedavg | 0 of 1 | n/a |" in done.stdout
+    assert f"error: nothing trained in {tmp_path}/study/runs/fedavg/seed-0: all 4 updates" in done.stderr

@@ -117,13 +117,26 @@ def test_force_never_overwrites_what_is_not_a_run(simulator: Any, tmp_path: Path
     assert "is not a directory" in invoke("simulate", f"out={tmp_path}/file").stderr
 
 
-def test_exceeded_budget_fails_the_run_unless_no_budget_binds_it(simulator: Any, tmp_path: Path) -> None:
-    simulator.run = writes_a_run([], budget_violations=2)
+def test_a_broken_budget_or_an_idle_run_ends_with_1_and_a_sentence(simulator: Any, tmp_path: Path) -> None:
+    broken = {"budgets_broken": 2, "broken_by": ["client 1: memory: 2 B used, 1 B allowed"], "budget_violations": 2}
+    simulator.run = writes_a_run([], **broken)
     result = invoke("simulate", f"out={tmp_path}/a")
     assert result.exit_code == 1
-    assert "budgets were exceeded 2 times" in result.stderr
-    simulator.run = writes_a_run([], budget_violations=2, budgeted=False)
-    assert invoke("simulate", f"out={tmp_path}/b").exit_code == 0
+    assert "error: budgets were exceeded 2 times (client 1: memory: 2 B used, 1 B allowed)" in result.stderr
+    assert "budgets exceeded: 2 (client 1: memory: 2 B used" in result.stdout
+    simulator.run = writes_a_run([], nothing_trained="all 6 updates failed or were refused; client 0 in round 1: nan")
+    result = invoke("simulate", f"out={tmp_path}/b", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["rounds"]) == (1, 2)
+    assert f"error: nothing trained in {tmp_path}/b: all 6 updates failed" in result.stderr
+
+
+def test_a_run_that_no_budget_binds_is_not_a_failed_one(simulator: Any, tmp_path: Path) -> None:
+    over = {"budget_violations": 2, "budgeted": False, "budgets_broken": 0, "over_budget": ["client 0: more"]}
+    simulator.run = writes_a_run([], **over)
+    result = invoke("simulate", f"out={tmp_path}/b")
+    assert result.exit_code == 0
+    assert "not bound by the budgets (client 0: more)" in result.stdout
+    assert "budgets exceeded" not in result.stdout
 
 
 @pytest.mark.parametrize(

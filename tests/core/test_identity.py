@@ -246,9 +246,9 @@ def test_compare_refuses_runs_of_other_data_and_replaces_them_only_by_force(
     with pytest.raises(ValueError, match=r"compare.json was made from other content of data="):
         study_of(tmp_path / "second", notes, "random", beside=tmp_path / "study/compare.json")
     assert summary.read_bytes() == before
-    missing, lines, notes_told = compare(study_of(tmp_path / "study", notes, "fedavg"), unheard, force=True)
-    assert (missing, notes_told) == ([], [])
-    assert lines
+    found = compare(study_of(tmp_path / "study", notes, "fedavg"), unheard, force=True)
+    assert (found.missing, found.problems, found.notes) == ([], [], [])
+    assert found.lines
     assert summary.read_bytes() != before
 
 
@@ -270,12 +270,12 @@ def test_compare_says_which_runs_other_code_made(tmp_path: Path, monkeypatch: py
         make_run(job.out, algorithm="random", tiers=job.config.budgets, seed=job.seed)
         text = replace(job.config).to_toml()
         (job.out / "config.toml").write_text(text)
-    assert compare(study, unheard)[2] == []
+    assert compare(study, unheard).notes == []
     own = study.identity.code
     for room in ("identity", "jobs"):
         monkeypatch.setattr(f"fedmoe_core.{room}.code_version", lambda *of: "9.9+edited")
     later = Study.of([], systems="random", seeds="0-1", out=tmp_path, workers=1)
-    assert compare(later, unheard)[2] == [
+    assert compare(later, unheard).notes == [
         f"2 runs of this table came from fedmoe {own}, and this is 9.9+edited; --force runs them again"
     ]
 
@@ -292,7 +292,7 @@ def test_a_users_own_algorithm_is_compared_with_its_own_code(tmp_path: Path, mon
         code = code_version("transformers", job.config.algorithm)
         marker.write_text(json.dumps({**json.loads(marker.read_text()), "code": code}))
     assert [job.other_code() for job in study.jobs()] == ["", ""]
-    assert compare(study, unheard)[2] == []
+    assert compare(study, unheard).notes == []
     with (tmp_path / "mine.py").open("a") as file:
         file.write("# edited\n")
     assert [bool(job.other_code()) for job in study.jobs()] == [True, False]

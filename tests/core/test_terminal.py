@@ -81,19 +81,20 @@ def tell(observer: Any) -> None:
     observer.close()
 
 
-@pytest.mark.parametrize("budgeted", [True, False])
-def test_simulate_and_its_observer(simulator: Any, tmp_path: Path, budgeted: bool) -> None:
+@pytest.mark.parametrize("broken", [2, 0])
+def test_simulate_and_its_observer(simulator: Any, tmp_path: Path, broken: int) -> None:
     def run(config: Any, *, observer: Any, force: bool) -> dict[str, Any]:
         tell(observer)
-        path = hostile_run(Path(config.out), budgeted=budgeted, budget_violations=2)
+        found = {"budget_violations": 2, "budgets_broken": broken, "broken_by": [EVIL]}
+        path = hostile_run(Path(config.out), budgeted=bool(broken), **found)
         return json.loads((path / "summary.json").read_text("utf-8"))
 
     simulator.run = run
-    out, err = said("simulate", f"out={tmp_path}/a{EVIL.replace('/', '')}", status=int(budgeted))
+    out, err = said("simulate", f"out={tmp_path}/a{EVIL.replace('/', '')}", status=int(broken > 0))
     assert f"L{SEEN}: held-out loss" in out
     assert f"refused client 1: {SEEN}\\udcff\\udcfe" in err
-    assert budgeted == ("budgets were exceeded 2 times" in err)
-    out, _ = said("simulate", f"out={tmp_path}/json", "--json", status=int(budgeted))
+    assert bool(broken) == ("budgets were exceeded 2 times (" + SEEN[:9] in err)
+    out, _ = said("simulate", f"out={tmp_path}/json", "--json", status=int(broken > 0))
     assert json.loads(out)["label"] == f"L{EVIL}"
 
 
@@ -170,7 +171,8 @@ def test_compare_prints_its_table_and_notes(
 
     def compared(study: Any, watch: Any, *, force: bool) -> Any:
         watch(types.SimpleNamespace(error=EVIL, job=job, cached=False, seconds=1.0), 2.0)
-        return [job], markdown(rows_of(runs, target=4.0)), [f"note {EVIL}"]
+        lines = markdown(rows_of(runs, target=4.0))
+        return compare.StudyResult(missing=[job], problems=[f"trouble {EVIL}"], lines=lines, notes=[f"note {EVIL}"])
 
     monkeypatch.setattr(compare, "compare", compared)
     study: Any = types.SimpleNamespace(jobs=lambda: [job])
@@ -180,6 +182,7 @@ def test_compare_prints_its_table_and_notes(
     table = [line for line in out.splitlines() if line.startswith("| ")]
     assert {line.replace("\\|", "").count("|") for line in table[:4]} == {table[0].count("|")}
     assert f"note: note {SEEN}" in err
+    assert f"error: trouble {SEEN}" in err
     assert f"1/1, {SEEN}\\udcff\\udcfe: failed: {SEEN}" in err
     assert f"1 run still missing ({SEEN}" in err
 

@@ -1,0 +1,119 @@
+"""Whether budgets were kept and whether anything trained, on ledgers and metrics whose right answers are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmoe_core.verdicts import LIMITS, kept_budgets, nothing_trained, problems
+
+OPEN = dict.fromkeys(LIMITS)
+
+
+def entry(client: int, *, limit: int | None, needs: int, used: int, bound: int | str | None = "same") -> dict[str, Any]:
+    """A line about memory alone; ``bound`` is what bound the plan, where that is not the device's limit."""
+    spent = dict.fromkeys(LIMITS, 0)
+    return {
+        "client": client,
+        "budget": {**OPEN, "memory_bytes": limit},
+        **({} if bound == "same" else {"bound_by": {**OPEN, "memory_bytes": bound}}),
+        "predicted": {**spent, "memory_bytes": needs},
+        "real": {**spent, "memory_bytes": used, "seconds": 1.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("entries", "over", "broken", "budgeted"),
+    [
+        ([entry(0, limit=10, needs=9, used=8)], 0, 0, True),
+        ([entry(0, limit=None, needs=9, used=99)], 0, 0, True),
+        # A budget bound the plan, and what the client really used passed it: broken, and bound all the same.
+        ([entry(0, limit=10, needs=9, used=12)], 1, 1, True),
+        # Nothing bound the plan, as under FedAvg: more than the device can bear, but not a broken promise.
+        ([entry(0, limit=10, needs=12, used=12, bound=None)], 1, 0, False),
+        # Nothing bound it and it fitted by itself.
+        ([entry(0, limit=10, needs=9, used=8, bound=None)], 0, 0, True),
+        # A bound of the plan's own, wider than the device's, broken too.
+        ([entry(0, limit=10, needs=12, used=21, bound=20)], 1, 1, False),
+        ([entry(0, limit=10, needs=12, used=12, bound=None), entry(1, limit=10, needs=9, used=11)], 2, 1, False),
+        ([], 0, 0, True),
+    ],
+)
+def test_inv1_what_bound_a_plan_decides_whether_passing_a_limit_breaks_it(
+    entries: list[dict[str, Any]], over: int, broken: int, budgeted: bool
+) -> None:
+    found = kept_budgets(entries)
+    assert (found["budget_violations"], found["budgets_broken"], found["budgeted"]) == (over, broken, budgeted)
+    assert bool(found["over_budget"]) == bool(over)
+    assert bool(found["broken_by"]) == bool(broken)
+
+
+def test_each_client_is_named_at_its_first_time_with_the_resource_and_the_amounts() -> None:
+    lines = [entry(1, limit=10, needs=9, used=12), entry(0, limit=10, needs=9, used=11)]
+    lines.append(entry(1, limit=10, needs=9, used=99))
+    found = kept_budgets(lines)
+    assert found["broken_by"] == [
+        "client 0: memory: 0.1 KiB (11 B) used, 0.1 KiB (10 B) allowed",
+        "client 1: memory: 0.1 KiB (12 B) used, 0.1 KiB (10 B) allowed",
+    ]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 20), st.integers(0, 30), st.integers(0, 30), st.sampled_from(["same", None, 15])),
+        max_size=6,
+    )
+)
+def test_inv1_a_bound_plan_is_broken_exactly_where_the_client_used_more(cases: list[Any]) -> None:
+    lines = [
+        entry(client, limit=limit, needs=needs, used=used, bound=bound)
+        for client, (limit, needs, used, bound) in enumerate(cases)
+    ]
+    found = kept_budgets(lines)
+    limits = [limit if bound == "same" else bound for limit, _, _, bound in cases]
+    assert found["budgets_broken"] == sum(
+        limit is not None and used > limit for limit, (_, _, used, _) in zip(limits, cases, strict=True)
+    )
+    assert found["budget_violations"] == sum(max(needs, used) > limit for limit, needs, used, _ in cases)
+    # Only a client whose plan was not bound by its device's limit can make a run one that no budget binds.
+    unbound = [(limit, needs, used) for limit, needs, used, bound in cases if bound not in ("same", limit)]
+    assert found["budgeted"] is not any(max(needs, used) > limit for limit, needs, used in unbound)
+
+
+def client(status: str, *, steps: int = 3, error: str = "") -> dict[str, Any]:
+    return {"type": "client", "round": 1, "client": 4, "status": status, "steps": steps, "error": error}
+
+
+@pytest.mark.parametrize(
+    ("answers", "applied", "said"),
+    [
+        ([client("ok"), client("failed")], True, ""),
+        (
+            [client("failed", error="nan"), client("refused")],
+            False,
+            "all 2 updates failed or were refused; client 4",
+        ),
+        ([client("failed", error="nan")], True, "round 1: nan"),
+        ([client("ok"), client("failed")], False, "no round had min_clients=2 accepted updates (1 of 2 in all)"),
+        ([client("ok", steps=0)], True, "no client took a training step"),
+        ([], False, "no client took part"),
+    ],
+)
+def test_a_run_in_which_nothing_trained_says_why(answers: list[dict[str, Any]], applied: bool, said: str) -> None:
+    found = nothing_trained([{"type": "round"}, *answers, {"type": "round", "applied": applied}], 2)
+    assert said in found
+    assert bool(said) == bool(found)
+
+
+def test_problems_are_sentences_and_a_good_run_has_none() -> None:
+    good = kept_budgets([entry(0, limit=10, needs=9, used=8)]) | {"nothing_trained": ""}
+    assert problems(good, "runs/a") == []
+    bad = kept_budgets([entry(0, limit=10, needs=9, used=12)]) | {"nothing_trained": "no client took part"}
+    assert problems(bad, "runs/a") == [
+        "budgets were exceeded once (client 0: memory: 0.1 KiB (12 B) used, 0.1 KiB (10 B) allowed); "
+        "runs/a/ledger.jsonl names them",
+        "nothing trained in runs/a: no client took part",
+    ]
