@@ -239,6 +239,7 @@ def _start(job: Job, words: Sequence[str], line: Lifeline, *, afresh: bool) -> s
             stdin=subprocess.DEVNULL,
             env=environment,
             pass_fds=line.pass_fds,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then stops each of them once
         )
 
 
