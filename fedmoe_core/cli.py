@@ -312,8 +312,8 @@ def _finish(summary: dict[str, Any], run_dir: Path, *, as_json: bool) -> None:
     else:
         for line in [*lines, f"report: {path}"]:
             say(line)
-    if found := problems(summary, str(run_dir)):
-        _fail("; ".join(found), 1)
+    if found := problems(summary):
+        _fail(f"{'; '.join(found)}; {run_dir}/ledger.jsonl and metrics.jsonl have every client", 1)
 
 
 def _plan_table(rows: list[PlanRow], config: Config) -> Table:

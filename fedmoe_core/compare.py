@@ -166,7 +166,7 @@ def compare(study: Study, watch: Callable[[Outcome, float], None], *, force: boo
 
 def failed(done: Sequence[Job]) -> list[str]:
     """Say which of the finished runs broke a budget or trained nothing."""
-    return [sentence for job in done for sentence in problems(read_runs([job.out])[0].summary, str(job.out))]
+    return [f"{job.out}: {problem}" for job in done for problem in problems(read_runs([job.out])[0].summary)]
 
 
 def other_code(study: Study, jobs: Sequence[Job]) -> list[str]:

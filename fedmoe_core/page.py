@@ -13,10 +13,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedmoe_core import drawing, figures, show, theme
-from fedmoe_core.page_tables import Cell, Piece, Table, ledger, marked, plain, ranking_table, refused, tiers
+from fedmoe_core.page_tables import Cell, Piece, Table, exceeded, ledger, plain, ranking_table, refused, tiers
 from fedmoe_core.report import held, judged_by
 from fedmoe_core.run_schema import read_text
 from fedmoe_core.runs import Run
+from fedmoe_core.verdicts import problems
 from fedmoe_core.wording import visible
 
 SPREAD = "Clients: worst, mean and best"
@@ -59,6 +60,7 @@ class Part:
     alone: bool
     headline: str
     setting: str
+    problems: Sequence[str]
     tiles: Sequence[Tile]
     facts: Sequence[tuple[str, str]]
     pictures: Sequence[Picture]
@@ -149,6 +151,7 @@ def _part(run: Run, gallery: _Gallery, *, alone: bool) -> Part:
         alone=alone,
         headline=_headline(run),
         setting=_setting(run),
+        problems=problems(run.summary),
         tiles=_tiles(run),
         facts=_facts(run),
         pictures=pictures,
@@ -174,12 +177,15 @@ def _tiles(run: Run) -> list[Tile]:
             worst = max(own) if kind == "loss" else min(own)
             words = f"mean {kind} of the clients' own models, worst {text(worst)}"
             tiles.append(Tile(plain(text(float(np.mean(own)))), words))
-    limits = marked(run.violations) if run.budgeted else (Piece("not bound", "bad"),)
+    bound = run.broken or run.budgeted
     engine = _ratio(s.get("engine_seconds"), s.get("seconds"))
     down, up = show.size(s.get("bytes_down")), show.size(s.get("bytes_up"))
     tiles += [
         Tile(plain(show.number(s.get("worst_client_loss"))), "loss of the worst client"),
-        Tile(limits, "budgets exceeded" if run.budgeted else "needs more than its clients can bear"),
+        Tile(
+            exceeded(run, Piece("not bound", "bad")),
+            "budgets exceeded" if bound else "needs more than its clients can bear",
+        ),
         Tile(plain(held(run).replace("..", "–")), f"experts held by a client, of {_experts(run) or show.NONE}"),
         Tile(plain(show.size(run.traffic)), f"moved: {down} down, {up} up"),
         Tile(plain(show.size(s.get("peak_memory_bytes"))), "largest peak memory of a client"),
@@ -207,6 +213,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _headline(run: Run) -> str:
     """The result in one clause, whichever way it fell."""
+    if run.nothing_trained:
+        return f"{run.name}: nothing trained"
     s = run.summary
     accuracy = _minus(s.get("accuracy_after"), s.get("accuracy_before"))
     loss = _minus(s.get("loss_after"), s.get("loss_before"))

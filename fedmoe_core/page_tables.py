@@ -45,9 +45,11 @@ def plain(text: str) -> Cell:
     return (Piece(text),)
 
 
-def marked(violations: int) -> Cell:
-    """Make a cell of a count that is good only at 0."""
-    return (Piece(str(violations), "bad" if violations else "good"),)
+def exceeded(run: Run, unbound: Piece) -> Cell:
+    """Make a cell of how often budgets were broken, good only at 0; ``unbound`` where none bound the run."""
+    if run.broken or run.budgeted:
+        return (Piece(str(run.broken), "bad" if run.broken else "good"),)
+    return (unbound,)
 
 
 def ranking_table(runs: Sequence[Run]) -> Table:
@@ -62,7 +64,7 @@ def ranking_table(runs: Sequence[Run]) -> Table:
         texts += [show.change(s, "accuracy", show.share)] if accurate else []
         texts += [show.change(s, "loss", show.number), show.number(s.get("worst_client_loss")), show.size(run.traffic)]
         texts += [show.flops(s.get("flops")), show.size(s.get("peak_memory_bytes")), held(run).replace("..", "–")]
-        broken = marked(run.violations) if run.budgeted else plain(show.NONE)
+        broken = exceeded(run, Piece(show.NONE))
         cells = [plain(str(place or "–")), name, *map(plain, texts), broken, plain(show.seconds(s.get("seconds")))]
         rows.append(Row("first" if place == 1 else "apart" if place is None else "", tuple(cells)))
     names = ["", "run", *(["seed"] if seeds else []), *(["accuracy"] if accurate else []), "held-out loss"]

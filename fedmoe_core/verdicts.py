@@ -54,20 +54,14 @@ def nothing_trained(records: Sequence[Mapping[str, Any]], min_clients: int) -> s
     return ""
 
 
-def problems(summary: Mapping[str, Any], place: str) -> list[str]:
-    """Say in sentences what makes a finished run a failed one: broken budgets, nothing trained.
-
-    Args:
-        summary: what summary.json holds.
-        place: the run's directory, for the reader.
-    """
+def problems(summary: Mapping[str, Any]) -> list[str]:
+    """Say in sentences what makes a finished run a failed one: broken budgets, nothing trained."""
     found = []
     if broken := summary.get("budgets_broken"):
         first = (summary.get("broken_by") or ["unknown client"])[0]
-        times = f"{broken} times" if broken > 1 else "once"
-        found.append(f"budgets were exceeded {times} ({first}); {place}/ledger.jsonl names them")
+        found.append(f"budgets were exceeded {'once' if broken == 1 else f'{broken} times'} ({first})")
     if idle := summary.get("nothing_trained"):
-        found.append(f"nothing trained in {place}: {idle}")
+        found.append(f"nothing trained: {idle}")
     return found
 
 

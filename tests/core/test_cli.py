@@ -127,7 +127,8 @@ def test_a_broken_budget_or_an_idle_run_ends_with_1_and_a_sentence(simulator: An
     simulator.run = writes_a_run([], nothing_trained="all 6 updates failed or were refused; client 0 in round 1: nan")
     result = invoke("simulate", f"out={tmp_path}/b", "--json")
     assert (result.exit_code, json.loads(result.stdout)["rounds"]) == (1, 2)
-    assert f"error: nothing trained in {tmp_path}/b: all 6 updates failed" in result.stderr
+    assert "error: nothing trained: all 6 updates failed" in result.stderr
+    assert f"{tmp_path}/b/ledger.jsonl" in result.stderr
 
 
 def test_a_run_that_no_budget_binds_is_not_a_failed_one(simulator: Any, tmp_path: Path) -> None:
