@@ -66,6 +66,8 @@ p {{ margin: 4px 0 16px; max-width: 80ch; }}
 .tile b {{ display: block; font-size: 23px; line-height: 1.3; letter-spacing: -.01em; font-weight: 650; }}
 .label {{ display: block; font-size: 13px; }}
 .bad {{ color: #b23a00; }}
+p.bad {{ border-color: currentColor; }}
+p.bad::first-letter {{ text-transform: uppercase; }}
 .good {{ color: #00704f; }}
 figure {{ margin: 14px 0 0; }}
 figure svg {{ display: block; width: 100%; height: auto; overflow: visible; }}
