@@ -103,7 +103,10 @@ def tell_parent(sentence: str) -> bool:
     shared = os.environ.get(LAUNCHED)
     if not shared:
         return False
-    _words(Path(shared), rank()).write_text(sentence, encoding="utf-8", errors="backslashreplace")
+    try:
+        _words(Path(shared), rank()).write_text(sentence, encoding="utf-8", errors="backslashreplace")
+    except OSError:  # a cleaner of old temporary files may have removed the directory of a run of many days
+        return False
     return True
 
 

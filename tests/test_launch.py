@@ -299,6 +299,17 @@ def test_a_stopped_launcher_lets_its_ranks_unwind_and_leaves_nothing(
     assert list(temporary.iterdir()) == []
 
 
+def test_a_rank_whose_parent_cannot_be_told_speaks_for_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(launch.LAUNCHED, str(tmp_path))
+    assert launch.tell_parent("why \udcff")
+    assert (tmp_path / "rank-1.txt").read_text() == "why \\udcff"
+    monkeypatch.setenv(launch.LAUNCHED, str(tmp_path / "gone"))
+    assert not launch.tell_parent("why")
+    monkeypatch.delenv(launch.LAUNCHED)
+    assert not launch.tell_parent("why")
+
+
 def test_ranks_know_their_place_and_all_end_well(environment: Callable[..., dict[str, str]], tmp_path: Path) -> None:
     keys = "('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'OMP_NUM_THREADS')"
     play(f"open({str(tmp_path)!r} + '/' + os.environ['RANK'], 'w').write(' '.join(os.environ[k] for k in {keys}))", 3)
