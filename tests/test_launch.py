@@ -131,8 +131,14 @@ def addresses_of(started: subprocess.Popen[str]) -> set[str]:
 
 
 def popen(*words: str, env: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    command, pipe = [sys.executable, *words], subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, preexec_fn=hearing)
+
+
+def hearing() -> None:
+    """Listen to the signals of a terminal again, which these tests inherit as ignored under nohup or in a job of CI."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @LINUX

@@ -155,29 +155,29 @@ def test_a_classification_head_is_averaged_over_a_frozen_trunk(config: Make, tmp
 
 
 def test_an_algorithm_of_the_users_own_is_named_by_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "own_class.py").write_text(
         "from fedmoe_core.algorithms.baselines import RandomExperts\n"
         "class Mine(RandomExperts):\n    'Another name for random experts.'\n"
         "nothing = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert algorithm_class("mine:Mine").__name__ == "Mine"
-    assert Config.load(overrides=["algorithm=mine:Mine"]).algorithm == "mine:Mine"
-    assert title_of("mine:Mine") == "Mine"
+    assert algorithm_class("own_class:Mine").__name__ == "Mine"
+    assert Config.load(overrides=["algorithm=own_class:Mine"]).algorithm == "own_class:Mine"
+    assert title_of("own_class:Mine") == "Mine"
     assert title_of("flux") == "Flux"
     for name, message in {
-        "mine:nothing": "does not inherit",
-        "mine:Absent": "cannot be loaded",
+        "own_class:nothing": "does not inherit",
+        "own_class:Absent": "cannot be loaded",
         "no_such_module:X": "cannot be loaded",
         "fedavgg": "did you mean 'fedavg'",
     }.items():
         with pytest.raises(ValueError, match=message):
             algorithm_class(name)
-    for word in ("mine:", ":Mine", "a b:C", "mine:Mine:More"):
+    for word in ("own_class:", ":Mine", "a b:C", "own_class:Mine:More"):
         with pytest.raises(ValueError, match="algorithm"):
             Config.load(overrides=[f"algorithm={word}"])
-    before = code_version("transformers", "mine:Mine")
+    before = code_version("transformers", "own_class:Mine")
     assert before != code_version("transformers")
-    with (tmp_path / "mine.py").open("a") as file:
+    with (tmp_path / "own_class.py").open("a") as file:
         file.write("# edited\n")
-    assert code_version("transformers", "mine:Mine") != before
+    assert code_version("transformers", "own_class:Mine") != before

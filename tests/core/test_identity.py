@@ -282,9 +282,9 @@ def test_compare_says_which_runs_other_code_made(tmp_path: Path, monkeypatch: py
 
 def test_a_users_own_algorithm_is_compared_with_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its module counts as code of its runs alone: no run of an unchanged file is said to be of other code."""
-    (tmp_path / "mine.py").write_text("from fedmoe_core.algorithms.baselines import RandomExperts as Mine\n")
+    (tmp_path / "own_random.py").write_text("from fedmoe_core.algorithms.baselines import RandomExperts as Mine\n")
     monkeypatch.syspath_prepend(tmp_path)
-    study = Study.of([], systems="mine:Mine,random", seeds="0", out=tmp_path / "study", workers=1)
+    study = Study.of([], systems="own_random:Mine,random", seeds="0", out=tmp_path / "study", workers=1)
     for job in study.jobs():
         make_run(job.out, algorithm="random", tiers=job.config.budgets)
         (job.out / "config.toml").write_text(job.config.to_toml())
@@ -293,7 +293,7 @@ def test_a_users_own_algorithm_is_compared_with_its_own_code(tmp_path: Path, mon
         marker.write_text(json.dumps({**json.loads(marker.read_text()), "code": code}))
     assert [job.other_code() for job in study.jobs()] == ["", ""]
     assert compare(study, unheard).notes == []
-    with (tmp_path / "mine.py").open("a") as file:
+    with (tmp_path / "own_random.py").open("a") as file:
         file.write("# edited\n")
     assert [bool(job.other_code()) for job in study.jobs()] == [True, False]
 

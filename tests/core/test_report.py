@@ -141,34 +141,6 @@ def test_exceeded_limit_is_drawn_past_the_line_and_named(tmp_path: Path) -> None
     assert "class='bad'" in html
 
 
-def test_a_failed_run_says_so_first_and_is_not_ranked(tmp_path: Path) -> None:
-    small = {"clients": 2, "rounds": 1}
-    broken = {"budgets_broken": 3, "broken_by": ["client 1: memory: 2 MiB used, 1 MiB allowed", "client 2: down"]}
-    first = make_run(tmp_path / "a", label="A", **small, **broken)
-    second = make_run(tmp_path / "b", label="B", **small, nothing_trained="no client took part")
-    page, html, lines = page_of([first], tmp_path / "a.html")
-    assert "<p class='verdict bad'>budgets were exceeded 3 times (client 1: memory: 2 MiB used" in html
-    assert lines[0].endswith("budgets exceeded: 3 (client 1: memory: 2 MiB used, 1 MiB allowed; 1 more client)")
-    page, html, lines = page_of([second], tmp_path / "b.html")
-    assert "B: nothing trained" in page.text
-    assert "<p class='verdict bad'>nothing trained: no client took part</p>" in html
-    assert lines[0].startswith("B: nothing trained (no client took part), held-out loss")
-    placed = [(place, run.name, reason) for place, run, reason in ranking(read_runs([first, second]))]
-    assert sorted(placed, key=str) == [(None, "A", "exceeded a budget"), (None, "B", "nothing trained")]
-    (verdict,) = compare(read_runs([second, first]))
-    assert verdict == "B and A cannot be compared: nothing trained in B (no client took part)."
-
-
-def test_an_unfinished_run_is_judged_by_its_ledger(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "run", clients=2, rounds=1, tiers=("memory=24MiB",))
-    entries = [json.loads(text) for text in (path / "ledger.jsonl").read_text().splitlines()]
-    entries[0]["real"]["memory_bytes"] = 2 * entries[0]["budget"]["memory_bytes"]
-    (path / "ledger.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    (path / "summary.json").unlink()
-    _, _, lines = page_of([path], tmp_path / "r.html")
-    assert "budgets exceeded: 1 (client 0: memory: " in lines[0]
-
-
 def test_hostile_names_are_text_not_markup(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", clients=2, rounds=2, label="<script>alert(1)</script>")
     partition = json.loads((path / "partition.json").read_text())

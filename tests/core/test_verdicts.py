@@ -1,13 +1,18 @@
-"""Whether budgets were kept and whether anything trained, on ledgers and metrics whose right answers are known."""
+"""Whether budgets were kept and whether anything trained, on known ledgers and metrics, and in the report."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic_run import make_run
 
+from fedmoe_core.report import compare, ranking, report
+from fedmoe_core.runs import read_runs
 from fedmoe_core.verdicts import LIMITS, kept_budgets, nothing_trained, problems
 
 OPEN = dict.fromkeys(LIMITS)
@@ -116,3 +121,37 @@ def test_problems_are_sentences_and_a_good_run_has_none() -> None:
         "budgets were exceeded once (client 0: memory: 0.1 KiB (12 B) used, 0.1 KiB (10 B) allowed)",
         "nothing trained: no client took part",
     ]
+
+
+def shown(path: Path) -> tuple[list[str], str]:
+    """What ``fedmoe report`` prints of a run, and the page that it writes."""
+    page, lines = report([path])
+    return lines, page.read_text("utf-8")
+
+
+def test_a_failed_run_says_so_first_and_is_not_ranked(tmp_path: Path) -> None:
+    small = {"clients": 2, "rounds": 1}
+    broken = {"budgets_broken": 3, "broken_by": ["client 1: memory: 2 MiB used, 1 MiB allowed", "client 2: down"]}
+    first = make_run(tmp_path / "a", label="A", **small, **broken)
+    second = make_run(tmp_path / "b", label="B", **small, nothing_trained="no client took part")
+    lines, html = shown(first)
+    assert "<p class='verdict bad'>budgets were exceeded 3 times (client 1: memory: 2 MiB used" in html
+    assert lines[0].endswith("budgets exceeded: 3 (client 1: memory: 2 MiB used, 1 MiB allowed; 1 more client)")
+    lines, html = shown(second)
+    assert "<h1>B: nothing trained</h1>" in html
+    assert "<p class='verdict bad'>nothing trained: no client took part</p>" in html
+    assert lines[0].startswith("B: nothing trained (no client took part), held-out loss")
+    placed = [(place, run.name, reason) for place, run, reason in ranking(read_runs([first, second]))]
+    assert sorted(placed, key=str) == [(None, "A", "exceeded a budget"), (None, "B", "nothing trained")]
+    (verdict,) = compare(read_runs([second, first]))
+    assert verdict == "B and A cannot be compared: nothing trained in B (no client took part)."
+
+
+def test_an_unfinished_run_is_judged_by_its_ledger(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", clients=2, rounds=1, tiers=("memory=24MiB",))
+    entries = [json.loads(text) for text in (path / "ledger.jsonl").read_text().splitlines()]
+    entries[0]["real"]["memory_bytes"] = 2 * entries[0]["budget"]["memory_bytes"]
+    (path / "ledger.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (path / "summary.json").unlink()
+    lines, _ = shown(path)
+    assert "budgets exceeded: 1 (client 0: memory: " in lines[0]
