@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import HOUSE, TINY, fedmoe_here, write_notes
@@ -52,9 +53,23 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A run of many short rounds, its corpus and warm-up already in the cache."""
     place = tmp_path_factory.mktemp("launch")
     words = [*TINY, f"data=jsonl:{write_notes(place / 'notes.jsonl')}", f"cache={place / 'cache'}"]
-    done = fedmoe_here("simulate", *words, f"out={place / 'first'}", "--quiet")
+    done = fedmoe_here("simulate", *words, f"out={place / 'one'}", "--quiet")
     assert done.returncode == 0, done.stderr
     return words
+
+
+@pytest.fixture(scope="module")
+def one(words: list[str]) -> dict[str, Any]:
+    """What that run came to in a single process."""
+    corpus = Path(words[len(TINY)].rpartition(":")[2])
+    return results(corpus.parent / "one")
+
+
+def results(run: Path) -> dict[str, Any]:
+    """Figures of a run that must not depend on how many processes it had."""
+    summary = json.loads((run / "summary.json").read_text())
+    keys = ("model_hash", "loss_before", "loss_after", "bytes_down", "bytes_up", "flops", "budget_violations")
+    return {key: summary[key] for key in keys}
 
 
 @pytest.fixture
@@ -142,8 +157,8 @@ def hearing() -> None:
 
 
 @LINUX
-def test_inv12_two_ranks_read_no_pickle_and_listen_on_loopback_alone(
-    words: list[str], watch: dict[str, str], tmp_path: Path
+def test_inv10_inv12_two_ranks_give_the_bits_of_one_read_no_pickle_and_listen_on_loopback_alone(
+    words: list[str], one: dict[str, Any], watch: dict[str, str], tmp_path: Path
 ) -> None:
     # Another interface in the environment, as clusters set it, must not bring a run on one node onto the network.
     others = [name for _, name in socket.if_nameindex() if not name.startswith("lo")]
@@ -153,6 +168,7 @@ def test_inv12_two_ranks_read_no_pickle_and_listen_on_loopback_alone(
     addresses = addresses_of(started)
     _, said = started.communicate(timeout=60)
     assert started.returncode == 0, said
+    assert results(out) == one
     assert addresses == {"0100007F"}  # 127.0.0.1: gloo's own sockets, so the search does see some
     heard = (tmp_path / "heard").read_text().splitlines()
     assert len(heard) == 3  # the launcher and two ranks
@@ -178,7 +194,7 @@ def test_the_watch_sees_a_socket_on_every_interface_and_hears_each_way_to_unpick
 
 
 def test_inv12_torchrun_across_nodes_with_a_static_rendezvous_reads_no_pickle(
-    words: list[str], watch: dict[str, str], tmp_path: Path
+    words: list[str], one: dict[str, Any], watch: dict[str, str], tmp_path: Path
 ) -> None:
     """Two launchers, as on two nodes, with the options that the documentation gives; the bits of one process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -192,9 +208,7 @@ def test_inv12_torchrun_across_nodes_with_a_static_rendezvous_reads_no_pickle(
     for node in nodes:
         _, said = node.communicate(timeout=120)
         assert node.returncode == 0, said
-    assert fedmoe_here("simulate", *words, f"out={tmp_path / 'one'}", "--quiet").returncode == 0
-    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
-    assert two["model_hash"] == one["model_hash"]
+    assert results(tmp_path / "two") == one
     heard = (tmp_path / "heard").read_text().splitlines()
     assert len(heard) == 4
     assert all(line.startswith("start ") for line in heard)
@@ -254,8 +268,7 @@ def test_inv10_a_killed_rank_is_one_sentence_and_the_resumed_run_has_the_bits_of
     _, said = again.communicate(timeout=60)
     assert again.returncode == 0, said
     assert fedmoe_here("simulate", *long, f"out={tmp_path / 'whole'}", "--quiet").returncode == 0
-    cut, whole = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("cut", "whole"))
-    assert cut["model_hash"] == whole["model_hash"]
+    assert results(out) == results(tmp_path / "whole")
 
 
 # What a rank is to a launcher, without the seconds that torch takes to load.

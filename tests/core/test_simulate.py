@@ -245,19 +245,6 @@ def test_inv10_stopped_before_the_first_round_ends(config, tmp_path, monkeypatch
     assert [line["round"] for line in lines(Path(settings.out), kind="round")] == list(range(settings.rounds + 1))
 
 
-def test_inv10_two_ranks_give_the_bits_of_one(config, tmp_path):
-    settings = config(out="one")
-    one = simulate.run(settings)
-    both = tmp_path / "two.toml"
-    both.write_text(replace(settings, out=str(tmp_path / "two"), ranks=2).to_toml())
-    command = [sys.executable, "-m", "fedmoe_core.cli", "simulate", str(both), "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    two = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert two["model_hash"] == one["model_hash"]
-    assert two["loss_after"] == one["loss_after"]
-
-
 def test_inv11_a_client_with_nan_loss_is_refused_by_name_and_the_run_goes_on(config, tmp_path, monkeypatch):
     step = client.Stepper.step
 
