@@ -187,10 +187,10 @@ def show(resource: str, amount: float, *, exact: bool = False) -> str:
 
     ``exact`` adds the plain number, so that two amounts that round to the same text can be told apart.
     """
-    if resource == "experts":
-        return f"{math.ceil(amount)} experts" if amount != 1 else "1 expert"
     if not math.isfinite(amount):
         return str(amount)
+    if resource == "experts":
+        return f"{math.ceil(amount)} experts" if amount != 1 else "1 expert"
     if resource == "flops":
         return f"{_show_flops(amount)} ({amount!r})" if exact else _show_flops(amount)
     unit, size = next(((u, s) for u, s in reversed(_BINARY.items()) if amount < 1024 * s), ("TiB", 1024**4))

@@ -26,6 +26,7 @@ from fedmoe_core.submodel import configure_for, kind_of, received_bytes, returne
 from fedmoe_core.update import ClientProfile, Evaluation, ExpertFeedback
 
 T = TypeVar("T")
+FAILURES = (ArithmeticError, RuntimeError, ValueError)  # what ends one client's round and not the run
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,6 @@ def train_client(
         )
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, ArithmeticError) else str(error)
         return LocalResult({}, None, cost.with_extra(plan.surcharge), (), status="failed", error=reason)
-
-
-FAILURES = (ArithmeticError, RuntimeError, ValueError)  # what ends one client's round and not the run
 
 
 @dataclass

@@ -30,6 +30,7 @@ from fedmoe_core.jobs import (
 from fedmoe_core.measures import Measures, measure
 from fedmoe_core.names import ALGORITHMS
 from fedmoe_core.run_directory import exclusive
+from fedmoe_core.run_schema import read_summary
 from fedmoe_core.runs import read_runs
 from fedmoe_core.show import plural
 from fedmoe_core.verdicts import problems
@@ -166,7 +167,8 @@ def compare(study: Study, watch: Callable[[Outcome, float], None], *, force: boo
 
 def failed(done: Sequence[Job]) -> list[str]:
     """Say which of the finished runs broke a budget or trained nothing."""
-    return [f"{job.out}: {problem}" for job in done for problem in problems(read_runs([job.out])[0].summary)]
+    summaries = {job.out: read_summary(job.out / "summary.json") for job in done}
+    return [f"{out}: {problem}" for out, summary in summaries.items() for problem in problems(summary)]
 
 
 def other_code(study: Study, jobs: Sequence[Job]) -> list[str]:

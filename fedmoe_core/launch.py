@@ -130,7 +130,7 @@ def stoppable() -> Iterator[None]:
     before = {}
     try:
         for number in (signal.SIGTERM, signal.SIGHUP) if current_thread() is main_thread() else ():
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not Python's, so it cannot be put back
                 before[number] = signal.signal(number, signal.default_int_handler)
         yield
     finally:

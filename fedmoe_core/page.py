@@ -42,7 +42,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonPart:
     """What stands above the runs of a page with several."""
 
     heading: str
@@ -108,11 +108,11 @@ def _shown(value: Any) -> Any:
     return value if hasattr(value, "__html__") else visible(str(value))
 
 
-def _comparison(runs: Sequence[Run], verdicts: Sequence[str], gallery: _Gallery) -> Comparison:
+def _comparison(runs: Sequence[Run], verdicts: Sequence[str], gallery: _Gallery) -> ComparisonPart:
     first, figure = runs[0], judged_by(runs)
     learning = "What each run bought with its rounds, traffic and compute"
     caption = "Every thin line is one client."
-    return Comparison(
+    return ComparisonPart(
         heading=f"{first.name} against {_listing([run.name for run in runs[1:]])}",
         setting=_setting(first),
         verdicts=verdicts,

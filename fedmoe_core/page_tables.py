@@ -24,7 +24,7 @@ Cell = tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line of a table and its CSS class."""
 
     kind: str
@@ -36,7 +36,7 @@ class Table:
     """A table; the columns in ``left`` hold words and align left."""
 
     names: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     left: tuple[int, ...]
 
 
@@ -66,7 +66,7 @@ def ranking_table(runs: Sequence[Run]) -> Table:
         texts += [show.flops(s.get("flops")), show.size(s.get("peak_memory_bytes")), held(run).replace("..", "–")]
         broken = exceeded(run, Piece(show.NONE))
         cells = [plain(str(place or "–")), name, *map(plain, texts), broken, plain(show.seconds(s.get("seconds")))]
-        rows.append(Row("first" if place == 1 else "apart" if place is None else "", tuple(cells)))
+        rows.append(TableRow("first" if place == 1 else "apart" if place is None else "", tuple(cells)))
     names = ["", "run", *(["seed"] if seeds else []), *(["accuracy"] if accurate else []), "held-out loss"]
     names += ["worst client", "moved", "computed", "peak memory", "experts held", "budgets exceeded", "time"]
     return Table(tuple(names), tuple(rows), left=(0, 1))
@@ -103,7 +103,7 @@ def tiers(run: Run) -> Table | None:
             cells.append(plain(f"{show.share(float(np.mean(right)))}, {show.share(min(right))}"))
         elif own:
             cells.append(plain(show.NONE))
-        rows.append(Row("", tuple(cells)))
+        rows.append(TableRow("", tuple(cells)))
     names = ["tier", "clients", *(label for label, _ in figures.RESOURCES.values()), "mean loss", "change", "worst"]
     names += ["own accuracy: mean, worst"] if own else []
     return Table(tuple(names), tuple(rows), left=(0,))
@@ -126,7 +126,7 @@ def ledger(run: Run) -> Table | None:
             if predicted.get(key) is not None and text(predicted[key]) != shown:
                 cell += [Piece(" "), Piece(f"({text(predicted[key])})", "muted")]
             cells.append((*cell, Piece(f" over {text(bound)}", "bad")) if over else tuple(cell))
-        rows.append(Row("", (*cells, plain(show.seconds(real.get("seconds"))))))
+        rows.append(TableRow("", (*cells, plain(show.seconds(real.get("seconds"))))))
     names = ("client", *(label for label, _ in figures.RESOURCES.values()), "time")
     return Table(names, tuple(rows), left=(0,))
 
@@ -135,7 +135,7 @@ def refused(run: Run) -> Table | None:
     """Return one row for each update that the server refused."""
     items = [(r["round"], item) for r in run.rounds for item in r.get("refused") or ()]
     rows = [
-        Row("", (plain(str(number)), plain(run.client_name(item["client"])), plain(item["reason"])))
+        TableRow("", (plain(str(number)), plain(run.client_name(item["client"])), plain(item["reason"])))
         for number, item in items
     ]
     return Table(("round", "client", "reason"), tuple(rows), left=(0, 1, 2)) if rows else None

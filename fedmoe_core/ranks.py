@@ -69,7 +69,7 @@ class Ranks:
                 dist.barrier()
 
     @contextmanager
-    def meeting(self) -> Iterator[None]:
+    def meeting(self, trouble: str = "lost the others") -> Iterator[None]:
         """Turn the error of a collective into one that says what it means: backends raise a bare RuntimeError.
 
         Raises:
@@ -79,7 +79,7 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise launch.PeerLostError(
-                f"rank {self.rank} lost the others ({str(error).splitlines()[0]}); see how they ended, then resume"
+                f"rank {self.rank} {trouble} ({str(error).splitlines()[0]}); mend that, then start or resume again"
             ) from error
 
 
@@ -105,7 +105,7 @@ def open_ranks(ranks: int, device: torch.device) -> Iterator[Ranks]:
         yield Ranks(device=device)
         return
     mine = Ranks(launch.rank(), world, device)
-    with mine.meeting():
+    with mine.meeting("could not join the others"):
         _join(mine, launch.meeting_place())
     try:
         yield mine

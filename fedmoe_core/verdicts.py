@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -96,5 +97,8 @@ def _budget(limits: Mapping[str, Any] | None) -> Budget:
 
 
 def _cost(entry: Mapping[str, Any], part: str) -> Cost:
-    spent = entry.get(part) or {}
-    return Cost(**{key: spent.get(key) or 0 for key in LIMITS})
+    # NaN is null in JSON; it has to count as too much, as it does in ``Budget.violations``.
+    spent: dict[str, Any] = {
+        key: math.nan if value is None else value for key, value in (entry.get(part) or {}).items()
+    }
+    return Cost(**{key: spent.get(key, 0) for key in LIMITS})

@@ -1,13 +1,16 @@
-"""What the tests of whole runs share: a model that has been calibrated is not calibrated again in the same process."""
+"""What tests share: a model is calibrated once a process in whole runs; a simulator that plays what a test says."""
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from fedmoe_core import prepare
+import fedmoe_core
+from fedmoe_core import launch, prepare
 from fedmoe_core.adapter import Batch, ModelAdapter
 
 KNOWN: dict[str, Any] = {}
@@ -32,3 +35,14 @@ def calibrated_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """Spare whole runs a third of their time; what is about the prediction itself (invariant 2) measures as ever."""
     if "inv2" not in request.node.name:
         monkeypatch.setattr(prepare, "calibrate", remembered)
+
+
+@pytest.fixture
+def simulator(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """Stands in for fedmoe_core.simulate; a test sets what its verbs do."""
+    stub = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "fedmoe_core.simulate", stub)
+    monkeypatch.setattr(fedmoe_core, "simulate", stub, raising=False)
+    for name in ("RANK", "WORLD_SIZE", launch.LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
+    return stub

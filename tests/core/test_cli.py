@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from rich.console import Console
 from synthetic_run import make_run
 from typer.testing import CliRunner
 
-import fedmoe_core
 from fedmoe_core import cli, launch
 from fedmoe_core.config import Config
 from fedmoe_core.progress import LineObserver, LiveObserver, NullObserver, PlanRow, observer_for
@@ -42,17 +40,6 @@ ROW = PlanRow(
     top_k=2,
     samples=320,
 )
-
-
-@pytest.fixture
-def simulator(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """Stands in for fedmoe_core.simulate; a test sets what its verbs do."""
-    stub = types.SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "fedmoe_core.simulate", stub)
-    monkeypatch.setattr(fedmoe_core, "simulate", stub, raising=False)
-    for name in ("RANK", "WORLD_SIZE", launch.LAUNCHED):
-        monkeypatch.delenv(name, raising=False)
-    return stub
 
 
 def invoke(*words: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from synthetic_run import make_run
 from test_cli import ROW
 from typer.testing import CliRunner
 
-import fedmoe_core
 from fedmoe_core import cli, cli_study, compare, launch
 from fedmoe_core.compare_table import markdown, rows_of
 from fedmoe_core.measures import measure
@@ -37,17 +35,6 @@ def clean(text: str) -> str:
     }
     assert not bad, text
     return text
-
-
-@pytest.fixture
-def simulator(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """Stands in for fedmoe_core.simulate; a test sets what its verbs do."""
-    stub = types.SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "fedmoe_core.simulate", stub)
-    monkeypatch.setattr(fedmoe_core, "simulate", stub, raising=False)
-    for name in ("RANK", "WORLD_SIZE", launch.LAUNCHED):
-        monkeypatch.delenv(name, raising=False)
-    return stub
 
 
 def said(*words: str, status: int = 0) -> tuple[str, str]:

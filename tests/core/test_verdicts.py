@@ -66,6 +66,14 @@ def test_each_client_is_named_at_its_first_time_with_the_resource_and_the_amount
     ]
 
 
+@pytest.mark.parametrize("resource", LIMITS)
+def test_inv1_a_cost_that_is_not_a_number_breaks_every_limit(resource: str) -> None:
+    """The ledger's JSON has null for NaN."""
+    line = entry(0, limit=None, needs=0, used=0)
+    line["budget"][resource], line["real"][resource] = 10, None
+    assert kept_budgets([line])["budgets_broken"] == 1
+
+
 @given(
     st.lists(
         st.tuples(st.integers(1, 20), st.integers(0, 30), st.integers(0, 30), st.sampled_from(["same", None, 15])),
