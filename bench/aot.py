@@ -3,10 +3,10 @@
     python bench/aot.py [--all] [--arch sm_90] [--kernel up] [--keep]
 
 The drivers run on meta tensors and hand over their launches instead of starting them; equal launches are compiled
-once. A row passes when nothing spills, the program fits the shared memory, products run on the architecture's tensor
-cores and operands stream past the registers. (Products are of warp groups from 64 rows, of a warp below.) A case
-passes when other numbers of tokens and slots need no other code. Each row also says what it is predicted to cost.
-Exits 1 when anything falls short.
+once. A row passes when nothing spills, the program fits the shared memory, as many programs fit an SM as its tile was
+chosen for, products run on the architecture's tensor cores, operands stream past the registers, and the loop around
+the products is short (`sass.misses`). A case passes when other numbers of tokens and slots need no other code. Each row
+also says what it is predicted to cost. Exits 1 when anything falls short.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ import torch
 import triton
 from aot_cases import CASES, MORE, Case, launches
 from aot_table import GPU_OF, Row, Step, keep, show
-from sass import Code, Job, compiled_by, job_of, misses
+from sass import TARGETS, Code, Job, compiled_by, job_of, misses, table_of
 
-from fedmoe_kernels.configs import SHARED
 from fedmoe_kernels.gpu.launch import Launch
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,7 +40,7 @@ def collect(cases: Iterable[Case], archs: Iterable[str], kernel: str) -> dict[tu
         for case in cases:
             found[arch, case] = {
                 name: [(launch, job_of(launch, arch)) for launch in started if kernel in launch.kernel.fn.__name__]
-                for name, started in launches(case, arch).items()
+                for name, started in launches(case, table_of(arch)).items()
             }
     return found
 
@@ -55,7 +54,7 @@ def recompiled(cases: Iterable[Case], archs: Iterable[str]) -> list[str]:
     for arch in archs:
         for case in cases:
             before, after = (
-                {job_of(launch, arch) for started in launches(plan, arch).values() for launch in started}
+                {job_of(launch, arch) for started in launches(plan, table_of(arch)).values() for launch in started}
                 for plan in (case, case.varied())
             )
             for job in after - before:
@@ -93,13 +92,13 @@ def compile_all(jobs: list[Job], workers: int) -> dict[Job, Code]:
 def main() -> int:
     """Compile, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="more cases, and sm_86 too")
-    parser.add_argument("--arch", choices=SHARED, action="append", help="only this one; may be given again")
+    parser.add_argument("--all", action="store_true", help="more cases, and sm_86, sm_89 and sm_120 too")
+    parser.add_argument("--arch", choices=TARGETS, action="append", help="only this one; may be given again")
     parser.add_argument("--kernel", default="", help="only kernels whose name has this in it")
     parser.add_argument("--keep", action="store_true", help="write bench/results/aot-triton-VERSION.json and .md")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     chosen = parser.parse_args()
-    archs = chosen.arch or [arch for arch in SHARED if chosen.all or arch in GPU_OF]
+    archs = chosen.arch or [arch for arch in TARGETS if chosen.all or arch in GPU_OF]
     cases = CASES + MORE if chosen.all else CASES
     started = time.perf_counter()
     found = collect(cases, archs, chosen.kernel)

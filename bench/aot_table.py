@@ -95,7 +95,8 @@ class Row:
             "spilled_bytes": code.stack,
             "shared_bytes": code.shared,
             "programs_per_sm": code.resident(job),
-            **code.opcodes,
+            "loop": code.listing.loop,
+            **code.listing.opcodes,
             "flops": self.launch.flops,
             "bytes": self.launch.bytes,
             **likely,
@@ -148,20 +149,26 @@ class Step:
 
 HEAD = (
     *("arch", "kernel", "first asked for by", "block", "warps", "stages", "regs", "spill", "KB", "per SM"),
-    *("products", "copies", "GFLOP", "MB", "roof us", "expected us", "of roof", "verdict"),
+    *("loop", "products", "copies", "GFLOP", "MB", "roof us", "expected us", "of roof", "verdict"),
 )
 STEP_HEAD = ("arch", "case", "T", "slots", "trainable", "pass", "roof ms", "expected ms", "of roof", "expected TFLOP/s")
 
 
 def cells(row: Row) -> list[str]:
     """Write the row as text, in the order of `HEAD`."""
-    code, job, count, times = row.code, row.job, row.code.opcodes, row.microseconds()
+    code, job, count, times = row.code, row.job, row.code.listing.opcodes, row.microseconds()
     products = " ".join(f"{count[name]} {name}" for name in PRODUCTS if count.get(name))
     copies = " ".join(f"{count[name]} {name}" for name in ("LDGSTS", "UTMALDG") if count.get(name))
     return [
         *(job.arch, row.name, row.case.name, row.block, str(job.warps), str(job.stages)),
         *(str(code.registers), str(code.stack), f"{code.shared / 1024:.0f}", str(code.resident(job))),
-        *(products, copies, f"{row.launch.flops / 1e9:.3g}", f"{row.launch.bytes / 1e6:.3g}"),
+        *(
+            str(code.listing.loop or ""),
+            products,
+            copies,
+            f"{row.launch.flops / 1e9:.3g}",
+            f"{row.launch.bytes / 1e6:.3g}",
+        ),
         *(("", "", "") if times is None else (f"{times[0]:.3g}", f"{times[1]:.3g}", f"{times[0] / times[1]:.0%}")),
         "; ".join(row.misses) or "ok",
     ]

@@ -7,46 +7,33 @@ known to be, a 1 is a constant. A job holds plain data only and can be sent to a
 
 from __future__ import annotations
 
-import bisect
 import importlib
 import itertools
 import re
-import struct
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from listing import PRODUCTS, Listing, instructions, listings, usage
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import sm_arch_from_capability
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fedmoe_kernels.configs import SHARED
+from fedmoe_kernels.configs import SHARED, arch_of_capability
 from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.tile import steps_held
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# What the table counts, by the names of the machine's own instructions.
-OPCODES = {
-    "HGMMA": r"\b[HQ]GMMA\b",  # Hopper's products of a whole warp group, operands in shared memory
-    "UTCHMMA": r"\bUTC[HQ]MMA\b",  # Blackwell's, result in tensor memory
-    "HMMA": r"\b[HQ]MMA\b",  # a warp's own product, from registers
-    "LDGSTS": r"\bLDGSTS\b",  # copies from memory to shared memory past the registers
-    "UTMALDG": r"\bUTMALDG\b",  # the same by tensor descriptor
-    "LDG": r"\bLDG\b",  # plain loads
-    "STL": r"\bSTL\b",  # spills: stores to and loads from a thread's own memory
-    "LDL": r"\bLDL\b",
-    "ATOMG": r"\b(?:ATOM|ATOMG|RED|REDG)\b",  # atomics on memory, in an order that nothing fixes
-}
-PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA")
+# What kernels are compiled for: each architecture that has a table, and those served by another's, see `table_of`.
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 BATCH = 8  # jobs that a worker takes at a time
-BYTES = 16  # of an instruction, since Volta
-PROGBITS, EXECUTABLE = 1, 4  # of an ELF section: it has contents, and they can be run
+
+
+def table_of(arch: str) -> str:
+    """Name the tiles' table that serves GPUs of `arch`: "sm_89" and "sm_120" have that of "sm_86"."""
+    return arch_of_capability(*divmod(int(arch.removeprefix("sm_")), 10))
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -98,6 +85,18 @@ class Job:
         return named | {name: str(value) for name, value in self.options.items()}
 
 
+# Instructions of the loop around the products, at most. In a step of a weight gradient a scheduler's two warps issue
+# theirs within 1024 cycles of the tensor cores; in the others' within 512 to 1024. Codes are decoded in the loop.
+MOST_IN_LOOP = {"weight gradient": 185, "wide": 112, "narrow": 130, "codes": 280, "codes of few rows": 520}
+# Programs an SM that a tile was chosen for (static_tiles.py), by architecture, kernel and rows x columns of a block.
+PROMISED = {
+    ("sm_90", "_data_gradient_kernel", 128, 128): 2,
+    ("sm_90", "_data_gradient_kernel", 64, 128): 2,
+    ("sm_90", "_rows_kernel", 64, 128): 2,
+    ("sm_90", "_up_kernel", 64, 64): 2,
+}
+
+
 class Dot(NamedTuple):
     """A product in a kernel: (m, k) @ (k, n) of `dtype`; `precision` is of float32; `looped` = streams its operands."""
 
@@ -123,7 +122,7 @@ class Code:
         registers: of a thread; 255 is the most there are.
         stack: bytes of a thread's own memory, 0 unless something spilled.
         shared: bytes of shared memory of a program.
-        opcodes: how often each of `OPCODES` stands in the code.
+        listing: what its instructions are.
         dots: every product in the kernel's first form.
         waiting: two-dimensional loads by address in a loop that the pipeliner did not fetch ahead.
         seconds: the compilation took.
@@ -133,19 +132,20 @@ class Code:
     registers: int = 0
     stack: int = 0
     shared: int = 0
-    opcodes: dict[str, int] = field(default_factory=dict)
+    listing: Listing = field(default_factory=Listing)
     dots: tuple[Dot, ...] = ()
     waiting: int = 0
     seconds: float = 0.0
     error: str = ""
 
     def resident(self, job: Job) -> int:
-        """Programs that fit an SM at once: by 64 K registers, 64 warps, and shared memory with 1 KB of overhead."""
+        """Programs that fit an SM at once: by 64 K registers, warps, and shared memory with 1 KB of overhead."""
         if self.error:
             return 0
         registers = 8 * -(-max(self.registers, 1) // 8)
-        shared = SHARED[job.arch] + 1024
-        return min(65536 // (registers * 32 * job.warps), shared // (self.shared + 1024), 64 // job.warps)
+        table = table_of(job.arch)
+        shared, warps = SHARED[table] + 1024, 48 if table == "sm_86" else 64
+        return min(65536 // (registers * 32 * job.warps), shared // (self.shared + 1024), warps // job.warps)
 
 
 def job_of(launch: Launch, arch: str) -> Job:
@@ -172,6 +172,27 @@ def job_of(launch: Launch, arch: str) -> Job:
     )
 
 
+def operand_bytes(launch: Launch, arch: str) -> int:
+    """Bytes of shared memory that a launch's operands take in closed form; 0 where it has no product of plain numbers.
+
+    Nothing is compiled. The row index of a weight gradient takes stages of its own and some bytes.
+    """
+    args = launch.args
+    if "left_tokens" in args:
+        gathered = args["left_tokens"] is not None or args["right_tokens"] is not None
+        stages = (launch.stages - 1) // 2 + 1 if gathered else launch.stages
+        rows, columns, depth = args["BP"], args["BQ"], args["BT"]
+        index, element = 8 * depth * launch.stages if gathered else 0, args["left"]
+    elif "BN" in args and "BK" in args and not args["BITS"]:
+        stages, rows, depth, index = launch.stages, args["BM"], args["BK"], 0
+        columns = args["BN"] * (args.get("HALVES", 1) if "_up" in launch.kernel.fn.__name__ else 1)
+        element = args.get("x", args.get("dy", args.get("out")))
+    else:
+        return 0
+    step = (rows + columns) * depth * element.element_size()
+    return steps_held(table_of(arch), rows, stages) * step + index
+
+
 def compiled(job: Job) -> Code:
     """Compile and read the code; a compiler's error becomes the record's, so that a table can show it."""
     return compiled_all([job])[0]
@@ -182,14 +203,12 @@ def compiled_all(jobs: Sequence[Job]) -> list[Code]:
 
     The disassembler needs 0.3 s to start and little more to read a kernel, so it starts once for each architecture.
     """
-    built = [_built(job) for job in jobs]
+    found = [_built(job) for job in jobs]
     for arch in sorted({job.arch for job in jobs}):
-        places = [place for place, job in enumerate(jobs) if job.arch == arch and not built[place][0].error]
-        listings = _disassembled(arch, [built[place][1] for place in places])
-        for place, listing in zip(places, listings, strict=True):
-            opcodes = {name: len(re.findall(pattern, listing)) for name, pattern in OPCODES.items()}
-            built[place] = (replace(built[place][0], opcodes=opcodes), b"")
-    return [code for code, _ in built]
+        places = [place for place, job in enumerate(jobs) if job.arch == arch and not found[place][0].error]
+        for place, listing in zip(places, listings(target_of(arch).arch, [found[p][1] for p in places]), strict=True):
+            found[place] = (replace(found[place][0], listing=listing), b"")
+    return [code for code, _ in found]
 
 
 def compiled_by(pool: Executor, jobs: Sequence[Job]) -> Iterator[Code]:
@@ -198,9 +217,8 @@ def compiled_by(pool: Executor, jobs: Sequence[Job]) -> Iterator[Code]:
     return itertools.chain.from_iterable(pool.map(compiled_all, batches))
 
 
-def _built(job: Job) -> tuple[Code, bytes]:
-    """All of the code's record but its opcodes, and the instructions."""
-    start = time.perf_counter()
+def built(job: Job) -> Any:
+    """Compile a job; what Triton makes of it, with every form in `asm`."""
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     source = ASTSource(
         fn=kernel,
@@ -208,37 +226,50 @@ def _built(job: Job) -> tuple[Code, bytes]:
         constexprs=dict(job.constants),
         attrs={place: [["tt.divisibility", 16]] for place in job.aligned},
     )
+    return triton.compile(source, target=target_of(job.arch), options=job.options)
+
+
+def _built(job: Job) -> tuple[Code, bytes]:
+    """All of the code's record but its listing, and the instructions."""
+    start = time.perf_counter()
     try:
-        built = triton.compile(source, target=target_of(job.arch), options=job.options)
+        made = built(job)
     except Exception as error:
         return Code(error=_reason(error)), b""
-    registers, stack = _usage(built.asm["cubin"])
+    registers, stack = usage(made.asm["cubin"])
     code = Code(
         registers=registers,
         stack=stack,
-        shared=built.metadata.shared,
-        dots=tuple(_dots(built.asm["ttir"])),
-        waiting=waiting(built.asm["ttgir"]),
+        shared=made.metadata.shared,
+        dots=tuple(_dots(made.asm["ttir"])),
+        waiting=waiting(made.asm["ttgir"]),
         seconds=time.perf_counter() - start,
     )
-    return code, _instructions(built.asm["cubin"])
+    return code, instructions(made.asm["cubin"])
 
 
 def misses(job: Job, code: Code) -> list[str]:
     """What a row of the table falls short of, each in a few words; empty = it passes."""
     if code.error:
         return [code.error]
-    count, found = code.opcodes, []
-    if code.stack or count["STL"] or count["LDL"]:
+    listing, found = code.listing, []
+    count, shared = listing.opcodes, SHARED[table_of(job.arch)]
+    if (code.stack or count["STL"] or count["LDL"]) and not _spills_little(job, code):
         found.append(f"spills {code.stack} bytes")
-    if code.shared > SHARED[job.arch]:
-        found.append(f"{code.shared} bytes of shared memory, {SHARED[job.arch]} are there")
+    if code.shared > shared:
+        found.append(f"{code.shared} bytes of shared memory, {shared} are there")
     wanted = {dot.instruction(job.arch) for dot in code.dots} - {None}
     for name in PRODUCTS:
         if name in wanted and not count[name]:
             found.append(f"no {name}")
         if name not in wanted and count[name]:
             found.append(f"{name} where none is expected")
+    if listing.loop > (most := _most_in_loop(job)):
+        found.append(f"{listing.loop} instructions in the loop of products, {most} at most")
+    if code.resident(job) < (least := _promised(job)):
+        found.append(f"{code.resident(job)} programs an SM, {least} were counted on")
+    if listing.left_in_registers:
+        found.append(f"{listing.left_in_registers} HGMMA with the left operand in registers")
     if any(dot.looped for dot in code.dots) and not count["LDGSTS"] + count["UTMALDG"]:
         found.append("operands pass through registers: neither LDGSTS nor UTMALDG")
     if code.waiting and any(dot.looped for dot in code.dots):
@@ -250,56 +281,32 @@ def misses(job: Job, code: Code) -> list[str]:
     return found
 
 
+def _most_in_loop(job: Job) -> int:
+    """The instructions that the loop of products may have, see `MOST_IN_LOOP`."""
+    if job.kernel == "_weight_gradient_kernel":
+        return MOST_IN_LOOP["weight gradient"]
+    if job.constant("BITS"):
+        return MOST_IN_LOOP["codes" if job.constant("BM") >= 64 else "codes of few rows"]
+    return MOST_IN_LOOP["wide" if (job.constant("BN") or 0) >= 128 else "narrow"]
+
+
+def _promised(job: Job) -> int:
+    """How many programs must fit an SM, see `PROMISED`; 1 where nothing is said."""
+    block = tuple(job.constant(long) or job.constant(short) for long, short in (("BM", "BP"), ("BN", "BQ")))
+    return PROMISED.get((job.arch, job.kernel, *block), 1)
+
+
+def _spills_little(job: Job, code: Code) -> bool:
+    """Whether all that spills is the price of a limit on registers: 16 bytes a thread at most, outside the loop."""
+    return bool(job.limit) and code.stack <= 16 and not code.listing.loop_spills
+
+
 def _reason(error: BaseException) -> str:
     """The innermost of a chain of compiler errors, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(getattr(error, "error_message", None) or error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
-
-
-def _run(tool: str, *options: str, data: bytes) -> str:
-    """What one of the compiler's tools prints about `data`."""
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        command = [str(TOOLS / tool), *options, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its own memory."""
-    usage = _run("cuobjdump", "-res-usage", data=cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    return int(found[1]), int(found[2])
-
-
-def _instructions(cubin: bytes) -> bytes:
-    """The sections of an ELF64 file that hold instructions."""
-    (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, count = struct.unpack_from("<HH", cubin, 58)
-    found = b""
-    for number in range(count):
-        _, kind, flags, _, start, length = struct.unpack_from("<IIQQQQ", cubin, table + number * size)
-        if kind == PROGBITS and flags & EXECUTABLE:
-            found += cubin[start : start + length]
-    assert found, "no instructions in the program"
-    return found
-
-
-def _disassembled(arch: str, programs: list[bytes]) -> list[str]:
-    """The listing of each program, from one start of the disassembler over all of them."""
-    name = sm_arch_from_capability(target_of(arch).arch).replace("sm_", "SM")  # "SM80", "SM90a"
-    text = _run("nvdisasm", "--binary", name, data=b"".join(programs)) if programs else ""
-    lines = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(.*)$", text, re.MULTILINE)
-    ends = list(itertools.accumulate(map(len, programs)))
-    parts: list[list[str]] = [[] for _ in programs]
-    for address, line in lines:
-        parts[bisect.bisect_right(ends, int(address, 16))].append(line)
-    for program, part in zip(programs, parts, strict=True):
-        assert len(part) == len(program) // BYTES, "the disassembler left instructions out"
-    return ["\n".join(part) for part in parts]
 
 
 def _dots(ttir: str) -> list[Dot]:

@@ -55,7 +55,8 @@ def tiles_for(
         device: the GPU's name as torch gives it, for a table that was tuned on it.
 
     Raises:
-        ValueError: for an architecture or dtype without a table, or for a file in FEDMOE_TILES that is not one.
+        ValueError: for an architecture or dtype without a table, for a file in FEDMOE_TILES that is not one, or for
+            tiles in it that the shared memory cannot hold.
     """
     if arch == "interpret":
         return INTERPRET
@@ -68,9 +69,10 @@ def tiles_for(
     tables = (_override(named) if named else (), _shipped(slug(device)) if device else (), TABLE)
     found = (best(table, arch, dtype.itemsize, rows_per_slot, **shape) for table in tables)
     entry = next(entry for entry in found if entry is not None)
+    tiles = entry.tiles.fitting(arch, dtype.itemsize, gated=gated)
     if hidden is None or inner is None or entry.exact:
-        return entry.tiles
-    return fitted(entry.tiles, hidden, inner, gated=gated, itemsize=dtype.itemsize)
+        return tiles
+    return fitted(tiles, hidden, inner, gated=gated, itemsize=dtype.itemsize)
 
 
 def arch_of(device: torch.device | str) -> str:
@@ -83,17 +85,19 @@ def arch_of(device: torch.device | str) -> str:
     if device.type == "cpu":
         return "interpret"
     if device.type != "cuda" or torch.version.hip is not None:
-        raise ValueError(f"no kernels for device {device}; they are for NVIDIA GPUs of compute capability 8.0 to 10.x")
+        raise ValueError(f"no kernels for device {device}; they are for NVIDIA GPUs of compute capability 8.0 to 12.x")
     return arch_of_capability(*torch.cuda.get_device_capability(device))
 
 
 def arch_of_capability(major: int, minor: int) -> str:
-    """Name the table of a compute capability; 8.6 and 8.9 have their own: 99 KB of shared memory, not 163."""
+    """Name the table of a compute capability; 8.6, 8.9 and 12.x share one: 99 KB of shared memory, products by warp."""
     if major == 8:
         return "sm_86" if minor in (6, 9) else "sm_80"
+    if major == 12:
+        return "sm_86"
     if (major, minor) == (9, 0) or major == 10:
         return "sm_90" if major == 9 else "sm_100"
-    raise ValueError(f"no tiles for compute capability {major}.{minor}; the tables cover 8.x, 9.0 and 10.x")
+    raise ValueError(f"no tiles for compute capability {major}.{minor}; the tables cover 8.x, 9.0, 10.x and 12.x")
 
 
 def fitted(tiles: TileSet, hidden: int, inner: int, *, gated: bool, itemsize: int) -> TileSet:
@@ -191,7 +195,8 @@ def _entry(line: Mapping[str, Any], where: str) -> Entry:
     if line["arch"] in ("sm_80", "sm_86") and any(tile.tma for tile in tiles.values()):
         raise ValueError(f"{where} asks for tensor descriptors on {line['arch']}; set tma to false")
     try:
-        return Entry(line["arch"], line["bytes"], TileSet(**tiles), **limits)
+        fitting = TileSet(**tiles).fitting(line["arch"], line["bytes"], gated=False)
+        return Entry(line["arch"], line["bytes"], fitting, **limits)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

@@ -6,6 +6,18 @@ from dataclasses import dataclass, fields
 
 # Bytes of shared memory that one program may use.
 SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+# Architectures with products of warp groups, whose operands are read from shared memory.
+WARP_GROUPS = ("sm_90", "sm_100")
+BARRIERS = 256  # bytes that barriers and alignment take at most; 24 to 64 in what compiles today
+
+
+def steps_held(arch: str, rows: int, stages: int) -> int:
+    """Count the steps whose operands a loop of `stages` holds in shared memory at once.
+
+    Products of warp groups, which blocks of at least 64 rows have where the architecture does, read theirs while the
+    next ones arrive; all others hold one step less.
+    """
+    return stages if arch in WARP_GROUPS and rows >= 64 else max(1, stages - 1)
 
 
 @dataclass(frozen=True)
@@ -21,6 +33,8 @@ class Tile:
         split: pieces in which the epilogue is computed; more pieces, fewer registers.
         tma: whether operands that lie in order come by tensor descriptor (sm_90 and later).
         registers: the most that a thread may have, so that more programs fit an SM; 0 = as many as the compiler likes.
+
+    Of the weight gradient `stages` counts those that a row index takes too, which is loaded in the loop.
     """
 
     m: int
@@ -51,6 +65,11 @@ class Tile:
         if type(self.tma) is not bool:
             raise ValueError(f"tma is {self.tma!r}; give true or false")
 
+    @property
+    def steps_held(self) -> int:
+        """Steps whose operands the weight gradient holds: its pipeline spends a stage on each row index ahead."""
+        return (self.stages - 1) // 2 + 1
+
 
 @dataclass(frozen=True)
 class TileSet:
@@ -77,6 +96,37 @@ class TileSet:
     def rows(self) -> int:
         """Rows of a block in every kernel over rows."""
         return self.up.m
+
+    def shared_bytes(self, family: str, arch: str, itemsize: int, *, gated: bool) -> int:
+        """Return the most bytes of shared memory that one kernel's operands take, row indices and barriers included.
+
+        Args:
+            family: one of `FAMILIES`.
+            arch: a key of `SHARED`.
+            itemsize: bytes of an element of the weights.
+            gated: whether the up-projection's blocks have two halves.
+        """
+        tile: Tile = getattr(self, family)
+        summed = family == "weight_gradient"
+        columns = 2 * tile.n if family == "up" and gated else tile.n
+        held = steps_held(arch, tile.m, tile.steps_held if summed else tile.stages)
+        index = 8 * tile.k * tile.stages if summed else 0
+        return held * (tile.m + columns) * tile.k * itemsize + index + BARRIERS
+
+    def fitting(self, arch: str, itemsize: int, *, gated: bool) -> TileSet:
+        """Return the set itself, if all of it fits the shared memory of `arch`.
+
+        Raises:
+            ValueError: names the kernel that does not fit, what it takes and what there is.
+        """
+        for family in FAMILIES:
+            taken = self.shared_bytes(family, arch, itemsize, gated=gated)
+            if taken > SHARED[arch]:
+                raise ValueError(
+                    f"{family} takes {taken} bytes of shared memory, and {arch} has {SHARED[arch]}; "
+                    "give it smaller blocks or fewer stages"
+                )
+        return self
 
 
 FAMILIES = tuple(field.name for field in fields(TileSet))

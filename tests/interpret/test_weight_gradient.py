@@ -74,6 +74,36 @@ def test_matrices_of_any_rank(P: int, Q: int, tile: Tile) -> None:
     assert_near(squares.sum(1), out.double().square().sum((1, 2)), "squares")
 
 
+@pytest.mark.parametrize(("P", "Q"), [(48, 80), (80, 48), (48, 40), (33, 48), (48, 64)])
+def test_a_last_block_that_overlaps_writes_and_counts_only_its_own(P: int, Q: int) -> None:
+    """Sides of whole 16s end with the last block moved back; every element is one program's, in value and in square."""
+    tile, offsets = Tile(32, 32, 16, 1, 1), offsets_of((5, 0, 18))
+    left, _, left_N = operand(offsets, P, gathered=False, seed=1)
+    right, tokens, right_N = operand(offsets, Q, gathered=True, seed=2)
+    out, squares = unwritten(3, P, Q), unwritten(3, output_blocks(P, Q, tile))
+    options = {"right_tokens": tokens, "tile": tile, "squares_GN": squares}
+    run(weight_gradient(left, right, out, offsets_B1=offsets, **options))
+    assert_near(out, grams(left_N, right_N, offsets), "dW")
+    assert_near(squares.sum(1), out.double().square().sum((1, 2)), "squares")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_overflowed_stays_in_its_own_slot_and_column(side: str) -> None:
+    """Rows past a slot's end are the last row times 0: an inf there is seen where its own term is not finite anyway."""
+    offsets = offsets_of((5, 18, 16))
+    left, _, _ = operand(offsets, 20, gathered=False, seed=1)
+    right, _, _ = operand(offsets, 24, gathered=False, seed=2)
+    whole, last = unwritten(3, 20, 24), int(offsets[2]) - 1
+    run(weight_gradient(left, right, whole, offsets_B1=offsets, tile=TILE))
+    (left if side == "left" else right)[last, 7] = torch.inf
+    out = unwritten(3, 20, 24)
+    run(weight_gradient(left, right, out, offsets_B1=offsets, tile=TILE))
+    touched = torch.zeros(3, 20, 24, dtype=torch.bool)
+    touched[(1, 7) if side == "left" else (1, slice(None), 7)] = True
+    assert not out[touched].isfinite().any()
+    assert torch.equal(out[~touched], whole[~touched])
+
+
 def test_only_trainable_slots_that_learn_are_summed_and_scaled() -> None:
     """Five slots, four with gradient buffers, two of which learn: the rows of the other three may be anything."""
     offsets = offsets_of((6, 5, 17, 0, 8))

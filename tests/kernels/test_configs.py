@@ -14,7 +14,7 @@ import torch
 from fedmoe_kernels import configs
 from fedmoe_kernels.configs import SHARED, Tile, TileSet, arch_of, arch_of_capability, load, tiles_for
 from fedmoe_kernels.static_tiles import TABLE
-from fedmoe_kernels.tile import FAMILIES
+from fedmoe_kernels.tile import FAMILIES, Entry
 
 BF16 = torch.bfloat16
 Write = Callable[..., Path]
@@ -92,13 +92,45 @@ def test_unknown_architectures_and_dtypes_are_refused() -> None:
 
 def test_capabilities_map_to_tables() -> None:
     known = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_80", (8, 9): "sm_86", (9, 0): "sm_90", (10, 0): "sm_100"}
+    known |= {(10, 3): "sm_100", (12, 0): "sm_86", (12, 1): "sm_86"}
     assert {capability: arch_of_capability(*capability) for capability in known} == known
-    for capability in ((7, 5), (9, 1), (12, 0)):
+    for capability in ((7, 5), (9, 1), (11, 0), (13, 0)):
         with pytest.raises(ValueError, match=f"capability {capability[0]}.{capability[1]}"):
             arch_of_capability(*capability)
     assert arch_of("cpu") == "interpret"
     with pytest.raises(ValueError, match="no kernels for device meta"):
         arch_of("meta")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: f"{entry.arch}-{entry.bytes}-{entry.below}")
+def test_every_static_tile_fits_the_shared_memory(entry: Entry, gated: bool) -> None:
+    assert entry.tiles.fitting(entry.arch, entry.bytes, gated=gated) is entry.tiles
+
+
+def test_bytes_of_shared_memory_by_hand() -> None:
+    """Of 128 x 256 blocks of bfloat16: on sm_90 all four stages are held, on sm_80 one less."""
+    wide = tiles_for("sm_90", BF16, 2048)
+    assert wide.shared_bytes("down", "sm_90", 2, gated=True) == 4 * (128 + 256) * 64 * 2 + 256
+    assert wide.shared_bytes("up", "sm_90", 2, gated=True) == 4 * (128 + 256) * 64 * 2 + 256
+    assert wide.shared_bytes("up", "sm_90", 2, gated=False) == 4 * (128 + 128) * 64 * 2 + 256
+    held, index = 4 * (128 + 256) * 64 * 2, 7 * 64 * 8
+    assert wide.shared_bytes("weight_gradient", "sm_90", 2, gated=True) == held + index + 256
+    assert wide.shared_bytes("down", "sm_80", 2, gated=True) == 3 * (128 + 256) * 64 * 2 + 256
+
+
+def test_tiles_that_no_shared_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+    """In whole, when the file is read; where only the two halves of a gated form are too wide, when that is asked for."""
+    wide = line()
+    wide["down"] |= {"k": 64, "stages": 6}
+    with pytest.raises(ValueError, match=r"tiles\[0\]: down takes 295168 bytes .* sm_90 has 232448; give it smaller"):
+        load(write(wide, name="wide.json"), "a table")
+    halves = line()
+    halves["up"] |= {"k": 64, "n": 256, "stages": 3}
+    monkeypatch.setenv("FEDMOE_TILES", str(write(halves, name="halves.json")))
+    assert tiles_for("sm_90", BF16, 2048, gated=False).up.n == 256
+    with pytest.raises(ValueError, match="up takes 246016 bytes"):
+        tiles_for("sm_90", BF16, 2048)
 
 
 def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:

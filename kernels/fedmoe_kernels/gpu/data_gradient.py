@@ -20,7 +20,15 @@ from torch import Tensor
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.activate import slopes
-from fedmoe_kernels.gpu.blocks import dequantized_block, matrix, position, row_block, tile_rows, weight_block
+from fedmoe_kernels.gpu.blocks import (
+    dequantized_block,
+    matrix,
+    pieces,
+    position,
+    row_block,
+    tile_rows,
+    weight_block,
+)
 from fedmoe_kernels.gpu.launch import Launch, cdiv, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import (
@@ -31,16 +39,6 @@ from fedmoe_kernels.gpu.storage import (
     matrix_arguments,
     term_arguments,
 )
-
-
-@triton.jit
-def _pieces(block, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
-    """The block (M, N) as COUNT blocks of N / COUNT columns, in order; no value changes its thread."""
-    if COUNT == 1:
-        return (block,)
-    else:
-        left, right = block.reshape(M, 2, N // 2).permute(0, 2, 1).split()
-        return _pieces(left, M, N // 2, COUNT // 2) + _pieces(right, M, N // 2, COUNT // 2)
 
 
 @triton.jit
@@ -160,7 +158,7 @@ def _data_gradient_kernel(
     if sh is not None:
         sh += start * I
     gate, up = _load_piece(z, live, n0, I, HALVES, BM, N, WHOLE)
-    pieces = _pieces(d, BM, BN, SPLIT)
+    parts = pieces(d, BM, BN, SPLIT)
     ds_rows = tl.zeros((BM,), tl.float32)
     zdz_rows = tl.zeros((BM,), tl.float32)
     for i in tl.static_range(SPLIT):
@@ -168,7 +166,7 @@ def _data_gradient_kernel(
         if i + 1 < SPLIT:
             gate, up = _load_piece(z, live, n0 + (i + 1) * N, I, HALVES, BM, N, WHOLE)
         ds_part, zdz_part = _send_back(
-            pieces[i], s, gate_now, up_now, dz, sh, live, n0 + i * N, I, HALVES, ACTIVATION, BM, N, WHOLE
+            parts[i], s, gate_now, up_now, dz, sh, live, n0 + i * N, I, HALVES, ACTIVATION, BM, N, WHOLE
         )
         ds_rows += ds_part
         zdz_rows += zdz_part

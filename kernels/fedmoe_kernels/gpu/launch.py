@@ -58,8 +58,13 @@ def power_of_2(least: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Return `input_precision` for products of `dtype`: float32 is exact unless torch allows TF32; others need none."""
-    return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    """Return `input_precision` for products of `dtype`: "tf32" for float32 where torch allows it, "ieee" otherwise.
+
+    torch is asked by `fp32_precision`: reading the older `allow_tf32` raises once the newer setting was used. Products
+    of other types take no precision, and "tf32" would be refused for them on some targets.
+    """
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def row_constants(tile: Tile, dtype: torch.dtype, *, tma: bool) -> dict[str, Any]:

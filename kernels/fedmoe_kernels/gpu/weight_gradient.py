@@ -31,21 +31,40 @@ def _rows_to_sum(slot, offsets, learns):
 
 
 @triton.jit
-def _matrix_rows(tokens, rows, live):
+def _matrix_rows(tokens, rows):
     """Which rows of an operand the rows are, in 64 bits."""
     if tokens is not None:
-        return tl.load(tokens + rows, mask=live, other=0).to(tl.int64)
+        return tl.load(tokens + rows).to(tl.int64)
     else:
         return rows.to(tl.int64)
 
 
+@triton.constexpr_function
+def _moves_back(size, block):
+    """Whether the last block of a side ends with the matrix, and so overlaps the one before it."""
+    return size % block != 0 and size > block and size % 16 == 0
+
+
 @triton.jit
-def _store_matrix(out, value, p, q, P: tl.constexpr, Q: tl.constexpr, WHOLE: tl.constexpr, FLIPPED: tl.constexpr):
+def _side(start, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """(rows or columns of a block, which of them are its own): moved back where possible, to be loaded unmasked."""
+    if _moves_back(SIZE, BLOCK):
+        within = tl.multiple_of(tl.minimum(start, SIZE - BLOCK), 16) + tl.arange(0, BLOCK)
+        return within, within >= start
+    else:
+        within = start + tl.arange(0, BLOCK)
+        return within, within < SIZE
+
+
+@triton.jit
+def _store_matrix(
+    out, value, p, q, own, P: tl.constexpr, Q: tl.constexpr, WHOLE: tl.constexpr, FLIPPED: tl.constexpr
+):  # fmt: skip
     places = out + q[None, :] * P + p[:, None] if FLIPPED else out + p[:, None] * Q + q[None, :]
     if WHOLE:
         tl.store(places, value)
     else:
-        tl.store(places, value, mask=(p[:, None] < P) & (q[None, :] < Q))
+        tl.store(places, value, mask=own)
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -63,30 +82,33 @@ def _weight_gradient_kernel(
     slot = tl.program_id(0) // (DOWN * ACROSS)
     i, j = position(tl.program_id(0) % (DOWN * ACROSS), DOWN, ACROSS, GROUP)
     start, stop = _rows_to_sum(slot, offsets, learns)
-    p = i * BP + tl.arange(0, BP)
-    q = j * BQ + tl.arange(0, BQ)
+    p, own_p = _side(i * BP, P, BP)
+    q, own_q = _side(j * BQ, Q, BQ)
+    P_EXISTS: tl.constexpr = P % BP == 0 or _moves_back(P, BP)
+    Q_EXISTS: tl.constexpr = Q % BQ == 0 or _moves_back(Q, BQ)
     acc = tl.zeros((BP, BQ), tl.float32)
+    # Past the slot's last row the left block is zeros and the right one is that last row again: masks on both cost 70
+    # to 130 instructions a step. 0 * inf is NaN, but only where the last row's own term is inf or NaN already.
     for first in range(start, stop, BT):
         rows = first + tl.arange(0, BT)
         live = rows < stop
+        rows = tl.minimum(rows, stop - 1)
         # The left block is loaded as its transpose: by `.T` it would not be fetched ahead on sm_80.
-        left_at = left + (_matrix_rows(left_tokens, rows, live) * P)[None, :] + p[:, None]
-        right_at = right + (_matrix_rows(right_tokens, rows, live) * Q)[:, None] + q[None, :]
-        left_live = live[None, :]
-        right_live = live[:, None]
-        if P % BP != 0:
-            left_live &= p[:, None] < P
-        if Q % BQ != 0:
-            right_live &= q[None, :] < Q
-        a = tl.load(left_at, mask=left_live, other=0.0)
-        b = tl.load(right_at, mask=right_live, other=0.0)
+        left_at = left + (_matrix_rows(left_tokens, rows) * P)[None, :] + p[:, None]
+        right_at = right + (_matrix_rows(right_tokens, rows) * Q)[:, None] + q[None, :]
+        a = tl.load(left_at, mask=live[None, :] if P_EXISTS else live[None, :] & own_p[:, None], other=0.0)
+        b = tl.load(right_at) if Q_EXISTS else tl.load(right_at, mask=own_q[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if scale is not None:
         acc *= tl.load(scale + slot).to(tl.float32)
     value = acc.to(out.dtype.element_ty)
-    _store_matrix(out + slot.to(tl.int64) * (P * Q), value, p, q, P, Q, P % BP == 0 and Q % BQ == 0, FLIPPED)
+    own = own_p[:, None] & own_q[None, :]
+    WHOLE: tl.constexpr = P % BP == 0 and Q % BQ == 0
+    _store_matrix(out + slot.to(tl.int64) * (P * Q), value, p, q, own, P, Q, WHOLE, FLIPPED)
     if squares is not None:
         stored = value.to(tl.float32)
+        if not WHOLE:
+            stored = tl.where(own, stored, 0.0)
         # Two-dimensional to the end: sums of one-dimensional blocks crash Triton 3.7 on sm_100 beside a product.
         total = tl.sum(tl.sum(stored * stored, 1).reshape(1, BP), 1)
         tl.store(squares + slot * width + i * ACROSS + j + tl.arange(0, 1), total)
@@ -126,7 +148,8 @@ def weight_gradient(
         offsets_B1: as in `Routing`.
         left_tokens, right_tokens: (R,) int64, the row of the operand that each row reads; None = its own.
         tile: `m` and `n` sizes of an output block, `k` rows of a step. Loads of row numbers are pipelined too, and
-            share the stages: 5 stages keep three blocks of rows in flight, 4 only two.
+            share the stages, so that 7 of them hold four steps; without row numbers four stages do, see
+            `Tile.steps_held`.
         learns_B: bool; slots outside it get zeros and cost no product. May be longer than G.
         scale_B: any floating dtype.
         squares_GN: float32, N = `output_blocks`, rows at any distance: the squared norm of each block of the gradient
@@ -161,9 +184,8 @@ def weight_gradient(
     rows = (left_XP if by_row is None else by_row).shape[0] * G // max(1, offsets_B1.shape[0] - 1)
     moved = out_GPQ.nbytes + _read(rows, left_XP) + _read(rows, right_XQ)
     grid = (G * output_blocks(P, Q, tile),)
-    return [
-        Launch(_weight_gradient_kernel, grid, args, tile.warps, tile.stages, 2 * rows * P * Q, moved, tile.registers)
-    ]
+    stages = tile.stages if left_by is not None or right_by is not None else tile.steps_held
+    return [Launch(_weight_gradient_kernel, grid, args, tile.warps, stages, 2 * rows * P * Q, moved, tile.registers)]
 
 
 def _read(rows: int, operand: Tensor) -> int:
@@ -188,7 +210,7 @@ def _bias_gradient_kernel(
         kept = live[:, None]
         if N % BN != 0:
             kept &= n[None, :] < N
-        at = values + (_matrix_rows(tokens, rows, live) * N)[:, None] + n[None, :]
+        at = values + (_matrix_rows(tokens, tl.minimum(rows, stop - 1)) * N)[:, None] + n[None, :]
         block = tl.load(at, mask=kept, other=0.0).to(tl.float32)
         if weights is not None:
             place = tl.load(places + rows, mask=live, other=0)
