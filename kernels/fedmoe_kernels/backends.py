@@ -12,6 +12,7 @@ import torch
 from fedmoe_kernels.configs import arch_of_capability
 
 BACKENDS = ("auto", "torch", "triton")  # of the routing
+WORTH_SAYING = 1 << 20  # bytes of a copy that is made at every call
 EXPERT_BACKENDS = ("auto", "cpu", "triton", "reference")
 
 

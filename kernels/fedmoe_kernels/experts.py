@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedmoe_kernels import checks, reference
-from fedmoe_kernels.ops import moe_mlp_op
+from fedmoe_kernels.backends import WORTH_SAYING, warn_once
+from fedmoe_kernels.ops import WEIGHTS, OpInputs, moe_mlp_op
 from fedmoe_kernels.routing import Routing
 from fedmoe_kernels.scores import ExpertScores
 from fedmoe_kernels.weights import ExpertLora, ExpertWeights, Stack, stacked
@@ -36,13 +37,15 @@ def moe_mlp(
 
     Differentiable by x, `routing.weights_TK`, trainable weights and biases, adapter factors. Exact for any routing:
     slots without a row get zero gradients, places without a row count nowhere. Two runs with the same inputs and
-    threads give the same bits. Under torch.autocast, x and all weights are cast to the autocast dtype. One host read
-    of `routing.offsets_B1` per call and direction in the slot loops; the kernels read nothing back.
+    threads give the same bits. Under torch.autocast, x and all weights are cast to the autocast dtype, at every call:
+    keep frozen experts in that dtype (`ExpertWeights`), where nothing is left to cast. One host read of
+    `routing.offsets_B1` per call and direction in the slot loops; the kernels read nothing back.
 
     Args:
         x_TH: tokens; float32, float64, bfloat16 or float16.
         routing: which token goes to which slot, for this x; its weights may have any floating dtype.
-        w_in: (B, F, H), gated forms as [gate; up]. Dtype of x. Non-contiguous weights are copied at every call.
+        w_in: (B, F, H), gated forms as [gate; up]. Dtype of x. Weights that are not contiguous, or on a GPU do not
+            start at a multiple of 16 bytes, are copied at every call, with one warning that says so.
         w_out: (B, H, I).
         activation: "swiglu", "geglu", "swiglu_oai", "relu", "gelu", "silu"; formulas in `reference.activate`.
         bias_in, bias_out: (B, F) and (B, H), in the same form (tensor or ExpertWeights) as the weights.
@@ -108,15 +111,27 @@ def _tensors(
         *adapter,
         trainable_B,
     ]
+    _say_what_is_copied(tensors)
     return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _say_what_is_copied(tensors: list[Tensor | None]) -> None:
+    """Warn once of weights that are laid out again at every call; not while compiling, where a copy may be fused."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in zip(OpInputs._fields, tensors, strict=True):
+        if name in WEIGHTS and tensor is not None and not tensor.is_contiguous() and tensor.nbytes >= WORTH_SAYING:
+            warn_once(f"{name} is not contiguous, and its {tensor.nbytes} bytes are copied at every call; store it so")
 
 
 def _scales(lora: ExpertLora, device: torch.device) -> Tensor:
     """(Bl,) float64; a number is filled in on the device, because a copy could not be part of a CUDA graph."""
-    count = lora.a_in.shape[0]
-    if isinstance(lora.scale, Tensor):
-        return lora.scale.detach().to(device, torch.float64).expand(count)
-    return torch.full((count,), lora.scale, dtype=torch.float64, device=device)
+    count, scale = lora.a_in.shape[0], lora.scale
+    if isinstance(scale, Tensor) and scale.device.type == "cpu" and not (scale.dim() or torch.compiler.is_compiling()):
+        scale = float(scale)
+    if isinstance(scale, Tensor):
+        return scale.detach().to(device, torch.float64).expand(count)
+    return torch.full((count,), scale, dtype=torch.float64, device=device)
 
 
 def _by_reference(
@@ -171,6 +186,19 @@ def _learn_only(stack: Tensor, trainable_B: Tensor | None) -> Tensor:
     return torch.where(trainable_B.view(-1, *[1] * (stack.dim() - 1)), stack, stack.detach())
 
 
+def _say_what_is_cast(stacks: dict[str, Stack], dtype: torch.dtype) -> None:
+    """Warn once of frozen experts that autocast converts at every call, though they never change."""
+    if torch.compiler.is_compiling():
+        return
+    for stack in stacks.values():
+        frozen = stack.frozen
+        if isinstance(frozen, Tensor) and frozen.dtype != dtype and frozen.nbytes >= WORTH_SAYING:
+            warn_once(
+                f"the frozen part of {stack.name} is {frozen.dtype}, and autocast converts its {frozen.nbytes} bytes "
+                f"at every call; keep it in {dtype}"
+            )
+
+
 def _autocast(
     x_TH: Tensor, stacks: dict[str, Stack], lora: ExpertLora | None
 ) -> tuple[Tensor, dict[str, Stack], ExpertLora | None]:
@@ -179,6 +207,7 @@ def _autocast(
     if kind == "meta" or x_TH.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x_TH, stacks, lora
     dtype = torch.get_autocast_dtype(kind)
+    _say_what_is_cast(stacks, dtype)
     cast = {name: stack.cast(dtype) for name, stack in stacks.items()}
     if lora is not None:
         lora = replace(

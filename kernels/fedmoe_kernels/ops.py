@@ -67,6 +67,8 @@ class OpInputs(NamedTuple):
 
 _OPTIONAL = ("tokens_R", "places_R", *OpInputs._fields[8:])
 _TENSORS = ", ".join(f"{'Tensor?' if name in _OPTIONAL else 'Tensor'} {name}" for name in OpInputs._fields)
+# Stored, not computed: what is copied of these at one call is copied at every one.
+WEIGHTS = OpInputs._fields[6:20]
 # What the backward can differentiate by, in the order of its outputs and of `needs`; the rest are constants.
 DIFFERENTIABLE = ("x_TH", "weights_TK", "w_in", "w_out", "bias_in", "bias_out", "a_in", "b_in", "a_out", "b_out")
 

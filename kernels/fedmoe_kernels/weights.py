@@ -21,10 +21,11 @@ class ExpertWeights:
 
     Attributes:
         trainable: (Bt, ...), usually a Parameter; Bt may be 0.
-        frozen: (B - Bt, ...), usually a buffer, a matrix also `Quantized`; None when every slot is trainable.
+        frozen: (B - Bt, ...), usually a buffer, a matrix also `Quantized`; None when every slot is trainable. In the
+            dtype of `trainable`; beside float32 masters it may be in autocast's, which saves a cast in every forward.
 
     Raises:
-        ValueError: when the two differ in dtype or trailing shape, or the frozen part asks for a gradient.
+        ValueError: when the two differ in trailing shape or kind of number, or the frozen part asks for a gradient.
 
     Example:
         >>> import torch
@@ -40,11 +41,10 @@ class ExpertWeights:
         if self.frozen is None:
             return
         plain = self.frozen if isinstance(self.frozen, Tensor) else None
-        dtype = self.trainable.dtype if plain is None else plain.dtype
-        if self.trainable.shape[1:] != self.frozen.shape[1:] or self.trainable.dtype != dtype:
+        if self.trainable.shape[1:] != self.frozen.shape[1:] or not (plain is None or plain.is_floating_point()):
             raise ValueError(
                 f"ExpertWeights: trainable is {what(self.trainable)}, frozen {what(self.frozen)}; "
-                "they must agree in dtype and in every axis but the first"
+                "they must agree in every axis but the first, and be floating"
             )
         if plain is not None and plain.requires_grad:
             raise ValueError("ExpertWeights: the frozen part requires a gradient; pass it detached, as a buffer")

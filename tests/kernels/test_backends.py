@@ -39,7 +39,7 @@ def test_gpus_with_a_table_are_served(gpu: types.SimpleNamespace, capability: tu
     assert backends.can_run_triton(torch.device("cuda")) is None
 
 
-@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (12, 0)])
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (13, 0)])
 def test_other_gpus_are_named_with_their_capability(gpu: types.SimpleNamespace, capability: tuple[int, int]) -> None:
     gpu.capability = capability
     reason = backends.can_run_triton(GPU)

@@ -120,7 +120,7 @@ def test_bytes_of_shared_memory_by_hand() -> None:
 
 
 def test_tiles_that_no_shared_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
-    """In whole, when the file is read; where only the two halves of a gated form are too wide, when that is asked for."""
+    """As a whole, when the file is read; where only two halves of a gated form are too wide, when that is asked for."""
     wide = line()
     wide["down"] |= {"k": 64, "stages": 6}
     with pytest.raises(ValueError, match=r"tiles\[0\]: down takes 295168 bytes .* sm_90 has 232448; give it smaller"):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.backends import WORTH_SAYING, warn_once
 from fedmoe_kernels.configs import OVERRIDE, TileSet, arch_of, tiles_for
 from fedmoe_kernels.gpu.down import rank_product
 from fedmoe_kernels.gpu.launch import Execute, Launch
@@ -22,7 +23,7 @@ from fedmoe_kernels.gpu.place import inverse
 from fedmoe_kernels.gpu.schedule import Schedule, schedule
 from fedmoe_kernels.gpu.storage import Direct, RankTerm, RowIndex, Stored
 from fedmoe_kernels.gpu.up import up
-from fedmoe_kernels.ops import OpInputs
+from fedmoe_kernels.ops import WEIGHTS, OpInputs
 
 
 class Stage(NamedTuple):
@@ -114,7 +115,7 @@ class Stage(NamedTuple):
 
 def stage_of(inputs: OpInputs, activation: str, rows_per_slot: int, arch: str | None, execute: Execute) -> Stage:
     """Choose the tiles and make the schedule; arguments as in `experts.forward`."""
-    inputs = inputs._replace(**{name: aligned(t) for name, t in inputs._asdict().items() if t is not None})
+    inputs = inputs._replace(**{name: aligned(t, name) for name, t in inputs._asdict().items() if t is not None})
     tiles = _tiles(
         inputs.x_TH.device,
         inputs.x_TH.dtype,
@@ -162,10 +163,20 @@ def _tiles(
     )
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """Return the tensor, contiguous; copied if it starts off 16 bytes: no descriptor or wide load could read it."""
+def aligned(tensor: Tensor, name: str = "") -> Tensor:
+    """Return the tensor, contiguous; copied if it starts off 16 bytes: no descriptor or wide load could read it.
+
+    Of weights that are copied so, which is at every call, one warning tells `name`.
+    """
     tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    if tensor.data_ptr() % 16 == 0:
+        return tensor
+    if name in WEIGHTS and tensor.nbytes >= WORTH_SAYING:
+        warn_once(
+            f"{name} starts {tensor.data_ptr() % 16} bytes past a multiple of 16, and its {tensor.nbytes} bytes are "
+            "copied at every call; let it start at one"
+        )
+    return tensor.clone()
 
 
 def _stored(trainable: Tensor, frozen: Tensor | None, scale: Tensor | None, base_of_slot_B: Tensor | None) -> Stored:
