@@ -119,15 +119,16 @@ def step(
     inputs = inputs_of(case, device) if inputs is None else inputs
     how: dict[str, Any] = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "arch": arch}
     y_TH, z_RF = experts.forward(inputs, keep_z=case.keep_z, execute=execute["forward"], **how)
-    needs = [True] * (len(DIFFERENTIABLE) + 1)
-    if case.rank:
-        needs[2:6] = [False] * 4
-    else:
-        needs[6:10] = [False] * 4
-    if not case.bias:
-        needs[4:6] = [False] * 2
-    experts.backward(y_TH, z_RF, inputs.kept, needs=needs, execute=execute["backward"], **how)
+    experts.backward(y_TH, z_RF, inputs.kept, needs=needs_of(case), execute=execute["backward"], **how)
     grad_TK(execute["backward"])
+
+
+def needs_of(case: Case) -> list[bool]:
+    """List all gradients that the case has, and the importance sums."""
+    adapters = ("a_in", "b_in", "a_out", "b_out")
+    has = {"x_TH", "weights_TK", *(adapters if case.rank else ("w_in", "w_out"))}
+    has |= {"bias_in", "bias_out"} if case.bias and not case.rank else set()
+    return [*(name in has for name in DIFFERENTIABLE), True]
 
 
 def _route(case: Case, execute: Mapping[str, Execute], device: str) -> Callable[[Execute], object]:

@@ -223,3 +223,21 @@ def test_an_interpreted_process_is_refused(library: Path) -> None:
     code = f"{first}; import stand_in; stand_in.activate({str(library)!r}, 'sm_90')"
     done = child("-c", code)
     assert "Triton interprets kernels in this process" in done.stderr
+
+
+def test_host_times_are_kept_with_their_launches(library: Path, tmp_path: Path) -> None:
+    """How long anything took is not asserted."""
+    done = child("bench/host.py", "--rounds", "2", "--keep", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
+    (kept,) = tmp_path.glob("host-triton-*.json")
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    assert found["torch"] and found["triton"] in kept.name
+    rows = {(row["case"], row["what"]): row for row in found["rows"]}
+    assert all(low <= row["us"] <= high for row in found["rows"] for low, high in [row["quartiles"]])
+    quarter = {what: row for (case, what), row in rows.items() if case == "a quarter trains"}
+    assert [quarter[f"experts.{name}"]["launches"] for name in ("forward", "backward")] == [4, 9]
+    assert quarter["moe_mlp"]["launches"] == 4
+    assert quarter["route, moe_mlp and their backward"]["launches"] == 16
+    assert rows["floor", "an operator of 28 arguments"]["launches"] == 0
+    assert rows["floor", "an empty kernel of two arguments"]["launches"] == 1
+    assert "| a quarter trains | moe_mlp | 4 |" in kept.with_suffix(".md").read_text(encoding="utf-8")
