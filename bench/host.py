@@ -4,14 +4,15 @@
 
 What is timed is everything on the host but the driver's own work: Python, torch's dispatcher, autograd, Triton's binder
 and launcher. Allocations are torch's on the CPU. Times are of this thread on its core, so that waiting for other load
-does not count; everything runs once a round, in turn, so that what load slows down it slows alike. The floor, an empty
-kernel and an operator that does nothing, is in the same run.
+does not count; everything runs in turn in every round, twice, of which the second is timed, so that load slows all rows
+alike. The floor, an empty kernel and an operator that does nothing, is in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -168,13 +169,15 @@ def measure(rounds: int, driver: stand_in.StandIn) -> list[dict[str, Any]]:
         if turn == WARM_UP:
             watches = {case.name: Watch() for case in CASES}
         for key, call in every.items():
+            call()  # so that the code is in the core's caches, as from the second layer of a model on
             start = time.thread_time()
             call()
             took = 1e6 * (time.thread_time() - start)
             if turn >= WARM_UP:
                 times[key].append(took)
         for case in CASES:
-            step(case, ARCH, dict.fromkeys(PASSES, watches[case.name]), device="cpu")
+            for execute in (Launch.run, watches[case.name]):
+                step(case, ARCH, dict.fromkeys(PASSES, execute), device="cpu")
     assert not driver.findings(), driver.findings()
     found = [row(*key, rows[key], times[key]) for key in every]
     for case in CASES:
@@ -221,6 +224,7 @@ def main() -> int:
             rows = measure(chosen.rounds, driver)
     about = {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
     about |= {"machine": platform.processor() or platform.machine(), "rounds": chosen.rounds, "arch": ARCH}
+    about |= {"load": round(os.getloadavg()[0], 1), "cores": os.cpu_count()}
     table = Table("case", "what", "launches", "descriptors", "us", "quartiles", title="host time")
     for found in rows:
         table.add_row(
