@@ -1,4 +1,4 @@
-/* A library in the place of libcuda.so.1 that starts nothing: it checks what it is asked to start, and counts.
+/* A library that plays libcuda.so.1 and starts nothing: it checks what it is asked to start, and counts.
  *
  * Triton's runtime calls it as it would call a driver. The limits are those that the CUDA driver API documents for
  * cuTensorMapEncodeTiled and cuLaunchKernelEx, and those of the GPU that stand_in_device() described. What breaks one
@@ -165,7 +165,7 @@ CUresult cuPointerGetAttribute(void *out, CUpointer_attribute attribute, CUdevic
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   const Elf64_Ehdr *head = image;
   struct text wrong = {{0}, 0};
-  CHECK(!memcmp(head->e_ident, ELFMAG, SELFMAG) && head->e_machine == CUDA_CODE, "the image is no machine code");
+  CHECK(!memcmp(head->e_ident, ELFMAG, SELFMAG) && head->e_machine == CUDA_CODE, "the image is not machine code");
   *module = (CUmodule)image; /* Triton keeps the bytes alive until the functions are found */
   return wrong.length ? refuse("cuModuleLoadData", &wrong, CUDA_ERROR_INVALID_IMAGE) : CUDA_SUCCESS;
 }

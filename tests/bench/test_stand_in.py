@@ -1,4 +1,4 @@
-"""Triton's real runtime launches every case without a GPU, and the driver in libcuda's place refuses what it should."""
+"""Triton's real runtime launches every case without a GPU, and the driver that plays libcuda refuses what it should."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ REFUSED = {
     "a grid of 2^31": "_product: grid of 2147483648 along x is outside",
     "1056 threads": "_product: 1056 threads a block are outside 1..1024",
     "65 along z": "_product: 65 threads a block are outside 1..1024 (z: 64)",
-    "no machine code": "the image is no machine code",
+    "no machine code": "the image is not machine code",
     **{
         f"{arch} before opt-in": "49153 bytes of dynamic shared memory; the function was given 49152"
         for arch in stand_in.LIMITS
