@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from aot_cases import CASES, Case, inputs_of
+from aot_cases import CASES, Case, inputs_of, needs_of
 from clock import Clock
 from gpu_store import Record
 from roofline import Gpu, Work
@@ -23,7 +23,7 @@ from fedmoe_kernels import Routing, SlotMap
 from fedmoe_kernels.gpu import experts, routing
 from fedmoe_kernels.gpu.choose import Rule
 from fedmoe_kernels.gpu.launch import Execute, Launch
-from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
+from fedmoe_kernels.ops import OpInputs
 
 __all__ = ["CASES", "TINY", "measure", "predictions"]
 WARM_UP = 3
@@ -113,14 +113,6 @@ def predictions(results: Path, arch: str) -> Mapping[tuple[str, str, int], float
             if row["arch"] == arch and "expected_us" in row:
                 found[row["case"], row["kernel"], row["flops"]] = row["expected_us"] / 1e3
     return found
-
-
-def needs_of(case: Case) -> list[bool]:
-    """List all gradients that the case has, and the importance sums, as the ahead-of-time table takes them."""
-    adapters = ("a_in", "b_in", "a_out", "b_out")
-    has = {"x_TH", "weights_TK", *(adapters if case.rank else ("w_in", "w_out"))}
-    has |= {"bias_in", "bias_out"} if case.bias and not case.rank else set()
-    return [*(name in has for name in DIFFERENTIABLE), True]
 
 
 def _route(case: Case, device: str, execute: Execute) -> None:

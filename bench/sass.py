@@ -51,6 +51,7 @@ class Job:
             "tensordesc<bf16[1, 128, 64]>".
         constants: (place, value) of the constants, ones among the numbers included.
         aligned: places of the parameters known to be divisible by 16.
+        noted: places of which Triton notes whether they are aligned; its cache is keyed by them.
         limit: on the registers of a thread, 0 = none.
     """
 
@@ -60,6 +61,7 @@ class Job:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[tuple[int, ...], Any], ...]
     aligned: tuple[tuple[int, ...], ...]
+    noted: tuple[tuple[int, ...], ...]
     warps: int
     stages: int
     limit: int = 0
@@ -166,6 +168,7 @@ def job_of(launch: Launch, arch: str) -> Job:
         tuple(signature.items()),
         tuple(constants.items()),
         tuple(place for place, value in attributes.items() if value),
+        tuple(attributes),
         launch.warps,
         launch.stages,
         launch.registers,
@@ -224,7 +227,7 @@ def built(job: Job) -> Any:
         fn=kernel,
         signature=dict(job.signature),
         constexprs=dict(job.constants),
-        attrs={place: [["tt.divisibility", 16]] for place in job.aligned},
+        attrs={place: [["tt.divisibility", 16]] if place in job.aligned else [] for place in job.noted},
     )
     return triton.compile(source, target=target_of(job.arch), options=job.options)
 
