@@ -10,9 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedmoe_kernels import checks, reference
+from fedmoe_kernels import checks, ops, reference
 from fedmoe_kernels.backends import WORTH_SAYING, warn_once
-from fedmoe_kernels.ops import WEIGHTS, OpInputs, moe_mlp_op
 from fedmoe_kernels.routing import Routing
 from fedmoe_kernels.scores import ExpertScores
 from fedmoe_kernels.weights import ExpertLora, ExpertWeights, Stack, stacked
@@ -89,7 +88,7 @@ def moe_mlp(
     leaf_B6 = None if scores is None else scores.leaf_B6
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, leaf_B6))
     keep_z = differentiable and not recompute
-    return moe_mlp_op(*tensors, leaf_B6, activation, keep_z, backend, routing.rows_per_slot or 0)[0]
+    return ops.moe_mlp(*tensors, leaf_B6, activation, keep_z, backend, routing.rows_per_slot or 0)[0]
 
 
 def _tensors(
@@ -119,8 +118,8 @@ def _say_what_is_copied(tensors: list[Tensor | None]) -> None:
     """Warn once of weights that are laid out again at every call; not while compiling, where a copy may be fused."""
     if torch.compiler.is_compiling():
         return
-    for name, tensor in zip(OpInputs._fields, tensors, strict=True):
-        if name in WEIGHTS and tensor is not None and not tensor.is_contiguous() and tensor.nbytes >= WORTH_SAYING:
+    for name, tensor in zip(ops.OpInputs._fields, tensors, strict=True):
+        if name in ops.WEIGHTS and tensor is not None and not tensor.is_contiguous() and tensor.nbytes >= WORTH_SAYING:
             warn_once(f"{name} is not contiguous, and its {tensor.nbytes} bytes are copied at every call; store it so")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedmoe_kernels import cpu
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.backends import use_triton
+from fedmoe_kernels.operator import Operator, function_of
 from fedmoe_kernels.slot import Adapter, Expert, Gradients, Packed
 
 
@@ -245,9 +246,11 @@ def _differentiate(ctx: Any, dy_TH: Tensor | None, _: Tensor | None) -> tuple[Te
         needs = [need[name] for name in (*DIFFERENTIABLE, "scores_B6")]
         needs[6:10] = [any(needs[6:10])] * 4  # an adapter's factors are computed together or not at all
         how = (ctx.activation, needs, ctx.backend, ctx.rows_per_slot)
-        outputs = moe_mlp_backward_op(dy_TH.contiguous(), z_RF, *tensors, *how)
+        outputs = moe_mlp_backward(dy_TH.contiguous(), z_RF, *tensors, *how)
         found = dict(zip((*DIFFERENTIABLE, "scores_B6"), outputs, strict=True))
     return (*(found.get(name) if need[name] else None for name in names), *[None] * 4)
 
 
 moe_mlp_op.register_autograd(_differentiate, setup_context=_setup_context)
+moe_mlp_backward = Operator(moe_mlp_backward_op, _backward)
+moe_mlp = Operator(moe_mlp_op, _forward, function_of("MoeMlp", _forward, _setup_context, _differentiate))

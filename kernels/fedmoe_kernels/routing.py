@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedmoe_kernels import routing_ops
 from fedmoe_kernels.backends import BACKENDS
-from fedmoe_kernels.routing_ops import compute_dtype, place_rows_op, route_op
+from fedmoe_kernels.routing_ops import compute_dtype
 from fedmoe_kernels.slot_map import SlotMap
 from fedmoe_kernels.stats import RouterStats
 
@@ -95,7 +96,7 @@ class Routing:
             raise ValueError(f"weights_TK is on {weights_TK.device}, experts_TK on {experts_TK.device}; move one")
         _check_backend(backend)
         table_CE = _table(slot_map, experts_TK, client_T, valid_T)
-        experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1 = place_rows_op(
+        experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1 = routing_ops.place_rows(
             experts_TK, table_CE, client_T, valid_T, slot_map.num_slots, backend
         )
         weights_TK = weights_TK.to(compute_dtype(weights_TK.dtype)).where(slots_TK >= 0, 0.0)
@@ -171,7 +172,7 @@ def route(
     table_CE = _table(slot_map, logits_TE, client_T, valid_T)
     num_slots = E if slot_map is None else slot_map.num_slots
     rule = (num_slots, k, scoring, renormalize, *(groups or (1, 1)), float(scale), with_stats, backend)
-    outputs = route_op(logits_TE, table_CE, client_T, valid_T, bias_E, *rule)
+    outputs = routing_ops.route(logits_TE, table_CE, client_T, valid_T, bias_E, *rule)
     weights_TK, experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1, stats_C4E, tokens_C = outputs
     stats = None
     if with_stats:

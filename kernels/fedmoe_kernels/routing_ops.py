@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_kernels.backends import use_triton
+from fedmoe_kernels.operator import Operator, function_of
 
 # A sigmoid score can underflow to 0 for every chosen expert; the models of this family add the same constant.
 SIGMOID_EPS = 1e-20
@@ -166,8 +167,7 @@ def _check_clients(client_T: Tensor | None, C: int) -> None:
         raise ValueError(f"client_T holds {low if low < 0 else high}; every client must lie in 0..{C - 1}")
 
 
-@torch.library.custom_op("fedmoe::route", mutates_args=())
-def route_op(
+def _route(
     logits_TE: Tensor,
     table_CE: Tensor,
     client_T: Tensor | None,
@@ -228,8 +228,7 @@ def _weights(held_TE: Tensor, experts_TK: Tensor, scoring: str, renormalize: boo
     return logit_TK.masked_fill(~chosen, -math.inf).softmax(dim=-1).masked_fill(~chosen, 0.0)
 
 
-@torch.library.custom_op("fedmoe::route_backward", mutates_args=())
-def route_backward_op(
+def _route_backward(
     grad_TK: Tensor,
     logits_TE: Tensor,
     experts_TK: Tensor,
@@ -276,8 +275,7 @@ def route_backward_op(
     return grad_TE.masked_fill(~logits_TE.isfinite(), 0.0).to(logits_TE.dtype)
 
 
-@torch.library.custom_op("fedmoe::place_rows", mutates_args=())
-def place_rows_op(
+def _place_rows(
     experts_TK: Tensor,
     table_CE: Tensor,
     client_T: Tensor | None,
@@ -295,6 +293,11 @@ def place_rows_op(
     here = here if valid_T is None else here & valid_T[:, None]
     slots_TK = _slots(torch.where(here, experts_TK.long(), -1), table_CE, client_T)
     return torch.where(slots_TK >= 0, experts_TK.long(), -1), slots_TK, *_place(slots_TK, num_slots)
+
+
+route_op = torch.library.custom_op("fedmoe::route", _route, mutates_args=())
+route_backward_op = torch.library.custom_op("fedmoe::route_backward", _route_backward, mutates_args=())
+place_rows_op = torch.library.custom_op("fedmoe::place_rows", _place_rows, mutates_args=())
 
 
 def _fake_places(like_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -359,14 +362,21 @@ def _(
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
     logits_TE, table_CE, client_T = inputs[:3]
     ctx.save_for_backward(logits_TE, output[1], table_CE, client_T)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.rule = (inputs[7], inputs[8], inputs[11], inputs[13])  # type: ignore[attr-defined]
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad_TK: Tensor, *_: Tensor | None) -> tuple:
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad_TK: Tensor | None, *_: Tensor | None) -> tuple:
+    if grad_TK is None:
+        return (None,) * 14
     logits_TE, experts_TK, table_CE, client_T = ctx.saved_tensors  # type: ignore[attr-defined]
     rule = ctx.rule  # type: ignore[attr-defined]
-    grad_TE = route_backward_op(grad_TK, logits_TE, experts_TK, table_CE, client_T, *rule)
+    grad_TE = route_backward(grad_TK, logits_TE, experts_TK, table_CE, client_T, *rule)
     return grad_TE, *(None,) * 13
 
 
 route_op.register_autograd(_backward, setup_context=_save)
+route_backward = Operator(route_backward_op, _route_backward)
+place_rows = Operator(place_rows_op, _place_rows)
+route = Operator(route_op, _route, function_of("Route", _route, _save, _backward))

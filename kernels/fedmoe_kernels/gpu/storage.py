@@ -33,14 +33,17 @@ class Stored(NamedTuple):
     base_of_slot_B: Tensor | None = None
 
     def pointers(self, name: str) -> dict[str, Any]:
-        """Return the kernel arguments `name`, `name_frozen` (the same tensor where nothing is frozen) by address."""
-        return {name: self.trainable, f"{name}_frozen": self.trainable if self.frozen is None else self.frozen}
+        """Return the kernel arguments `name` and `name_frozen` by address; None where nothing is frozen."""
+        return {name: self.trainable, f"{name}_frozen": self.frozen}
 
     def descriptors(self, name: str, block: tuple[int, int], matrices: int = 1) -> dict[str, Any]:
-        """Return those two arguments as descriptors of blocks (matrices, *block); an empty part repeats the other."""
+        """Return those two arguments as descriptors of blocks (matrices, *block); an empty part repeats the other.
+
+        A descriptor costs the host 15 us, so there is none for a part that is not there.
+        """
         parts = [p for p in (self.trainable, self.frozen) if p is not None and p.shape[0]]
-        first, last = (TensorDescriptor.from_tensor(p, [matrices, *block]) for p in (parts[0], parts[-1]))
-        return {name: first, f"{name}_frozen": last}
+        made = [TensorDescriptor.from_tensor(p, [matrices, *block]) for p in parts]
+        return {name: made[0], f"{name}_frozen": None if self.frozen is None else made[-1]}
 
     @property
     def describable(self) -> bool:
