@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check docs interpret aot aot-3.6 demo bench bench-gpu clean
+.PHONY: help setup test check docs interpret aot test-oldest aot-3.6 demo bench bench-gpu clean
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: setup.py pyproject.toml $(CONSTRAINTS)
 	@echo "setup: making $(VENV) and installing $(TORCH) and the rest, a few minutes the first time"
@@ -40,16 +40,22 @@ interpret: setup ## every Triton kernel in Triton's interpreter, on CPU, against
 aot: setup ## compile every kernel for GPUs that are not here, check the code, keep the table in bench/results
 	$(BIN)/python bench/aot.py --keep
 
-# The oldest triton that is supported, beside the newest torch: it is what runs kernels, and torch only makes tensors.
-OLDEST := .venv-3.6
-$(OLDEST)/.ready:
-	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 "numpy<2.4" rich
+# The oldest torch and triton that pyproject.toml admits, which machines with a GPU have. That torch comes with 4 GB of
+# CUDA libraries, which no test here needs and without which it does not import.
+OLDEST := .venv-oldest
+OLDEST_CONSTRAINTS := tests/constraints-oldest.txt
+$(OLDEST)/.ready: setup.py pyproject.toml $(OLDEST_CONSTRAINTS)
+	@echo "setup: making $(OLDEST) with the oldest torch and triton, a few minutes the first time"
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST_CONSTRAINTS) -e ".[test]"
 	@touch $@
 
-aot-3.6: $(OLDEST)/.ready ## the same with triton 3.6.0, in an environment of its own
-	PYTHONPATH=kernels $(OLDEST)/bin/python bench/aot.py --keep
+# What runs kernels or reads torch's own machinery; test_rungs.py runs tests/interpret.
+test-oldest: $(OLDEST)/.ready ## kernels, benchmarks and the interpreter with the oldest torch and triton, .venv-oldest
+	$(OLDEST)/bin/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal tests/kernels tests/bench tests/test_rungs.py
+
+aot-3.6: $(OLDEST)/.ready ## the same as aot with triton 3.6.0, of .venv-oldest
+	$(OLDEST)/bin/python bench/aot.py --keep
 
 # Absolute, so that no variable that is lost or empty can send the runs anywhere else.
 DEMO := $(CURDIR)/runs/demo

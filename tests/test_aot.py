@@ -422,7 +422,7 @@ def tune(*options: str, interpreted: bool = False) -> subprocess.CompletedProces
 
 def test_the_tuner_says_without_a_gpu_what_it_would_try() -> None:
     options = ("--shape", "edge", "--rows", "64", "--family", "data_gradient", "--most", "1")
-    done = tune("--dry-run", "--arch", "sm_90", *options)
+    done = tune("--dry-run", "--arch", "sm_80", *options)  # where triton 3.6 and 3.7 both spill at the tallest
     assert done.returncode == 0, done.stderr
     tried = [line for line in done.stderr.splitlines() if "registers" in line]
     assert len(tried) == 3, "one tile at each of three heights"

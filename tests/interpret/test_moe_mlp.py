@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cohort_cases import assert_clients_keep_their_bits
 from expert_cases import (
     FACTORS,
     Problem,
@@ -13,6 +14,7 @@ from expert_cases import (
     importance,
     leaves,
     names,
+    operator_calls,
     problem,
     restricted,
     run,
@@ -22,7 +24,7 @@ from expert_cases import (
 from torch.utils.checkpoint import checkpoint
 
 from fedmoe_core.layer import MoE
-from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, Routing, SlotMap, moe_mlp, ops
+from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, moe_mlp, ops
 from fedmoe_kernels.activations import ACTIVATIONS
 
 TOLERANCE = 1e-5  # float32; the routing weights and every product are exact to it on O(1) data
@@ -135,36 +137,7 @@ def test_inv10_same_bits_again_and_with_z_recomputed(options: dict) -> None:
 
 
 def test_inv10_a_client_gets_its_bits_whoever_shares_the_cohort() -> None:
-    """Two clients of three slots, the second's last one frozen, laid end to end; and each alone with the same plan."""
-    T, trainable = (9, 16), (3, 2)
-    clients = [problem(t, 16, 12, 3, 2, biases=True, seed=i) for i, t in enumerate(T)]
-    alone = [
-        by_plan(p, n, SlotMap(torch.arange(3), 3, rows_per_slot=5)) for p, n in zip(clients, trainable, strict=True)
-    ]
-    cohort = SlotMap(torch.tensor([[0, 1, 2], [3, 4, 5]]), 6, rows_per_slot=5)
-    whole = Problem(
-        torch.cat([p.slots_TK for p in clients]),
-        {n: torch.cat([p.tensors[n] for p in clients]) for n in clients[0].tensors},
-        torch.cat([p.dy_TH for p in clients]),
-    )
-    together = by_plan(whole, 5, cohort, torch.arange(2).repeat_interleave(torch.tensor(T)))
-    for name, value in together.items():
-        parts = value.split(T if name in ("y", "x", "s") else 3)
-        assert all(torch.equal(part, one[name]) for part, one in zip(parts, alone, strict=True)), name
-
-
-def by_plan(
-    p: Problem, trainable: int, slot_map: SlotMap, client_T: torch.Tensor | None = None
-) -> dict[str, torch.Tensor]:
-    leaf, scores = leaves(p, torch.float32), ExpertScores(slot_map.num_slots)
-    stacks = [ExpertWeights(leaf[n][:trainable], leaf[n][trainable:].detach()) for n in
-              ("w_in", "w_out", "bias_in", "bias_out")]  # fmt: skip
-    routing = Routing.from_topk(p.slots_TK, leaf["s"], slot_map, client_T=client_T)
-    assert routing.rows_per_slot == 5
-    biases = dict(zip(("bias_in", "bias_out"), stacks[2:], strict=True))
-    y = moe_mlp(leaf["x"], routing, *stacks[:2], **biases, scores=scores, backend="triton")
-    y.backward(p.dy_TH.float())
-    return {"y": y.detach(), "scores": scores.leaf_B6.grad, **{n: v.grad for n, v in leaf.items()}}
+    assert_clients_keep_their_bits(torch.float32)
 
 
 def test_inv4_a_token_of_nan_stays_in_its_own_experts() -> None:
@@ -318,18 +291,11 @@ def test_compile_fullgraph(options: dict) -> None:
     assert torch.equal(scores.leaf_B6.grad, plain.leaf_B6.grad)
 
 
-def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opcheck() -> None:
     p = problem(5, 8, 6, 3, 2, biases=True)
-    seen: list[tuple] = []
-    forward_op, backward_op = ops.moe_mlp_op, ops.moe_mlp_backward_op
-    monkeypatch.setattr("fedmoe_kernels.experts.moe_mlp_op", lambda *a: seen.append((forward_op, a)) or forward_op(*a))
-    monkeypatch.setattr(ops, "moe_mlp_backward_op", lambda *a: seen.append((backward_op, a)) or backward_op(*a))
-    run(p, leaves(p, torch.float32), scores=ExpertScores(3), backend="triton").backward(p.dy_TH.float())
-    assert [op for op, _ in seen] == [forward_op, backward_op]
-    for op, args in seen:
-        # The backward has no derivative of its own, so it is checked on plain values.
-        plain = [a.detach() if isinstance(a, torch.Tensor) and op is backward_op else a for a in args]
-        torch.library.opcheck(op, plain)
+    forward, backward = operator_calls(p, leaves(p, torch.float32), scores=ExpertScores(3), backend="triton")
+    torch.library.opcheck(ops.moe_mlp_op, forward)
+    torch.library.opcheck(ops.moe_mlp_backward_op, backward)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Routing, SlotMap, moe_mlp, reference
+from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Routing, SlotMap, moe_mlp, ops, reference
 from fedmoe_kernels.activations import ACTIVATIONS
 
 FACTORS = ("a_in", "b_in", "a_out", "b_out")
@@ -172,6 +174,29 @@ def solve(p: Problem, dtype: torch.dtype = torch.float64, **options: object) -> 
     y = run(p, leaf, **options)
     y.backward(p.dy_TH.to(dtype))
     return {"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}
+
+
+def operator_calls(p: Problem, leaf: dict[str, Tensor], **options: Any) -> tuple[list[Any], list[Any]]:
+    """Run both passes; return the arguments of the forward operator and, as plain values, of the backward one.
+
+    What calls the operators afterwards is not recorded: torch.library.opcheck runs the backward too, and traces it.
+    """
+    calls: dict[str, list[Any]] = {}
+
+    def recorded(name: str, op: Any) -> Any:
+        def call(*args: Any) -> Any:
+            assert name not in calls, f"the {name} operator ran twice"
+            calls[name] = list(args)
+            return op(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedmoe_kernels.experts.moe_mlp_op", recorded("forward", ops.moe_mlp_op))
+        patch.setattr(ops, "moe_mlp_backward_op", recorded("backward", ops.moe_mlp_backward_op))
+        run(p, leaf, **options).backward(p.dy_TH.to(leaf["x"].dtype))
+    # The backward has no derivative of its own.
+    return calls["forward"], [a.detach() if isinstance(a, Tensor) else a for a in calls["backward"]]
 
 
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
