@@ -172,9 +172,9 @@ def main(folder: Path) -> None:
 
 def compiled_registers(cubin: bytes) -> int:
     """Registers as the compiler's own tool reads them."""
-    from sass import _usage
+    from listing import usage
 
-    return _usage(cubin)[0]
+    return usage(cubin)[0]
 
 
 if __name__ == "__main__":

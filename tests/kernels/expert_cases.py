@@ -192,8 +192,8 @@ def operator_calls(p: Problem, leaf: dict[str, Tensor], **options: Any) -> tuple
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedmoe_kernels.experts.moe_mlp_op", recorded("forward", ops.moe_mlp_op))
-        patch.setattr(ops, "moe_mlp_backward_op", recorded("backward", ops.moe_mlp_backward_op))
+        patch.setattr(ops, "moe_mlp", recorded("forward", ops.moe_mlp_op))
+        patch.setattr(ops, "moe_mlp_backward", recorded("backward", ops.moe_mlp_backward_op))
         run(p, leaf, **options).backward(p.dy_TH.to(leaf["x"].dtype))
     # The backward has no derivative of its own.
     return calls["forward"], [a.detach() if isinstance(a, Tensor) else a for a in calls["backward"]]
