@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "tests/interpret"
-# The two files that take longest have a process of their own, so that workers can share them; one takes the rest.
-ALONE = ("test_moe_mlp.py", "test_data_gradient.py")
+# The three files that take longest have a process of their own, so that workers can share them; one takes the rest.
+ALONE = ("test_moe_mlp.py", "test_half_precision.py", "test_data_gradient.py")
 PARTS = {name: [f"{FOLDER}/{name}"] for name in ALONE}
 PARTS["the rest"] = [FOLDER, *(f"--ignore={FOLDER}/{name}" for name in ALONE)]
 
