@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+HOUSE = Path(__file__).parents[1]
+
 # Before torch loads, here and in every process that a test starts: the workers of pytest-xdist fill the cores, and
 # threads that wait for a core spin.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -19,7 +21,7 @@ settings.load_profile("house")
 # with one of them at the end.
 LONGEST = (
     *("test_rungs.py", "test_jobs.py", "test_no_network.py", "test_framework.py", "test_simulate.py"),
-    "test_aot.py",
+    *("test_aot.py", "test_stand_in.py", "test_machine_code.py"),
 )
 
 
@@ -38,3 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest tests first; the others stay in their order."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules of bench/ can be imported; what they compile stays in the session's cache, for all that compile."""
+    monkeypatch.syspath_prepend(str(HOUSE / "bench"))
+    monkeypatch.delenv("FEDMOE_TILES", raising=False)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parameter import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = (Tensor, Parameter)
 
 
 @dataclass(frozen=True, eq=False)
