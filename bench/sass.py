@@ -89,7 +89,10 @@ class Job:
 
 # Instructions of the loop around products of warp groups, at most. In a weight gradient's step a scheduler's two warps
 # issue theirs within 1024 cycles of the tensor cores; in the others' within 512 to 1024. Codes are decoded in the loop.
-MOST_IN_LOOP = {"weight gradient": 185, "wide": 120, "narrow": 130, "codes": 280, "codes of few rows": 520}
+MOST_IN_LOOP = {
+    "sm_90": {"weight gradient": 190, "wide": 118, "narrow": 140, "codes": 280, "codes of few rows": 520},
+    "sm_100": {"weight gradient": 190, "wide": 128, "narrow": 146, "codes": 280, "codes of few rows": 520},
+}
 # Programs an SM that a tile was chosen for (static_tiles.py), by architecture, kernel and rows x columns of a block.
 PROMISED = {
     ("sm_90", "_data_gradient_kernel", 128, 128): 2,
@@ -287,10 +290,12 @@ def misses(job: Job, code: Code) -> list[str]:
 def _most_in_loop(job: Job) -> int:
     """The instructions that the loop of products may have, see `MOST_IN_LOOP`."""
     if job.kernel == "_weight_gradient_kernel":
-        return MOST_IN_LOOP["weight gradient"]
-    if job.constant("BITS"):
-        return MOST_IN_LOOP["codes" if job.constant("BM") >= 64 else "codes of few rows"]
-    return MOST_IN_LOOP["wide" if (job.constant("BN") or 0) >= 128 else "narrow"]
+        kind = "weight gradient"
+    elif job.constant("BITS"):
+        kind = "codes" if job.constant("BM") >= 64 else "codes of few rows"
+    else:
+        kind = "wide" if (job.constant("BN") or 0) >= 128 else "narrow"
+    return MOST_IN_LOOP[job.arch][kind]
 
 
 def _promised(job: Job) -> int:

@@ -46,7 +46,7 @@ _AMPERE = (
         TileSet(
             up=Tile(128, 64, 32, 8, 5),
             down=Tile(128, 128, 64, 8, 4),
-            data_gradient=Tile(128, 128, 64, 8, 4, split=8),
+            data_gradient=Tile(128, 128, 64, 8, 4, split=16),
             input_gradient=Tile(128, 128, 64, 8, 4),
             weight_gradient=Tile(128, 256, 32, 8, 7),
             rank=Tile(128, 64, 64, 8, 3),
@@ -61,7 +61,7 @@ _NARROW = (
         TileSet(
             up=Tile(128, 64, 32, 8, 5),
             down=Tile(128, 128, 64, 8, 3),
-            data_gradient=Tile(128, 128, 64, 8, 3, split=8),
+            data_gradient=Tile(128, 128, 64, 8, 3, split=16),
             input_gradient=Tile(128, 128, 64, 8, 3),
             weight_gradient=Tile(128, 128, 32, 8, 7),
             rank=Tile(128, 64, 64, 8, 3),
