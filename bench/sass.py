@@ -8,7 +8,10 @@ known to be, a 1 is a constant. A job holds plain data only and can be sent to a
 from __future__ import annotations
 
 import bisect
+import contextlib
+import hashlib
 import importlib
+import io
 import itertools
 import re
 import struct
@@ -22,9 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import sm_arch_from_capability
 from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_key
 from triton.runtime.jit import create_function_from_signature
 
 from fedmoe_kernels.configs import SHARED
@@ -63,7 +68,8 @@ class Job:
         signature: (name, type) of the parameters in order; types as "*bf16", "i32", "constexpr",
             "tensordesc<bf16[1, 128, 64]>".
         constants: (place, value) of the constants, ones among the numbers included.
-        aligned: places of the parameters known to be divisible by 16.
+        attributes: (place, divisible by 16) of every parameter that Triton's own record has, a False included: Triton
+            has an empty one for a constant string, and it is a part of the key under which machine code is cached.
         limit: on the registers of a thread, 0 = none.
     """
 
@@ -72,7 +78,7 @@ class Job:
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[tuple[int, ...], Any], ...]
-    aligned: tuple[tuple[int, ...], ...]
+    attributes: tuple[tuple[tuple[int, ...], bool], ...]
     warps: int
     stages: int
     limit: int = 0
@@ -82,6 +88,26 @@ class Job:
         """As `Launch.options`."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
         return {**options, "maxnreg": self.limit} if self.limit else options
+
+    @property
+    def aligned(self) -> tuple[tuple[int, ...], ...]:
+        """Places of the parameters known to be divisible by 16."""
+        return tuple(place for place, divisible in self.attributes if divisible)
+
+    def source(self) -> ASTSource:
+        """What Triton compiles: the very one that a call of the kernel would hand to the compiler."""
+        return ASTSource(
+            fn=getattr(importlib.import_module(self.module), self.kernel),
+            signature=dict(self.signature),
+            constexprs=dict(self.constants),
+            attrs={place: [["tt.divisibility", 16]] if divisible else [] for place, divisible in self.attributes},
+        )
+
+    def key(self) -> str:
+        """Compute the name of this job's folder in Triton's cache; equal to that of a call of the kernel."""
+        backend = make_backend(target_of(self.arch))
+        whole = (self.source(), backend, backend.parse_options(self.options), get_cache_invalidating_env_vars())
+        return hashlib.sha256(get_cache_key(*whole).encode()).hexdigest()
 
     def constant(self, name: str) -> Any:
         """The value of the constant parameter `name`, None where there is none."""
@@ -165,7 +191,7 @@ def job_of(launch: Launch, arch: str) -> Job:
         kernel.fn.__qualname__,
         tuple(signature.items()),
         tuple(constants.items()),
-        tuple(place for place, value in attributes.items() if value),
+        tuple((place, bool(value)) for place, value in attributes.items()),
         launch.warps,
         launch.stages,
         launch.registers,
@@ -201,15 +227,10 @@ def compiled_by(pool: Executor, jobs: Sequence[Job]) -> Iterator[Code]:
 def _built(job: Job) -> tuple[Code, bytes]:
     """All of the code's record but its opcodes, and the instructions."""
     start = time.perf_counter()
-    kernel = getattr(importlib.import_module(job.module), job.kernel)
-    source = ASTSource(
-        fn=kernel,
-        signature=dict(job.signature),
-        constexprs=dict(job.constants),
-        attrs={place: [["tt.divisibility", 16]] for place in job.aligned},
-    )
     try:
-        built = triton.compile(source, target=target_of(job.arch), options=job.options)
+        # Where ptxas refuses, Triton prints all of its input: thousands of lines a tile.
+        with contextlib.redirect_stdout(io.StringIO()):
+            built = triton.compile(job.source(), target=target_of(job.arch), options=job.options)
     except Exception as error:
         return Code(error=_reason(error)), b""
     registers, stack = _usage(built.asm["cubin"])
