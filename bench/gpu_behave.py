@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from cases import STANDARD, TINY, Case, Problem, Shape, problem
 from gpu_correct import Check, hold, poison, small, stored
-from gpu_time import capture
+from gpu_launch import capture
 from peers import Outcome, errors, fedmoe, leaf, step
 from torch import Tensor
 from truth import truth

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_store import Record
 from roofline import Layer
 
+Record = dict[str, Any]
 QWEN = "qwen3-30b-a3b"
+COLD = ("eager", "graph")
 MADE_FOR = "H100"
 
 
@@ -71,8 +72,10 @@ def _find(rows: list[Record], **fields: Any) -> list[Record]:
 
 
 def _ours(rows: list[Record], case: str, name: str) -> Record | None:
-    """Find fedmoe's fastest row of a case: for few tokens a graph's replay may beat the eager launch."""
-    found = _find(rows, shape=QWEN, case=case, peer="fedmoe", **{"pass": name})
+    """Find fedmoe's fastest cold row of a case: for few tokens a graph's replay may beat the eager launch."""
+    found = [
+        row for row in _find(rows, shape=QWEN, case=case, peer="fedmoe", **{"pass": name}) if row["launch"] in COLD
+    ]
     return min(found, key=lambda row: row["ms"], default=None)
 
 
@@ -96,7 +99,7 @@ def _faster(rows: list[Record], case: str, wanted: float, tokens: str) -> Goal:
     theirs = [
         row
         for row in _find(rows, shape=QWEN, case=case, **{"pass": "fwd+bwd"})
-        if row["peer"] not in ("fedmoe", "dense") and row["stores_all"]
+        if row["peer"] not in ("fedmoe", "dense") and row["stores_all"] and row["launch"] in COLD
     ]
     best = min(theirs, key=lambda row: row["ms"], default=None)
     if ours is None or best is None:

@@ -41,7 +41,7 @@ def liger() -> Contender:
         return Bound(forward, leaves, trained_only(task), total_bytes(leaves))
 
     detail = f"liger_kernel {version('liger_kernel')} LigerFusedMoEFunction"
-    return Contender("liger", detail, bind, _only("swiglu"), risky=True)
+    return Contender("liger", detail, bind, _only("swiglu"), risky=True, waits=True)
 
 
 def scattermoe() -> Contender:

@@ -203,6 +203,11 @@ def compiled(job: Job) -> Code:
     return compiled_all([job])[0]
 
 
+def built(job: Job) -> Code:
+    """Compile, or take from the cache, and read all of the code but its instructions: the disassembler is slow."""
+    return _built(job)[0]
+
+
 def compiled_all(jobs: Sequence[Job]) -> list[Code]:
     """Compile every job as `compiled` does, in order.
 

@@ -62,6 +62,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "get_device_capability": lambda *_: (9, 0),
         "get_device_properties": lambda *_: properties,
         "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda: None,
         "memory_allocated": lambda: 10**6,

@@ -176,7 +176,7 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
         gpu_parts.gpu_machine, "ceilings", lambda *_, **__: {"product TFLOP/s": 700.0, "copy TB/s": 3.0}
     )
     monkeypatch.setattr(gpu_parts.gpu_workers, "run", lambda names, *_: (passed(name, None) for name in names))
-    words = ["--cases", "all,small", "--results", str(tmp_path)]
+    words = ["--cases", "all,small", "--results", str(tmp_path), "--sustained", "0.1"]
     with pretend_gpu(monkeypatch):
         assert [gpu.main([part, *words]) for part in ("correct", "time", "plot")] == [0, 0, 0], capsys.readouterr()
     (path,) = tmp_path.glob("*.json")
@@ -187,8 +187,13 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
     assert {(r["launch"], r["pass"]) for r in rows} == {
         *(("eager", name) for name in ("fwd", "bwd", "fwd+bwd")),
         *(("graph", name) for name in ("fwd", "fwd+bwd")),
+        ("sustained", "fwd+bwd"),
     }
-    assert all(r["gpu"] == NAME and r["dtype"] == "bfloat16" and r["rounds"] == 25 for r in rows)
+    cold = [r for r in rows if r["launch"] != "sustained"]
+    assert all(r["gpu"] == NAME and r["dtype"] == "bfloat16" and r["rounds"] == 25 for r in cold)
+    assert all(r["host ms"] > 0 for r in rows if r["launch"] == "eager")
+    assert all(r["TB/s"] > 0 and r["first step s"] > 0 for r in rows)
+    assert all(r["launches"] > 8 for r in rows), "a step has as many launches at least"
     assert all(r["MB step"] == 3.0 and r["MB predicted"] > 0 and r["percent_of_roofline"] > 0 for r in rows)
     missing = {r["peer"] for r in data["left_out"] if r["status"] == "not importable"}
     assert missing <= {"liger", "scattermoe", "sonicmoe", "megablocks"}
