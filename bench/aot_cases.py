@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.gpu import experts, routing
 from fedmoe_kernels.gpu.choose import Rule
-from fedmoe_kernels.gpu.launch import Launch
+from fedmoe_kernels.gpu.launch import Execute, Launch
 from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
 
 
@@ -59,6 +59,7 @@ class Case:
         return replace(self, T=self.T * slots // self.B - 5, B=slots, Bt=trainable)
 
 
+PASSES = ("routing", "more", "forward", "backward")
 QWEN = Case("qwen3-30b-a3b", 32768, 2048, 768, 128, 8, 32)
 OSS = Case("gpt-oss-20b", 16384, 2880, 2880, 32, 4, 32, "swiglu_oai", bias=True, scoring="topk_softmax", E=32)
 SWITCH = Case("switch-base-8", 16384, 768, 3072, 8, 1, 8, "relu", E=8)
@@ -102,60 +103,71 @@ def launches(case: Case, arch: str) -> dict[str, list[Launch]]:
 
     "routing" has what a step of the layer starts; "more" has the statistics and the placing of a given choice.
     """
-    found: dict[str, list[Launch]] = {"routing": [], "more": [], "forward": [], "backward": []}
-    grad_TK = _route(case, found)
-    inputs = inputs_of(case)
-    how: dict[str, Any] = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "arch": arch}
-    y_TH, z_RF = experts.forward(inputs, keep_z=case.keep_z, execute=found["forward"].append, **how)
-    needs = [True] * (len(DIFFERENTIABLE) + 1)
-    if case.rank:
-        needs[2:6] = [False] * 4
-    else:
-        needs[6:10] = [False] * 4
-    if not case.bias:
-        needs[4:6] = [False] * 2
-    experts.backward(y_TH, z_RF, inputs.kept, needs=needs, execute=found["backward"].append, **how)
-    grad_TK(found["backward"])
+    found: dict[str, list[Launch]] = {name: [] for name in PASSES}
+    step(case, arch, {name: kept.append for name, kept in found.items()})
     return found
 
 
-def _route(case: Case, found: dict[str, list[Launch]]) -> Callable[[list[Launch]], object]:
-    """Run everything of the router but its backward, which is returned."""
-    held = torch.empty(case.clients, case.E, dtype=torch.int64, device="meta")
-    client_T = _ids(case.T) if case.clients > 1 else None
-    rule = Rule(case.K, case.scoring, True, *case.groups)
-    logits_TE = torch.empty(case.T, case.E, dtype=torch.float32, device="meta")
-    bias_E = torch.empty(case.E, dtype=torch.float32, device="meta") if case.scoring == "sigmoid" else None
+def step(
+    case: Case, arch: str, execute: Mapping[str, Execute], *, inputs: OpInputs | None = None, device: str = "meta"
+) -> None:
+    """Run one step of the case on tensors without values; `execute` says by pass what becomes of its launches.
 
-    def route(execute: list[Launch], *, with_stats: bool) -> tuple[Tensor, ...]:
-        how = {"rule": rule, "num_slots": case.B, "with_stats": with_stats, "execute": execute.append}
+    `inputs` are those of the experts, None = `inputs_of` the case on `device`.
+    """
+    grad_TK = _route(case, execute, device)
+    inputs = inputs_of(case, device) if inputs is None else inputs
+    how: dict[str, Any] = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "arch": arch}
+    y_TH, z_RF = experts.forward(inputs, keep_z=case.keep_z, execute=execute["forward"], **how)
+    experts.backward(y_TH, z_RF, inputs.kept, needs=needs_of(case), execute=execute["backward"], **how)
+    grad_TK(execute["backward"])
+
+
+def needs_of(case: Case) -> list[bool]:
+    """List all gradients that the case has, and the importance sums."""
+    adapters = ("a_in", "b_in", "a_out", "b_out")
+    has = {"x_TH", "weights_TK", *(adapters if case.rank else ("w_in", "w_out"))}
+    has |= {"bias_in", "bias_out"} if case.bias and not case.rank else set()
+    return [*(name in has for name in DIFFERENTIABLE), True]
+
+
+def _route(case: Case, execute: Mapping[str, Execute], device: str) -> Callable[[Execute], object]:
+    """Run everything of the router but its backward, which is returned."""
+    held = _ids(case.clients, case.E, device=device)
+    client_T = _ids(case.T, device=device) if case.clients > 1 else None
+    rule = Rule(case.K, case.scoring, True, *case.groups)
+    logits_TE = torch.empty(case.T, case.E, dtype=torch.float32, device=device)
+    bias_E = torch.empty(case.E, dtype=torch.float32, device=device) if case.scoring == "sigmoid" else None
+
+    def route(execute: Execute, *, with_stats: bool) -> tuple[Tensor, ...]:
+        how = {"rule": rule, "num_slots": case.B, "with_stats": with_stats, "execute": execute}
         return routing.route(logits_TE, held, client_T, None, bias_E, **how)
 
-    weights_TK, experts_TK = route(found["routing"], with_stats=False)[:2]
-    route(found["more"], with_stats=True)
-    routing.place(experts_TK, held, client_T, None, num_slots=case.B, execute=found["more"].append)
-    return lambda kept: routing.route_backward(
-        weights_TK, logits_TE, experts_TK, held, client_T, rule=rule, execute=kept.append
+    weights_TK, experts_TK = route(execute["routing"], with_stats=False)[:2]
+    route(execute["more"], with_stats=True)
+    routing.place(experts_TK, held, client_T, None, num_slots=case.B, execute=execute["more"])
+    return lambda execute: routing.route_backward(
+        weights_TK, logits_TE, experts_TK, held, client_T, rule=rule, execute=execute
     )
 
 
-def inputs_of(case: Case) -> OpInputs:
-    """Make the operator's tensors, on "meta"."""
+def inputs_of(case: Case, device: str = "meta") -> OpInputs:
+    """Make the operator's tensors, without values; on the CPU their memory is never touched."""
     T, H, I, K = case.T, case.H, case.I, case.K  # noqa: E741
     F, R = ACTIVATIONS[case.activation].width(I), case.T * case.K
-    real = lambda *size: torch.empty(*size, dtype=case.dtype, device="meta")  # noqa: E731
+    real = lambda *size: torch.empty(*size, dtype=case.dtype, device=device)  # noqa: E731
     held = case.B // case.clients if case.rank else case.B
     trainable, frozen = (held, 0) if case.rank else (case.Bt, case.B - case.Bt)
-    w_in_frozen, w_in_scale = _frozen(case, frozen, F, H)
-    w_out_frozen, w_out_scale = _frozen(case, frozen, H, I)
+    w_in_frozen, w_in_scale = _frozen(case, (frozen, F, H), device)
+    w_out_frozen, w_out_scale = _frozen(case, (frozen, H, I), device)
     rank = case.rank
     return OpInputs(
         x_TH=real(T, H),
-        weights_TK=torch.empty(T, K, dtype=torch.float32, device="meta"),
-        rows_TK=_ids(T, K),
-        tokens_R=_ids(R),
-        places_R=_ids(R),
-        offsets_B1=_ids(case.B + 1),
+        weights_TK=torch.empty(T, K, dtype=torch.float32, device=device),
+        rows_TK=_ids(T, K, device=device),
+        tokens_R=_ids(R, device=device),
+        places_R=_ids(R, device=device),
+        offsets_B1=_ids(case.B + 1, device=device),
         w_in=real(trainable, F, H),
         w_out=real(trainable, H, I),
         bias_in=real(trainable, F) if case.bias else None,
@@ -170,21 +182,22 @@ def inputs_of(case: Case) -> OpInputs:
         b_in=real(case.B, F, rank) if rank else None,
         a_out=real(case.B, rank, I) if rank else None,
         b_out=real(case.B, H, rank) if rank else None,
-        scale_B=torch.empty(case.B, dtype=torch.float64, device="meta") if rank else None,
-        base_of_slot_B=_ids(case.B) if rank else None,
+        scale_B=torch.empty(case.B, dtype=torch.float64, device=device) if rank else None,
+        base_of_slot_B=_ids(case.B, device=device) if rank else None,
         trainable_B=None,
     )
 
 
-def _ids(*size: int) -> Tensor:
-    return torch.empty(*size, dtype=torch.int64, device="meta")
+def _ids(*size: int, device: str) -> Tensor:
+    return torch.empty(*size, dtype=torch.int64, device=device)
 
 
-def _frozen(case: Case, slots: int, rows: int, columns: int) -> tuple[Tensor | None, Tensor | None]:
+def _frozen(case: Case, shape: tuple[int, int, int], device: str) -> tuple[Tensor | None, Tensor | None]:
+    slots, rows, columns = shape
     if not slots:
         return None, None
     if case.bits == 16:
-        return torch.empty(slots, rows, columns, dtype=case.dtype, device="meta"), None
+        return torch.empty(shape, dtype=case.dtype, device=device), None
     kind, width = (torch.int8, columns) if case.bits == 8 else (torch.uint8, columns // 2)
-    codes = torch.empty(slots, rows, width, dtype=kind, device="meta")
-    return codes, torch.empty(slots, rows, columns // 64, dtype=torch.float32, device="meta")
+    codes = torch.empty(slots, rows, width, dtype=kind, device=device)
+    return codes, torch.empty(slots, rows, columns // 64, dtype=torch.float32, device=device)

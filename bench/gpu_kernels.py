@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from aot_cases import CASES, Case, inputs_of
+from aot_cases import CASES, Case, inputs_of, needs_of
 from clock import Clock
 from gpu_store import Record
 from roofline import Gpu, Work, expected
@@ -22,7 +22,7 @@ from fedmoe_kernels import Routing, SlotMap
 from fedmoe_kernels.gpu import experts, routing
 from fedmoe_kernels.gpu.choose import Rule
 from fedmoe_kernels.gpu.launch import Execute, Launch
-from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
+from fedmoe_kernels.ops import OpInputs
 
 __all__ = ["CASES", "TINY", "measure", "prediction"]
 WARM_UP = 3
@@ -126,14 +126,6 @@ def prediction(case: Case, launch: Launch, gpu: Gpu | None) -> float | None:
     job = job_of(launch, gpu.arch)
     row = Row(case, launch, job, built(job), ())
     return 1e3 * expected(Work(row.name, launch.flops, launch.bytes), gpu, row.tiling())
-
-
-def needs_of(case: Case) -> list[bool]:
-    """List all gradients that the case has, and the importance sums, as the ahead-of-time table takes them."""
-    adapters = ("a_in", "b_in", "a_out", "b_out")
-    has = {"x_TH", "weights_TK", *(adapters if case.rank else ("w_in", "w_out"))}
-    has |= {"bias_in", "bias_out"} if case.bias and not case.rank else set()
-    return [*(name in has for name in DIFFERENTIABLE), True]
 
 
 def _route(case: Case, device: str, execute: Execute) -> None:

@@ -1,4 +1,4 @@
-/* A library in the place of libcuda.so.1 that starts nothing: it checks what it is asked to start, and counts.
+/* A library that plays libcuda.so.1 and starts nothing: it checks what it is asked to start, and counts.
  *
  * Triton's runtime calls it as it would call a driver. The limits are those that the CUDA driver API documents for
  * cuTensorMapEncodeTiled and cuLaunchKernelEx, and those of the GPU that stand_in_device() described. What breaks one
@@ -165,7 +165,7 @@ CUresult cuPointerGetAttribute(void *out, CUpointer_attribute attribute, CUdevic
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   const Elf64_Ehdr *head = image;
   struct text wrong = {{0}, 0};
-  CHECK(!memcmp(head->e_ident, ELFMAG, SELFMAG) && head->e_machine == CUDA_CODE, "the image is no machine code");
+  CHECK(!memcmp(head->e_ident, ELFMAG, SELFMAG) && head->e_machine == CUDA_CODE, "the image is not machine code");
   *module = (CUmodule)image; /* Triton keeps the bytes alive until the functions are found */
   return wrong.length ? refuse("cuModuleLoadData", &wrong, CUDA_ERROR_INVALID_IMAGE) : CUDA_SUCCESS;
 }
@@ -191,16 +191,17 @@ static int read_sections(const char *image, const char *name, struct function *i
   const Elf64_Ehdr *head = (const Elf64_Ehdr *)image;
   const Elf64_Shdr *sections = (const Elf64_Shdr *)(image + head->e_shoff);
   const char *names = image + sections[head->e_shstrndx].sh_offset;
-  int there = 0;
+  int there = 0, reserved = 0;
   for (int i = 0; i < head->e_shnum; i++) {
     const char *section = names + sections[i].sh_name, *bytes = image + sections[i].sh_offset;
     const int size = (int)sections[i].sh_size;
     if (!strcmp(section, ".nv.info")) into->registers = most_registers(bytes, bytes + size);
     if (!strncmp(section, ".text.", 6) && !strcmp(section + 6, name)) there = 1;
     if (!strncmp(section, ".nv.shared.", 11) && !strcmp(section + 11, name)) into->shared_static = size;
+    if (!strncmp(section, ".nv.shared.reserved.", 20)) reserved = RESERVED;
   }
   /* From Hopper on a module counts the kilobyte that the system takes of every block; no block's limit includes it. */
-  if (device.major >= 9) into->shared_static -= into->shared_static < RESERVED ? into->shared_static : RESERVED;
+  into->shared_static -= into->shared_static < reserved ? into->shared_static : reserved;
   return there;
 }
 

@@ -1,4 +1,4 @@
-"""Triton's real runtime without a GPU: `stand_in.c` in the place of libcuda, which checks launches and starts none.
+"""Triton's real runtime without a GPU: `stand_in.c` plays libcuda, checks launches and starts none.
 
     library = stand_in.build(folder)               # once; an existing library is kept
     driver = stand_in.activate(library, "sm_90")   # before the first launch, in a process of its own

@@ -39,10 +39,9 @@ CASES = (
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The modules of bench/ can be imported, and what they compile is not kept."""
+def bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules of bench/ can be imported; what they compile stays in the session's cache, for test_stand_in.py."""
     monkeypatch.syspath_prepend(str(HOUSE / "bench"))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("FEDMOE_TILES", raising=False)
     return
 
