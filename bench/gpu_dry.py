@@ -123,6 +123,7 @@ def dry_step(
     *,
     dtype: torch.dtype = torch.bfloat16,
     recompute: bool = False,
+    device: str = "meta",
 ) -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
     """Run the contender `fedmoe`'s forward without a GPU; return y and its backward; no adapters, no scores.
 
@@ -132,6 +133,7 @@ def dry_step(
         execute: what becomes of each launch.
         dtype: of everything but the routing weights.
         recompute: keep no z.
+        device: where the tensors lie; on "cpu" they have addresses, and take memory once something writes to them.
     """
     from fedmoe_kernels.gpu import experts, routing  # needs triton, which not every machine has
 
@@ -141,7 +143,7 @@ def dry_step(
     def new(*size: int, of: torch.dtype = dtype) -> Tensor:
         # From outside the count: weights, x and dy are there before the step.
         with torch.utils._python_dispatch._disable_current_modes():
-            return torch.empty(*size, dtype=of, device="meta")
+            return torch.empty(*size, dtype=of, device=device)
 
     given = new(shape.T, shape.K, of=torch.float32)
     chosen, table = new(shape.T, shape.K, of=torch.int64), new(1, shape.E, of=torch.int64)

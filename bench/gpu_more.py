@@ -72,7 +72,7 @@ def tune(run: Run, until: float) -> int:
         for family in left:
             if time.monotonic() > until:
                 return run.again("tune")
-            how = {"families": (family,), "most": 64, "walks": run.options.walks, "until": until}
+            how = {"families": (family,), "most": tuner.MOST, "walks": run.options.walks, "until": until}
             search = tuner.Search(pool=None if device == "cpu" else pool, **kinds, **how)
             for line in search.lines(shape, rows):
                 merged = tuner.with_families(out, line, (family,))

@@ -65,6 +65,7 @@ TOGETHER = (
     ("n", "split"),
     ("stages", "registers"),
 )  # one hides what the other gains
+MOST = 64  # neighbours of a tile that are tried
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 
@@ -308,7 +309,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, choices=CLASSES, action="append", help="rows per slot; default: all")
     parser.add_argument("--family", choices=FAMILIES, action="append", help="default: all")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--most", type=int, default=64, help="neighbours of a tile that are tried")
+    parser.add_argument("--most", type=int, default=MOST, help="neighbours of a tile that are tried")
     parser.add_argument("--walks", type=int, default=3, help="moves to a faster neighbour")
     parser.add_argument("--repeats", type=int, default=15, help="times taken of each tile; the median counts")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing new is begun")
