@@ -28,8 +28,8 @@ class Clock:
         if self.gpu:
             properties = torch.cuda.get_device_properties(torch.cuda.current_device())
             self._cold = torch.empty(4 * properties.L2_cache_size, dtype=torch.int8, device=device)
-            # kHz times milliseconds are the cycles of the SM's clock.
-            self._spin = int(LEAD_MILLISECONDS * getattr(properties, "clock_rate", 1_980_000))
+            # kHz times milliseconds are the cycles of the SM's clock; not every torch says the clock.
+            self._spin = int(LEAD_MILLISECONDS * max(getattr(properties, "clock_rate", 0), 1_900_000))
 
     def start(self) -> None:
         if self._cold is not None:

@@ -34,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         import gpu_conduct  # which imports neither torch nor what may take a process down
 
         return gpu_conduct.command(options.part, options)
+    if options.part == "plot" and options.out is not None and options.out.exists():
+        import gpu_report  # at home: a file of results needs no GPU to be drawn
+
+        for path in gpu_report.from_file(options.out):
+            print(f"written: {path}")
+        return 0
     import gpu_parts  # imports torch and the packages of the checkout
 
     if options.wait:  # imported ahead of its turn; nothing has touched the GPU yet

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import checkout
-from gpu_machine import commit
 
 BOX = checkout.ROOT / ".gpu"
 ARCHIVE, WHEELS = BOX / "triton.txz", BOX / "wheels"
@@ -70,16 +69,15 @@ def short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def launch_all(names: Sequence[str], jobs: int, library: str) -> dict[str, Any]:
-    """Launch all pieces of these parts under the stand-in driver; kernels found and not found by key, and errors."""
+def launch_all(pieces: Sequence[str], jobs: int, library: str) -> dict[str, Any]:
+    """Launch all these pieces under the stand-in driver; kernels found and not found by key, and errors."""
     import gpu_pieces
 
     found: dict[str, Any] = {"hits": set(), "misses": set(), "kernels": {}, "errors": {}, "launches": 0}
-    todo = gpu_pieces.names(names)
     # A process has one driver for life, and a fork of one that has none may load it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=gpu_pieces.begin, initargs=(library,)) as pool:
-        running = {pool.submit(gpu_pieces.launch, name): name for name in todo}
+        running = {pool.submit(gpu_pieces.launch, name): name for name in pieces}
         for count, done in enumerate(as_completed(running), 1):
             name = running[done]
             error = done.exception()
@@ -94,15 +92,17 @@ def launch_all(names: Sequence[str], jobs: int, library: str) -> dict[str, Any]:
             if piece["error"]:
                 found["errors"][name] = piece["error"]
             if count % 25 == 0:
-                print(f"{count} of {len(todo)} pieces, {len(found['misses'])} compiled", flush=True)
+                print(f"{count} of {len(pieces)} pieces, {len(found['misses'])} compiled", flush=True)
     return found
 
 
-def build(names: Sequence[str], jobs: int, out: Path) -> int:
+def build(pieces: Sequence[str], jobs: int, out: Path) -> int:
     """Compile into CACHE and pack it, with the commit and the wheels of peers beside it."""
+    from gpu_machine import commit  # imports torch, for which the first seconds on a GPU machine are too few
+
     began = time.monotonic()
-    found = compiled(names, jobs)
-    about = facts() | {"parts": list(names), "variants": len(found["hits"] | found["misses"]), "commit": commit()}
+    found = compiled(pieces, jobs)
+    about = facts() | {"pieces": len(pieces), "variants": len(found["hits"] | found["misses"]), "commit": commit()}
     out.parent.mkdir(parents=True, exist_ok=True)
     pack(out, about)
     (out.parent / "commit").write_text(about["commit"] + "\n")
@@ -110,13 +110,13 @@ def build(names: Sequence[str], jobs: int, out: Path) -> int:
     return tell(found["errors"])
 
 
-def compiled(names: Sequence[str], jobs: int) -> dict[str, Any]:
+def compiled(pieces: Sequence[str], jobs: int) -> dict[str, Any]:
     """Launch everything with the cache open."""
     import stand_in
 
     os.environ["TRITON_CACHE_DIR"] = str(CACHE)
     with tempfile.TemporaryDirectory() as folder:
-        return launch_all(names, jobs, str(stand_in.build(Path(folder))))
+        return launch_all(pieces, jobs, str(stand_in.build(Path(folder))))
 
 
 def tell(errors: dict[str, str]) -> int:
@@ -192,14 +192,14 @@ def unpack(archive: Path) -> int:
     return 0
 
 
-def check(names: Sequence[str], jobs: int, archive: Path) -> int:
+def check(pieces: Sequence[str], jobs: int, archive: Path) -> int:
     """Unpack into a new folder, launch everything again, and say how much was not found there."""
     global CACHE
     with tempfile.TemporaryDirectory() as folder:
         CACHE = Path(folder) / "cache"
         if unpack(archive):
             return 1
-        found = compiled(names, jobs)
+        found = compiled(pieces, jobs)
     print(f"{found['launches']} launches: {len(found['hits'])} kernels found, {len(found['misses'])} not found")
     for key in sorted(found["misses"]):
         print(f"not found: {found['kernels'][key]}")
@@ -224,20 +224,25 @@ def main() -> int:
     parser.add_argument("what", choices=("build", "unpack", "check", "fill", "wheels"))
     parser.add_argument("--archive", type=Path, default=ARCHIVE)
     parser.add_argument("--part", action="append", help="of gpu_pieces.py; default: all that both commands launch")
+    parser.add_argument("--only", default="", help="pieces whose name has this in it")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2))
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     chosen, _ = parser.parse_known_args()  # a part of `first` gets the words of all parts
+    if chosen.device == "cpu":
+        print("skipped: nothing is compiled for a CPU")
+        return 0
     if chosen.what == "unpack":
         return unpack(chosen.archive)
     if chosen.what == "wheels":
         return wheels()
     import gpu_pieces
 
-    names = tuple(chosen.part or gpu_pieces.PARTS)
+    pieces = [name for name in gpu_pieces.names(chosen.part or gpu_pieces.PARTS) if chosen.only in name]
     if chosen.what == "build":
-        return build(names, chosen.jobs, chosen.archive)
+        return build(pieces, chosen.jobs, chosen.archive)
     if chosen.what == "check":
-        return check(names, chosen.jobs, chosen.archive)
-    return tell(compiled(names, chosen.jobs)["errors"])
+        return check(pieces, chosen.jobs, chosen.archive)
+    return tell(compiled(pieces, chosen.jobs)["errors"])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import gpu_report
 import gpu_sanitize
 import gpu_workers
 import torch
-from cases import CLIENT_CASES, STANDARD, TINY, Case, Shape
+from cases import CLIENT_CASES, RECENT, STANDARD, TINY, Case, Shape
 from gpu_goals import summary
 from gpu_store import NOT_A_GPU, Record, Store
 from gpu_time import ROUNDS, SUSTAINED_SECONDS, DeadDeviceError, Plan, run_case
@@ -56,7 +56,8 @@ class Run:
             raise ValueError("there is no CUDA device here; --device cpu --tiny rehearses the script without one")
         if options.device == "cpu" and not options.tiny:
             raise ValueError("--device cpu takes the tiny shapes only, and their times mean nothing; add --tiny")
-        shapes = _chosen(TINY if options.tiny else STANDARD, options.shapes, "--shapes")
+        offered = TINY if options.tiny else STANDARD if not options.shapes else (*STANDARD, *RECENT)
+        shapes = _chosen(offered, options.shapes, "--shapes")
         cases = _chosen(CLIENT_CASES, options.cases, "--cases")
         about = gpu_machine.about(options.device, tiny=options.tiny)
         folder = gpu_machine.CHECKOUT / "runs" if about["rehearsal"] else gpu_machine.HERE / "results"

@@ -1,7 +1,7 @@
 """All that the commands `first` and `second` launch, in pieces that a process under the stand-in driver can run.
 
 A piece's name begins with its part: `kernels/CASE`, `time/SHAPE/CASE`, `correct/CHECK`, `sanitize/CHECK` and
-`tune/FAMILY/N` (eight tiles of the first walk). What is timed and where is read from gpu_plan.py, so that a change there changes this.
+`tune/FAMILY/N` (eight tiles of the first walk). What is timed is read from gpu_plan.py: a change there changes this.
 Nothing here computes: results are rubbish, and what compares them is taken out.
 """
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from gpu_goals import summary
-from gpu_store import NOT_A_GPU, Record
+from gpu_store import LISTS, NOT_A_GPU, Record
 
 _PASSES = ("fwd", "bwd", "fwd+bwd")
 _COLUMNS = (
@@ -20,6 +21,11 @@ _COLUMNS = (
     ("MB kept", "MB kept", "{:.0f}"),
     ("times best peer", "ratio_to_best_peer", "{:.2f}"),
 )
+
+
+def from_file(path: Path) -> list[Path]:
+    """Write the table and the plots of a file of results, wherever it was made; lists that it lacks are empty."""
+    return write({name: [] for name in LISTS} | json.loads(path.read_text()), path)
 
 
 def write(data: Record, path: Path) -> list[Path]:

@@ -45,7 +45,7 @@ def test_goals_without_rows_are_not_measured() -> None:
 def test_goals_are_met_or_not() -> None:
     memory = {"MB": 3000.0, "MB predicted": 3001.0, "MB kept": 940.0}
     good = [
-        row("all", "fedmoe", "fwd", 4.0, **{"TFLOP/s": 526.0}),
+        row("all", "fedmoe", "fwd", 4.0, **{"TFLOP/s": 461.0}),
         row("all", "fedmoe", "fwd+bwd", 17.0, **{"TFLOP/s": 431.0}, **memory),
         row("small", "fedmoe", "fwd", 0.9, percent_of_roofline=45.0),
         row("small", "fedmoe", "fwd", 0.5, percent_of_roofline=76.0, launch="graph"),
@@ -64,6 +64,31 @@ def test_goals_are_met_or_not() -> None:
     worse = [r | {"percent_of_roofline": r["percent_of_roofline"] / 2, "MB": r["MB"] and 3002.0} for r in slower]
     sonic = row("all", "sonicmoe", "fwd+bwd", 15.0, **{"MB kept": 939.0})
     assert verdicts(*worse, sonic) == ["not met"] * 8
+
+
+def test_no_goal_is_beyond_what_the_model_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the code itself, compiled here: all experts trainable, at both numbers of tokens."""
+    pytest.importorskip("triton")
+    from dataclasses import replace
+
+    from aot_cases import QWEN, launches
+    from aot_table import Row, Step
+    from gpu_goals import NEAR_ROOF, RATES
+    from sass import built, job_of
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = {}
+    for T in (32768, 1024):
+        case = replace(QWEN, T=T, Bt=QWEN.B)
+        rows = {}
+        for name, started in launches(case, "sm_90").items():
+            jobs = [(launch, job_of(launch, "sm_90")) for launch in started]
+            rows[name] = [Row(case, launch, job, built(job), ()) for launch, job in jobs]
+        found[T] = Step("sm_90", case, rows).passes()
+    for name, wanted in RATES.items():
+        passed = "forward" if name == "fwd" else "forward + backward"
+        assert wanted <= found[32768][passed]["expected_tflops"], name
+        assert 100 * found[1024][passed]["of_roof"] >= NEAR_ROOF, name
 
 
 def test_goals_on_another_gpu_say_so() -> None:
@@ -196,6 +221,6 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
     assert all(r["launches"] > 8 for r in rows), "a step has as many launches at least"
     assert all(r["MB step"] == 3.0 and r["MB predicted"] > 0 and r["percent_of_roofline"] > 0 for r in rows)
     missing = {r["peer"] for r in data["left_out"] if r["status"] == "not importable"}
-    assert missing <= {"liger", "scattermoe", "sonicmoe", "megablocks"}
+    assert missing <= {"liger", "scattermoe", "sonicmoe", "megablocks", "triton_kernels"}
     assert "roofline.png" in "".join(p.name for p in tmp_path.glob("*.png"))
     assert "not met: fwd of qwen3-30b-a3b" in capsys.readouterr().out
