@@ -203,7 +203,8 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
     monkeypatch.setattr(gpu_parts.gpu_workers, "run", lambda names, *_: (passed(name, None) for name in names))
     words = ["--cases", "all,small", "--results", str(tmp_path), "--sustained", "0.1"]
     with pretend_gpu(monkeypatch):
-        assert [gpu.main([part, *words]) for part in ("correct", "time", "plot")] == [0, 0, 0], capsys.readouterr()
+        codes = [gpu.main([part, *words]) for part in ("facts", "correct", "time", "plot")]
+        assert codes == [0, 0, 0, 0], capsys.readouterr()
     (path,) = tmp_path.glob("*.json")
     assert path.name.startswith("gpu-h100-80gb-hbm3-")
     data = json.loads(path.read_text())
@@ -223,4 +224,61 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
     missing = {r["peer"] for r in data["left_out"] if r["status"] == "not importable"}
     assert missing <= {"liger", "scattermoe", "sonicmoe", "megablocks", "triton_kernels"}
     assert "roofline.png" in "".join(p.name for p in tmp_path.glob("*.png"))
-    assert "not met: fwd of qwen3-30b-a3b" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "reached, copy TB/s: 3" in said
+    assert "not met: fwd of qwen3-30b-a3b" in said
+
+
+class _Kept(list):
+    """In the place of a store: what a part adds."""
+
+    def add(self, name: str, records: list[dict[str, Any]]) -> None:
+        self.extend(records)
+
+
+def _counted(said: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Kept:
+    """What the part `ncu` keeps of a profiler that says this."""
+    from types import SimpleNamespace
+
+    import gpu_more
+
+    program = tmp_path / "ncu"
+    (tmp_path / "said").write_text(said)
+    program.write_text(f"#!/bin/sh\ncat {tmp_path / 'said'}\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(gpu_more, "find_ncu", lambda: str(program))
+    kept = _Kept()
+    run = SimpleNamespace(options=SimpleNamespace(device="cuda"), words=[], store=kept)
+    import time
+
+    assert gpu_more.ncu(run, time.monotonic() + 20) == 0
+    return kept
+
+
+def test_the_profilers_counters_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = '"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"'
+    lines = ["==PROF== Connected to process 7", head]
+    lines += ['"0","7","_data_gradient_kernel","GPU Speed Of Light Throughput","Duration","us","2,290.1"']
+    lines += ['"0","7","_data_gradient_kernel","Occupancy","Achieved Occupancy","%","24.1"']
+    (first, second) = _counted("\n".join(lines), 0, tmp_path, monkeypatch)
+    assert first == {
+        "kernel": "_data_gradient_kernel",
+        "launch": "0",
+        "metric": "Duration",
+        "unit": "us",
+        "value": "2,290.1",
+    }
+    assert second["metric"] == "Achieved Occupancy"
+    assert "2,290.1 us" in capsys.readouterr().out
+
+
+def test_a_profiler_that_may_not_count_is_skipped_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters"
+    assert _counted(refusal, 1, tmp_path, monkeypatch) == []
+    said = capsys.readouterr().out
+    assert said.startswith("skipped: ncu counted nothing (code 1): ")
+    assert "ERR_NVGPUCTRPERM" in said
