@@ -79,8 +79,8 @@ $(CARRIED)/.ready:
 	@touch $@
 
 gpu-cache: $(CARRIED)/.ready ## pack into .gpu/ what `bench/gpu.sh first` and `second` would compile on a GPU, and prove it whole
-	PYTHONPATH= TRITON_CACHE_DIR=$(abspath runs/triton-carried) $(CARRIED)/bin/python bench/gpu_cache.py build
 	$(CARRIED)/bin/python bench/gpu_cache.py wheels
+	PYTHONPATH= TRITON_CACHE_DIR=$(abspath runs/triton-carried) $(CARRIED)/bin/python bench/gpu_cache.py build
 	PYTHONPATH= $(CARRIED)/bin/python bench/gpu_cache.py check
 
 test-gpu: setup ## on a GPU: correctness as pytest

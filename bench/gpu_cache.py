@@ -158,10 +158,8 @@ def twin(path: Path) -> None:
 
 def unpack(archive: Path) -> int:
     """Unpack the carried cache and wheels; 3 where there is none for this triton, in one sentence."""
-    for wheel in sorted(WHEELS.glob("*.whl")):
-        with zipfile.ZipFile(wheel) as packed:
-            packed.extractall(PEERS)
-        print(f"peer unpacked: {wheel.name}")
+    for wheel in unpack_wheels():
+        print(f"peer unpacked: {wheel}")
     if not archive.exists():
         print(f"there is no carried cache ({archive}); kernels are compiled here, or run `make gpu-cache` before")
         return NOT_READY
@@ -190,6 +188,15 @@ def unpack(archive: Path) -> int:
         path.write_text(json.dumps({"child_paths": {name: str(path.parent / name) for name in names}}))
     print(f"the carried cache is of this triton: {about['variants']} kernels of commit {about['commit']}")
     return 0
+
+
+def unpack_wheels() -> list[str]:
+    """Unpack the carried wheels, which are pure Python, into a folder that is on the parts' path; their names."""
+    found = sorted(WHEELS.glob("*.whl"))
+    for wheel in found:
+        with zipfile.ZipFile(wheel) as packed:
+            packed.extractall(PEERS)
+    return [wheel.name for wheel in found]
 
 
 def check(pieces: Sequence[str], jobs: int, archive: Path) -> int:
@@ -235,6 +242,8 @@ def main() -> int:
         return unpack(chosen.archive)
     if chosen.what == "wheels":
         return wheels()
+    unpack_wheels()
+    sys.path.append(str(PEERS))  # and of the processes that are started here
     import gpu_pieces
 
     pieces = [name for name in gpu_pieces.names(chosen.part or gpu_pieces.PARTS) if chosen.only in name]

@@ -127,16 +127,17 @@ class Run:
         watched = self.options.count
         passed = self.store.find("checks", part="sanitize", status="passed", watched=watched)
         if not passed:
-            seconds = min(gpu_sanitize.SECONDS, max(5.0, (until - time.monotonic()) / (1 + len(tools))))
+            seconds = min(gpu_sanitize.SECONDS, max(5.0, (until - time.monotonic()) / (len(tools) + (not watched))))
             found = gpu_sanitize.results(self.options.device, tools, watched, seconds)
-            self._replace_checks([record | {"watched": watched} for record in found])
+            few = f", {watched} checks" if watched else ""
+            self._replace_checks([r | {"watched": watched, "name": f"{r['name']}{few}"} for r in found])
         found = self.store.find("checks", part="sanitize")
         for check in found:
             print(f"{check['status']:>8}  {check['name']}: {check['detail']}", flush=True)
         return 1 if any(check["status"] == "failed" for check in found) else 0
 
     def _warm(self, until: float) -> int:
-        """Compile what `time` will start, one process a shape and number of tokens; without it `time` compiles."""
+        """Compile what `time` will start, each different kernel as one task; without it `time` compiles."""
         if self.options.device != "cuda":
             print("skipped: nothing is compiled for a CPU")
             return 0

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ import gpu_sanitize
 import torch
 from cases import CLIENT_CASES, STANDARD, Case, Shape
 
-PARTS = ("kernels", "correct", "time", "sanitize", "tune")
+PARTS = ("kernels", "correct", "time", "sanitize", "tune", "peers")
 ARCH = "sm_90"
 TOGETHER = 8  # tiles in a piece
 _DRIVER: list[Any] = []  # of this process, once it has begun
@@ -37,7 +39,8 @@ def names(parts: Sequence[str]) -> list[str]:
     """List the pieces of these parts; those of `first` come first."""
     found: list[str] = []
     for part in parts:
-        found += {"kernels": _kernels, "time": _times, "correct": _checks, "sanitize": _watched, "tune": _tiles}[part]()
+        listed = {"kernels": _kernels, "time": _times, "correct": _checks, "sanitize": _watched, "tune": _tiles}
+        found += {**listed, "peers": _peers}[part]()
     return found
 
 
@@ -74,7 +77,8 @@ def launch(name: str) -> dict[str, Any]:
     with mock.patch.object(knobs.compilation, "listener", listen):
         part, rest = name.split("/", 1)
         try:
-            {"kernels": _kernel, "time": _time, "correct": _check, "sanitize": _watch, "tune": _tile}[part](rest)
+            runs = {"kernels": _kernel, "time": _time, "correct": _check, "sanitize": _watch, "tune": _tile}
+            {**runs, "peers": _peer}[part](rest)
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return found | {"launches": _DRIVER[0].counts().launches - before}
@@ -216,6 +220,48 @@ def _tile(name: str) -> None:
         stage(layer, family, tile, launches.append)
         jobs.append(job_of(launches[-1], ARCH))
     compiled_all(jobs)
+
+
+def _peers() -> list[str]:
+    """List the Triton peers that tune themselves and can be imported, at the case that they are measured on."""
+    return ["peers/liger/all"] if importlib.util.find_spec("liger_kernel") is not None else []
+
+
+def _peer(name: str) -> None:
+    """Run a peer's step with all configurations that it would time, none of them timed.
+
+    Counts that it reads back decide grids only; they are ones here, so that what it allocates by them is small.
+    """
+    import peers_optional
+    from cases import Problem
+    from triton.runtime.driver import driver
+
+    peer, case = name.split("/")
+    shape = _named(CLIENT_CASES, case).shaped(STANDARD[0])
+    real = functools.partial(torch.empty, dtype=torch.bfloat16)
+    stacks = {"w_in": real(shape.E, shape.F, shape.H), "w_out": real(shape.E, shape.H, shape.I)}
+    chosen_TK = torch.zeros(shape.T, shape.K, dtype=torch.int64)
+    all_E = torch.ones(shape.E, dtype=torch.bool)
+    weights_TK = torch.ones(shape.T, shape.K)
+    x_TH, dy_TH = real(shape.T, shape.H), real(shape.T, shape.H)
+    task = Problem(shape, _named(CLIENT_CASES, case), x_TH, dy_TH, chosen_TK, weights_TK, stacks, all_E, all_E)
+    bound = peers_optional.OPTIONAL[peer]().bind(task)
+    empty = torch.empty
+
+    def ones(*size: Any, **how: Any) -> torch.Tensor:
+        made = empty(*size, **how)
+        return made.fill_(1) if made.dtype == torch.int32 and made.numel() < 10**6 else made
+
+    def untimed(run: Any, quantiles: Any = None, **how: Any) -> list[float]:
+        run()
+        return [1.0] * len(quantiles or [0.5])
+
+    with (
+        mock.patch.object(driver.active, "get_benchmarker", return_value=untimed, create=True),
+        mock.patch.object(torch, "empty", ones),
+    ):
+        y_TH = bound.forward(task, x_TH.requires_grad_(), weights_TK.requires_grad_())
+        bound.backward(y_TH, dy_TH)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ def parts(command: str, *, tiny: bool = False) -> tuple[Part, ...]:
         return (
             *facts,
             Part("kernels", 30, one, must=True),
-            Part("correct-bfloat16", 70, ("correct", "--checks", "bfloat16"), must=True),
-            Part("memcheck", 30, ("sanitize", "--tools", "memcheck", "--count", "4")),
-            Part("time", 70, cases(qwen, "all,small,quarter,eighth", f"{OWN},{TORCH},dense", *HALF), must=True),
-            Part("tune", 45, ("tune", "--shapes", qwen, "--families", HOTTEST)),
+            Part("correct-bfloat16", 65, ("correct", "--checks", "bfloat16"), must=True),
+            Part("memcheck", 45, ("sanitize", "--tools", "memcheck", "--count", "4")),
+            Part("time", 65, cases(qwen, "all,small,quarter,eighth", f"{OWN},{TORCH},dense", *HALF), must=True),
+            Part("tune", 40, ("tune", "--shapes", qwen, "--families", HOTTEST)),
         )
     assert command == "second", command
     few = "fedmoe,grouped_mm,dense"
@@ -72,7 +72,7 @@ def parts(command: str, *, tiny: bool = False) -> tuple[Part, ...]:
         Part("time-tuned", 25, cases(qwen, "all,small", few, *HALF), tuned=True),
         Part("time-wide", 40, cases(wide, "all,eighth-quarter", few, *HALF)),
         Part("ncu", 25, ("ncu",)),
-        Part("sanitize", 20, ("sanitize", "--tools", "memcheck")),
+        Part("sanitize", 30, ("sanitize", "--tools", "memcheck", "--count", "12")),
         Part("kernels-all", 15, ("kernels",)),
         # Liger tunes itself at its first step, by 240 configurations: last, so that it costs nobody else the time.
         Part("liger", 80, cases(qwen, "all", f"{OWN},{TORCH},{PEERS},liger,dense", *HALF)),

@@ -58,7 +58,7 @@ def results(device: str, tools: Sequence[str] = TOOLS, count: int = 0, seconds: 
     Args:
         device: "cuda", or "cpu", where every tool is skipped.
         tools: names of `TOOLS`.
-        count: how many of `CASES` are watched, 0 = all.
+        count: how many of `CASES` are watched, 0 = all, which first run without a tool.
         seconds: for the run without a tool, and for each tool.
     """
     program = tool()
@@ -71,12 +71,13 @@ def results(device: str, tools: Sequence[str] = TOOLS, count: int = 0, seconds: 
         return [_record(name, "skipped", missing or "") for name in tools]
     target = [sys.executable, str(Path(__file__).with_name("gpu.py")), "sanitized", "--device", device, "--tiny"]
     target += ["--count", str(count)]
-    code, said = run(target, seconds)
-    if code is None:
-        late = f"the case takes longer than {seconds:.0f} s without the tool"
-        return [_record(name, "skipped", late) for name in tools]
-    if code:
-        return [_record(name, "failed", f"the case fails without the tool: {_end(said)}") for name in tools]
+    if not count:  # a few checks have run by themselves just before, and their kernels are in the cache
+        code, said = run(target, seconds)
+        if code is None:
+            late = f"the case takes longer than {seconds:.0f} s without the tool"
+            return [_record(name, "skipped", late) for name in tools]
+        if code:
+            return [_record(name, "failed", f"the case fails without the tool: {_end(said)}") for name in tools]
     found = []
     for name in tools:
         command = [program, "--tool", name, "--error-exitcode", str(_ERROR), "--print-limit", "20", *target]
