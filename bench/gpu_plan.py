@@ -75,5 +75,5 @@ def parts(command: str, *, tiny: bool = False) -> tuple[Part, ...]:
         Part("sanitize", 30, ("sanitize", "--tools", "memcheck", "--count", "12")),
         Part("kernels-all", 15, ("kernels",)),
         # Liger tunes itself at its first step, by 240 configurations: last, so that it costs nobody else the time.
-        Part("liger", 80, cases(qwen, "all", f"{OWN},{TORCH},{PEERS},liger,dense", *HALF)),
+        Part("liger", 75, cases(qwen, "all", f"{OWN},{TORCH},{PEERS},liger,dense", *HALF)),
     )
