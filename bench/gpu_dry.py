@@ -177,7 +177,7 @@ def warm(cases: Sequence[tuple[Shape, Case]], jobs: int, arch: str) -> int:
 
     Each different piece of code is one task, so that `jobs` processes share the work whatever the cases are.
     """
-    from sass import built, job_of  # needs triton
+    from sass import code_of, job_of  # needs triton
 
     found: dict[Any, None] = {}
     for shape, case in cases:
@@ -187,7 +187,7 @@ def warm(cases: Sequence[tuple[Shape, Case]], jobs: int, arch: str) -> int:
     # A forked process would share a CUDA context that it cannot use.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, min(jobs, len(found))), mp_context=context) as pool:
-        failed = [code.error for code in pool.map(built, found) if code.error]
+        failed = [code.error for code in pool.map(code_of, found) if code.error]
     for error in failed:
         print(f"does not compile: {error}", flush=True)
     return len(found) - len(failed)

@@ -121,10 +121,10 @@ def prediction(case: Case, launch: Launch, gpu: Gpu | None) -> float | None:
         return None
     # Not at the top: both read the compiler's own files, which an interpreter's run has no use for.
     from aot_table import Row
-    from sass import built, job_of
+    from sass import code_of, job_of
 
     job = job_of(launch, gpu.arch)
-    row = Row(case, launch, job, built(job), ())
+    row = Row(case, launch, job, code_of(job), ())
     return 1e3 * expected(Work(row.name, launch.flops, launch.bytes), gpu, row.tiling())
 
 

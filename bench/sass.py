@@ -203,7 +203,7 @@ def compiled(job: Job) -> Code:
     return compiled_all([job])[0]
 
 
-def built(job: Job) -> Code:
+def code_of(job: Job) -> Code:
     """Compile, or take from the cache, and read all of the code but its instructions: the disassembler is slow."""
     return _built(job)[0]
 

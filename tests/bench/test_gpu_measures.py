@@ -74,7 +74,7 @@ def test_no_goal_is_beyond_what_the_model_predicts(tmp_path: Path, monkeypatch: 
     from aot_cases import QWEN, launches
     from aot_table import Row, Step
     from gpu_goals import NEAR_ROOF, RATES
-    from sass import built, job_of
+    from sass import code_of, job_of
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = {}
@@ -83,7 +83,7 @@ def test_no_goal_is_beyond_what_the_model_predicts(tmp_path: Path, monkeypatch: 
         rows = {}
         for name, started in launches(case, "sm_90").items():
             jobs = [(launch, job_of(launch, "sm_90")) for launch in started]
-            rows[name] = [Row(case, launch, job, built(job), ()) for launch, job in jobs]
+            rows[name] = [Row(case, launch, job, code_of(job), ()) for launch, job in jobs]
         found[T] = Step("sm_90", case, rows).passes()
     for name, wanted in RATES.items():
         passed = "forward" if name == "fwd" else "forward + backward"
