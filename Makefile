@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check docs interpret aot test-oldest aot-3.6 demo bench bench-gpu clean
+.PHONY: help setup test check docs interpret aot test-oldest aot-3.6 demo bench bench-gpu gpu-cache test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -76,6 +76,25 @@ bench: setup ## CPU microbenchmarks against the experts of transformers and one 
 
 bench-gpu: setup ## on a GPU: correctness, compute-sanitizer, times against peers, table and plots; goes on where it stopped
 	PYTHON=$(abspath $(BIN)/python) bash bench/gpu.sh
+
+# What is carried to a GPU machine: compiled there is nothing. It runs Python 3.12 and triton 3.6.0 (beside torch 2.11),
+# and Triton's launchers are modules of that Python.
+GPU_PYTHON ?= python3.12
+CARRIED := .venv-gpu
+$(CARRIED)/.ready:
+	@$(GPU_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { echo "the GPU machine runs Python 3.12: make GPU_PYTHON=/path/to/python3.12 gpu-cache"; exit 1; }
+	test -x $(CARRIED)/bin/python || $(GPU_PYTHON) -m venv $(CARRIED)
+	$(CARRIED)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(CARRIED)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 "numpy<2.4" rich transformers
+	@touch $@
+
+gpu-cache: $(CARRIED)/.ready ## pack into .gpu/ what `bench/gpu.sh first` and `second` would compile on a GPU, and prove it whole
+	$(CARRIED)/bin/python bench/gpu_cache.py wheels
+	PYTHONPATH= TRITON_CACHE_DIR=$(abspath runs/triton-carried) $(CARRIED)/bin/python bench/gpu_cache.py build
+	PYTHONPATH= $(CARRIED)/bin/python bench/gpu_cache.py check
+
+test-gpu: setup ## on a GPU: correctness as pytest
+	$(BIN)/python -m pytest -q -m gpu tests/gpu
 
 clean: ## remove the environment and the runs
 	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info

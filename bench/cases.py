@@ -62,6 +62,13 @@ STANDARD = (
     EDGE,
 )
 
+# Layers of 2026, and one that fills a GPU; measured when they are asked for by name.
+RECENT = (
+    Shape("qwen3.5-35b-a3b", 32768, 2048, 512, 256, 8),
+    Shape("gemma4-26b", 16384, 2816, 704, 128, 8, "geglu"),
+    Shape("deepseek-v3", 8192, 7168, 2048, 256, 8),
+)
+
 # The same kinds, small enough to rehearse a whole GPU run on two cores of a CPU.
 TINY = (
     Shape("tiny", 96, 32, 16, 8, 2),

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from cases import STANDARD, TINY, Case, Problem, Shape, problem
 from gpu_correct import Check, hold, poison, small, stored
-from gpu_time import capture
+from gpu_launch import capture
 from peers import Outcome, errors, fedmoe, leaf, step
 from torch import Tensor
 from truth import truth
 
 from fedmoe_kernels import Routing, SlotMap, moe_mlp, route
 
+HALF = Case("half", trainable=0.5)
 MEDIUM = Shape("medium", 2048, 512, 256, 16, 4)
 
 
@@ -48,15 +49,25 @@ def checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
 
 def large_checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
     """List the checks that want the GPU's memory for themselves."""
+    found = large_cases()
+    whole = TINY[0] if tiny else STANDARD[0]
+    checks: dict[str, Check] = {
+        f"bfloat16: bitwise rerun, {whole.name}": lambda: _rerun(whole, torch.bfloat16, device, backend),
+        "offsets beyond 2^31, rows": lambda: _far(*found["offsets beyond 2^31, rows"], device, backend),
+        "offsets beyond 2^31, weights": lambda: _far(*found["offsets beyond 2^31, weights"], device, backend),
+    }
+    return MappingProxyType(checks)
+
+
+def large_cases() -> dict[str, tuple[Shape, Case]]:
+    """List the large checks' problems by their names."""
     rows = Shape("far rows", 65536, 256, 2816, 8, 8), Case("all")
     weights = Shape("far weights", 2048, 2560, 4096, 128, 2), Case("eighth trainable", trainable=1 / 8)
-    whole = TINY[0] if tiny else STANDARD[0]
-    found: dict[str, Check] = {
-        f"bfloat16: bitwise rerun, {whole.name}": lambda: _rerun(whole, torch.bfloat16, device, backend),
-        "offsets beyond 2^31, rows": lambda: _far(*rows, device, backend),
-        "offsets beyond 2^31, weights": lambda: _far(*weights, device, backend),
+    return {
+        f"bfloat16: bitwise rerun, {STANDARD[0].name}": (STANDARD[0], HALF),
+        "offsets beyond 2^31, rows": rows,
+        "offsets beyond 2^31, weights": weights,
     }
-    return MappingProxyType(found)
 
 
 def _alike(got: Outcome, want: Outcome) -> str:
@@ -67,7 +78,7 @@ def _alike(got: Outcome, want: Outcome) -> str:
 
 
 def _rerun(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> str:
-    run = step(fedmoe(backend), problem(shape, Case("half", trainable=0.5), device=device, dtype=dtype))
+    run = step(fedmoe(backend), problem(shape, HALF, device=device, dtype=dtype))
     first = {name: value.clone() for name, value in run().items()}
     for _ in range(3):
         poison(device)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from cases import Case, Problem, Shape, problem
+from cases import STANDARD, TINY, Case, Problem, Shape, problem
 from peers import errors, fedmoe, leaf, step
 from torch import Tensor
 from truth import check_truth, truth
@@ -63,6 +63,14 @@ def shapes(*, tiny: bool) -> dict[str, tuple[Shape, Case]]:
     return found
 
 
+def full_shapes(*, tiny: bool) -> list[tuple[Shape, Case]]:
+    """List the layers that are timed, each with few tokens, and the first as it is timed with an eighth permitted."""
+    offered = TINY if tiny else STANDARD
+    small = Case("1024 tokens, an eighth permitted, a quarter trainable", 1 / 8, 0.25, tokens=1024)
+    whole = replace(small, name="an eighth permitted, a quarter trainable", tokens=None)
+    return [*((shape, small) for shape in offered), (offered[0], whole)]
+
+
 def checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
     """List all checks of this file by name, in the order to run them."""
     found: dict[str, Check] = {"the float64 truth is the reference": lambda: _truth_is_reference(device)}
@@ -74,9 +82,26 @@ def checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
         found[f"{short}: adapters over shared bases"] = _bind(_lora, device, backend, dtype)
         for bits in (8, 4):
             found[f"{short}: frozen experts in {bits} bits"] = _bind(_quantised, bits, device, backend, dtype)
+    for shape, case in full_shapes(tiny=tiny):
+        found[f"bfloat16: {shape.name}, {case.name}"] = _bind(_experts, shape, case, device, backend, torch.bfloat16)
     for name, rule in _RULES.items():
         found[f"route: {name}"] = _bind(_route, rule, device, backend, tiny)
     return MappingProxyType(found)
+
+
+def matters_first(name: str) -> bool:
+    """Tell whether a check is of what training uses: bfloat16, and routing; the rest comes after it."""
+    return not name.startswith(("float16", "float32", "torch.compile"))
+
+
+def in_order(found: Mapping[str, Check]) -> Mapping[str, Check]:
+    """Sort checks: of what training uses those of how it is done first, for a race or a wait makes all else void."""
+
+    def place(name: str) -> tuple[bool, bool]:
+        deeds = ("a CUDA graph", "nothing waits", "bitwise", "clients of a cohort", "z made again", "float64 truth")
+        return not matters_first(name), not any(deed in name for deed in deeds)
+
+    return MappingProxyType({name: found[name] for name in sorted(found, key=place)})
 
 
 def _bind(run: Callable[..., str], *args: Any) -> Check:

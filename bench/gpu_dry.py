@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import checkout  # noqa: F401 - before what needs the checkout on the path
 import torch
 from cases import CLIENT_CASES, STANDARD, Case, Shape
 from roofline import Layer
@@ -122,6 +123,7 @@ def dry_step(
     *,
     dtype: torch.dtype = torch.bfloat16,
     recompute: bool = False,
+    device: str = "meta",
 ) -> tuple[Tensor, Callable[[], tuple[Tensor, ...]]]:
     """Run the contender `fedmoe`'s forward without a GPU; return y and its backward; no adapters, no scores.
 
@@ -131,6 +133,7 @@ def dry_step(
         execute: what becomes of each launch.
         dtype: of everything but the routing weights.
         recompute: keep no z.
+        device: where the tensors lie; on "cpu" they have addresses, and take memory once something writes to them.
     """
     from fedmoe_kernels.gpu import experts, routing  # needs triton, which not every machine has
 
@@ -140,7 +143,7 @@ def dry_step(
     def new(*size: int, of: torch.dtype = dtype) -> Tensor:
         # From outside the count: weights, x and dy are there before the step.
         with torch.utils._python_dispatch._disable_current_modes():
-            return torch.empty(*size, dtype=of, device="meta")
+            return torch.empty(*size, dtype=of, device=device)
 
     given = new(shape.T, shape.K, of=torch.float32)
     chosen, table = new(shape.T, shape.K, of=torch.int64), new(1, shape.E, of=torch.int64)
@@ -169,23 +172,25 @@ def dry_step(
     return y_TH, backward
 
 
-def warm(groups: Sequence[Sequence[tuple[Shape, Case]]], jobs: int, **how: Any) -> int:
-    """Compile what these steps start into Triton's cache on disk, for the GPU that is there; how many launches.
+def warm(cases: Sequence[tuple[Shape, Case]], jobs: int, arch: str) -> int:
+    """Compile what steps of these cases start, z kept and made again, into Triton's cache on disk; how many kernels.
 
-    Each group is one process's work: steps of one group share most of their kernels.
+    Each different piece of code is one task, so that `jobs` processes share the work whatever the cases are.
     """
+    from sass import code_of, job_of  # needs triton
+
+    found: dict[Any, None] = {}
+    for shape, case in cases:
+        for recompute in (False, True):
+            started = launches_of(shape, case, arch, recompute=recompute)
+            found |= dict.fromkeys(job_of(launch, arch) for launch in started if 0 not in launch.grid)
     # A forked process would share a CUDA context that it cannot use.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(groups)), mp_context=context) as pool:
-        return sum(pool.map(compile_steps, groups, [how] * len(groups)))
-
-
-def compile_steps(group: Sequence[tuple[Shape, Case]], how: dict[str, Any]) -> int:
-    """Compile one group by the way that a call itself takes, up to the launch."""
-    launches = [launch for pair in group for launch in launches_of(*pair, **how) if 0 not in launch.grid]
-    for launch in launches:
-        launch.kernel.warmup(**launch.args, **launch.options, grid=launch.grid)
-    return len(launches)
+    with ProcessPoolExecutor(max(1, min(jobs, len(found))), mp_context=context) as pool:
+        failed = [code.error for code in pool.map(code_of, found) if code.error]
+    for error in failed:
+        print(f"does not compile: {error}", flush=True)
+    return len(found) - len(failed)
 
 
 def main() -> None:

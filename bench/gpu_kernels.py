@@ -1,22 +1,21 @@
 """The part `kernels`: every launch of a step timed alone, cold, next to its prediction made without a GPU.
 
 The cases are those of aot_cases.py, so that a line here answers a line of the table that `bench/aot.py` keeps in
-bench/results. Registers and instructions are known there, times only here.
+bench/results. The prediction is made here from the code that runs, so of the triton that is installed, and for the GPU
+at hand; the table's own is for the GPU that stands for an architecture (an H100 for sm_90).
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from aot_cases import CASES, Case, inputs_of, needs_of
 from clock import Clock
 from gpu_store import Record
-from roofline import Gpu, Work
+from roofline import Gpu, Work, expected
 from torch import Tensor
 
 from fedmoe_kernels import Routing, SlotMap
@@ -25,7 +24,7 @@ from fedmoe_kernels.gpu.choose import Rule
 from fedmoe_kernels.gpu.launch import Execute, Launch
 from fedmoe_kernels.ops import OpInputs
 
-__all__ = ["CASES", "TINY", "measure", "predictions"]
+__all__ = ["CASES", "TINY", "measure", "prediction"]
 WARM_UP = 3
 # For a rehearsal in Triton's interpreter.
 TINY = (
@@ -37,10 +36,12 @@ TINY = (
 class _Stopwatch:
     """Runs launches and keeps the milliseconds of each, by its place in the step."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, case: Case, gpu: Gpu | None) -> None:
         self.clock, self.place = Clock(device), 0
         self.times: list[list[float]] = []
         self.launches: list[Launch] = []
+        self.likely: list[float | None] = []
+        self._case, self._gpu = case, gpu
         self._marks: list[tuple[Any, Any]] = []
 
     def __call__(self, launch: Launch) -> None:
@@ -48,6 +49,7 @@ class _Stopwatch:
             # Only what a row needs: the arguments would keep every tensor of the step.
             self.launches.append(Launch(launch.kernel, launch.grid, {}, 0, 0, launch.flops, launch.bytes))
             self.times.append([])
+            self.likely.append(prediction(self._case, launch, self._gpu))
         self.clock.start()
         first = self.clock.mark()
         launch.run()
@@ -63,22 +65,27 @@ class _Stopwatch:
 
 def measure(case: Case, device: str, gpu: Gpu | None, rounds: int) -> list[Record]:
     """Make a row for each launch of a step, in order: what it is, its time, its rate and its share of its roofline."""
+    watch = _Stopwatch(device, case, gpu)
+    steps(case, device, WARM_UP + rounds, watch, lambda turn: watch.end_step(keep=turn >= WARM_UP))
+    return [
+        _row(place, launch, statistics.median(times), case, gpu) | {"expected ms": likely}
+        for place, (launch, times, likely) in enumerate(zip(watch.launches, watch.times, watch.likely, strict=True))
+    ]
+
+
+def steps(
+    case: Case, device: str, count: int, execute: Execute = Launch.run, after: Callable[[int], None] = lambda turn: None
+) -> None:
+    """Run whole steps of a case, routing included; `execute` gets every launch, `after` each step's number."""
     inputs, dy_TH = real_inputs(case, device)
     needs = needs_of(case)
-    watch = _Stopwatch(device)
-    how: dict[str, Any] = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "execute": watch}
-    for turn in range(WARM_UP + rounds):
-        _route(case, device, watch)
+    how: dict[str, Any] = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "execute": execute}
+    for turn in range(count):
+        _route(case, device, execute)
         _, z_RF = experts.forward(inputs, keep_z=case.keep_z, **how)
         experts.backward(dy_TH, z_RF, inputs, needs=needs, **how)
         del z_RF
-        watch.end_step(keep=turn >= WARM_UP)
-    likely = predictions(Path(__file__).parent / "results", "" if gpu is None else gpu.arch)
-    return [
-        _row(place, launch, statistics.median(times), case, gpu)
-        | {"expected ms": likely.get((case.name, name_of(launch), launch.flops))}
-        for place, (launch, times) in enumerate(zip(watch.launches, watch.times, strict=True))
-    ]
+        after(turn)
 
 
 def name_of(launch: Launch) -> str:
@@ -105,14 +112,20 @@ def _row(place: int, launch: Launch, ms: float, case: Case, gpu: Gpu | None) -> 
     }
 
 
-def predictions(results: Path, arch: str) -> Mapping[tuple[str, str, int], float]:
-    """Read milliseconds that the ahead-of-time tables expect, by case, kernel and FLOPs; of the newest triton last."""
-    found: dict[tuple[str, str, int], float] = {}
-    for path in sorted(results.glob("aot-*.json")):
-        for row in json.loads(path.read_text()).get("rows", []):
-            if row["arch"] == arch and "expected_us" in row:
-                found[row["case"], row["kernel"], row["flops"]] = row["expected_us"] / 1e3
-    return found
+def prediction(case: Case, launch: Launch, gpu: Gpu | None) -> float | None:
+    """Predict the milliseconds of a launch on `gpu` from its code, which the cache has once it was launched or carried.
+
+    None without a GPU, for float32 (the peaks are bfloat16's), and where nothing is launched.
+    """
+    if gpu is None or case.dtype == torch.float32 or 0 in launch.grid:
+        return None
+    # Not at the top: both read the compiler's own files, which an interpreter's run has no use for.
+    from aot_table import Row
+    from sass import code_of, job_of
+
+    job = job_of(launch, gpu.arch)
+    row = Row(case, launch, job, code_of(job), ())
+    return 1e3 * expected(Work(row.name, launch.flops, launch.bytes), gpu, row.tiling())
 
 
 def _route(case: Case, device: str, execute: Execute) -> None:

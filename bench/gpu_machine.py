@@ -17,12 +17,16 @@ import torch
 from clock import Clock
 from roofline import GPUS, Gpu
 
-from fedmoe_kernels.configs import OVERRIDE
+from fedmoe_kernels import configs
+from fedmoe_kernels.configs import OVERRIDE, SHIPPED
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent
-# What the numbers depend on; documents and tests may change without making a finished row void.
-_MEASURED = ("kernels/fedmoe_kernels/**/*.py", "kernels/fedmoe_kernels/**/*.json", "bench/*.py")
+# What a number depends on, and what took it. A harness that is mended does not make the kernels' numbers void, so the
+# two have a hash each; documents and tests have none, and the tiles of this GPU have their own (`tiles`).
+_KERNELS, _HARNESS = ("kernels/fedmoe_kernels/**/*.py",), ("bench/*.py", "bench/*.sh", "bench/*.c")
+# Where .git does not travel: what the sources were made of, by the environment or by `make gpu-cache`.
+COMMIT, COMMIT_FILE = "FEDMOE_COMMIT", CHECKOUT / ".gpu" / "commit"
 
 
 def about(device: str, *, tiny: bool) -> dict[str, Any]:
@@ -39,25 +43,33 @@ def about(device: str, *, tiny: bool) -> dict[str, Any]:
         "triton": _version("triton"),
         "transformers": _version("transformers"),
         "python": platform.python_version(),
-        "commit": _git("describe", "--always", "--dirty") or "unknown",
-        "sources": sources(),
-        "tiles": _override(),
+        "commit": commit(),
+        "kernels": hashed(*_KERNELS),
+        "harness": hashed(*_HARNESS),
+        "tiles": tiles(torch.cuda.get_device_name() if gpu else None),
         "date": datetime.date.today().isoformat(),
     }
 
 
-def sources() -> str:
-    """Compute a hash of the files that decide what is measured, so that resuming notices a change git does not know."""
+def hashed(*patterns: str) -> str:
+    """Compute a hash of files and their names, so that resuming notices a change that git does not know."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in _MEASURED for path in CHECKOUT.glob(pattern)):
+    for path in sorted(path for pattern in patterns for path in CHECKOUT.glob(pattern)):
         digest.update(str(path.relative_to(CHECKOUT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def _override() -> str | None:
-    """The tile tables that the environment puts instead of the shipped ones, by content."""
-    named = os.environ.get(OVERRIDE)
-    return hashlib.sha256(Path(named).read_bytes()).hexdigest()[:12] if named else None
+def commit() -> str:
+    """Name the commit that is measured: by FEDMOE_COMMIT, by git, by the file that is carried, or "unknown"."""
+    named = os.environ.get(COMMIT) or _git("describe", "--always", "--dirty")
+    return named or (COMMIT_FILE.read_text().strip() if COMMIT_FILE.exists() else "") or "unknown"
+
+
+def tiles(gpu_name: str | None) -> str | None:
+    """Hash the table that comes before the static tiles here: FEDMOE_TILES, or what ships for the GPU; None = none."""
+    shipped = SHIPPED / f"{configs.slug(gpu_name)}.json" if gpu_name else None
+    path = Path(os.environ[OVERRIDE]) if os.environ.get(OVERRIDE) else shipped
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path is not None and path.exists() else None
 
 
 def slug(name: str) -> str:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from gpu_goals import summary
-from gpu_store import NOT_A_GPU, Record
+from gpu_store import LISTS, NOT_A_GPU, Record
 
 _PASSES = ("fwd", "bwd", "fwd+bwd")
 _COLUMNS = (
     ("ms", "ms", "{:.3f}"),
     ("TFLOP/s", "TFLOP/s", "{:.1f}"),
+    ("TB/s", "TB/s", "{:.2f}"),
     ("% of roofline", "percent_of_roofline", "{:.0f}"),
+    ("host ms", "host ms", "{:.2f}"),
+    ("launches", "launches", "{}"),
     ("MB", "MB", "{:.0f}"),
     ("MB kept", "MB kept", "{:.0f}"),
     ("times best peer", "ratio_to_best_peer", "{:.2f}"),
 )
+
+
+def from_file(path: Path) -> list[Path]:
+    """Write the table and the plots of a file of results, wherever it was made; lists that it lacks are empty."""
+    return write({name: [] for name in LISTS} | json.loads(path.read_text()), path)
 
 
 def write(data: Record, path: Path) -> list[Path]:
@@ -33,7 +42,7 @@ def markdown(data: Record) -> str:
     lines = [f"# {title}, {about['date']}", ""]
     if about["rehearsal"]:
         lines += [f"**{NOT_A_GPU}.**", ""]
-    keys = ("gpu", "driver", "cuda", "cpu", "torch", "triton", "transformers", "python", "commit", "sources")
+    keys = ("gpu", "driver", "cuda", "cpu", "torch", "triton", "transformers", "python", "commit", "kernels", "harness")
     lines += [f"- {key}: {about[key]}" for key in keys if about.get(key)]
     lines += [f"- reached here, {name}: {value:.4g}" for name, value in data["ceilings"].items()]
     lines += ["", "TFLOP/s count what the case asks for, whatever a contender computes beyond it. MB (10^6 bytes) are"]
@@ -60,10 +69,12 @@ def _checks(data: Record) -> list[str]:
 
 def _shape_table(rows: list[Record], shape: str) -> list[str]:
     lines = [f"## {shape} (T, H, I, E, K) = {tuple(rows[0]['sizes'])}, {rows[0]['dtype']}", ""]
+    if any(row.get("red") for row in rows):
+        lines += [f"**Timed although {len(rows[0]['red'])} checks are red; see Checks above.**", ""]
     heads = ["case", "pass", "launch", "contender", *(head for head, _, _ in _COLUMNS)]
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * 4 + "---:|" * len(_COLUMNS)]
     for row in rows:
-        cells = [row["case"], row["pass"], row["launch"], row["peer"]]
+        cells = [row["case"], row["pass"], row["launch"], row["peer"] + (" (tuned)" if row.get("tiles") else "")]
         cells += [_cell(row.get(key), form) for _, key, form in _COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]

@@ -2,8 +2,9 @@
 
 One JSON object: `about` (machine, versions, sources), `ceilings`, `checks`, `rows` (times), `kernels` (times of
 single launches), `left_out` (contenders that were not timed, and why), `finished` (cases) and `attempts` (what was
-begun that may take the process down). A file made of other sources or versions is never added to: its numbers are of
-something else.
+begun that may take the process down), `tuned` (tiles) and `counters` (of the GPU's own profiler). A file made of other
+kernels or versions is never added to: its numbers are of something else. Rows that were timed while a check was red
+carry its name; they are not hidden.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 
 from gpu_machine import slug
 
-# What must agree for a finished row to stand.
-AGREE = ("device", "rehearsal", "gpu", "driver", "torch", "triton", "transformers", "sources", "tiles")
-LISTS = ("checks", "rows", "kernels", "left_out", "finished", "attempts")
+# What must agree for a finished row to stand. A driver's patch level and the harness go with every record instead, and
+# so do the tiles: results of tuned tiles stand beside those of static ones.
+AGREE = ("device", "rehearsal", "gpu", "torch", "triton", "kernels")
+MARKS = ("gpu", "driver", "torch", "triton", "commit", "kernels", "harness", "tiles", "device")
+LISTS = ("checks", "rows", "kernels", "tuned", "counters", "left_out", "finished", "attempts")
 NOT_A_GPU = "NOT GPU NUMBERS: a rehearsal of the script on tiny shapes; nothing here says how fast anything is"
 Record = dict[str, Any]
 
@@ -39,7 +42,7 @@ class Store:
     """Results so far, saved after every addition.
 
     Args:
-        about: this machine and these sources, from `gpu_machine.about`.
+        about: this machine and what is measured, from `gpu_machine.about`.
         folder: where results lie; the newest file of the same GPU that agrees with `about` is continued.
         path: a chosen file instead.
 
@@ -58,17 +61,23 @@ class Store:
         for candidate in (candidate for candidate in older if candidate.exists()):
             found = json.loads(candidate.read_text())
             if all(found["about"].get(key) == about[key] for key in AGREE):
-                self.path, self.data = candidate, found
+                self.path, self.data = candidate, {name: [] for name in LISTS} | found
                 return
-        if self.path.exists():  # made today of other sources: set aside, for it may be the only copy
-            other = json.loads(self.path.read_text())["about"]["sources"]
+        if self.path.exists():  # made today of other kernels: set aside, for it may be the only copy
+            other = json.loads(self.path.read_text())["about"].get("kernels", "older")
             self.path.rename(self.path.with_suffix(f".{other}.json"))
 
     def add(self, name: str, records: Iterable[Record]) -> None:
         """Append to one of `LISTS`; every record carries what it was made with."""
-        marks = {key: self.about[key] for key in ("gpu", "driver", "torch", "triton", "commit", "sources", "device")}
+        marks = {key: self.about[key] for key in MARKS}
         self.data[name].extend(marks | record for record in records)
         self.save()
+
+    def replace(self, name: str, key: Record, records: Iterable[Record]) -> None:
+        """Put new records where those with the values of `key` and this run's tiles were, in one step on disk too."""
+        old = self.find(name, **key)
+        self.data[name] = [record for record in self.data[name] if not any(record is other for other in old)]
+        self.add(name, records)
 
     @contextmanager
     def attempt(self, record: Record) -> Iterator[None]:
@@ -81,12 +90,16 @@ class Store:
             self.data["attempts"].remove(made)
             self.save()
 
-    def find(self, name: str, **fields: Any) -> list[Record]:
-        """Find the records of a list that have these values."""
+    def find(self, name: str, /, **fields: Any) -> list[Record]:
+        """Find the records of a list that have these values, all of this run's tiles."""
+        fields = {"tiles": self.about["tiles"]} | fields
         return [r for r in self.data[name] if all(r.get(key) == value for key, value in fields.items())]
 
     def save(self) -> None:
-        """Write the whole file and rename it into place."""
+        """Mark the rows by the checks that are red now, write the whole file and rename it into place."""
+        red = sorted({check["name"] for check in self.data["checks"] if check["status"] == "failed"})
+        for row in (*self.data["rows"], *self.data["kernels"]):
+            row["red"] = red
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".tmp")
         draft.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n")

@@ -1,7 +1,8 @@
 """The part `time`: every contender on every client case of a shape, interleaved, after its results have been compared.
 
-A row is one contender, one pass ("fwd", "bwd", "fwd+bwd") and one way of launching. That is "eager", as a training loop
-calls it, or for few tokens also "graph", the replay of a CUDA graph, which takes the host out of the time.
+A row is one contender, one pass ("fwd", "bwd", "fwd+bwd") and one way of launching. That is "eager", cold and with the
+host ahead of the device; "sustained", steps back to back for two seconds, as training runs them, at the clocks that
+the power then allows; or for few tokens also "graph", the replay of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -10,26 +11,25 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import gpu_machine
 import torch
 from cases import SMALL_TOKENS, Case, Problem, Shape, problem, redrawn
 from clock import Clock, Memory
-from gpu_dry import predicted
+from gpu_dry import launches_of, predicted
+from gpu_launch import PASSES, Seat, Times, capture, eager, sustained
 from gpu_store import Record, Store
-from peers import Bound, Contender, Outcome, errors, forget, leaf, outcome
+from peers import Contender, Outcome, errors, leaf, outcome
 from roofline import Gpu, Layer, backward, forward, least_seconds
-from torch import Tensor
 from truth import truth
 
 from fedmoe_kernels.configs import arch_of
 
-PASSES = ("fwd", "bwd", "fwd+bwd")
 ROUNDS, WARM_UP, SETS = 25, 5, 3
+SUSTAINED_SECONDS = 2.0
 # What fedmoe is held to, and what a peer may be off before its time means nothing. Some peers sum gradients of routing
 # weights or of x in half precision.
 OWN = {torch.bfloat16: 1e-2, torch.float16: 3e-3, torch.float32: 1e-5}
@@ -49,6 +49,7 @@ class Plan:
         gpu: peaks for the rooflines, None = unknown.
         rounds, warm_up: timed and untimed rounds; in a round every contender runs once.
         sets: how many sets of tokens the rounds rotate through.
+        sustained: seconds of steps back to back for each contender, 0 = none.
     """
 
     device: str
@@ -57,38 +58,18 @@ class Plan:
     rounds: int = ROUNDS
     warm_up: int = WARM_UP
     sets: int = SETS
-
-
-class _Seat(NamedTuple):
-    """A contender that takes part, with its leaves for every set of tokens and its errors on the first set."""
-
-    contender: Contender
-    bound: Bound
-    tasks: list[Problem]
-    leaves: list[tuple[Tensor, Tensor]]
-    errors: dict[str, float]
-
-    def forget(self) -> None:
-        for pair in self.leaves:
-            forget(self.bound, *pair)
-
-    def forward(self, turn: int) -> Any:
-        at = turn % len(self.tasks)
-        return self.bound.forward(self.tasks[at], *self.leaves[at])
-
-    def backward(self, y: Any, turn: int) -> None:
-        self.bound.backward(y, self.tasks[turn % len(self.tasks)].dy_TH)
+    sustained: float = SUSTAINED_SECONDS
 
 
 def run_case(shape: Shape, case: Case, contenders: Sequence[Contender], plan: Plan, store: Store) -> None:
-    """Measure one case, unless the store has it finished; what is there of an unfinished one is measured again.
+    """Measure one case, unless the store has it finished with these contenders; rows of an earlier run go with the new.
 
-    Where fedmoe itself cannot run or is wrong, no contender is timed: no speed comes from a red test.
+    A contender is compared with float64 on the very data that is timed; one that is wrong there is not timed.
     """
     key = {"shape": shape.name, "case": case.name, "dtype": str(plan.dtype).removeprefix("torch.")}
-    if store.find("finished", **key):
+    asked = [contender.name for contender in contenders]
+    if any(set(asked) <= set(found.get("contenders", asked)) for found in store.find("finished", **key)):
         return
-    store.data["rows"] = [row for row in store.data["rows"] if any(row.get(k) != v for k, v in key.items())]
     began, before = time.perf_counter(), gpu_machine.clocks()
     task = problem(shape, case, device=plan.device, dtype=plan.dtype)
     tasks = [task, *(redrawn(task, seed) for seed in range(1, plan.sets))]
@@ -96,20 +77,31 @@ def run_case(shape: Shape, case: Case, contenders: Sequence[Contender], plan: Pl
     seats = [seat for c in contenders if (seat := _admit(c, tasks, want, store, key, plan))]
     del want
     if any(seat.contender.name == "fedmoe" for seat in seats):
-        store.add("rows", _measure(seats, task, plan, store, key))
-    about = {"seconds": round(time.perf_counter() - began, 1), "tau": round(task.tau, 4)}
-    store.add("finished", [key | about | {"clocks before": before, "clocks after": gpu_machine.clocks()}])
+        store.replace("rows", key, _measure(seats, task, plan, store, key))
+    about = {"seconds": round(time.perf_counter() - began, 1), "tau": round(task.tau, 4), "contenders": asked}
+    clocks = {"clocks before": before, "clocks after": gpu_machine.clocks()}
+    store.replace("finished", key, [key | about | clocks])
 
 
-def _measure(seats: list[_Seat], task: Problem, plan: Plan, store: Store, key: Record) -> list[Record]:
+def _measure(seats: list[Seat], task: Problem, plan: Plan, store: Store, key: Record) -> list[Record]:
     """Measure the rows of all contenders that take part."""
     rows = [_row(seat, key, task, plan) for seat in seats]
-    times = {"eager": _eager(seats, plan)}
+    host: Times = {}
+    times = {"eager": eager(seats, plan.device, (plan.warm_up, plan.rounds), host)}
+    if plan.sustained:
+        times["sustained"] = {
+            (seat.contender.name, "fwd+bwd"): sustained(seat, plan.device, plan.sustained) for seat in seats
+        }
+    power = {seat.contender.name: seat.power[-1] if seat.power else None for seat in seats}
     if plan.device == "cuda" and task.shape.T <= SMALL_TOKENS:
         times["graph"] = _graphs(seats, plan, store, key)
-    roof = _roof(task, plan.gpu)
+    least = _least(task, plan.gpu)
     timed = [
-        row | {"launch": launch, "pass": name} | _times(seconds[seat.contender.name, name], task, name, roof)
+        row
+        | {"launch": launch, "pass": name}
+        | _times(seconds[seat.contender.name, name], task, name, least)
+        | (_host(host[seat.contender.name, name]) if launch == "eager" else {})
+        | ({"clocks": power[seat.contender.name]} if launch == "sustained" else {})
         for launch, seconds in times.items()
         for seat, row in zip(seats, rows, strict=True)
         for name in PASSES
@@ -121,7 +113,7 @@ def _measure(seats: list[_Seat], task: Problem, plan: Plan, store: Store, key: R
 
 def _admit(
     contender: Contender, tasks: list[Problem], want: Outcome, store: Store, key: Record, plan: Plan
-) -> _Seat | None:
+) -> Seat | None:
     """Make a seat for a contender that can run the case and is right there; else the reason goes on record."""
     named = key | {"peer": contender.name, "detail": contender.detail, "launch": "eager"}
     if store.find("left_out", **key, peer=contender.name, launch="eager"):
@@ -134,9 +126,11 @@ def _admit(
     try:
         with store.attempt(named) if contender.risky else nullcontext():
             leaves = [(leaf(task.x_TH), leaf(task.weights_TK)) for task in tasks]
-            seat = _Seat(contender, contender.bind(tasks[0]), tasks, leaves, {})
+            seat = Seat(contender, contender.bind(tasks[0]), tasks, leaves, {}, [], [])
+            began = time.perf_counter()
             if contender.compares:
                 seat.errors.update(_compare(seat, want))
+                seat.first.append(time.perf_counter() - began)
     except Exception as error:
         _leave_out(store, named, "failed", _sentence(error))
         _check_alive(plan.device)
@@ -153,7 +147,7 @@ def _leave_out(store: Store, named: Record, status: str, reason: str) -> None:
     store.add("left_out", [named | {"status": status, "reason": reason}])
 
 
-def _compare(seat: _Seat, want: Outcome) -> dict[str, float]:
+def _compare(seat: Seat, want: Outcome) -> dict[str, float]:
     """Compute relative errors of y and every gradient on the first set of tokens."""
     seat.forget()
     y = seat.forward(0)
@@ -163,7 +157,7 @@ def _compare(seat: _Seat, want: Outcome) -> dict[str, float]:
     return found
 
 
-def _memory(seat: _Seat, device: str) -> Record:
+def _memory(seat: Seat, device: str) -> Record:
     """Measure MB of 10^6 bytes: `kept` between the passes with y, `step` at the peak of one step, `held` as weights."""
     if device == "cuda":
         gc.collect()
@@ -181,46 +175,27 @@ def _memory(seat: _Seat, device: str) -> Record:
     return {"MB": (held + peak) / 1e6, "MB kept": kept / 1e6, "MB step": peak / 1e6, "MB held": held / 1e6}
 
 
-def _predicted(seat: _Seat, task: Problem, plan: Plan) -> Record:
+def _predicted(seat: Seat, task: Problem, plan: Plan) -> Record:
     """Return what the closed forms of the kernels' memory say that fedmoe will need, None for others."""
     if plan.device != "cuda" or not seat.contender.name.startswith("fedmoe"):
-        return {"MB predicted": None, "MB kept predicted": None}
+        return {"MB predicted": None, "MB kept predicted": None, "launches": None}
     recompute = seat.contender.name == "fedmoe-recompute"
-    sizes = predicted(task.shape, task.case, arch_of("cuda"), dtype=plan.dtype, recompute=recompute)
-    return {"MB predicted": (seat.bound.held + sizes.peak) / 1e6, "MB kept predicted": sizes.kept / 1e6}
+    how: Record = {"dtype": plan.dtype, "recompute": recompute}
+    where = task.shape, task.case, arch_of("cuda")
+    sizes = predicted(*where, **how)
+    said = {"MB predicted": (seat.bound.held + sizes.peak) / 1e6, "MB kept predicted": sizes.kept / 1e6}
+    return said | {"launches": sum(0 not in launch.grid for launch in launches_of(*where, **how))}
 
 
-Times = dict[tuple[str, str], list[float]]
-
-
-def _eager(seats: Sequence[_Seat], plan: Plan) -> Times:
-    """Time every pass of every contender, in milliseconds; the one that starts a round starts the next one last."""
-    clock, times = Clock(plan.device), {(s.contender.name, name): [] for s in seats for name in PASSES}
-    for turn in range(plan.warm_up + plan.rounds):
-        first = turn % len(seats) if seats else 0
-        for seat in (*seats[first:], *seats[:first]):
-            seat.forget()
-            clock.start()
-            marks = [clock.mark()]
-            y = seat.forward(turn)
-            marks.append(clock.mark())
-            seat.backward(y, turn)
-            marks.append(clock.mark())
-            del y
-            if turn >= plan.warm_up:
-                for name, (a, b) in zip(PASSES, ((0, 1), (1, 2), (0, 2)), strict=True):
-                    times[seat.contender.name, name].append(clock.milliseconds(marks[a], marks[b]))
-    for seat in seats:
-        seat.forget()
-    return times
-
-
-def _graphs(seats: Sequence[_Seat], plan: Plan, store: Store, key: Record) -> Times:
+def _graphs(seats: Sequence[Seat], plan: Plan, store: Store, key: Record) -> Times:
     """Time replays of captured graphs, forward alone and both; contenders that cannot be captured go on record."""
     graphs: dict[tuple[str, str], torch.cuda.CUDAGraph] = {}
     for seat in seats:
         named = key | {"peer": seat.contender.name, "detail": seat.contender.detail, "launch": "graph"}
         if store.find("left_out", **key, peer=seat.contender.name, launch="graph"):
+            continue
+        if seat.contender.waits:  # a capture that fails may lose the context, and with it what a peer has tuned
+            _leave_out(store, named, "unsupported", "waits for the device, which no graph can capture")
             continue
         if store.find("attempts", **key, peer=seat.contender.name, launch="graph"):
             _leave_out(store, named, "died", "an earlier process ended while it was captured; it is not tried again")
@@ -246,23 +221,7 @@ def _graphs(seats: Sequence[_Seat], plan: Plan, store: Store, key: Record) -> Ti
     return times
 
 
-def capture(run: Callable[[], Any], forget: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Capture a graph of `run`, warmed up on a separate stream, as needed; its gradients stay in the graph's pool."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            forget()
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    forget()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
-def _row(seat: _Seat, key: Record, task: Problem, plan: Plan) -> Record:
+def _row(seat: Seat, key: Record, task: Problem, plan: Plan) -> Record:
     """Collect what all rows of a contender in a case share."""
     contender = seat.contender
     named = {"sizes": list(task.shape.sizes), "peer": contender.name, "detail": contender.detail}
@@ -270,16 +229,19 @@ def _row(seat: _Seat, key: Record, task: Problem, plan: Plan) -> Record:
     found = {name: _number(error) for name, error in seat.errors.items()}
     source = None if plan.gpu is None else plan.gpu.source
     measured = _memory(seat, plan.device) | _predicted(seat, task, plan)
-    return key | named | {"errors": found, "roofline of": source} | measured
+    first = {"first step s": round(seat.first[0], 3) if seat.first else None}
+    return key | named | {"errors": found, "roofline of": source} | first | measured
 
 
-def _roof(task: Problem, gpu: Gpu | None) -> dict[str, float]:
-    """Return the least milliseconds of every pass, for a client that holds only what it may; {} for an unknown GPU."""
-    if gpu is None:
-        return {}
+def _least(task: Problem, gpu: Gpu | None) -> dict[str, tuple[float | None, int]]:
+    """Return the least milliseconds (None for an unknown GPU) and bytes of every pass, for a client's own experts."""
     layer = layer_of(task)
-    fwd, bwd = (1e3 * least_seconds(stages, gpu) for stages in (forward(layer), backward(layer)))
-    return {"fwd": fwd, "bwd": bwd, "fwd+bwd": fwd + bwd}
+    fwd, bwd = forward(layer), backward(layer)
+    passes = {"fwd": fwd, "bwd": bwd, "fwd+bwd": (*fwd, *bwd)}
+    return {
+        name: (None if gpu is None else 1e3 * least_seconds(stages, gpu), sum(work.bytes for work in stages))
+        for name, stages in passes.items()
+    }
 
 
 def layer_of(task: Problem) -> Layer:
@@ -291,17 +253,23 @@ def layer_of(task: Problem) -> Layer:
     return Layer(shape.T, shape.H, shape.I, slots, shape.K, learning, gated, task.tau, itemsize)
 
 
-def _times(values: list[float], task: Problem, name: str, roof: dict[str, float]) -> Record:
-    ms = statistics.median(values)
+def _times(values: list[float], task: Problem, name: str, least: dict[str, tuple[float | None, int]]) -> Record:
+    ms, roof = statistics.median(values), least[name][0]
     share = {"fwd": 1 / 3, "bwd": (1 + task.tau) / 3, "fwd+bwd": (2 + task.tau) / 3}[name]
     return {
         "ms": ms,
-        "ms quartiles": statistics.quantiles(values, n=4)[::2],
+        "ms quartiles": statistics.quantiles(values, n=4)[::2] if len(values) > 1 else [ms, ms],
         "rounds": len(values),
         "TFLOP/s": task.shape.flops * share / ms / 1e9,
-        "roofline ms": roof.get(name),
-        "percent_of_roofline": 100 * roof[name] / ms if name in roof else None,
+        "TB/s": least[name][1] / ms / 1e9,
+        "roofline ms": least[name][0],
+        "percent_of_roofline": 100 * roof / ms if roof is not None else None,
     }
+
+
+def _host(values: list[float]) -> Record:
+    """Return the host's time for a pass; where it is longer than the device's, only a graph gets the device's."""
+    return {"host ms": statistics.median(values)}
 
 
 def _set_ratios(rows: list[Record], peers: set[str]) -> None:

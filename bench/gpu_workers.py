@@ -21,6 +21,7 @@ from gpu_correct import Check
 from gpu_store import Record
 
 SECONDS = 240  # for one check, most of it compilation
+GRACE = 2.0  # seconds after the end for checks that have begun; then their workers are ended
 
 
 def result(name: str, run: Check) -> Record:
@@ -45,17 +46,24 @@ def serve(checks: Mapping[str, Check]) -> None:
 
 
 def run(names: Sequence[str], jobs: int, options: Sequence[str], until: float) -> Iterator[Record]:
-    """Yield results as they come, by `jobs` workers; what is not begun at `until` has none."""
+    """Yield results as they come, by `jobs` workers; what is not begun at `until` and done soon after has none."""
     waiting: Queue[str] = Queue()
     for name in names:
         waiting.put(name)
     found: Queue[Record | None] = Queue()
-    threads = [threading.Thread(target=_drive, args=(waiting, found.put, options, until)) for _ in range(jobs)]
+    workers: list[subprocess.Popen[str]] = []
+    common = (waiting, found.put, options, until, workers)
+    threads = [threading.Thread(target=_drive, args=common, daemon=True) for _ in range(jobs)]
     for thread in threads:
         thread.start()
     working = jobs
     while working:
-        record = found.get()
+        try:
+            record = found.get(timeout=max(0.05, until + GRACE - time.monotonic()))
+        except Empty:
+            for worker in workers:
+                worker.kill()
+            return
         working -= record is None
         if record is not None:
             yield record
@@ -63,7 +71,13 @@ def run(names: Sequence[str], jobs: int, options: Sequence[str], until: float) -
         thread.join()
 
 
-def _drive(waiting: Queue[str], tell: Callable[[Record | None], None], options: Sequence[str], until: float) -> None:
+def _drive(
+    waiting: Queue[str],
+    tell: Callable[[Record | None], None],
+    options: Sequence[str],
+    until: float,
+    workers: list[subprocess.Popen[str]],
+) -> None:
     """Give names to one worker, one by one, until there are none; end by telling None."""
     worker = None
     try:
@@ -72,7 +86,9 @@ def _drive(waiting: Queue[str], tell: Callable[[Record | None], None], options: 
                 name = waiting.get_nowait()
             except Empty:
                 return
-            worker = worker or _start(options)
+            if worker is None:
+                worker = _start(options)
+                workers.append(worker)
             record = _ask(worker, name)
             if record is None:
                 record = {"name": name, "part": "correct", "status": "failed", "detail": _end(worker)}

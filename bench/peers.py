@@ -60,6 +60,7 @@ class Contender:
         stores_all: whether it must hold all experts, whatever is permitted.
         compares: whether it computes y and the gradients (the dense product does not).
         risky: whether it may take the process down; then the attempt is written down before it is made.
+        waits: whether it reads from the device in a step, so that no CUDA graph can be made of it.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Contender:
     stores_all: bool = True
     compares: bool = True
     risky: bool = False
+    waits: bool = False
 
 
 def fedmoe(backend: str = "auto", *, recompute: bool = False) -> Contender:
@@ -185,7 +187,7 @@ def transformers_experts(implementation: str) -> Contender:
         return Bound(forward, leaves, in_order, total_bytes(leaves))
 
     detail = f"transformers {transformers.__version__} experts, implementation {implementation!r}"
-    return Contender(f"transformers-{implementation}", detail, bind)
+    return Contender(f"transformers-{implementation}", detail, bind, waits=implementation == "eager")
 
 
 def _module(shape: Shape, implementation: str) -> tuple[Any, dict[str, str]]:

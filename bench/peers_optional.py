@@ -41,7 +41,7 @@ def liger() -> Contender:
         return Bound(forward, leaves, trained_only(task), total_bytes(leaves))
 
     detail = f"liger_kernel {version('liger_kernel')} LigerFusedMoEFunction"
-    return Contender("liger", detail, bind, _only("swiglu"), risky=True)
+    return Contender("liger", detail, bind, _only("swiglu"), risky=True, waits=True)
 
 
 def scattermoe() -> Contender:
@@ -155,8 +155,24 @@ def megablocks() -> Contender:
     return Contender("megablocks", detail, bind, _only("swiglu", "relu"), risky=True)
 
 
+def triton_kernels() -> Contender:
+    """Say why OpenAI's triton_kernels cannot take part: it has a forward pass only.
+
+    Raises:
+        ImportError: always, with that reason where it is installed.
+    """
+    importlib.import_module("triton_kernels")
+    raise ImportError("triton_kernels has a forward pass only, and a step here is forward and backward")
+
+
 OPTIONAL: Mapping[str, Callable[[], Contender]] = MappingProxyType(
-    {"liger": liger, "scattermoe": scattermoe, "sonicmoe": sonicmoe, "megablocks": megablocks}
+    {
+        "liger": liger,
+        "scattermoe": scattermoe,
+        "sonicmoe": sonicmoe,
+        "megablocks": megablocks,
+        "triton_kernels": triton_kernels,
+    }
 )
 
 

@@ -7,7 +7,10 @@ known to be, a 1 is a constant. A job holds plain data only and can be sent to a
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
+import io
 import itertools
 import re
 import time
@@ -18,8 +21,10 @@ from typing import Any, NamedTuple
 
 import triton
 from listing import PRODUCTS, Listing, instructions, listings, usage
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_key
 from triton.runtime.jit import create_function_from_signature
 
 from fedmoe_kernels.configs import SHARED, arch_of_capability
@@ -50,8 +55,8 @@ class Job:
         signature: (name, type) of the parameters in order; types as "*bf16", "i32", "constexpr",
             "tensordesc<bf16[1, 128, 64]>".
         constants: (place, value) of the constants, ones among the numbers included.
-        aligned: places of the parameters known to be divisible by 16.
-        noted: places of which Triton notes whether they are aligned; its cache is keyed by them.
+        attributes: (place, divisible by 16) of every parameter that Triton's own record has, a False included: Triton
+            has an empty one for a constant string, and it is a part of the key under which machine code is cached.
         limit: on the registers of a thread, 0 = none.
     """
 
@@ -60,8 +65,7 @@ class Job:
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[tuple[int, ...], Any], ...]
-    aligned: tuple[tuple[int, ...], ...]
-    noted: tuple[tuple[int, ...], ...]
+    attributes: tuple[tuple[tuple[int, ...], bool], ...]
     warps: int
     stages: int
     limit: int = 0
@@ -71,6 +75,26 @@ class Job:
         """As `Launch.options`."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
         return {**options, "maxnreg": self.limit} if self.limit else options
+
+    @property
+    def aligned(self) -> tuple[tuple[int, ...], ...]:
+        """Places of the parameters known to be divisible by 16."""
+        return tuple(place for place, divisible in self.attributes if divisible)
+
+    def source(self) -> ASTSource:
+        """What Triton compiles: the very one that a call of the kernel would hand to the compiler."""
+        return ASTSource(
+            fn=getattr(importlib.import_module(self.module), self.kernel),
+            signature=dict(self.signature),
+            constexprs=dict(self.constants),
+            attrs={place: [["tt.divisibility", 16]] if divisible else [] for place, divisible in self.attributes},
+        )
+
+    def key(self) -> str:
+        """Compute the name of this job's folder in Triton's cache; equal to that of a call of the kernel."""
+        backend = make_backend(target_of(self.arch))
+        whole = (self.source(), backend, backend.parse_options(self.options), get_cache_invalidating_env_vars())
+        return hashlib.sha256(get_cache_key(*whole).encode()).hexdigest()
 
     def constant(self, name: str) -> Any:
         """The value of the constant parameter `name`, None where there is none."""
@@ -170,8 +194,7 @@ def job_of(launch: Launch, arch: str) -> Job:
         kernel.fn.__qualname__,
         tuple(signature.items()),
         tuple(constants.items()),
-        tuple(place for place, value in attributes.items() if value),
-        tuple(attributes),
+        tuple((place, bool(value)) for place, value in attributes.items()),
         launch.warps,
         launch.stages,
         launch.registers,
@@ -204,6 +227,11 @@ def compiled(job: Job) -> Code:
     return compiled_all([job])[0]
 
 
+def code_of(job: Job) -> Code:
+    """Compile, or take from the cache, and read all of the code but its instructions: the disassembler is slow."""
+    return _built(job)[0]
+
+
 def compiled_all(jobs: Sequence[Job]) -> list[Code]:
     """Compile every job as `compiled` does, in order.
 
@@ -225,14 +253,9 @@ def compiled_by(pool: Executor, jobs: Sequence[Job]) -> Iterator[Code]:
 
 def built(job: Job) -> Any:
     """Compile a job; what Triton makes of it, with every form in `asm`."""
-    kernel = getattr(importlib.import_module(job.module), job.kernel)
-    source = ASTSource(
-        fn=kernel,
-        signature=dict(job.signature),
-        constexprs=dict(job.constants),
-        attrs={place: [["tt.divisibility", 16]] if place in job.aligned else [] for place in job.noted},
-    )
-    return triton.compile(source, target=target_of(job.arch), options=job.options)
+    # Where ptxas refuses, Triton prints all of its input: thousands of lines a tile.
+    with contextlib.redirect_stdout(io.StringIO()):
+        return triton.compile(job.source(), target=target_of(job.arch), options=job.options)
 
 
 def _built(job: Job) -> tuple[Code, bytes]:

@@ -62,6 +62,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "get_device_capability": lambda *_: (9, 0),
         "get_device_properties": lambda *_: properties,
         "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda: None,
         "memory_allocated": lambda: 10**6,
@@ -74,9 +75,16 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "stream": lambda stream: nullcontext(),
     }
     generator = torch.Generator
+
+    class Generator:
+        """A class, as the real one is: modules that are imported meanwhile write `torch.Generator | None`."""
+
+        def __new__(cls, device: Any = "cpu") -> Any:
+            return generator(_moved(device))
+
     with monkeypatch.context() as patch:
         for name, value in pretended.items():
             patch.setattr(torch.cuda, name, value)
-        patch.setattr(torch, "Generator", lambda device="cpu": generator(_moved(device)))
+        patch.setattr(torch, "Generator", Generator)
         with _OnTheCpu():
             yield

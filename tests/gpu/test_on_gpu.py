@@ -1,0 +1,47 @@
+"""The checks of `bash bench/gpu.sh correct` as tests, on any machine with a CUDA device: `make test-gpu`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[2] / "bench"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.timeout(600),
+]
+
+
+@functools.cache
+def checks() -> Mapping[str, Any]:
+    """All checks by name, bound to the GPU; none of them touches it before it is called."""
+    sys.path.insert(0, str(BENCH))
+    try:
+        import gpu_behave
+        import gpu_correct
+    finally:
+        sys.path.remove(str(BENCH))
+    where = ("cuda", "triton")
+    return {
+        **gpu_correct.checks(*where, tiny=False),
+        **gpu_behave.checks(*where, tiny=False),
+        **gpu_behave.large_checks(*where, tiny=False),
+    }
+
+
+@pytest.mark.parametrize("name", list(checks()))
+def test_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    from gpu_behave import Skipped
+
+    try:
+        assert checks()[name]()
+    except Skipped as reason:
+        pytest.skip(str(reason))
