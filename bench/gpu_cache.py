@@ -173,10 +173,8 @@ def unpack(archive: Path) -> int:
             here = facts()
             off = [name for name in here if about.get(name) != here[name]]
             if off:
-                one = off[0]
-                print(
-                    f"the carried cache is of another {one} ({about.get(one)}, here {here[one]}); it is compiled here"
-                )
+                found = f"{about.get(off[0])}; here {here[off[0]]}"
+                print(f"the carried cache is of another {off[0]} ({found}); kernels are compiled here")
                 return NOT_READY
             CACHE.mkdir(parents=True, exist_ok=True)
             tar.extractall(CACHE, filter="data")
