@@ -179,7 +179,8 @@ def unpack(archive: Path) -> int:
             CACHE.mkdir(parents=True, exist_ok=True)
             tar.extractall(CACHE, filter="data")
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
-        print(f"the carried cache cannot be read ({error}); kernels are compiled here")
+        reason = " ".join(str(error).split())[:120]  # tarfile writes a line for each way that it tried
+        print(f"the carried cache cannot be read ({reason}); kernels are compiled here")
         return NOT_READY
     for path in CACHE.glob("*/__grp__*.json"):  # they hold absolute paths
         names = json.loads(path.read_text())["child_paths"]
