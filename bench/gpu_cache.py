@@ -36,7 +36,7 @@ from typing import Any
 import checkout
 
 BOX = checkout.ROOT / ".gpu"
-ARCHIVE, WHEELS = BOX / "triton.txz", BOX / "wheels"
+ARCHIVE, WHEELS = BOX / "triton.txz", "wheels"  # the folder is beside the archive
 CACHE = Path(os.environ.get("TRITON_CACHE_DIR", str(checkout.ROOT / "runs" / "triton")))
 PEERS = checkout.ROOT / "runs" / "peers"
 # What a launch or the tuner's gates read; PTX and LLVM's form are two thirds of the bytes.
@@ -158,7 +158,7 @@ def twin(path: Path) -> None:
 
 def unpack(archive: Path) -> int:
     """Unpack the carried cache and wheels; 3 where there is none for this triton, in one sentence."""
-    for wheel in unpack_wheels():
+    for wheel in unpack_wheels(archive.parent):
         print(f"peer unpacked: {wheel}")
     if not archive.exists():
         print(f"there is no carried cache ({archive}); kernels are compiled here, or run `make gpu-cache` before")
@@ -173,15 +173,14 @@ def unpack(archive: Path) -> int:
             here = facts()
             off = [name for name in here if about.get(name) != here[name]]
             if off:
-                one = off[0]
-                print(
-                    f"the carried cache is of another {one} ({about.get(one)}, here {here[one]}); it is compiled here"
-                )
+                found = f"{about.get(off[0])}; here {here[off[0]]}"
+                print(f"the carried cache is of another {off[0]} ({found}); kernels are compiled here")
                 return NOT_READY
             CACHE.mkdir(parents=True, exist_ok=True)
             tar.extractall(CACHE, filter="data")
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
-        print(f"the carried cache cannot be read ({error}); kernels are compiled here")
+        reason = " ".join(str(error).split())[:120]  # tarfile writes a line for each way that it tried
+        print(f"the carried cache cannot be read ({reason}); kernels are compiled here")
         return NOT_READY
     for path in CACHE.glob("*/__grp__*.json"):  # they hold absolute paths
         names = json.loads(path.read_text())["child_paths"]
@@ -190,9 +189,9 @@ def unpack(archive: Path) -> int:
     return 0
 
 
-def unpack_wheels() -> list[str]:
+def unpack_wheels(box: Path) -> list[str]:
     """Unpack the carried wheels, which are pure Python, into a folder that is on the parts' path; their names."""
-    found = sorted(WHEELS.glob("*.whl"))
+    found = sorted((box / WHEELS).glob("*.whl"))
     for wheel in found:
         with zipfile.ZipFile(wheel) as packed:
             packed.extractall(PEERS)
@@ -213,13 +212,13 @@ def check(pieces: Sequence[str], jobs: int, archive: Path) -> int:
     return 1 if tell(found["errors"]) or found["misses"] or not found["hits"] else 0
 
 
-def wheels() -> int:
+def wheels(box: Path) -> int:
     """Fetch the wheels of peers that are pure Python; what pip cannot fetch is named."""
-    WHEELS.mkdir(parents=True, exist_ok=True)
+    (box / WHEELS).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     code = 0
     for name in FETCHED:
-        code |= subprocess.run([*command, "--dest", str(WHEELS), name]).returncode
+        code |= subprocess.run([*command, "--dest", str(box / WHEELS), name]).returncode
     for name in NOT_FETCHED:
         print(f"not fetched: {name}")
     return code
@@ -241,8 +240,8 @@ def main() -> int:
     if chosen.what == "unpack":
         return unpack(chosen.archive)
     if chosen.what == "wheels":
-        return wheels()
-    unpack_wheels()
+        return wheels(chosen.archive.parent)
+    unpack_wheels(chosen.archive.parent)
     sys.path.append(str(PEERS))  # and of the processes that are started here
     import gpu_pieces
 

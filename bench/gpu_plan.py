@@ -1,6 +1,6 @@
 """What a short GPU session runs, in order, each part in a box of seconds: the commands `first` and `second`.
 
-Nothing here imports torch: whoever reads the plan must live on when a part takes its process down.
+Nothing here imports torch: what reads the plan must live on when a part takes its process down.
 """
 
 from __future__ import annotations
@@ -74,6 +74,6 @@ def parts(command: str, *, tiny: bool = False) -> tuple[Part, ...]:
         Part("ncu", 25, ("ncu",)),
         Part("sanitize", 30, ("sanitize", "--tools", "memcheck", "--count", "12")),
         Part("kernels-all", 15, ("kernels",)),
-        # Liger tunes itself at its first step, by 240 configurations: last, so that it costs nobody else the time.
+        # Liger tunes itself at its first step, by 240 configurations. So it comes last and takes no time from others.
         Part("liger", 75, cases(qwen, "all", f"{OWN},{TORCH},{PEERS},liger,dense", *HALF)),
     )

@@ -86,7 +86,7 @@ class Processes:
             self._end(process)
 
     def beside(self, part: Part) -> None:
-        """Start a part that nobody waits for; it is ended with the rest."""
+        """Start a part and do not wait for it; it is ended with the rest."""
         process = self._start(part)
         self._running.append(process)
         self._tell(process, part.seconds)
