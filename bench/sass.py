@@ -115,7 +115,7 @@ class Job:
 # issue theirs within 1024 cycles of the tensor cores; in the others' within 512 to 1024. Codes are decoded in the loop.
 MOST_IN_LOOP = {
     "sm_90": {"weight gradient": 190, "wide": 118, "narrow": 140, "codes": 280, "codes of few rows": 520},
-    "sm_100": {"weight gradient": 190, "wide": 128, "narrow": 146, "codes": 280, "codes of few rows": 520},
+    "sm_100": {"weight gradient": 260, "wide": 132, "narrow": 150, "codes": 280, "codes of few rows": 520},
 }
 # Programs an SM that a tile was chosen for (static_tiles.py), by architecture, kernel and rows x columns of a block.
 PROMISED = {
