@@ -77,12 +77,12 @@ bench: setup ## CPU microbenchmarks against the experts of transformers and one 
 bench-gpu: setup ## on a GPU: correctness, compute-sanitizer, times against peers, table and plots; goes on where it stopped
 	PYTHON=$(abspath $(BIN)/python) bash bench/gpu.sh
 
-# What is carried to a GPU machine: compiled there is nothing. It runs Python 3.12 and triton 3.6.0 (beside torch 2.11),
-# and Triton's launchers are modules of that Python.
+# What is carried to a machine with a GPU, so that it compiles nothing: for Python 3.12 with triton 3.6.0, for Triton's
+# launchers are modules of one Python.
 GPU_PYTHON ?= python3.12
 CARRIED := .venv-gpu
 $(CARRIED)/.ready:
-	@$(GPU_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { echo "the GPU machine runs Python 3.12: make GPU_PYTHON=/path/to/python3.12 gpu-cache"; exit 1; }
+	@$(GPU_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { echo "the cache is made for Python 3.12: make GPU_PYTHON=/path/to/python3.12 gpu-cache"; exit 1; }
 	test -x $(CARRIED)/bin/python || $(GPU_PYTHON) -m venv $(CARRIED)
 	$(CARRIED)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(CARRIED)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 "numpy<2.4" rich transformers
@@ -97,4 +97,4 @@ test-gpu: setup ## on a GPU: correctness as pytest
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
 
 clean: ## remove the environment and the runs
-	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(CARRIED) runs build dist *.egg-info

@@ -7,8 +7,8 @@
     python bench/gpu_cache.py fill              # there: compile on the other cores while something else is timed
 
 What is launched is found by launching it, in processes whose driver is a stand-in (stand_in.py). A key of the cache
-has triton's files, ptxas, the options and the source in it: no path, no GPU, no driver. The Python must be the GPU
-machine's (3.12), for Triton's launchers are modules of it.
+has triton's files, ptxas, the options and the source in it: no path, no GPU, no driver. The Python must be the other
+machine's (3.12 by default), for Triton's launchers are modules of it.
 """
 
 from __future__ import annotations
@@ -64,6 +64,12 @@ def facts() -> dict[str, Any]:
     return found | {"Python's modules": sysconfig.get_config_var("EXT_SUFFIX")}
 
 
+def kernels() -> str:
+    """Hash the sources that machine code is made of: all of the kernels' package, tables of tiles included."""
+    folder = checkout.ROOT / "kernels" / "fedmoe_kernels"
+    return short("".join(f"{path.name}\n{path.read_text()}" for path in sorted(folder.rglob("*.py"))))
+
+
 def short(text: str) -> str:
     """Hash a text to sixteen letters."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -103,6 +109,7 @@ def build(pieces: Sequence[str], jobs: int, out: Path) -> int:
     began = time.monotonic()
     found = compiled(pieces, jobs)
     about = facts() | {"pieces": len(pieces), "variants": len(found["hits"] | found["misses"]), "commit": commit()}
+    about |= {"kernels": kernels()}
     out.parent.mkdir(parents=True, exist_ok=True)
     pack(out, about)
     (out.parent / "commit").write_text(about["commit"] + "\n")
@@ -110,11 +117,11 @@ def build(pieces: Sequence[str], jobs: int, out: Path) -> int:
     return tell(found["errors"])
 
 
-def compiled(pieces: Sequence[str], jobs: int) -> dict[str, Any]:
+def compiled(pieces: Sequence[str], jobs: int, cache: Path = CACHE) -> dict[str, Any]:
     """Launch everything with the cache open."""
     import stand_in
 
-    os.environ["TRITON_CACHE_DIR"] = str(CACHE)
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
     with tempfile.TemporaryDirectory() as folder:
         return launch_all(pieces, jobs, str(stand_in.build(Path(folder))))
 
@@ -156,8 +163,8 @@ def twin(path: Path) -> None:
             shutil.copy2(path, other / path.name)
 
 
-def unpack(archive: Path) -> int:
-    """Unpack the carried cache and wheels; 3 where there is none for this triton, in one sentence."""
+def unpack(archive: Path, cache: Path = CACHE) -> int:
+    """Unpack the carried cache and wheels; 3 where something is to be compiled here all the same, in one sentence."""
     for wheel in unpack_wheels(archive.parent):
         print(f"peer unpacked: {wheel}")
     if not archive.exists():
@@ -176,15 +183,20 @@ def unpack(archive: Path) -> int:
                 found = f"{about.get(off[0])}; here {here[off[0]]}"
                 print(f"the carried cache is of another {off[0]} ({found}); kernels are compiled here")
                 return NOT_READY
-            CACHE.mkdir(parents=True, exist_ok=True)
-            tar.extractall(CACHE, filter="data")
+            cache.mkdir(parents=True, exist_ok=True)
+            tar.extractall(cache, filter="data")
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())[:120]  # tarfile writes a line for each way that it tried
         print(f"the carried cache cannot be read ({reason}); kernels are compiled here")
         return NOT_READY
-    for path in CACHE.glob("*/__grp__*.json"):  # they hold absolute paths
+    for path in cache.glob("*/__grp__*.json"):  # they hold absolute paths
         names = json.loads(path.read_text())["child_paths"]
         path.write_text(json.dumps({"child_paths": {name: str(path.parent / name) for name in names}}))
+    if about.get("kernels") != kernels():
+        print(
+            f"the carried cache is of other sources, of commit {about['commit']}; kernels that changed are compiled here"
+        )
+        return NOT_READY
     print(f"the carried cache is of this triton: {about['variants']} kernels of commit {about['commit']}")
     return 0
 
@@ -200,12 +212,11 @@ def unpack_wheels(box: Path) -> list[str]:
 
 def check(pieces: Sequence[str], jobs: int, archive: Path) -> int:
     """Unpack into a new folder, launch everything again, and say how much was not found there."""
-    global CACHE
     with tempfile.TemporaryDirectory() as folder:
-        CACHE = Path(folder) / "cache"
-        if unpack(archive):
+        cache = Path(folder) / "cache"
+        if unpack(archive, cache):
             return 1
-        found = compiled(pieces, jobs)
+        found = compiled(pieces, jobs, cache)
     print(f"{found['launches']} launches: {len(found['hits'])} kernels found, {len(found['misses'])} not found")
     for key in sorted(found["misses"]):
         print(f"not found: {found['kernels'][key]}")

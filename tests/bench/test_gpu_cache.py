@@ -99,6 +99,16 @@ def test_a_cache_of_another_triton_is_refused_in_one_sentence(carried: Path, tmp
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_cache_of_other_kernels_is_unpacked_and_says_so_in_one_sentence(carried: Path, tmp_path: Path) -> None:
+    """What did not change is found; the rest is compiled beside the first parts, as if there were no cache."""
+    changed(carried, tmp_path, kernels="0123", commit="abc")
+    done = call(tmp_path, "unpack")
+    assert done.returncode == 3
+    (line,) = done.stdout.splitlines()
+    assert line == "the carried cache is of other sources, of abc; kernels that changed are compiled here"
+    assert list((tmp_path / "cache").glob("*/*.cubin"))
+
+
 @pytest.mark.parametrize("harm", ["missing", "cut", "rubbish"])
 def test_a_cache_that_cannot_be_read_is_refused_in_one_sentence(carried: Path, tmp_path: Path, harm: str) -> None:
     (tmp_path / "box").mkdir()
