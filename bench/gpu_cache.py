@@ -193,9 +193,7 @@ def unpack(archive: Path, cache: Path = CACHE) -> int:
         names = json.loads(path.read_text())["child_paths"]
         path.write_text(json.dumps({"child_paths": {name: str(path.parent / name) for name in names}}))
     if about.get("kernels") != kernels():
-        print(
-            f"the carried cache is of other sources, of commit {about['commit']}; kernels that changed are compiled here"
-        )
+        print(f"the carried cache is of other sources, of {about['commit']}; kernels that changed are compiled here")
         return NOT_READY
     print(f"the carried cache is of this triton: {about['variants']} kernels of commit {about['commit']}")
     return 0
