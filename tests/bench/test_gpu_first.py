@@ -215,11 +215,11 @@ def test_a_part_and_all_it_started_is_ended(tmp_path: Path) -> None:
     )
     said: list[tuple[str, str]] = []
     runner = Processes((), os.environ, lambda part, line: said.append((part, line)))
-    part = Part("hangs", 3.0, (), script=os.path.relpath(script, BENCH))
+    part = Part("hangs", 6.0, (), script=os.path.relpath(script, BENCH))
     began = time.monotonic()
-    assert runner.run(part, 3.0, None) is None
+    assert runner.run(part, 6.0, None) is None
     runner.close()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50, "it would have ended by itself after 60"
     assert ("hangs", "begun") in said
     time.sleep(0.3)
     last = mark.read_text()
@@ -246,7 +246,7 @@ def test_both_commands_for_real_on_a_cpu(tmp_path: Path) -> None:
         began = time.monotonic()
         words = ["bash", str(BENCH / "gpu.sh"), command, "--seconds", str(seconds)]
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
-        assert time.monotonic() - began < seconds + 5
+        assert time.monotonic() - began < seconds + 30
         last = done.stdout.splitlines()[-1]
         assert last.startswith(f"{command.upper()} "), f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
         parts = json.loads((tmp_path / "parts.json").read_text())
