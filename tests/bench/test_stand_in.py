@@ -37,13 +37,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stand_in.build(folder)
 
 
-def child(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def child(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a script in a process of its own, with the session's cache, so that nothing is compiled twice."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FEDMOE_TILES")
     }
     paths = [str(HOUSE / "bench"), environment.get("PYTHONPATH", "")]
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables}
     command = [sys.executable, script, *arguments]
     return subprocess.run(command, cwd=HOUSE, env=environment, capture_output=True, text=True)
 
@@ -99,9 +99,10 @@ def test_a_model_reaches_the_same_launches_through_route_and_moe_mlp(library: Pa
 
 
 @pytest.fixture(scope="module")
-def said(library: Path) -> dict[str, Any]:
-    """Everything that stand_in_probe.py asked for, by name."""
-    done = child("tests/bench/stand_in_probe.py", str(library.parent))
+def said(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Everything that stand_in_probe.py asked for, by name; it looks at what comes into its cache, so it has its own."""
+    own = str(tmp_path_factory.mktemp("cache"))
+    done = child("tests/bench/stand_in_probe.py", str(library.parent), TRITON_CACHE_DIR=own)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
