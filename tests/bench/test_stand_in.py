@@ -100,7 +100,7 @@ def test_a_model_reaches_the_same_launches_through_route_and_moe_mlp(library: Pa
 
 @pytest.fixture(scope="module")
 def said(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Everything that stand_in_probe.py asked for, by name; it looks at what comes into its cache, so it has its own."""
+    """Everything that stand_in_probe.py asked for, by name; it watches its cache, so it has one of its own."""
     own = str(tmp_path_factory.mktemp("cache"))
     done = child("tests/bench/stand_in_probe.py", str(library.parent), TRITON_CACHE_DIR=own)
     assert done.returncode == 0, done.stderr[-4000:]
