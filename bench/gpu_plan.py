@@ -26,7 +26,7 @@ class Part:
         seconds: its box; time that earlier parts left over is added.
         words: what the script is told.
         must: whether the command's verdict is red where it does not finish.
-        tuned: whether it runs with the tiles that this session has found; left out while there are none.
+        tuned: whether it runs with the tiles that an earlier part found; left out while there are none.
         always: whether it runs although an earlier command finished it.
         script: in bench/.
     """

@@ -60,10 +60,8 @@ def test_every_slot_equals_its_own_product(counts: Sequence[int], gathered: str)
     assert (out[empty_B] == 0).all()
 
 
-@pytest.mark.parametrize(("P", "Q"), [(4, 40), (40, 4), (5, 3), (64, 16), (16, 64), (1, 1)])
-@pytest.mark.parametrize("tile", [TILE, Tile(32, 32, 16, 1, 1)])
-def test_matrices_of_any_rank(P: int, Q: int, tile: Tile) -> None:
-    """A narrow side gives the columns of a block whichever it is, so that adapters use the same products."""
+def check_matrix(P: int, Q: int, tile: Tile) -> None:
+    """Hold a P x Q gradient of three slots, one of them empty, and its squares to float64."""
     offsets = offsets_of((5, 0, 18))
     left, _, left_N = operand(offsets, P, gathered=False, seed=1)
     right, tokens, right_N = operand(offsets, Q, gathered=True, seed=2)
@@ -74,17 +72,17 @@ def test_matrices_of_any_rank(P: int, Q: int, tile: Tile) -> None:
     assert_near(squares.sum(1), out.double().square().sum((1, 2)), "squares")
 
 
+@pytest.mark.parametrize(("P", "Q"), [(4, 40), (40, 4), (5, 3), (64, 16), (16, 64), (1, 1)])
+@pytest.mark.parametrize("tile", [TILE, Tile(32, 32, 16, 1, 1)])
+def test_matrices_of_any_rank(P: int, Q: int, tile: Tile) -> None:
+    """A narrow side gives the columns of a block whichever it is, so that adapters use the same products."""
+    check_matrix(P, Q, tile)
+
+
 @pytest.mark.parametrize(("P", "Q"), [(48, 80), (80, 48), (48, 40), (33, 48), (48, 64)])
 def test_a_last_block_that_overlaps_writes_and_counts_only_its_own(P: int, Q: int) -> None:
     """Sides of whole 16s end with the last block moved back; every element is one program's, in value and in square."""
-    tile, offsets = Tile(32, 32, 16, 1, 1), offsets_of((5, 0, 18))
-    left, _, left_N = operand(offsets, P, gathered=False, seed=1)
-    right, tokens, right_N = operand(offsets, Q, gathered=True, seed=2)
-    out, squares = unwritten(3, P, Q), unwritten(3, output_blocks(P, Q, tile))
-    options = {"right_tokens": tokens, "tile": tile, "squares_GN": squares}
-    run(weight_gradient(left, right, out, offsets_B1=offsets, **options))
-    assert_near(out, grams(left_N, right_N, offsets), "dW")
-    assert_near(squares.sum(1), out.double().square().sum((1, 2)), "squares")
+    check_matrix(P, Q, Tile(32, 32, 16, 1, 1))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
