@@ -94,8 +94,8 @@ def results(device: str, tools: Sequence[str] = TOOLS, count: int = 0, seconds: 
 def run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
     """Run a command with all it starts in a process group of its own; its code, None = ended for being late, and words.
 
-    A tool that is killed alone leaves what it watched on the GPU. The group stays in the caller's POSIX session, so that
-    what ends the caller's processes ends them too.
+    A tool that is killed alone leaves what it watched on the GPU. The group stays in the caller's POSIX session, so
+    that what ends the caller's processes ends them too.
     """
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
