@@ -41,17 +41,26 @@ EDGES = (
     replace(QWEN, name="777 tokens", T=777),
     replace(QWEN, name="nothing trains", Bt=0),
     replace(QWEN, name="everything trains", Bt=128),
-    replace(QWEN, name="nothing trains, int8", Bt=0, bits=8),
-    replace(QWEN, name="nothing trains, int4, z recomputed", Bt=0, bits=4, keep_z=False),
+    replace(QWEN, name="nothing trains, int8", Bt=0, format="int8"),
+    replace(QWEN, name="nothing trains, int4, z recomputed", Bt=0, format="int4", keep_z=False),
     replace(QWEN, name="a cohort of 4", clients=4, scoring="topk_softmax"),
     replace(SWITCH, name="one choice, no tokens", T=0),
     replace(FEW, name="float32, adapters", H=512, I=256, dtype=torch.float32, rank=16, Bt=0),
     replace(FEW, name="off 16 bytes"),
-    replace(FEW, name="off 16 bytes, int8", bits=8),
+    replace(FEW, name="off 16 bytes, int8", format="int8"),
+    replace(FEW, name="off 16 bytes, nvfp4, few rows", T=256, format="nvfp4"),
 )
 ALL = CASES + MORE + EDGES
 # Those that go through `route` and `moe_mlp` too: plain, one choice, adapters of a cohort, codes.
-PUBLIC = ("qwen3-30b-a3b", "gpt-oss-20b", "switch-base-8", "qwen3, adapters of 4 clients", "qwen3, int4", "no tokens")
+PUBLIC = (
+    "qwen3-30b-a3b",
+    "gpt-oss-20b",
+    "switch-base-8",
+    "qwen3, adapters of 4 clients",
+    "qwen3, int4",
+    "qwen3, nvfp4",
+    "no tokens",
+)
 
 
 def shifted(tensor: Tensor | None) -> Tensor | None:
@@ -107,8 +116,8 @@ def leaves_of(case: Case) -> tuple[list[Tensor], dict[str, Any]]:
         return [*leaves, *factors], options
     for name in names:
         frozen = getattr(inputs, f"{name}_frozen")
-        scale = getattr(inputs, f"{name}_scale", None)
-        rest = frozen if scale is None or frozen is None else Quantized(frozen, scale)
+        scale, whole = (getattr(inputs, f"{name}_{kind}", None) for kind in ("scale", "whole"))
+        rest = frozen if scale is None or frozen is None else Quantized(frozen, scale, case.format, whole)
         options[name] = ExpertWeights(getattr(inputs, name).requires_grad_(), rest)
         leaves.append(options[name].trainable)
     return leaves, options

@@ -194,7 +194,7 @@ def test_the_launchers_read_nothing_from_the_device() -> None:
         moe_mlp(x_TH, routed, w_in, w_out, scores=scores).backward(torch.empty(16, 32), retain_graph=True)
         factors = [torch.empty(s, requires_grad=True) for s in ((8, 2, 32), (8, 64, 2), (8, 2, 32), (8, 32, 2))]
         frozen = [ExpertWeights(w.detach()[:2], Quantized(torch.empty(6, w.shape[1], 32, dtype=torch.int8),
-                  torch.empty(6, w.shape[1], 1))) for w in (w_in, w_out)]  # fmt: skip
+                  torch.empty(6, w.shape[1], 1), "int8")) for w in (w_in, w_out)]  # fmt: skip
         moe_mlp(x_TH, routed, *frozen, lora=ExpertLora(*factors), recompute=True).backward(torch.empty(16, 32))
     assert all(t.grad is not None for t in (x_TH, w_in, w_out, scores.leaf_B6, *factors))
 
