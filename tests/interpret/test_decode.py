@@ -13,7 +13,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from fedmoe_kernels import Quantized
 from fedmoe_kernels.formats import FORMATS
-from fedmoe_kernels.gpu.decode import ROOM, Codes, decode, slots_at_once
+from fedmoe_kernels.gpu.decode import Codes, decode
+from fedmoe_kernels.gpu.memory import ROOM, slots_at_once
 
 
 def decoded(q: Quantized, dtype: torch.dtype) -> Tensor:

@@ -27,7 +27,7 @@ from fedmoe_core.layer import MoE
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, moe_mlp, ops
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.formats import FORMATS
-from fedmoe_kernels.gpu.decode import DECODE_FROM
+from fedmoe_kernels.gpu.memory import DECODE_FROM
 
 TOLERANCE = 1e-5  # float32; the routing weights and every product are exact to it on O(1) data
 SHAPES = {

@@ -17,13 +17,6 @@ from torch import Tensor
 from fedmoe_kernels.formats import NF4
 from fedmoe_kernels.gpu.launch import Launch, cdiv
 
-# From so many rows a slot on, a product's frozen slots are decoded first. To decode the two stacks of a Qwen3 layer
-# (604 million weights) writes 1.2 GB and reads them again, 0.5 ms; codes read inside a product halve its rate, which
-# costs 0.5 ms from about 170 rows on by the same prediction (bench/results/aot-*.md), and more than that from here on.
-DECODE_FROM = 256
-# Most bytes that are decoded at once. Each further piece of a stack costs a pass over the whole grid, of programs that
-# find nothing to do: 13,000 of them, some 0.1 ms, for the layer above.
-ROOM = 512 * 2**20
 _ROWS, _COLUMNS = 16, 256
 _NF4 = tl.constexpr(NF4)
 
@@ -250,12 +243,6 @@ def in_pairs(codes: Tensor) -> Tensor:
 def within(size: int, share: int) -> int:
     """Cut a block of `size` columns so that it meets whole groups of `share` columns or lies within one."""
     return size if size % share == 0 else gcd(size, share)
-
-
-def slots_at_once(slots: int, nbytes: int) -> int:
-    """Return how many slots' matrices, decoded of `nbytes` each, are decoded at once: what `ROOM` holds, evenly."""
-    pieces = cdiv(slots, max(1, ROOM // nbytes))
-    return cdiv(slots, pieces)
 
 
 def decode(frozen: Tensor, codes: Codes, out_XNK: Tensor) -> Launch:

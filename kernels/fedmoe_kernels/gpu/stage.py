@@ -17,9 +17,10 @@ from torch import Tensor
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.backends import WORTH_SAYING, warn_once
 from fedmoe_kernels.configs import OVERRIDE, TileSet, arch_of, tiles_for
-from fedmoe_kernels.gpu.decode import DECODE_FROM, Codes, slots_at_once
+from fedmoe_kernels.gpu.decode import Codes
 from fedmoe_kernels.gpu.down import rank_product
 from fedmoe_kernels.gpu.launch import Execute, Launch
+from fedmoe_kernels.gpu.memory import DECODE_FROM, slots_at_once
 from fedmoe_kernels.gpu.place import inverse
 from fedmoe_kernels.gpu.schedule import Schedule, schedule
 from fedmoe_kernels.gpu.storage import Direct, RankTerm, RowIndex, Stored
@@ -78,7 +79,7 @@ class Stage(NamedTuple):
         room = None
         if self.decodes:
             _, N, K = trainable.shape
-            room = trainable.new_empty(slots_at_once(len(stored.frozen), N * K * trainable.itemsize), N, K)
+            room = trainable.new_empty(slots_at_once(stored.frozen.shape[0], N * K * trainable.itemsize), N, K)
         return stored._replace(codes=Codes(self.frozen_format, scale, whole), room=room)
 
     @property

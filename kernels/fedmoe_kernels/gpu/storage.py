@@ -119,10 +119,11 @@ class Stored(NamedTuple):
         parts = [Part("some", 0, learning, self.trainable, None, None, bases)] if learning else []
         if self.room is None:
             return [*parts, Part("some", learning, slots, in_pairs(self.frozen), None, self.codes, bases)]
-        for first in range(0, len(self.frozen), len(self.room)):
-            some, stop = self.frozen[first : first + len(self.room)], min(first + len(self.room), len(self.frozen))
+        frozen, at_once = self.frozen.shape[0], self.room.shape[0]
+        for first in range(0, frozen, at_once):
+            stop = min(first + at_once, frozen)
             room = self.room[: stop - first]
-            before = decode(some, self.codes.of(first, stop), room)
+            before = decode(self.frozen[first:stop], self.codes.of(first, stop), room)
             kind = "all" if stop - first == slots else "some"
             parts.append(Part(kind, learning + first, learning + stop, room, None, None, bases, (before,)))
         return parts
