@@ -112,6 +112,7 @@ class Case:
 CASES = (Case("all"), Case("permitted", permitted=0.25), Case("trainable", trainable=0.25))
 
 SMALL_TOKENS = 1024
+GRAPHED_TOKENS = 2048  # up to which the host takes longer to queue a step than the device to run it: graphs are timed
 CLIENT_CASES = (
     Case("all"),
     Case("eighth-quarter", permitted=1 / 8, trainable=0.25),

@@ -24,6 +24,7 @@ from gpu_goals import summary
 from gpu_store import NOT_A_GPU, Record, Store
 from gpu_time import ROUNDS, SUSTAINED_SECONDS, DeadDeviceError, Plan, run_case
 from peers import Contender, dense, fedmoe, grouped_mm, transformers_experts
+from peers_graphed import graphed
 from peers_optional import OPTIONAL
 from roofline import Gpu
 
@@ -214,7 +215,9 @@ class Run:
     def _contenders(self) -> list[Contender]:
         """List fedmoe and all peers that are asked for and can be imported; the others are put on record once."""
         backend, wanted = _backend(self.options), set(filter(None, self.options.contenders.split(",")))
-        found = [fedmoe(backend), fedmoe(backend, recompute=True), grouped_mm(), grouped_mm(compact=True)]
+        found = [fedmoe(backend), fedmoe(backend, recompute=True)]
+        found += [graphed(backend)] if self.options.device == "cuda" else []
+        found += [grouped_mm(), grouped_mm(compact=True)]
         makers = {f"transformers-{how}": lambda how=how: transformers_experts(how) for how in ("grouped_mm", "eager")}
         makers |= OPTIONAL if self.options.device == "cuda" else {}
         makers |= {path.stem: lambda path=path: _from_file(path) for path in self.options.peer}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 LEAST = 5.0  # seconds; in less a part has not even started
 SECONDS = {"first": 300.0, "second": 420.0}
-OWN = "fedmoe,fedmoe-recompute"
+OWN = "fedmoe,fedmoe-recompute,fedmoe-graphed"
 TORCH = "grouped_mm,grouped_mm-compact,transformers-grouped_mm"
 PEERS = "scattermoe,sonicmoe,triton_kernels,megablocks"
 HALF = ("--sustained", "0.5")  # seconds back to back; the whole 2 s are for a session with time

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import gpu_machine
 import torch
-from cases import SMALL_TOKENS, Case, Problem, Shape, problem, redrawn
+from cases import GRAPHED_TOKENS, Case, Problem, Shape, problem, redrawn
 from clock import Clock, Memory
 from gpu_dry import launches_of, predicted
 from gpu_launch import PASSES, Seat, Times, capture, eager, sustained
@@ -93,7 +93,7 @@ def _measure(seats: list[Seat], task: Problem, plan: Plan, store: Store, key: Re
             (seat.contender.name, "fwd+bwd"): sustained(seat, plan.device, plan.sustained) for seat in seats
         }
     power = {seat.contender.name: seat.power[-1] if seat.power else None for seat in seats}
-    if plan.device == "cuda" and task.shape.T <= SMALL_TOKENS:
+    if plan.device == "cuda" and task.shape.T <= GRAPHED_TOKENS:
         times["graph"] = _graphs(seats, plan, store, key)
     least = _least(task, plan.gpu)
     timed = [
@@ -177,7 +177,7 @@ def _memory(seat: Seat, device: str) -> Record:
 
 def _predicted(seat: Seat, task: Problem, plan: Plan) -> Record:
     """Return what the closed forms of the kernels' memory say that fedmoe will need, None for others."""
-    if plan.device != "cuda" or not seat.contender.name.startswith("fedmoe"):
+    if plan.device != "cuda" or not seat.contender.name.startswith("fedmoe") or seat.contender.graphed:
         return {"MB predicted": None, "MB kept predicted": None, "launches": None}
     recompute = seat.contender.name == "fedmoe-recompute"
     how: Record = {"dtype": plan.dtype, "recompute": recompute}
@@ -190,7 +190,7 @@ def _predicted(seat: Seat, task: Problem, plan: Plan) -> Record:
 def _graphs(seats: Sequence[Seat], plan: Plan, store: Store, key: Record) -> Times:
     """Time replays of captured graphs, forward alone and both; contenders that cannot be captured go on record."""
     graphs: dict[tuple[str, str], torch.cuda.CUDAGraph] = {}
-    for seat in seats:
+    for seat in (seat for seat in seats if not seat.contender.graphed):
         named = key | {"peer": seat.contender.name, "detail": seat.contender.detail, "launch": "graph"}
         if store.find("left_out", **key, peer=seat.contender.name, launch="graph"):
             continue

@@ -61,6 +61,7 @@ class Contender:
         compares: whether it computes y and the gradients (the dense product does not).
         risky: whether it may take the process down; then the attempt is written down before it is made.
         waits: whether it reads from the device in a step, so that no CUDA graph can be made of it.
+        graphed: whether its step is the replay of a graph already.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Contender:
     compares: bool = True
     risky: bool = False
     waits: bool = False
+    graphed: bool = False
 
 
 def fedmoe(backend: str = "auto", *, recompute: bool = False) -> Contender:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import Graph, recorded
 from torch.overrides import TorchFunctionMode
 
 NAME = "NVIDIA H100 80GB HBM3"
@@ -43,13 +44,6 @@ class _Event:
         return 1e3 * (later.at - self.at)
 
 
-class _Graph:
-    """Replays nothing: results of a capture stay what they were."""
-
-    def replay(self) -> None:
-        time.sleep(1e-4)
-
-
 @contextmanager
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within it the script sees one H100, of which memory readings are 1 and 3 MB."""
@@ -68,8 +62,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "memory_allocated": lambda: 10**6,
         "max_memory_allocated": lambda: 4 * 10**6,
         "Event": _Event,
-        "CUDAGraph": _Graph,
-        "graph": lambda graph: nullcontext(),
+        "CUDAGraph": Graph,
+        "graph": recorded,
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
         "stream": lambda stream: nullcontext(),
@@ -86,5 +80,6 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name, value in pretended.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch, "Generator", Generator)
+        patch.setattr(torch.cuda.graphs, "graph_pool_handle", object)
         with _OnTheCpu():
             yield

@@ -223,6 +223,9 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
     assert all(r["MB step"] == 3.0 and r["MB predicted"] > 0 and r["percent_of_roofline"] > 0 for r in rows)
     missing = {r["peer"] for r in data["left_out"] if r["status"] == "not importable"}
     assert missing <= {"liger", "scattermoe", "sonicmoe", "megablocks", "triton_kernels"}
+    replayed = [r for r in data["rows"] if r["peer"] == "fedmoe-graphed"]
+    assert {r["launch"] for r in replayed} == {"eager", "sustained"}, "a graph is not captured into another"
+    assert all(max(r["errors"].values()) < 1e-2 and r["MB predicted"] is None for r in replayed)
     assert "roofline.png" in "".join(p.name for p in tmp_path.glob("*.png"))
     said = capsys.readouterr().out
     assert "reached, copy TB/s: 3" in said
