@@ -126,6 +126,14 @@ CLIENT_CASES = (
     Case("empty", routes="empty"),
 )
 
+# The same layer with ever other numbers of tokens, the most telling first; measured when they are asked for by name.
+# At 32768 they are "quarter" and "all".
+SWEEP_CASES = tuple(
+    Case(f"{name}-{tokens}", trainable=share, tokens=tokens)
+    for tokens in (2048, 512, 128, 8192)
+    for name, share in (("quarter", 0.25), ("all", 1.0))
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:

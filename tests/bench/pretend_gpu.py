@@ -44,11 +44,20 @@ class _Event:
         return 1e3 * (later.at - self.at)
 
 
+class _Stream:
+    """A class, as the real one is, for modules that write `torch.cuda.Stream | None`."""
+
+    cuda_stream = 0
+
+    def wait_stream(self, other: _Stream) -> None:
+        pass
+
+
 @contextmanager
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within it the script sees one H100, of which memory readings are 1 and 3 MB."""
     properties = SimpleNamespace(L2_cache_size=2**16, uuid="0", name=NAME)
-    stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
+    stream = _Stream()
     pretended = {
         "is_available": lambda: True,
         "current_device": lambda: 0,
@@ -64,7 +73,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "Event": _Event,
         "CUDAGraph": Graph,
         "graph": recorded,
-        "Stream": lambda: stream,
+        "Stream": _Stream,
         "current_stream": lambda: stream,
         "stream": lambda stream: nullcontext(),
     }
