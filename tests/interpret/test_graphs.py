@@ -116,6 +116,21 @@ def test_graphed_route_and_moe_mlp_give_the_bits_of_eager_ones() -> None:
             assert all(map(torch.equal, *found)), f"other bits at seed {seed}"
 
 
+def test_the_benchs_graphed_contender_replays_what_it_was_not_captured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    from cases import Case, Shape, problem
+    from peers import fedmoe
+    from peers import step as step_of
+    from peers_graphed import graphed
+
+    task = problem(Shape("small", T, H, INNER, E, K), Case("half", permitted=0.75, trainable=0.5))
+    want = step_of(fedmoe("triton"), task)()
+    with graphs_on_the_cpu():
+        got = step_of(graphed("triton"), task)()
+    assert got.keys() == want.keys() == {"y", "dx", "ds", "dw_in", "dw_out"}
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_a_step_that_reads_a_number_on_the_host_gives_other_bits() -> None:
     """What the tests above would see: the slot loops read how many rows each slot has, and a graph keeps the first."""
     eager, layer = made("plain", "cpu"), made("plain", "cpu")
