@@ -76,7 +76,13 @@ def model(run: Run, until: float) -> int:
         print(f"skipped: {error}")
         return 0
     chosen, plan = gpu_model.TINY if run.options.tiny else gpu_model.REAL, run.plan()
-    agree = gpu_model.measure(chosen, plan.device, plan.dtype, plan.rounds, run.store, until)
+    agree: bool | None = False
+    try:
+        agree = gpu_model.measure(chosen, plan.device, plan.dtype, plan.rounds, run.store, until)
+    except Exception as error:  # it would fail again, and the part would begin again three times
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        run.store.add("left_out", [{"peer": "the whole model", "status": "failed", "reason": reason}])
+        print(f"failed: {reason}")
     print("\n".join(gpu_summary.models(run.store.find("models"))), flush=True)
     return run.again("model") if agree is None else int(not agree)
 

@@ -68,18 +68,18 @@ def parts(command: str, *, tiny: bool = False) -> tuple[Part, ...]:
     few = "fedmoe,grouped_mm,dense"
     return (
         *facts,
-        Part("correct", 50, ("correct",), must=True, always=True),
+        Part("correct", 56, ("correct",), must=True, always=True),
         Part("peers", 45, cases(qwen, "all,small", f"{OWN},{TORCH},{PEERS},dense", *HALF)),
         Part("routing", 10, ("routing",)),
         Part("tune-more", 30, ("tune", "--shapes", qwen), tuned=True),
         Part("time-tuned", 25, cases(qwen, "all,small", few, *HALF), tuned=True),
         Part("time-wide", 35, cases(wide, "all,eighth-quarter", few, *HALF)),
-        Part("model", 25, ("model",)),
+        Part("model", 23, ("model",)),
         Part("ncu", 20, ("ncu",)),
         Part("sanitize", 20, ("sanitize", "--tools", "memcheck", "--count", "12")),
         Part("kernels-all", 15, ("kernels",)),
         # The most telling numbers of tokens first; what does not fit is named.
         Part("sweep", 35, cases(qwen, f"{SWEEP},all,quarter", "fedmoe,fedmoe-graphed,grouped_mm", *HALF)),
         # Liger tunes itself at its first step, by 240 configurations. So it comes last and takes no time from others.
-        Part("liger", 58, cases(qwen, "all", f"{OWN},{TORCH},{PEERS},liger,dense", *HALF)),
+        Part("liger", 54, cases(qwen, "all", f"{OWN},{TORCH},{PEERS},liger,dense", *HALF)),
     )

@@ -29,9 +29,9 @@ def summary(command: str, folder: Path, ended: Mapping[str, Ended]) -> tuple[lis
         :4
     ]
     lines += kernels(data.get("kernels", []))
-    lines += times(data.get("rows", []))
     lines += routing(data.get("routing", []))
     lines += models(data.get("models", []))
+    lines += times(data.get("rows", []))
     lines += [
         f"tiles of {found['family']} at {found['rows']} rows: {found['ms']:.4f} ms" for found in data.get("tuned", [])
     ][-5:]

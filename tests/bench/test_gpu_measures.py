@@ -353,3 +353,18 @@ def test_a_model_whose_experts_disagree_is_red_and_not_timed(monkeypatch: pytest
     assert store.data["models"] == []
     assert "fedmoe is off by" in store.data["left_out"][-1]["reason"]
     assert gpu_model.measure(gpu_model.TINY, "cpu", torch.float32, 2, store, time.monotonic() - 1) is None
+
+
+def test_a_model_that_fails_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It ends red, not crashed: a part that crashes would begin again."""
+    import gpu
+    import gpu_model
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(gpu_model, "measure", fails)
+    assert gpu.main(["model", "--device", "cpu", "--tiny", "--results", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("*.json")
+    (record,) = json.loads(path.read_text())["left_out"]
+    assert (record["status"], record["reason"]) == ("failed", "RuntimeError: no kernel image")
