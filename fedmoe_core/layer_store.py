@@ -95,6 +95,7 @@ class ExpertStore(nn.Module):
     trainable_experts: tuple[int, ...]
     frozen_experts: tuple[int, ...]
     _slot_map: SlotMap
+    _row_of_expert: Tensor
 
     def __init__(
         self,
@@ -128,7 +129,11 @@ class ExpertStore(nn.Module):
     def router_EH(self) -> Tensor:
         """Return the whole router in expert order, (E, H); gradients reach the trainable rows only."""
         rows = torch.cat([self.router, self.router_rest])
-        return rows if self._router_in_order else rows[self._row_of_expert.to(rows.device)]
+        if self._router_in_order:
+            return rows
+        if self._row_of_expert.device != rows.device:  # once: a copy at every call would wait for the device
+            self._row_of_expert = self._row_of_expert.to(rows.device)
+        return rows[self._row_of_expert]
 
     @property
     def slot_map(self) -> SlotMap:
