@@ -94,12 +94,10 @@ MORE = (
     replace(OSS, name="gpt-oss, adapters of rank 128", rank=128, bias=False, Bt=0),
     replace(QWEN, name="qwen3, int8, 64 rows a slot", T=1024, format="int8"),
     replace(QWEN, name="qwen3, int4, 12 rows a slot", T=192, format="int4"),
-    *(replace(QWEN, name=f"qwen3, {form}", format=form) for form in ("int4", "fp8_e4m3", "nvfp4", "nf4")),
-    *(
-        replace(QWEN, name=f"qwen3, {form}, {16 * T // 256} rows a slot", T=T, format=form)
-        for form in ("mxfp4", "nvfp4", "nf4")
-        for T in (192, 2048)
-    ),
+    *(replace(QWEN, name=f"qwen3, {form}", format=form) for form in ("fp8_e4m3", "nf4")),
+    replace(QWEN, name="qwen3, mxfp4, 12 rows a slot", T=192, format="mxfp4"),
+    replace(QWEN, name="qwen3, nvfp4, 128 rows a slot", T=2048, format="nvfp4"),
+    replace(QWEN, name="qwen3, nf4, 12 rows a slot", T=192, format="nf4"),
     replace(QWEN, name="qwen3, float16", dtype=torch.float16),
     replace(QWEN, name="qwen3, geglu", activation="geglu", bias=True),
     replace(SWITCH, name="switch, gelu", activation="gelu", bias=True),

@@ -59,8 +59,8 @@ PUBLIC = (
     "gpt-oss-20b",
     "switch-base-8",
     "qwen3, adapters of 4 clients",
-    "qwen3, int4",
-    "qwen3, nvfp4",
+    "qwen3, int8",
+    "qwen3, nvfp4, 128 rows a slot",
     "no tokens",
 )
 

@@ -109,23 +109,26 @@ class Stored(NamedTuple):
     def parts(self) -> list[Part]:
         """The launches of a product with this matrix, each by the slots that it serves.
 
-        One, except that codes are read by launches of their own: to decode needs other registers and tiles, and
-        decoded slots lie in `room`, as many at once as it holds.
+        One, except that codes are read by a launch of their own, for to decode needs other registers and tiles, and
+        that frozen slots are decoded in pieces where not all of them have room at once.
         """
         learning, slots, bases = self.trainable.shape[0], self.slots, self.base_of_slot_B
+        whole = Part(
+            "all" if self.frozen is None else "both", learning, slots, self.trainable, self.frozen, None, bases
+        )
         if self.frozen is None or self.codes is None:
-            kind = "all" if self.frozen is None else "both"
-            return [Part(kind, learning, slots, self.trainable, self.frozen, None, bases)]
+            return [whole]
+        frozen, room = slots - learning, self.room
+        if room is not None and room.shape[0] == frozen:
+            return [whole._replace(w_frozen=room, before=(decode(self.frozen, self.codes, room),))]
         parts = [Part("some", 0, learning, self.trainable, None, None, bases)] if learning else []
-        if self.room is None:
+        if room is None:
             return [*parts, Part("some", learning, slots, in_pairs(self.frozen), None, self.codes, bases)]
-        frozen, at_once = self.frozen.shape[0], self.room.shape[0]
-        for first in range(0, frozen, at_once):
-            stop = min(first + at_once, frozen)
-            room = self.room[: stop - first]
-            before = decode(self.frozen[first:stop], self.codes.of(first, stop), room)
-            kind = "all" if stop - first == slots else "some"
-            parts.append(Part(kind, learning + first, learning + stop, room, None, None, bases, (before,)))
+        for first in range(0, frozen, room.shape[0]):
+            stop = min(first + room.shape[0], frozen)
+            some = room[: stop - first]
+            before = decode(self.frozen[first:stop], self.codes.of(first, stop), some)
+            parts.append(Part("some", learning + first, learning + stop, some, None, None, bases, (before,)))
         return parts
 
     def some(self, begin: int, stop: int) -> Tensor:
