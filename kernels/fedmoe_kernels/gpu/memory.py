@@ -17,7 +17,7 @@ _PIECE, _NARROW = 32, 64
 # layer (604 million weights) writes 1.2 GB and reads them again, 0.5 ms; codes read inside a product halve its rate,
 # which costs 0.5 ms from about 170 rows on by the same prediction (bench/results/aot-*.md), and more from here on.
 DECODE_FROM = 256
-# Most bytes that are decoded at once: what w_in of the layer above takes in bfloat16. Each piece of a stack has a launch
+# Most bytes decoded at once: what w_in of the layer above takes in bfloat16. Each piece of a stack has a launch
 # of its own, with a program for every tile of all slots: 13,000 for that layer, most with nothing to do, some 0.1 ms.
 ROOM = 768 * 2**20
 
