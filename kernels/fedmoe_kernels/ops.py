@@ -10,6 +10,7 @@ Their last arguments: `backend` ("auto", "cpu" or "triton") and `rows_per_slot`,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -237,10 +238,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, dy_TH: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, wanted_of: Sequence[bool], dy_TH: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradient of each argument of `moe_mlp` that `wanted_of` asks for, in order, None for the others."""
     *tensors, z_RF = ctx.saved_tensors
     names = (*OpInputs._fields, "scores_B6")
-    need = dict(zip(names, ctx.needs_input_grad, strict=False))
+    need = dict(zip(names, wanted_of, strict=False))
     found: dict[str, Tensor] = {}
     if dy_TH is not None:
         needs = [need[name] for name in (*DIFFERENTIABLE, "scores_B6")]
@@ -251,6 +255,8 @@ def _differentiate(ctx: Any, dy_TH: Tensor | None, _: Tensor | None) -> tuple[Te
     return (*(found.get(name) if need[name] else None for name in names), *[None] * 4)
 
 
-moe_mlp_op.register_autograd(_differentiate, setup_context=_setup_context)
+moe_mlp_op.register_autograd(
+    lambda ctx, *gradients: _differentiate(ctx, ctx.needs_input_grad, *gradients), setup_context=_setup_context
+)
 moe_mlp_backward = Operator(moe_mlp_backward_op, _backward)
 moe_mlp = Operator(moe_mlp_op, _forward, function_of("MoeMlp", _forward, _setup_context, _differentiate))
