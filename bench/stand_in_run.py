@@ -75,11 +75,15 @@ def by_drivers(case: Case, arch: str) -> None:
 @contextmanager
 def served(arch: str) -> Iterator[None]:
     """Let the operators take the kernels for tensors of the CPU, with the tiles of `arch`; needs an active stand-in."""
+
+    # A plain function: a Mock takes 15 us a call, which bench/host.py would count as the operator's.
+    def yes(*_: Any, **__: Any) -> bool:
+        return True
+
     with (
-        # Plain functions: a Mock takes 15 us a call, which bench/host.py would count as ours.
-        mock.patch.object(expert_ops, "use_triton", lambda *_, **__: True),
-        mock.patch.object(routing_ops, "use_triton", lambda *_, **__: True),
-        mock.patch.object(stage, "arch_of", lambda _: arch),
+        mock.patch.object(expert_ops, "use_triton", yes),
+        mock.patch.object(routing_ops, "use_triton", yes),
+        mock.patch.object(stage, "arch_of", return_value=arch),
     ):
         yield
 
