@@ -29,7 +29,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from fedmoe_kernels.configs import SHARED, arch_of_capability
 from fedmoe_kernels.gpu.launch import Launch
-from fedmoe_kernels.tile import steps_held
+from fedmoe_kernels.tile import PIECE, steps_held
 
 # What kernels are compiled for: each architecture that has a table, and those served by another's, see `table_of`.
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -215,7 +215,7 @@ def operand_bytes(launch: Launch, arch: str) -> int:
     elif "BN" in args and "BK" in args and not args.get("BITS"):
         stages, rows, depth, index = launch.stages, args["BM"], args["BK"], 0
         if "first_tile" in args:  # a result on its way to memory, see `Tile.store_bytes`
-            index = rows * args["BN"] * args["out"].element_size() // 2
+            index = min(rows * args["BN"] * args["out"].element_size(), PIECE)
         columns = args["BN"] * (args.get("HALVES", 1) if "_up" in launch.kernel.fn.__name__ else 1)
         element = args.get("x", args.get("dy", args.get("out")))
     else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 # Architectures with products of warp groups, whose operands are read from shared memory.
 WARP_GROUPS = ("sm_90", "sm_100")
+PIECE = 32 * 1024  # bytes of a result that are on their way to memory at once, see `Tile.store_bytes`
 BARRIERS = 256  # bytes that barriers and alignment take at most; 24 to 64 in what compiles today
 
 
@@ -75,11 +76,12 @@ class Tile:
         return (self.stages - 1) // 2 + 1
 
     def store_bytes(self, itemsize: int) -> int:
-        """Count the bytes that a result takes on its way to memory, beside the next operands: half a block at most.
+        """Count the bytes that a result takes on its way to memory, beside the next operands, at most.
 
+        The compiler takes a block through shared memory whole or in pieces of 32 KB, in all that has been compiled.
         Where no operands are waiting it takes the place of the last ones, and costs nothing.
         """
-        return self.m * self.n * itemsize // 2 if self.persistent else 0
+        return min(self.m * self.n * itemsize, PIECE) if self.persistent else 0
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,10 @@ def test_blocks_are_cut_to_the_shape() -> None:
     oss = tiles_for("sm_90", BF16, 2048, hidden=2880, inner=2880)
     assert (oss.down.n, oss.up.n) == (256, 128), "12 blocks of 256 compute 3072 columns, 6.7 % more than there are"
     assert 2880 % oss.down.k == 0
-    assert tiles_for("sm_90", BF16, 2048, hidden=1408, inner=1408).down.n == 128, "6 of 256 would compute 9 % more"
+    narrow = tiles_for("sm_90", BF16, 2048, hidden=1408, inner=1408).down
+    assert (narrow.n, narrow.persistent) == (128, True), "6 of 256 would compute 9 % more"
     small = tiles_for("sm_90", BF16, 2048, hidden=96, inner=48)
+    assert not small.down.persistent, "an SM holds several programs"
     assert (small.up.n, small.down.n) == (32, 32)
     assert small.rows == whole.rows
 
