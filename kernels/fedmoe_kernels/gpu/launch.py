@@ -47,7 +47,7 @@ class Launch:
     def run(self) -> None:
         """Start it; returns before it has ended on a GPU.
 
-        By position: Triton copies what is given by name four times on its way to the launcher, 8 us for 36 arguments.
+        By position: Triton copies what is given by name on its way to the launcher, 13 of 63 us for 39 arguments.
         """
         if 0 not in self.grid:
             self.kernel[self.grid](*_in_order(self.kernel.fn)(self.args), **self.options)
