@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.formats import FORMATS
 from fedmoe_kernels.gpu import experts, routing
 from fedmoe_kernels.gpu.choose import Rule
 from fedmoe_kernels.gpu.launch import Execute, Launch
@@ -23,7 +24,7 @@ class Case:
     Attributes:
         T, H, I, B, K: tokens, hidden and intermediate size, slots and choices of all clients together.
         Bt: trainable slots.
-        bits: of the frozen slots, 16 = as the trainable ones; 8 and 4 are codes with a scale for every 64 columns.
+        format: of the frozen slots, a name of `formats.FORMATS`; "" = as the trainable ones.
         rank: of the adapters on every slot; the weights are then frozen, shared by the clients and half as many.
         clients: that share the launch.
         scoring, groups: how the router chooses among E experts.
@@ -39,7 +40,7 @@ class Case:
     activation: str = "swiglu"
     bias: bool = False
     dtype: torch.dtype = torch.bfloat16
-    bits: int = 16
+    format: str = ""
     rank: int = 0
     clients: int = 1
     keep_z: bool = True
@@ -74,8 +75,10 @@ CASES = (
     replace(QWEN, name="qwen3, adapters of 4 clients", rank=16, clients=4, Bt=0, scoring="sigmoid", groups=(8, 4)),
     replace(QWEN, name="qwen3, adapters of rank 64", rank=64, Bt=0),
     replace(QWEN, name="qwen3, adapters of rank 128", rank=128, Bt=0),
-    replace(QWEN, name="qwen3, int8", bits=8),
-    replace(QWEN, name="qwen3, int4", bits=4),
+    replace(QWEN, name="qwen3, int8", format="int8"),
+    replace(QWEN, name="qwen3, int4, 128 rows a slot", T=2048, format="int4"),
+    replace(OSS, name="gpt-oss, mxfp4", format="mxfp4", Bt=0),
+    replace(QWEN, name="qwen3, fp8, 64 rows a slot", T=1024, format="fp8_e4m3"),
     replace(QWEN, name="qwen3, z recomputed", keep_z=False),
     replace(OSS, name="edge, float32", T=512, H=512, I=256, B=16, K=2, Bt=4, dtype=torch.float32, E=16),
 )
@@ -89,8 +92,12 @@ MORE = (
     replace(QWEN, name="qwen3, adapters of rank 64, 64 rows a slot", T=1024, rank=64, Bt=0),
     replace(QWEN, name="qwen3, adapters of rank 128, 12 rows a slot", T=192, rank=128, Bt=0),
     replace(OSS, name="gpt-oss, adapters of rank 128", rank=128, bias=False, Bt=0),
-    replace(QWEN, name="qwen3, int8, 64 rows a slot", T=1024, bits=8),
-    replace(QWEN, name="qwen3, int4, 12 rows a slot", T=192, bits=4),
+    replace(QWEN, name="qwen3, int8, 64 rows a slot", T=1024, format="int8"),
+    replace(QWEN, name="qwen3, int4, 12 rows a slot", T=192, format="int4"),
+    *(replace(QWEN, name=f"qwen3, {form}", format=form) for form in ("fp8_e4m3", "nf4")),
+    replace(QWEN, name="qwen3, mxfp4, 12 rows a slot", T=192, format="mxfp4"),
+    replace(QWEN, name="qwen3, nvfp4, 128 rows a slot", T=2048, format="nvfp4"),
+    replace(QWEN, name="qwen3, nf4, 12 rows a slot", T=192, format="nf4"),
     replace(QWEN, name="qwen3, float16", dtype=torch.float16),
     replace(QWEN, name="qwen3, geglu", activation="geglu", bias=True),
     replace(SWITCH, name="switch, gelu", activation="gelu", bias=True),
@@ -122,6 +129,7 @@ def step(
     grad_TK = _route(case, execute, device)
     inputs = inputs_of(case, device) if inputs is None else inputs
     how: dict[str, Any] = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "arch": arch}
+    how["frozen_format"] = case.format
     y_TH, z_RF = experts.forward(inputs, keep_z=case.keep_z, execute=execute["forward"], **how)
     experts.backward(y_TH, z_RF, inputs.kept, needs=needs_of(case), execute=execute["backward"], **how)
     grad_TK(execute["backward"])
@@ -162,8 +170,8 @@ def inputs_of(case: Case, device: str = "meta") -> OpInputs:
     real = lambda *size: torch.empty(*size, dtype=case.dtype, device=device)  # noqa: E731
     held = case.B // case.clients if case.rank else case.B
     trainable, frozen = (held, 0) if case.rank else (case.Bt, case.B - case.Bt)
-    w_in_frozen, w_in_scale = _frozen(case, (frozen, F, H), device)
-    w_out_frozen, w_out_scale = _frozen(case, (frozen, H, I), device)
+    w_in_frozen, w_in_scale, w_in_whole = _frozen(case, (frozen, F, H), device)
+    w_out_frozen, w_out_scale, w_out_whole = _frozen(case, (frozen, H, I), device)
     rank = case.rank
     return OpInputs(
         x_TH=real(T, H),
@@ -182,6 +190,8 @@ def inputs_of(case: Case, device: str = "meta") -> OpInputs:
         bias_out_frozen=real(frozen, H) if case.bias and frozen else None,
         w_in_scale=w_in_scale,
         w_out_scale=w_out_scale,
+        w_in_whole=w_in_whole,
+        w_out_whole=w_out_whole,
         a_in=real(case.B, rank, H) if rank else None,
         b_in=real(case.B, F, rank) if rank else None,
         a_out=real(case.B, rank, I) if rank else None,
@@ -196,12 +206,15 @@ def _ids(*size: int, device: str) -> Tensor:
     return torch.empty(*size, dtype=torch.int64, device=device)
 
 
-def _frozen(case: Case, shape: tuple[int, int, int], device: str) -> tuple[Tensor | None, Tensor | None]:
+def _frozen(case: Case, shape: tuple[int, int, int], device: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Make the frozen matrices as they are stored, their scales, and those of whole matrices."""
     slots, rows, columns = shape
     if not slots:
-        return None, None
-    if case.bits == 16:
-        return torch.empty(shape, dtype=case.dtype, device=device), None
-    kind, width = (torch.int8, columns) if case.bits == 8 else (torch.uint8, columns // 2)
-    codes = torch.empty(slots, rows, width, dtype=kind, device=device)
-    return codes, torch.empty(slots, rows, columns // 64, dtype=torch.float32, device=device)
+        return None, None, None
+    if not case.format:
+        return torch.empty(shape, dtype=case.dtype, device=device), None, None
+    form = FORMATS[case.format]
+    tall, wide = form.block_of(rows, columns)
+    codes = torch.empty(slots, rows, columns * form.bits // 8, dtype=form.codes, device=device)
+    scale = torch.empty(slots, rows // tall, columns // wide, dtype=form.scale, device=device)
+    return codes, scale, torch.empty(slots, dtype=torch.float32, device=device) if form.whole else None

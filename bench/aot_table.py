@@ -143,7 +143,7 @@ class Step:
 
     def _least_ms(self, name: str) -> float | None:
         case = self.case
-        if case.rank or case.bits != 16 or not case.keep_z:
+        if case.rank or case.format or not case.keep_z:
             return None
         gated = ACTIVATIONS[case.activation].gated
         layer = Layer(case.T, case.H, case.I, case.B, case.K, Bt=case.Bt, gated=gated, itemsize=case.dtype.itemsize)

@@ -112,6 +112,7 @@ class Case:
 CASES = (Case("all"), Case("permitted", permitted=0.25), Case("trainable", trainable=0.25))
 
 SMALL_TOKENS = 1024
+GRAPHED_TOKENS = 2048  # up to which the host takes longer to queue a step than the device to run it: graphs are timed
 CLIENT_CASES = (
     Case("all"),
     Case("eighth-quarter", permitted=1 / 8, trainable=0.25),
@@ -123,6 +124,14 @@ CLIENT_CASES = (
     Case("eighth-none", permitted=1 / 8, trainable=0.0),
     Case("zipf", routes="zipf"),
     Case("empty", routes="empty"),
+)
+
+# The same layer with ever other numbers of tokens, the most telling first; measured when they are asked for by name.
+# At 32768 they are "quarter" and "all".
+SWEEP_CASES = tuple(
+    Case(f"{name}-{tokens}", trainable=share, tokens=tokens)
+    for tokens in (2048, 512, 128, 8192)
+    for name, share in (("quarter", 0.25), ("all", 1.0))
 )
 
 

@@ -5,9 +5,9 @@
     python bench/gpu.py --device cpu --tiny            # rehearse the whole script without a GPU
 
 PART is facts (machine and ceilings), correct, sanitize, warm (compile for `time` on all cores), time, kernels (each
-launch alone), tune, ncu (counters), plot, or all. Each part writes into one JSON file as it goes and skips what is
-finished there for the same kernels, versions and GPU. A part that runs out of its minutes ends with code 75: start it
-again.
+launch alone), routing (alone, against torch's), model (one of transformers, tokens/s), tune, ncu (counters), plot, or
+all. Each part writes into one JSON file as it goes and skips what is finished there for the same kernels, versions and
+GPU. A part that runs out of its minutes ends with code 75: start it again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import checkout  # noqa: F401 - before what needs the checkout on the path
 
-PARTS = ("correct", "sanitize", "warm", "time", "kernels", "plot")
+PARTS = ("correct", "sanitize", "warm", "time", "routing", "model", "kernels", "plot")
 MORE = ("facts", "tune", "ncu")
 SERVING = ("worker", "sanitized", "profiled")
 MINUTES = 8.5

@@ -3,7 +3,7 @@
 # against peers, table, plots and goals. Needs this checkout, a GPU and a Python with torch, triton and transformers.
 #
 #     bash bench/gpu.sh                        # everything
-#     bash bench/gpu.sh correct sanitize       # some parts: correct, sanitize, warm, time, time:SHAPE, kernels, plot
+#     bash bench/gpu.sh correct sanitize       # some parts: see bench/README.md; time:SHAPE = one shape
 #     bash bench/gpu.sh first --seconds 300    # five minutes, each part in a box; then `second`, seven (gpu_plan.py)
 #     PYTHON=/path/to/python RESULTS=/some/folder bash bench/gpu.sh
 #     OPTIONS="--device cpu --tiny" bash bench/gpu.sh      # rehearse it without a GPU
@@ -24,8 +24,8 @@ fi
 if [ $# -eq 0 ]; then
   # The shape that most others publish first, so that a session that is cut short has it.
   set -- correct warm time:qwen3-30b-a3b time:olmoe-1b-7b time:mixtral-8x7b time:gpt-oss-20b \
-    time:deepseek-moe-16b time:deepseek-v3-slice time:switch-base-8 time:edge kernels sanitize plot
-  case "${OPTIONS:-}" in *--tiny*) set -- correct sanitize warm time kernels plot ;; esac
+    time:deepseek-moe-16b time:deepseek-v3-slice time:switch-base-8 time:edge routing model kernels sanitize plot
+  case "${OPTIONS:-}" in *--tiny*) set -- correct sanitize warm time routing model kernels plot ;; esac
 fi
 
 limit() { if command -v timeout >/dev/null; then timeout --kill-after=10 535 "$@"; else "$@"; fi; }

@@ -18,6 +18,7 @@ from torch import Tensor
 from truth import check_truth, truth
 
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Routing, SlotMap, moe_mlp, reference, route
+from fedmoe_kernels.formats import FORMATS
 from fedmoe_kernels.quantized import Quantized
 
 Check = Callable[[], str]
@@ -80,8 +81,13 @@ def checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
             found[f"{short}: {name}"] = _bind(_experts, shape, case, device, backend, dtype)
         found[f"{short}: importance sums"] = _bind(_scores, device, backend, dtype)
         found[f"{short}: adapters over shared bases"] = _bind(_lora, device, backend, dtype)
-        for bits in (8, 4):
-            found[f"{short}: frozen experts in {bits} bits"] = _bind(_quantised, bits, device, backend, dtype)
+        # In bfloat16 every format, and two that are decoded before their products; elsewhere one of 8 bits, one of 4.
+        forms = tuple(FORMATS) if dtype == torch.bfloat16 else ("int8", "mxfp4")
+        for form in forms:
+            found[f"{short}: frozen experts as {form}"] = _bind(_quantised, form, None, device, backend, dtype)
+        for form in forms[-2:]:
+            how = (form, 4096, device, backend, dtype)
+            found[f"{short}: frozen experts as {form}, decoded first"] = _bind(_quantised, *how)
     for shape, case in full_shapes(tiny=tiny):
         found[f"bfloat16: {shape.name}, {case.name}"] = _bind(_experts, shape, case, device, backend, torch.bfloat16)
     for name, rule in _RULES.items():
@@ -199,20 +205,24 @@ def _adapted(task: Problem, factors: list[Tensor], where: str, dtype: torch.dtyp
     return {"y": y_TH.detach()} | {name: value.grad for name, value in grads.items() if value.grad is not None}
 
 
-def _quantised(bits: int, device: str, backend: str, dtype: torch.dtype) -> str:
-    """Check frozen experts as codes against the same problem with what the codes stand for."""
+def _quantised(form: str, rows_per_slot: int | None, device: str, backend: str, dtype: torch.dtype) -> str:
+    """Check frozen experts as codes against the same problem with what the codes stand for.
+
+    With `rows_per_slot` the kernels act as in a call of so many, and decode the codes before their products.
+    """
     task = problem(Shape("codes", 96, 128, 64, 8, 2), QUARTER, device=device, dtype=dtype)
     slot_map = SlotMap.build(task.permitted_E, task.trainable_E)
     order, count = slot_map.expert_of_slot_B, int(task.trainable_E.sum())
     held, meant = {}, {}
     for name, full in task.stacks.items():
-        codes = Quantized.of(full[order[count:]], bits, group=32)
+        codes = Quantized.of(full[order[count:]], form)
         held[name] = ExpertWeights(leaf(full[order[:count]]), codes)
         meant[name] = full.index_copy(0, order[count:], codes.dequantize(dtype))
     want = truth(replace(task, stacks=meant), keep=torch.float64)
     x_TH, s_TK = leaf(task.x_TH), leaf(task.weights_TK)
     poison(device)
     routing = Routing.from_topk(task.experts_TK, s_TK, slot_map, backend=backend)
+    routing = replace(routing, rows_per_slot=rows_per_slot or routing.rows_per_slot)
     y_TH = moe_mlp(x_TH, routing, backend=backend, **held)
     y_TH.backward(task.dy_TH)
     got = {"y": y_TH.detach(), "dx": x_TH.grad, "ds": s_TK.grad}

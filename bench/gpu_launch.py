@@ -15,6 +15,7 @@ from peers import Bound, Contender, forget
 from torch import Tensor
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
+MARKS = {"fwd": (0, 1), "bwd": (1, 2), "fwd+bwd": (0, 2)}  # of the three marks of a step, the first and the last
 BATCH = 10  # steps between two marks under a sustained load
 
 
@@ -35,6 +36,11 @@ class Seat(NamedTuple):
     power: list[str | None]
     first: list[float]
 
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """What it can be timed by."""
+        return PASSES if self.contender.backward else PASSES[:1]
+
     def forget(self) -> None:
         for pair in self.leaves:
             forget(self.bound, *pair)
@@ -44,6 +50,8 @@ class Seat(NamedTuple):
         return self.bound.forward(self.tasks[at], *self.leaves[at])
 
     def backward(self, y: Any, turn: int) -> None:
+        if not self.contender.backward:
+            return
         self.bound.backward(y, self.tasks[turn % len(self.tasks)].dy_TH)
 
 
@@ -56,8 +64,8 @@ def eager(seats: Sequence[Seat], device: str, rounds: tuple[int, int], host: Tim
     `rounds` are the untimed and the timed ones; `host` gets the host's own milliseconds for
     the same calls; while they are below the clock's lead they do not show.
     """
-    host |= {(s.contender.name, name): [] for s in seats for name in PASSES}
-    clock, times = Clock(device), {(s.contender.name, name): [] for s in seats for name in PASSES}
+    host |= {(s.contender.name, name): [] for s in seats for name in s.passes}
+    clock, times = Clock(device), {(s.contender.name, name): [] for s in seats for name in s.passes}
     for turn in range(sum(rounds)):
         first = turn % len(seats) if seats else 0
         for seat in (*seats[first:], *seats[:first]):
@@ -72,7 +80,8 @@ def eager(seats: Sequence[Seat], device: str, rounds: tuple[int, int], host: Tim
             walls.append(time.perf_counter())
             del y
             if turn >= rounds[0]:
-                for name, (a, b) in zip(PASSES, ((0, 1), (1, 2), (0, 2)), strict=True):
+                for name in seat.passes:
+                    a, b = MARKS[name]
                     times[seat.contender.name, name].append(clock.milliseconds(marks[a], marks[b]))
                     host[seat.contender.name, name].append(1e3 * (walls[b] - walls[a]))
     for seat in seats:

@@ -1,4 +1,4 @@
-"""Parts of a short GPU session: facts and ceilings, tiles of the hottest kernels, and the profiler's counters."""
+"""Parts of a short GPU session: facts and ceilings, routing and models, tiles of the hottest kernels, counters."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gpu_machine
+import gpu_summary
 import torch
 from gpu_sanitize import run as run_apart
 from gpu_store import Record
@@ -51,6 +52,39 @@ def ceilings(run: Run) -> None:
     if not run.store.data["ceilings"]:
         run.store.data["ceilings"] = gpu_machine.ceilings(run.options.device, tiny=run.options.tiny)
         run.store.save()
+
+
+def routing(run: Run, until: float) -> int:
+    """Time routing alone against torch's operations; red where the two disagree."""
+    import gpu_routing
+
+    wrong, plan = False, run.plan()
+    for router in gpu_routing.TINY if run.options.tiny else gpu_routing.ROUTERS:
+        if time.monotonic() > until:
+            return run.again("routing")
+        wrong |= not gpu_routing.measure(router, plan.device, run.backend, plan.rounds, run.store)
+    print("\n".join(gpu_summary.routing(run.store.find("routing"))), flush=True)
+    return int(wrong)
+
+
+def model(run: Run, until: float) -> int:
+    """Time a model of transformers with its own experts and with fedmoe's; red where the two disagree."""
+    try:
+        import gpu_model
+        import transformers  # noqa: F401
+    except ImportError as error:
+        print(f"skipped: {error}")
+        return 0
+    chosen, plan = gpu_model.TINY if run.options.tiny else gpu_model.REAL, run.plan()
+    agree: bool | None = False
+    try:
+        agree = gpu_model.measure(chosen, plan.device, plan.dtype, plan.rounds, run.store, until)
+    except Exception as error:  # it would fail again, and the part would begin again three times
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        run.store.add("left_out", [{"peer": "the whole model", "status": "failed", "reason": reason}])
+        print(f"failed: {reason}")
+    print("\n".join(gpu_summary.models(run.store.find("models"))), flush=True)
+    return run.again("model") if agree is None else int(not agree)
 
 
 def tune(run: Run, until: float) -> int:

@@ -19,11 +19,12 @@ import gpu_report
 import gpu_sanitize
 import gpu_workers
 import torch
-from cases import CLIENT_CASES, RECENT, STANDARD, TINY, Case, Shape
+from cases import CLIENT_CASES, RECENT, STANDARD, SWEEP_CASES, TINY, Case, Shape
 from gpu_goals import summary
 from gpu_store import NOT_A_GPU, Record, Store
 from gpu_time import ROUNDS, SUSTAINED_SECONDS, DeadDeviceError, Plan, run_case
 from peers import Contender, dense, fedmoe, grouped_mm, transformers_experts
+from peers_graphed import graphed
 from peers_optional import OPTIONAL
 from roofline import Gpu
 
@@ -58,7 +59,7 @@ class Run:
             raise ValueError("--device cpu takes the tiny shapes only, and their times mean nothing; add --tiny")
         offered = TINY if options.tiny else STANDARD if not options.shapes else (*STANDARD, *RECENT)
         shapes = _chosen(offered, options.shapes, "--shapes")
-        cases = _chosen(CLIENT_CASES, options.cases, "--cases")
+        cases = _chosen((*SWEEP_CASES, *CLIENT_CASES) if options.cases else CLIENT_CASES, options.cases, "--cases")
         about = gpu_machine.about(options.device, tiny=options.tiny)
         folder = gpu_machine.CHECKOUT / "runs" if about["rehearsal"] else gpu_machine.HERE / "results"
         store = Store(about, options.results or folder, options.out)
@@ -69,14 +70,19 @@ class Run:
         """The options that a process which helps this run needs."""
         return ["--device", self.options.device, *(["--tiny"] if self.options.tiny else [])]
 
+    @property
+    def backend(self) -> str:
+        """Which body of the operators is measured."""
+        return _backend(self.options)
+
     def part(self, name: str, until: float) -> int:
         """Run one part; 0 = done, 1 = something is wrong, 75 = not finished at `until`."""
         about = self.store.about
         print(f"== {name}: {about['gpu'] or about['cpu']}, torch {about['torch']}, triton {about['triton']}")
         if about["rehearsal"]:
             print(f"*** {NOT_A_GPU} ***", flush=True)
-        more = {"facts": gpu_more.facts, "tune": gpu_more.tune, "ncu": gpu_more.ncu}
-        code = more[name](self, until) if name in more else getattr(self, f"_{name}")(until)
+        own = getattr(self, f"_{name}", None)
+        code = getattr(gpu_more, name)(self, until) if own is None else own(until)
         if about["rehearsal"]:
             print(f"*** {NOT_A_GPU} ***", flush=True)
         return code
@@ -116,7 +122,7 @@ class Run:
         return _checks(self.options)
 
     def _large_checks(self) -> Mapping[str, gpu_correct.Check]:
-        return gpu_behave.large_checks(self.options.device, _backend(self.options), tiny=self.options.tiny)
+        return gpu_behave.large_checks(self.options.device, self.backend, tiny=self.options.tiny)
 
     def _replace_checks(self, records: list[Record]) -> None:
         for record in records:
@@ -171,23 +177,24 @@ class Run:
         gpu_more.ceilings(self)
         contenders, plan = self._contenders(), self.plan()
         longest = 0.0
-        for shape in self.shapes:
-            for case in self.cases:
-                if time.monotonic() + longest > until:  # the longest so far may come again
-                    return self.again("time")
-                began = time.monotonic()
-                try:
-                    run_case(shape, case, contenders, plan, self.store)
-                except DeadDeviceError as error:
-                    print(f"the CUDA context is lost ({error}); the part is started again", flush=True)
-                    return AGAIN
-                longest = max(longest, time.monotonic() - began)
-                self._say(shape, case)
+        todo = [(shape, case) for shape in self.shapes for case in self.cases]
+        for place, (shape, case) in enumerate(todo):
+            if time.monotonic() + longest > until:  # the longest so far may come again
+                left = ", ".join(f"{shape.name}/{case.name}" for shape, case in todo[place:])
+                return self.again("time", f" (not measured: {left})")
+            began = time.monotonic()
+            try:
+                run_case(shape, case, contenders, plan, self.store)
+            except DeadDeviceError as error:
+                print(f"the CUDA context is lost ({error}); the part is started again", flush=True)
+                return AGAIN
+            longest = max(longest, time.monotonic() - began)
+            self._say(shape, case)
         missing = [r for r in self.store.data["left_out"] if r["peer"] == "fedmoe" and r["launch"] == "eager"]
         return 1 if missing else 0
 
-    def again(self, part: str) -> int:
-        print(f"out of time: {part} is not finished; start it again and it goes on here", flush=True)
+    def again(self, part: str, left: str = "") -> int:
+        print(f"out of time: {part} is not finished{left}; start it again and it goes on here", flush=True)
         return AGAIN
 
     def plan(self) -> Plan:
@@ -213,8 +220,10 @@ class Run:
 
     def _contenders(self) -> list[Contender]:
         """List fedmoe and all peers that are asked for and can be imported; the others are put on record once."""
-        backend, wanted = _backend(self.options), set(filter(None, self.options.contenders.split(",")))
-        found = [fedmoe(backend), fedmoe(backend, recompute=True), grouped_mm(), grouped_mm(compact=True)]
+        backend, wanted = self.backend, set(filter(None, self.options.contenders.split(",")))
+        found = [fedmoe(backend), fedmoe(backend, recompute=True)]
+        found += [graphed(backend)] if self.options.device == "cuda" else []
+        found += [grouped_mm(), grouped_mm(compact=True)]
         makers = {f"transformers-{how}": lambda how=how: transformers_experts(how) for how in ("grouped_mm", "eager")}
         makers |= OPTIONAL if self.options.device == "cuda" else {}
         makers |= {path.stem: lambda path=path: _from_file(path) for path in self.options.peer}

@@ -1,8 +1,9 @@
 """All that the commands `first` and `second` launch, in pieces that a process under the stand-in driver can run.
 
-A piece's name begins with its part: `kernels/CASE`, `time/SHAPE/CASE`, `correct/CHECK`, `sanitize/CHECK` and
-`tune/FAMILY/N` (eight tiles of the first walk). What is timed is read from gpu_plan.py: a change there changes this.
-Nothing here computes: results are rubbish, and what compares them is taken out.
+A piece's name begins with its part: `kernels/CASE`, `time/SHAPE/CASE`, `correct/CHECK`, `sanitize/CHECK`,
+`routing/ROUTER`, `model/TOKENS` and `tune/FAMILY/N` (eight tiles of the first walk). What is timed is read from
+gpu_plan.py: a change there changes this. Nothing here computes: results are rubbish, and what compares them is taken
+out.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ import gpu_correct
 import gpu_plan
 import gpu_sanitize
 import torch
-from cases import CLIENT_CASES, STANDARD, Case, Shape
+from cases import CLIENT_CASES, STANDARD, SWEEP_CASES, Case, Shape
 
-PARTS = ("kernels", "correct", "time", "sanitize", "tune", "peers")
+PARTS = ("kernels", "correct", "time", "routing", "model", "sanitize", "tune", "peers")
 ARCH = "sm_90"
 TOGETHER = 8  # tiles in a piece
 _DRIVER: list[Any] = []  # of this process, once it has begun
@@ -40,7 +41,7 @@ def names(parts: Sequence[str]) -> list[str]:
     found: list[str] = []
     for part in parts:
         listed = {"kernels": _kernels, "time": _times, "correct": _checks, "sanitize": _watched, "tune": _tiles}
-        found += {**listed, "peers": _peers}[part]()
+        found += {**listed, "peers": _peers, "routing": _routers, "model": _models}[part]()
     return found
 
 
@@ -78,7 +79,7 @@ def launch(name: str) -> dict[str, Any]:
         part, rest = name.split("/", 1)
         try:
             runs = {"kernels": _kernel, "time": _time, "correct": _check, "sanitize": _watch, "tune": _tile}
-            {**runs, "peers": _peer}[part](rest)
+            {**runs, "peers": _peer, "routing": _routed, "model": _modelled}[part](rest)
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return found | {"launches": _DRIVER[0].counts().launches - before}
@@ -116,7 +117,7 @@ def _times() -> list[str]:
 
 def _time(name: str) -> None:
     shape, case, *recompute = name.split("/")
-    _dry(_named(STANDARD, shape), _named(CLIENT_CASES, case), recompute=bool(recompute))
+    _dry(_named(STANDARD, shape), _named((*CLIENT_CASES, *SWEEP_CASES), case), recompute=bool(recompute))
 
 
 def _named(offered: Sequence[Any], name: str) -> Any:
@@ -131,6 +132,48 @@ def _dry(shape: Shape, case: Case, **how: Any) -> None:
 
     _, backward = gpu_dry.dry_step(shape, case, ARCH, Launch.run, device="cpu", **how)
     backward()
+
+
+def _routers() -> list[str]:
+    import gpu_routing
+
+    return [f"routing/{router.name}" for router in gpu_routing.ROUTERS]
+
+
+def _routed(name: str) -> None:
+    import gpu_routing
+    from stand_in_run import served
+
+    router = _named(gpu_routing.ROUTERS, name)
+    bias_E = torch.empty(router.E) if router.scoring == "sigmoid" else None
+    logits_TE = torch.empty(router.T, router.E, requires_grad=True)
+    with served(ARCH):
+        made = gpu_routing.by_fedmoe(router, bias_E, "cpu", "triton")(logits_TE)
+        torch.autograd.grad(made.weights_TK, logits_TE, torch.empty(router.T, router.K))
+
+
+def _models() -> list[str]:
+    import gpu_model
+
+    return [f"model/{sequences * length}" for sequences, length in gpu_model.REAL.batches]
+
+
+def _modelled(name: str) -> None:
+    """Launch what one layer of the model does: its router is transformers' own, and so is all else in it."""
+    import gpu_model
+    from stand_in_run import served
+
+    from fedmoe_bindings.transformers_experts import fedmoe_experts
+
+    model, T = gpu_model.REAL, int(name)
+    real = functools.partial(torch.empty, dtype=torch.bfloat16, requires_grad=True)
+    layer = torch.nn.Module()
+    layer.gate_up_proj = torch.nn.Parameter(real(model.E, 2 * model.inner, model.H))
+    layer.down_proj = torch.nn.Parameter(real(model.E, model.H, model.inner))
+    x_TH, weights_TK = real(T, model.H), real(T, model.K)
+    with served(ARCH):
+        y_TH = fedmoe_experts(layer, x_TH, torch.zeros(T, model.K, dtype=torch.int64), weights_TK)
+        torch.autograd.grad(y_TH, [x_TH, weights_TK, *layer.parameters()], torch.empty_like(y_TH))
 
 
 def _all_checks(*, tiny: bool) -> dict[str, gpu_correct.Check]:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 LEAST = 5.0  # seconds; in less a part has not even started
 SECONDS = {"first": 300.0, "second": 420.0}
-OWN = "fedmoe,fedmoe-recompute"
+OWN = "fedmoe,fedmoe-recompute,fedmoe-graphed"
 TORCH = "grouped_mm,grouped_mm-compact,transformers-grouped_mm"
 PEERS = "scattermoe,sonicmoe,triton_kernels,megablocks"
 HALF = ("--sustained", "0.5")  # seconds back to back; the whole 2 s are for a session with time
 MACHINE = ("cache", "facts")  # parts about the machine, which every command begins with
+# Names of `cases.SWEEP_CASES`, which imports torch.
+SWEEP = ",".join(f"{name}-{tokens}" for tokens in (2048, 512, 128, 8192) for name in ("quarter", "all"))
 HOTTEST = "data_gradient,weight_gradient,up"
 
 
@@ -66,14 +68,18 @@ def parts(command: str, *, tiny: bool = False) -> tuple[Part, ...]:
     few = "fedmoe,grouped_mm,dense"
     return (
         *facts,
-        Part("correct", 60, ("correct",), must=True, always=True),
-        Part("peers", 55, cases(qwen, "all,small", f"{OWN},{TORCH},{PEERS},dense", *HALF)),
-        Part("tune-more", 40, ("tune", "--shapes", qwen), tuned=True),
+        Part("correct", 56, ("correct",), must=True, always=True),
+        Part("peers", 45, cases(qwen, "all,small", f"{OWN},{TORCH},{PEERS},dense", *HALF)),
+        Part("routing", 10, ("routing",)),
+        Part("tune-more", 30, ("tune", "--shapes", qwen), tuned=True),
         Part("time-tuned", 25, cases(qwen, "all,small", few, *HALF), tuned=True),
-        Part("time-wide", 40, cases(wide, "all,eighth-quarter", few, *HALF)),
-        Part("ncu", 25, ("ncu",)),
-        Part("sanitize", 30, ("sanitize", "--tools", "memcheck", "--count", "12")),
+        Part("time-wide", 35, cases(wide, "all,eighth-quarter", few, *HALF)),
+        Part("model", 23, ("model",)),
+        Part("ncu", 20, ("ncu",)),
+        Part("sanitize", 20, ("sanitize", "--tools", "memcheck", "--count", "12")),
         Part("kernels-all", 15, ("kernels",)),
+        # The most telling numbers of tokens first; what does not fit is named.
+        Part("sweep", 35, cases(qwen, f"{SWEEP},all,quarter", "fedmoe,fedmoe-graphed,grouped_mm", *HALF)),
         # Liger tunes itself at its first step, by 240 configurations. So it comes last and takes no time from others.
-        Part("liger", 75, cases(qwen, "all", f"{OWN},{TORCH},{PEERS},liger,dense", *HALF)),
+        Part("liger", 54, cases(qwen, "all", f"{OWN},{TORCH},{PEERS},liger,dense", *HALF)),
     )

@@ -51,6 +51,8 @@ def markdown(data: Record) -> str:
     lines += _checks(data)
     for shape in _ordered(data["rows"], "shape"):
         lines += _shape_table([row for row in data["rows"] if row["shape"] == shape], shape)
+    lines += _routing(data)
+    lines += _models(data)
     lines += _kernels(data)
     lines += _left_out(data)
     return "\n".join(lines) + "\n"
@@ -76,6 +78,36 @@ def _shape_table(rows: list[Record], shape: str) -> list[str]:
     for row in rows:
         cells = [row["case"], row["pass"], row["launch"], row["peer"] + (" (tuned)" if row.get("tiles") else "")]
         cells += [_cell(row.get(key), form) for _, key, form in _COLUMNS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _routing(data: Record) -> list[str]:
+    """List routing alone, device and host beside each other."""
+    if not data["routing"]:
+        return []
+    lines = [
+        "## Routing alone",
+        "",
+        "| router (T, E, K) | pass | contender | us | host us |",
+        "|---|---|---|---:|---:|",
+    ]
+    for row in data["routing"]:
+        sizes = ", ".join(map(str, row["sizes"]))
+        cells = [f"{row['router']} ({sizes})", row["pass"], row["peer"], f"{row['us']:.1f}", f"{row['host us']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _models(data: Record) -> list[str]:
+    """List whole models: tokens a second of a forward and backward."""
+    if not data["models"]:
+        return []
+    lines = ["## Whole models, forward and backward", ""]
+    lines += ["| model | sequences x length | experts by | tokens/s | ms | host ms |", "|---|---|---|---:|---:|---:|"]
+    for row in data["models"]:
+        cells = [row["model"], " x ".join(map(str, row["batch"])), row["peer"], f"{row['tokens/s']:.0f}"]
+        cells += [f"{row['ms']:.2f}", f"{row['host ms']:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 

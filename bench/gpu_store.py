@@ -2,9 +2,9 @@
 
 One JSON object: `about` (machine, versions, sources), `ceilings`, `checks`, `rows` (times), `kernels` (times of
 single launches), `left_out` (contenders that were not timed, and why), `finished` (cases) and `attempts` (what was
-begun that may take the process down), `tuned` (tiles) and `counters` (of the GPU's own profiler). A file made of other
-kernels or versions is never added to: its numbers are of something else. Rows that were timed while a check was red
-carry its name; they are not hidden.
+begun that may take the process down), `routing` (routing alone), `models` (whole models), `tuned` (tiles) and
+`counters` (of the GPU's own profiler). A file made of other kernels or versions is never added to: its numbers are of
+something else. Rows that were timed while a check was red carry its name; they are not hidden.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from gpu_machine import slug
 # so do the tiles: results of tuned tiles stand beside those of static ones.
 AGREE = ("device", "rehearsal", "gpu", "torch", "triton", "kernels")
 MARKS = ("gpu", "driver", "torch", "triton", "commit", "kernels", "harness", "tiles", "device")
-LISTS = ("checks", "rows", "kernels", "tuned", "counters", "left_out", "finished", "attempts")
+LISTS = ("checks", "rows", "routing", "models", "kernels", "tuned", "counters", "left_out", "finished", "attempts")
+TIMED = ("rows", "routing", "models", "kernels")  # lists of times, which a red check marks
 NOT_A_GPU = "NOT GPU NUMBERS: a rehearsal of the script on tiny shapes; nothing here says how fast anything is"
 Record = dict[str, Any]
 
@@ -98,7 +99,7 @@ class Store:
     def save(self) -> None:
         """Mark the rows by the checks that are red now, write the whole file and rename it into place."""
         red = sorted({check["name"] for check in self.data["checks"] if check["status"] == "failed"})
-        for row in (*self.data["rows"], *self.data["kernels"]):
+        for row in (row for name in TIMED for row in self.data[name]):
             row["red"] = red
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".tmp")

@@ -29,6 +29,8 @@ def summary(command: str, folder: Path, ended: Mapping[str, Ended]) -> tuple[lis
         :4
     ]
     lines += kernels(data.get("kernels", []))
+    lines += routing(data.get("routing", []))
+    lines += models(data.get("models", []))
     lines += times(data.get("rows", []))
     lines += [
         f"tiles of {found['family']} at {found['rows']} rows: {found['ms']:.4f} ms" for found in data.get("tuned", [])
@@ -80,6 +82,27 @@ def times(rows: list[dict[str, Any]]) -> list[str]:
         said = ", ".join(f"{row['peer']} {row['ms']:.2f}" for row in sorted(group, key=lambda row: row["ms"]))
         lines.append(f"{shape}/{case} {launch}: {said}{rate}" + (f", {ratio:.2f} times the best peer" if ratio else ""))
     return lines
+
+
+def routing(rows: list[dict[str, Any]]) -> list[str]:
+    """Say routing alone, a line for each router: microseconds of the device and of the host, by pass."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        cells = found.setdefault(row["router"], {}).setdefault(row["peer"], [])
+        cells.append(f"{row['pass']} {row['us']:.0f} us (host {row['host us']:.0f})")
+    return [
+        f"routing alone, {router}: " + "; ".join(f"{peer} {', '.join(cells)}" for peer, cells in peers.items())
+        for router, peers in found.items()
+    ]
+
+
+def models(rows: list[dict[str, Any]]) -> list[str]:
+    """Say a whole model's tokens a second, a line for each batch."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        name = f"{row['model']}, {' x '.join(map(str, row['batch']))} tokens"
+        found.setdefault(name, []).append(f"{row['peer']} {row['tokens/s']:.0f} ({row['ms']:.2f} ms)")
+    return [f"tokens/s, {name}: {', '.join(cells)}" for name, cells in found.items()]
 
 
 def left_out(records: list[dict[str, Any]]) -> list[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import gpu_machine
 import torch
-from cases import SMALL_TOKENS, Case, Problem, Shape, problem, redrawn
+from cases import GRAPHED_TOKENS, Case, Problem, Shape, problem, redrawn
 from clock import Clock, Memory
 from gpu_dry import launches_of, predicted
 from gpu_launch import PASSES, Seat, Times, capture, eager, sustained
@@ -90,10 +90,10 @@ def _measure(seats: list[Seat], task: Problem, plan: Plan, store: Store, key: Re
     times = {"eager": eager(seats, plan.device, (plan.warm_up, plan.rounds), host)}
     if plan.sustained:
         times["sustained"] = {
-            (seat.contender.name, "fwd+bwd"): sustained(seat, plan.device, plan.sustained) for seat in seats
+            (seat.contender.name, seat.passes[-1]): sustained(seat, plan.device, plan.sustained) for seat in seats
         }
     power = {seat.contender.name: seat.power[-1] if seat.power else None for seat in seats}
-    if plan.device == "cuda" and task.shape.T <= SMALL_TOKENS:
+    if plan.device == "cuda" and task.shape.T <= GRAPHED_TOKENS:
         times["graph"] = _graphs(seats, plan, store, key)
     least = _least(task, plan.gpu)
     timed = [
@@ -107,7 +107,8 @@ def _measure(seats: list[Seat], task: Problem, plan: Plan, store: Store, key: Re
         for name in PASSES
         if (seat.contender.name, name) in seconds
     ]
-    _set_ratios(timed, {s.contender.name for s in seats if s.contender.stores_all and s.contender.compares})
+    peers = (seat.contender for seat in seats)
+    _set_ratios(timed, {peer.name for peer in peers if peer.stores_all and peer.compares and peer.backward})
     return timed
 
 
@@ -152,7 +153,7 @@ def _compare(seat: Seat, want: Outcome) -> dict[str, float]:
     seat.forget()
     y = seat.forward(0)
     seat.backward(y, 0)
-    found = errors(outcome(seat.bound, y, *seat.leaves[0]), want)
+    found = errors(outcome(seat.bound, y, *seat.leaves[0]), want if seat.contender.backward else {"y": want["y"]})
     seat.forget()
     return found
 
@@ -177,7 +178,7 @@ def _memory(seat: Seat, device: str) -> Record:
 
 def _predicted(seat: Seat, task: Problem, plan: Plan) -> Record:
     """Return what the closed forms of the kernels' memory say that fedmoe will need, None for others."""
-    if plan.device != "cuda" or not seat.contender.name.startswith("fedmoe"):
+    if plan.device != "cuda" or not seat.contender.name.startswith("fedmoe") or seat.contender.graphed:
         return {"MB predicted": None, "MB kept predicted": None, "launches": None}
     recompute = seat.contender.name == "fedmoe-recompute"
     how: Record = {"dtype": plan.dtype, "recompute": recompute}
@@ -190,7 +191,7 @@ def _predicted(seat: Seat, task: Problem, plan: Plan) -> Record:
 def _graphs(seats: Sequence[Seat], plan: Plan, store: Store, key: Record) -> Times:
     """Time replays of captured graphs, forward alone and both; contenders that cannot be captured go on record."""
     graphs: dict[tuple[str, str], torch.cuda.CUDAGraph] = {}
-    for seat in seats:
+    for seat in (seat for seat in seats if not seat.contender.graphed):
         named = key | {"peer": seat.contender.name, "detail": seat.contender.detail, "launch": "graph"}
         if store.find("left_out", **key, peer=seat.contender.name, launch="graph"):
             continue
@@ -203,9 +204,10 @@ def _graphs(seats: Sequence[Seat], plan: Plan, store: Store, key: Record) -> Tim
         try:
             with store.attempt(named):
                 graphs[seat.contender.name, "fwd"] = capture(lambda seat=seat: seat.forward(0), seat.forget)
-                graphs[seat.contender.name, "fwd+bwd"] = capture(
-                    lambda seat=seat: seat.backward(seat.forward(0), 0), seat.forget
-                )
+                if seat.contender.backward:
+                    graphs[seat.contender.name, "fwd+bwd"] = capture(
+                        lambda seat=seat: seat.backward(seat.forward(0), 0), seat.forget
+                    )
         except Exception as error:
             _leave_out(store, named, "failed", _sentence(error))
             _check_alive(plan.device)

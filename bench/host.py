@@ -45,7 +45,7 @@ CASES = (
     _CASE,
     replace(_CASE, name="all train", Bt=4),
     replace(_CASE, name="adapters", rank=16, Bt=0),
-    replace(_CASE, name="int8", bits=8),
+    replace(_CASE, name="int8", format="int8"),
 )
 Call = Callable[[], Any]
 

@@ -61,6 +61,8 @@ class Contender:
         compares: whether it computes y and the gradients (the dense product does not).
         risky: whether it may take the process down; then the attempt is written down before it is made.
         waits: whether it reads from the device in a step, so that no CUDA graph can be made of it.
+        graphed: whether its step is the replay of a graph already.
+        backward: whether it has one; without one its forward keeps nothing, and is not held against those that do.
     """
 
     name: str
@@ -71,6 +73,8 @@ class Contender:
     compares: bool = True
     risky: bool = False
     waits: bool = False
+    graphed: bool = False
+    backward: bool = True
 
 
 def fedmoe(backend: str = "auto", *, recompute: bool = False) -> Contender:
@@ -271,7 +275,8 @@ def step(contender: Contender, task: Problem) -> Step:
     def run() -> Outcome:
         forget(bound, x_TH, s_TK)
         y_TH = bound.forward(task, x_TH, s_TK)
-        bound.backward(y_TH, task.dy_TH)
+        if contender.backward:
+            bound.backward(y_TH, task.dy_TH)
         return outcome(bound, y_TH, x_TH, s_TK) if contender.compares else {}
 
     return run

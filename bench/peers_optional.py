@@ -1,5 +1,7 @@
 """Peers from other packages: each is imported only when asked for, and left out where it cannot be.
 
+Those that have a forward pass only are in peers_forward.py.
+
 None of them is a requirement. What they are given is what their documentation asks for: the routing that all
 contenders get, weights in their own layout (made once, outside every measurement), and a current stream.
 """
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as tnf
 from cases import Problem
 from peers import Bound, Contender, Outcome, activate, leaf, shared, total_bytes, trained_only
+from peers_forward import triton_kernels
 from torch import Tensor
 
 
@@ -153,16 +156,6 @@ def megablocks() -> Contender:
 
     detail = f"megablocks {version('megablocks')} ParallelDroplessMLP, mlp_impl 'grouped'"
     return Contender("megablocks", detail, bind, _only("swiglu", "relu"), risky=True)
-
-
-def triton_kernels() -> Contender:
-    """Say why OpenAI's triton_kernels cannot take part: it has a forward pass only.
-
-    Raises:
-        ImportError: always, with that reason where it is installed.
-    """
-    importlib.import_module("triton_kernels")
-    raise ImportError("triton_kernels has a forward pass only, and a step here is forward and backward")
 
 
 OPTIONAL: Mapping[str, Callable[[], Contender]] = MappingProxyType(

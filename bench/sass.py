@@ -112,10 +112,20 @@ class Job:
 
 
 # Instructions of the loop around products of warp groups, at most. In a weight gradient's step a scheduler's two warps
-# issue theirs within 1024 cycles of the tensor cores; in the others' within 512 to 1024. Codes are decoded in the loop.
+# issue theirs within 1024 cycles of the tensor cores; in the others' within 512 to 1024. Where codes are decoded in the
+# loop, 32 of a thread's a step, 64 with few rows: 7 instructions an integer, 11 a small float, 24 a level of nf4.
+_DECODING = {
+    "integers": 280,
+    "integers, few rows": 540,
+    "floats": 430,
+    "floats, few rows": 760,
+    "levels": 880,
+    "levels, few rows": 1700,
+}
+_DECODED = {"int8": "integers", "int4": "integers", "nf4": "levels"}
 MOST_IN_LOOP = {
-    "sm_90": {"weight gradient": 190, "wide": 118, "narrow": 140, "codes": 280, "codes of few rows": 520},
-    "sm_100": {"weight gradient": 260, "wide": 132, "narrow": 150, "codes": 280, "codes of few rows": 520},
+    "sm_90": {"weight gradient": 190, "wide": 118, "narrow": 140, **_DECODING},
+    "sm_100": {"weight gradient": 260, "wide": 132, "narrow": 150, **_DECODING},
 }
 # Programs an SM that a tile was chosen for (static_tiles.py), by architecture, kernel and rows x columns of a block.
 PROMISED = {
@@ -212,7 +222,7 @@ def operand_bytes(launch: Launch, arch: str) -> int:
         stages = (launch.stages - 1) // 2 + 1 if gathered else launch.stages
         rows, columns, depth = args["BP"], args["BQ"], args["BT"]
         index, element = 8 * depth * launch.stages if gathered else 0, args["left"]
-    elif "BN" in args and "BK" in args and not args.get("BITS"):
+    elif "BN" in args and "BK" in args and not args.get("FORMAT"):
         stages, rows, depth, index = launch.stages, args["BM"], args["BK"], 0
         if "first_tile" in args:  # a result on its way to memory, see `Tile.store_bytes`
             index = min(rows * args["BN"] * args["out"].element_size(), PIECE)
@@ -318,8 +328,9 @@ def _most_in_loop(job: Job) -> int:
     """The instructions that the loop of products may have, see `MOST_IN_LOOP`."""
     if job.kernel == "_weight_gradient_kernel":
         kind = "weight gradient"
-    elif job.constant("BITS"):
-        kind = "codes" if job.constant("BM") >= 64 else "codes of few rows"
+    elif job.constant("FORMAT"):
+        few = "" if job.constant("BM") >= 64 else ", few rows"
+        kind = _DECODED.get(job.constant("FORMAT"), "floats") + few
     else:
         kind = "wide" if (job.constant("BN") or 0) >= 128 else "narrow"
     return MOST_IN_LOOP[job.arch][kind]
@@ -332,8 +343,12 @@ def _promised(job: Job) -> int:
 
 
 def _spills_little(job: Job, code: Code) -> bool:
-    """Whether all that spills is the price of a limit on registers: 16 bytes a thread at most, outside the loop."""
-    return bool(job.limit) and code.stack <= 16 and not code.listing.loop_spills
+    """Whether all that spills lies outside the loop of products: 16 bytes a thread, 64 where registers are limited.
+
+    64 bytes are 16 stores and as many loads, beside the 4,700 instructions of 45 steps.
+    """
+    listing = code.listing
+    return listing.loop > 0 and not listing.loop_spills and code.stack <= (64 if job.limit else 16)
 
 
 def _reason(error: BaseException) -> str:

@@ -7,7 +7,6 @@ times its work and no allocation; `forward` and `backward` are the whole operato
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from fedmoe_kernels import (
 )
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.backends import can_run_triton
+from fedmoe_kernels.formats import FORMATS
 from fedmoe_kernels.gemm import gemm_for
 from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
 
@@ -40,7 +40,7 @@ STAGES = (
 )
 # What a whole step may be asked for besides: adapters of rank 8 on every slot, frozen experts in fewer bits, z made
 # again, importance sums.
-FORMS = ("adapters", "int8", "int4", "recompute", "scores")
+FORMS = ("adapters", "int8", "int4", "fp8_e4m3", "mxfp4", "recompute", "scores")
 Stage = Callable[[], None]
 
 
@@ -120,8 +120,8 @@ def _whole(task: Problem, slot_map: SlotMap, backend: str, form: str = "") -> tu
     else:
         for name, full in held.items():
             rest: Tensor | Quantized = full[count:].clone()
-            if form in ("int8", "int4") and name in ("w_in", "w_out"):
-                rest = Quantized.of(full[count:], int(form[3:]), math.gcd(128, full.shape[2]))
+            if form in FORMATS and name in ("w_in", "w_out"):
+                rest = Quantized.of(full[count:], form)
             options[name] = ExpertWeights(leaf(full[:count]), rest)
             leaves += [options[name].trainable] if count else []
     if form == "scores":

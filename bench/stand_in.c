@@ -32,6 +32,7 @@ static struct function *functions; /* never freed: a process loads a few hundred
 static char findings[KEPT][WIDTH];
 static long found;
 static atomic_long launches, maps;
+static atomic_int capturing; /* whether a stream is being captured into a graph */
 static char context; /* its address stands for the one context */
 
 /* ---- what bench/stand_in.py calls ---- */
@@ -44,6 +45,10 @@ void stand_in_device(int major, int minor, int shared_block, int shared_processo
   device.processors = processors;
   device.registers = 65536;
 }
+
+/* From here on, or no longer, what a driver refuses while a stream is captured is refused. To wait, to copy and to
+ * allocate are not among it, for this library has no entry for them: a runtime that asks for one cannot be loaded. */
+void stand_in_capture(int on) { capturing = on; }
 
 long stand_in_launches(void) { return launches; }
 long stand_in_maps(void) { return maps; }
@@ -166,6 +171,7 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   const Elf64_Ehdr *head = image;
   struct text wrong = {{0}, 0};
   CHECK(!memcmp(head->e_ident, ELFMAG, SELFMAG) && head->e_machine == CUDA_CODE, "the image is not machine code");
+  CHECK(!capturing, "loading code is not permitted while a stream is captured");
   *module = (CUmodule)image; /* Triton keeps the bytes alive until the functions are found */
   return wrong.length ? refuse("cuModuleLoadData", &wrong, CUDA_ERROR_INVALID_IMAGE) : CUDA_SUCCESS;
 }

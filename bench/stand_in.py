@@ -22,6 +22,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +97,18 @@ class StandIn:
     def reset(self) -> None:
         """Forget findings and counts."""
         self.library.stand_in_reset()
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Refuse to load code within it, as a driver does while a stream is captured.
+
+        Waiting, copying and allocating need no refusal: the library has no entry for them, so nothing can call one.
+        """
+        self.library.stand_in_capture(1)
+        try:
+            yield
+        finally:
+            self.library.stand_in_capture(0)
 
 
 def missing() -> str | None:
@@ -194,6 +208,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
     declared: dict[str, tuple[Any, list[Any]]] = {
         "stand_in_device": (None, [integer] * 5),
         "stand_in_reset": (None, []),
+        "stand_in_capture": (None, [integer]),
         "stand_in_launches": (ctypes.c_long, []),
         "stand_in_maps": (ctypes.c_long, []),
         "stand_in_found": (ctypes.c_long, []),

@@ -121,7 +121,7 @@ class ModelAdapter(Protocol):
         lora_rank: int | None = None,
         lora_seed: int = 0,
         out_scale_L: Sequence[float] | None = None,
-        frozen_bits: int | None = None,
+        frozen_format: str | None = None,
     ) -> None:
         """Become a sub-model of ``state``: only permitted experts stored, only trainable ones as Parameters.
 
@@ -132,8 +132,8 @@ class ModelAdapter(Protocol):
 
         After ``add_lora`` adapters train instead of the permitted experts, cut to the first ``lora_rank`` ranks; where
         the state has no factors they exist only with a ``lora_rank``, fresh from ``lora_seed``. ``out_scale_L`` gives
-        each layer's output a trainable factor that starts there. ``frozen_bits`` (8 or 4) stores the experts that do
-        not train in as many bits, for a cheap look at the whole model.
+        each layer's output a trainable factor that starts there. ``frozen_format`` stores the experts
+        that do not train in few bits ("int8", "int4", ...), for a cheap look at the whole model.
         """
         ...
 

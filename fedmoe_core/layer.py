@@ -70,7 +70,7 @@ class MoE(ExpertStore):
         with_stats: bool = False,
         with_scores: bool = False,
         recompute: bool = False,
-        frozen_bits: int | None = None,
+        frozen_format: str | None = None,
         rows_per_slot: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -89,8 +89,9 @@ class MoE(ExpertStore):
             scoring, renormalize: as ``fedmoe_kernels.route``.
             train_router: False freezes every router row.
             with_stats, with_scores, recompute: see the class.
-            frozen_bits: 8 or 4 stores the frozen experts in as many bits with a scale per 128 columns, which 32 must
-                divide; None = in ``dtype``. An expert so stored trains again only from a ``source``.
+            frozen_format: "int8", "int4", "fp8_e4m3", "mxfp4", "nvfp4" or "nf4" stores the frozen experts so, see
+                ``fedmoe_kernels.Quantized``; None = in ``dtype``. 32 must divide both widths. An expert so stored
+                trains again only from a ``source``.
             rows_per_slot: rows an expert is expected to get, see ``fedmoe_kernels.SlotMap``.
             dtype, device: of the weights.
             backend: as ``fedmoe_kernels.moe_mlp``.
@@ -108,7 +109,7 @@ class MoE(ExpertStore):
             num_experts,
             activation=activation,
             train_router=train_router,
-            frozen_bits=frozen_bits,
+            frozen_format=frozen_format,
             rows_per_slot=rows_per_slot,
         )
         self.top_k, self.scoring, self.renormalize = top_k, scoring, renormalize

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from fedmoe_core.layer_lora import FACTORS, LayerLora
 from fedmoe_core.rows import Rows, check_rows, slot_map_of
-from fedmoe_core.slots import frozen_stack, group_of, stack
+from fedmoe_core.slots import frozen_stack, stack
+from fedmoe_kernels.formats import format_named
 from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.slot_map import SlotMap
 
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
 NO_ROWS: Rows = MappingProxyType({})
+_STORED = tuple(f"w_{end}_{part}" for end in ("in", "out") for part in ("frozen", "scale", "whole"))
 GATED = ("swiglu", "geglu", "swiglu_oai")  # activations whose w_in is [gate; up]
 
 
@@ -72,7 +74,7 @@ class ExpertStore(nn.Module):
     experts' factors. The adapter of an expert that does not train is merged into its weights.
 
     Args:
-        hidden_size, intermediate_size, num_experts, activation, train_router, frozen_bits, rows_per_slot: as ``MoE``.
+        hidden_size, intermediate_size, num_experts, activation, train_router, frozen_format, rows_per_slot: as ``MoE``.
     """
 
     w_in: nn.Parameter
@@ -82,6 +84,8 @@ class ExpertStore(nn.Module):
     w_out_frozen: Tensor
     w_in_scale: Tensor | None
     w_out_scale: Tensor | None
+    w_in_whole: Tensor | None
+    w_out_whole: Tensor | None
     router_rest: Tensor
     a_in: nn.Parameter | None
     b_in: nn.Parameter | None
@@ -91,6 +95,7 @@ class ExpertStore(nn.Module):
     trainable_experts: tuple[int, ...]
     frozen_experts: tuple[int, ...]
     _slot_map: SlotMap
+    _row_of_expert: Tensor
 
     def __init__(
         self,
@@ -100,27 +105,35 @@ class ExpertStore(nn.Module):
         *,
         activation: str,
         train_router: bool,
-        frozen_bits: int | None,
+        frozen_format: str | None,
         rows_per_slot: int | None,
     ) -> None:
         super().__init__()
         self.hidden_size, self.intermediate_size, self.num_experts = hidden_size, intermediate_size, num_experts
         self.activation, self.train_router = activation, train_router
-        self.frozen_bits, self.rows_per_slot = frozen_bits, rows_per_slot
-        for name in ("w_in_frozen", "w_out_frozen", "w_in_scale", "w_out_scale", "router_rest"):
+        self.frozen_format, self.rows_per_slot = frozen_format, rows_per_slot
+        for name in (*_STORED, "router_rest"):
             self.register_buffer(name, None)
         for name in FACTORS:
             self.register_parameter(name, None)
         self.lora_scale = None
-        if frozen_bits is not None:
-            if frozen_bits not in (8, 4):
-                raise ValueError(f"frozen_bits is {frozen_bits}; choose 8, 4 or None")
-            group_of(hidden_size), group_of(intermediate_size)
+        if frozen_format is not None:
+            form = format_named(frozen_format)
+            form.block_of(self.width, hidden_size), form.block_of(hidden_size, intermediate_size)
+
+    @property
+    def width(self) -> int:
+        """F, the rows of a ``w_in``."""
+        return self.intermediate_size * (2 if self.activation in GATED else 1)
 
     def router_EH(self) -> Tensor:
         """Return the whole router in expert order, (E, H); gradients reach the trainable rows only."""
         rows = torch.cat([self.router, self.router_rest])
-        return rows if self._router_in_order else rows[self._row_of_expert.to(rows.device)]
+        if self._router_in_order:
+            return rows
+        if self._row_of_expert.device != rows.device:  # once: a copy at every call would wait for the device
+            self._row_of_expert = self._row_of_expert.to(rows.device)
+        return rows[self._row_of_expert]
 
     @property
     def slot_map(self) -> SlotMap:
@@ -258,10 +271,10 @@ class ExpertStore(nn.Module):
         missing = [e for e in trainable + frozen if e not in have and e not in offered]
         if missing:
             raise ValueError(f"expert {missing[0]} is new to this layer; pass a source that holds its weights")
-        coded = self.frozen_experts if keep and self.frozen_bits else ()
+        coded = self.frozen_experts if keep and self.frozen_format else ()
         lossy = [e for e in trainable if e in coded and e not in offered]
         if lossy:
-            raise ValueError(f"expert {lossy[0]} is held in {self.frozen_bits} bits; pass a source to train it from")
+            raise ValueError(f"expert {lossy[0]} is held as {self.frozen_format}; pass a source to train it from")
         if source is not None:
             self._check(source)
             like = {name: getattr(source, name) for name in ("router", "w_in", "w_out")}
@@ -283,9 +296,8 @@ class ExpertStore(nn.Module):
                 rows |= own.get(name, {})
                 whole = rows if lora is None else _Merged(rows, lora, name, frozenset(frozen))
                 setattr(self, name, nn.Parameter(stack(whole, learning, shape)))
-                values, scale = frozen_stack(whole, codes, stored_ids, bits=self.frozen_bits, like=shape)
-                setattr(self, f"{name}_frozen", values)
-                setattr(self, f"{name}_scale", scale)
+                held_as = frozen_stack(whole, codes, stored_ids, frozen_format=self.frozen_format, like=shape)
+                self._keep(name, held_as)
             self._install_factors(lora, trainable)
             steered = trainable if self.train_router else ()
             rest = tuple(e for e in range(self.num_experts) if e not in steered)
@@ -312,10 +324,9 @@ class ExpertStore(nn.Module):
 
     def _check(self, source: LayerState) -> None:
         """The shapes of a source, before anything of this layer changes."""
-        width = self.intermediate_size * (2 if self.activation in GATED else 1)
         want = {
             "router": (self.num_experts, self.hidden_size),
-            "w_in": (len(source.experts), width, self.hidden_size),
+            "w_in": (len(source.experts), self.width, self.hidden_size),
             "w_out": (len(source.experts), self.hidden_size, self.intermediate_size),
         }
         for name, shape in want.items():
@@ -329,14 +340,24 @@ class ExpertStore(nn.Module):
 
     def _frozen(self, name: str) -> Tensor | Quantized:
         """The frozen slots of a matrix as they are stored."""
-        values, scale = getattr(self, f"{name}_frozen"), getattr(self, f"{name}_scale")
-        return values if scale is None else Quantized(values, scale)
+        values, scale, whole = (getattr(self, f"{name}_{part}") for part in ("frozen", "scale", "whole"))
+        return values if scale is None else Quantized(values, scale, cast(str, self.frozen_format), whole)
+
+    def _keep(self, name: str, held_as: Tensor | Quantized) -> None:
+        """Store the frozen slots of a matrix."""
+        parts: tuple[Tensor | None, ...]
+        if isinstance(held_as, Quantized):
+            parts = (held_as.codes, held_as.scale, held_as.whole)
+        else:
+            parts = (held_as, None, None)
+        for part, value in zip(("frozen", "scale", "whole"), parts, strict=True):
+            setattr(self, f"{name}_{part}", value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStore:
-        """Cast the layer, but keep the scales of quantised experts in float32."""
-        scales = {name: getattr(self, name) for name in ("w_in_scale", "w_out_scale")}
+        """Cast the layer, but not what quantised experts are stored in: codes may be numbers of 8 bits, too."""
+        stored = {name: getattr(self, name) for name in _STORED} if self.frozen_format else {}
         super()._apply(fn, recurse)
-        for name, scale in scales.items():
-            if scale is not None and getattr(self, name).dtype != scale.dtype:
-                setattr(self, name, scale.to(getattr(self, name).device))
+        for name, value in stored.items():
+            if value is not None and getattr(self, name).dtype != value.dtype:
+                setattr(self, name, value.to(getattr(self, name).device))
         return self

@@ -9,11 +9,11 @@ import numpy as np
 
 from fedmoe_core.budget import Cost
 from fedmoe_core.costs import CostModel
-from fedmoe_core.slots import group_of
+from fedmoe_kernels.formats import FORMATS
 
 
 def pass_cost(
-    costs: CostModel, held_LE: np.ndarray, *, tokens: int, top_k: int | None = None, bits: int | None = None
+    costs: CostModel, held_LE: np.ndarray, *, tokens: int, top_k: int | None = None, form: str | None = None
 ) -> Cost:
     """Return operations and peak memory of forward passes over ``tokens`` tokens, with padding, in training batches.
 
@@ -25,14 +25,14 @@ def pass_cost(
         held_LE: experts that are held, and may be chosen.
         tokens: over all passes.
         top_k: choices per token; None = the model's own.
-        bits: 8 or 4, what the experts are stored in (``ModelAdapter.configure(frozen_bits=...)``); None = as they are.
+        form: what the experts are stored in (``ModelAdapter.configure(frozen_format=...)``); None = as they are.
     """
     k = costs.top_k if top_k is None else top_k
     # Layers that measure keep their logits and choices until the next batch, and every place has its loss.
     measured = costs.tokens * (costs.num_layers * (4 * costs.num_experts + 8 * k) + 16)
     memory = costs.forward_memory(held_LE, top_k=top_k) + measured
-    if bits is not None:
-        few = coded(costs, bits)
+    if form is not None:
+        few = coded(costs, form)
         memory = (
             few.forward_memory(held_LE, top_k=top_k) + measured + _coding_bytes(few, int(held_LE.sum(axis=1).max()))
         )
@@ -45,18 +45,19 @@ def pass_cost(
 def _coding_bytes(few: CostModel, held: int) -> int:
     """Return further bytes of codes: while one matrix is multiplied by, or while a layer of ``held`` is laid out.
 
-    To multiply takes the matrix as bytes and as floats. Laid out, the codes of one of a layer's two stacks exist twice,
-    one by one and as the stack; that of w_out comes last, and that of w_in before there is one of w_out.
+    To multiply takes the matrix as floats and, where a byte holds two codes, an index of 4 bytes for each. Laid out,
+    the codes of one of a layer's two stacks exist twice, one by one and as the stack; that of w_out comes last, and
+    that of w_in before there is one of w_out.
     """
     w_out = few.intermediate_size * few.hidden_size
     w_in = few.expert_params - w_out  # never the smaller one
     stacked = held * max(w_in - w_out, w_out) * (few.base_bytes or 0)
-    return max(5 * w_in, math.ceil(stacked))
+    return max(6 * w_in, math.ceil(stacked))
 
 
-def coded(costs: CostModel, bits: int) -> CostModel:
-    """Return the cost model with frozen experts in ``bits`` bits: codes, and a float32 scale per group of columns."""
-    w_out = costs.intermediate_size * costs.hidden_size
-    matrices = ((costs.hidden_size, costs.expert_params - w_out), (costs.intermediate_size, w_out))
-    stored = sum(weights * (bits / 8 + 4 / group_of(columns)) for columns, weights in matrices)
+def coded(costs: CostModel, form: str) -> CostModel:
+    """Return the cost model with frozen experts in a format of few bits: their codes and scales."""
+    hidden, inner = costs.hidden_size, costs.intermediate_size
+    rows_in = costs.expert_params // hidden - inner
+    stored = sum(FORMATS[form].bytes_of(*size) for size in ((rows_in, hidden), (hidden, inner)))
     return replace(costs, base_bytes=stored / costs.expert_params)

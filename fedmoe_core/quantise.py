@@ -14,9 +14,9 @@ from fedmoe_kernels.quantized import Quantized
 
 
 def quantised_copy(
-    params: Mapping[str, Tensor], specs: Sequence[ParamSpec], *, bits: int = 4, group: int = 128
+    params: Mapping[str, Tensor], specs: Sequence[ParamSpec], *, form: str = "int4", group: int = 128
 ) -> dict[str, Tensor]:
-    """Round every matrix of the model to ``bits`` and back, in its own dtype; nothing in ``params`` is touched.
+    """Round every matrix of the model to a format and back, in its own dtype; nothing in ``params`` is touched.
 
     Flux profiles an INT4 copy of the global model [N]. Router rows, vectors (norms, biases) and integers stay as they
     are, because they weigh next to nothing and the router decides what is being measured [E].
@@ -24,7 +24,7 @@ def quantised_copy(
     Args:
         params: the model in global coordinates.
         specs: its tensors.
-        bits: 4 or 8.
+        form: "int4" or "int8".
         group: the most columns that share a scale, a multiple of 32; fewer where it does not divide a matrix.
     """
     copy = {}
@@ -34,18 +34,18 @@ def quantised_copy(
             copy[spec.key] = tensor.clone()
             continue
         columns = tensor.shape[-1]
-        rounded = Quantized.of(_padded(tensor), bits, _group(columns, group)).dequantize(tensor.dtype)
+        rounded = Quantized.of(_padded(tensor), form, (1, _group(columns, group))).dequantize(tensor.dtype)
         copy[spec.key] = rounded[..., :columns].reshape(tensor.shape)
     return copy
 
 
-def quantised_bytes(specs: Sequence[ParamSpec], *, bits: int = 4, group: int = 128) -> int:
+def quantised_bytes(specs: Sequence[ParamSpec], *, form: str = "int4", group: int = 128) -> int:
     """Count what a client stores to profile: codes and scales of matrices, all else as it is; for the ledger."""
     total = 0
     for spec in specs:
         empty = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         if _is_rounded(spec):
-            total += Quantized.of(_padded(empty), bits, _group(spec.shape[-1], group)).bytes
+            total += Quantized.of(_padded(empty), form, (1, _group(spec.shape[-1], group))).bytes
         else:
             total += empty.numel() * empty.itemsize
     return total

@@ -13,7 +13,7 @@ from fedmoe_core.probe import Bench
 from fedmoe_core.quantise import quantised_bytes
 from fedmoe_core.state import Population
 
-BITS = 4
+FORMAT = "int4"
 GROUP = 32  # columns that must divide a matrix for its rows to be stored in 4 bits
 
 
@@ -36,7 +36,7 @@ class QuantisedProfile:
             nothing_LE = np.zeros(shape, dtype=bool)
             # `configure` sets the bits of every layer; the client's own plan sets them back.
             adapter.configure(
-                bench.params, trainable_LE=nothing_LE, train_router=False, train_head=False, frozen_bits=BITS
+                bench.params, trainable_LE=nothing_LE, train_router=False, train_head=False, frozen_format=FORMAT
             )
             with adapter.watch_attention() as received:
                 for batch in bench.batches():
@@ -53,7 +53,7 @@ class QuantisedProfile:
                         attention_LE[number] += torch.bincount(chosen_R, score_T[row_T].double(), minlength=shape[1])
         finally:
             for layer in adapter.moe:
-                layer.frozen_bits, layer.keep_logits = None, False
+                layer.frozen_format, layer.keep_logits = None, False
                 layer.forget_logits()
         return {"freq": count_LE / max(tokens, 1), "attention": attention_LE / count_LE.clamp(min=1)}
 
@@ -67,7 +67,7 @@ def profile_cost(population: Population) -> Cost | None:
     costs, spec, train = population.costs, population.spec, population.config.train
     if spec.hidden_size % GROUP or spec.intermediate_size % GROUP:
         return None
-    codes = quantised_bytes([param for param in spec.params if param.kind == "expert"], bits=BITS)
+    codes = quantised_bytes([param for param in spec.params if param.kind == "expert"], form=FORMAT)
     nobody_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
     all_LE = ~nobody_LE
     routers = costs.total_experts * spec.hidden_size * costs.weight_bytes

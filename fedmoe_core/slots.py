@@ -25,28 +25,20 @@ def stack(rows: Mapping[int, Tensor] | Tensor, ids: Sequence[int], like: Tensor)
 
 
 def frozen_stack(
-    rows: Mapping[int, Tensor], coded: Mapping[int, Quantized], ids: Sequence[int], *, bits: int | None, like: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Return (values, None) in the dtype of the rows, or (codes, scale) in ``bits`` bits.
+    rows: Mapping[int, Tensor],
+    coded: Mapping[int, Quantized],
+    ids: Sequence[int],
+    *,
+    frozen_format: str | None,
+    like: Tensor,
+) -> Tensor | Quantized:
+    """Stack the rows ``ids`` in their dtype, or in ``frozen_format``.
 
     Experts in ``coded``, stacks of one, keep their codes and scales; the others are quantised from their rows.
     """
-    if bits is None:
-        return stack(rows, ids, like), None
-    parts = [coded[e] if e in coded else Quantized.of(rows[e][None], bits, group_of(like.shape[-1])) for e in ids]
-    parts = parts or [Quantized.of(stack(rows, (), like), bits, group_of(like.shape[-1]))]
-    return torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
-
-
-def group_of(columns: int) -> int:
-    """Return how many columns share a scale: 128, or the largest smaller multiple of 32 that divides them.
-
-    Raises:
-        ValueError: when 32 does not divide them.
-    """
-    for group in (128, 96, 64, 32):
-        if columns % group == 0:
-            return group
-    raise ValueError(
-        f"frozen_bits needs hidden_size and intermediate_size that 32 divides, not {columns}; leave it out"
-    )
+    if frozen_format is None:
+        return stack(rows, ids, like)
+    parts = [coded[e] if e in coded else Quantized.of(rows[e][None], frozen_format) for e in ids]
+    parts = parts or [Quantized.of(stack(rows, (), like), frozen_format)]
+    whole = None if parts[0].whole is None else torch.cat([p.whole for p in parts if p.whole is not None])
+    return Quantized(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]), frozen_format, whole)

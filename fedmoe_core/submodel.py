@@ -99,7 +99,7 @@ def _adapter_bytes(adapter: ModelAdapter, plan: ExpertPlan, number: int) -> int:
         beside = len(layer.frozen_experts) * sum(math.prod(f.shape[1:]) * f.itemsize for f in factors)
     if plan.cached_LE is None:
         return beside
-    codes = [layer.w_in_frozen, layer.w_out_frozen]
-    stored = tensor_bytes(codes + [scale for scale in (layer.w_in_scale, layer.w_out_scale) if scale is not None])
+    parts = (getattr(layer, f"w_{end}_{part}") for end in ("in", "out") for part in ("frozen", "scale", "whole"))
+    stored = tensor_bytes([part for part in parts if part is not None])
     held = int((plan.permitted_LE[number] & plan.cached_LE[number]).sum())
     return beside - held * stored // len(layer.experts)

@@ -192,13 +192,13 @@ class TransformersAdapter(PlaceMeasures):
         lora_rank: int | None = None,
         lora_seed: int = 0,
         out_scale_L: Sequence[float] | None = None,
-        frozen_bits: int | None = None,
+        frozen_format: str | None = None,
     ) -> None:
         """Become a sub-model of ``state``, as ``ModelAdapter.configure``.
 
         Args:
             state, permitted_LE, trainable_LE, rows, alias_LE, top_k, train_dense, train_router, lora_rank, lora_seed,
-                out_scale_L, frozen_bits: as the protocol.
+                out_scale_L, frozen_format: as the protocol.
             train_head: whether the classification head trains; None = always in classification, whatever
                 ``train_dense`` says. A language-model head counts as trunk: it may be the embedding itself.
 
@@ -222,7 +222,7 @@ class TransformersAdapter(PlaceMeasures):
         if lora_rank is not None and self._lora is None:
             raise ValueError(f"lora_rank={lora_rank}, but this model has no adapters; call add_lora first")
         for number, layer in enumerate(self.moe):
-            layer.top_k, layer.train_router, layer.frozen_bits = k, train_router, frozen_bits
+            layer.top_k, layer.train_router, layer.frozen_format = k, train_router, frozen_format
             layer.start_out_scale(None if out_scale_L is None else float(out_scale_L[number]))
             lora = None
             if self._lora is not None and (self._lora.in_state or lora_rank is not None):

@@ -58,6 +58,8 @@ def check_stacks(x_TH: Tensor, stacks: dict[str, Stack], activation: str) -> Non
             raise ValueError(f"{stack.name} is {what(stack.trainable)}; it must be 3-D with at least one slot")
     hidden, inner = w_out.trainable.shape[1:]
     width = ACTIVATIONS[activation].width(inner)
+    if w_in.format and w_out.format and w_in.format != w_out.format:
+        raise ValueError(f"w_in is stored as {w_in.format}, w_out as {w_out.format}; store both in one format")
     if hidden != x_TH.shape[1]:
         raise ValueError(f"w_out is {what(w_out.trainable)}, x_TH has hidden size {x_TH.shape[1]}; w_out is (B, H, I)")
     trainable, rows = w_in.trainable.shape[0], w_in.rows

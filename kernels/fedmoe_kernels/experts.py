@@ -88,7 +88,8 @@ def moe_mlp(
     leaf_B6 = None if scores is None else scores.leaf_B6
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, leaf_B6))
     keep_z = differentiable and not recompute
-    return ops.moe_mlp(*tensors, leaf_B6, activation, keep_z, backend, routing.rows_per_slot or 0)[0]
+    frozen_format = stacks["w_in"].format or stacks["w_out"].format
+    return ops.moe_mlp(*tensors, leaf_B6, activation, frozen_format, keep_z, backend, routing.rows_per_slot or 0)[0]
 
 
 def _tensors(
@@ -96,7 +97,7 @@ def _tensors(
 ) -> list[Tensor | None]:
     """The operator's tensors, in the order of `ops.OpInputs`."""
     given = [stacks.get(name) for name in ("w_in", "w_out", "bias_in", "bias_out")]
-    parts = [(None, None, None) if stack is None else stack.storage for stack in given]
+    parts = [(None, None, None, None) if stack is None else stack.storage for stack in given]
     adapter: list[Tensor | None] = [None] * 6
     if lora is not None:
         adapter = [lora.a_in, lora.b_in, lora.a_out, lora.b_out, _scales(lora, x_TH.device)]
@@ -104,9 +105,10 @@ def _tensors(
     tensors = [
         x_TH,
         *(routing.weights_TK, routing.rows_TK, routing.tokens_R, routing.places_R, routing.offsets_B1),
-        *(trainable for trainable, _, _ in parts),
-        *(frozen for _, frozen, _ in parts),
-        *(scale for _, _, scale in parts[:2]),
+        *(part[0] for part in parts),
+        *(part[1] for part in parts),
+        *(part[2] for part in parts[:2]),
+        *(part[3] for part in parts[:2]),
         *adapter,
         trainable_B,
     ]

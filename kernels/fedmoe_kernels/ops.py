@@ -5,7 +5,7 @@ are first needed. Both operators assume inputs that `experts.moe_mlp` has checke
 weights and quantised storage excepted) and on one device.
 
 Their last arguments: `backend` ("auto", "cpu" or "triton") and `rows_per_slot`, what the kernels' tiles are chosen by
-(0 = T * K / B of this call).
+(0 = T * K / B of this call). `frozen_format` is a name of `formats.FORMATS`, or "" where no weight is stored in codes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from fedmoe_kernels import cpu
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.backends import use_triton
+from fedmoe_kernels.formats import FORMATS
 from fedmoe_kernels.operator import Operator, function_of
 from fedmoe_kernels.slot import Adapter, Expert, Gradients, Packed
 
@@ -28,9 +29,10 @@ class OpInputs(NamedTuple):
 
     x_TH (T, H) and the fields of `Routing`; tokens_R and places_R None = made again from rows_TK. w_in (Bt, F, H),
     w_out (Bt, H, I) with the frozen slots' (B - Bt, ...) next to them, biases alike; where a scale is given, the frozen
-    matrices are the codes of `Quantized`. Adapters: a_in (Bl, r, H), b_in (Bl, F, r), a_out (Bl, r, I),
-    b_out (Bl, H, r), scale_B (Bl,) float64 and base_of_slot_B (B,) int64, the row of the weights that a slot runs.
-    trainable_B (B,) bool: slots that get a gradient, None = all that can.
+    matrices are the codes of `Quantized`, in the operator's `frozen_format`, and `whole` its scale of each matrix.
+    Adapters: a_in (Bl, r, H), b_in (Bl, F, r), a_out (Bl, r, I), b_out (Bl, H, r), scale_B (Bl,) float64 and
+    base_of_slot_B (B,) int64, the row of the weights that a slot runs. trainable_B (B,) bool: slots that get a
+    gradient, None = all that can.
     """
 
     x_TH: Tensor
@@ -49,6 +51,8 @@ class OpInputs(NamedTuple):
     bias_out_frozen: Tensor | None
     w_in_scale: Tensor | None
     w_out_scale: Tensor | None
+    w_in_whole: Tensor | None
+    w_out_whole: Tensor | None
     a_in: Tensor | None
     b_in: Tensor | None
     a_out: Tensor | None
@@ -70,7 +74,7 @@ class OpInputs(NamedTuple):
 _OPTIONAL = ("tokens_R", "places_R", *OpInputs._fields[8:])
 _TENSORS = ", ".join(f"{'Tensor?' if name in _OPTIONAL else 'Tensor'} {name}" for name in OpInputs._fields)
 # Stored, not computed: what is copied of these at one call is copied at every one.
-WEIGHTS = OpInputs._fields[6:20]
+WEIGHTS = OpInputs._fields[6:22]
 # What the backward can differentiate by, in the order of its outputs and of `needs`; the rest are constants.
 DIFFERENTIABLE = ("x_TH", "weights_TK", "w_in", "w_out", "bias_in", "bias_out", "a_in", "b_in", "a_out", "b_out")
 
@@ -86,11 +90,11 @@ def _rows(inputs: OpInputs) -> cpu.Rows:
     return cpu.Rows(inputs.weights_TK, rows_TK, tokens_R, places_R, [int(n) for n in inputs.offsets_B1.tolist()])
 
 
-def _experts(inputs: OpInputs) -> list[Expert]:
+def _experts(inputs: OpInputs, frozen_format: str) -> list[Expert]:
     """One record per slot; every tensor in it is a view."""
     slots = inputs.offsets_B1.shape[0] - 1
-    scales = (inputs.w_in_scale, inputs.w_out_scale)
-    w_in, w_out = (_matrices(*parts) for parts in zip(inputs[6:8], inputs[10:12], scales, strict=True))
+    w_in = _matrices(inputs.w_in, inputs.w_in_frozen, inputs.w_in_scale, inputs.w_in_whole, frozen_format)
+    w_out = _matrices(inputs.w_out, inputs.w_out_frozen, inputs.w_out_scale, inputs.w_out_whole, frozen_format)
     bias_in, bias_out = (
         [*trainable.unbind(0), *(() if frozen is None else frozen.unbind(0))] if trainable is not None else None
         for trainable, frozen in zip(inputs[8:10], inputs[12:14], strict=True)
@@ -115,10 +119,14 @@ def _experts(inputs: OpInputs) -> list[Expert]:
     ]
 
 
-def _matrices(trainable: Tensor, frozen: Tensor | None, scale: Tensor | None) -> list[Tensor | Packed]:
+def _matrices(
+    trainable: Tensor, frozen: Tensor | None, scale: Tensor | None, whole: Tensor | None, frozen_format: str
+) -> list[Tensor | Packed]:
     matrices: list[Tensor | Packed] = [*trainable.unbind(0)]
     if frozen is not None and scale is not None:
-        matrices += [Packed(*parts) for parts in zip(frozen.unbind(0), scale.unbind(0), strict=True)]
+        form, wholes = FORMATS[frozen_format], [None] * len(frozen) if whole is None else whole.unbind(0)
+        parts = zip(frozen.unbind(0), scale.unbind(0), wholes, strict=True)
+        matrices += [Packed(*part, form) for part in parts]
     elif frozen is not None:
         matrices += frozen.unbind(0)
     return matrices
@@ -146,18 +154,19 @@ def _refusal(inputs: OpInputs) -> str | None:
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, (_, activation, keep_z, backend, rows_per_slot) = OpInputs(*args[:-5]), args[-5:]
+    inputs, (_, activation, frozen_format, keep_z, backend, rows_per_slot) = OpInputs(*args[:-6]), args[-6:]
     if use_triton(backend, inputs.x_TH.device, _refusal(inputs), verb="moe_mlp"):
         from fedmoe_kernels.gpu import experts  # here, because it imports triton
 
-        rows_per_slot = inputs.rows_per_slot(rows_per_slot)
+        how = {"activation": activation, "frozen_format": frozen_format, "keep_z": keep_z}
         with torch.cuda.device_of(inputs.x_TH):  # Triton launches on the current device, whatever its arguments
-            return experts.forward(inputs, activation=activation, keep_z=keep_z, rows_per_slot=rows_per_slot)
-    return cpu.forward(inputs.x_TH, _rows(inputs), _experts(inputs), ACTIVATIONS[activation], keep_z=keep_z)
+            return experts.forward(inputs, rows_per_slot=inputs.rows_per_slot(rows_per_slot), **how)
+    slots = _experts(inputs, frozen_format)
+    return cpu.forward(inputs.x_TH, _rows(inputs), slots, ACTIVATIONS[activation], keep_z=keep_z)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, (_, _, keep_z, _, _) = OpInputs(*args[:-5]), args[-5:]
+    inputs, (_, _, _, keep_z, _, _) = OpInputs(*args[:-6]), args[-6:]
     rows = inputs.rows_TK.numel() if keep_z else 0
     return torch.empty_like(inputs.x_TH), inputs.x_TH.new_empty(rows, inputs.w_in.shape[1])
 
@@ -174,25 +183,25 @@ def wanted(inputs: OpInputs, needs: list[bool]) -> list[Tensor]:
 
 
 def _backward_fake(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(wanted(OpInputs(*args[:-4]), args[-3]))
+    return tuple(wanted(OpInputs(*args[:-5]), args[-3]))
 
 
 def _backward(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, (activation, needs, backend, rows_per_slot) = OpInputs(*args[:-4]), args[-4:]
+    inputs, (activation, frozen_format, needs, backend, rows_per_slot) = OpInputs(*args[:-5]), args[-5:]
     if use_triton(backend, inputs.x_TH.device, _refusal(inputs), verb="moe_mlp"):
         from fedmoe_kernels.gpu import experts  # here, because it imports triton
 
-        how = {"activation": activation, "needs": needs, "rows_per_slot": inputs.rows_per_slot(rows_per_slot)}
+        how = {"activation": activation, "frozen_format": frozen_format, "needs": needs}
         with torch.cuda.device_of(inputs.x_TH):
-            return experts.backward(dy_TH, z_RF, inputs, **how)
-    return _backward_by_loops(dy_TH, z_RF, inputs, activation, needs)
+            return experts.backward(dy_TH, z_RF, inputs, rows_per_slot=inputs.rows_per_slot(rows_per_slot), **how)
+    return _backward_by_loops((dy_TH, z_RF), inputs, _experts(inputs, frozen_format), activation, needs)
 
 
 def _backward_by_loops(
-    dy_TH: Tensor, z_RF: Tensor, inputs: OpInputs, activation: str, needs: list[bool]
+    given: tuple[Tensor, Tensor], inputs: OpInputs, experts: list[Expert], activation: str, needs: list[bool]
 ) -> tuple[Tensor, ...]:
+    dy_TH, z_RF = given
     dx_TH, *buffers = wanted(inputs, [False, *needs[1:]])
-    experts = _experts(inputs)
     for buffer, adapter in zip(buffers[1:9], [False] * 4 + [True] * 4, strict=True):
         for b in range(buffer.shape[0]):
             if (experts[b].adapter_grad if adapter else experts[b].grad) is None:
@@ -216,23 +225,23 @@ moe_mlp_op = torch.library.custom_op(
     _forward,
     mutates_args=(),
     device_types=_DEVICES,
-    schema=f"({_TENSORS}, Tensor? scores_B6, str activation, bool keep_z, str backend, int rows_per_slot) "
-    "-> (Tensor, Tensor)",
+    schema=f"({_TENSORS}, Tensor? scores_B6, str activation, str frozen_format, bool keep_z, str backend, "
+    "int rows_per_slot) -> (Tensor, Tensor)",
 )
 moe_mlp_backward_op = torch.library.custom_op(
     "fedmoe::moe_mlp_backward",
     _backward,
     mutates_args=(),
     device_types=_DEVICES,
-    schema=f"(Tensor dy_TH, Tensor z_RF, {_TENSORS}, str activation, bool[] needs, str backend, int rows_per_slot) -> "
-    f"({', '.join(['Tensor'] * (len(DIFFERENTIABLE) + 1))})",
+    schema=f"(Tensor dy_TH, Tensor z_RF, {_TENSORS}, str activation, str frozen_format, bool[] needs, str backend, "
+    f"int rows_per_slot) -> ({', '.join(['Tensor'] * (len(DIFFERENTIABLE) + 1))})",
 )
 moe_mlp_op.register_fake(_forward_fake)
 moe_mlp_backward_op.register_fake(_backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _, ctx.activation, _, ctx.backend, ctx.rows_per_slot = inputs
+    *tensors, _, ctx.activation, ctx.frozen_format, _, ctx.backend, ctx.rows_per_slot = inputs
     ctx.save_for_backward(*OpInputs(*tensors).kept, output[1])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
@@ -251,7 +260,7 @@ def _differentiate(
         *tensors, z_RF = ctx.saved_tensors
         needs = [wanted_of[place] for place in _PLACES]
         needs[6:10] = [any(needs[6:10])] * 4  # an adapter's factors are computed together or not at all
-        how = (ctx.activation, needs, ctx.backend, ctx.rows_per_slot)
+        how = (ctx.activation, ctx.frozen_format, needs, ctx.backend, ctx.rows_per_slot)
         outputs = moe_mlp_backward(dy_TH.contiguous(), z_RF, *tensors, *how)
         for place, output in zip(_PLACES, outputs, strict=True):
             found[place] = output if wanted_of[place] else None

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedmoe_kernels.formats import Format, dequantize
 from fedmoe_kernels.gemm import Gemm
-from fedmoe_kernels.quantized import dequantize
 
 
 class Adapter(NamedTuple):
@@ -33,12 +33,14 @@ class Packed(NamedTuple):
 
     codes: Tensor
     scale: Tensor
+    whole: Tensor | None
+    format: Format
 
     @property
     def shape(self) -> torch.Size:
         """(N, K), whatever the packing."""
         N, width = self.codes.shape
-        return torch.Size((N, width * (2 if self.codes.dtype == torch.uint8 else 1)))
+        return torch.Size((N, width * (8 // self.format.bits)))
 
 
 class Expert(NamedTuple):

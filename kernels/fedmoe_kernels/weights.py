@@ -82,11 +82,16 @@ class Stack(NamedTuple):
         return self.trainable.shape[0] + (0 if self.frozen is None else self.frozen.shape[0])
 
     @property
-    def storage(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(trainable, frozen, scale) with the codes as frozen where it is quantised."""
+    def storage(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """(trainable, frozen, scale, whole) with the codes as frozen where it is quantised."""
         if isinstance(self.frozen, Quantized):
-            return self.trainable, self.frozen.codes, self.frozen.scale
-        return self.trainable, self.frozen, None
+            return self.trainable, self.frozen.codes, self.frozen.scale, self.frozen.whole
+        return self.trainable, self.frozen, None, None
+
+    @property
+    def format(self) -> str:
+        """The name of the frozen part's format, "" where it holds plain numbers."""
+        return self.frozen.format if isinstance(self.frozen, Quantized) else ""
 
     def cast(self, dtype: torch.dtype) -> Stack:
         """Return the same weights in another dtype; codes and scales stay as they are."""
@@ -120,5 +125,5 @@ def stacked(**given: Tensor | ExpertWeights | None) -> dict[str, Stack]:
 def what(value: Tensor | Quantized) -> str:
     """Describe a tensor by dtype and shape, as errors name it."""
     if isinstance(value, Quantized):
-        return f"int{value.bits} in groups of {value.group} {tuple(value.shape)}"
+        return f"{value.format} in blocks of {value.block} {tuple(value.shape)}"
     return f"{value.dtype} {tuple(value.shape)}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import Graph, recorded
 from torch.overrides import TorchFunctionMode
 
 NAME = "NVIDIA H100 80GB HBM3"
@@ -43,18 +44,20 @@ class _Event:
         return 1e3 * (later.at - self.at)
 
 
-class _Graph:
-    """Replays nothing: results of a capture stay what they were."""
+class _Stream:
+    """A class, as the real one is, for modules that write `torch.cuda.Stream | None`."""
 
-    def replay(self) -> None:
-        time.sleep(1e-4)
+    cuda_stream = 0
+
+    def wait_stream(self, other: _Stream) -> None:
+        pass
 
 
 @contextmanager
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within it the script sees one H100, of which memory readings are 1 and 3 MB."""
     properties = SimpleNamespace(L2_cache_size=2**16, uuid="0", name=NAME)
-    stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
+    stream = _Stream()
     pretended = {
         "is_available": lambda: True,
         "current_device": lambda: 0,
@@ -68,9 +71,9 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "memory_allocated": lambda: 10**6,
         "max_memory_allocated": lambda: 4 * 10**6,
         "Event": _Event,
-        "CUDAGraph": _Graph,
-        "graph": lambda graph: nullcontext(),
-        "Stream": lambda: stream,
+        "CUDAGraph": Graph,
+        "graph": recorded,
+        "Stream": _Stream,
         "current_stream": lambda: stream,
         "stream": lambda stream: nullcontext(),
     }
@@ -86,5 +89,6 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name, value in pretended.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch, "Generator", Generator)
+        patch.setattr(torch.cuda.graphs, "graph_pool_handle", object)
         with _OnTheCpu():
             yield

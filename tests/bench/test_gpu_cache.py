@@ -54,6 +54,17 @@ def test_every_launch_is_found_in_what_is_carried(carried: Path) -> None:
     assert (carried / "box" / "commit").read_text().strip()
 
 
+@pytest.mark.parametrize(
+    "piece", ["routing/qwen3-30b-a3b, 1024 tokens", "model/1024", "time/qwen3-30b-a3b/quarter-128"]
+)
+def test_what_the_later_parts_launch_can_be_launched(carried: Path, piece: str) -> None:
+    """Routing alone, a layer of the model and few tokens: none of them is carried here, so all of it is compiled."""
+    part = piece.split("/")[0]
+    done = call(carried, "check", "--part", part, "--only", piece, "--jobs", "1")
+    assert "could not be launched" not in done.stdout, done.stdout
+    assert "not found: _" in done.stdout
+
+
 def test_what_is_not_carried_is_named(carried: Path) -> None:
     done = call(carried, "check", "--part", "correct", "--only", "correct/route: a cohort", "--jobs", "1")
     assert done.returncode == 1
@@ -131,5 +142,8 @@ def test_all_that_the_plan_times_is_a_piece() -> None:
         assert f"time/qwen3-30b-a3b/{case}" in found
         assert f"time/qwen3-30b-a3b/{case}/recompute" in found
     assert "time/mixtral-8x7b/eighth-quarter" in found
+    for tokens in (128, 512, 2048, 8192):
+        assert {f"time/qwen3-30b-a3b/quarter-{tokens}", f"time/qwen3-30b-a3b/all-{tokens}"} <= set(found)
+    assert {"routing/qwen3-30b-a3b", "routing/deepseek-v3", "model/8192", "model/1024"} <= set(found)
     assert "kernels/qwen3-30b-a3b" in found
     assert "correct/offsets beyond 2^31, rows" in found

@@ -85,6 +85,15 @@ def test_the_first_minutes_come_in_the_order_that_matters() -> None:
     assert names("first") == ["cache", "facts", "kernels", "correct-bfloat16", "memcheck", "time", "tune"]
 
 
+def test_the_second_minutes_end_with_what_can_wait() -> None:
+    from cases import SWEEP_CASES
+    from gpu_plan import SWEEP
+
+    assert names("second")[-2:] == ["sweep", "liger"]
+    assert {"routing", "model"} <= set(names("second"))
+    assert SWEEP.split(",") == [case.name for case in SWEEP_CASES], "the plan cannot import them"
+
+
 @pytest.mark.parametrize("act", [(1e9, 0), (1.0, -11), (1.0, 1), (1.0, 75), (1.0, 2)], ids=str)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_whatever_a_part_does_the_others_run_in_the_time(
@@ -188,8 +197,15 @@ def test_the_summary_is_short_and_names_what_is_red(tmp_path: Path) -> None:
     _, conductor, _ = conduct("first", tmp_path)
     row = {"shape": "s", "launch": "eager", "pass": "fwd+bwd", "peer": "fedmoe", "ms": 1.0, "TFLOP/s": 2.0}
     rows = [row | {"case": f"case {i}", "ratio_to_best_peer": 1.5} for i in range(60)]
-    data: dict[str, Any] = {"rows": rows, "checks": [{"name": "a, b", "status": "passed", "detail": ""}]}
+    routed = {"router": "r", "peer": "fedmoe", "pass": "fwd", "us": 30.0, "host us": 70.0}
+    model = {"model": "m", "batch": [4, 2048], "peer": "fedmoe", "tokens/s": 1e6, "ms": 8.192}
+    data: dict[str, Any] = {"routing": [routed, routed | {"pass": "bwd"}], "models": [model], "checks": []}
     path = tmp_path / "gpu-h200-2026-01-01.json"
+    path.write_text(json.dumps(data))
+    lines, _ = summary("first", tmp_path, conductor.ended)
+    assert "routing alone, r: fedmoe fwd 30 us (host 70), bwd 30 us (host 70)" in lines
+    assert "tokens/s, m, 4 x 2048 tokens: fedmoe 1000000 (8.19 ms)" in lines
+    data |= {"rows": rows, "checks": [{"name": "a, b", "status": "passed", "detail": ""}]}
     path.write_text(json.dumps(data))
     lines, red = summary("first", tmp_path, conductor.ended)
     assert (len(lines), lines[-1], red) == (40, "FIRST OK", [])
@@ -257,5 +273,8 @@ def test_both_commands_for_real_on_a_cpu(tmp_path: Path) -> None:
     data = json.loads(found.read_text())
     assert data["ceilings"]
     assert {row["peer"] for row in data["rows"]} >= {"fedmoe", "grouped_mm", "dense"}
+    if states["routing"] == states["model"] == "done":
+        assert {row["peer"] for row in data["routing"]} == {"fedmoe", "torch"}
+        assert {row["peer"] for row in data["models"]} == {"fedmoe", "transformers"}
     assert len(list(tmp_path.iterdir())) <= 8
     assert "T+" in (tmp_path / "log.txt").read_text()

@@ -188,7 +188,10 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
     """Times, graphs, memory, ceilings and goals go under the GPU's name; a peer that cannot be captured is recorded."""
     import cases
     import gpu
+    import gpu_model
     import gpu_parts
+    import gpu_routing
+    import peers_graphed
     from gpu_store import Record
 
     def passed(name: str, run: Any) -> Record:
@@ -201,10 +204,14 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
         gpu_parts.gpu_machine, "ceilings", lambda *_, **__: {"product TFLOP/s": 700.0, "copy TB/s": 3.0}
     )
     monkeypatch.setattr(gpu_parts.gpu_workers, "run", lambda names, *_: (passed(name, None) for name in names))
+    # The slot loops of the CPU read how many rows each slot has, so only what was captured can be replayed here.
+    monkeypatch.setattr(peers_graphed, "redrawn", lambda task, seed: task)
+    monkeypatch.setattr(gpu_routing, "ROUTERS", gpu_routing.TINY)
+    monkeypatch.setattr(gpu_model, "REAL", gpu_model.TINY)
     words = ["--cases", "all,small", "--results", str(tmp_path), "--sustained", "0.1"]
     with pretend_gpu(monkeypatch):
-        codes = [gpu.main([part, *words]) for part in ("facts", "correct", "time", "plot")]
-        assert codes == [0, 0, 0, 0], capsys.readouterr()
+        codes = [gpu.main([part, *words]) for part in ("facts", "correct", "time", "routing", "model", "plot")]
+        assert codes == [0] * 6, capsys.readouterr()
     (path,) = tmp_path.glob("*.json")
     assert path.name.startswith("gpu-h100-80gb-hbm3-")
     data = json.loads(path.read_text())
@@ -223,7 +230,18 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
     assert all(r["MB step"] == 3.0 and r["MB predicted"] > 0 and r["percent_of_roofline"] > 0 for r in rows)
     missing = {r["peer"] for r in data["left_out"] if r["status"] == "not importable"}
     assert missing <= {"liger", "scattermoe", "sonicmoe", "megablocks", "triton_kernels"}
+    replayed = [r for r in data["rows"] if r["peer"] == "fedmoe-graphed"]
+    assert {r["launch"] for r in replayed} == {"eager", "sustained"}, "a graph is not captured into another"
+    assert all(max(r["errors"].values()) < 1e-2 and r["MB predicted"] is None for r in replayed)
     assert "roofline.png" in "".join(p.name for p in tmp_path.glob("*.png"))
+    routed = [(r["router"], r["peer"], r["pass"]) for r in data["routing"]]
+    assert len(set(routed)) == len(routed) == 8
+    assert all(r["us"] > 0 and r["host us"] > 0 and r["red"] == [] for r in data["routing"])
+    assert {r["peer"] for r in data["models"]} == {"fedmoe", "transformers"}
+    assert all(r["tokens/s"] == pytest.approx(24e3 / r["ms"]) and r["dtype"] == "bfloat16" for r in data["models"])
+    table = path.with_suffix(".md").read_text()
+    assert "| tiny, sigmoid (64, 16, 4) | bwd | fedmoe |" in table
+    assert "| tiny qwen3, 2 layers | 2 x 12 | transformers |" in table
     said = capsys.readouterr().out
     assert "reached, copy TB/s: 3" in said
     assert "not met: fwd of qwen3-30b-a3b" in said
@@ -282,3 +300,71 @@ def test_a_profiler_that_may_not_count_is_skipped_with_its_reason(
     said = capsys.readouterr().out
     assert said.startswith("skipped: ncu counted nothing (code 1): ")
     assert "ERR_NVGPUCTRPERM" in said
+
+
+def _store(tmp_path: Path) -> Any:
+    from gpu_store import Store
+
+    about = dict.fromkeys(("gpu", "driver", "torch", "triton", "commit", "kernels", "harness", "tiles"), "none")
+    return Store(about | {"device": "cpu", "rehearsal": True, "date": "2026-01-01"}, tmp_path)
+
+
+def test_routing_that_disagrees_is_red_and_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import gpu_routing
+
+    store, router = _store(tmp_path), gpu_routing.TINY[1]
+    assert gpu_routing.measure(router, "cpu", "auto", 2, store)
+    assert {row["peer"] for row in store.data["routing"]} == {"fedmoe", "torch"}
+    before = list(store.data["routing"])
+    assert gpu_routing.measure(router, "cpu", "auto", 2, store)
+    assert store.data["routing"] == before, "what is measured is not measured again"
+    honest = gpu_routing.by_torch(router, None)
+    wrong = {
+        "the weights": lambda made: made._replace(weights_TK=made.weights_TK * 1.01),
+        "the rows of torch": lambda made: made._replace(places_R=made.places_R.flip(0)),
+        "the experts": lambda made: made._replace(experts_TK=(made.experts_TK + 1) % router.E),
+    }
+    for what, change in wrong.items():
+        store.data["routing"].clear()
+        monkeypatch.setattr(
+            gpu_routing, "by_torch", lambda *_, change=change: lambda logits_TE: change(honest(logits_TE))
+        )
+        monkeypatch.setattr(gpu_routing, "by_fedmoe", lambda *_: honest)
+        assert not gpu_routing.measure(router, "cpu", "auto", 2, store)
+        assert store.data["routing"] == []
+        assert what in store.data["left_out"][-1]["reason"]
+
+
+def test_a_model_whose_experts_disagree_is_red_and_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import time
+
+    import gpu_model
+
+    from fedmoe_bindings import transformers_experts
+
+    store, until = _store(tmp_path), time.monotonic() + 600
+    assert gpu_model.measure(gpu_model.TINY, "cpu", torch.float32, 2, store, until)
+    assert len(store.data["models"]) == 2
+    assert all(0 < row["gradients differ by"] < 1e-5 for row in store.data["models"]), "two ways, and not one twice"
+    store.data["models"].clear()
+    real = transformers_experts.moe_mlp
+    monkeypatch.setattr(transformers_experts, "moe_mlp", lambda *a, **how: 1.01 * real(*a, **how))
+    assert gpu_model.measure(gpu_model.TINY, "cpu", torch.float32, 2, store, until) is False
+    assert store.data["models"] == []
+    assert "fedmoe is off by" in store.data["left_out"][-1]["reason"]
+    assert gpu_model.measure(gpu_model.TINY, "cpu", torch.float32, 2, store, time.monotonic() - 1) is None
+
+
+def test_a_model_that_fails_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It ends red, not crashed: a part that crashes would begin again."""
+    import gpu
+    import gpu_model
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(gpu_model, "measure", fails)
+    assert gpu.main(["model", "--device", "cpu", "--tiny", "--results", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("*.json")
+    (record,) = json.loads(path.read_text())["left_out"]
+    assert (record["status"], record["reason"]) == ("failed", "RuntimeError: no kernel image")

@@ -10,7 +10,7 @@ import enum
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -160,11 +160,147 @@ def test_a_peer_gets_its_own_layout_and_its_gradients_come_back_in_ours(name: st
     assert ran == every.get(name, ["swiglu", "relu"])
 
 
-@pytest.mark.parametrize("name", ["liger", "scattermoe", "sonicmoe", "megablocks"])
+class Ragged(NamedTuple):
+    sizes: Tensor
+    rows: int
+
+
+def by_slices(x: Tensor, w: Tensor, ragged: Ragged, gammas: Tensor | None) -> Tensor:
+    """Rows in order, as many of each expert as its size says, each times its weight."""
+    assert ragged.sizes.dtype == torch.int32
+    assert ragged.rows == len(x)
+    expert_R = torch.repeat_interleave(torch.arange(len(ragged.sizes)), ragged.sizes)
+    out = experts(x, expert_R, w)
+    return out if gammas is None else out * gammas[:, None]
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: None,
+    a_ragged_metadata: Ragged,
+    gather_indx: Tensor | None = None,
+    scatter_indx: Tensor | None = None,
+    gammas: Tensor | None = None,
+) -> Tensor:
+    """The later interface: plain indices of tokens to gather, of places to scatter to."""
+    assert all(index is None or index.dtype == torch.int32 for index in (gather_indx, scatter_indx))
+    rows = by_slices(a if gather_indx is None else a[gather_indx.long()], b, a_ragged_metadata, gammas)
+    return rows if scatter_indx is None else torch.empty_like(rows).index_copy(0, scatter_indx.long(), rows)
+
+
+class Indices(NamedTuple):
+    src_indx: Tensor
+    dst_indx: Tensor
+
+
+class RoutingData(NamedTuple):
+    gate_scal: Tensor
+    expt_hist: Tensor
+    n_expts_tot: int
+    n_expts_act: int
+    expt_data: Ragged
+
+
+def matmul_ogs(
+    x: Tensor,
+    w: Tensor,
+    bias: None,
+    routing_data: RoutingData,
+    gather_indx: Indices | None = None,
+    scatter_indx: Indices | None = None,
+    gammas: Tensor | None = None,
+) -> Tensor:
+    """The earlier one: gathers the token of a place, and sums over a token's places where it scatters."""
+    k = routing_data.n_expts_act
+    for index in (gather_indx, scatter_indx):
+        assert index is None or bool((index.dst_indx[index.src_indx.long()] == torch.arange(len(index[0]))).all())
+    rows = x if gather_indx is None else x[gather_indx.src_indx.long() // k]
+    rows = by_slices(rows, w, routing_data.expt_data, gammas)
+    if scatter_indx is None:
+        return rows
+    out = rows.new_zeros(len(rows) // k, rows.shape[1])
+    return out.index_add(0, scatter_indx.dst_indx.long() // k, rows)[None]
+
+
+INTERFACES: dict[str, dict[str, dict[str, Any]]] = {
+    "later": {"matmul": {"matmul": matmul}, "reduce": {"reduce": lambda x, dim: (x.sum(dim), None)}},
+    "earlier": {
+        "matmul_ogs": {
+            "matmul_ogs": matmul_ogs,
+            "RoutingData": RoutingData,
+            "GatherIndx": Indices,
+            "ScatterIndx": Indices,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_triton_kernels_runs_forward_by_either_interface(interface: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cases import CLIENT_CASES, TINY, problem
+    from peers import errors, step
+    from peers_optional import OPTIONAL
+    from truth import truth
+
+    install(monkeypatch, "triton_kernels.tensor", make_ragged_tensor_metadata=Ragged)
+    for name, members in INTERFACES[interface].items():
+        install(monkeypatch, f"triton_kernels.{name}", **members)
+    contender, ran = OPTIONAL["triton_kernels"](), []
+    assert not contender.backward
+    for shape in TINY:
+        task = problem(shape, next(c for c in CLIENT_CASES if c.name == "eighth-quarter"))
+        if contender.refuses(task) is None:
+            ran.append(shape.activation)
+            got = step(contender, task)()
+            assert got.keys() == {"y"}
+            assert errors(got, {"y": truth(task)["y"]})["y"] < 1e-6
+    assert ran == ["swiglu", "relu"]
+
+
+def test_another_interface_of_triton_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peers_optional import OPTIONAL
+
+    install(monkeypatch, "triton_kernels.tensor", make_ragged_tensor_metadata=Ragged)
+    install(monkeypatch, "triton_kernels.matmul", product=None)
+    with pytest.raises(ImportError, match=r"triton_kernels\.matmul has no matmul; .*matmul_ogs cannot"):
+        OPTIONAL["triton_kernels"]()
+    install(monkeypatch, "triton_kernels.tensor")
+    install(monkeypatch, "triton_kernels.matmul", matmul=matmul)
+    with pytest.raises(ImportError, match=r"has no make_ragged_tensor_metadata; take it from triton 3\.6"):
+        OPTIONAL["triton_kernels"]()
+
+
+def test_a_peer_without_a_backward_is_timed_forward_and_held_against_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the run itself: its rows are of the forward, compared in y, and no ratio is against it."""
+    import gpu_time
+    from cases import CLIENT_CASES, TINY
+    from gpu_store import Store
+    from peers import fedmoe, grouped_mm
+    from peers_optional import OPTIONAL
+
+    install(monkeypatch, "triton_kernels.tensor", make_ragged_tensor_metadata=Ragged)
+    for name, members in INTERFACES["later"].items():
+        install(monkeypatch, f"triton_kernels.{name}", **members)
+    about = dict.fromkeys(("gpu", "driver", "torch", "triton", "commit", "kernels", "harness", "tiles"), "none")
+    store = Store(about | {"device": "cpu", "rehearsal": True, "date": "2026-01-01"}, tmp_path)
+    plan = gpu_time.Plan("cpu", torch.float32, None, 2, 1, 2, 0.01)
+    contenders = [fedmoe(), grouped_mm(), OPTIONAL["triton_kernels"]()]
+    gpu_time.run_case(TINY[0], CLIENT_CASES[0], contenders, plan, store)
+    assert store.data["left_out"] == []
+    rows = [row for row in store.data["rows"] if row["peer"] == "triton_kernels"]
+    assert {(row["launch"], row["pass"]) for row in rows} == {("eager", "fwd"), ("sustained", "fwd")}
+    assert all(row["errors"].keys() == {"y"} for row in rows)
+    assert {row["best_peer"] for row in store.data["rows"] if row["pass"] == "fwd"} <= {"grouped_mm", None}
+
+
+@pytest.mark.parametrize("name", ["liger", "scattermoe", "sonicmoe", "megablocks", "triton_kernels"])
 def test_a_peer_that_is_not_installed_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from peers_optional import OPTIONAL
 
-    for package in ("liger_kernel", "scattermoe", "sonicmoe", "megablocks"):
+    for package in ("liger_kernel", "scattermoe", "sonicmoe", "megablocks", "triton_kernels"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError):
         OPTIONAL[name]()

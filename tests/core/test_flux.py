@@ -202,7 +202,7 @@ def test_the_profile_is_counted_by_loops_and_stays_in_its_declared_memory(config
     assert 0.4 * cost.memory_bytes < peak <= cost.memory_bytes
     np.testing.assert_allclose(answer["freq"].sum(dim=1), world.adapter.spec.top_k)
     assert ((answer["attention"] > 0) == (answer["freq"] > 0)).all()
-    assert all(layer.frozen_bits is None for layer in world.adapter.moe)
+    assert all(layer.frozen_format is None for layer in world.adapter.moe)
     # The same in full precision is near, and is not the same.
     world.adapter.configure(world.params)
     for layer in world.adapter.moe:

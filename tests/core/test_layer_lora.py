@@ -115,7 +115,7 @@ def test_adapters_over_frozen_experts_in_few_bits():
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((E, 64), (E, 64, 64), (E, 64, 32))]
     lora = LayerLora.fresh(*weights[1:], rank=2, scale=1.0, seed=0)
-    layer = MoE(64, 32, E, K, frozen_bits=8, dtype=torch.float64)
+    layer = MoE(64, 32, E, K, frozen_format="int8", dtype=torch.float64)
     layer.load_global(*weights, lora=lora)
     x_TH = torch.randn(9, 64, dtype=torch.float64)
     exact = MoE.from_dense(*weights, K)(x_TH)

@@ -171,7 +171,7 @@ def test_inv2_adapters_of_frozen_experts_are_merged_one_at_a_time(bits: int | No
     lora = LayerLora.fresh(w_in, w_out, rank=4, scale=2.0, seed=0)
     lora = replace(lora, b_in=torch.randn_like(lora.b_in), b_out=torch.randn_like(lora.b_out))
     first = np.arange(experts) < 1
-    layer = MoE(hidden, width, experts, 2, device="meta", frozen_bits=bits)
+    layer = MoE(hidden, width, experts, 2, device="meta", frozen_format=bits and f"int{bits}")
     _, trace = trace_memory(lambda: layer.load_global(router, w_in, w_out, trainable=first, lora=lora), CPU)
     weights = (w_in.nbytes + w_out.nbytes) // (1 if bits is None else 4)
     stacked_again = 0 if bits is None else w_in.nbytes // 4

@@ -24,7 +24,7 @@ from fedmoe_core.probe import Bench
 from fedmoe_core.progress import NullObserver
 from fedmoe_core.quantised_profile import QuantisedProfile, profile_cost
 from fedmoe_core.ranks import Ranks
-from fedmoe_core.slots import group_of
+from fedmoe_kernels.formats import FORMATS
 
 Make = Callable[..., Config]
 WIDE = ("model_config.hidden_size=64", "model_config.expert_width=32", "train.batch_size=4")
@@ -119,29 +119,29 @@ def test_a_mixed_up_place_would_show(config: Make) -> None:
 class Look:
     """Who is chosen, with all experts in few bits."""
 
-    bits: int | None
+    form: str | None
 
     def __call__(self, bench: Bench) -> dict[str, Tensor]:
         nobody_LE = np.zeros((2, 8), dtype=bool)
-        bench.adapter.configure(bench.params, trainable_LE=nobody_LE, frozen_bits=self.bits)
+        bench.adapter.configure(bench.params, trainable_LE=nobody_LE, frozen_format=self.form)
         found = validate(bench.adapter, bench.batches())
         stored = sum(layer.w_in_frozen.nbytes + layer.w_out_frozen.nbytes for layer in bench.adapter.moe)
         return {"rows": torch.from_numpy(found.profile.rows_LE), "stored": torch.tensor(stored)}
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_inv2_a_look_in_few_bits_stays_within_its_closed_form(config: Make, bits: int | None) -> None:
+@pytest.mark.parametrize("form", [None, "int8", "int4"])
+def test_inv2_a_look_in_few_bits_stays_within_its_closed_form(config: Make, form: str | None) -> None:
     world, _ = made(config, *WIDE)
     state, costs = world.algorithm.init(world.params), world.population.costs
     every_LE, few_LE = np.ones((2, 8), dtype=bool), np.zeros((2, 8), dtype=bool)
     few_LE[:, :2] = True
-    cost = pass_cost(costs, every_LE, tokens=3 * costs.tokens, bits=bits)
-    plan = plan_of_masks(world.population, state, 0, few_LE, before=Look(bits), surcharge=cost)
+    cost = pass_cost(costs, every_LE, tokens=3 * costs.tokens, form=form)
+    plan = plan_of_masks(world.population, state, 0, few_LE, before=Look(form), surcharge=cost)
     batches = list(local_public_batches(world.config, world.data, 3))
     bench = Bench(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
-    _, peak = run_probe(Look(bits), bench, torch.device("cpu"))
+    _, peak = run_probe(Look(form), bench, torch.device("cpu"))
     # The form takes the transients of a training step for those of a forward: up to 2.2 times high in few bits.
-    assert peak <= cost.memory_bytes <= (1.6 if bits is None else 2.2) * peak
+    assert peak <= cost.memory_bytes <= (1.6 if form is None else 2.2) * peak
     result = train_client(
         world.adapter, state.params, plan, batches, train=world.config.train, costs=costs, redraw=lambda: batches
     )
@@ -149,26 +149,26 @@ def test_inv2_a_look_in_few_bits_stays_within_its_closed_form(config: Make, bits
     assert result.cost.memory_bytes <= plan.predicted.memory_bytes
     assert int(result.probed["rows"].sum()) == 2 * 2 * 3 * int(batches[0].mask_SN.sum())
     whole = 16 * costs.expert_params
-    assert int(result.probed["stored"]) == (whole * 4 if bits is None else whole * bits // 8)
+    assert int(result.probed["stored"]) == (whole * 4 if form is None else whole * FORMATS[form].bits // 8)
     assert all(layer.w_in_scale is None for layer in world.adapter.moe), "training was in few bits too"
-    if bits is not None:
-        exact = sum(w * (bits / 8 + 4 / group_of(c)) for c, w in ((64, 64 * 64), (32, 64 * 32)))
-        assert coded(costs, bits).held_bytes == int(np.ceil(exact)) + costs.slot_bytes
+    if form is not None:
+        exact = sum(w * (FORMATS[form].bits / 8 + 4 / c) for c, w in ((64, 64 * 64), (32, 64 * 32)))
+        assert coded(costs, form).held_bytes == int(np.ceil(exact)) + costs.slot_bytes
         assert cost.memory_bytes < pass_cost(costs, every_LE, tokens=1).memory_bytes
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_inv2_a_look_at_wide_experts_pays_for_the_matrix_that_is_made_of_codes(config: Make, bits: int | None) -> None:
+@pytest.mark.parametrize("form", [None, "int8", "int4"])
+def test_inv2_a_look_at_wide_experts_pays_for_the_matrix_that_is_made_of_codes(config: Make, form: str | None) -> None:
     """Without it, and the stack beside its parts, 4 bits took up to 2.4 times what was predicted."""
     wide = ("model_config.hidden_size=256", "model_config.expert_width=256", "train.seq_len=12")
     world, _ = made(config, *wide)
     every_LE = np.ones((2, 8), dtype=bool)
-    cost = pass_cost(world.population.costs, every_LE, tokens=1, bits=bits)
+    cost = pass_cost(world.population.costs, every_LE, tokens=1, form=form)
     batches = list(local_public_batches(world.config, world.data, 2))
     state = world.algorithm.init(world.params)
     plan = plan_of_masks(world.population, state, 0, every_LE)
     bench = Bench(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
-    _, peak = run_probe(Look(bits), bench, torch.device("cpu"), afresh=True)
+    _, peak = run_probe(Look(form), bench, torch.device("cpu"), afresh=True)
     assert peak <= cost.memory_bytes <= 1.15 * peak
 
 

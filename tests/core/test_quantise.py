@@ -48,7 +48,7 @@ def frequencies(params: dict[str, Tensor], tokens_T: Tensor) -> np.ndarray:
 def test_matrices_are_rounded_and_nothing_else(bits: int, dtype: torch.dtype) -> None:
     params, specs = draw_model(dtype)
     before = {key: tensor.clone() for key, tensor in params.items()}
-    copy = quantised_copy(params, specs, bits=bits)
+    copy = quantised_copy(params, specs, form=f"int{bits}")
     for key, tensor in params.items():
         assert torch.equal(tensor, before[key])
         assert (copy[key].shape, copy[key].dtype) == (tensor.shape, dtype)
@@ -61,7 +61,7 @@ def test_matrices_are_rounded_and_nothing_else(bits: int, dtype: torch.dtype) ->
         step = flat.abs().amax(2, keepdim=True) / {4: 7, 8: 127}[bits]
         expected = ((flat / step).round() * step).to(dtype)
         assert torch.allclose(copy[key].float(), expected.float(), rtol=0.02 if dtype == torch.bfloat16 else 1e-6)
-    again = quantised_copy(copy, specs, bits=bits)
+    again = quantised_copy(copy, specs, form=f"int{bits}")
     assert all(torch.allclose(again[key].float(), copy[key].float(), rtol=1e-2) for key in copy)
 
 
@@ -76,8 +76,8 @@ def test_bytes_are_those_of_codes_and_scales() -> None:
                 matrix = tensor.reshape(-1, *tensor.shape[-2:])
                 rows = matrix.shape[0] * matrix.shape[1]
                 expected += rows * 64 * bits // 8 + rows * 4  # every row is one group of 64 columns, padded or not
-        assert quantised_bytes(specs, bits=bits) == expected
-    stored = Quantized.of(params["moe.0.w_in"], 4, 64).bytes
+        assert quantised_bytes(specs, form=f"int{bits}") == expected
+    stored = Quantized.of(params["moe.0.w_in"], "int4", (1, 64)).bytes
     assert stored < params["moe.0.w_in"].numel() * 4 / 7
 
 
@@ -87,7 +87,8 @@ def test_four_bits_tell_frequencies_nearly_and_eight_bits_better() -> None:
     tokens = torch.randint(0, 50, (2000,), generator=torch.Generator().manual_seed(1))
     true = frequencies(params, tokens)
     errors = {
-        bits: frequency_error(true, frequencies(quantised_copy(params, specs, bits=bits), tokens)) for bits in (4, 8)
+        bits: frequency_error(true, frequencies(quantised_copy(params, specs, form=f"int{bits}"), tokens))
+        for bits in (4, 8)
     }
     assert errors[8] < 0.05
     assert errors[8] < errors[4] < 0.15

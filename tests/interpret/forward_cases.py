@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedmoe_kernels import Quantized
 from fedmoe_kernels.configs import Tile
+from fedmoe_kernels.gpu.decode import Codes
 from fedmoe_kernels.gpu.launch import Launch
 from fedmoe_kernels.gpu.schedule import Schedule, schedule
 from fedmoe_kernels.gpu.storage import Stored
@@ -18,6 +20,13 @@ POINTERS = Tile(16, 16, 16, 1, 1, group=2)
 DESCRIPTORS = Tile(16, 16, 16, 1, 1, group=2, tma=True)
 EMPTY_SLOTS = (5, 0, 19, 0, 3)  # rows per slot: empty ones inside, and one of more than a tile
 CROWDED = (0, 37, 0)
+# Every format, with blocks of more columns than a kernel's (third) and of fewer, for matrices of 96 columns and 8 rows
+# or more; last, how many slots are trainable.
+STORED = (
+    *(("int8", (1, 32), 64, 0), ("int8", (1, 96), 64, 2), ("int4", (1, 96), 16, 0), ("int4", (1, 32), 32, 3)),
+    *(("fp8_e4m3", (8, 32), 64, 0), ("fp8_e4m3", (1, 96), 16, 2), ("mxfp4", (1, 32), 64, 0)),
+    *(("nvfp4", (1, 16), 64, 0), ("nvfp4", (2, 48), 32, 2), ("nf4", (1, 32), 64, 0)),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,17 +82,19 @@ def stored(whole: Tensor, trainable: int | None) -> Stored:
     return Stored(fenced(whole[:trainable]), fenced(whole[trainable:]))
 
 
-def coded(whole: Tensor, trainable: int, bits: int, share: int = 32) -> tuple[Stored, Tensor]:
-    """Slots from `trainable` on as random codes with random scales, and all slots as they decode, in float64."""
-    frozen = whole[trainable:]
-    generator = torch.Generator().manual_seed(bits)
-    most = 2 ** (bits - 1) - 1
-    codes = torch.randint(-most, most + 1, frozen.shape, generator=generator, dtype=torch.int8)
-    scale = torch.rand(*frozen.shape[:2], frozen.shape[2] // share, generator=generator) / most
-    decoded = codes.double() * scale.double().repeat_interleave(share, 2)
-    low, high = (codes + 8).to(torch.uint8).unflatten(2, (-1, 2)).unbind(3)
-    kept = codes if bits == 8 else low | (high << 4)
-    return Stored(whole[:trainable].contiguous(), kept, scale), torch.cat([whole[:trainable].double(), decoded])
+def coded(
+    whole: Tensor, trainable: int, form: str, block: tuple[int, int], *, at_once: int = 0
+) -> tuple[Stored, Tensor]:
+    """Slots from `trainable` on as the codes of random weights, and all slots as they decode, in float64.
+
+    With `at_once` so many slots are decoded before each product.
+    """
+    frozen = torch.randn(whole[trainable:].shape, generator=torch.Generator().manual_seed(len(form)))
+    q = Quantized.of(frozen / whole.shape[2] ** 0.5, form, block)
+    learning, codes = whole[:trainable].contiguous(), Codes(form, q.scale, q.whole)
+    room = torch.full((at_once, *whole.shape[1:]), torch.nan) if at_once else None
+    told = torch.cat([learning.double(), q.dequantize(torch.float64)])
+    return Stored(learning, q.codes, codes, room=room), told
 
 
 def run(launches: list[Launch]) -> None:

@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a process with TRITON_INTERPRET=1", allow_module_level=True)
 
 from backward_cases import TILE, Case, Outputs, case, choices, solve, truth
-from forward_cases import CROWDED, EMPTY_SLOTS, assert_near, coded, normal, run, stored, unwritten
+from forward_cases import CROWDED, EMPTY_SLOTS, STORED, assert_near, coded, normal, run, stored, unwritten
 
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.gpu.data_gradient import data_gradient
@@ -139,16 +139,15 @@ def test_adapters_add_their_term_on_the_slots_that_have_one(rank: int, tma: bool
     assert_right(c, solve(c, tile=tile, trainable=0, term=term), added_NI)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("inner", "share", "n"), [(64, 32, 16), (64, 64, 64), (96, 96, 64), (32, 32, 32)])
-@pytest.mark.parametrize("trainable", [0, 2])
-def test_frozen_slots_as_codes(bits: int, inner: int, share: int, n: int, trainable: int) -> None:
-    """Blocks of n within a group, of whole groups, and of groups that no power of two divides.
+@pytest.mark.parametrize(("form", "block", "n", "trainable"), STORED)
+@pytest.mark.parametrize("at_once", [0, 2])
+def test_frozen_slots_as_codes(form: str, block: tuple[int, int], n: int, trainable: int, at_once: int) -> None:
+    """Blocks of n within a group, of whole groups, and of groups that no power of two divides; or decoded before.
 
     Codes take a launch of their own with narrower blocks, so that rows of plain slots have sums that it never fills.
     """
-    c = case(choices((5, 18, 0, 4), 14, 2), 4, 20, inner)
-    w, decoded = coded(c.w_out, trainable, bits, share)
+    c = case(choices((5, 18, 0, 4), 14, 2), 4, 24, 96)
+    w, decoded = coded(c.w_out, trainable, form, block, at_once=at_once)
     out = solve(c, tile=replace(TILE, n=n, split=n // 16), w=w)
     assert_right(replace(c, w_out=decoded), out)
     assert out.ds[: c.count].isfinite().all()
@@ -156,7 +155,7 @@ def test_frozen_slots_as_codes(bits: int, inner: int, share: int, n: int, traina
 
 def test_adapters_over_coded_matrices_that_slots_share() -> None:
     c = case(choices((5, 6, 7), 9, 2), 3, 20, 32)
-    own, decoded = coded(c.w_out[:2], 0, 4)
+    own, decoded = coded(c.w_out[:2], 0, "int4", (1, 32))
     base_of_slot_B = torch.tensor([1, 0, 1])
     term = RankTerm(normal(len(c.z_RF), 4, seed=1), normal(3, 4, 32, seed=2), torch.ones(3))
     added_NI = torch.einsum("nr,nri->ni", term.rows_Rr[: c.count].double(), term.factor.double()[c.slot_N])

@@ -19,6 +19,7 @@ from forward_cases import (
     DESCRIPTORS,
     EMPTY_SLOTS,
     POINTERS,
+    STORED,
     Rows,
     assert_near,
     coded,
@@ -184,20 +185,20 @@ def test_adapters_on_the_first_slots(tile: Tile, transposed: bool, rank: int, sl
 
 
 @BOTH_WAYS
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("trainable", "share", "n", "k"), [(0, 32, 16, 16), (2, 96, 64, 64), (3, 32, 128, 64)])
+@pytest.mark.parametrize(("form", "block", "n", "trainable"), STORED)
+@pytest.mark.parametrize("at_once", [0, 2])
 def test_frozen_slots_as_codes_by_token(
-    transposed: bool, bits: int, trainable: int, share: int, n: int, k: int
+    transposed: bool, form: str, block: tuple[int, int], n: int, trainable: int, at_once: int
 ) -> None:
-    """Groups of more columns than a block and of fewer; trainable slots are plain numbers; both launches clear once."""
+    """Read as codes or decoded before; trainable slots are plain numbers; of all launches one clears."""
     r = rows((5, 2, 19, 0, 3), 7)
     N, K = (96, 40) if transposed else (40, 96)
     left, bias = unwritten(len(r.tokens_R), K), None if transposed else normal(5, N, seed=3)
     left[: r.count] = normal(r.count, K, seed=2)
     whole = normal(5, K, N, seed=1) if transposed else normal(5, N, K, seed=1)
-    w, decoded = coded(whole, trainable, bits, share)
+    w, decoded = coded(whole, trainable, form, block, at_once=at_once)
     direct = one_choice(r, 41, 1)
-    out, how = unwritten(41, N), {"schedule": r.schedule, "tile": replace(DESCRIPTORS, n=n, k=k), "direct": direct}
+    out, how = unwritten(41, N), {"schedule": r.schedule, "tile": replace(DESCRIPTORS, n=n, k=n), "direct": direct}
     if transposed:
         decoded = decoded.transpose(1, 2)
         run(input_gradient(left, w, out, **how))
@@ -243,7 +244,7 @@ def test_what_is_not_one_product_of_described_operands_has_a_program_a_tile() ->
     out = unwritten(len(r.tokens_R), 40)
     how = {"schedule": r.schedule, "tile": IN_TURN}
     term = RankTerm(unwritten(len(r.tokens_R), 4), unwritten(5, 40, 4), torch.ones(5))
-    codes, _ = coded(normal(5, 96, 96, seed=1), 2, 8, 32)
+    codes, _ = coded(normal(5, 96, 96, seed=1), 2, "int8", (1, 32))
     ways = {
         "plain": down(left, stored(w, 2), None, out, **how),
         "adapters": down(left, stored(w, 2), None, out, term=term, **how),

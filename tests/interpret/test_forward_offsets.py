@@ -17,6 +17,7 @@ from forward_cases import POINTERS, assert_near, normal, run
 
 from fedmoe_kernels.gpu.choose import tokens_of_block
 from fedmoe_kernels.gpu.combine import combine
+from fedmoe_kernels.gpu.decode import Codes
 from fedmoe_kernels.gpu.down import down, input_gradient, rank_product
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import Direct, RankTerm, Stored
@@ -152,7 +153,7 @@ def test_codes() -> None:
     codes[-1] = torch.randint(-127, 128, (H, 96), generator=torch.Generator().manual_seed(1))
     scale[-1] = torch.rand(H, 3, generator=torch.Generator().manual_seed(2)) / 1000
     out = torch.empty(ROWS, H, dtype=torch.float16)
-    w = Stored(torch.empty(0, H, 96, dtype=torch.float16), codes, scale)
+    w = Stored(torch.empty(0, H, 96, dtype=torch.float16), codes, Codes("int8", scale, None))
     run(down(left, w, None, out, schedule=one_tile(slots - 1, 0), tile=POINTERS))
     decoded = (codes[-1].double() * scale[-1].double().repeat_interleave(32, 1)).half()
     assert_near(out, product(left, decoded), "rows", tolerance=1e-3)

@@ -22,6 +22,7 @@ from cohort_cases import assert_clients_keep_their_bits
 from expert_cases import assert_close, leaves, names, problem, restricted, run, solve, truth
 
 from fedmoe_kernels import ExpertScores, ExpertWeights, Quantized, moe_mlp, ops
+from fedmoe_kernels.formats import FORMATS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import gpu_correct
@@ -70,11 +71,11 @@ def test_inv4_adapters_of_a_high_rank(rank: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("bits", [8, 4])
-def test_inv4_frozen_slots_as_codes(bits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", FORMATS)
+def test_inv4_frozen_slots_as_codes(form: str, dtype: torch.dtype) -> None:
     """Codes decode to float32 and are rounded before they are multiplied."""
     p, trainable = problem(13, 64, 32, 3, 2, biases=True).rounded(dtype), 1
-    codes = {n: Quantized.of(p.tensors[n][trainable:].to(dtype), bits, 32) for n in ("w_in", "w_out")}
+    codes = {n: Quantized.of(p.tensors[n][trainable:].to(dtype), form) for n in ("w_in", "w_out")}
     told = {n: torch.cat([p.tensors[n][:trainable], q.dequantize(dtype).double()]) for n, q in codes.items()}
     p = replace(p, tensors=p.tensors | told)
     leaf = leaves(p, dtype)

@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from fedmoe_core.layer import MoE
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, moe_mlp, ops
 from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.formats import FORMATS
+from fedmoe_kernels.gpu.memory import DECODE_FROM
 
 TOLERANCE = 1e-5  # float32; the routing weights and every product are exact to it on O(1) data
 SHAPES = {
@@ -207,11 +209,13 @@ def test_lora_recomputes_the_same_bits() -> None:
     assert all(torch.equal(kept[n], again[n]) for n in kept)
 
 
-@pytest.mark.parametrize("trainable", [0, 2])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_inv4_quantised_frozen_slots(bits: int, trainable: int) -> None:
-    p = problem(17, 64, 32, 4, 2, biases=True).rounded(torch.float32)
-    codes = {n: Quantized.of(p.tensors[n][trainable:], bits, 32) for n in ("w_in", "w_out")}
+@pytest.mark.parametrize(
+    ("form", "trainable", "rows_per_slot"),
+    [*((form, 2, None) for form in FORMATS), ("int8", 0, None), ("nvfp4", 2, DECODE_FROM), ("int4", 0, DECODE_FROM)],
+)
+def test_inv4_quantised_frozen_slots(form: str, trainable: int, rows_per_slot: int | None) -> None:
+    p = problem(11, 64, 32, 4, 2, biases=True).rounded(torch.float32)
+    codes = {n: Quantized.of(p.tensors[n][trainable:], form) for n in ("w_in", "w_out")}
     told = {n: torch.cat([p.tensors[n][:trainable], q.dequantize(torch.float64)]) for n, q in codes.items()}
     p = replace(p, tensors=p.tensors | told)
     leaf, scores = leaves(p, torch.float32), ExpertScores(4)
@@ -220,7 +224,8 @@ def test_inv4_quantised_frozen_slots(bits: int, trainable: int) -> None:
         for n in ("w_in", "w_out", "bias_in", "bias_out")
     }
     w_in, w_out = stacks.pop("w_in"), stacks.pop("w_out")
-    y = moe_mlp(leaf["x"], p.routing(leaf["s"]), w_in, w_out, **stacks, scores=scores, backend="triton")
+    routing = replace(p.routing(leaf["s"]), rows_per_slot=rows_per_slot)
+    y = moe_mlp(leaf["x"], routing, w_in, w_out, **stacks, scores=scores, backend="triton")
     y.backward(p.dy_TH.float())
     mask_B = torch.arange(4) < trainable
     want = {n: restricted(g, mask_B) if "w_" in n or "bias" in n else g for n, g in truth(p).items()}
@@ -230,7 +235,7 @@ def test_inv4_quantised_frozen_slots(bits: int, trainable: int) -> None:
 
 def test_inv4_adapters_over_shared_quantised_bases() -> None:
     p = problem(18, 32, 32, 6, 2, rank=2)
-    codes = {n: Quantized.of(p.tensors[n][:3], 4, 32) for n in ("w_in", "w_out")}
+    codes = {n: Quantized.of(p.tensors[n][:3], "int4", (1, 32)) for n in ("w_in", "w_out")}
     told = {n: q.dequantize(torch.float64) for n, q in codes.items()}
     p = replace(p, tensors=p.tensors | told, base_of_slot_B=torch.tensor([0, 1, 2, 0, 1, 2])).rounded(torch.float32)
     leaf = leaves(p, torch.float32)

@@ -18,6 +18,7 @@ from forward_cases import (
     DESCRIPTORS,
     EMPTY_SLOTS,
     POINTERS,
+    STORED,
     Rows,
     assert_near,
     coded,
@@ -142,17 +143,19 @@ def test_adapters_on_the_first_slots(tile: Tile, rank: int, slots: int, activati
     assert bool(z_RF[r.count :].isnan().all())
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("trainable", "share", "k"), [(0, 32, 16), (2, 96, 64), (3, 32, 64)])
-def test_frozen_slots_as_codes(bits: int, trainable: int, share: int, k: int) -> None:
-    """Groups of more columns than a step and of fewer; trainable slots beside them are plain numbers."""
+@pytest.mark.parametrize(("form", "block", "k", "trainable"), STORED)
+@pytest.mark.parametrize("at_once", [0, 2])
+def test_frozen_slots_as_codes(form: str, block: tuple[int, int], k: int, trainable: int, at_once: int) -> None:
+    """Read as codes, or decoded two slots at once; trainable slots beside them are plain numbers."""
     r, x, w_in, bias = problem((5, 2, 19, 0, 3), 96, 48)
-    w, decoded = coded(w_in, trainable, bits, share)
+    w, decoded = coded(w_in, trainable, form, block, at_once=at_once)
     term, added = adapters(r, 48, 4, 4)
     z_RF, h_RI = unwritten(len(r.tokens_R), 48), unwritten(len(r.tokens_R), 24)
     tile, how = replace(DESCRIPTORS, k=k), {"activation": "swiglu", "schedule": r.schedule, "term": term}
     launches = up(x, r.tokens_R, w, stored(bias, trainable), z_RF=z_RF, h_RI=h_RI, tile=tile, **how)
-    assert [launch.args["PART"] for launch in launches] == ["trainable", "frozen"][trainable == 0 :]
+    pieces = -(-(5 - trainable) // at_once) if at_once else 1
+    products = 1 if at_once and pieces == 1 else (trainable > 0) + pieces
+    assert sum("PART" in launch.args for launch in launches) == products
     run(launches)
     want = per_row(x[r.tokens_R[: r.count]], decoded, r.slot_N, bias) + added
     assert_near(z_RF[: r.count], want, "z")

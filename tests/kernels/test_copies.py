@@ -86,7 +86,7 @@ def test_a_frozen_part_of_another_dtype_needs_autocast() -> None:
 
 
 def test_codes_say_nothing(said: Callable[[], list[str]]) -> None:
-    w_in, w_out = (ExpertWeights(randn(1, *s), Quantized.of(randn(3, *s), 8, 32)) for s in ((64, 32), (32, 32)))
+    w_in, w_out = (ExpertWeights(randn(1, *s), Quantized.of(randn(3, *s), "int8")) for s in ((64, 32), (32, 32)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         moe_mlp(randn(T, 32), routing(), w_in, w_out)
     assert said() == []

@@ -18,6 +18,7 @@ import fedmoe_kernels
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, moe_mlp, route
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import tiles_for
+from fedmoe_kernels.formats import FORMATS
 from fedmoe_kernels.gpu.memory import CallSizes, backward_bytes, forward_bytes
 from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
 
@@ -32,8 +33,8 @@ FORMS = {
     "all trainable": {},
     "some frozen, with biases": {"trainable": 3, "biases": True},
     "all frozen": {"trainable": 0},
-    "int8": {"trainable": 3, "bits": 8},
-    "int4, all frozen": {"trainable": 0, "bits": 4},
+    "int8": {"trainable": 3, "form": "int8"},
+    "nvfp4, all frozen": {"trainable": 0, "form": "nvfp4"},
     "top-1": {"K": 1},
     "adapters": {"rank": 8, "trainable": 8},
     "a mask": {"mask": True},
@@ -44,16 +45,13 @@ FORMS = {
 
 def meta_inputs(
     T: int = 64, K: int = 2, H: int = 128, I: int = 64, B: int = 8, *, trainable: int | None = None,  # noqa: E741
-    biases: bool = False, bits: int = 0, rank: int = 0, mask: bool = False, activation: str = "swiglu",
+    biases: bool = False, form: str = "", rank: int = 0, mask: bool = False, activation: str = "swiglu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> OpInputs:  # fmt: skip
     """The operator's inputs on the meta device: shapes without a value."""
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
-
-    def codes(*shape: int) -> Tensor:
-        return new(*shape, dtype=torch.int8) if bits == 8 else new(*shape[:-1], shape[-1] // 2, dtype=torch.uint8)
 
     trainable = B if trainable is None else trainable
     F, frozen, long = ACTIVATIONS[activation].width(I), B - trainable, torch.int64
@@ -63,10 +61,10 @@ def meta_inputs(
         if biases or name[0] == "w":
             given[name] = new(trainable, *shape)
             if frozen:
-                coded = bits and name[0] == "w"
-                given[f"{name}_frozen"] = codes(frozen, *shape) if coded else new(frozen, *shape)
-                if coded:
-                    given[f"{name}_scale"] = new(frozen, shape[0], shape[1] // 32, dtype=torch.float32)
+                given[f"{name}_frozen"] = new(frozen, *shape)
+                if form and name[0] == "w":
+                    q = Quantized.of(given[f"{name}_frozen"], form)
+                    given |= {f"{name}_frozen": q.codes, f"{name}_scale": q.scale, f"{name}_whole": q.whole}
     if rank:
         given |= {"a_in": new(B, rank, H), "b_in": new(B, F, rank), "a_out": new(B, rank, I), "b_out": new(B, H, rank)}
         given |= {"scale_B": new(B, dtype=torch.float64), "base_of_slot_B": new(B, dtype=long)}
@@ -84,6 +82,14 @@ def needs_of(inputs: OpInputs) -> list[bool]:
     return [*(getattr(inputs, name) is not None and name not in frozen for name in DIFFERENTIABLE), True]
 
 
+def format_of(inputs: OpInputs) -> str:
+    """How the frozen weights of `meta_inputs` are stored."""
+    if inputs.w_in_scale is None or inputs.w_in_frozen is None:
+        return ""
+    kinds = inputs.w_in_frozen.dtype, inputs.w_in_scale.dtype
+    return next(form.name for form in FORMATS.values() if (form.codes, form.scale) == kinds)
+
+
 def call(
     inputs: OpInputs,
     execute: Callable[[Launch], Any],
@@ -95,6 +101,7 @@ def call(
 ) -> tuple[Tensor, ...]:
     """Both directions."""
     how = {"activation": activation, "rows_per_slot": rows_per_slot, "arch": arch, "execute": execute}
+    how["frozen_format"] = format_of(inputs)
     y_TH, z_RF = experts.forward(inputs, keep_z=not recompute, **how)
     dy_TH = torch.empty_like(inputs.x_TH)
     return y_TH, *experts.backward(dy_TH, z_RF, inputs.kept, needs=needs_of(inputs), **how)
@@ -194,7 +201,7 @@ def test_the_launchers_read_nothing_from_the_device() -> None:
         moe_mlp(x_TH, routed, w_in, w_out, scores=scores).backward(torch.empty(16, 32), retain_graph=True)
         factors = [torch.empty(s, requires_grad=True) for s in ((8, 2, 32), (8, 64, 2), (8, 2, 32), (8, 32, 2))]
         frozen = [ExpertWeights(w.detach()[:2], Quantized(torch.empty(6, w.shape[1], 32, dtype=torch.int8),
-                  torch.empty(6, w.shape[1], 1))) for w in (w_in, w_out)]  # fmt: skip
+                  torch.empty(6, w.shape[1], 1), "int8")) for w in (w_in, w_out)]  # fmt: skip
         moe_mlp(x_TH, routed, *frozen, lora=ExpertLora(*factors), recompute=True).backward(torch.empty(16, 32))
     assert all(t.grad is not None for t in (x_TH, w_in, w_out, scores.leaf_B6, *factors))
 
@@ -276,7 +283,9 @@ class _Peak(TorchDispatchMode):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     "form", [{}, {"K": 1}, {"rank": 8}, {"H": 512}, {"I": 1024, "K": 1}, {"T": 4096, "activation": "relu"},
-     {"trainable": 3}, {"trainable": 0}, {"trainable": 0, "K": 1}],
+     {"trainable": 3}, {"trainable": 0}, {"trainable": 0, "K": 1},
+     {"trainable": 3, "form": "mxfp4", "T": 64}, {"trainable": 0, "form": "int8", "H": 1024, "T": 64},
+     {"trainable": 0, "form": "int8", "T": 64, "K": 1}],
 )  # fmt: skip
 def test_peak_bytes_are_those_promised(form: dict, recompute: bool, scores: bool) -> None:
     form = {"T": 1024, "B": 8} | form
@@ -289,8 +298,11 @@ def test_peak_bytes_are_those_promised(form: dict, recompute: bool, scores: bool
         inputs.w_out.shape[2],
     )
     tiles = tiles_for("sm_90", torch.bfloat16, 2048, hidden=H, inner=inner, gated=gated)
-    sizes = CallSizes(T, K, H, inner, 8, gated, tiles, learning=form.get("trainable", 8), rank=form.get("rank", 0))
+    learning = form.get("trainable", 8)
+    decoded = 8 - learning if "form" in form else 0
+    sizes = CallSizes(T, K, H, inner, 8, gated, tiles, learning=learning, rank=form.get("rank", 0), decoded=decoded)
     how = {"activation": activation, "rows_per_slot": 2048, "arch": "sm_90", "execute": lambda launch: None}
+    how["frozen_format"] = format_of(inputs)
     with _Peak() as forward:
         y_TH, z_RF = experts.forward(inputs, keep_z=not recompute, **how)
     assert forward.most == forward_bytes(sizes, keep_z=not recompute)

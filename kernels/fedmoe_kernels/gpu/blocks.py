@@ -88,10 +88,10 @@ def weight_block(
 
 
 @triton.jit
-def matrix(slot, bases, trainable, w, w_frozen, bias, bias_frozen, PART: tl.constexpr):
+def matrix(slot, bases, begin, stop, w, w_frozen, bias, bias_frozen, PART: tl.constexpr):
     """(index, w, bias): where the matrix and the bias of a slot lie, as one stack each, and their index in it.
 
-    PART says which slots the stacks hold, see `Stored.parts`; the index is negative for a slot of another launch.
+    PART says which slots the stacks hold, see `storage.Part`; the index is negative for a slot of another launch.
     Chosen before the loop: two loops would double shared memory.
     """
     index = slot
@@ -99,68 +99,12 @@ def matrix(slot, bases, trainable, w, w_frozen, bias, bias_frozen, PART: tl.cons
         index = tl.load(bases + slot).to(tl.int32)
     # Without a bias w stands in for it, unread: Triton 3.6 cannot return a None.
     source, source_bias = w, w if bias is None else bias
-    if PART == "both" and index >= trainable:
-        index -= trainable
+    if PART == "both" and index >= begin:
+        index -= begin
         source, source_bias = w_frozen, w_frozen if bias is None else bias_frozen
-    if PART == "frozen":
-        index -= trainable
-    if PART == "trainable" and index >= trainable:
-        index = -1
+    if PART == "some":
+        index = tl.where(index < stop, index - begin, -1)
     return index, source, source_bias
-
-
-@triton.jit
-def dequantized(
-    codes, scale, rows, inside, c0, C: tl.constexpr, X: tl.constexpr, BC: tl.constexpr,
-    SHARE: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """Columns c0..c0 + BC - 1 of X rows of stacked codes, times their scales: (X, BC) float32, 0 outside.
-
-    Args:
-        codes: rows of C / 2 numbers with columns 2j and 2j + 1 each, low bits first: int16 of two signed bytes, or
-            uint8 of two codes plus 8. Bytes loaded one by one would be gathered by the threads that multiply them
-            on chips without wgmma (255 registers and spills); pairs are loaded in wide rows.
-        scale: rows of C / SHARE float32; SHARE columns share one, and SHARE divides BC or BC divides SHARE.
-        rows: (X,) int64; `inside` (X,) bool, or None when all exist.
-    """
-    GROUPS: tl.constexpr = BC // SHARE if BC > SHARE else 1
-    pair = c0 // 2 + tl.arange(0, BC // 2)
-    group = c0 // SHARE + tl.arange(0, GROUPS)
-    read = (pair < C // 2)[None, :]
-    scaled = (group < C // SHARE)[None, :]
-    if inside is not None:
-        read &= inside[:, None]
-        scaled &= inside[:, None]
-    places = codes + rows[:, None] * (C // 2) + pair[None, :]
-    factors = scale + rows[:, None] * (C // SHARE) + group[None, :]
-    if C % BC == 0 and inside is None:
-        block, factor = tl.load(places), tl.load(factors)
-    else:
-        block, factor = tl.load(places, mask=read, other=0), tl.load(factors, mask=scaled, other=0.0)
-    if BITS == 4:
-        code = tl.join(block & 15, block >> 4).to(tl.int8) - 8
-    else:
-        code = tl.join(block.to(tl.int8), (block >> 8).to(tl.int8))
-    value = code.to(tl.float32).reshape(X, GROUPS, BC // GROUPS) * factor[:, :, None]
-    return value.reshape(X, BC)
-
-
-@triton.jit
-def dequantized_block(
-    codes, scale, index, n0, k0, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    TRANSPOSED: tl.constexpr, SHARE: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """As `weight_block`, in float32, of codes (X, N, K), or (X, K, N) when TRANSPOSED, grouped along the last axis."""
-    if TRANSPOSED:
-        k = k0 + tl.arange(0, BK)
-        rows = index.to(tl.int64) * K + k
-        inside = None if K % BK == 0 else k < K
-        return dequantized(codes, scale, rows, inside, n0, N, BK, BN, SHARE, BITS)
-    else:
-        n = n0 + tl.arange(0, BN)
-        rows = index.to(tl.int64) * N + n
-        inside = None if N % BN == 0 else n < N
-        return dequantized(codes, scale, rows, inside, k0, K, BN, BK, SHARE, BITS).T
 
 
 @triton.jit

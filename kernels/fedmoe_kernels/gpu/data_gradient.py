@@ -21,7 +21,6 @@ from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.activate import slopes
 from fedmoe_kernels.gpu.blocks import (
-    dequantized_block,
     matrix,
     pieces,
     position,
@@ -29,14 +28,15 @@ from fedmoe_kernels.gpu.blocks import (
     tile_rows,
     weight_block,
 )
+from fedmoe_kernels.gpu.decode import decoded_block, scale_block
 from fedmoe_kernels.gpu.launch import Launch, cdiv, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import (
+    Part,
     RankTerm,
     RowIndex,
     Stored,
     decoding_tile,
-    matrix_arguments,
     term_arguments,
 )
 
@@ -106,13 +106,13 @@ def _send_back(
     return _row_sum(d * h, n0, I, N, WHOLE), _row_sum(zdz, n0, I, N, WHOLE)
 
 
-@triton.jit(do_not_specialize=["tiles", "trainable", "steps", "adapters"])
+@triton.jit(do_not_specialize=["tiles", "begin", "stop", "steps", "adapters"])
 def _data_gradient_kernel(
-    dy, tokens, places, weights, w, w_frozen, scale, bases, rank_rows, factor, adapter_scale,
-    z, dz, sh, ds, zdz, table, tiles, trainable, steps, adapters,
+    dy, tokens, places, weights, w, w_frozen, scale, whole, bases, rank_rows, factor, adapter_scale,
+    z, dz, sh, ds, zdz, table, tiles, begin, stop, steps, adapters,
     H: tl.constexpr, I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, PART: tl.constexpr,  # noqa: E741
-    RANK: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, SUMS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
+    RANK: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr, SHARE: tl.constexpr, TALL: tl.constexpr,
+    SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of BM rows by BN columns of d = dy[tokens] @ w, w (X, H, I), sent back through the activation.
@@ -125,9 +125,11 @@ def _data_gradient_kernel(
     slot, first, rows, live = tile_rows(table, tile, BM)
     if slot < 0:
         return
-    index, source, _ = matrix(slot, bases, trainable, w, w_frozen, w, w_frozen, PART)
+    index, source, _ = matrix(slot, bases, begin, stop, w, w_frozen, w, w_frozen, PART)
     if index < 0:
         return
+    if whole is not None:
+        whole = tl.load(whole + index)
     n0 = column * BN
     token = tl.load(tokens + rows, mask=live, other=0)
     place = tl.load(places + rows, mask=live, other=0)
@@ -140,11 +142,14 @@ def _data_gradient_kernel(
             right = weight_block(factor, slot, n0, r0, I, RANK, BN, CHUNK, True, False)
             d = tl.dot(left, right, d, input_precision=PRECISION)
         d *= tl.load(adapter_scale + slot).to(tl.float32)
+    if FORMAT != "":
+        stored = scale_block(scale, index, n0, 0, I, H, BN, BK, True, SHARE, TALL)
     for step in range(steps):
         left = row_block(dy, token, live, first, step * BK, H, BK, False)
-        if BITS > 0:
-            codes = dequantized_block(source, scale, index, n0, step * BK, I, H, BN, BK, True, SHARE, BITS)
-            right = codes.to(left.dtype)
+        if FORMAT != "":
+            ahead = scale_block(scale, index, n0, (step + 1) * BK, I, H, BN, BK, True, SHARE, TALL)
+            wide = decoded_block(source, stored, whole, index, n0, step * BK, I, H, BN, BK, True, SHARE, FORMAT)
+            right, stored = wide.to(left.dtype), ahead
         else:
             right = weight_block(source, index, n0, step * BK, I, H, BN, BK, True, TMA)
         d = tl.dot(left, right, d, input_precision=PRECISION)
@@ -190,12 +195,12 @@ def _store_sums(ds, zdz, ds_rows, zdz_rows, rows, live, tile, column, SUMS: tl.c
 
 def column_blocks(intermediate: int, tile: Tile, w_out: Stored) -> int:
     """Return C, the number of partial sums `data_gradient` leaves per row and tile: the most of its launches."""
-    return max(cdiv(intermediate, _cut(tile, w_out.served(part)).n) for part in w_out.parts)
+    return max(cdiv(intermediate, _cut(tile, part).n) for part in w_out.parts)
 
 
-def _cut(tile: Tile, served: Stored) -> Tile:
-    """The tile of the launch that reads `served`."""
-    cut = decoding_tile(tile, served, transposed=True)
+def _cut(tile: Tile, part: Part) -> Tile:
+    """The tile of the launch that reads `part`."""
+    cut = decoding_tile(tile, part, transposed=True)
     return cut if cut is tile else replace(cut, split=max(1, min(tile.split, cut.n // 16)))
 
 
@@ -254,21 +259,21 @@ def data_gradient(
         **term_arguments(term),
     }
     moved = sum(t.nbytes for t in (dy_TH, z_RF, dz_RF, sh_RI, ds_RC, zdz_MC) if t is not None)
-    launches = []
+    launches: list[Launch] = []
     for part in w_out.parts:
-        served = w_out.served(part)
-        cut = _cut(tile, served)
-        tma = cut.tma and served.describable
+        cut = _cut(tile, part)
+        tma = cut.tma and part.describable
         args = {
             **common,
-            **matrix_arguments(w_out, None, part, (cut.k, cut.n) if tma else None),
+            **part.arguments(None, (cut.k, cut.n) if tma else None),
             **row_constants(cut, dy_TH.dtype, tma=tma),
             "steps": cdiv(hidden, cut.k),
             "SPLIT": cut.split,
         }
         del args["bias"], args["bias_frozen"]
         grid = (schedule.tiles * cdiv(inner, cut.n),)
-        share = served.slots / w_out.slots
-        cost = (round(2 * rows * hidden * inner * share), round(moved * share) + served.nbytes)
+        share = part.slots / w_out.slots
+        cost = (round(2 * rows * hidden * inner * share), round(moved * share) + part.nbytes)
+        launches += part.before
         launches.append(Launch(_data_gradient_kernel, grid, args, cut.warps, cut.stages, *cost, cut.registers))
     return launches

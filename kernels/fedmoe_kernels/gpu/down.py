@@ -17,7 +17,6 @@ from torch import Tensor
 from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.blocks import (
     bias_block,
-    dequantized_block,
     matrix,
     position,
     row_block,
@@ -25,16 +24,17 @@ from fedmoe_kernels.gpu.blocks import (
     tile_rows,
     weight_block,
 )
+from fedmoe_kernels.gpu.decode import decoded_block, scale_block
 from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, cdiv, power_of_2, row_constants
 from fedmoe_kernels.gpu.persistent import persistent
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import (
     Direct,
+    Part,
     RankTerm,
     Stored,
     decoding_tile,
     describable,
-    matrix_arguments,
     term_arguments,
 )
 
@@ -52,12 +52,12 @@ def _clear_absent(
         store_block(out, token, absent, column * BN, tl.zeros((BM, BN), tl.float32), N, N, BN, N % BN == 0)
 
 
-@triton.jit(do_not_specialize=["tiles", "trainable", "steps", "adapters", "num_tokens", "columns"])
+@triton.jit(do_not_specialize=["tiles", "begin", "stop", "steps", "adapters", "num_tokens", "columns"])
 def _rows_kernel(
-    a, gather, w, w_frozen, scale, bias, bias_frozen, bases, rank_rows, factor, adapter_scale,
-    out, targets, places, weights, rows_TK, table, tiles, trainable, steps, adapters, num_tokens, columns,
+    a, gather, w, w_frozen, scale, whole, bias, bias_frozen, bases, rank_rows, factor, adapter_scale,
+    out, targets, places, weights, rows_TK, table, tiles, begin, stop, steps, adapters, num_tokens, columns,
     N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr, PART: tl.constexpr, CHOICES: tl.constexpr,
-    RANK: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
+    RANK: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr, SHARE: tl.constexpr, TALL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, TMA_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -74,9 +74,11 @@ def _rows_kernel(
     slot, first, rows, live = tile_rows(table, tile, BM)
     if slot < 0:
         return
-    index, source, source_bias = matrix(slot, bases, trainable, w, w_frozen, bias, bias_frozen, PART)
+    index, source, source_bias = matrix(slot, bases, begin, stop, w, w_frozen, bias, bias_frozen, PART)
     if index < 0:
         return
+    if whole is not None:
+        whole = tl.load(whole + index)
     n0 = column * BN
     # Rows in order are counted from the tile's first, so that offsets fit 32 bits, which cost half the registers.
     start, row = first.to(tl.int64), tl.arange(0, BM)
@@ -94,11 +96,14 @@ def _rows_kernel(
             right = weight_block(factor, slot, n0, r0, N, RANK, BN, CHUNK, TRANSPOSED, False)
             acc = tl.dot(left, right, acc, input_precision=PRECISION)
         acc *= tl.load(adapter_scale + slot).to(tl.float32)
+    if FORMAT != "":
+        stored = scale_block(scale, index, n0, 0, N, K, BN, BK, TRANSPOSED, SHARE, TALL)
     for step in range(steps):
         left = row_block(a, read, live, first, step * BK, K, BK, TMA_ROWS)
-        if BITS > 0:
-            codes = dequantized_block(source, scale, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, SHARE, BITS)
-            right = codes.to(left.dtype)
+        if FORMAT != "":
+            ahead = scale_block(scale, index, n0, (step + 1) * BK, N, K, BN, BK, TRANSPOSED, SHARE, TALL)
+            wide = decoded_block(source, stored, whole, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, SHARE, FORMAT)
+            right, stored = wide.to(left.dtype), ahead
         else:
             right = weight_block(source, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, TMA)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
@@ -173,7 +178,7 @@ def rank_product(
     width = max(16, power_of_2(out_Rr.shape[1]))
     tile = replace(tile, n=min(tile.n, width))
     product = _Product(rows_XK, Stored(factor), None, out_Rr, transposed, gather=tokens_R)
-    return _launches(product, schedule, tile, ("trainable",))
+    return _launches(product, schedule, tile, [Part("some", 0, factor.shape[0], factor)])
 
 
 class _Product(NamedTuple):
@@ -189,20 +194,23 @@ class _Product(NamedTuple):
     term: RankTerm | None = None
 
 
-def _launches(product: _Product, schedule: Schedule, tile: Tile, parts: tuple[str, ...]) -> list[Launch]:
+def _launches(product: _Product, schedule: Schedule, tile: Tile, parts: list[Part]) -> list[Launch]:
     if schedule.tiles == 0:
         return []
-    return [_launch(product, schedule, tile, part, last=part == parts[-1]) for part in parts]
+    launches: list[Launch] = []
+    for part in parts:
+        launches += part.before
+        launches.append(_launch(product, schedule, tile, part, last=part is parts[-1]))
+    return launches
 
 
-def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, last: bool) -> Launch:
+def _launch(product: _Product, schedule: Schedule, tile: Tile, part: Part, *, last: bool) -> Launch:
     """The launch of the slots of `part`; the last one also clears the tokens without a row."""
     rows_XK, w, bias, out_XN, transposed, gather, direct, term = product
     rows, K, N = (rows_XK if gather is None else gather).shape[0], rows_XK.shape[1], out_XN.shape[1]
-    served = w.served(part)
-    tile = decoding_tile(tile, served, transposed=transposed)
+    tile = decoding_tile(tile, part, transposed=transposed)
     tma_rows = tile.tma and gather is None and describable(rows_XK)
-    tma = tile.tma and served.describable
+    tma = tile.tma and part.describable
     block = (tile.k, tile.n) if transposed else (tile.n, tile.k)
     columns = cdiv(N, tile.n)
     programs = schedule.tiles * columns
@@ -212,7 +220,7 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, las
         "out": out_XN,
         "table": schedule.table_M4,
         "tiles": schedule.tiles,
-        **matrix_arguments(w, bias, part, block if tma else None),
+        **part.arguments(bias, block if tma else None),
         **term_arguments(term),
         **dict.fromkeys(("targets", "places", "weights", "rows_TK"), None),
         "steps": cdiv(K, tile.k),
@@ -225,9 +233,9 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: str, *, las
         "TMA_ROWS": tma_rows,
         **row_constants(tile, rows_XK.dtype, tma=tma),
     }
-    share = served.slots / w.slots
-    cost = (round(2 * rows * N * K * share), round((rows_XK.nbytes + out_XN.nbytes) * share) + served.nbytes)
-    if tile.persistent and tma and tma_rows and direct is None and term is None and part in ("all", "both"):
+    share = part.slots / w.slots
+    cost = (round(2 * rows * N * K * share), round((rows_XK.nbytes + out_XN.nbytes) * share) + part.nbytes)
+    if tile.persistent and tma and tma_rows and direct is None and term is None and part.kind != "some":
         return persistent(args, schedule, tile, cost)
     if direct is not None:
         tokens, choices = direct.rows_TK.shape

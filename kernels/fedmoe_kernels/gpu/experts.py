@@ -19,7 +19,7 @@ from fedmoe_kernels.gpu.data_gradient import column_blocks, data_gradient
 from fedmoe_kernels.gpu.down import down, input_gradient
 from fedmoe_kernels.gpu.launch import Execute, Launch
 from fedmoe_kernels.gpu.row_sums import routing_gradient, score_sums, tile_pieces
-from fedmoe_kernels.gpu.stage import Stage, aligned, stage_of
+from fedmoe_kernels.gpu.stage import Call, Stage, aligned, stage_of
 from fedmoe_kernels.gpu.weight_gradient import bias_gradient, output_blocks, weight_gradient
 from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
 
@@ -32,6 +32,7 @@ def forward(
     activation: str,
     keep_z: bool,
     rows_per_slot: int,
+    frozen_format: str = "",
     arch: str | None = None,
     execute: Execute = Launch.run,
 ) -> tuple[Tensor, Tensor]:
@@ -41,11 +42,13 @@ def forward(
         inputs: as the operator takes them.
         activation: a name of `activations.ACTIVATIONS`.
         keep_z: whether z is stored.
-        rows_per_slot: what the tiles are chosen by, never a count of this call in a cohort.
+        rows_per_slot: what the tiles are chosen by, and whether codes are decoded first; never a count of this call in
+            a cohort.
+        frozen_format: a name of `formats.FORMATS`; "" where no weight is stored in codes.
         arch: the key of the tile tables, see `configs.tiles_for`; None = that of the device.
         execute: what becomes of each launch.
     """
-    stage = stage_of(inputs, activation, rows_per_slot, arch, execute)
+    stage = stage_of(inputs, Call(activation, frozen_format, rows_per_slot, arch, execute))
     inputs = stage.inputs
     (T, H), (_, F) = inputs.x_TH.shape, inputs.w_in.shape[:2]
     z_RF = stage.rows(F) if keep_z else inputs.x_TH.new_empty(0, F)
@@ -79,6 +82,7 @@ def backward(
     activation: str,
     needs: list[bool],
     rows_per_slot: int,
+    frozen_format: str = "",
     arch: str | None = None,
     execute: Execute = Launch.run,
 ) -> tuple[Tensor, ...]:
@@ -90,13 +94,13 @@ def backward(
     Args:
         dy_TH: gradient of y, contiguous.
         z_RF: as `forward` returned it; of no rows, z is made again from x.
-        inputs, activation, rows_per_slot, arch, execute: as in `forward`.
+        inputs, activation, rows_per_slot, frozen_format, arch, execute: as in `forward`.
         needs: one for each output.
     """
     asked = dict(zip((*DIFFERENTIABLE, "scores_B6"), needs, strict=True))
     # A stack without trainable slots is differentiable all the same; nothing need be computed for it.
     need = {name: want and not _empty_stack(inputs, name) for name, want in asked.items()}
-    stage = stage_of(inputs, activation, rows_per_slot, arch, execute)
+    stage = stage_of(inputs, Call(activation, frozen_format, rows_per_slot, arch, execute))
     work = _Backward(stage, aligned(dy_TH), need, _squares(stage, need))
     found: dict[str, Tensor] = {}
     i, adapters = stage.inputs, need["a_in"]
@@ -178,14 +182,15 @@ class _Backward(NamedTuple):
             stage.first_product(z_RF, None)
         dz_RF = stage.rows(F) if want_dz else None
         sh_RI = stage.rows(inner) if want_sh else None
-        columns = column_blocks(inner, stage.tiles.data_gradient, stage.w_out)
+        w_out = stage.w_out
+        columns = column_blocks(inner, stage.tiles.data_gradient, w_out)
         ds_RC = i.x_TH.new_empty(R, columns, dtype=torch.float32) if want_ds else None
         zdz_MC = None
         if need["scores_B6"]:
             zdz_MC = i.x_TH.new_empty(stage.schedule.tiles, columns, dtype=torch.float32)
         stage.run(
             data_gradient(
-                *(self.dy_TH, z_RF, stage.row_index, stage.w_out),
+                *(self.dy_TH, z_RF, stage.row_index, w_out),
                 dz_RF=dz_RF,
                 sh_RI=sh_RI,
                 ds_RC=ds_RC,

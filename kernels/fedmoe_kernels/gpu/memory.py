@@ -13,6 +13,13 @@ from fedmoe_kernels.tile import Tile, TileSet
 # As in the kernels, which cannot be imported without Triton: rows of a program that adds up importance, and the width
 # below which a weight gradient is computed as its transpose.
 _PIECE, _NARROW = 32, 64
+# From so many rows a slot on, a product's frozen slots in codes are decoded first. To decode the two stacks of a Qwen3
+# layer (604 million weights) writes 1.2 GB and reads them again, 0.5 ms; codes read inside a product halve its rate,
+# which costs 0.5 ms from about 170 rows on by the same prediction (bench/results/aot-*.md), and more from here on.
+DECODE_FROM = 256
+# Most bytes decoded at once: what w_in of the layer above takes in bfloat16. Each piece of a stack has a launch
+# of its own, with a program for every tile of all slots: 13,000 for that layer, most with nothing to do, some 0.1 ms.
+ROOM = 768 * 2**20
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class CallSizes:
         learning: G, slots with weight gradients, or with adapters where there is a `rank`.
         rank: r of adapters, 0 = none.
         itemsize: bytes of a value of x.
+        decoded: frozen slots in codes that the call decodes before its products, as it does from `DECODE_FROM` rows a
+            slot on.
     """
 
     tokens: int
@@ -38,6 +47,7 @@ class CallSizes:
     learning: int = 0
     rank: int = 0
     itemsize: int = 2
+    decoded: int = 0
 
     @property
     def rows(self) -> int:
@@ -65,15 +75,38 @@ class CallSizes:
         """Count the bytes of buffers with a row for every place."""
         return self.itemsize * self.rows * sum(widths)
 
+    def room(self, values: int) -> int:
+        """Count the bytes that codes are decoded to, of a stack of matrices with so many values each."""
+        nbytes = values * self.itemsize
+        return slots_at_once(self.decoded, nbytes) * nbytes if self.decoded else 0
+
+    @property
+    def room_in(self) -> int:
+        """Bytes to decode w_in to."""
+        return self.room(self.width * self.hidden)
+
+    @property
+    def room_out(self) -> int:
+        """Bytes to decode w_out to."""
+        return self.room(self.hidden * self.inner)
+
+
+def slots_at_once(slots: int, nbytes: int) -> int:
+    """Return how many slots' matrices, decoded of `nbytes` each, are decoded at once: what `ROOM` holds, evenly."""
+    pieces = -(-slots // max(1, ROOM // nbytes))
+    return -(-slots // pieces)
+
 
 def forward_bytes(sizes: CallSizes, *, keep_z: bool = True) -> int:
     """Return the most a forward allocates at once; of these z (R * F values, with `keep_z`) and y (T * H) stay."""
     z = sizes.by_row(sizes.width) if keep_z else 0
     y = sizes.itemsize * sizes.tokens * sizes.hidden
     products = sizes.by_row(sizes.inner, sizes.rank)
+    first = products + sizes.room_in
     if sizes.choices == 1:
-        return sizes.schedule + z + products + y
-    return sizes.schedule + z + sizes.by_row(sizes.hidden) + max(products, y)
+        return sizes.schedule + z + max(first, products + y + sizes.room_out)
+    rows = sizes.by_row(sizes.hidden)
+    return sizes.schedule + z + max(first, rows + products + sizes.room_out, rows + y)
 
 
 def backward_bytes(sizes: CallSizes, *, recompute: bool = False, scores: bool = True) -> int:
@@ -94,11 +127,14 @@ def backward_bytes(sizes: CallSizes, *, recompute: bool = False, scores: bool = 
     by_slot = sizes.itemsize * sizes.learning
     last, first = (by_slot * r * (H + inner), by_slot * r * (F + H)) if r else (by_slot * H * inner, by_slot * F * H)
     sent = small + sizes.by_row(r, F, inner if sizes.learning else 0)  # with dyb, dz and s * h
-    peaks = [sent + partial + max(sizes.by_row(F) if recompute else 0, ds + sums)]
+    again = sizes.by_row(F) if recompute else 0
+    peaks = [sent + partial + max(again + sizes.room_out, ds + sums)]
+    peaks.append(small + sizes.by_row(r, r) + again + sizes.room_in if recompute else 0)
     kept = ds + sums
     peaks.append(sent + kept + last + sizes.by_row(r))  # s * ha
     kept += last
     rows = 0 if sizes.choices == 1 else sizes.by_row(H)
+    peaks.append(small + kept + sizes.by_row(F, r) + rows + (0 if rows else dx) + sizes.room_in)
     peaks.append(small + kept + sizes.by_row(F, r) + rows + dx)
     peaks.append(small + kept + sizes.by_row(F, r, r) + dx + first + (24 * sizes.slots if scores else 0))
     return max(peaks)

@@ -24,15 +24,15 @@ from fedmoe_kernels.gpu.schedule import Schedule
 
 # Parameters that this kernel shares with that of `down`.
 _SHARED = (
-    *("a", "w", "w_frozen", "bias", "bias_frozen", "bases", "out", "table", "trainable"),
+    *("a", "w", "w_frozen", "bias", "bias_frozen", "bases", "out", "table", "begin", "stop"),
     *("N", "K", "TRANSPOSED", "PART", "BM", "BN", "BK", "GROUP", "PRECISION"),
 )
 _WITHOUT_GPU = 3  # programs, so that in the interpreter each takes several tiles
 
 
-@triton.jit(do_not_specialize=["slots", "trainable", "programs"])
+@triton.jit(do_not_specialize=["slots", "begin", "stop", "programs"])
 def _persistent_kernel(
-    a, w, w_frozen, bias, bias_frozen, bases, out, table, first_tile, slots, trainable, programs,
+    a, w, w_frozen, bias, bias_frozen, bases, out, table, first_tile, slots, begin, stop, programs,
     N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr, PART: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def _persistent_kernel(
     for block in tl.range(tl.program_id(0), tiles * COLUMNS, programs, flatten=True):
         tile, column = position(block, tiles, COLUMNS, GROUP)
         slot, first, rows, live = tile_rows(table, tile, BM)
-        index, source, source_bias = matrix(slot, bases, trainable, w, w_frozen, bias, bias_frozen, PART)
+        index, source, source_bias = matrix(slot, bases, begin, stop, w, w_frozen, bias, bias_frozen, PART)
         n0 = column * BN
         acc = tl.zeros((BM, BN), tl.float32)
         for step in range((K + BK - 1) // BK):

@@ -44,9 +44,9 @@ def _bias_product(dy, token, live, bias, index, H: tl.constexpr, BM: tl.constexp
     return tl.sum(acc, 1)
 
 
-@triton.jit(do_not_specialize=["trainable", "num_places"])
+@triton.jit(do_not_specialize=["begin", "num_places"])
 def _routing_gradient_kernel(
-    ds, zdz, dy, bias, bias_frozen, bases, tokens, places, weights, rows_TK, out, sums, table, trainable, num_places,
+    ds, zdz, dy, bias, bias_frozen, bases, tokens, places, weights, rows_TK, out, sums, table, begin, num_places,
     H: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
     PIECES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def _routing_gradient_kernel(
     live = rows < tl.load(table + tile * 4 + 2)
     total = _add_columns(ds, rows, live, COLUMNS, BM, BC)
     if bias is not None:
-        index, _, source = matrix(slot, bases, trainable, bias, bias_frozen, bias, bias_frozen, PART)
+        index, _, source = matrix(slot, bases, begin, 0, bias, bias_frozen, bias, bias_frozen, PART)
         total += _bias_product(dy, tl.load(tokens + rows, mask=live, other=0), live, source, index, H, BM, BK)
     place = tl.load(places + rows, mask=live, other=0)
     if out is not None:
@@ -150,7 +150,8 @@ def routing_gradient(
         "ds": ds_RC,
         "zdz": zdz_MC,
         "dy": dy_TH if hidden else None,
-        **({"bias": None, "bias_frozen": None} if bias_out is None else bias_out.pointers("bias")),
+        "bias": None if bias_out is None else bias_out.trainable,
+        "bias_frozen": None if bias_out is None else bias_out.frozen,
         "bases": None if bias_out is None else bias_out.base_of_slot_B,
         "tokens": routing.tokens_R,
         "places": routing.places_R,
@@ -159,11 +160,11 @@ def routing_gradient(
         "out": out_TK,
         "sums": sums_S4,
         "table": schedule.table_M4,
-        "trainable": 0 if bias_out is None else bias_out.trainable.shape[0],
+        "begin": 0 if bias_out is None else bias_out.trainable.shape[0],
         "num_places": rows_TK.numel(),
         "H": hidden,
         "COLUMNS": columns,
-        "PART": "all" if bias_out is None else bias_out.part,
+        "PART": "all" if bias_out is None or bias_out.frozen is None else "both",
         "PIECES": schedule.height // bm,
         "BM": bm,
         "BK": min(128, power_of_2(max(hidden, 1))),

@@ -17,8 +17,10 @@ from torch import Tensor
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.backends import WORTH_SAYING, warn_once
 from fedmoe_kernels.configs import OVERRIDE, TileSet, arch_of, tiles_for
+from fedmoe_kernels.gpu.decode import Codes
 from fedmoe_kernels.gpu.down import rank_product
 from fedmoe_kernels.gpu.launch import Execute, Launch
+from fedmoe_kernels.gpu.memory import DECODE_FROM, slots_at_once
 from fedmoe_kernels.gpu.place import inverse
 from fedmoe_kernels.gpu.schedule import Schedule, schedule
 from fedmoe_kernels.gpu.storage import Direct, RankTerm, RowIndex, Stored
@@ -26,8 +28,18 @@ from fedmoe_kernels.gpu.up import up
 from fedmoe_kernels.ops import WEIGHTS, OpInputs
 
 
+class Call(NamedTuple):
+    """How a call is made, besides its tensors: as `experts.forward` takes it."""
+
+    activation: str
+    frozen_format: str
+    rows_per_slot: int
+    arch: str | None
+    execute: Execute
+
+
 class Stage(NamedTuple):
-    """What every step of one call needs."""
+    """What every step of one call needs; `decodes` = frozen slots in codes are decoded before their products."""
 
     inputs: OpInputs
     row_index: RowIndex
@@ -35,6 +47,8 @@ class Stage(NamedTuple):
     tiles: TileSet
     schedule: Schedule
     execute: Execute
+    frozen_format: str = ""
+    decodes: bool = False
 
     def run(self, launches: Iterable[Launch]) -> None:
         """Execute them in their order."""
@@ -49,25 +63,36 @@ class Stage(NamedTuple):
     def w_in(self) -> Stored:
         """(B, F, H), both parts."""
         i = self.inputs
-        return _stored(i.w_in, i.w_in_frozen, i.w_in_scale, i.base_of_slot_B)
+        return self._matrices(i.w_in, i.w_in_frozen, i.w_in_scale, i.w_in_whole)
 
     @property
     def w_out(self) -> Stored:
         """(B, H, I), both parts."""
         i = self.inputs
-        return _stored(i.w_out, i.w_out_frozen, i.w_out_scale, i.base_of_slot_B)
+        return self._matrices(i.w_out, i.w_out_frozen, i.w_out_scale, i.w_out_whole)
+
+    def _matrices(self, trainable: Tensor, frozen: Tensor | None, scale: Tensor | None, whole: Tensor | None) -> Stored:
+        """Wrap both parts of a stack, with room to decode codes to where the call has many rows."""
+        stored = _stored(trainable, frozen, self.inputs.base_of_slot_B)
+        if stored.frozen is None or scale is None:
+            return stored
+        room = None
+        if self.decodes:
+            _, N, K = trainable.shape
+            room = trainable.new_empty(slots_at_once(stored.frozen.shape[0], N * K * trainable.itemsize), N, K)
+        return stored._replace(codes=Codes(self.frozen_format, scale, whole), room=room)
 
     @property
     def bias_in(self) -> Stored | None:
         """(B, F), both parts."""
         i = self.inputs
-        return None if i.bias_in is None else _stored(i.bias_in, i.bias_in_frozen, None, i.base_of_slot_B)
+        return None if i.bias_in is None else _stored(i.bias_in, i.bias_in_frozen, i.base_of_slot_B)
 
     @property
     def bias_out(self) -> Stored | None:
         """(B, H), both parts."""
         i = self.inputs
-        return None if i.bias_out is None else _stored(i.bias_out, i.bias_out_frozen, None, i.base_of_slot_B)
+        return None if i.bias_out is None else _stored(i.bias_out, i.bias_out_frozen, i.base_of_slot_B)
 
     def direct(self, weights_TK: Tensor | None) -> Direct | None:
         """Tell if tokens have one choice: the last product then writes in token order, and nothing is combined."""
@@ -113,8 +138,9 @@ class Stage(NamedTuple):
         )
 
 
-def stage_of(inputs: OpInputs, activation: str, rows_per_slot: int, arch: str | None, execute: Execute) -> Stage:
-    """Choose the tiles and make the schedule; arguments as in `experts.forward`."""
+def stage_of(inputs: OpInputs, call: Call) -> Stage:
+    """Choose the tiles and make the schedule."""
+    activation, frozen_format, rows_per_slot, arch, execute = call
     inputs = OpInputs._make(
         tensor if tensor is None else aligned(tensor, name) for name, tensor in zip(inputs._fields, inputs, strict=True)
     )
@@ -128,7 +154,8 @@ def stage_of(inputs: OpInputs, activation: str, rows_per_slot: int, arch: str | 
         override=os.environ.get(OVERRIDE),
     )
     made = schedule(inputs.offsets_B1, inputs.rows_TK.numel(), tiles.rows, execute)
-    return Stage(inputs, _row_index(inputs, execute), activation, tiles, made, execute)
+    decodes = rows_per_slot >= DECODE_FROM
+    return Stage(inputs, _row_index(inputs, execute), activation, tiles, made, execute, frozen_format, decodes)
 
 
 def _row_index(inputs: OpInputs, execute: Execute) -> RowIndex:
@@ -181,8 +208,6 @@ def aligned(tensor: Tensor, name: str = "") -> Tensor:
     return tensor.clone()
 
 
-def _stored(trainable: Tensor, frozen: Tensor | None, scale: Tensor | None, base_of_slot_B: Tensor | None) -> Stored:
+def _stored(trainable: Tensor, frozen: Tensor | None, base_of_slot_B: Tensor | None) -> Stored:
     """Wrap both parts of a stack; an empty frozen part becomes None."""
-    if frozen is not None and frozen.shape[0] == 0:
-        frozen, scale = None, None
-    return Stored(trainable, frozen, scale, base_of_slot_B)
+    return Stored(trainable, None if frozen is None or frozen.shape[0] == 0 else frozen, None, base_of_slot_B)

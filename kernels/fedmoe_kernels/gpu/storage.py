@@ -5,15 +5,80 @@ Shapes: B slots, Bt trainable slots, N x K one slot's matrix as it is stored.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fedmoe_kernels.configs import Tile
-from fedmoe_kernels.gpu.launch import TensorDescriptor, power_of_2
+from fedmoe_kernels.gpu.decode import PLAIN, Codes, decode, in_pairs, within
+from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, power_of_2
+
+
+class Part(NamedTuple):
+    """The slots that one launch of a product serves: rows `begin`..`stop` - 1 of both tensors laid end to end.
+
+    Attributes:
+        kind: what a kernel finds: "all" slots in w, "both" w and w_frozen to choose from, or "some", those in w alone.
+        begin: the first slot of "some"; of "both", the first that lies in w_frozen.
+        stop: the slot after the last.
+        w: (stop - begin, N, K), or of "both" the trainable slots; codes by pairs where `codes` says how.
+        w_frozen: of "both", the others.
+        codes: how the codes in w are stored; None = plain numbers.
+        base_of_slot_B: as in `Stored`.
+        before: what has to run first.
+    """
+
+    kind: str
+    begin: int
+    stop: int
+    w: Tensor
+    w_frozen: Tensor | None = None
+    codes: Codes | None = None
+    base_of_slot_B: Tensor | None = None
+    before: tuple[Launch, ...] = ()
+
+    @property
+    def _stacks(self) -> list[Tensor]:
+        return [stack for stack in (self.w, self.w_frozen) if stack is not None and stack.shape[0]]
+
+    @property
+    def describable(self) -> bool:
+        """Whether a kernel can read it by descriptor: plain numbers, rows and tensors at multiples of 16 bytes."""
+        return self.codes is None and all(describable(stack) for stack in self._stacks)
+
+    @property
+    def slots(self) -> int:
+        """How many matrices there are."""
+        return sum(stack.shape[0] for stack in self._stacks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        scales = 0 if self.codes is None else self.codes.scale.nbytes
+        return scales + sum(stack.nbytes for stack in self._stacks)
+
+    def arguments(self, bias: Stored | None, block: tuple[int, int] | None, halves: int = 1) -> dict[str, Any]:
+        """Return what a launch gets for its matrix: tensors, where they begin, how to decode them.
+
+        With `block` w comes by descriptors of such blocks; a descriptor costs the host 15 us, so there is none for a
+        stack that is not there. Slots have `halves` matrices each, of N / halves rows, one after the other.
+        """
+        w, w_frozen = (_apart(stack, halves) for stack in (self.w, self.w_frozen))
+        tensors: dict[str, Any] = {"w": w, "w_frozen": w_frozen}
+        if block is not None:
+            made = [TensorDescriptor.from_tensor(_apart(stack, halves), [halves, *block]) for stack in self._stacks]
+            tensors = {"w": made[0], "w_frozen": None if w_frozen is None else made[-1]}
+        biases = dict.fromkeys(("bias", "bias_frozen"))
+        if bias is not None and self.kind == "both":
+            biases = {"bias": _apart(bias.trainable, halves), "bias_frozen": _apart(bias.frozen, halves)}
+        elif bias is not None:
+            first = self.begin if self.kind == "some" else 0
+            biases["bias"] = _apart(bias.some(first, self.stop), halves)
+        where = {"bases": self.base_of_slot_B, "begin": self.begin, "stop": self.stop, "PART": self.kind}
+        if self.codes is None:
+            return tensors | biases | where | PLAIN
+        return tensors | biases | where | self.codes.arguments(self.w)
 
 
 class Stored(NamedTuple):
@@ -21,74 +86,19 @@ class Stored(NamedTuple):
 
     Attributes:
         trainable: (Bt, N, K); Bt may be 0.
-        frozen: (B - Bt, N, K); int8 codes of that shape, or uint8 of (B - Bt, N, K / 2) with two 4-bit codes a byte,
-            when `scale` is given; None = every slot is in `trainable`.
-        scale: (B - Bt, N, K / group), what a group of codes is multiplied by.
+        frozen: (B - Bt, N, K), codes of that shape or two in a byte where `codes` is given; None = every slot is in
+            `trainable`.
+        codes: how the frozen slots are stored; None = as the trainable ones.
         base_of_slot_B: (B,) int64, the row of the two tensors laid end to end that a slot runs; None = its own index.
+        room: (slots at once, N, K) of the dtype of `trainable`, to decode frozen slots to before each product; None =
+            products read codes.
     """
 
     trainable: Tensor
     frozen: Tensor | None = None
-    scale: Tensor | None = None
+    codes: Codes | None = None
     base_of_slot_B: Tensor | None = None
-
-    def pointers(self, name: str) -> dict[str, Any]:
-        """Return the kernel arguments `name` and `name_frozen` by address; None where nothing is frozen."""
-        return {name: self.trainable, f"{name}_frozen": self.frozen}
-
-    def descriptors(self, name: str, block: tuple[int, int], matrices: int = 1) -> dict[str, Any]:
-        """Return those two arguments as descriptors of blocks (matrices, *block); an empty part repeats the other.
-
-        A descriptor costs the host 15 us, so there is none for a part that is not there.
-        """
-        parts = [p for p in (self.trainable, self.frozen) if p is not None and p.shape[0]]
-        made = [TensorDescriptor.from_tensor(p, [matrices, *block]) for p in parts]
-        return {name: made[0], f"{name}_frozen": None if self.frozen is None else made[-1]}
-
-    @property
-    def describable(self) -> bool:
-        """Whether a kernel can read it by descriptor: plain numbers, rows and tensors at multiples of 16 bytes."""
-        return self.scale is None and all(describable(p) for p in (self.trainable, self.frozen) if p is not None)
-
-    @property
-    def part(self) -> str:
-        """What a kernel finds by `pointers`: "all" slots in the first tensor, or "both" tensors to choose from."""
-        return "all" if self.frozen is None else "both"
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The launches of a product with this matrix, each by the slots that it serves, see `served`.
-
-        One, except that codes are read by a separate launch, for decoding needs other registers and tiles.
-        """
-        if self.scale is None:
-            return (self.part,)
-        return ("trainable", "frozen") if self.trainable.shape[0] else ("frozen",)
-
-    def served(self, part: str) -> Stored:
-        """Return what the launch of `part` reads; for "trainable" and "frozen" that tensor alone, as the first.
-
-        Codes come in pairs: 8-bit ones as int16.
-        """
-        if part == "trainable":
-            return self._replace(frozen=None, scale=None)
-        if part == "frozen":
-            assert self.frozen is not None
-            pairs = self.frozen.view(torch.int16) if self.frozen.dtype == torch.int8 else self.frozen
-            return self._replace(trainable=pairs, frozen=None)
-        return self
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code in what `served` gave; 0 = plain numbers."""
-        if self.scale is None:
-            return 0
-        return 8 if self.trainable.dtype == torch.int16 else 4
-
-    @property
-    def share(self) -> int:
-        """Columns of what `served` gave that share a scale; 1 = plain numbers."""
-        return self.trainable.shape[-1] * 2 // self.scale.shape[-1] if self.scale is not None else 1
+    room: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -96,22 +106,46 @@ class Stored(NamedTuple):
         return self.trainable.shape[0] + (0 if self.frozen is None else self.frozen.shape[0])
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(t.nbytes for t in (self.trainable, self.frozen, self.scale) if t is not None)
+    def parts(self) -> list[Part]:
+        """The launches of a product with this matrix, each by the slots that it serves.
 
-    def split(self, halves: int) -> Stored:
-        """View the same memory with each slot's N rows as `halves` matrices of N / halves rows, one after the other."""
+        One, except that codes are read by a launch of their own, for to decode needs other registers and tiles, and
+        that frozen slots are decoded in pieces where not all of them have room at once.
+        """
+        learning, slots, bases = self.trainable.shape[0], self.slots, self.base_of_slot_B
+        whole = Part(
+            "all" if self.frozen is None else "both", learning, slots, self.trainable, self.frozen, None, bases
+        )
+        if self.frozen is None or self.codes is None:
+            return [whole]
+        frozen, room = slots - learning, self.room
+        if room is not None and room.shape[0] == frozen:
+            return [whole._replace(w_frozen=room, before=(decode(self.frozen, self.codes, room),))]
+        parts = [Part("some", 0, learning, self.trainable, None, None, bases)] if learning else []
+        if room is None:
+            return [*parts, Part("some", learning, slots, in_pairs(self.frozen), None, self.codes, bases)]
+        for first in range(0, frozen, room.shape[0]):
+            stop = min(first + room.shape[0], frozen)
+            some = room[: stop - first]
+            before = decode(self.frozen[first:stop], self.codes.of(first, stop), some)
+            parts.append(Part("some", learning + first, learning + stop, some, None, None, bases, (before,)))
+        return parts
 
-        def apart(stack: Tensor | None) -> Tensor | None:
-            if stack is None:
-                return None
-            slots, n, *depth = stack.shape
-            return stack.view(slots * halves, n // halves, *depth)
+    def some(self, begin: int, stop: int) -> Tensor:
+        """Return plain slots begin..stop - 1, all of which are trainable or all frozen."""
+        learning = self.trainable.shape[0]
+        if stop <= learning:
+            return self.trainable[begin:stop]
+        assert self.frozen is not None
+        return self.frozen[begin - learning : stop - learning]
 
-        trainable = apart(self.trainable)
-        assert trainable is not None
-        return Stored(trainable, apart(self.frozen), apart(self.scale), self.base_of_slot_B)
+
+def _apart(stack: Tensor | None, halves: int) -> Tensor | None:
+    """View a stack with each slot's N rows as `halves` matrices of N / halves rows, one after the other."""
+    if stack is None or halves == 1:
+        return stack
+    slots, rows, *depth = stack.shape
+    return stack.view(slots * halves, rows // halves, *depth)
 
 
 class Direct(NamedTuple):
@@ -143,20 +177,6 @@ class RankTerm(NamedTuple):
     scale_B: Tensor
 
 
-def matrix_arguments(
-    w: Stored, bias: Stored | None, part: str, block: tuple[int, int] | None, halves: int = 1
-) -> dict[str, Any]:
-    """Return what a launch of `part` gets for its matrix: tensors, where they begin, how to decode them.
-
-    With `block` w comes by descriptors of such blocks. Slots have `halves` matrices each, see `Stored.split`.
-    """
-    served = w.served(part)
-    by_tensor = served.pointers("w") if block is None else served.descriptors("w", block, halves)
-    biases = {"bias": None, "bias_frozen": None} if bias is None else bias.served(part).pointers("bias")
-    where = {"bases": w.base_of_slot_B, "trainable": w.trainable.shape[0] // halves, "PART": part}
-    return {**by_tensor, **biases, **where, "scale": served.scale, "BITS": served.bits, "SHARE": served.share}
-
-
 def term_arguments(term: RankTerm | None) -> dict[str, Any]:
     """Return a term's kernel arguments: RANK 0 without one; CHUNK is how much of the rank one product takes."""
     if term is None:
@@ -168,17 +188,17 @@ def term_arguments(term: RankTerm | None) -> dict[str, Any]:
     return {**tensors, "adapters": term.factor.shape[0], "RANK": rank, "CHUNK": chunk}
 
 
-def decoding_tile(tile: Tile, served: Stored, *, transposed: bool = False) -> Tile:
-    """Return the tile of a launch that reads `served`; for codes a large block is halved: decoding takes registers.
+def decoding_tile(tile: Tile, part: Part, *, transposed: bool = False) -> Tile:
+    """Return the tile of a launch that reads `part`; for codes a large block is halved: decoding takes registers.
 
     Along the axis of the codes, n if `transposed` and k otherwise, a block meets whole groups or lies within one.
     """
-    if served.bits == 0:
+    if part.codes is None:
         return tile
-    n, k, share = tile.n // 2 if tile.m >= 64 else tile.n, tile.k, served.share
+    n, k, share = tile.n // 2 if tile.m >= 64 else tile.n, tile.k, part.codes.share(part.w)
     if transposed:
-        return replace(tile, n=n if n % share == 0 else math.gcd(n, share), k=min(k, 64))
-    return replace(tile, n=n, k=k if k % share == 0 else math.gcd(k, share), split=max(1, tile.split // 2))
+        return replace(tile, n=within(n, share), k=min(k, 64))
+    return replace(tile, n=n, k=within(k, share), split=max(1, tile.split // 2))
 
 
 def describable(tensor: Tensor) -> bool:

@@ -15,7 +15,6 @@ from fedmoe_kernels.configs import Tile
 from fedmoe_kernels.gpu.activate import activate
 from fedmoe_kernels.gpu.blocks import (
     bias_block,
-    dequantized,
     load_within,
     matrix,
     pieces,
@@ -24,15 +23,16 @@ from fedmoe_kernels.gpu.blocks import (
     store_block,
     tile_rows,
 )
+from fedmoe_kernels.gpu.decode import decoded, scales
 from fedmoe_kernels.gpu.launch import Launch, cdiv, row_constants
 from fedmoe_kernels.gpu.schedule import Schedule
-from fedmoe_kernels.gpu.storage import RankTerm, Stored, decoding_tile, matrix_arguments, term_arguments
+from fedmoe_kernels.gpu.storage import RankTerm, Stored, decoding_tile, term_arguments
 
 
 @triton.jit
 def _halves_block(
-    w, scale, index, n0, k0, I: tl.constexpr, H: tl.constexpr, HALVES: tl.constexpr,  # noqa: E741
-    BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
+    w, index, n0, k0, I: tl.constexpr, H: tl.constexpr, HALVES: tl.constexpr,  # noqa: E741
+    BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """(BK, HALVES * BN): the same columns of `HALVES` matrices (I, H) that follow each other from `index` on."""
     if TMA:
@@ -41,19 +41,15 @@ def _halves_block(
         column = tl.arange(0, HALVES * BN)
         n, k = n0 + column % BN, k0 + tl.arange(0, BK)
         row = (index + column // BN).to(tl.int64) * I + n
-        if BITS > 0:
-            inside = None if I % BN == 0 else n < I
-            return dequantized(w, scale, row, inside, k0, H, HALVES * BN, BK, SHARE, BITS).T
-        else:
-            return load_within(w + row[None, :] * H + k[:, None], k[:, None], n[None, :], H, I, BK, BN)
+        return load_within(w + row[None, :] * H + k[:, None], k[:, None], n[None, :], H, I, BK, BN)
 
 
-@triton.jit(do_not_specialize=["tiles", "trainable", "steps", "adapters"])
+@triton.jit(do_not_specialize=["tiles", "begin", "stop", "steps", "adapters"])
 def _up_kernel(
-    x, tokens, w, w_frozen, scale, bias, bias_frozen, bases, rank_rows, factor, adapter_scale, z, h, table,
-    tiles, trainable, steps, adapters,
+    x, tokens, w, w_frozen, scale, whole, bias, bias_frozen, bases, rank_rows, factor, adapter_scale, z, h, table,
+    tiles, begin, stop, steps, adapters,
     H: tl.constexpr, I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, PART: tl.constexpr,  # noqa: E741
-    RANK: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr,
+    RANK: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr, SHARE: tl.constexpr, TALL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -66,9 +62,11 @@ def _up_kernel(
     slot, first, rows, live = tile_rows(table, tile, BM)
     if slot < 0:
         return
-    index, source, source_bias = matrix(slot, bases, trainable, w, w_frozen, bias, bias_frozen, PART)
+    index, source, source_bias = matrix(slot, bases, begin, stop, w, w_frozen, bias, bias_frozen, PART)
     if index < 0:
         return
+    if whole is not None:
+        whole = tl.load(whole + index)
     index *= HALVES
     n0 = column * BN
     token = tl.load(tokens + rows, mask=live, other=0)
@@ -77,13 +75,25 @@ def _up_kernel(
         # First, not last: the term needs no second block of sums beside the product's.
         for r0 in tl.static_range(0, RANK, CHUNK):
             left = row_block(rank_rows, rows, live, first, r0, RANK, CHUNK, False)
-            right = _halves_block(factor, None, slot * HALVES, n0, r0, I, RANK, HALVES, BN, CHUNK, False, 0, 1)
+            right = _halves_block(factor, slot * HALVES, n0, r0, I, RANK, HALVES, BN, CHUNK, False)
             acc = tl.dot(left, right, acc, input_precision=PRECISION)
         acc *= tl.load(adapter_scale + slot).to(tl.float32)
+    if FORMAT != "":
+        place = tl.arange(0, HALVES * BN)
+        row, inside = (index + place // BN).to(tl.int64) * I + n0 + place % BN, n0 + place % BN < I
+        stored = scales(scale, row, inside, 0, H, BK, SHARE, TALL)
     for step in range(steps):
         left = row_block(x, token, live, first, step * BK, H, BK, False)
-        right = _halves_block(source, scale, index, n0, step * BK, I, H, HALVES, BN, BK, TMA, BITS, SHARE)
-        acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
+        if FORMAT != "":
+            ahead = scales(scale, row, inside, (step + 1) * BK, H, BK, SHARE, TALL)
+            WHOLE_CODES: tl.constexpr = I % BN == 0 and H % BK == 0
+            wide = decoded(
+                source, stored, whole, row, inside, step * BK, H, HALVES * BN, BK, SHARE, FORMAT, WHOLE_CODES
+            )
+            right, stored = wide.T.to(left.dtype), ahead
+        else:
+            right = _halves_block(source, index, n0, step * BK, I, H, HALVES, BN, BK, TMA)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
     if HALVES == 2:
         gate, up = acc.reshape(BM, 2, BN).permute(0, 2, 1).split()
     else:
@@ -155,7 +165,6 @@ def up(
         return []
     halves = 2 if ACTIVATIONS[activation].gated else 1
     (rows,), (_, F, H) = tokens_R.shape, w_in.trainable.shape
-    w, bias = w_in.split(halves), None if bias_in is None else bias_in.split(halves)
     common = {
         "x": x_TH,
         "tokens": tokens_R,
@@ -170,20 +179,20 @@ def up(
         **term_arguments(term),
     }
     moved = sum(t.nbytes for t in (x_TH, z_RF, h_RI) if t is not None)
-    launches = []
-    for part in w.parts:
-        served = w.served(part)
-        cut = decoding_tile(tile, served)
-        tma = tile.tma and served.describable
+    launches: list[Launch] = []
+    for part in w_in.parts:
+        cut = decoding_tile(tile, part)
+        tma = tile.tma and part.describable
         args = {
             **common,
-            **matrix_arguments(w, bias, part, (cut.n, cut.k) if tma else None, halves),
+            **part.arguments(bias_in, (cut.n, cut.k) if tma else None, halves),
             **row_constants(cut, x_TH.dtype, tma=tma),
             "steps": cdiv(H, cut.k),
             "SPLIT": cut.split,
         }
         grid = (schedule.tiles * cdiv(F // halves, cut.n),)
-        share = served.slots / w.slots
-        cost = (round(2 * rows * F * H * share), round(moved * share) + served.nbytes)
+        share = part.slots / w_in.slots
+        cost = (round(2 * rows * F * H * share), round(moved * share) + part.nbytes)
+        launches += part.before
         launches.append(Launch(_up_kernel, grid, args, cut.warps, cut.stages, *cost, cut.registers))
     return launches
