@@ -59,9 +59,12 @@ class Row:
         m, k = looped[0].m, looped[0].k
         rows, args = self.case.T * self.case.K / self.case.B, self.launch.args
         programs = float(math.prod(self.launch.grid))
+        ahead = "first_tile" in args  # one loop over tiles and steps: a tile counts as a program
+        if ahead:
+            programs = float(args["table"].shape[0] * math.ceil(args["N"] / looped[0].n))
         if "table" in args:  # as many tiles as there can be are launched; a slot's last one is half full on average
             programs *= min(1.0, self.case.B * max(1.0, rows / m + 0.5) / args["table"].shape[0])
-        steps = args.get("steps", max(1.0, rows / k + 0.5))
+        steps = math.ceil(args["K"] / k) if ahead else args.get("steps", max(1.0, rows / k + 0.5))
         computed = programs * steps * sum(2 * dot.m * dot.n * dot.k for dot in looped)
         columns = sum(dot.n for dot in looped)
         size = self.case.dtype.itemsize
@@ -71,6 +74,7 @@ class Row:
             useful=min(1.0, self.launch.flops / computed) if computed else 1.0,
             streamed=steps * k * (m + columns) * size,
             stored=m * columns * size * EPILOGUE.get(self.name, 1.0),
+            ahead=ahead,
         )
 
     def microseconds(self) -> tuple[float, float] | None:

@@ -33,6 +33,9 @@ BYTES = 16  # of an instruction, since Volta
 PROGBITS, EXECUTABLE = 1, 4  # of an ELF section: it has contents, and they can be run
 
 _BACK = re.compile(r"\bBRA(?:\.\S+)?\s+(?:!?U?P\d+,\s*)?0x([0-9a-f]+)")
+_ALWAYS = re.compile(r"^BRA(?:\.\S+)?\s+0x")
+_STORE = re.compile(r"\bSTG\b")
+_COPY = re.compile(r"\b(?:UTMALDG|LDGSTS)\b")
 _PRODUCT = re.compile("|".join(OPCODES[name] for name in PRODUCTS))
 _SPILL = re.compile(rf"{OPCODES['STL']}|{OPCODES['LDL']}")
 # The operand after the sums is the left one: a register, where the others have a descriptor of shared memory.
@@ -45,8 +48,10 @@ class Listing:
 
     Attributes:
         opcodes: how often each of `OPCODES` stands in it.
-        loop: instructions of the shortest loop that has a product in it; 0 = none has.
+        loop: instructions of the shortest loop that has a product in it; 0 = none has. Where a loop also stores, which
+            is one over tiles and steps, those of a step that neither begins nor ends a tile.
         loop_spills: of those, the ones that store to or load from a thread's own memory.
+        loads_before_stores: whether the loop's copies to shared memory stand before its stores; None = it has none.
         left_in_registers: products of warp groups whose left operand is in registers. ptxas before 13.3 can overwrite
             them while they are read (triton issue 11781).
     """
@@ -54,6 +59,7 @@ class Listing:
     opcodes: dict[str, int] = field(default_factory=dict)
     loop: int = 0
     loop_spills: int = 0
+    loads_before_stores: bool | None = None
     left_in_registers: int = 0
 
 
@@ -68,24 +74,45 @@ def listings(capability: int, programs: Sequence[bytes]) -> list[Listing]:
 def read(lines: Sequence[str]) -> Listing:
     """Read one program's instructions, 16 bytes each, with branches to byte addresses from its start."""
     text = "\n".join(lines)
-    body = _product_loop(lines)
+    loop = _product_loop(lines)
+    body = [lines[number] for number in loop]
+    stores = [place for place, line in enumerate(body) if _STORE.search(line)]
+    loads = [place for place, line in enumerate(body) if _COPY.search(line)]
     return Listing(
         {name: len(re.findall(pattern, text)) for name, pattern in OPCODES.items()},
-        len(body),
+        _shortest_way(lines, loop) if stores else len(body),
         sum(1 for line in body if _SPILL.search(line)),
+        loads[-1] < stores[0] if loads and stores else None,
         len(_LEFT_IN_REGISTERS.findall(text)),
     )
 
 
-def _product_loop(lines: Sequence[str]) -> Sequence[str]:
-    """The shortest run of instructions that a jump back repeats and that has a product in it."""
+def _product_loop(lines: Sequence[str]) -> range:
+    """Where the shortest run of instructions is that a jump back repeats and that has a product in it.
+
+    One that jumps back on a condition, if there is any: the assembler puts what waits for a barrier behind the program,
+    from where it jumps back always.
+    """
     loops = []
     for number, line in enumerate(lines):
         target = _BACK.search(line)
         first = int(target[1], 16) // BYTES if target else number + 1
-        if first < number:
-            loops.append(lines[first : number + 1])
-    return min((loop for loop in loops if any(map(_PRODUCT.search, loop))), key=len, default=[])
+        if first < number and any(map(_PRODUCT.search, lines[first : number + 1])):
+            loops.append((_ALWAYS.search(line) is not None, number + 1 - first, range(first, number + 1)))
+    return min(loops, key=lambda loop: loop[:2])[2] if loops else range(0)
+
+
+def _shortest_way(lines: Sequence[str], loop: range) -> int:
+    """Count the instructions from the loop's first to its last one where every jump ahead that skips more is taken."""
+    counts = {loop.start: 1}
+    for number in loop:
+        target = _BACK.search(lines[number])
+        ahead = [] if _ALWAYS.search(lines[number]) else [number + 1]
+        ahead += [int(target[1], 16) // BYTES] if target else []
+        for place in ahead:
+            if number in counts and number < place <= loop[-1]:
+                counts[place] = min(counts.get(place, len(lines)), counts[number] + 1)
+    return counts[loop[-1]]
 
 
 def instructions(cubin: bytes) -> bytes:

@@ -168,6 +168,7 @@ class Tiling:
         useful: share of the computed products that is asked for; the rest is the edges of tiles.
         streamed: bytes of operands that a program takes from the L2 cache.
         stored: bytes that it writes when its products are done.
+        ahead: whether the next program's operands arrive while it writes, so that only the first pipeline fills idle.
     """
 
     programs: float
@@ -175,6 +176,7 @@ class Tiling:
     useful: float = 1.0
     streamed: float = 0.0
     stored: int = 0
+    ahead: bool = False
 
 
 def expected(work: Work, gpu: Gpu, tiling: Tiling) -> float:
@@ -190,5 +192,6 @@ def expected(work: Work, gpu: Gpu, tiling: Tiling) -> float:
     products = work.flops / tiling.useful / tiling.programs / (gpu.tflops * 1e12 * gpu.reached / gpu.sms)
     operands = tiling.streamed / (gpu.l2_tbytes * 1e12 / gpu.sms)
     drain = tiling.stored / (gpu.l2_tbytes * 1e12 / gpu.sms)
-    busy = max(products, operands) * tiling.resident + (FILL_SECONDS + drain) / tiling.resident
-    return max(waves * busy, memory) + START_SECONDS
+    fill = FILL_SECONDS / tiling.resident
+    busy = max(products, operands) * tiling.resident + drain / tiling.resident + (0 if tiling.ahead else fill)
+    return max(waves * busy + (fill if tiling.ahead else 0), memory) + START_SECONDS

@@ -29,7 +29,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from fedmoe_kernels.configs import SHARED, arch_of_capability
 from fedmoe_kernels.gpu.launch import Launch
-from fedmoe_kernels.tile import steps_held
+from fedmoe_kernels.tile import PIECE, steps_held
 
 # What kernels are compiled for: each architecture that has a table, and those served by another's, see `table_of`.
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -222,8 +222,10 @@ def operand_bytes(launch: Launch, arch: str) -> int:
         stages = (launch.stages - 1) // 2 + 1 if gathered else launch.stages
         rows, columns, depth = args["BP"], args["BQ"], args["BT"]
         index, element = 8 * depth * launch.stages if gathered else 0, args["left"]
-    elif "BN" in args and "BK" in args and not args["FORMAT"]:
+    elif "BN" in args and "BK" in args and not args.get("FORMAT"):
         stages, rows, depth, index = launch.stages, args["BM"], args["BK"], 0
+        if "first_tile" in args:  # a result on its way to memory, see `Tile.store_bytes`
+            index = min(rows * args["BN"] * args["out"].element_size(), PIECE)
         columns = args["BN"] * (args.get("HALVES", 1) if "_up" in launch.kernel.fn.__name__ else 1)
         element = args.get("x", args.get("dy", args.get("out")))
     else:
@@ -313,6 +315,8 @@ def misses(job: Job, code: Code) -> list[str]:
         found.append("operands pass through registers: neither LDGSTS nor UTMALDG")
     if code.waiting and any(dot.looped for dot in code.dots):
         found.append(f"{code.waiting} loads of blocks in a loop are not fetched ahead")
+    if job.kernel == "_persistent_kernel" and listing.loads_before_stores is not True:
+        found.append("the next tile's operands do not arrive while a tile is stored")
     if any(kind.startswith("tensordesc") for _, kind in job.signature) and not count["UTMALDG"]:
         found.append("takes descriptors, but has no UTMALDG")
     if count["ATOMG"]:

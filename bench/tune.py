@@ -57,6 +57,7 @@ STEPS = {
     "group": (1, 4, 8, 16),
     "tma": (False, True),
     "registers": (0, 128, 168),
+    "persistent": (False, True),
 }
 TOGETHER = (
     ("n", "warps"),
@@ -81,7 +82,8 @@ def neighbours(base: Tile, arch: str, family: str) -> list[Tile]:
     """List `base` first, then what differs from it in one number or in two that go together."""
     steps = dict(STEPS)
     unused = {"split"} - ({"split"} if family in ("up", "data_gradient") else set())
-    unused |= {"tma"} if arch in ("sm_80", "sm_86") else set()
+    unused |= {"tma", "persistent"} if arch in ("sm_80", "sm_86") else set()
+    unused |= set() if family in ("down", "input_gradient") else {"persistent"}
     unused |= {"tma"} if family == "weight_gradient" else {"m"}
     found = [base]
     for names in (*((name,) for name in steps), *TOGETHER):
@@ -175,7 +177,12 @@ def brief(tile: Tile) -> str:
     """Describe a tile in a few words."""
     text = f"{tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages, group {tile.group}"
     text += f", split {tile.split}" if tile.split > 1 else ""
-    return text + (f", {tile.registers} registers" if tile.registers else "") + (", tma" if tile.tma else "")
+    return (
+        text
+        + (f", {tile.registers} registers" if tile.registers else "")
+        + (", tma" if tile.tma else "")
+        + (", persistent" if tile.persistent else "")
+    )
 
 
 def say(line: str) -> None:

@@ -85,13 +85,15 @@ def assemblers() -> dict[str, Path]:
 
 
 @pytest.mark.usefixtures("bench")
-@pytest.mark.parametrize("kernel", ["_up", "_rows", "_data_gradient", "_weight_gradient"])
+@pytest.mark.parametrize("kernel", ["_up", "_rows", "_persistent", "_data_gradient", "_weight_gradient"])
 def test_other_assemblers_make_code_of_the_same_kind(kernel: str, tmp_path: Path) -> None:
     """ptxas 12.8 is known to miscompile some kernels: others must take the same PTX, and pass the same gates."""
     from listing import instructions, listings, usage
     from sass import built, compiled, job_of, misses
 
-    job = job_of(one(small(T=16384), kernel, "sm_90"), "sm_90")
+    # Where tokens have one choice, a product of rows has a program a tile.
+    case = small(T=16384, K=1 if kernel == "_rows" else 2)
+    job = job_of(one(case, kernel, "sm_90"), "sm_90")
     code = compiled(job)
     (tmp_path / "kernel.ptx").write_text(built(job).asm["ptx"])
     tried = 0
@@ -182,6 +184,12 @@ def test_the_gates_by_hand() -> None:
     assert "1 HGMMA with the left operand in registers" in told(job, (tall,), Listing(good, left_in_registers=1))
     assert told(job, (tall,), Listing(good, loop=118)) == ""
     assert "119 instructions in the loop of products, 118 at most" in told(job, (tall,), Listing(good, loop=119))
+    in_turn = job_of(one(small(T=16384), "_persistent", "sm_90"), "sm_90")
+    assert told(in_turn, (tall,), Listing(good, loads_before_stores=True)) == ""
+    for apart in (False, None):
+        assert "do not arrive while a tile is stored" in told(
+            in_turn, (tall,), Listing(good, loads_before_stores=apart)
+        )
     sent = job_of(one(small(T=16384), "_data_gradient", "sm_90"), "sm_90")
     assert sent.limit == 128
     assert told(sent, (tall,), Listing(good), registers=128, shared=98328) == ""
@@ -210,6 +218,28 @@ def test_the_loop_of_products_is_the_shortest_that_has_one() -> None:
     lines[10] = "HGMMA.64x256x16.F32.BF16 R24, R4, gdesc[UR20], R24, gsb0 ;"
     assert read(lines).left_in_registers == 1
     assert read(["HMMA.16816.F32.BF16 R4, R8, R12, R4 ;", "BRA 0x40 ;"]).loop == 0, "a jump ahead is no loop"
+
+
+@pytest.mark.usefixtures("bench")
+def test_a_loop_that_stores_is_as_long_as_the_shortest_way_around_it() -> None:
+    """Steps and tiles in one loop: most steps jump over the beginning of a tile and over its end."""
+    from listing import read
+
+    lines = ["NOP ;"] * 40
+    lines[6] = "@P0 BRA 0xa0 ;"  # from 6 to 10, over the beginning of a tile
+    lines[12] = "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR20], R24 ;"
+    lines[14] = "@UP0 UTMALDG.2D [UR24], [UR10] ;"
+    lines[15] = "@P1 BRA 0x1c0 ;"  # from 15 to 28, over the end of a tile
+    lines[20] = "@!P2 STG.E.128 desc[UR56][R50.64], R64 ;"
+    lines[30] = "@P0 BRA 0x50 ;"  # from 30 back to 5
+    lines[38] = "BRA 0xb0 ;"  # behind the program, from what waited for a barrier
+    found = read(lines)
+    assert (found.loop, found.loads_before_stores) == (2 + 6 + 3, True)
+    lines[14], lines[22] = lines[22], lines[14]
+    assert read(lines).loads_before_stores is False
+    lines[20] = "NOP ;"
+    found = read(lines)
+    assert (found.loop, found.loads_before_stores) == (26, None)
 
 
 @pytest.mark.usefixtures("bench")

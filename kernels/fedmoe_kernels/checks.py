@@ -62,13 +62,14 @@ def check_stacks(x_TH: Tensor, stacks: dict[str, Stack], activation: str) -> Non
         raise ValueError(f"w_in is stored as {w_in.format}, w_out as {w_out.format}; store both in one format")
     if hidden != x_TH.shape[1]:
         raise ValueError(f"w_out is {what(w_out.trainable)}, x_TH has hidden size {x_TH.shape[1]}; w_out is (B, H, I)")
+    trainable, rows = w_in.trainable.shape[0], w_in.rows
     expected = {"w_in": (width, hidden), "w_out": (hidden, inner), "bias_in": (width,), "bias_out": (hidden,)}
     for name, stack in stacks.items():
-        if stack.trainable.shape != (w_in.trainable.shape[0], *expected[name]) or stack.rows != w_in.rows:
-            wanted = (w_in.trainable.shape[0], *expected[name])
+        wanted = (trainable, *expected[name])
+        if stack.trainable.shape != wanted or stack.rows != rows:
             raise ValueError(
                 f"{name} is {what(stack.trainable)} with {stack.rows} slots; {activation!r} with the other arguments "
-                f"needs {wanted} and {w_in.rows} slots"
+                f"needs {wanted} and {rows} slots"
             )
 
 

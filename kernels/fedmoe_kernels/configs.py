@@ -129,7 +129,8 @@ def _cut(tile: Tile, columns: int, depth: int) -> Tile:
     k = tile.k
     while k > 32 and ((depth % k and depth % (k // 2) == 0) or k >= 2 * depth):
         k //= 2
-    return replace(tile, n=n, k=k, split=max(1, tile.split * n // tile.n))
+    # Narrower blocks leave room for a second program on a multiprocessor, which fills the gap between tiles as well.
+    return replace(tile, n=n, k=k, split=max(1, tile.split * n // tile.n), persistent=tile.persistent and n >= 128)
 
 
 def _columns(n: int, columns: int) -> int:

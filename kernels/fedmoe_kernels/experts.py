@@ -112,6 +112,8 @@ def _tensors(
         *adapter,
         trainable_B,
     ]
+    if all(t is None or t.is_contiguous() for t in tensors):
+        return tensors
     _say_what_is_copied(tensors)
     return [None if t is None else t.contiguous() for t in tensors]
 

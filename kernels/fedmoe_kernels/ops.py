@@ -10,6 +10,7 @@ Their last arguments: `backend` ("auto", "cpu" or "triton") and `rows_per_slot`,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -246,20 +247,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, dy_TH: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, z_RF = ctx.saved_tensors
-    names = (*OpInputs._fields, "scores_B6")
-    need = dict(zip(names, ctx.needs_input_grad, strict=False))
-    found: dict[str, Tensor] = {}
+# Where the arguments of `moe_mlp` are that its derivative is by, in the order of `needs`.
+_PLACES = (*map(OpInputs._fields.index, DIFFERENTIABLE), len(OpInputs._fields))
+
+
+def _differentiate(
+    ctx: Any, wanted_of: Sequence[bool], dy_TH: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradient of each argument of `moe_mlp` that `wanted_of` asks for, in order, None for the others."""
+    found: list[Tensor | None] = [None] * len(wanted_of)
     if dy_TH is not None:
-        needs = [need[name] for name in (*DIFFERENTIABLE, "scores_B6")]
+        *tensors, z_RF = ctx.saved_tensors
+        needs = [wanted_of[place] for place in _PLACES]
         needs[6:10] = [any(needs[6:10])] * 4  # an adapter's factors are computed together or not at all
         how = (ctx.activation, ctx.frozen_format, needs, ctx.backend, ctx.rows_per_slot)
         outputs = moe_mlp_backward(dy_TH.contiguous(), z_RF, *tensors, *how)
-        found = dict(zip((*DIFFERENTIABLE, "scores_B6"), outputs, strict=True))
-    return (*(found.get(name) if need[name] else None for name in names), *[None] * 5)
+        for place, output in zip(_PLACES, outputs, strict=True):
+            found[place] = output if wanted_of[place] else None
+    return tuple(found)
 
 
-moe_mlp_op.register_autograd(_differentiate, setup_context=_setup_context)
+moe_mlp_op.register_autograd(
+    lambda ctx, *gradients: _differentiate(ctx, ctx.needs_input_grad, *gradients), setup_context=_setup_context
+)
 moe_mlp_backward = Operator(moe_mlp_backward_op, _backward)
 moe_mlp = Operator(moe_mlp_op, _forward, function_of("MoeMlp", _forward, _setup_context, _differentiate))

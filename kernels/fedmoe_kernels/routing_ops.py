@@ -9,6 +9,7 @@ A table_CE is (C, E) int64: the slot of each expert of each client, -1 = absent;
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -367,7 +368,9 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple
     ctx.rule = (inputs[7], inputs[8], inputs[11], inputs[13])  # type: ignore[attr-defined]
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad_TK: Tensor | None, *_: Tensor | None) -> tuple:
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, _needs: Sequence[bool], grad_TK: Tensor | None, *_: Tensor | None
+) -> tuple:
     if grad_TK is None:
         return (None,) * 14
     logits_TE, experts_TK, table_CE, client_T = ctx.saved_tensors  # type: ignore[attr-defined]
@@ -376,7 +379,9 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_TK: Tensor | None, 
     return grad_TE, *(None,) * 13
 
 
-route_op.register_autograd(_backward, setup_context=_save)
+route_op.register_autograd(
+    lambda ctx, *gradients: _backward(ctx, ctx.needs_input_grad, *gradients), setup_context=_save
+)
 route_backward = Operator(route_backward_op, _route_backward)
 place_rows = Operator(place_rows_op, _place_rows)
 route = Operator(route_op, _route, function_of("Route", _route, _save, _backward))

@@ -78,10 +78,10 @@ _SIXTY_FOUR = TileSet(  # weight-bound still: two programs an SM, so that one lo
 )
 _WIDE = TileSet(
     up=Tile(128, 128, 64, 8, 4, split=4, tma=True),
-    down=Tile(128, 256, 64, 8, 4, tma=True),
+    down=Tile(128, 256, 64, 8, 4, tma=True, persistent=True),
     # Two programs an SM, which 128 registers allow; left alone, the compiler takes up to 142.
     data_gradient=Tile(128, 128, 64, 8, 3, split=8, tma=True, registers=128),
-    input_gradient=Tile(128, 256, 64, 8, 4, tma=True),
+    input_gradient=Tile(128, 256, 64, 8, 4, tma=True, persistent=True),
     weight_gradient=Tile(128, 256, 64, 8, 7),
     rank=Tile(128, 64, 64, 4, 4, tma=True),
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 # Architectures with products of warp groups, whose operands are read from shared memory.
 WARP_GROUPS = ("sm_90", "sm_100")
+PIECE = 32 * 1024  # bytes of a result that are on their way to memory at once, see `Tile.store_bytes`
 BARRIERS = 256  # bytes that barriers and alignment take at most; 24 to 64 in what compiles today
 
 
@@ -33,6 +34,8 @@ class Tile:
         split: pieces in which the epilogue is computed; more pieces, fewer registers.
         tma: whether operands that lie in order come by tensor descriptor (sm_90 and later).
         registers: the most that a thread may have, so that more programs fit an SM; 0 = as many as the compiler likes.
+        persistent: whether a program takes one tile after the other, see `gpu/persistent.py`; of `down` and
+            `input_gradient` only, and only where both operands come by descriptor and rows are written as they lie.
 
     Of the weight gradient `stages` counts those that a row index takes too, which is loaded in the loop.
     """
@@ -46,6 +49,7 @@ class Tile:
     split: int = 1
     tma: bool = False
     registers: int = 0
+    persistent: bool = False
 
     def __post_init__(self) -> None:
         for name in ("m", "n", "k", "warps", "stages", "group", "split"):
@@ -62,13 +66,22 @@ class Tile:
             raise ValueError(f"split is {self.split}; give a power of two that divides n = {self.n}")
         if type(self.registers) is not int or self.registers not in (0, *range(64, 256, 8)):
             raise ValueError(f"registers is {self.registers!r}; give 0 or a multiple of 8 from 64 to 248")
-        if type(self.tma) is not bool:
-            raise ValueError(f"tma is {self.tma!r}; give true or false")
+        for name in ("tma", "persistent"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give true or false")
 
     @property
     def steps_held(self) -> int:
         """Steps whose operands the weight gradient holds: its pipeline spends a stage on each row index ahead."""
         return (self.stages - 1) // 2 + 1
+
+    def store_bytes(self, itemsize: int) -> int:
+        """Count the bytes that a result takes on its way to memory, beside the next operands, at most.
+
+        The compiler takes a block through shared memory whole or in pieces of 32 KB, in all that has been compiled.
+        Where no operands are waiting it takes the place of the last ones, and costs nothing.
+        """
+        return min(self.m * self.n * itemsize, PIECE) if self.persistent else 0
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ class TileSet:
         columns = 2 * tile.n if family == "up" and gated else tile.n
         held = steps_held(arch, tile.m, tile.steps_held if summed else tile.stages)
         index = 8 * tile.k * tile.stages if summed else 0
-        return held * (tile.m + columns) * tile.k * itemsize + index + BARRIERS
+        return held * (tile.m + columns) * tile.k * itemsize + index + tile.store_bytes(itemsize) + BARRIERS
 
     def fitting(self, arch: str, itemsize: int, *, gated: bool) -> TileSet:
         """Return the set itself, if all of it fits the shared memory of `arch`.

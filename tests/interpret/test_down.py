@@ -13,6 +13,7 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a process with TRITON_INTERPRET=1", allow_module_level=True)
 
+import program_order
 from forward_cases import (
     CROWDED,
     DESCRIPTORS,
@@ -31,10 +32,12 @@ from forward_cases import (
 )
 
 from fedmoe_kernels.configs import Tile
+from fedmoe_kernels.gpu import persistent
 from fedmoe_kernels.gpu.down import down, input_gradient, rank_product
 from fedmoe_kernels.gpu.storage import Direct, RankTerm
 
-BOTH_TILES = pytest.mark.parametrize("tile", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
+IN_TURN = replace(DESCRIPTORS, persistent=True)
+TILES = pytest.mark.parametrize("tile", [POINTERS, DESCRIPTORS, IN_TURN], ids=["pointers", "descriptors", "persistent"])
 BOTH_WAYS = pytest.mark.parametrize("transposed", [False, True], ids=["down", "input_gradient"])
 
 
@@ -70,7 +73,7 @@ def solve(
     return out
 
 
-@BOTH_TILES
+@TILES
 @BOTH_WAYS
 @pytest.mark.parametrize("trainable", [None, 0, 2, 5])
 def test_rows(tile: Tile, transposed: bool, trainable: int | None) -> None:
@@ -82,7 +85,7 @@ def test_rows(tile: Tile, transposed: bool, trainable: int | None) -> None:
     assert bool(out[r.count :].isnan().all())
 
 
-@BOTH_TILES
+@TILES
 @BOTH_WAYS
 @pytest.mark.parametrize("counts", [CROWDED, (0, 1), (16, 32), (0, 0)])
 def test_one_slot_with_all_rows_one_row_full_tiles_and_none(
@@ -94,7 +97,7 @@ def test_one_slot_with_all_rows_one_row_full_tiles_and_none(
     assert bool(out[r.count :].isnan().all())
 
 
-@BOTH_TILES
+@TILES
 @BOTH_WAYS
 def test_nan_stays_in_its_slot(tile: Tile, transposed: bool) -> None:
     """The rows and the matrix of slot 2 are NaN; its neighbours in memory are not touched by that."""
@@ -119,7 +122,7 @@ def one_choice(r: Rows, tokens: int, choices: int) -> Direct:
     return Direct(tokens_R, places_R, weights_TK, rows_TK)
 
 
-@BOTH_TILES
+@TILES
 @BOTH_WAYS
 @pytest.mark.parametrize("choices", [1, 3])
 def test_direct_writes_tokens_and_clears_those_without_a_row(tile: Tile, transposed: bool, choices: int) -> None:
@@ -144,7 +147,7 @@ def test_direct_without_any_row_is_all_zero() -> None:
     assert torch.equal(out, torch.zeros(4, 40))
 
 
-@BOTH_TILES
+@TILES
 @pytest.mark.parametrize("transposed", [False, True], ids=["a", "b"])
 @pytest.mark.parametrize(("rank", "gathered"), [(4, True), (16, False), (20, True)])
 def test_rank_sized_rows(tile: Tile, transposed: bool, rank: int, gathered: bool) -> None:
@@ -161,7 +164,7 @@ def test_rank_sized_rows(tile: Tile, transposed: bool, rank: int, gathered: bool
     assert bool(out[r.count :].isnan().all())
 
 
-@BOTH_TILES
+@TILES
 @BOTH_WAYS
 @pytest.mark.parametrize(("rank", "slots"), [(4, 3), (72, 5)])
 def test_adapters_on_the_first_slots(tile: Tile, transposed: bool, rank: int, slots: int) -> None:
@@ -207,7 +210,7 @@ def test_frozen_slots_as_codes_by_token(
     assert_near(out, want, "tokens")
 
 
-@BOTH_TILES
+@TILES
 def test_reruns_and_a_slot_alone_have_the_same_bits(tile: Tile) -> None:
     """Slot 2 of five runs alone, its rows in other tiles and its matrix in another place."""
     r, left, w, bias = problem(EMPTY_SLOTS, 40, 24)
@@ -217,3 +220,37 @@ def test_reruns_and_a_slot_alone_have_the_same_bits(tile: Tile) -> None:
     alone = rows([19], 7)
     lone = solve(alone, left[: r.count][mine], w[2:3], bias[2:3], tile=tile)
     assert torch.equal(first[mine], lone[: alone.count])
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("counts", [EMPTY_SLOTS, CROWDED, (0, 1), (0, 0)])
+@pytest.mark.parametrize("programs", [1, 2, 5, 1000])
+def test_tiles_one_after_the_other_have_the_bits_of_tiles_apart(
+    transposed: bool, counts: Sequence[int], programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the chip: of one program, of two that share tiles unequally, and of more programs than tiles."""
+    r, left, w, bias = problem(counts, 72, 40)
+    how = {"trainable": 1, "transposed": transposed}
+    bias = None if transposed else bias
+    apart = solve(r, left, w, bias, tile=DESCRIPTORS, **how)
+    monkeypatch.setattr(persistent, "_processors", lambda device: programs)
+    program_order.install(monkeypatch.setattr, program_order.ORDERS["reversed"])
+    assert torch.equal(solve(r, left, w, bias, tile=IN_TURN, **how)[: r.count], apart[: r.count])
+
+
+def test_what_is_not_one_product_of_described_operands_has_a_program_a_tile() -> None:
+    """Codes, adapters, tokens of one choice: each would put a choice between the two loops."""
+    r, left, w, _ = problem(EMPTY_SLOTS, 40, 24)
+    out = unwritten(len(r.tokens_R), 40)
+    how = {"schedule": r.schedule, "tile": IN_TURN}
+    term = RankTerm(unwritten(len(r.tokens_R), 4), unwritten(5, 40, 4), torch.ones(5))
+    codes, _ = coded(normal(5, 96, 96, seed=1), 2, "int8", (1, 32))
+    ways = {
+        "plain": down(left, stored(w, 2), None, out, **how),
+        "adapters": down(left, stored(w, 2), None, out, term=term, **how),
+        "one choice": down(left, stored(w, 2), None, out, direct=one_choice(r, 41, 1), **how),
+        "codes": down(unwritten(len(r.tokens_R), 96), codes, None, unwritten(len(r.tokens_R), 96), **how),
+    }
+    found = {name: [launch.kernel.fn.__name__ for launch in launches] for name, launches in ways.items()}
+    assert found.pop("plain") == ["_persistent_kernel"]
+    assert found == {"adapters": ["_rows_kernel"], "one choice": ["_rows_kernel"], "codes": ["_rows_kernel"] * 2}

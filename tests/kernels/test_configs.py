@@ -63,8 +63,10 @@ def test_blocks_are_cut_to_the_shape() -> None:
     oss = tiles_for("sm_90", BF16, 2048, hidden=2880, inner=2880)
     assert (oss.down.n, oss.up.n) == (256, 128), "12 blocks of 256 compute 3072 columns, 6.7 % more than there are"
     assert 2880 % oss.down.k == 0
-    assert tiles_for("sm_90", BF16, 2048, hidden=1408, inner=1408).down.n == 128, "6 of 256 would compute 9 % more"
+    narrow = tiles_for("sm_90", BF16, 2048, hidden=1408, inner=1408).down
+    assert (narrow.n, narrow.persistent) == (128, True), "6 of 256 would compute 9 % more"
     small = tiles_for("sm_90", BF16, 2048, hidden=96, inner=48)
+    assert not small.down.persistent, "an SM holds several programs"
     assert (small.up.n, small.down.n) == (32, 32)
     assert small.rows == whole.rows
 
@@ -111,6 +113,9 @@ def test_every_static_tile_fits_the_shared_memory(entry: Entry, gated: bool) -> 
 def test_bytes_of_shared_memory_by_hand() -> None:
     """Of 128 x 256 blocks of bfloat16: on sm_90 all four stages are held, on sm_80 one less."""
     wide = tiles_for("sm_90", BF16, 2048)
+    assert wide.down.persistent
+    assert wide.shared_bytes("down", "sm_90", 2, gated=True) == 4 * (128 + 256) * 64 * 2 + 128 * 256 + 256
+    wide = replace(wide, down=replace(wide.down, persistent=False))
     assert wide.shared_bytes("down", "sm_90", 2, gated=True) == 4 * (128 + 256) * 64 * 2 + 256
     assert wide.shared_bytes("up", "sm_90", 2, gated=True) == 4 * (128 + 256) * 64 * 2 + 256
     assert wide.shared_bytes("up", "sm_90", 2, gated=False) == 4 * (128 + 128) * 64 * 2 + 256
@@ -123,7 +128,7 @@ def test_tiles_that_no_shared_memory_holds_are_refused(monkeypatch: pytest.Monke
     """As a whole, when the file is read; where only two halves of a gated form are too wide, when that is asked for."""
     wide = line()
     wide["down"] |= {"k": 64, "stages": 6}
-    with pytest.raises(ValueError, match=r"tiles\[0\]: down takes 295168 bytes .* sm_90 has 232448; give it smaller"):
+    with pytest.raises(ValueError, match=r"tiles\[0\]: down takes 327936 bytes .* sm_90 has 232448; give it smaller"):
         load(write(wide, name="wide.json"), "a table")
     halves = line()
     halves["up"] |= {"k": 64, "n": 256, "stages": 3}

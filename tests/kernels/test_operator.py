@@ -40,9 +40,10 @@ def doubled() -> tuple[Operator, list[str]]:
         ways.append("op")
         return 2 * x
 
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, needs: list[bool], grad: Tensor) -> tuple[Tensor]:
+        assert needs == [True]
         ways.append("backward")
-        return 2 * grad
+        return (2 * grad,)
 
     return Operator(op, body, function_of("Doubled", body, lambda ctx, inputs, output: None, backward)), ways
 

@@ -26,6 +26,7 @@ from fedmoe_kernels.gpu.blocks import (
 )
 from fedmoe_kernels.gpu.decode import decoded_block, scale_block
 from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, cdiv, power_of_2, row_constants
+from fedmoe_kernels.gpu.persistent import persistent
 from fedmoe_kernels.gpu.schedule import Schedule
 from fedmoe_kernels.gpu.storage import (
     Direct,
@@ -232,11 +233,13 @@ def _launch(product: _Product, schedule: Schedule, tile: Tile, part: Part, *, la
         "TMA_ROWS": tma_rows,
         **row_constants(tile, rows_XK.dtype, tma=tma),
     }
+    share = part.slots / w.slots
+    cost = (round(2 * rows * N * K * share), round((rows_XK.nbytes + out_XN.nbytes) * share) + part.nbytes)
+    if tile.persistent and tma and tma_rows and direct is None and term is None and part.kind != "some":
+        return persistent(args, schedule, tile, cost)
     if direct is not None:
         tokens, choices = direct.rows_TK.shape
         programs += cdiv(tokens, tile.m) if last else 0
         args |= {"targets": direct.tokens_R, "places": direct.places_R, "weights": direct.weights_TK}
         args |= {"rows_TK": direct.rows_TK, "num_tokens": tokens, "CHOICES": choices}
-    share = part.slots / w.slots
-    cost = (round(2 * rows * N * K * share), round((rows_XK.nbytes + out_XN.nbytes) * share) + part.nbytes)
     return Launch(_rows_kernel, (programs,), args, tile.warps, tile.stages, *cost, tile.registers)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -42,9 +45,18 @@ class Launch:
         return {**options, "maxnreg": self.registers} if self.registers else options
 
     def run(self) -> None:
-        """Start it; returns before it has ended on a GPU."""
+        """Start it; returns before it has ended on a GPU.
+
+        By position: Triton copies what is given by name on its way to the launcher, 13 of 63 us for 39 arguments.
+        """
         if 0 not in self.grid:
-            self.kernel[self.grid](**self.args, **self.options)
+            self.kernel[self.grid](*_in_order(self.kernel.fn)(self.args), **self.options)
+
+
+@cache
+def _in_order(function: Callable[..., None]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    """What picks the arguments of a kernel, by name, in the order of its parameters; every kernel has two at least."""
+    return itemgetter(*inspect.signature(function).parameters)
 
 
 def cdiv(total: int, size: int) -> int:

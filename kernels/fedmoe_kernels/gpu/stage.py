@@ -141,7 +141,9 @@ class Stage(NamedTuple):
 def stage_of(inputs: OpInputs, call: Call) -> Stage:
     """Choose the tiles and make the schedule."""
     activation, frozen_format, rows_per_slot, arch, execute = call
-    inputs = inputs._replace(**{name: aligned(t, name) for name, t in inputs._asdict().items() if t is not None})
+    inputs = OpInputs._make(
+        tensor if tensor is None else aligned(tensor, name) for name, tensor in zip(inputs._fields, inputs, strict=True)
+    )
     tiles = _tiles(
         inputs.x_TH.device,
         inputs.x_TH.dtype,

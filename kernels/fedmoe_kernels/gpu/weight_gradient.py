@@ -183,7 +183,7 @@ def weight_gradient(
     by_row = left_tokens if left_tokens is not None else right_tokens
     rows = (left_XP if by_row is None else by_row).shape[0] * G // max(1, offsets_B1.shape[0] - 1)
     moved = out_GPQ.nbytes + _read(rows, left_XP) + _read(rows, right_XQ)
-    grid = (G * output_blocks(P, Q, tile),)
+    grid = (G * cdiv(left.shape[1], m) * cdiv(right.shape[1], n),)  # as `output_blocks` says
     stages = tile.stages if left_by is not None or right_by is not None else tile.steps_held
     return [Launch(_weight_gradient_kernel, grid, args, tile.warps, stages, 2 * rows * P * Q, moved, tile.registers)]
 
