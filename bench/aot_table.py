@@ -64,18 +64,29 @@ class Row:
             programs = float(args["table"].shape[0] * math.ceil(args["N"] / looped[0].n))
         if "table" in args:  # as many tiles as there can be are launched; a slot's last one is half full on average
             programs *= min(1.0, self.case.B * max(1.0, rows / m + 0.5) / args["table"].shape[0])
+        busy = programs * self._share()
         steps = math.ceil(args["K"] / k) if ahead else args.get("steps", max(1.0, rows / k + 0.5))
-        computed = programs * steps * sum(2 * dot.m * dot.n * dot.k for dot in looped)
+        computed = busy * steps * sum(2 * dot.m * dot.n * dot.k for dot in looped)
         columns = sum(dot.n for dot in looped)
         size = self.case.dtype.itemsize
         return Tiling(
-            programs=programs,
+            programs=busy,
             resident=max(1, self.code.resident(self.job)),
             useful=min(1.0, self.launch.flops / computed) if computed else 1.0,
             streamed=steps * k * (m + columns) * size,
             stored=m * columns * size * EPILOGUE.get(self.name, 1.0),
             ahead=ahead,
+            idle=programs - busy,
+            issued=steps * self.code.listing.loop * self.job.warps / 4,
         )
+
+    def _share(self) -> float:
+        """Return the share of a launch's tiles that are of slots it serves; the other tiles' programs end at once."""
+        args, case = self.launch.args, self.case
+        if args.get("PART") != "some":
+            return 1.0
+        held = case.B // case.clients if case.rank else case.B
+        return min(1.0, (args["stop"] - args["begin"]) / held)
 
     def microseconds(self) -> tuple[float, float] | None:
         """Return (at the roofline, expected) on the GPU that stands for the architecture."""

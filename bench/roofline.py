@@ -23,6 +23,7 @@ class Gpu:
         tflops: products and additions, 10^12 / s.
         tbytes: memory, 10^12 bytes / s.
         sms: streaming multiprocessors.
+        per_cycle: products and additions of one's tensor cores in a cycle.
         reached: share of `tflops` that the inner loop of a Triton kernel keeps up when nothing else is in the way.
         l2_tbytes: what the L2 cache hands to the SMs, 10^12 bytes / s.
 
@@ -34,23 +35,30 @@ class Gpu:
     tflops: float
     tbytes: float
     sms: int
+    per_cycle: int
     reached: float
     l2_tbytes: float
     source: str
+
+    @property
+    def hertz(self) -> float:
+        """Cycles a second at which `tflops` is counted."""
+        return self.tflops * 1e12 / self.sms / self.per_cycle
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", "sm_80", 312.0, 2.039, 108, 0.72, 5.0, "NVIDIA A100 data sheet, 80 GB SXM"),
-        Gpu("H100", "sm_90", 989.4, 3.35, 132, 0.66, 7.0, "NVIDIA H100 data sheet, SXM, half of the sparse rate"),
-        Gpu("H200", "sm_90", 989.4, 4.8, 132, 0.66, 7.0, "NVIDIA H200 data sheet, SXM, half of the sparse rate"),
+        Gpu("A100", "sm_80", 312.0, 2.039, 108, 2048, 0.72, 5.0, "NVIDIA A100 data sheet, 80 GB SXM"),
+        Gpu("H100", "sm_90", 989.4, 3.35, 132, 4096, 0.66, 7.0, "NVIDIA H100 data sheet, SXM, half of the sparse rate"),
+        Gpu("H200", "sm_90", 989.4, 4.8, 132, 4096, 0.66, 7.0, "NVIDIA H200 data sheet, SXM, half of the sparse rate"),
         Gpu(
             "B200",
             "sm_100",
             2250.0,
             8.0,
             148,
+            8192,
             0.55,
             12.0,
             "NVIDIA DGX B200 data sheet, an eighth, half of the sparse rate",
@@ -59,6 +67,7 @@ GPUS = {
 }
 FASTEST_MEMORY = 0.90  # share of the memory's peak that long streams reach on these GPUs
 START_SECONDS = 2.0e-6  # from the end of one kernel to the first useful load of the next, launches queued ahead
+IDLE_SECONDS = 0.7e-6  # of a program that finds no work: to start it, and to read its tile and its slot
 FILL_SECONDS = 1.0e-6  # of a program: until its first stage has arrived, while its share of the tensor cores idles
 
 
@@ -169,6 +178,8 @@ class Tiling:
         streamed: bytes of operands that a program takes from the L2 cache.
         stored: bytes that it writes when its products are done.
         ahead: whether the next program's operands arrive while it writes, so that only the first pipeline fills idle.
+        idle: programs besides that find no work.
+        issued: instructions that each of an SM's four schedulers issues for one program, one a cycle at most.
     """
 
     programs: float
@@ -177,10 +188,12 @@ class Tiling:
     streamed: float = 0.0
     stored: int = 0
     ahead: bool = False
+    idle: float = 0.0
+    issued: float = 0.0
 
 
 def expected(work: Work, gpu: Gpu, tiling: Tiling) -> float:
-    """Predict the seconds of one launch: the slowest of its products, its operands' way through L2, and its memory.
+    """Predict the seconds of one launch: the slowest of products, instructions, operands' way through L2 and memory.
 
     The programs come in waves of `resident * sms`. A program's share of the tensor cores idles while its pipeline
     fills and its result drains, unless another one on the same SM fills the gap: then 1 / resident of that time shows.
@@ -193,5 +206,7 @@ def expected(work: Work, gpu: Gpu, tiling: Tiling) -> float:
     operands = tiling.streamed / (gpu.l2_tbytes * 1e12 / gpu.sms)
     drain = tiling.stored / (gpu.l2_tbytes * 1e12 / gpu.sms)
     fill = FILL_SECONDS / tiling.resident
-    busy = max(products, operands) * tiling.resident + drain / tiling.resident + (0 if tiling.ahead else fill)
-    return max(waves * busy + (fill if tiling.ahead else 0), memory) + START_SECONDS
+    least = max(products, operands, tiling.issued / gpu.hertz)
+    busy = least * tiling.resident + drain / tiling.resident + (0 if tiling.ahead else fill)
+    idle = tiling.idle * IDLE_SECONDS / (tiling.resident * gpu.sms)
+    return max(waves * busy + (fill if tiling.ahead else 0), memory) + idle + START_SECONDS

@@ -194,11 +194,15 @@ def test_the_gates_by_hand() -> None:
     assert sent.limit == 128
     assert told(sent, (tall,), Listing(good), registers=128, shared=98328) == ""
     assert "1 programs an SM, 2 were counted on" in told(sent, (tall,), Listing(good), registers=136, shared=98328)
-    little = Listing(good | {"STL": 2, "LDL": 2})
-    assert told(sent, (tall,), little, registers=128, stack=16) == "", "the price of the limit, outside the loop"
-    assert "spills 24" in told(sent, (tall,), little, registers=128, stack=24)
-    assert "spills 16" in told(sent, (tall,), replace(little, loop_spills=1), registers=128, stack=16)
-    assert "spills 16" in told(replace(sent, limit=0), (tall,), little, registers=128, stack=16)
+    little = Listing(good | {"STL": 2, "LDL": 2}, loop=100)
+    assert told(sent, (tall,), little, registers=128, stack=64) == "", "the price of the limit, outside the loop"
+    assert "spills 72" in told(sent, (tall,), little, registers=128, stack=72)
+    assert "spills 8" in told(sent, (tall,), replace(little, loop_spills=1), registers=128, stack=8)
+    assert "spills 8" in told(sent, (tall,), replace(little, loop=0), registers=128, stack=8), (
+        "nothing is outside a loop"
+    )
+    assert told(replace(sent, limit=0), (tall,), little, registers=128, stack=16) == ""
+    assert "spills 24" in told(replace(sent, limit=0), (tall,), little, registers=128, stack=24)
 
 
 @pytest.mark.usefixtures("bench")

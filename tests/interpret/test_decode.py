@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from fedmoe_kernels import Quantized
 from fedmoe_kernels.formats import FORMATS
 from fedmoe_kernels.gpu.decode import Codes, decode
-from fedmoe_kernels.gpu.memory import ROOM, slots_at_once
+from fedmoe_kernels.gpu.memory import ROOM, decodes, slots_at_once
 
 
 def decoded(q: Quantized, dtype: torch.dtype) -> Tensor:
@@ -57,6 +57,11 @@ def test_shapes_that_blocks_do_not_divide(rows: int, columns: int, form: str, dt
     w = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(rows)) / 4
     q = Quantized.of(w, form)
     assert torch.equal(decoded(q, dtype), q.dequantize(dtype))
+
+
+def test_codes_are_decoded_first_where_a_slot_has_many_rows() -> None:
+    assert [decodes("mxfp4", rows) for rows in (16, 639, 640, 4096)] == [False, False, True, True]
+    assert [decodes("nf4", rows) for rows in (16, 191, 192, 4096)] == [False, False, True, True]
 
 
 def test_as_many_slots_at_once_as_there_is_room_for_in_equal_pieces() -> None:

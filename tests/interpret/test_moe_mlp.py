@@ -27,7 +27,6 @@ from fedmoe_core.layer import MoE
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, moe_mlp, ops
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.formats import FORMATS
-from fedmoe_kernels.gpu.memory import DECODE_FROM
 
 TOLERANCE = 1e-5  # float32; the routing weights and every product are exact to it on O(1) data
 SHAPES = {
@@ -211,7 +210,7 @@ def test_lora_recomputes_the_same_bits() -> None:
 
 @pytest.mark.parametrize(
     ("form", "trainable", "rows_per_slot"),
-    [*((form, 2, None) for form in FORMATS), ("int8", 0, None), ("nvfp4", 2, DECODE_FROM), ("int4", 0, DECODE_FROM)],
+    [*((form, 2, None) for form in FORMATS), ("int8", 0, None), ("nvfp4", 2, 640), ("nf4", 0, 192)],
 )
 def test_inv4_quantised_frozen_slots(form: str, trainable: int, rows_per_slot: int | None) -> None:
     p = problem(11, 64, 32, 4, 2, biases=True).rounded(torch.float32)

@@ -14,9 +14,11 @@ from fedmoe_kernels.tile import Tile, TileSet
 # below which a weight gradient is computed as its transpose.
 _PIECE, _NARROW = 32, 64
 # From so many rows a slot on, a product's frozen slots in codes are decoded first. To decode the two stacks of a Qwen3
-# layer (604 million weights) writes 1.2 GB and reads them again, 0.5 ms; codes read inside a product halve its rate,
-# which costs 0.5 ms from about 170 rows on by the same prediction (bench/results/aot-*.md), and more from here on.
-DECODE_FROM = 256
+# layer (604 million weights) writes 1.2 GB and reads them again, 0.5 ms; codes read inside a product have narrower
+# blocks and decode in every tile. By the prediction of bench/roofline.py for an H100, forward and backward together are
+# as fast either way at about 620 rows, fp8_e4m3 at 560, and nf4, whose levels take 24 instructions a weight, at 180.
+_DECODE_FROM = 640
+_DECODE_LEVELS_FROM = 192
 # Most bytes decoded at once: what w_in of the layer above takes in bfloat16. Each piece of a stack has a launch
 # of its own, with a program for every tile of all slots: 13,000 for that layer, most with nothing to do, some 0.1 ms.
 ROOM = 768 * 2**20
@@ -33,8 +35,7 @@ class CallSizes:
         learning: G, slots with weight gradients, or with adapters where there is a `rank`.
         rank: r of adapters, 0 = none.
         itemsize: bytes of a value of x.
-        decoded: frozen slots in codes that the call decodes before its products, as it does from `DECODE_FROM` rows a
-            slot on.
+        decoded: frozen slots in codes that the call decodes before its products, where `decodes` says so.
     """
 
     tokens: int
@@ -89,6 +90,11 @@ class CallSizes:
     def room_out(self) -> int:
         """Bytes to decode w_out to."""
         return self.room(self.hidden * self.inner)
+
+
+def decodes(form: str, rows_per_slot: int) -> bool:
+    """Tell whether a call with so many rows a slot decodes frozen slots of a format before its products."""
+    return rows_per_slot >= (_DECODE_LEVELS_FROM if form == "nf4" else _DECODE_FROM)
 
 
 def slots_at_once(slots: int, nbytes: int) -> int:

@@ -20,7 +20,7 @@ from fedmoe_kernels.configs import OVERRIDE, TileSet, arch_of, tiles_for
 from fedmoe_kernels.gpu.decode import Codes
 from fedmoe_kernels.gpu.down import rank_product
 from fedmoe_kernels.gpu.launch import Execute, Launch
-from fedmoe_kernels.gpu.memory import DECODE_FROM, slots_at_once
+from fedmoe_kernels.gpu.memory import decodes, slots_at_once
 from fedmoe_kernels.gpu.place import inverse
 from fedmoe_kernels.gpu.schedule import Schedule, schedule
 from fedmoe_kernels.gpu.storage import Direct, RankTerm, RowIndex, Stored
@@ -154,8 +154,8 @@ def stage_of(inputs: OpInputs, call: Call) -> Stage:
         override=os.environ.get(OVERRIDE),
     )
     made = schedule(inputs.offsets_B1, inputs.rows_TK.numel(), tiles.rows, execute)
-    decodes = rows_per_slot >= DECODE_FROM
-    return Stage(inputs, _row_index(inputs, execute), activation, tiles, made, execute, frozen_format, decodes)
+    first = decodes(frozen_format, rows_per_slot)
+    return Stage(inputs, _row_index(inputs, execute), activation, tiles, made, execute, frozen_format, first)
 
 
 def _row_index(inputs: OpInputs, execute: Execute) -> RowIndex:
