@@ -33,7 +33,9 @@ CASES = (
     "qwen3, adapters of rank 64",
     "qwen3, adapters of rank 128",
     "qwen3, int8",
-    "qwen3, int4",
+    "qwen3, int4, 128 rows a slot",
+    "gpt-oss, mxfp4",
+    "qwen3, fp8, 64 rows a slot",
     "qwen3, z recomputed",
     "edge, float32",
 )
@@ -46,6 +48,7 @@ def first_asked_for(arch: str) -> dict[str, dict[Any, Any]]:
 
     found: dict[str, dict[Any, Any]] = {}
     seen: set[Any] = set()
+    assert tuple(case.name for case in aot.CASES) == CASES, "a case is left out here"
     for (_, case), passes in aot.collect(aot.CASES, [arch], "").items():
         launches = {job: launch for pairs in passes.values() for launch, job in pairs}
         found[case.name] = {job: launch for job, launch in launches.items() if job not in seen}
@@ -97,7 +100,7 @@ def test_the_command_compiles_and_shows_its_table() -> None:
     command = [sys.executable, "bench/aot.py", "--arch", "sm_90", "--kernel", "schedule"]
     done = subprocess.run(command, cwd=HOUSE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
-    assert "13 cases on 1 architectures" in done.stdout
+    assert "15 cases on 1 architectures" in done.stdout
     assert "4 different: 4 pass, 0 fall short; 0 would be compiled again" in done.stdout
 
 
@@ -122,7 +125,7 @@ def test_the_whole_table_passes_when_every_kernel_does(
     monkeypatch.setattr(sys, "argv", ["aot.py"])
     assert aot.main() == 0
     said = capsys.readouterr().out
-    assert "13 cases on 3 architectures" in said
+    assert "15 cases on 3 architectures" in said
     assert "0 fall short; 0 would be compiled again" in said
     assert said.count("forward + backward") >= 1, "whole steps are predicted too"
 

@@ -71,7 +71,7 @@ def said(code: str, *words: str) -> list[object]:
 
 def test_a_job_has_the_key_of_the_call_it_stands_for() -> None:
     """All launches of a case with biases and one with adapters: the tuner and the carried cache count on it."""
-    count, unlike = said(EQUAL, "gpt-oss-20b", "qwen3, adapters of 4 clients", "qwen3, int4")
+    count, unlike = said(EQUAL, "gpt-oss-20b", "qwen3, adapters of 4 clients", "qwen3, int8")
     assert isinstance(count, int)
     assert count > 30
     assert unlike == []
