@@ -343,12 +343,12 @@ def _promised(job: Job) -> int:
 
 
 def _spills_little(job: Job, code: Code) -> bool:
-    """Whether all that spills lies outside the loop of products: 16 bytes a thread, 64 where registers are limited.
+    """Whether what spills is little, and outside the loop: 64 bytes where registers are limited, 16 beside codes.
 
-    64 bytes are 16 stores and as many loads, beside the 4,700 instructions of 45 steps.
+    64 bytes are 16 stores and as many loads of a thread, beside the 4,700 instructions of 45 steps.
     """
-    listing = code.listing
-    return listing.loop > 0 and not listing.loop_spills and code.stack <= (64 if job.limit else 16)
+    listing, most = code.listing, 64 if job.limit else 16 if job.constant("FORMAT") else 0
+    return listing.loop > 0 and not listing.loop_spills and code.stack <= most
 
 
 def _reason(error: BaseException) -> str:

@@ -201,8 +201,11 @@ def test_the_gates_by_hand() -> None:
     assert "spills 8" in told(sent, (tall,), replace(little, loop=0), registers=128, stack=8), (
         "nothing is outside a loop"
     )
-    assert told(replace(sent, limit=0), (tall,), little, registers=128, stack=16) == ""
-    assert "spills 24" in told(replace(sent, limit=0), (tall,), little, registers=128, stack=24)
+    assert "spills 8" in told(replace(sent, limit=0), (tall,), little, registers=128, stack=8)
+    coded = job_of(one(small(format="int8", Bt=0), "_rows", "sm_90"), "sm_90")
+    assert coded.constant("FORMAT") == "int8"
+    assert told(coded, (tall,), little, registers=128, stack=16) == ""
+    assert "spills 24" in told(coded, (tall,), little, registers=128, stack=24)
 
 
 @pytest.mark.usefixtures("bench")
