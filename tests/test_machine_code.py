@@ -202,7 +202,7 @@ def test_the_gates_by_hand() -> None:
         "nothing is outside a loop"
     )
     assert "spills 8" in told(replace(sent, limit=0), (tall,), little, registers=128, stack=8)
-    coded = job_of(one(small(format="int8", Bt=0), "_rows", "sm_90"), "sm_90")
+    coded = job_of(one(small(format="int8", Bt=0), "_up", "sm_90"), "sm_90")
     assert coded.constant("FORMAT") == "int8"
     assert told(coded, (tall,), little, registers=128, stack=16) == ""
     assert "spills 24" in told(coded, (tall,), little, registers=128, stack=24)
