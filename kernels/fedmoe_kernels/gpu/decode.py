@@ -25,8 +25,8 @@ _NF4 = tl.constexpr(NF4)
 def _e4m3_pair(pair):
     """(low, high) in float32 of a uint32 with two bytes of float8_e4m3fn; NaN where all bits below a sign are set.
 
-    Both are laid into halves of the register as float16 has its bits, of which 2 ** 8 is the difference in bias: 7
-    instructions a number, where one by one they take 15.
+    Both are laid into halves of the register as float16 has its bits, of which 2 ** 8 is the difference in bias. So a
+    loop of products has 12 instructions a weight on sm_90, and 15 where bytes are decoded one by one.
     """
     lanes = (pair & 0xFF) | ((pair & 0xFF00) << 8)
     magnitude = lanes & 0x007F007F
