@@ -120,6 +120,7 @@ def calls(case: Case) -> dict[str, Call]:
     """Return the case's operators, each as one call: the drivers alone, and as a model calls them."""
     inputs = inputs_of(case, "cpu")
     how: dict[str, Any] = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "arch": ARCH}
+    how["frozen_format"] = case.format
     dy_TH = torch.empty_like(inputs.x_TH)
     _, z_RF = experts.forward(inputs, keep_z=True, **how)
     leaves, options = leaves_of(case)
