@@ -7,7 +7,7 @@ nothing in a step forbids a capture is tested without one (tests/bench/test_capt
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -108,14 +108,7 @@ def test_graphed_route_and_moe_mlp_give_the_bits_of_eager_ones() -> None:
         assert all(map(torch.equal, got, want)), f"other bits at seed {seed}"
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["plain", "adapters", "4 bits"])
 def test_a_layer_compiled_with_reduced_overhead_runs_as_cuda_graphs(name: str) -> None:
     """Inductor may round the router's product otherwise, so results are compared and not their bits."""

@@ -15,8 +15,8 @@ from fedmoe_kernels.tile import Tile, TileSet
 _PIECE, _NARROW = 32, 64
 # From so many rows a slot on, a product's frozen slots in codes are decoded first. To decode the two stacks of a Qwen3
 # layer (604 million weights) writes 1.2 GB and reads them again, 0.5 ms; codes read inside a product have narrower
-# blocks and decode in every tile. By the prediction of bench/roofline.py for an H100, forward and backward together are
-# as fast either way at about 620 rows, fp8_e4m3 at 560, and nf4, whose levels take 24 instructions a weight, at 180.
+# blocks and decode in every tile. By prediction for an H100 (bench/aot_formats.py), forward and backward together are
+# as fast either way at about 620 rows, fp8_e4m3 at 600, and nf4, whose levels take 24 instructions a weight, at 180.
 _DECODE_FROM = 640
 _DECODE_LEVELS_FROM = 192
 # Most bytes decoded at once: what w_in of the layer above takes in bfloat16. Each piece of a stack has a launch
