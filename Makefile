@@ -38,7 +38,7 @@ interpret: setup ## every Triton kernel in Triton's interpreter, on CPU, against
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/interpret
 
 aot: setup ## compile every kernel for GPUs that are not here, check the code, keep the table in bench/results
-	$(BIN)/python bench/aot.py --keep
+	$(BIN)/python -m bench.aot.run --keep
 
 # The oldest torch and triton that pyproject.toml admits, which machines with a GPU have. That torch comes with 4 GB of
 # CUDA libraries, which no test here needs and without which it does not import.
@@ -59,7 +59,7 @@ test-oldest: $(OLDEST)/.ready ## kernels, benchmarks and the interpreter with th
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLDEST_PYTEST) tests/interpret $(ONE_KERNEL)
 
 aot-3.6: $(OLDEST)/.ready ## the same as aot with triton 3.6.0, of .venv-oldest
-	$(OLDEST)/bin/python bench/aot.py --keep
+	$(OLDEST)/bin/python -m bench.aot.run --keep
 
 # Absolute, so that no variable that is lost or empty can send the runs anywhere else.
 DEMO := $(CURDIR)/runs/demo
@@ -89,9 +89,9 @@ $(CARRIED)/.ready:
 	@touch $@
 
 gpu-cache: $(CARRIED)/.ready ## pack into .gpu/ what `bench/gpu.sh first` and `second` would compile on a GPU, and prove it whole
-	$(CARRIED)/bin/python bench/gpu_cache.py wheels
-	PYTHONPATH= TRITON_CACHE_DIR=$(abspath runs/triton-carried) $(CARRIED)/bin/python bench/gpu_cache.py build
-	PYTHONPATH= $(CARRIED)/bin/python bench/gpu_cache.py check
+	$(CARRIED)/bin/python -m bench.gpu.cache wheels
+	PYTHONPATH= TRITON_CACHE_DIR=$(abspath runs/triton-carried) $(CARRIED)/bin/python -m bench.gpu.cache build
+	PYTHONPATH= $(CARRIED)/bin/python -m bench.gpu.cache check
 
 test-gpu: setup ## on a GPU: correctness as pytest
 	$(BIN)/python -m pytest -q -m gpu tests/gpu

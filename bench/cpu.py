@@ -1,6 +1,6 @@
 """moe_mlp and its peers on CPU, all cases interleaved in one run; prints a table and writes bench/results/.
 
-    python bench/cpu.py [--threads 4] [--repeats 15] [--out FILE]
+    python -m bench.cpu [--threads 4] [--repeats 15] [--out FILE]
 
 Every contender runs once per repeat, in turn, so that other load on the machine hits all of them alike; medians are
 compared. No time is reported before the results of fedmoe and its peer have been compared.
@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 import transformers
-from cases import CASES, SHAPES, Problem, problem
-from peers import check, dense, fedmoe, step, transformers_experts
 from rich.console import Console
 from rich.table import Table
+
+from bench.common.cases import CASES, SHAPES, Problem, problem
+from bench.common.peers import check, dense, fedmoe, step, transformers_experts
 
 
 def measure(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

@@ -19,7 +19,7 @@ export PYTHONPATH="$PWD/bench:$PWD/kernels:$PWD/bindings:$PWD${PYTHONPATH:+:$PYT
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 if [ "${1:-}" = first ] || [ "${1:-}" = second ]; then
   # shellcheck disable=SC2086
-  exec "$PYTHON" bench/gpu.py "$@" ${RESULTS:+--results "$RESULTS"} ${OPTIONS:-}
+  exec "$PYTHON" -m bench.gpu.run "$@" ${RESULTS:+--results "$RESULTS"} ${OPTIONS:-}
 fi
 if [ $# -eq 0 ]; then
   # The shape that most others publish first, so that a session that is cut short has it.
@@ -36,7 +36,7 @@ for part in "$@"; do
   # 75: out of time or the CUDA context is lost; 124: cut off. Both go on where they stopped, but not for ever.
   for attempt in 1 2 3 4 5 6; do
     # shellcheck disable=SC2086
-    limit "$PYTHON" bench/gpu.py "${part%%:*}" ${shapes[@]+"${shapes[@]}"} ${RESULTS:+--results "$RESULTS"} ${OPTIONS:-}
+    limit "$PYTHON" -m bench.gpu.run "${part%%:*}" ${shapes[@]+"${shapes[@]}"} ${RESULTS:+--results "$RESULTS"} ${OPTIONS:-}
     code=$?
     if [ $code -ne 75 ] && [ $code -ne 124 ]; then break; fi
     echo "-- $part goes on (after attempt $attempt, code $code)"

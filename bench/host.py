@@ -1,6 +1,6 @@
 """Microseconds of host time of every kind of launch and of every operator, under the stand-in driver; no GPU is needed.
 
-    python bench/host.py [--rounds 200] [--keep [FOLDER]]
+    python -m bench.host [--rounds 200] [--keep [FOLDER]]
 
 What is timed is everything on the host but the driver's own work: Python, torch's dispatcher, autograd, Triton's binder
 and launcher. Allocations are torch's on the CPU. Times are of this thread on its core, so that waiting for other load
@@ -23,17 +23,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import stand_in
 import torch
 import triton
-from aot_cases import PASSES, QWEN, Case, inputs_of, needs_of, step
 from rich.console import Console
 from rich.table import Table
-from stand_in_run import leaves_of, served, slot_map_of
 from torch import Tensor
 
+from bench.aot.cases import PASSES, QWEN, Case, inputs_of, needs_of, step
+from bench.stand_in import driver as stand_in
+from bench.stand_in.run import leaves_of, served, slot_map_of
 from fedmoe_kernels import moe_mlp, route
-from fedmoe_kernels.gpu import experts
+from fedmoe_kernels.gpu.experts import driver as experts
 from fedmoe_kernels.gpu.launch import Launch
 
 RESULTS = Path(__file__).parent / "results"

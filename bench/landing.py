@@ -1,6 +1,6 @@
 """The README's one picture: what clients' models gain for the bytes that all devices together sent and received.
 
-python bench/landing.py            # reads bench/results/study/stdlib/compare.json, writes docs/landing.png
+python -m bench.landing            # reads bench/results/study/stdlib/compare.json, writes docs/landing.png
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from statistics import fmean
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from fedmoe_core.compare_record import Earlier
-from fedmoe_core.names import TITLES
-from fedmoe_core.theme import BLUE, INK, MUTED, RC
+from fedmoe_core.comparison.record import Earlier
+from fedmoe_core.config.systems import TITLES
+from fedmoe_core.reporting.theme import BLUE, INK, MUTED, RC
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "bench/results/study/stdlib/compare.json"

@@ -1,4 +1,4 @@
-"""The cases of bench/cases.py under pytest-benchmark, grouped so that a table shows fedmoe and its peers.
+"""The cases of bench/common/cases.py under pytest-benchmark, grouped so that a table shows fedmoe and its peers.
 
     make bench        # or: python -m pytest bench --benchmark-columns=median,iqr,rounds
 
@@ -14,8 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from cases import CASES, SHAPES, Case, Problem, Shape, problem
-from peers import Contender, check, dense, fedmoe, step, transformers_experts
+
+from bench.common.cases import CASES, SHAPES, Case, Problem, Shape, problem
+from bench.common.peers import Contender, check, dense, fedmoe, step, transformers_experts
 
 CONTENDERS: Mapping[str, Callable[[], Contender]] = MappingProxyType(
     {

@@ -2,8 +2,8 @@
 
     make bench        # or: python -m pytest bench/test_bench_kernels.py --benchmark-columns=median,iqr,rounds
 
-On a CPU a stage is what the slot loops do for it (bench/stages.py), on a GPU the driver's launches, each run until the
-device has ended it. bench/gpu.py times the same launches with CUDA events and a cold cache, and is the one to quote.
+On a CPU a stage is what the slot loops do for it (bench/common/stages.py), on a GPU the driver's launches, each run until the
+device has ended it. bench/gpu/run.py times the same launches with CUDA events and a cold cache, and is the one to quote.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EDGE, SHAPES, STANDARD, Case, Problem, Shape, problem
-from stages import FORMS, STAGES, Cut, Stage, cut, whole
+
+from bench.common.cases import EDGE, SHAPES, STANDARD, Case, Problem, Shape, problem
+from bench.common.stages import FORMS, STAGES, Cut, Stage, cut, whole
 
 ON_GPU = torch.cuda.is_available()
 HALF = Case("half trainable", trainable=0.5)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from custom_data import write_texts  # the example beside this one; put your own texts there
-
 from fedmoe_core.compare import Study, compare
 
 SHARED = ["clients=4", "rounds=2", "warmup.steps=20", "warmup.labels_per_class=4", "budgets=experts=25%;experts=50%"]

@@ -6,8 +6,9 @@ python examples/simulate.py [OUT]
 import sys
 from pathlib import Path
 
-from fedmoe_core import Config, simulate
 from fedmoe_core.report import report
+
+from fedmoe_core import Config, simulate
 
 SETTINGS = [
     "clients=4",

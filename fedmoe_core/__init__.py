@@ -24,7 +24,7 @@ __all__ = ["Accumulator", "Budget", "ClientUpdate", "Config", "ExpertPlan", "MoE
 
 def __getattr__(name: str) -> Any:
     if name == "simulate":
-        return import_module("fedmoe_core.simulate")
+        return import_module("fedmoe_core.simulation.run")
     if name in _HOMES:
         return getattr(import_module(f"fedmoe_core.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'fedmoe_core' has no attribute {name!r}")

@@ -44,7 +44,7 @@ CASES = (
 @functools.cache
 def first_asked_for(arch: str) -> dict[str, dict[Any, Any]]:
     """The jobs of an architecture, each with a launch, by the case that needs them first: none is compiled twice."""
-    import aot
+    from bench.aot import run as aot
 
     found: dict[str, dict[Any, Any]] = {}
     seen: set[Any] = set()
@@ -62,9 +62,8 @@ def first_asked_for(arch: str) -> dict[str, dict[Any, Any]]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_passes_ahead_of_time(arch: str, case: str) -> None:
     """0 spills, shared memory, tensor cores, streaming: all that `make aot` compiles, in as many parts."""
-    from sass import compiled_all, misses, operand_bytes
-
-    from fedmoe_kernels.tile import BARRIERS
+    from bench.aot.sass import compiled_all, misses, operand_bytes
+    from fedmoe_kernels.tiles.tile import BARRIERS
 
     jobs = first_asked_for(arch)[case]
     assert jobs, "every case adds a kernel of its own"
@@ -78,8 +77,8 @@ def test_every_kernel_passes_ahead_of_time(arch: str, case: str) -> None:
 
 @pytest.mark.usefixtures("bench")
 def test_the_cases_above_are_all_that_the_table_has() -> None:
-    import aot
-    from aot_table import GPU_OF
+    from bench.aot import run as aot
+    from bench.aot.table import GPU_OF
 
     assert tuple(case.name for case in aot.CASES) == CASES
     assert tuple(GPU_OF) == ARCHS
@@ -87,7 +86,7 @@ def test_the_cases_above_are_all_that_the_table_has() -> None:
 
 @pytest.mark.usefixtures("bench")
 def test_other_numbers_of_tokens_and_slots_compile_nothing_again() -> None:
-    import aot
+    from bench.aot import run as aot
 
     assert aot.recompiled(aot.CASES, ARCHS[:1]) == []
 
@@ -97,7 +96,7 @@ def test_the_command_compiles_and_shows_its_table() -> None:
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FEDMOE_TILES")
     }
-    command = [sys.executable, "bench/aot.py", "--arch", "sm_90", "--kernel", "schedule"]
+    command = [sys.executable, "bench/aot/run.py", "--arch", "sm_90", "--kernel", "schedule"]
     done = subprocess.run(command, cwd=HOUSE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
     assert "15 cases on 1 architectures" in done.stdout
@@ -109,9 +108,9 @@ def test_the_whole_table_passes_when_every_kernel_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All cases on all architectures, with a compiler that makes flawless code."""
-    import aot
-    from listing import OPCODES, Listing
-    from sass import Code
+    from bench.aot import run as aot
+    from bench.aot.listing import OPCODES, Listing
+    from bench.aot.sass import Code
 
     def flawless(jobs: Sequence[Any], workers: int) -> dict[Any, Any]:
         described = {job: any(kind.startswith("tensordesc") for _, kind in job.signature) for job in jobs}
@@ -134,8 +133,8 @@ def test_the_whole_table_passes_when_every_kernel_does(
 def test_what_falls_short_is_in_the_table_and_in_the_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import aot
-    from sass import Code
+    from bench.aot import run as aot
+    from bench.aot.sass import Code
 
     monkeypatch.setattr(aot, "compile_all", lambda jobs, workers: {job: Code(error="it spilled") for job in jobs})
     monkeypatch.setattr(aot, "CASES", aot.CASES[:1])
@@ -169,7 +168,7 @@ STANDARD = [  # T, H, I, E, K, gated; TFLOP and GB forward and backward, least m
 @pytest.mark.usefixtures("bench")
 @pytest.mark.parametrize(("sizes", "tflop", "gigabytes", "ms"), STANDARD, ids=lambda value: str(value)[:24])
 def test_the_rooflines_by_hand(sizes: Any, tflop: Any, gigabytes: Any, ms: Any) -> None:
-    from roofline import GPUS, Layer, backward, forward, least_seconds
+    from bench.common.roofline import GPUS, Layer, backward, forward, least_seconds
 
     T, H, I, E, K, gated = sizes  # noqa: E741
     layer = Layer(T, H, I, E, K, gated=gated)
@@ -181,7 +180,7 @@ def test_the_rooflines_by_hand(sizes: Any, tflop: Any, gigabytes: Any, ms: Any) 
 
 @pytest.mark.usefixtures("bench")
 def test_a_prediction_is_never_below_the_roofline() -> None:
-    from roofline import GPUS, Tiling, Work, expected
+    from bench.common.roofline import GPUS, Tiling, Work, expected
 
     for gpu in GPUS.values():
         for work in (Work("many rows", 10**13, 10**9), Work("few rows", 10**9, 10**9), Work("copy", 0, 10**8)):
@@ -195,7 +194,7 @@ def tune(*options: str, interpreted: bool = False) -> subprocess.CompletedProces
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FEDMOE_TILES")
     }
-    command = ["bench/tune.py", *options]
+    command = ["bench/tune/run.py", *options]
     if interpreted:
         paths = [str(HOUSE / "bench"), str(HOUSE / "tests" / "interpret"), environment.get("PYTHONPATH", "")]
         environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
@@ -218,7 +217,7 @@ def test_the_tuner_writes_a_table_that_the_kernels_take(tmp_path: Path, monkeypa
     """The whole way, but with Triton's interpreter for a GPU: what is timed means nothing, what is checked does."""
     import torch
 
-    from fedmoe_kernels.configs import tiles_for
+    from fedmoe_kernels.tiles.lookup import tiles_for
 
     out = tmp_path / "table.json"
     effort = ("--rows", "12", "--dtype", "float32", "--most", "2", "--walks", "1", "--repeats", "1", "--out", str(out))

@@ -14,11 +14,11 @@ from types import ModuleType
 
 import pytest
 
-from fedmoe_core.config import Config
-from fedmoe_core.devices import DEVICES
-from fedmoe_core.names import TITLES
-from fedmoe_core.schema import schema_of
-from fedmoe_core.sections import TrainConfig
+from fedmoe_core.budget.devices import DEVICES
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.schema import schema_of
+from fedmoe_core.config.sections import TrainConfig
+from fedmoe_core.config.systems import TITLES
 
 HOUSE = Path(__file__).parents[1]
 FLOORS = {"fedmoe_kernels": "kernels", "fedmoe_core": ".", "fedmoe_bindings": "bindings"}

@@ -134,9 +134,9 @@ def test_imports_go_down_only(path: Path) -> None:
 @pytest.mark.parametrize(
     ("package", "source"),
     [
-        ("fedmoe_kernels", "from fedmoe_core.plan import ExpertPlan"),
-        ("fedmoe_kernels", "def late():\n    import fedmoe_bindings.transformers"),
-        ("fedmoe_core", "import_module('fedmoe_bindings.transformers')"),
+        ("fedmoe_kernels", "from fedmoe_core.messages.plan import ExpertPlan"),
+        ("fedmoe_kernels", "def late():\n    import fedmoe_bindings.transformers.adapter"),
+        ("fedmoe_core", "import_module('fedmoe_bindings.transformers.adapter')"),
         ("fedmoe_core", "from fedmoe_bindings import transformers"),
     ],
 )
@@ -227,7 +227,7 @@ def test_html_is_written_by_one_template_and_markup_made_in_one_place() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("Markup", "mark_safe")
     ]
-    assert made == ["fedmoe_core/drawing.py"]
+    assert made == ["fedmoe_core/reporting/drawing.py"]
     (template,) = (HOUSE / "fedmoe_core").rglob("*.jinja")
     text = template.read_text("utf-8")
     assert re.findall(r"\{\{[^}]*\|\s*safe\b[^}]*\}\}", text) == ["{{ css|safe }}"]

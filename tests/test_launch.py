@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from tiny_runs import HOUSE, TINY, fedmoe_here, write_notes
 
-from fedmoe_core import launch
+from fedmoe_core.simulation import launch
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="sockets are read from Linux's /proc")
 
@@ -298,7 +298,7 @@ def test_a_stopped_launcher_lets_its_ranks_unwind_and_leaves_nothing(
         place.mkdir()
     wait = "0.3" if len(sent) == 1 else "300"
     rank = (
-        "from fedmoe_core.launch import stoppable\n"
+        "from fedmoe_core.simulation.launch import stoppable\n"
         "try:\n  with stoppable():\n"
         f"    open({str(ready)!r} + '/' + os.environ['RANK'], 'w').close(); time.sleep(300)\n"
         f"except KeyboardInterrupt:\n  time.sleep({wait}); open({str(unwound)!r} + '/' + os.environ['RANK'], 'w')\n"

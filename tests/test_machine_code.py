@@ -20,14 +20,14 @@ pytestmark = [
 
 
 def small(**changes: Any) -> Any:
-    from aot_cases import CASES
+    from bench.aot.cases import CASES
 
     return replace(CASES[0], **{"T": 2048, "B": 16, "Bt": 4, "K": 2, "E": 16, **changes})
 
 
 def one(case: Any, name: str, arch: str) -> Any:
     """The first launch of a case whose kernel has `name` in its name."""
-    from aot_cases import launches
+    from bench.aot.cases import launches
 
     found = itertools.chain.from_iterable(launches(case, arch).values())
     return next(launch for launch in found if name in launch.kernel.fn.__name__)
@@ -38,10 +38,10 @@ def one(case: Any, name: str, arch: str) -> Any:
 def test_every_launch_fits_the_shared_memory_in_closed_form(arch: str) -> None:
     """All rows classes, ranks, element sizes and forms, without a compiler; the test above compares some with one."""
     import torch
-    from aot_cases import CASES, launches
-    from sass import operand_bytes, table_of
 
-    from fedmoe_kernels.tile import BARRIERS, SHARED
+    from bench.aot.cases import CASES, launches
+    from bench.aot.sass import operand_bytes, table_of
+    from fedmoe_kernels.tiles.tile import BARRIERS, SHARED
 
     table, seen = table_of(arch), 0
     for case, tokens, rank, dtype, activation in itertools.product(
@@ -63,8 +63,8 @@ def test_every_launch_fits_the_shared_memory_in_closed_form(arch: str) -> None:
 @pytest.mark.usefixtures("bench")
 def test_the_closed_form_sees_a_weight_gradient_that_holds_too_many_steps() -> None:
     """The stages that a gathered operand shares with its row index, given to one in order: 286,720 bytes of 232,448."""
-    from aot_cases import CASES, launches
-    from sass import operand_bytes
+    from bench.aot.cases import CASES, launches
+    from bench.aot.sass import operand_bytes
 
     case = next(case for case in CASES if case.rank == 64)
     found = [launch for launch in launches(case, "sm_90")["backward"] if "_weight" in launch.kernel.fn.__name__]
@@ -77,7 +77,7 @@ def test_the_closed_form_sees_a_weight_gradient_that_holds_too_many_steps() -> N
 def assemblers() -> dict[str, Path]:
     """Every ptxas here: the one that Triton uses, its second one, and that of a CUDA toolkit on the path."""
 
-    from listing import TOOLS
+    from bench.aot.listing import TOOLS
 
     found = {"triton's": TOOLS / "ptxas", "triton's second": TOOLS / "ptxas-blackwell"}
     other = shutil.which("ptxas") or shutil.which("ptxas", path="/usr/local/cuda/bin")
@@ -88,8 +88,8 @@ def assemblers() -> dict[str, Path]:
 @pytest.mark.parametrize("kernel", ["_up", "_rows", "_persistent", "_data_gradient", "_weight_gradient"])
 def test_other_assemblers_make_code_of_the_same_kind(kernel: str, tmp_path: Path) -> None:
     """ptxas 12.8 is known to miscompile some kernels: others must take the same PTX, and pass the same gates."""
-    from listing import instructions, listings, usage
-    from sass import built, compiled, job_of, misses
+    from bench.aot.listing import instructions, listings, usage
+    from bench.aot.sass import built, compiled, job_of, misses
 
     # Where tokens have one choice, a product of rows has a program a tile.
     case = small(T=16384, K=1 if kernel == "_rows" else 2)
@@ -114,7 +114,7 @@ def test_other_assemblers_make_code_of_the_same_kind(kernel: str, tmp_path: Path
 @pytest.mark.usefixtures("bench")
 def test_a_job_is_what_triton_would_compile() -> None:
     """Alignment, ones and constants as the JIT sees them; a cohort's numbers do not enter."""
-    from sass import job_of
+    from bench.aot.sass import job_of
 
     case = small()
     launch = one(case, "_up", "sm_90")
@@ -131,7 +131,7 @@ def test_a_job_is_what_triton_would_compile() -> None:
 @pytest.mark.usefixtures("bench")
 def test_a_spill_is_seen() -> None:
     """The data gradient of 128 x 128 in one piece needs more registers than there are: it is why tiles have `split`."""
-    from sass import compiled, job_of, misses
+    from bench.aot.sass import compiled, job_of, misses
 
     launch = one(small(), "_data_gradient", "sm_90")
     assert launch.args["SPLIT"] > 1
@@ -144,7 +144,7 @@ def test_a_spill_is_seen() -> None:
 
 @pytest.mark.usefixtures("bench")
 def test_too_much_shared_memory_is_seen() -> None:
-    from sass import compiled, job_of, misses
+    from bench.aot.sass import compiled, job_of, misses
 
     launch = replace(one(small(), "_up", "sm_90"), stages=12)
     job = job_of(launch, "sm_90")
@@ -153,8 +153,8 @@ def test_too_much_shared_memory_is_seen() -> None:
 
 @pytest.mark.usefixtures("bench")
 def test_the_gates_by_hand() -> None:
-    from listing import Listing
-    from sass import Code, Dot, job_of, misses
+    from bench.aot.listing import Listing
+    from bench.aot.sass import Code, Dot, job_of, misses
 
     job = job_of(one(small(), "_up", "sm_90"), "sm_90")
     tall, low = Dot(128, 128, 64, "bf16", "tf32", True), Dot(16, 128, 64, "bf16", "tf32", True)
@@ -210,7 +210,7 @@ def test_the_gates_by_hand() -> None:
 
 @pytest.mark.usefixtures("bench")
 def test_the_loop_of_products_is_the_shortest_that_has_one() -> None:
-    from listing import read
+    from bench.aot.listing import read
 
     lines = ["NOP ;"] * 40
     lines[10] = "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR20], R24 ;"
@@ -230,7 +230,7 @@ def test_the_loop_of_products_is_the_shortest_that_has_one() -> None:
 @pytest.mark.usefixtures("bench")
 def test_a_loop_that_stores_is_as_long_as_the_shortest_way_around_it() -> None:
     """Steps and tiles in one loop: most steps jump over the beginning of a tile and over its end."""
-    from listing import read
+    from bench.aot.listing import read
 
     lines = ["NOP ;"] * 40
     lines[6] = "@P0 BRA 0xa0 ;"  # from 6 to 10, over the beginning of a tile
@@ -251,7 +251,7 @@ def test_a_loop_that_stores_is_as_long_as_the_shortest_way_around_it() -> None:
 
 @pytest.mark.usefixtures("bench")
 def test_the_products_of_a_kernel_are_read_off_its_source_form() -> None:
-    from sass import Dot, _dots
+    from bench.aot.sass import Dot, _dots
 
     text = """
     tt.func public @k(%a: i32) {

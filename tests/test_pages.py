@@ -21,10 +21,10 @@ import click
 import pytest
 import typer
 
-from fedmoe_core import cli
-from fedmoe_core.compare import Study
-from fedmoe_core.config import Config
-from fedmoe_core.names import ALGORITHMS
+from fedmoe_core.cli import main
+from fedmoe_core.comparison.study import Study
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.systems import ALGORITHMS
 
 HOUSE = Path(__file__).parents[1]
 PAGES = sorted(
@@ -157,7 +157,7 @@ def check_fedmoe(words: list[str]) -> None:
     if words[0].startswith("-"):
         assert words in (["--help"], ["--version"], ["-h"]), words
         return
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(main.app)
     assert isinstance(group, click.Group) or hasattr(group, "commands")
     verb = group.commands.get(words[0])  # type: ignore[attr-defined]
     assert verb is not None, f"fedmoe has no command {words[0]}"
@@ -169,7 +169,7 @@ def check_words(verb: str, parsed: dict[str, Any]) -> None:
     """What stands after the options: a configuration that loads, files that exist, systems that there are."""
     settings = parsed.get("words") or []
     if verb in ("simulate", "plan"):
-        cli._config(settings)
+        main._config(settings)
     elif verb == "compare":
         variants = parsed["variants"]
         named = tomllib.loads(Path(variants).read_text())["systems"] if variants else {}
@@ -236,7 +236,7 @@ def check_bash(words: list[str]) -> None:
 
 
 def check_torchrun(words: list[str]) -> None:
-    at = words.index("fedmoe_core.cli")
+    at = words.index("fedmoe_core.cli.main")
     check_fedmoe(words[at + 1 :])
 
 

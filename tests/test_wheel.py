@@ -98,8 +98,8 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
         }
     entries = configparser.ConfigParser()
     entries.read_string(meta["entry_points.txt"].decode())
-    assert entries["console_scripts"]["fedmoe"] == "fedmoe_core.cli:main"
-    assert entries["fedmoe.adapters"]["transformers"] == "fedmoe_bindings.transformers:load_adapter"
+    assert entries["console_scripts"]["fedmoe"] == "fedmoe_core.cli.main:main"
+    assert entries["fedmoe.adapters"]["transformers"] == "fedmoe_bindings.transformers.adapter:load_adapter"
     facts = message_from_string(meta["METADATA"].decode())
     assert (facts["License-Expression"], facts["Author"]) == ("Apache-2.0", "The fedmoe authors")
     assert meta["licenses/LICENSE"] == (HOUSE / "LICENSE").read_bytes()
@@ -129,8 +129,8 @@ def test_the_installed_command_works_away_from_the_checkout(python: Path, tmp_pa
     cards = json.loads(run(python.with_name("fedmoe"), "systems", "--json", cwd=tmp_path))
     assert "hfedmoe" in [card["name"] for card in cards]
     code = (
-        "import sys; from fedmoe_core.names import PLACES; from fedmoe_core.algorithms import algorithm_class as load; "
-        "import fedmoe_bindings.transformers; print({sys.modules[load(name).__module__].__file__ for name in PLACES})"
+        "import sys; from fedmoe_core.config.systems import PLACES; from fedmoe_core.algorithms.base import algorithm_class as load; "
+        "import fedmoe_bindings.transformers.adapter; print({sys.modules[load(name).__module__].__file__ for name in PLACES})"
     )
     assert str(HOUSE) not in run(python, "-c", code, cwd=tmp_path)
 

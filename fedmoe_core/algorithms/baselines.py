@@ -1,4 +1,4 @@
-"""The two ends of the scale: FedAvg with every expert, and random experts under the same budgets."""
+"""The plain systems to beat: FedAvg with every expert or one small model, random experts, and the most activated."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedmoe_core.aggregate import Sums
-from fedmoe_core.algorithms import Algorithm
+from fedmoe_core.algorithms.base import Algorithm
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
-from fedmoe_core.client import LocalResult
-from fedmoe_core.plan import ExpertPlan
-from fedmoe_core.planning import make_plan, plan_everything
-from fedmoe_core.reports import failed_update, finished_update
-from fedmoe_core.rng import counter_rng
-from fedmoe_core.state import ServerState
-from fedmoe_core.systems import Equation, System
-from fedmoe_core.update import ClientUpdate
+from fedmoe_core.base.rng import counter_rng
+from fedmoe_core.budget.limits import Budget
+from fedmoe_core.config.systems import Equation, System
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
+from fedmoe_core.selection.importance import cumulative, expert_scores
+from fedmoe_core.selection.within_budget import choose
+from fedmoe_core.server.accumulator import Sums
+from fedmoe_core.server.planning import make_plan, plan_everything, plan_of_masks
+from fedmoe_core.server.state import ServerState
 
 
 @dataclass(frozen=True)
@@ -98,3 +100,91 @@ class RandomExperts(Algorithm):
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
         """Apply the aggregation of HFedMoE."""
         return HFedMoE(self.population).apply(state, sums, updates)
+
+
+@dataclass(frozen=True)
+class FedAvgSmallest(FedAvg):
+    """FedAvg of the largest model that fits every client: the same experts for all, fixed before the first round.
+
+    What a homogeneous system does under heterogeneous budgets. The server chooses by what it can know before it has
+    heard any client: importance on its public data, the absolute Taylor term, measured best among the scores [E].
+    """
+
+    card: ClassVar[System] = System(
+        name="fedavg_smallest",
+        title="FedAvg, smallest budget",
+        paper="McMahan et al. 2017, arXiv 1602.05629",
+        equations=(
+            Equation("algorithm 1", "P", "each tensor moves by the |D_c|-weighted mean of its deltas"),
+            Equation("choice", "E", "the experts of largest public-data importance that fit every client's budget"),
+        ),
+        approximated=("AdamW instead of SGD on the clients, with fresh state each round",),
+    )
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """Plan the common experts for every client; a client of few FLOPs takes fewer steps."""
+        scores_LE, held_LE = self.scores(), self.experts()
+        return [
+            plan_of_masks(self.population, state, client, held_LE.copy(), scores_LE=scores_LE) for client in clients
+        ]
+
+    def scores(self) -> np.ndarray:
+        """Return what the server's own pass over public data says of every expert, (L, E)."""
+        return expert_scores(self.population.prior, "taylor", lam=1.0, beta=0.0)
+
+    def experts(self) -> np.ndarray:
+        """Choose the best experts within the least of every resource, (L, E), of a first visit, so it never changes."""
+        least = Budget(
+            memory_bytes=least_of([budget.memory_bytes for budget in self.population.budgets]),
+            bytes_down=least_of([budget.bytes_down for budget in self.population.budgets]),
+            bytes_up=least_of([budget.bytes_up for budget in self.population.budgets]),
+            experts=least_of([budget.experts for budget in self.population.budgets]),
+            name="the least of all clients",
+        )
+        return choose(least, self.population.costs, self.scores(), client="of the smallest budget")[0]
+
+
+@dataclass(frozen=True)
+class MostActivated(Algorithm):
+    """FMES: keep the experts that this client's own tokens choose most often, discard the rest.
+
+    A baseline of Flux (arXiv 2508.19078), "as FedMoE" [N]. Counts are the top-k choices of the full router, which a
+    compact client measures for absent experts too; before it is heard, those of the server's public data. It never
+    explores, and averages as HFedMoE is told to.
+    """
+
+    card: ClassVar[System] = System(
+        name="most_activated",
+        title="most activated experts (FMES)",
+        paper="a baseline of Flux",
+        equations=(
+            Equation("choice", "N", "the experts with the most activations on the client's own data, others discarded"),
+            Equation("averaging", "E", "HFedMoE's, so that the choice is the only difference"),
+        ),
+        approximated=("activations are counted during training, one round stale, not in a separate pass",),
+    )
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """Plan by activation counts instead of importance."""
+        return [
+            make_plan(self.population, state, client, self.counts(state, client), explore_absent=False)
+            for client in clients
+        ]
+
+    def counts(self, state: ServerState, client: int) -> np.ndarray:
+        """Return the share of the client's tokens that chose each expert, (L, E)."""
+        known = state.profiles[client] or self.population.prior
+        return cumulative(known.hits_LE, known.tokens_L)
+
+    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+        """Return the weights of HFedMoE."""
+        return HFedMoE(self.population).client(plan, result)
+
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """Apply the aggregation of HFedMoE."""
+        return HFedMoE(self.population).apply(state, sums, updates)
+
+
+def least_of(limits: Sequence[int | None]) -> int | None:
+    """Return the smallest of the limits given; None where no client has one."""
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -14,20 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.aggregate import Sums, dense_mean, expert_mean, gate_mean
-from fedmoe_core.algorithms import Algorithm
-from fedmoe_core.capacity import largest_plan
-from fedmoe_core.client import LocalResult
-from fedmoe_core.config import Config
-from fedmoe_core.graft import GraftSpec
-from fedmoe_core.layer import MoE
-from fedmoe_core.lora import flame_share
-from fedmoe_core.plan import ExpertPlan
-from fedmoe_core.planning import plan_of_masks
-from fedmoe_core.reports import failed_update, finished_update
-from fedmoe_core.state import Population, ServerState
-from fedmoe_core.systems import Equation, System
-from fedmoe_core.update import ClientUpdate
+from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.largest_fit import largest_plan
+from fedmoe_core.algorithms.lora.factors import flame_share
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.systems import Equation, System
+from fedmoe_core.layer.graft import GraftSpec
+from fedmoe_core.layer.moe import MoE
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
+from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.server.planning import plan_of_masks
+from fedmoe_core.server.state import Population, ServerState
 
 TARGET_FLOOR = 1e-6  # least share of an expert in a target, so that the divergence from it stays finite
 

@@ -1,9 +1,4 @@
-"""HFedMoE (arXiv 2601.00583): experts scored by importance, chosen under each budget, averaged over their trainers.
-
-Equation numbers are the paper's. Tags: [N] read through published notes, [D] derived, [E] our engineering reading where
-the paper is silent; ``(c, l, e)`` are client, MoE layer and expert, and the paper's set of experts is the union over
-all layers.
-"""
+"""Experts chosen again for every batch: a scoring pass, then a step in which only the chosen ones learn."""
 
 from __future__ import annotations
 
@@ -13,18 +8,40 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedmoe_core.aggregate import GateRule, Sums, dense_mean, expert_mean, gate_mean
-from fedmoe_core.algorithms import Algorithm
-from fedmoe_core.client import LocalResult
-from fedmoe_core.config import SelectionConfig
-from fedmoe_core.importance import estimate_absent, expert_scores, importance_s, usage
-from fedmoe_core.plan import ExpertPlan
-from fedmoe_core.planning import make_plan, plan_of_masks
-from fedmoe_core.reports import failed_update, finished_update
-from fedmoe_core.rescheduling import TopScores
-from fedmoe_core.state import Population, ServerState
-from fedmoe_core.systems import Equation, System
-from fedmoe_core.update import ClientProfile, ClientUpdate
+from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.config.run_config import SelectionConfig
+from fedmoe_core.config.systems import Equation, System
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.profile import ClientProfile
+from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
+from fedmoe_core.selection.importance import Score, estimate_absent, expert_scores, importance_s, usage
+from fedmoe_core.selection.knapsack import select_top_n
+from fedmoe_core.server.accumulator import GateRule, Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.server.planning import make_plan, plan_of_masks
+from fedmoe_core.server.state import Population, ServerState
+
+
+@dataclass(frozen=True)
+class TopScores:
+    """HFedMoE eq. 15 per batch [N]: of the experts that the batch's tokens were routed to (E_union), over all layers,
+    the ``count`` of largest score; at least one a layer, and beyond that none of negative score.
+
+    Attributes:
+        count: C_budget.
+        score, lam, beta: eq. 5 ("s") or eq. 14 ("ib") with their lambda and beta, on this batch's sums.
+    """
+
+    count: int
+    score: Score
+    lam: float
+    beta: float
+
+    def __call__(self, profile: ClientProfile) -> np.ndarray:
+        """Choose the experts, bool (L, E)."""
+        scores_LE = expert_scores(profile, self.score, lam=self.lam, beta=self.beta)
+        outside = min(0.0, float(scores_LE.min())) - 1.0  # below all that were reached, and never taken for its score
+        return select_top_n(np.where(profile.hits_LE > 0, scores_LE, outside), self.count)
 
 
 @dataclass(frozen=True)

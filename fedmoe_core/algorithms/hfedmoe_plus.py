@@ -15,20 +15,20 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedmoe_core.aggregate import Sums
-from fedmoe_core.algorithms import Algorithm
+from fedmoe_core.algorithms.base import Algorithm
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
-from fedmoe_core.budget import NOTHING, Cost
-from fedmoe_core.client import LocalResult
-from fedmoe_core.config import Config
-from fedmoe_core.importance import cumulative
-from fedmoe_core.own_gates import grown_gate, own_rows
-from fedmoe_core.plan import ExpertPlan
-from fedmoe_core.planning import Asks, make_plan
-from fedmoe_core.redundancy import discounted, mean_outputs, overlap
-from fedmoe_core.state import ServerState
-from fedmoe_core.systems import Equation, System
-from fedmoe_core.update import ClientUpdate
+from fedmoe_core.algorithms.own_gates import grown_gate, own_rows
+from fedmoe_core.algorithms.redundancy import discounted, mean_outputs, overlap
+from fedmoe_core.budget.limits import NOTHING, Cost
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.systems import Equation, System
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.selection.importance import cumulative
+from fedmoe_core.server.accumulator import Sums
+from fedmoe_core.server.planning import Asks, make_plan
+from fedmoe_core.server.state import ServerState
 
 
 @dataclass(frozen=True)

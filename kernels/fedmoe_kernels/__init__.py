@@ -1,12 +1,13 @@
 """Tensors in, tensors out: masked routing and grouped expert products; knows nothing of clients or rounds."""
 
-from fedmoe_kernels.experts import moe_mlp
+from fedmoe_kernels.experts.moe_mlp import moe_mlp
+from fedmoe_kernels.experts.scores import ExpertScores
+from fedmoe_kernels.experts.weights import ExpertLora, ExpertWeights
 from fedmoe_kernels.quantized import Quantized
-from fedmoe_kernels.routing import Routing, route
-from fedmoe_kernels.scores import ExpertScores
+from fedmoe_kernels.routing.record import Routing
+from fedmoe_kernels.routing.route import route
+from fedmoe_kernels.routing.stats import RouterStats
 from fedmoe_kernels.slot_map import SlotMap
-from fedmoe_kernels.stats import RouterStats
-from fedmoe_kernels.weights import ExpertLora, ExpertWeights
 
 __all__ = [
     "ExpertLora",

@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from fedmoe_kernels.configs import arch_of_capability
+from fedmoe_kernels.tiles.lookup import arch_of_capability
 
 BACKENDS = ("auto", "torch", "triton")  # of the routing
 WORTH_SAYING = 1 << 20  # bytes of a copy that is made at every call

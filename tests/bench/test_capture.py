@@ -19,8 +19,8 @@ sys.path[:0] = [str(HOUSE / "bench"), str(HOUSE / "tests" / "bench")]
 from capture_layers import LAYERS, H, T, layer_of, leaves_of, step_of, without_memory  # noqa: E402
 
 pytest.importorskip("triton")
-import stand_in  # noqa: E402
-from capture import Watch, findings_of  # noqa: E402
+from bench.common.capture import Watch, findings_of
+from bench.stand_in import driver as stand_in  # noqa: E402
 
 ON = "meta"  # stands for the device: it has no memory, and nothing of the CPU mixes with it unseen
 

@@ -37,7 +37,7 @@ def call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the packed kernels of one routing check."""
-    import stand_in
+    from bench.stand_in import driver as stand_in
 
     if stand_in.missing() is not None or "TRITON_INTERPRET" in os.environ:
         pytest.skip(stand_in.missing() or "where Triton interprets, it cannot compile")
@@ -134,9 +134,9 @@ def test_a_cache_that_cannot_be_read_is_refused_in_one_sentence(carried: Path, t
 
 def test_all_that_the_plan_times_is_a_piece() -> None:
     pytest.importorskip("triton")
-    import gpu_pieces
+    from bench.gpu import pieces
 
-    found = gpu_pieces.names(gpu_pieces.PARTS)
+    found = pieces.names(pieces.PARTS)
     assert len(found) == len(set(found)) > 150
     for case in ("all", "small", "quarter", "eighth"):
         assert f"time/qwen3-30b-a3b/{case}" in found

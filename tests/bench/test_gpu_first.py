@@ -55,8 +55,8 @@ class Fake:
 
 def conduct(command: str, folder: Path, acts: Mapping[str, tuple[float, int | None]] | None = None, **how: Any) -> Any:
     """Run a command against a fake; the fake, and the conductor with what it says."""
-    from gpu_conduct import Conductor, plan_of
-    from gpu_plan import SECONDS
+    from bench.gpu.conduct import Conductor, plan_of
+    from bench.gpu.plan import SECONDS
 
     fake = Fake(folder, **dict(acts or {}))
     said: list[str] = []
@@ -66,15 +66,15 @@ def conduct(command: str, folder: Path, acts: Mapping[str, tuple[float, int | No
 
 
 def names(command: str) -> list[str]:
-    from gpu_conduct import plan_of
+    from bench.gpu.conduct import plan_of
 
     return [part.name for part in plan_of(command, tiny=False)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_boxes_of_a_command_fit_its_time(command: str) -> None:
-    from gpu_conduct import LAST
-    from gpu_plan import SECONDS, parts
+    from bench.gpu.conduct import LAST
+    from bench.gpu.plan import SECONDS, parts
 
     assert sum(part.seconds for part in parts(command)) + LAST <= SECONDS[command]
     assert names(command)[:2] == ["cache", "facts"]
@@ -86,8 +86,8 @@ def test_the_first_minutes_come_in_the_order_that_matters() -> None:
 
 
 def test_the_second_minutes_end_with_what_can_wait() -> None:
-    from cases import SWEEP_CASES
-    from gpu_plan import SWEEP
+    from bench.common.cases import SWEEP_CASES
+    from bench.gpu.plan import SWEEP
 
     assert names("second")[-2:] == ["sweep", "liger"]
     assert {"routing", "model"} <= set(names("second"))
@@ -100,7 +100,7 @@ def test_whatever_a_part_does_the_others_run_in_the_time(
     command: str, act: tuple[float, int | None], tmp_path: Path
 ) -> None:
     """A hang, a crash, a red check, a lost context and a refusal, of every part in turn."""
-    from gpu_plan import SECONDS
+    from bench.gpu.plan import SECONDS
 
     (tmp_path / "tiles.json").write_text("{}")
     done = tmp_path / "parts.json"
@@ -120,8 +120,8 @@ def test_whatever_a_part_does_the_others_run_in_the_time(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_when_every_part_hangs_the_command_still_ends(command: str, tmp_path: Path) -> None:
-    from gpu_plan import SECONDS
-    from gpu_summary import summary
+    from bench.gpu.plan import SECONDS
+    from bench.gpu.summary import summary
 
     fake, conductor, _ = conduct(command, tmp_path, dict.fromkeys(names(command), (1e9, 0)))
     assert fake.now - 100.0 <= SECONDS[command]
@@ -177,7 +177,7 @@ def test_parts_with_tuned_tiles_wait_for_tiles(tmp_path: Path) -> None:
 
 
 def test_results_are_kept_where_the_next_command_looks(tmp_path: Path) -> None:
-    from gpu_conduct import take_earlier
+    from bench.gpu.conduct import take_earlier
 
     first, kept, second = (tmp_path / name for name in ("first", "kept", "second"))
     first.mkdir()
@@ -192,7 +192,7 @@ def test_results_are_kept_where_the_next_command_looks(tmp_path: Path) -> None:
 
 
 def test_the_summary_is_short_and_names_what_is_red(tmp_path: Path) -> None:
-    from gpu_summary import summary
+    from bench.gpu.summary import summary
 
     _, conductor, _ = conduct("first", tmp_path)
     row = {"shape": "s", "launch": "eager", "pass": "fwd+bwd", "peer": "fedmoe", "ms": 1.0, "TFLOP/s": 2.0}
@@ -219,8 +219,8 @@ def test_the_summary_is_short_and_names_what_is_red(tmp_path: Path) -> None:
 
 def test_a_part_and_all_it_started_is_ended(tmp_path: Path) -> None:
     """Real processes: a child in a process group of its own, as compute-sanitizer's target is, ends too."""
-    from gpu_plan import Part
-    from gpu_process import Processes
+    from bench.gpu.plan import Part
+    from bench.gpu.process import Processes
 
     mark = tmp_path / "alive"
     child = f"import pathlib, time\nwhile True: pathlib.Path({str(mark)!r}).write_text(str(time.time()))"
@@ -244,8 +244,8 @@ def test_a_part_and_all_it_started_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_part_that_takes_its_process_down_is_seen(tmp_path: Path) -> None:
-    from gpu_plan import Part
-    from gpu_process import Processes
+    from bench.gpu.plan import Part
+    from bench.gpu.process import Processes
 
     script = tmp_path / "part.py"
     script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")

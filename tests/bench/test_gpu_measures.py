@@ -33,7 +33,7 @@ def measured(*rows: dict[str, Any], gpu: str = NAME) -> dict[str, Any]:
 
 
 def verdicts(*rows: dict[str, Any]) -> list[str]:
-    from gpu_goals import goals
+    from bench.gpu.goals import goals
 
     return [goal.verdict for goal in goals(measured(*rows))]
 
@@ -71,10 +71,10 @@ def test_no_goal_is_beyond_what_the_model_predicts(tmp_path: Path, monkeypatch: 
     pytest.importorskip("triton")
     from dataclasses import replace
 
-    from aot_cases import QWEN, launches
-    from aot_table import Row, Step
-    from gpu_goals import NEAR_ROOF, RATES
-    from sass import code_of, job_of
+    from bench.aot.cases import QWEN, launches
+    from bench.aot.sass import code_of, job_of
+    from bench.aot.table import Row, Step
+    from bench.gpu.goals import NEAR_ROOF, RATES
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = {}
@@ -92,7 +92,7 @@ def test_no_goal_is_beyond_what_the_model_predicts(tmp_path: Path, monkeypatch: 
 
 
 def test_goals_on_another_gpu_say_so() -> None:
-    from gpu_goals import summary
+    from bench.gpu.goals import summary
 
     lines = summary(measured(row("all", "fedmoe", "fwd", 4.0, **{"TFLOP/s": 600.0}), gpu="NVIDIA H200"))
     assert "this is NVIDIA H200" in lines[0]
@@ -103,8 +103,8 @@ def test_goals_on_another_gpu_say_so() -> None:
 def test_predicted_memory_is_what_the_driver_allocates(recompute: bool) -> None:
     """Closed form against a dry step of the driver, at the standard shapes, where something is trained."""
     pytest.importorskip("triton")
-    from cases import CLIENT_CASES, STANDARD
-    from gpu_dry import predicted, sizes_of
+    from bench.common.cases import CLIENT_CASES, STANDARD
+    from bench.gpu.dry import predicted, sizes_of
 
     for shape in STANDARD:
         for case in (case for case in CLIENT_CASES if case.trainable):
@@ -117,9 +117,9 @@ def test_predicted_memory_is_what_the_driver_allocates(recompute: bool) -> None:
 def test_no_more_is_kept_between_the_passes_than_by_sonicmoe() -> None:
     """Its closed form is x, z and 16 bytes of indices a row; y, as large as x, stands in for x."""
     pytest.importorskip("triton")
-    from cases import CLIENT_CASES, STANDARD
-    from gpu_dry import sizes_of
-    from roofline import Layer
+    from bench.common.cases import CLIENT_CASES, STANDARD
+    from bench.common.roofline import Layer
+    from bench.gpu.dry import sizes_of
 
     assert CLIENT_CASES[0].name == "all"
     for shape in STANDARD:
@@ -129,9 +129,9 @@ def test_no_more_is_kept_between_the_passes_than_by_sonicmoe() -> None:
 
 def test_a_dry_step_names_every_launch_once() -> None:
     pytest.importorskip("triton")
-    from cases import CLIENT_CASES, STANDARD
-    from gpu_dry import launches_of
-    from gpu_kernels import name_of
+    from bench.common.cases import CLIENT_CASES, STANDARD
+    from bench.gpu.dry import launches_of
+    from bench.gpu.measure.kernels import name_of
 
     names = [name_of(launch) for launch in launches_of(STANDARD[0], CLIENT_CASES[0], "sm_90")]
     assert names.count("weight_gradient") == 2
@@ -142,9 +142,9 @@ def test_a_dry_step_names_every_launch_once() -> None:
 
 def test_rooflines_count_what_the_case_asks_for() -> None:
     """The least times of the Qwen3 shape on an H100, computed by hand from its stages' FLOPs and bytes."""
-    from cases import CLIENT_CASES, STANDARD
-    from gpu_time import layer_of
-    from roofline import GPUS, backward, forward, least_seconds
+    from bench.common.cases import CLIENT_CASES, STANDARD
+    from bench.common.roofline import GPUS, backward, forward, least_seconds
+    from bench.gpu.measure.timing import layer_of
 
     task = _hollow(STANDARD[0], CLIENT_CASES[0])
     layer = layer_of(task)
@@ -166,7 +166,7 @@ def test_rooflines_count_what_the_case_asks_for() -> None:
     ],
 )
 def test_peaks_are_those_of_the_very_gpu(name: str | None, sheet: str | None) -> None:
-    from gpu_machine import data_sheet
+    from bench.gpu.machine import data_sheet
 
     found = data_sheet(name)
     assert (found and found.name) == sheet
@@ -174,7 +174,7 @@ def test_peaks_are_those_of_the_very_gpu(name: str | None, sheet: str | None) ->
 
 def _hollow(shape: Any, case: Any) -> Any:
     """A problem that has its routing and no weights."""
-    from cases import Problem
+    from bench.common.cases import Problem
 
     everyone = torch.ones(shape.E, dtype=torch.bool)
     x_TH = torch.empty(shape.T, shape.H, dtype=torch.bfloat16, device="meta")
@@ -186,13 +186,12 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Times, graphs, memory, ceilings and goals go under the GPU's name; a peer that cannot be captured is recorded."""
-    import cases
-    import gpu
-    import gpu_model
-    import gpu_parts
-    import gpu_routing
-    import peers_graphed
-    from gpu_store import Record
+    from bench.common import cases, peers_graphed
+    from bench.gpu import run as gpu
+    from bench.gpu.measure import model as gpu_model
+    from bench.gpu.measure import parts as gpu_parts
+    from bench.gpu.measure import routing as gpu_routing
+    from bench.gpu.store import Record
 
     def passed(name: str, run: Any) -> Record:
         return {"name": name, "part": "correct", "status": "passed", "detail": "pretended"}
@@ -258,7 +257,7 @@ def _counted(said: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """What the part `ncu` keeps of a profiler that says this."""
     from types import SimpleNamespace
 
-    import gpu_more
+    from bench.gpu.measure import more as gpu_more
 
     program = tmp_path / "ncu"
     (tmp_path / "said").write_text(said)
@@ -303,14 +302,14 @@ def test_a_profiler_that_may_not_count_is_skipped_with_its_reason(
 
 
 def _store(tmp_path: Path) -> Any:
-    from gpu_store import Store
+    from bench.gpu.store import Store
 
     about = dict.fromkeys(("gpu", "driver", "torch", "triton", "commit", "kernels", "harness", "tiles"), "none")
     return Store(about | {"device": "cpu", "rehearsal": True, "date": "2026-01-01"}, tmp_path)
 
 
 def test_routing_that_disagrees_is_red_and_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import gpu_routing
+    from bench.gpu.measure import routing as gpu_routing
 
     store, router = _store(tmp_path), gpu_routing.TINY[1]
     assert gpu_routing.measure(router, "cpu", "auto", 2, store)
@@ -338,9 +337,8 @@ def test_routing_that_disagrees_is_red_and_not_timed(monkeypatch: pytest.MonkeyP
 def test_a_model_whose_experts_disagree_is_red_and_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import time
 
-    import gpu_model
-
-    from fedmoe_bindings import transformers_experts
+    from bench.gpu.measure import model as gpu_model
+    from fedmoe_bindings.transformers import experts as transformers_experts
 
     store, until = _store(tmp_path), time.monotonic() + 600
     assert gpu_model.measure(gpu_model.TINY, "cpu", torch.float32, 2, store, until)
@@ -357,8 +355,8 @@ def test_a_model_whose_experts_disagree_is_red_and_not_timed(monkeypatch: pytest
 
 def test_a_model_that_fails_is_recorded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It ends red, not crashed: a part that crashes would begin again."""
-    import gpu
-    import gpu_model
+    from bench.gpu import run as gpu
+    from bench.gpu.measure import model as gpu_model
 
     def fails(*_: Any) -> None:
         raise RuntimeError("no kernel image")

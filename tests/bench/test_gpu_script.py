@@ -45,7 +45,7 @@ def _bench_on_the_path() -> Iterator[None]:
 
 def call(*words: str) -> tuple[int, str]:
     """The script's exit code and what it said on both streams."""
-    import gpu
+    from bench.gpu import run as gpu
 
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -207,7 +207,7 @@ def test_a_peer_that_took_the_process_down_is_not_tried_again(rehearsal: Rehears
 
 
 def test_results_of_other_kernels_are_set_aside(rehearsal: Rehearsal) -> None:
-    from gpu_store import Store
+    from bench.gpu.store import Store
 
     about = rehearsal.data["about"]
     assert Store(about, rehearsal.folder).data["rows"] == rehearsal.data["rows"]
@@ -222,7 +222,7 @@ def test_results_of_other_kernels_are_set_aside(rehearsal: Rehearsal) -> None:
 @pytest.mark.parametrize("changed", [{"harness": "other"}, {"driver": "580.159.04"}, {"transformers": "9"}])
 def test_another_harness_or_driver_voids_nothing(rehearsal: Rehearsal, changed: dict[str, str]) -> None:
     """A mended script must not cost the checks that have passed; what differs stands in each new record."""
-    from gpu_store import Store
+    from bench.gpu.store import Store
 
     store = Store(rehearsal.data["about"] | changed, rehearsal.folder)
     assert store.data["rows"] == rehearsal.data["rows"]
@@ -230,7 +230,7 @@ def test_another_harness_or_driver_voids_nothing(rehearsal: Rehearsal, changed: 
 
 
 def test_rows_of_tuned_tiles_stand_beside_those_of_static_ones(rehearsal: Rehearsal, tmp_path: Path) -> None:
-    from gpu_store import Store
+    from bench.gpu.store import Store
 
     (tmp_path / rehearsal.path.name).write_text(rehearsal.path.read_text())
     store = Store(rehearsal.data["about"] | {"tiles": "tuned"}, tmp_path)
@@ -243,7 +243,7 @@ def test_rows_of_tuned_tiles_stand_beside_those_of_static_ones(rehearsal: Rehear
 
 
 def test_the_commit_is_known_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu_machine
+    from bench.gpu import machine as gpu_machine
 
     monkeypatch.setattr(gpu_machine, "_git", lambda *words: "")
     monkeypatch.setattr(gpu_machine, "COMMIT_FILE", tmp_path / "commit")
@@ -311,13 +311,12 @@ def test_other_contenders_are_measured_beside_those_that_were(rehearsal: Rehears
 
 
 def test_checks_that_matter_come_first() -> None:
-    import gpu_behave
-    import gpu_correct
+    from bench.gpu.measure import behave, correct
 
-    found = gpu_correct.checks("cpu", "cpu", tiny=True) | gpu_behave.checks("cpu", "cpu", tiny=True)
-    names = list(gpu_correct.in_order(found))
+    found = correct.checks("cpu", "cpu", tiny=True) | behave.checks("cpu", "cpu", tiny=True)
+    names = list(correct.in_order(found))
     assert set(names) == set(found)
-    first = [name for name in names if gpu_correct.matters_first(name)]
+    first = [name for name in names if correct.matters_first(name)]
     assert names[: len(first)] == first
     assert all(name.startswith(("bfloat16", "route", "the float64")) for name in first)
     assert "bfloat16: a CUDA graph of route, forward and backward" in names[:8]
@@ -328,19 +327,19 @@ def test_what_a_tool_watches_ends_with_it(tmp_path: Path) -> None:
     """A tool that is late is ended with its target; without that the target stays on the GPU."""
     import time
 
-    import gpu_sanitize
+    from bench.gpu.measure import sanitize
 
     mark = tmp_path / "alive"
     target = (
         f"import time, pathlib\nwhile True: pathlib.Path({str(mark)!r}).write_text(str(time.time())); time.sleep(0.05)"
     )
     tool = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {target!r}])"
-    assert gpu_sanitize.run([sys.executable, "-c", tool], 6.0) == (None, "")
+    assert sanitize.run([sys.executable, "-c", tool], 6.0) == (None, "")
     time.sleep(0.3)
     last = mark.read_text()
     time.sleep(0.3)
     assert mark.read_text() == last, "the target lives on"
-    assert gpu_sanitize.run([sys.executable, "-c", "print('said'); raise SystemExit(3)"], 10.0) == (3, "said\n")
+    assert sanitize.run([sys.executable, "-c", "print('said'); raise SystemExit(3)"], 10.0) == (3, "said\n")
 
 
 @pytest.mark.parametrize("script", ["tune.py", "gpu_dry.py", "gpu.py"])
@@ -359,14 +358,14 @@ def test_scripts_run_with_nothing_installed(script: str, tmp_path: Path) -> None
 def test_a_worker_that_ends_fails_its_check_and_no_other() -> None:
     import time
 
-    import gpu_workers
+    from bench.gpu import workers
 
     names = ["float32: no token", "there is no such check", "float32: one token"]
     options = ["--device", "cpu", "--tiny"]
-    found = {r["name"]: r for r in gpu_workers.run(names, 1, options, time.monotonic() + 60)}
+    found = {r["name"]: r for r in workers.run(names, 1, options, time.monotonic() + 60)}
     assert [found[name]["status"] for name in names] == ["passed", "failed", "passed"]
     assert "its process ended with code 1" in found["there is no such check"]["detail"]
-    assert list(gpu_workers.run(names, 1, options, time.monotonic() - 1)) == []
+    assert list(workers.run(names, 1, options, time.monotonic() - 1)) == []
     # Time for one check to begin, and not for three: a result is of that one, if it came soon enough.
-    late = [r["name"] for r in gpu_workers.run(names, 1, options, time.monotonic() + 0.2)]
+    late = [r["name"] for r in workers.run(names, 1, options, time.monotonic() + 0.2)]
     assert late in ([], names[:1])

@@ -144,10 +144,10 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", ["all", "eighth-quarter", "none"])
 @pytest.mark.parametrize("name", ["liger", "scattermoe", "sonicmoe", "megablocks"])
 def test_a_peer_gets_its_own_layout_and_its_gradients_come_back_in_ours(name: str, case: str) -> None:
-    from cases import CLIENT_CASES, TINY, problem
-    from peers import errors, step
-    from peers_optional import OPTIONAL
-    from truth import truth
+    from bench.common.cases import CLIENT_CASES, TINY, problem
+    from bench.common.peers import errors, step
+    from bench.common.peers_optional import OPTIONAL
+    from bench.common.truth import truth
 
     contender, ran = OPTIONAL[name](), []
     for shape in TINY:
@@ -238,10 +238,10 @@ INTERFACES: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("interface", INTERFACES)
 def test_triton_kernels_runs_forward_by_either_interface(interface: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cases import CLIENT_CASES, TINY, problem
-    from peers import errors, step
-    from peers_optional import OPTIONAL
-    from truth import truth
+    from bench.common.cases import CLIENT_CASES, TINY, problem
+    from bench.common.peers import errors, step
+    from bench.common.peers_optional import OPTIONAL
+    from bench.common.truth import truth
 
     install(monkeypatch, "triton_kernels.tensor", make_ragged_tensor_metadata=Ragged)
     for name, members in INTERFACES[interface].items():
@@ -259,7 +259,7 @@ def test_triton_kernels_runs_forward_by_either_interface(interface: str, monkeyp
 
 
 def test_another_interface_of_triton_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peers_optional import OPTIONAL
+    from bench.common.peers_optional import OPTIONAL
 
     install(monkeypatch, "triton_kernels.tensor", make_ragged_tensor_metadata=Ragged)
     install(monkeypatch, "triton_kernels.matmul", product=None)
@@ -275,20 +275,20 @@ def test_a_peer_without_a_backward_is_timed_forward_and_held_against_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """In the run itself: its rows are of the forward, compared in y, and no ratio is against it."""
-    import gpu_time
-    from cases import CLIENT_CASES, TINY
-    from gpu_store import Store
-    from peers import fedmoe, grouped_mm
-    from peers_optional import OPTIONAL
+    from bench.common.cases import CLIENT_CASES, TINY
+    from bench.common.peers import fedmoe, grouped_mm
+    from bench.common.peers_optional import OPTIONAL
+    from bench.gpu.measure import timing
+    from bench.gpu.store import Store
 
     install(monkeypatch, "triton_kernels.tensor", make_ragged_tensor_metadata=Ragged)
     for name, members in INTERFACES["later"].items():
         install(monkeypatch, f"triton_kernels.{name}", **members)
     about = dict.fromkeys(("gpu", "driver", "torch", "triton", "commit", "kernels", "harness", "tiles"), "none")
     store = Store(about | {"device": "cpu", "rehearsal": True, "date": "2026-01-01"}, tmp_path)
-    plan = gpu_time.Plan("cpu", torch.float32, None, 2, 1, 2, 0.01)
+    plan = timing.Plan("cpu", torch.float32, None, 2, 1, 2, 0.01)
     contenders = [fedmoe(), grouped_mm(), OPTIONAL["triton_kernels"]()]
-    gpu_time.run_case(TINY[0], CLIENT_CASES[0], contenders, plan, store)
+    timing.run_case(TINY[0], CLIENT_CASES[0], contenders, plan, store)
     assert store.data["left_out"] == []
     rows = [row for row in store.data["rows"] if row["peer"] == "triton_kernels"]
     assert {(row["launch"], row["pass"]) for row in rows} == {("eager", "fwd"), ("sustained", "fwd")}
@@ -298,7 +298,7 @@ def test_a_peer_without_a_backward_is_timed_forward_and_held_against_none(
 
 @pytest.mark.parametrize("name", ["liger", "scattermoe", "sonicmoe", "megablocks", "triton_kernels"])
 def test_a_peer_that_is_not_installed_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peers_optional import OPTIONAL
+    from bench.common.peers_optional import OPTIONAL
 
     for package in ("liger_kernel", "scattermoe", "sonicmoe", "megablocks", "triton_kernels"):
         monkeypatch.setitem(sys.modules, package, None)

@@ -21,9 +21,9 @@ def _bench_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", ["all", "quarter", "eighth-quarter", "empty"])
 def test_stages_add_up_to_the_operator(case: str) -> None:
-    from cases import CLIENT_CASES, TINY, problem
-    from peers import errors, fedmoe, step
-    from stages import STAGES, cut
+    from bench.common.cases import CLIENT_CASES, TINY, problem
+    from bench.common.peers import errors, fedmoe, step
+    from bench.common.stages import STAGES, cut
 
     for shape in TINY:
         task = problem(shape, next(c for c in CLIENT_CASES if c.name == case))

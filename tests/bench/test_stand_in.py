@@ -15,7 +15,7 @@ import pytest
 
 HOUSE = Path(__file__).parents[2]
 sys.path.insert(0, str(HOUSE / "bench"))
-import stand_in  # noqa: E402
+from bench.stand_in import driver as stand_in  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(stand_in.missing() is not None, reason=f"no stand-in driver: {stand_in.missing()}"),
@@ -50,7 +50,7 @@ def child(script: str, *arguments: str, **variables: str) -> subprocess.Complete
 
 def launched(library: Path, *options: str) -> dict[str, dict[str, Any]]:
     """What `stand_in_run.py` says of each case; the test fails where anything was refused."""
-    done = child("bench/stand_in_run.py", "--library", str(library.parent), *options)
+    done = child("bench/stand_in/run.py", "--library", str(library.parent), *options)
     found = {about["case"]: about for about in map(json.loads, done.stdout.splitlines())}
     refused = [f"{name}: {'; '.join([about['error'], *about['findings']])}" for name, about in found.items()]
     wrong = [line for line, about in zip(refused, found.values(), strict=True) if about["error"] or about["findings"]]
@@ -66,7 +66,7 @@ def part(names: list[str], number: int) -> list[str]:
 
 @pytest.mark.parametrize("number", range(PARTS))
 def test_every_case_is_launched_on_hopper(library: Path, number: int) -> None:
-    from stand_in_run import ALL
+    from bench.stand_in.run import ALL
 
     asked = {case.name: case for case in ALL if case.name in part([case.name for case in ALL], number)}
     found = launched(library, *(word for name in asked for word in ("--case", name)))
@@ -88,7 +88,7 @@ def test_ampere_has_less_shared_memory_and_no_descriptors(library: Path, arch: s
 
 
 def test_a_model_reaches_the_same_launches_through_route_and_moe_mlp(library: Path) -> None:
-    from stand_in_run import PUBLIC
+    from bench.stand_in.run import PUBLIC
 
     found = launched(library, "--public")
     assert found.keys() == set(PUBLIC)
@@ -102,7 +102,7 @@ def test_a_model_reaches_the_same_launches_through_route_and_moe_mlp(library: Pa
 def said(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Everything that stand_in_probe.py asked for, by name; it watches its cache, so it has one of its own."""
     own = str(tmp_path_factory.mktemp("cache"))
-    done = child("tests/bench/stand_in_probe.py", str(library.parent), TRITON_CACHE_DIR=own)
+    done = child("tests/support/bench/stand_in_probe.py", str(library.parent), TRITON_CACHE_DIR=own)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
@@ -189,7 +189,7 @@ def test_a_process_has_one_architecture(said: dict[str, Any]) -> None:
 
 
 def test_the_limits_are_those_that_the_tiles_are_made_for() -> None:
-    from fedmoe_kernels.configs import SHARED, arch_of_capability
+    from fedmoe_kernels.tiles.lookup import SHARED, arch_of_capability
 
     assert {arch: stand_in.LIMITS[arch].shared_block for arch in SHARED} == SHARED
     assert [arch_of_capability(*stand_in.LIMITS[arch].capability) for arch in SHARED] == list(SHARED)

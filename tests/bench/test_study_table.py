@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
-import study_table  # noqa: E402
+from bench.study import table as study_table  # noqa: E402
 
 RECORDED = sorted(path.parent.name for path in study_table.RESULTS.glob("*/compare.json"))
 ABLATIONS = [name for name in RECORDED if name.startswith("ablation-")]

@@ -7,9 +7,9 @@ import pytest
 from stock_models import CAUSAL, config_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fedmoe_core import simulate
-from fedmoe_core.config import Config
-from fedmoe_core.tokens import pretrained_tokenizer
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.data.tokenizing import pretrained_tokenizer
+from fedmoe_core.simulation import run as simulate
 
 WORDS = ["river", "stone", "light", "winter", "garden", "letter", "music", "paper"]
 

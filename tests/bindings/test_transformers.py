@@ -19,15 +19,11 @@ from stock_models import (
     stock_loss,
     stock_model,
 )
-from transformers import (
-    MixtralForSequenceClassification,
-    OlmoeModel,
-    Qwen3MoeForSequenceClassification,
-)
+from transformers import MixtralForSequenceClassification, OlmoeModel, Qwen3MoeForSequenceClassification
 
-from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, load_adapter
-from fedmoe_core.adapter import Batch
-from fedmoe_core.balance import balance_loss
+from fedmoe_bindings.transformers.adapter import TransformersAdapter, extract_submodel, load_adapter
+from fedmoe_core.data.batches import Batch
+from fedmoe_core.layer.router_loss import balance_loss
 
 
 @pytest.mark.parametrize("family", FAMILIES)

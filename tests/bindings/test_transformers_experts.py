@@ -6,16 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from stock_models import (
-    FAMILIES,
-    LAYERS,
-    E,
-    batch_of,
-    moe_names,
-    relative,
-    stock_loss,
-    stock_model,
-)
+from stock_models import FAMILIES, LAYERS, E, batch_of, moe_names, relative, stock_loss, stock_model
 from transformers import (
     DbrxConfig,
     DbrxForCausalLM,
@@ -27,8 +18,8 @@ from transformers import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, merge_submodel, use_fedmoe
-from fedmoe_bindings.transformers_experts import fedmoe_experts
+from fedmoe_bindings.transformers.adapter import TransformersAdapter, extract_submodel, merge_submodel, use_fedmoe
+from fedmoe_bindings.transformers.experts import fedmoe_experts
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,8 +10,9 @@ import pytest
 from torch import Tensor
 
 import fedmoe_core
-from fedmoe_core import launch, prepare
-from fedmoe_core.adapter import Batch, ModelAdapter
+from fedmoe_core.data.batches import Batch
+from fedmoe_core.model.adapter import ModelAdapter
+from fedmoe_core.simulation import launch, prepare
 
 KNOWN: dict[str, Any] = {}
 calibrate = prepare.calibrate
@@ -39,9 +40,9 @@ def calibrated_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def simulator(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """Stands in for fedmoe_core.simulate; a test sets what its verbs do."""
+    """Stands in for fedmoe_core.simulation.run; a test sets what its verbs do."""
     stub = types.SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "fedmoe_core.simulate", stub)
+    monkeypatch.setitem(sys.modules, "fedmoe_core.simulation.run", stub)
     monkeypatch.setattr(fedmoe_core, "simulate", stub, raising=False)
     for name in ("RANK", "WORLD_SIZE", launch.LAUNCHED):
         monkeypatch.delenv(name, raising=False)

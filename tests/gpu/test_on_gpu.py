@@ -24,22 +24,21 @@ def checks() -> Mapping[str, Any]:
     """All checks by name, bound to the GPU; none of them touches it before it is called."""
     sys.path.insert(0, str(BENCH))
     try:
-        import gpu_behave
-        import gpu_correct
+        from bench.gpu.measure import behave, correct
     finally:
         sys.path.remove(str(BENCH))
     where = ("cuda", "triton")
     return {
-        **gpu_correct.checks(*where, tiny=False),
-        **gpu_behave.checks(*where, tiny=False),
-        **gpu_behave.large_checks(*where, tiny=False),
+        **correct.checks(*where, tiny=False),
+        **behave.checks(*where, tiny=False),
+        **behave.large_checks(*where, tiny=False),
     }
 
 
 @pytest.mark.parametrize("name", list(checks()))
 def test_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
-    from gpu_behave import Skipped
+    from bench.gpu.measure.behave import Skipped
 
     try:
         assert checks()[name]()

@@ -118,10 +118,10 @@ def test_graphed_route_and_moe_mlp_give_the_bits_of_eager_ones() -> None:
 
 def test_the_benchs_graphed_contender_replays_what_it_was_not_captured_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
-    from cases import Case, Shape, problem
-    from peers import fedmoe
-    from peers import step as step_of
-    from peers_graphed import graphed
+    from bench.common.cases import Case, Shape, problem
+    from bench.common.peers import fedmoe
+    from bench.common.peers import step as step_of
+    from bench.common.peers_graphed import graphed
 
     task = problem(Shape("small", T, H, INNER, E, K), Case("half", permitted=0.75, trainable=0.5))
     want = step_of(fedmoe("triton"), task)()

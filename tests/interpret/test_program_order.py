@@ -21,7 +21,7 @@ from program_order import ORDERS
 from route_cases import INDEX_FIELDS, STATS_FIELDS, cohort, draw
 
 from fedmoe_kernels import ExpertScores, Routing, SlotMap, route
-from fedmoe_kernels.gpu.schedule import schedule
+from fedmoe_kernels.gpu.experts.schedule import schedule
 
 CASES = {
     "some frozen, with biases": ({"biases": True}, {"frozen_from": 2}),

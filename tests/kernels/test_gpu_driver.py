@@ -17,16 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fedmoe_kernels
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, moe_mlp, route
 from fedmoe_kernels.activations import ACTIVATIONS
-from fedmoe_kernels.configs import tiles_for
+from fedmoe_kernels.experts.op_inputs import DIFFERENTIABLE, OpInputs
 from fedmoe_kernels.formats import FORMATS
-from fedmoe_kernels.gpu.memory import CallSizes, backward_bytes, forward_bytes
-from fedmoe_kernels.ops import DIFFERENTIABLE, OpInputs
+from fedmoe_kernels.gpu.experts.memory import CallSizes, backward_bytes, forward_bytes
+from fedmoe_kernels.tiles.lookup import tiles_for
 
 pytest.importorskip("triton", reason="triton is not installed on this platform")
 
-from fedmoe_kernels.gpu import experts, routing
-from fedmoe_kernels.gpu.choose import Rule
+from fedmoe_kernels.gpu.experts import driver as experts
 from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor
+from fedmoe_kernels.gpu.routing import driver as routing
+from fedmoe_kernels.gpu.routing.choose import Rule
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 FORMS = {

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmoe_kernels.routing import Routing, SlotMap, route
+from fedmoe_kernels.routing.record import Routing, SlotMap
+from fedmoe_kernels.routing.route import route
 
 
 def mask(*bits: int) -> Tensor:

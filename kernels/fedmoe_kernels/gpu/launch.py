@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fedmoe_kernels.configs import Tile
+from fedmoe_kernels.tiles.lookup import Tile
 
 
 @dataclass(frozen=True, eq=False)

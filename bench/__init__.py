@@ -1,0 +1,1 @@
+"""Benchmarks and proofs of the kernels, and the commands behind the published studies."""

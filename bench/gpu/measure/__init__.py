@@ -1,0 +1,1 @@
+"""What a session on a GPU measures: correctness, behaviour, times, kernels, models."""

@@ -1,0 +1,1 @@
+"""The published studies: their settings, and their tables."""

@@ -1,0 +1,330 @@
+"""The transformers binding: Qwen3-MoE, OLMoE and Mixtral as fedmoe models, for causal LM and classification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from fedmoe_bindings.transformers.attention import attention_received
+from fedmoe_bindings.transformers.experts import use_fedmoe
+from fedmoe_bindings.transformers.families import family_of, sparse_blocks
+from fedmoe_bindings.transformers.load import Pool, SequenceClassifier, load_model, small_model
+from fedmoe_bindings.transformers.places import PlaceMeasures
+from fedmoe_bindings.transformers.submodel import extract_submodel, merge_submodel, stock_model
+from fedmoe_bindings.transformers.token_mask import carry_token_mask
+from fedmoe_core.base.rng import counter_seed
+from fedmoe_core.config.run_config import ModelConfig
+from fedmoe_core.data.batches import Task
+from fedmoe_core.layer.graft import GraftSpec, fresh_graft
+from fedmoe_core.layer.lora import FACTORS, LayerLora, LoraSpec, lora_of_layer
+from fedmoe_core.layer.moe import MoE
+from fedmoe_core.layer.slots import Rows, rows_of_layer
+from fedmoe_core.model.spec import Kind, ModelSpec, ParamSpec, lora_specs
+
+
+def load_adapter(
+    name: str,
+    *,
+    task: Task = "causal_lm",
+    model_config: ModelConfig | None = None,
+    vocab_size: int | None = None,
+    num_classes: int = 0,
+    seed: int = 0,
+    pool: Pool | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> TransformersAdapter:
+    """Load a live model by name.
+
+    Args:
+        name: "tiny" (the small Qwen3-MoE of ``model_config``), a directory, or a hub id of the form owner/name.
+        task: what it is trained for.
+        model_config: sizes of "tiny"; not read otherwise.
+        vocab_size: of the tokenizer; None = as ``model_config`` or the checkpoint says.
+        num_classes: for classification.
+        seed: of the fresh weights ("tiny", and a fresh classification head); the global random state is not touched.
+        pool: "mean" over real tokens or the "last" one; None = mean for "tiny", last (transformers' own) otherwise.
+        dtype: of the weights; None = as stored.
+        device: of the weights.
+        backend: of the MoE layers, as ``fedmoe_kernels.moe_mlp``.
+
+    Raises:
+        ValueError: an unknown name, a family that is not served, a model without MoE layers, a vocabulary that is
+            smaller than the tokenizer's, or too few classes.
+        OSError: a checkpoint that cannot be read or is incomplete.
+    """
+    if name == "tiny":
+        sizes = model_config or ModelConfig()
+        model = small_model(sizes, vocab_size=vocab_size or sizes.vocab_size, task=task, seed=seed)
+        model = cast(PreTrainedModel, cast(nn.Module, model).to(dtype=dtype or torch.float32))
+    else:
+        model = load_model(name, task=task, num_classes=num_classes, dtype=dtype)
+    if vocab_size is not None and model.config.vocab_size < vocab_size:
+        raise ValueError(
+            f"model {name!r} has {model.config.vocab_size} token ids, the tokenizer {vocab_size}; use its own tokenizer"
+        )
+    return TransformersAdapter(
+        cast(PreTrainedModel, cast(nn.Module, model).to(device=device)),
+        task=task,
+        num_classes=num_classes,
+        pool=pool or ("mean" if name == "tiny" else "last"),
+        seed=seed,
+        backend=backend,
+    )
+
+
+class TransformersAdapter(PlaceMeasures):
+    """A transformers model whose MoE blocks are ``fedmoe_core.MoE`` layers; implements ``ModelAdapter``.
+
+    Attributes:
+        spec: the model's facts and the ParamSpec of every tensor.
+        model: the causal LM, or a ``SequenceClassifier``.
+        moe: its MoE layers in depth order, with statistics and importance sums on.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        task: Task = "causal_lm",
+        num_classes: int = 0,
+        pool: Pool = "mean",
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        """Take over a stock model: every MoE block in it is replaced and its weights are freed.
+
+        Args:
+            model: a causal LM; for classification transformers' own classifier, or a bare trunk (a head is added).
+            task, num_classes, pool, seed, backend: as ``load_adapter``.
+
+        Raises:
+            ValueError: as ``load_adapter``.
+        """
+        config = model.config
+        family, blocks = family_of(config), sparse_blocks(model, config)
+        if task == "causal_lm" and model.get_output_embeddings() is None:
+            raise ValueError(f"{type(model).__name__} has no language-model head; load it as a causal LM")
+        root = (
+            SequenceClassifier.over(model, num_classes=num_classes, pool=pool, seed=seed)
+            if (task == "classification")
+            else model
+        )
+        layers = []
+        for block in blocks:
+            layer = MoE.from_dense(
+                *block.weights,
+                config.num_experts_per_tok,
+                renormalize=family.renormalize(config),
+                with_stats=True,
+                with_scores=True,
+                backend=backend,
+            ).train(model.training)
+            model.set_submodule(block.name, layer)
+            layers.append(layer)
+        del blocks, block
+        self._carriers = carry_token_mask(root)
+        self.model, self.moe, self.frozen_moe = root, tuple(layers), ()
+        self._lora: LoraSpec | None = None
+        self._config = config
+        self._dense = self._dense_parameters()
+        self.spec = self._describe(task)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the whole model in global coordinates, cloned.
+
+        Raises:
+            ValueError: a layer does not hold every expert.
+        """
+        state: dict[str, Tensor] = {}
+        for number, layer in enumerate(self.moe):
+            if len(layer.experts) < layer.num_experts:
+                raise ValueError(
+                    f"MoE layer {number} holds {len(layer.experts)} of {layer.num_experts} experts; "
+                    "configure the adapter with a whole state first"
+                )
+            held = layer.global_state()
+            state |= {f"moe.{number}.{name}": getattr(held, name) for name in ("router", "w_in", "w_out")}
+            if held.lora is not None and self._lora is not None and self._lora.in_state:
+                state |= {f"moe.{number}.{name}": factor for name, factor in held.lora.factors.items()}
+        return state | {key: parameter.detach().clone() for key, parameter in self._dense.items()}
+
+    def export(self) -> PreTrainedModel:
+        """Return a stock transformers model with these weights, to save, share or serve without fedmoe.
+
+        (The live ``model`` has fedmoe layers, under names that ``from_pretrained`` does not know.)
+
+        Raises:
+            ValueError: a layer does not hold every expert, or transformers has no model with this head or grafts.
+        """
+        state = self.state()
+        if self.frozen_moe:
+            raise ValueError("transformers has no model with grafted mixtures; save the state instead")
+        places = [name for name, module in self.model.named_modules() if isinstance(module, MoE)]
+        if not isinstance(self.model, SequenceClassifier):
+            return stock_model(type(self.model), self._config, state, places)
+        if self.model.pool != "last":
+            raise ValueError("transformers' classifiers pool the last token; train with pool='last' to export")
+        return stock_model(AutoModelForSequenceClassification, self._config, state, places)
+
+    def configure(
+        self,
+        state: Mapping[str, Tensor],
+        *,
+        permitted_LE: np.ndarray | None = None,
+        trainable_LE: np.ndarray | None = None,
+        rows: Rows | None = None,
+        alias_LE: np.ndarray | None = None,
+        top_k: int | None = None,
+        train_dense: bool = False,
+        train_router: bool = True,
+        train_head: bool | None = None,
+        lora_rank: int | None = None,
+        lora_seed: int = 0,
+        out_scale_L: Sequence[float] | None = None,
+        frozen_format: str | None = None,
+    ) -> None:
+        """Become a sub-model of ``state``, as ``ModelAdapter.configure``.
+
+        Args:
+            state, permitted_LE, trainable_LE, rows, alias_LE, top_k, train_dense, train_router, lora_rank, lora_seed,
+                out_scale_L, frozen_format: as the protocol.
+            train_head: whether the classification head trains; None = always in classification, whatever
+                ``train_dense`` says. A language-model head counts as trunk: it may be the embedding itself.
+
+        Raises:
+            ValueError: a missing, foreign or misshapen tensor, a bad mask, or a top_k that is impossible (nothing of
+                the adapter has changed then); rows or an alias that do not fit.
+        """
+        self._check(state)
+        self._check_rows(rows or {})
+        k = self.spec.top_k if top_k is None else top_k
+        if not 1 <= k <= self.spec.top_k:
+            raise ValueError(f"top_k={k} is outside 1 to {self.spec.top_k}, the model's own")
+        permitted = [None] * len(self.moe) if permitted_LE is None else list(permitted_LE)
+        trainable = [None] * len(self.moe) if trainable_LE is None else list(trainable_LE)
+        if not len(permitted) == len(trainable) == len(self.moe):
+            raise ValueError(
+                f"the masks have {len(permitted)} and {len(trainable)} rows; this model has {len(self.moe)} MoE layers"
+            )
+        for layer, held_E, trains_E in zip(self.moe, permitted, trainable, strict=True):
+            layer.check_masks(held_E, trains_E)
+        if lora_rank is not None and self._lora is None:
+            raise ValueError(f"lora_rank={lora_rank}, but this model has no adapters; call add_lora first")
+        for number, layer in enumerate(self.moe):
+            layer.top_k, layer.train_router, layer.frozen_format = k, train_router, frozen_format
+            layer.start_out_scale(None if out_scale_L is None else float(out_scale_L[number]))
+            lora = None
+            if self._lora is not None and (self._lora.in_state or lora_rank is not None):
+                lora = lora_of_layer(state, number, self._lora, rank=lora_rank, seed=lora_seed)
+            layer.load_global(
+                *(state[f"moe.{number}.{name}"].to(layer.w_in.device) for name in ("router", "w_in", "w_out")),
+                permitted=permitted[number],
+                trainable=trainable[number],
+                rows=rows_of_layer(rows or {}, number),
+                alias=None if alias_LE is None else alias_LE[number],
+                lora=None if lora is None else lora.to(layer.w_in.device),
+            )
+        head = self.spec.task == "classification" if train_head is None else train_head
+        learning = {spec.key for spec in self.spec.params if spec.kind == "dense"}
+        with torch.no_grad():
+            for key, parameter in self._dense.items():
+                parameter.copy_(state[key])
+                parameter.requires_grad_(key in learning and (head if key in self.spec.head else train_dense))
+                parameter.grad = None
+
+    def add_lora(self, lora: LoraSpec, *, seed: int) -> dict[str, Tensor]:
+        """Let experts carry adapters from now on, as the protocol."""
+        self._lora = lora
+        fresh: dict[str, Tensor] = {}
+        if lora.in_state:
+            for number, layer in enumerate(self.moe):
+                held = layer.global_state()
+                drawn = LayerLora.fresh(
+                    held.w_in, held.w_out, rank=lora.rank, scale=lora.scale, seed=counter_seed(seed, "adapters", number)
+                )
+                fresh |= {f"moe.{number}.{name}": factor for name, factor in drawn.factors.items()}
+            self.spec = replace(self.spec, params=lora_specs(self.spec.params, lora.rank))
+        return fresh
+
+    def graft(self, graft: GraftSpec, *, seed: int) -> dict[str, Tensor]:
+        """Put a fresh mixture next to every MoE block, as the protocol."""
+        if self.frozen_moe or self._lora is not None:
+            raise ValueError("the model was grafted or given adapters before; load it again")
+        places = {module: name for name, module in self.model.named_modules() if isinstance(module, MoE)}
+        grown = []
+        for number, base in enumerate(self.moe):
+            grafted = fresh_graft(base, graft, seed=counter_seed(seed, "graft", number))
+            self.model.set_submodule(places[base], grafted)
+            self._carriers[base].serve(grafted.experts)
+            grown.append(grafted)
+        self.moe, self.frozen_moe = tuple(g.experts for g in grown), self.moe
+        self._dense = self._dense_parameters()
+        self.spec = self._describe(self.spec.task)
+        return self.state()
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return detached views of what this configuration trains, keyed and shaped as ``ClientUpdate.deltas``."""
+        views = {
+            f"moe.{number}.{name}": value
+            for number, layer in enumerate(self.moe)
+            for name, value in layer.trained_state().items()
+        }
+        return views | {key: p.detach() for key, p in self._dense.items() if p.requires_grad}
+
+    def watch_attention(self) -> AbstractContextManager[list[Tensor | None]]:
+        """Record what attention the tokens receive in the block of each MoE layer, as the protocol."""
+        return attention_received(self.model, self.moe)
+
+    def _dense_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter outside the MoE layers; ``named_parameters`` yields tied ones once."""
+        inside = {id(parameter) for layer in self.moe for parameter in layer.parameters()}
+        return {f"dense.{name}": p for name, p in self.model.named_parameters() if id(p) not in inside}
+
+    def _describe(self, task: Task) -> ModelSpec:
+        first = self.moe[0]
+        params = []
+        for number, layer in enumerate(self.moe):
+            held = {"router": layer.router_EH(), "w_in": layer.w_in, "w_out": layer.w_out}
+            for name, tensor in held.items():
+                kind: Kind = "router" if name == "router" else "expert"
+                params.append(ParamSpec(f"moe.{number}.{name}", kind, tuple(tensor.shape), tensor.dtype, number))
+        frozen = {id(parameter) for layer in self.frozen_moe for parameter in layer.parameters()}
+        for key, p in self._dense.items():
+            params.append(ParamSpec(key, "frozen" if id(p) in frozen else "dense", tuple(p.shape), p.dtype))
+        return ModelSpec(
+            family=self._config.model_type,
+            task=task,
+            num_layers=len(self.moe),
+            num_experts=first.num_experts,
+            top_k=first.top_k,
+            hidden_size=first.hidden_size,
+            intermediate_size=first.intermediate_size,
+            activation=first.activation,
+            params=tuple(params),
+            head=frozenset({"dense.score.weight"} if task == "classification" else ()),
+            heads=getattr(self._config, "num_attention_heads", 0),
+        )
+
+    def _check_rows(self, rows: Rows) -> None:
+        known = {spec.key for spec in self.spec.params if spec.layer >= 0}
+        if self._lora is not None:
+            known |= {f"moe.{number}.{name}" for number in range(len(self.moe)) for name in FACTORS}
+        if strange := sorted(set(rows) - known):
+            raise ValueError(f"rows are given for {strange[0]}; only tensors of MoE layers have rows")
+
+    def _check(self, state: Mapping[str, Tensor]) -> None:
+        for spec in self.spec.params:
+            if spec.key not in state:
+                raise ValueError(f"the state has no {spec.key}; it is not a state of this model")
+            if tuple(state[spec.key].shape) != spec.shape:
+                found = tuple(state[spec.key].shape)
+                raise ValueError(f"the state's {spec.key} has shape {found}; this model needs {spec.shape}")

@@ -1,0 +1,107 @@
+"""What single places of a batch show: their loss, and how much attention they get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from transformers import PreTrainedModel
+
+from fedmoe_bindings.transformers.load import SequenceClassifier
+from fedmoe_bindings.transformers.losses import TaskLosses
+from fedmoe_bindings.transformers.token_mask import TOKEN_MASK
+from fedmoe_core.data.batches import Batch
+from fedmoe_core.layer.graft import Grafted
+from fedmoe_core.layer.moe import MoE
+from fedmoe_core.model.spec import Evaluation, PlaceLosses
+
+
+class PlaceMeasures(TaskLosses):
+    """The part of ``TransformersAdapter`` that looks at single places."""
+
+    @torch.no_grad()
+    def place_losses(self, batch: Batch, *, log_prior_C: Tensor | None = None) -> PlaceLosses:
+        """Return losses by place, as the protocol; the layers measure as in training."""
+        self.model.eval()
+        mask_SN = batch.mask_SN
+        options: dict[str, Any] = {TOKEN_MASK: mask_SN.reshape(-1)}
+        if self.spec.task == "classification":
+            if batch.labels_S is None:
+                raise ValueError("the batch has no labels; classification needs labels_S")
+            logits_SC = self.model(batch.tokens_SN, mask_SN, **options).float()
+            if log_prior_C is not None:
+                logits_SC = logits_SC + log_prior_C
+            loss_S = cross_entropy(logits_SC, batch.labels_S, reduction="none")
+            correct_S = logits_SC.argmax(dim=-1) == batch.labels_S
+            total = Evaluation(float(loss_S.sum()), max(len(batch), 1), int(correct_S.sum()))
+            shape = mask_SN.shape
+            return PlaceLosses(loss_S[:, None].expand(shape), correct_S[:, None].expand(shape), mask_SN, total)
+        logits_SNV = self.model(
+            input_ids=batch.tokens_SN,
+            attention_mask=mask_SN.long(),
+            use_cache=False,
+            output_router_logits=False,
+            **options,
+        ).logits
+        counted_SN = pad(mask_SN[:, 1:] & mask_SN[:, :-1], (0, 1))
+        targets_SN = pad(batch.tokens_SN[:, 1:], (0, 1)).masked_fill(~counted_SN, -100)
+        loss_N = cross_entropy(logits_SNV.flatten(0, 1).float(), targets_SN.flatten(), reduction="none")
+        loss_SN = loss_N.view_as(targets_SN)
+        total = Evaluation(float(loss_SN.sum()), max(int(counted_SN.sum()), 1))
+        return PlaceLosses(loss_SN, logits_SNV.argmax(dim=-1) == targets_SN, counted_SN, total)
+
+    @torch.no_grad()
+    def attention_received(self, batch: Batch) -> Tensor:
+        """Return the attention that each place gets, (L, S, N), as the protocol; one layer's maps at once in memory."""
+        self.model.eval()
+        found: dict[int, Tensor] = {}
+        mask_SN = batch.mask_SN
+        # A place is seen by itself and the real places after it, so that early ones are not favoured for being early.
+        seers_SN = mask_SN.flip(1).cumsum(1).flip(1).clamp(min=1)
+
+        def keep(number: int) -> Any:
+            def hook(_: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> None:
+                assert output[1] is not None  # eager attention returns its maps
+                got_SN = (output[1].mean(dim=1) * mask_SN[:, :, None]).sum(dim=1)
+                found[number] = (got_SN / seers_SN).masked_fill(~mask_SN, 0.0)
+
+            return hook
+
+        trunk = cast(PreTrainedModel, self.model.model if isinstance(self.model, SequenceClassifier) else self.model)
+        with _eager(trunk):
+            hooks = [a.register_forward_hook(keep(number)) for number, a in enumerate(self._attentions())]
+            try:
+                cast(nn.Module, trunk)(
+                    input_ids=batch.tokens_SN,
+                    attention_mask=mask_SN.long(),
+                    use_cache=False,
+                    **{TOKEN_MASK: mask_SN.reshape(-1)},
+                )
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return torch.stack([found[number] for number in range(len(self.moe))])
+
+    def _attentions(self) -> list[nn.Module]:
+        """Return the attention module next to each MoE block, in depth order."""
+        beside: dict[nn.Module, nn.Module] = {}
+        for module in self.model.modules():
+            attention, block = getattr(module, "self_attn", None), getattr(module, "mlp", None)
+            if isinstance(attention, nn.Module) and isinstance(block, MoE | Grafted):
+                beside[block.experts if isinstance(block, Grafted) else block] = attention
+        return [beside[layer] for layer in self.moe]
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block compute attention in full, maps and all; then as it was."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

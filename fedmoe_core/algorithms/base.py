@@ -1,0 +1,107 @@
+"""Federated algorithms, one file each: ``init``, ``plan``, ``client`` and ``apply`` over an immutable state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.systems import ALGORITHMS, PLACES, System
+from fedmoe_core.layer.graft import GraftSpec
+from fedmoe_core.layer.lora import LoraSpec
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.server.accumulator import Sums
+from fedmoe_core.server.state import Population, ServerState, initial_state
+
+
+@dataclass(frozen=True)
+class Algorithm(ABC):
+    """What the simulator asks of an algorithm: a frozen dataclass that inherits this and adds no field.
+
+    All methods are pure: same arguments, same answer, on every rank. What an algorithm learns goes into
+    ``ServerState.memory`` by way of ``apply``. What it needs before the first round it declares, by ``lora``, ``graft``
+    and these:
+
+    Attributes:
+        population: the fixed facts of the run.
+        card: what ``fedmoe systems`` says of it.
+        needs_validation: hold back a tenth of every client's private data, for plans with ``validate``.
+        has_global_model: False where clients share no model (local gates): global loss and accuracy are then null,
+            and the run is judged by ``personal`` models.
+        trains_trunk: False where the trunk stays frozen whatever ``train.trunk`` says (a classification head trains).
+    """
+
+    population: Population
+    card: ClassVar[System]
+    needs_validation: ClassVar[bool] = False
+    has_global_model: ClassVar[bool] = True
+    trains_trunk: ClassVar[bool] = True
+
+    @classmethod
+    def lora(cls, config: Config) -> LoraSpec | None:
+        """Return the adapters that the experts of this run carry; None for a run without adapters."""
+        return None
+
+    @classmethod
+    def graft(cls, config: Config) -> GraftSpec | None:
+        """Return the mixture to graft onto every MoE block, which is then what the run trains; None for no mixture."""
+        return None
+
+    def init(self, params: dict[str, Tensor]) -> ServerState:
+        """Return the state before the first round; by default nothing is known about any client."""
+        return initial_state(params, len(self.population.budgets))
+
+    @abstractmethod
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """Return one plan per sampled client, each inside that client's budget."""
+
+    @abstractmethod
+    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+        """Return what a client that finished its plan sends back: its deltas under this algorithm's weights."""
+
+    @abstractmethod
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """Return the next state. ``sums`` are exact, over all ranks; ``updates`` carry no deltas here, only reports."""
+
+    def personal(self, state: ServerState, client: int) -> ExpertPlan:
+        """Return the model that this client would deploy, as the plan that makes it: by default its next plan."""
+        return self.plan(state, [client])[0]
+
+
+def algorithm_class(name: str) -> type[Algorithm]:
+    """Return the class of the algorithm ``name``, or of your own as ``MODULE:CLASS``, with what it declares.
+
+    Raises:
+        ValueError: no such algorithm (the message names the nearest), or the class is not an ``Algorithm``.
+    """
+    if name not in PLACES and ":" not in name:
+        near = get_close_matches(name, ALGORITHMS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(ALGORITHMS)}, or give MODULE:CLASS"
+        raise ValueError(f"algorithm {name!r} is not implemented; {hint}")
+    module, _, attribute = PLACES.get(name, name).partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"algorithm {name!r} cannot be loaded ({error}); check the module and the class") from error
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise ValueError(
+            f"algorithm {name!r} does not inherit fedmoe_core.algorithms.base.Algorithm; make it a subclass"
+        )
+    return found
+
+
+def find_algorithm(name: str, population: Population) -> Algorithm:
+    """Return the algorithm called ``name``, for this population.
+
+    Raises:
+        ValueError: as ``algorithm_class``.
+    """
+    return algorithm_class(name)(population)

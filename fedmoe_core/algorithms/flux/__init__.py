@@ -1,0 +1,1 @@
+"""Flux (arXiv 2508.19078) and what only it needs."""

@@ -1,0 +1,70 @@
+"""Squared gradient norms of held but frozen experts from forward passes alone: Flux's exploration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.algorithms.flux.utility import spsa
+from fedmoe_core.base.rng import counter_seed
+from fedmoe_core.budget.cost_model import CostModel
+from fedmoe_core.budget.limits import Cost
+from fedmoe_core.messages.plan import Bench
+
+
+@dataclass(frozen=True)
+class ForwardEstimates:
+    """|grad|^2 of the mean loss on the round's first batch, for each explored expert, (L, E); 0 elsewhere.
+
+    Run after local training, on the trained sub-model, one expert after another; see ``utilities.spsa``.
+
+    Attributes:
+        experts: (layer, expert id), each held and frozen.
+        sigma, probes: of ``utilities.spsa``.
+    """
+
+    experts: tuple[tuple[int, int], ...]
+    sigma: float
+    probes: int
+
+    def __call__(self, bench: Bench) -> dict[str, Tensor]:
+        adapter = bench.adapter
+        norm_sq_LE = torch.zeros(len(adapter.moe), adapter.spec.num_experts, dtype=torch.float64)
+        batch = next(iter(bench.batches()))
+        for number, expert in self.experts:
+            layer = adapter.moe[number]
+            slot = layer.frozen_experts.index(expert)
+            w_in, w_out = layer.w_in_frozen[slot], layer.w_out_frozen[slot]
+            start = torch.cat([w_in.flatten(), w_out.flatten()])
+
+            def install(flat: Tensor, w_in: Tensor = w_in, w_out: Tensor = w_out) -> None:
+                w_in.copy_(flat[: w_in.numel()].view_as(w_in))
+                w_out.copy_(flat[w_in.numel() :].view_as(w_out))
+
+            def loss(flat: Tensor, install: object = install) -> float:
+                assert callable(install)
+                install(flat)
+                found = adapter.evaluate(batch, log_prior_C=bench.log_prior_C)
+                return found.loss_sum / found.count
+
+            seed = counter_seed(bench.plan.seed, "forward-only", number, expert)
+            try:
+                norm_sq_LE[number, expert] = spsa(loss, start, sigma=self.sigma, probes=self.probes, seed=seed).norm_sq
+            finally:
+                install(start)
+        return {"norm_sq": norm_sq_LE}
+
+
+def estimate_cost(costs: CostModel, held_LE: np.ndarray, *, explored: int, probes: int) -> Cost:
+    """Return the cost of the estimates: 2 * probes forward passes of one batch for each explored expert."""
+    if not explored:
+        return Cost()
+    all_LE = np.ones_like(held_LE)
+    return Cost(
+        memory_bytes=costs.forward_memory(held_LE) + 8 * 4 * costs.expert_params,
+        flops=2 * probes * explored * costs.forward_flops(all_LE, tokens=costs.tokens),
+        bytes_up=8 * explored,
+    )

@@ -1,0 +1,111 @@
+"""FLAME (arXiv 2506.16600): adapters on all experts, fewer experts per token on weaker clients, means by activation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.largest_fit import largest_plan
+from fedmoe_core.algorithms.lora.factors import flame_rescale, flame_share
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.systems import Equation, System
+from fedmoe_core.layer.lora import LoraSpec
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
+from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.server.planning import plan_of_masks
+from fedmoe_core.server.state import Population, ServerState
+
+
+@dataclass(frozen=True)
+class Flame(Algorithm):
+    """Every client holds every expert and trains full-rank adapters on all; its budget decides how many a token meets.
+
+    It saves arithmetic, but neither memory nor traffic.
+    """
+
+    card: ClassVar[System] = System(
+        name="flame",
+        title="FLAME",
+        paper="Le et al., FLAME, arXiv 2506.16600",
+        equations=(
+            Equation("adapter", "N", "h = s_i sum over the top k_i of R^j (W^j x + B^j A^j x), W frozen"),
+            Equation("s_i", "N", "learnable, starts at k / k_i and stays with the client"),
+            Equation("gamma", "N", "|D_i| (a_i^j / S_i)^t over its sum among clients; t = 0 is FedAvg"),
+            Equation("s_i, by layer", "E", "one scalar for each MoE layer"),
+            Equation("k_i", "E", "the largest k whose local steps the client's budget pays"),
+            Equation("router", "E", "trained and averaged by |D_i|; the paper's own is not known to us"),
+        ),
+        approximated=(
+            "a budget in experts cannot be kept, since every expert is resident; such a client gets its share of k and "
+            "the run is shown as not inside the budgets",
+            "the trunk follows train.trunk, as in every other system",
+        ),
+    )
+
+    @classmethod
+    def lora(cls, config: Config) -> LoraSpec | None:
+        """Return adapters of one rank for all clients, part of the global model."""
+        return LoraSpec(rank=config.lora.rank, alpha=config.lora.alpha)
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """Plan all experts, k_i per token, each layer's output times s_i."""
+        return [self._plan(state, client) for client in clients]
+
+    def _plan(self, state: ServerState, client: int) -> ExpertPlan:
+        spec = self.population.spec
+        all_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
+        gain_L = state.memory.get(f"gain/{client}", torch.ones(spec.num_layers))
+
+        def of_size(population: Population, k: int, budgeted: bool) -> ExpertPlan:
+            return plan_of_masks(
+                population,
+                state,
+                client,
+                all_LE,
+                top_k=k,
+                budgeted=budgeted,
+                cached_LE=all_LE if state.visits[client] else None,
+                out_scale_L=tuple((gain_L * flame_rescale(spec.top_k, k)).tolist()),
+            )
+
+        return largest_plan(self.population, client, spec.top_k, of_size)
+
+    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+        """Weigh adapters by |D_i| (a_i^j / S_i)^t; s_i over its start stays with the client."""
+        samples, spec = self.population.sample_weight(plan.client), self.population.spec
+        if result.profile is None:
+            return failed_update(plan, result, samples)
+        active_LE = flame_share(
+            result.profile.rows_LE,
+            steps=len(result.losses),
+            tokens=self.population.costs.tokens,
+            samples=samples,
+            temperature=self.population.config.lora.temperature,
+        )
+        scale_L = torch.stack([result.kept[f"moe.{layer}.out_scale"] for layer in range(spec.num_layers)])
+        return finished_update(
+            plan,
+            result,
+            samples=int(self.population.samples_C[plan.client]),
+            sample_weight=samples,
+            expert_weight_LE=active_LE * plan.trainable_LE,
+            router_weight_LE=samples * plan.trainable_LE,
+            gate_weight=samples,
+            private={"gain": scale_L / flame_rescale(spec.top_k, plan.top_k)},
+            metrics={"k": plan.top_k, "scale": float(scale_L.mean())},
+        )
+
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """Average adapters by gamma, routers and trunk by |D_i|; an expert that no client activated stays."""
+        own = {f"gain/{update.client}": update.private["gain"] for update in updates if update.private}
+        heard = {update.client: update.profile for update in updates if update.profile is not None}
+        params = {**state.params, **expert_mean(sums, state.params), **gate_mean(sums, state.params, "fedavg")}
+        params |= dense_mean(sums, state.params)
+        return state.advance(params, heard, [update.client for update in updates], memory={**state.memory, **own})

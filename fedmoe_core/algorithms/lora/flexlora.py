@@ -1,0 +1,144 @@
+"""FlexLoRA (arXiv 2402.11505): adapters of a rank for each client, averaged as products, cut again by their SVD."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.largest_fit import largest_plan
+from fedmoe_core.algorithms.lora.factors import Adapter, Spectrum, resize
+from fedmoe_core.algorithms.lora.shared import UNCOUNTED, everything
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.systems import Equation, System
+from fedmoe_core.layer.lora import LoraSpec
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
+from fedmoe_core.server.accumulator import Sums, dense_mean, gate_mean
+from fedmoe_core.server.planning import plan_of_masks
+from fedmoe_core.server.state import Population, ServerState
+
+
+@dataclass(frozen=True)
+class FlexLora(Algorithm):
+    """The products of all clients' adapters are summed exactly, and each client gets the best of that at its own rank.
+
+    The global model is W + the sum. Clients keep the frozen W, and are sent the first r_k singular directions of it.
+    """
+
+    card: ClassVar[System] = System(
+        name="flexlora",
+        title="FlexLoRA",
+        paper="Bai et al., FlexLoRA, arXiv 2402.11505",
+        equations=(
+            Equation("aggregation", "N", "Delta W = sum_k p_k B_k A_k, p_k = |D_k| over its sum"),
+            Equation("redistribution", "N", "Delta W = U S V^T; client k starts from B = U_r S_r, A = V_r^T, r = r_k"),
+            Equation("r_k", "E", "the largest rank whose local steps the client's budget pays"),
+            Equation("router", "E", "trained and averaged by |D_k|"),
+        ),
+        approximated=UNCOUNTED,
+    )
+
+    @classmethod
+    def lora(cls, config: Config) -> LoraSpec | None:
+        """Return adapters that live for one round; the experts move by their products."""
+        return LoraSpec(rank=config.lora.rank, alpha=config.lora.alpha, in_state=False)
+
+    def init(self, params: dict[str, Tensor]) -> ServerState:
+        """Remember the frozen experts, since the state holds them with the sum added."""
+        frozen = {f"base/{key}": params[key].cpu().clone() for key in expert_keys(self.population)}
+        return replace(super().init(params), memory=frozen)
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """Plan all experts, each the frozen one and the best adapter of rank r_k for the sum."""
+        return [self._plan(state, client) for client in clients]
+
+    def _plan(self, state: ServerState, client: int) -> ExpertPlan:
+        all_LE = everything(self.population)
+
+        def of_size(population: Population, rank: int, budgeted: bool) -> ExpertPlan:
+            return plan_of_masks(
+                population,
+                state,
+                client,
+                all_LE,
+                budgeted=budgeted,
+                lora_rank=rank,
+                cached_LE=all_LE if state.visits[client] else None,
+                rows=start_rows(state.memory, rank),
+            )
+
+        return largest_plan(self.population, client, self.population.config.lora.rank, of_size)
+
+    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+        """Return the trained product B_k A_k of every matrix under |D_k|."""
+        samples = self.population.sample_weight(plan.client)
+        if result.profile is None:
+            return failed_update(plan, result, samples)
+        products = {}
+        for key in expert_keys(self.population):
+            a, b = (result.kept[factor_key(key, letter)] for letter in "ab")
+            products[key] = _scale(self.population) * Adapter(a, b).product()
+        weight_LE = samples * plan.trainable_LE
+        return finished_update(
+            plan,
+            result,
+            samples=int(self.population.samples_C[plan.client]),
+            sample_weight=samples,
+            expert_weight_LE=weight_LE,
+            router_weight_LE=weight_LE,
+            gate_weight=samples,
+            deltas={**result.deltas, **products},
+            metrics={"rank": plan.lora_rank or 0},
+        )
+
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """Compute W + sum_k p_k B_k A_k, and its singular directions for the next plans."""
+        params = {**state.params, **gate_mean(sums, state.params, "fedavg"), **dense_mean(sums, state.params)}
+        memory = dict(state.memory)
+        rank, scale = self.population.config.lora.rank, _scale(self.population)
+        for spec in sums.specs:
+            if spec.kind != "expert":
+                continue
+            base, den_E = state.memory[f"base/{spec.key}"], sums.expert_den_LE[spec.layer]
+            summed = sums.mean(spec.key, base, den_E)
+            voted_E = (den_E > 0).cpu()[:, None, None]
+            whole = torch.where(voted_E, summed, state.params[spec.key].cpu())
+            u, s, v = torch.linalg.svd((whole - base).double(), full_matrices=False)
+            best = Spectrum(u, s, v).truncate(rank)
+            memory[f"a/{spec.key}"], memory[f"b/{spec.key}"] = best.a.to(base), (best.b / scale).to(base)
+            params[spec.key] = whole.to(state.params[spec.key])
+        heard = {update.client: update.profile for update in updates if update.profile is not None}
+        return state.advance(params, heard, [update.client for update in updates], memory=memory)
+
+
+def expert_keys(population: Population) -> list[str]:
+    """Return the keys of the experts' own matrices."""
+    return [f"moe.{layer}.w_{side}" for layer in range(population.spec.num_layers) for side in ("in", "out")]
+
+
+def factor_key(key: str, letter: str) -> str:
+    """Return the key of a factor: ``moe.0.w_in`` and "a" give ``moe.0.a_in``."""
+    return key.replace(".w_", f".{letter}_")
+
+
+def start_rows(memory: Mapping[str, Tensor], rank: int) -> dict[str, Mapping[int, Tensor]]:
+    """Return the frozen experts and the first ``rank`` singular directions of the sum; empty before the first round."""
+    rows: dict[str, Mapping[int, Tensor]] = {}
+    for name, a in memory.items():
+        if not name.startswith("a/"):
+            continue
+        key = name.removeprefix("a/")
+        cut = resize(Adapter(a, memory[f"b/{key}"]), rank)
+        rows[key] = dict(enumerate(memory[f"base/{key}"]))
+        rows[factor_key(key, "a")], rows[factor_key(key, "b")] = dict(enumerate(cut.a)), dict(enumerate(cut.b))
+    return rows
+
+
+def _scale(population: Population) -> float:
+    return population.config.lora.alpha / population.config.lora.rank

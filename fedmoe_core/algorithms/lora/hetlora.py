@@ -1,0 +1,112 @@
+"""HetLoRA (arXiv 2401.06432): adapters of a rank for each client, truncated, padded and pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.largest_fit import largest_plan
+from fedmoe_core.algorithms.lora.factors import kept_ranks
+from fedmoe_core.algorithms.lora.rank_tail import RankProbe, TailLoss, padded, tail_tables, without_missing_ranks
+from fedmoe_core.algorithms.lora.shared import UNCOUNTED, everything
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.systems import Equation, System
+from fedmoe_core.layer.lora import LoraSpec
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
+from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.server.planning import plan_of_masks
+from fedmoe_core.server.state import Population, ServerState
+
+
+@dataclass(frozen=True)
+class HetLora(Algorithm):
+    """The server's adapters cut to each client's rank, zero-padded on return, averaged by the norm of their product."""
+
+    card: ClassVar[System] = System(
+        name="hetlora",
+        title="HetLoRA",
+        paper="Cho et al., HetLoRA, arXiv 2401.06432",
+        equations=(
+            Equation("truncation", "N", "client k gets the first r_k ranks of the server's A and B"),
+            Equation("aggregation", "N", "A = sum_k w_k pad(A_k), B likewise; a rank that a client lacks votes zero"),
+            Equation("weights", "N", "w_k = ||B_k A_k||_F over its sum among clients"),
+            Equation("weights, by expert", "E", "one weight for each expert, over both of its matrices"),
+            Equation("regulariser", "N", "loss + lambda ||B_k[:, gamma r:]||_F ||A_k[gamma r:, :]||_F, summed"),
+            Equation("self-pruning", "N", "r_k falls to gamma r_k where that product shrank in local training"),
+            Equation("r_k", "E", "the largest rank whose local steps the client's budget pays"),
+            Equation("router", "E", "trained and averaged by |D_k|"),
+        ),
+        approximated=(*UNCOUNTED, "all adapters of a client share one rank, and are pruned together"),
+    )
+
+    @classmethod
+    def lora(cls, config: Config) -> LoraSpec | None:
+        """Return the server's adapters, part of the global model."""
+        return LoraSpec(rank=config.lora.rank, alpha=config.lora.alpha)
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """Plan all experts at rank r_k, or at what self-pruning has left of it."""
+        return [self._plan(state, client) for client in clients]
+
+    def _plan(self, state: ServerState, client: int) -> ExpertPlan:
+        chosen = self.population.config.lora
+        left = int(state.memory.get(f"rank/{client}", torch.tensor(chosen.rank)))
+        all_LE = everything(self.population)
+
+        def of_size(population: Population, rank: int, budgeted: bool) -> ExpertPlan:
+            rank = min(rank, left)
+            keep = kept_ranks(rank, chosen.keep_share)
+            tail = keep < rank and chosen.tail > 0
+            return plan_of_masks(
+                population,
+                state,
+                client,
+                all_LE,
+                budgeted=budgeted,
+                lora_rank=rank,
+                cached_LE=all_LE if state.visits[client] else None,
+                after=RankProbe(keep),
+                aux=TailLoss(chosen.tail, keep, tail_tables(population.costs_at(rank))) if tail else None,
+            )
+
+        return largest_plan(self.population, client, chosen.rank, of_size)
+
+    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+        """Weigh padded adapters by the norm of their product; report the rank that is left for the next round."""
+        samples, chosen = self.population.sample_weight(plan.client), self.population.config.lora
+        if result.profile is None:
+            return failed_update(plan, result, samples)
+        assert plan.lora_rank is not None
+        # Over the norm of the frozen expert, which is the same for all clients, so that it fits a weight's range.
+        norm_LE = (result.probed["norm_LE"] / result.probed["base_LE"]).clamp(max=1.0).numpy()
+        shrunk = float(result.probed["tail_after"]) < float(result.probed["tail_before"])
+        left = kept_ranks(plan.lora_rank, chosen.keep_share) if shrunk else plan.lora_rank
+        return finished_update(
+            plan,
+            result,
+            samples=int(self.population.samples_C[plan.client]),
+            sample_weight=samples,
+            expert_weight_LE=norm_LE * plan.trainable_LE,
+            router_weight_LE=samples * plan.trainable_LE,
+            gate_weight=samples,
+            deltas=padded(result.deltas, chosen.rank),
+            private={"ranks": torch.tensor([plan.lora_rank, left])},
+            metrics={"rank": plan.lora_rank, "pruned_to": left},
+        )
+
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """Apply the weighted means of zero-padded adapters; an expert whose product is zero everywhere stays."""
+        ranked = {update.client: update for update in updates if update.private}
+        votes = [(int(u.private["ranks"][0]), u.expert_weight_LE) for u in ranked.values()]
+        experts = without_missing_ranks(expert_mean(sums, state.params), state.params, sums, votes)
+        left = {f"rank/{client}": update.private["ranks"][1] for client, update in ranked.items()}
+        heard = {update.client: update.profile for update in updates if update.profile is not None}
+        params = {**state.params, **experts, **gate_mean(sums, state.params, "fedavg")}
+        params |= dense_mean(sums, state.params)
+        return state.advance(params, heard, [update.client for update in updates], memory={**state.memory, **left})

@@ -1,0 +1,1 @@
+"""The fedmoe command: words in, one verb called, words out."""

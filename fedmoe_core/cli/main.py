@@ -1,0 +1,324 @@
+"""The ``fedmoe`` command: thin; every subcommand reads its words, calls one verb and prints what came back."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from fedmoe_core.base import show
+from fedmoe_core.base.say import say
+from fedmoe_core.cli import study as cli_study
+from fedmoe_core.cli.plan_table import _plan_table
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.simulation import launch
+from fedmoe_core.simulation.directory.claim import refuse_claim
+from fedmoe_core.simulation.observer import NullObserver
+from fedmoe_core.simulation.progress import observer_for
+
+app = typer.Typer(
+    name="fedmoe",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="CONFIG.toml|KEY=VALUE", help="A TOML file, then values such as train.lr=1e-3."),
+]
+
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        try:
+            number = importlib.metadata.version("fedmoe-core")
+        except importlib.metadata.PackageNotFoundError:
+            number = "from a source tree that is not installed"
+        say(f"fedmoe {number}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Fine-tune Mixture-of-Experts models over clients with hard budgets."""
+
+
+@app.command()
+def simulate(
+    words: Words = None,
+    quiet: Quiet = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run in out; other files stay.")] = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train: every client inside its budget, one round after another; writes a run directory and its report."""
+    with _errors(debug) as stop:
+        config = _config(words)
+        out = stop.run_dir = Path(config.out)
+        launch.check_world(config.ranks)
+        if launch.rank() == 0:
+            refuse_claim(out, force=force)
+        if config.ranks > 1 and not launch.launched():
+            flags = [*_flags(quiet=quiet, debug=debug, json=as_json), *(["--force"] if force else [])]
+            launch.run_ranks(["simulate", *(words or []), *flags], ranks=config.ranks, threads=config.threads)
+            return
+        from fedmoe_core.simulation import run as simulator
+
+        with _watching(quiet) as observer:
+            summary = simulator.run(config, observer=observer, force=force)
+        _finish(summary, out, as_json=as_json)
+
+
+@app.command()
+def resume(
+    run_dir: RunDir,
+    quiet: Quiet = False,
+    other_code: Annotated[
+        bool, typer.Option("--other-code", help="Go on under other code or another torch; bits may differ.")
+    ] = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a run from its last checkpoint, to the same bits as if it had never stopped."""
+    with _errors(debug) as stop:
+        stop.run_dir = run_dir
+        if not (run_dir / "config.toml").is_file():
+            raise ValueError(f"{run_dir} holds no run (no config.toml); give the directory that a run named as out")
+        config = _importable(Config.load(run_dir / "config.toml").resolved())
+        launch.check_world(config.ranks)
+        if config.ranks > 1 and not launch.launched():
+            flags = _flags(quiet=quiet, debug=debug, json=as_json, **{"other-code": other_code})
+            launch.run_ranks(["resume", str(run_dir), *flags], ranks=config.ranks, threads=config.threads)
+            return
+        from fedmoe_core.simulation import run as simulator
+
+        with _watching(quiet) as observer:
+            summary = simulator.resume(run_dir, observer=observer, other_code=other_code)
+        _finish(summary, run_dir, as_json=as_json)
+
+
+@app.command()
+def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> None:
+    """Show what each client would hold, move, compute and need in memory, before anything trains (the dry run)."""
+    with _errors(debug):
+        config = _config(words)
+        from fedmoe_core.simulation import run as simulator
+
+        rows = simulator.dry_run(config)
+        outside = [row for row in rows if not row.fits]
+        if as_json:
+            typer.echo(json.dumps({"fits": not outside, "clients": [asdict(row) for row in rows]}, indent=2))
+        else:
+            # A pipe has no width; 190 columns keep every row on one line.
+            console = Console() if sys.stdout.isatty() else Console(width=190)
+            console.print(_plan_table(rows, config))
+        if outside:
+            first = outside[0]
+            raise ValueError(f"{show.plural(len(outside), 'client')} cannot run; {first.client}: {first.reason}")
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Runs to show, the subject first.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the HTML file goes.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write report.html for one run, or one page that compares several, and print the figures that matter."""
+    with _errors(debug):
+        from fedmoe_core.reporting.report import report
+
+        path, lines = report(run_dirs, out=out)
+        for line in lines:
+            say(line)
+        say(f"report: {path}")
+
+
+@app.command()
+def compare(
+    words: cli_study.Words = None,
+    systems: cli_study.Systems = "all",
+    seeds: cli_study.Seeds = "0-2",
+    out: cli_study.Out = Path("runs/compare"),
+    workers: cli_study.Workers = 0,
+    target: cli_study.Target = None,
+    variants: cli_study.Variants = None,
+    beside: cli_study.Beside = None,
+    force: cli_study.Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run systems over seeds under identical budgets and write a table and figures; stop it and go on at any time."""
+    with _errors(debug) as stop:
+        stop.again = "fedmoe compare with the same words"
+        from fedmoe_core.comparison.study import Study
+
+        study = Study.of(
+            words or [],
+            systems=systems,
+            seeds=seeds,
+            out=out,
+            workers=workers,
+            target=target,
+            variants=variants,
+            beside=beside,
+        )
+        raise typer.Exit(cli_study.run(study, Console(stderr=True, quiet=quiet), force=force))
+
+
+@app.command()
+def systems(as_json: AsJson = False, debug: Debug = False) -> None:
+    """List every system: its paper, the equations implemented, how sure we are of each, what is not there."""
+    with _errors(debug):
+        cli_study.show_systems(as_json=as_json)
+
+
+def main() -> None:
+    """Run the ``fedmoe`` command."""
+    # The memory profiler's notes about blocks older than itself are expected: resident bytes are counted apart.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    app(prog_name="fedmoe")
+
+
+class _Stop:
+    """Where a stopped run could go on; set once the command knows it."""
+
+    run_dir: Path | None = None
+    again: str = ""  # how to continue when what was interrupted is not a single run
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[_Stop]:
+    """Turn errors that a user can mend into one sentence and exit code 2, Ctrl-C into a hint and 130."""
+    stop = _Stop()
+    launch.follow_parent()
+    try:
+        with launch.stoppable():
+            yield stop
+    except KeyboardInterrupt:
+        if launch.speaks():
+            say(f"stopped; go on with: {stop.again}" if stop.again else _stopped(stop.run_dir), err=True)
+        raise typer.Exit(130) from None
+    except launch.RankError as error:
+        if error.code == 130:
+            say(_stopped(stop.run_dir), err=True)
+        else:
+            unfinished = error.code > 128 or error.code == launch.PEER_LOST
+            hint = f"; go on with: fedmoe resume {stop.run_dir}" if unfinished and _resumable(stop.run_dir) else ""
+            say(f"error: {error}{hint}", err=True)
+        raise typer.Exit(error.code) from None
+    except launch.PeerLostError as error:
+        if debug:
+            raise
+        _fail(str(error), launch.PEER_LOST)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        _fail(_sentence(error))
+
+
+def _fail(sentence: str, code: int = 2) -> NoReturn:
+    if not launch.tell_parent(sentence):
+        say(f"error: {sentence}", err=True)
+    raise typer.Exit(code)
+
+
+def _sentence(error: Exception) -> str:
+    """One line without a traceback; an operating-system error also gets the path and what to do."""
+    if not (isinstance(error, OSError) and error.strerror):
+        return " ".join(str(error).split()) or type(error).__name__
+    remedies = {
+        errno.EACCES: "choose another out=DIRECTORY or change its permissions",
+        errno.EPERM: "choose another out=DIRECTORY or change its permissions",
+        errno.EROFS: "choose an out=DIRECTORY that can be written",
+        errno.ENOSPC: "free some space or choose another out=DIRECTORY",
+    }
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror.lower()}; {remedies.get(error.errno or 0, 'check the path')}"
+
+
+def _stopped(run_dir: Path | None) -> str:
+    if _resumable(run_dir):
+        return f"stopped; go on with: fedmoe resume {run_dir}"
+    return "stopped before the first checkpoint; there is nothing to resume yet, start again"
+
+
+def _resumable(run_dir: Path | None) -> bool:
+    saved = run_dir / "checkpoint" if run_dir else None
+    return saved is not None and saved.is_dir() and any(saved.iterdir())
+
+
+def _config(words: list[str] | None) -> Config:
+    """The configuration that the words of the command line ask for, with its threads counted."""
+    paths = [word for word in words or [] if "=" not in word]
+    if len(paths) > 1:
+        raise ValueError(f"two config files given, {paths[0]} and {paths[1]}; give one, and key=value for the rest")
+    if paths and not paths[0].endswith(".toml"):
+        raise ValueError(f"{paths[0]!r} is neither key=value nor a .toml file; write for example train.lr=1e-3")
+    overrides = [word for word in words or [] if "=" in word]
+    return _importable(Config.load(Path(paths[0]) if paths else None, overrides).resolved())
+
+
+def _importable(config: Config) -> Config:
+    """Let an algorithm of the user's own be imported from a file in the current folder."""
+    if ":" in config.algorithm and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return config
+
+
+def _flags(**flags: bool) -> list[str]:
+    return [f"--{name}" for name, on in flags.items() if on]
+
+
+@contextmanager
+def _watching(quiet: bool) -> Iterator[Any]:
+    """The observer of this rank, taken off the screen whatever happens; only rank 0 has something to say."""
+    observer = NullObserver() if launch.rank() else observer_for(Console(stderr=True), quiet=quiet)
+    try:
+        yield observer
+    finally:
+        observer.close()
+
+
+def _finish(summary: dict[str, Any], run_dir: Path, *, as_json: bool) -> None:
+    """Write the report and print the result; a run that broke a budget or trained nothing ends with exit code 1."""
+    if launch.rank():
+        return
+    from fedmoe_core.reporting.report import report
+    from fedmoe_core.simulation.directory.health import problems
+
+    path, lines = report([run_dir])
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    else:
+        for line in [*lines, f"report: {path}"]:
+            say(line)
+    if found := problems(summary):
+        _fail(f"{'; '.join(found)}; {run_dir}/ledger.jsonl and metrics.jsonl have every client", 1)
+
+
+if __name__ == "__main__":
+    main()

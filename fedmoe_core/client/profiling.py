@@ -1,0 +1,174 @@
+"""What a client measures: router statistics and importance while it trains, its loss where it validates, and probes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.budget.peak_memory import resident_bytes, tensor_bytes, trace_memory
+from fedmoe_core.data.batches import Batch
+from fedmoe_core.messages.plan import Bench, Probe
+from fedmoe_core.messages.profile import ClientProfile, ExpertFeedback, profile_arrays
+from fedmoe_core.model.adapter import ModelAdapter
+from fedmoe_core.model.spec import Evaluation, PlaceLosses
+from fedmoe_kernels import RouterStats
+
+IMPORTANCE = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "grad_sq_B")  # of the layers' scores
+
+
+class ProfileSums:
+    """Router statistics and importance sums of a round, added up over micro-batches in global coordinates.
+
+    Rows and importance come from the backward pass. With ``forward_only`` none runs. Rows are then counted by the
+    choices that each layer keeps (``keep_logits``), and importance is 0.
+    """
+
+    def __init__(self, adapter: ModelAdapter, *, forward_only: bool = False) -> None:
+        self._adapter, self._forward_only = adapter, forward_only
+        self._stats: list[RouterStats] = []
+        self._chosen_LE = np.zeros((len(adapter.moe), adapter.spec.num_experts))
+        self._harvested: dict[str, np.ndarray] = {}
+
+    def add_batch(self) -> None:
+        """Take each layer's statistics of the forward that just ran; call once per micro-batch."""
+        last = [cast(RouterStats, layer.last_stats) for layer in self._adapter.moe]
+        self._stats = [total + new for total, new in zip(self._stats, last, strict=True)] if self._stats else last
+        if self._forward_only:
+            self._chosen_LE += np.stack([layer.chosen_rows_E() for layer in self._adapter.moe])
+
+    def rows_LE(self) -> np.ndarray:
+        """Count the rows that each held expert has processed so far. One host sync a layer."""
+        return self._chosen_LE if self._forward_only else self._scores("rows_B")
+
+    def harvest(self) -> None:
+        """Take the importance sums out of the layers, which lose them when their experts change."""
+        self._harvested = {name: self._scores(name) for name in IMPORTANCE}
+        for layer in self._adapter.moe:
+            if layer.scores is not None:
+                layer.scores.reset()
+
+    def _scores(self, name: str) -> np.ndarray:
+        """One importance sum of every layer, scattered to global coordinates."""
+        sums_LE = np.zeros((len(self._adapter.moe), self._adapter.spec.num_experts))
+        for sums_E, layer in zip(sums_LE, self._adapter.moe, strict=True):
+            if layer.scores is not None and not self._forward_only:
+                sums_E[list(layer.experts)] = getattr(layer.scores, name).double().cpu().numpy()
+        return sums_LE + self._harvested[name] if self._harvested else sums_LE
+
+    def finish(self) -> ClientProfile:
+        """Return the profile in global coordinates, float64."""
+        layers = self._adapter.moe
+        experts = self._adapter.spec.num_experts
+
+        def router(name: str) -> np.ndarray:
+            return np.stack([np.asarray(getattr(stats, name), dtype=np.float64) for stats in self._stats])
+
+        held_LE = np.zeros((len(layers), experts), dtype=bool)
+        for held_E, layer in zip(held_LE, layers, strict=True):
+            held_E[list(layer.experts)] = True
+        return ClientProfile(
+            tokens_L=router("tokens"),
+            hits_LE=router("hits_E"),
+            prob_sum_LE=router("prob_sum_E"),
+            prob_max_LE=router("prob_max_E"),
+            plogp_sum_LE=router("plogp_sum_E"),
+            lost_mass_L=router("lost_mass"),
+            rows_LE=self.rows_LE(),
+            taylor_LE=self._scores("taylor_B"),
+            taylor_abs_LE=self._scores("taylor_abs_B"),
+            fisher_LE=self._scores("fisher_B"),
+            grad_sq_LE=self._scores("grad_sq_B"),
+            held_LE=held_LE,
+        )
+
+
+def statistics_bytes(profile: ClientProfile) -> int:
+    """Return the bytes of a profile and of the two weights per expert that travel with it."""
+    return sum(array.nbytes for array in profile_arrays(profile).values()) + 2 * profile.hits_LE.nbytes
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a pass without gradients shows of a model: its loss, its router, and how well each expert's tokens fare."""
+
+    total: Evaluation
+    profile: ClientProfile
+    feedback: ExpertFeedback
+
+
+def validate(adapter: ModelAdapter, batches: Iterable[Batch], *, log_prior_C: Tensor | None = None) -> Validation:
+    """Run one pass of the live model over ``batches``, without gradients; ``log_prior_C`` is added to class logits.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    sums, total = ProfileSums(adapter, forward_only=True), Evaluation(0.0, 0)
+    fare_3LE = np.zeros((3, len(adapter.moe), adapter.spec.num_experts))
+    for layer in adapter.moe:
+        layer.keep_logits = True
+    try:
+        for batch in batches:
+            places = adapter.place_losses(batch, log_prior_C=log_prior_C)
+            found = places.total
+            fare_3LE += _fare(adapter, places)
+            total = Evaluation(
+                total.loss_sum + found.loss_sum, total.count + found.count, total.correct + found.correct
+            )
+            sums.add_batch()
+    finally:
+        for layer in adapter.moe:
+            layer.keep_logits = False
+            layer.forget_logits()
+    if not total.count:
+        raise ValueError("there is no validation data; declare needs_validation = True in the algorithm")
+    return Validation(total, sums.finish(), ExpertFeedback(*fare_3LE))
+
+
+def _fare(adapter: ModelAdapter, places: PlaceLosses) -> np.ndarray:
+    """Rows, loss and correct predictions by chosen expert of the forward that just ran, (3, L, E)."""
+    loss_T, correct_T, counted_T = (t.reshape(-1) for t in (places.loss_SN, places.correct_SN, places.counted_SN))
+    fare = []
+    for layer in adapter.moe:
+        experts_TK = cast(Tensor, layer.last_experts_TK)
+        row_R, _ = torch.nonzero((experts_TK >= 0) & counted_T[:, None], as_tuple=True)
+        expert_R = experts_TK[(experts_TK >= 0) & counted_T[:, None]]
+        terms = (torch.ones_like(loss_T), loss_T, correct_T)
+        sums_3E = torch.zeros(3, layer.num_experts, dtype=torch.float64, device=expert_R.device)
+        for sum_E, term_T in zip(sums_3E, terms, strict=True):
+            sum_E.index_add_(0, expert_R, term_T[row_R].double())
+        fare.append(sums_3E.cpu().numpy())
+    return np.stack(fare, axis=1)
+
+
+def run_probe(
+    probe: Probe | None, bench: Bench, device: torch.device, *, afresh: bool = False
+) -> tuple[dict[str, Tensor], int]:
+    """Return a probe's answer, detached and on the CPU, and its peak memory in bytes; nothing where there is no probe.
+
+    ``afresh``: the live model is an earlier client's, and its experts must not count as the probe's memory. They are
+    shed first, as far as a model can be without experts. What of the model outlives the probe's own configuring is
+    counted once.
+    """
+    if probe is None:
+        return {}, 0
+    model, spec = bench.adapter.model, bench.adapter.spec
+    if afresh:
+        first_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
+        first_LE[:, 0] = True
+        bench.adapter.configure(bench.params, permitted_LE=first_LE)
+    before = [weakref.ref(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    resident = resident_bytes(model)
+    answer, trace = trace_memory(partial(probe, bench), device)
+    model.zero_grad(set_to_none=True)
+    found = {name: tensor.detach().cpu().clone() for name, tensor in answer.items()}
+    if device.type == "cpu":  # where freeing what was there before lowers no peak, see trace_memory
+        alive = {id(tensor) for tensor in (ref() for ref in before) if tensor is not None}
+        resident = tensor_bytes(tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) in alive)
+    return found, max(resident_bytes(model), resident + trace.peak)

@@ -1,0 +1,105 @@
+"""From a plan to the client's sub-model in the live model: what it becomes, what it started from, what was sent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.budget.peak_memory import tensor_bytes
+from fedmoe_core.layer.lora import FACTORS, first_ranks
+from fedmoe_core.messages.plan import ExpertPlan, sends_adapters
+from fedmoe_core.model.adapter import ModelAdapter
+
+
+def configure_for(adapter: ModelAdapter, params: Mapping[str, Tensor], plan: ExpertPlan, *, train_dense: bool) -> None:
+    """Make the live model the sub-model of ``plan``; nothing of an earlier client stays."""
+    adapter.configure(
+        params,
+        permitted_LE=plan.permitted_LE,
+        trainable_LE=plan.trainable_LE,
+        rows=plan.rows,
+        alias_LE=plan.alias_LE,
+        top_k=plan.top_k,
+        train_dense=train_dense,
+        train_router=plan.train_router,
+        lora_rank=plan.lora_rank,
+        lora_seed=plan.seed,
+        out_scale_L=plan.out_scale_L,
+    )
+
+
+def kind_of(key: str) -> str:
+    """Return a tensor's kind by its key: "router", "expert" (factors of adapters too), "scale" or "dense"."""
+    if not key.startswith("moe."):
+        return "dense"
+    return {"router": "router", "out_scale": "scale"}.get(key.rpartition(".")[2], "expert")
+
+
+def start_of(params: Mapping[str, Tensor], key: str, plan: ExpertPlan) -> Tensor:
+    """Return the client's tensor ``key`` before training: the rows that the plan trains, ascending expert id.
+
+    Rows of the client's own come before the global ones; factors have the client's ranks; dense tensors are whole.
+    """
+    old, name = params[key], key.rpartition(".")[2]
+    if not key.startswith("moe."):
+        return old
+    experts = np.flatnonzero(plan.trainable_LE[int(key.split(".")[1])])
+    start = old[torch.from_numpy(experts)]
+    if name in FACTORS and plan.lora_rank is not None:
+        start = first_ranks(name, start, plan.lora_rank).clone()
+    for place, expert in enumerate(experts):
+        if (row := plan.rows.get(key, {}).get(int(expert))) is not None:
+            start[place] = row
+    return start
+
+
+def returned_bytes(deltas: Mapping[str, Tensor], trained_LE: np.ndarray, plan: ExpertPlan) -> int:
+    """Count bytes of the deltas that are sent back: of experts and routers the rows that learnt in this round."""
+    total = 0
+    for key, delta in deltas.items():
+        if not key.startswith("moe."):
+            total += delta.nbytes
+            continue
+        rows_E = plan.trainable_LE[int(key.split(".")[1])]
+        learnt = int((trained_LE[int(key.split(".")[1])] & rows_E).sum())
+        total += delta.nbytes * learnt // max(int(rows_E.sum()), 1)
+    return total
+
+
+def received_bytes(adapter: ModelAdapter, plan: ExpertPlan) -> int:
+    """Count bytes of the tensors that a client of this configuration is sent: experts, whole routers, trunk if due."""
+    own = {id(layer.out_scale) for layer in adapter.moe}
+    if "router" in plan.keeps:
+        own |= {id(part) for layer in adapter.moe for part in (layer.router, layer.router_rest)}
+    experts = [t for layer in adapter.moe for t in (*layer.parameters(), *layer.buffers())]
+    of_experts = {id(t) for t in experts}
+    trunk = [p for p in adapter.model.parameters() if id(p) not in of_experts]
+    sent = [p for p in trunk if plan.first_participation or p.requires_grad]
+    adapted = sum(_adapter_bytes(adapter, plan, number) for number in range(len(adapter.moe)))
+    return tensor_bytes(t for t in experts if id(t) not in own) + tensor_bytes(sent) + adapted
+
+
+def _adapter_bytes(adapter: ModelAdapter, plan: ExpertPlan, number: int) -> int:
+    """Count what a layer with adapters is sent in addition to what it stores.
+
+    Fresh adapters are made by the client; those of frozen experts travel too, though the client merges them; base
+    experts that it still has do not travel again.
+    """
+    layer = adapter.moe[number]
+    if layer.lora_scale is None:
+        return 0
+    factors: list[Tensor] = [getattr(layer, name) for name in FACTORS]
+    if not sends_adapters(plan.rows, in_state=f"moe.{number}.a_in" in adapter.spec.keys):
+        beside = -tensor_bytes(factors)
+    else:
+        beside = len(layer.frozen_experts) * sum(math.prod(f.shape[1:]) * f.itemsize for f in factors)
+    if plan.cached_LE is None:
+        return beside
+    parts = (getattr(layer, f"w_{end}_{part}") for end in ("in", "out") for part in ("frozen", "scale", "whole"))
+    stored = tensor_bytes([part for part in parts if part is not None])
+    held = int((plan.permitted_LE[number] & plan.cached_LE[number]).sum())
+    return beside - held * stored // len(layer.experts)

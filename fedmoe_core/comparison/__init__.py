@@ -1,0 +1,1 @@
+"""Many systems over many seeds: run what is missing, test, tabulate."""

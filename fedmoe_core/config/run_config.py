@@ -1,0 +1,264 @@
+"""One run's configuration: frozen dataclasses that check themselves, named by dotted keys such as ``train.lr``."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from fedmoe_core.budget.limits import NOTHING, Budget
+from fedmoe_core.config.schema import (
+    PLACE,
+    Between,
+    OneOf,
+    build,
+    check,
+    parse_override,
+    read_toml,
+    schema_of,
+    write_toml,
+)
+from fedmoe_core.config.sections import (
+    AggregationConfig,
+    EvalConfig,
+    FedMoEConfig,
+    FftMoEConfig,
+    FlexMoEConfig,
+    FluxConfig,
+    LoraConfig,
+    ModelConfig,
+    Natural,
+    PlusConfig,
+    Positive,
+    SelectionConfig,
+    TrainConfig,
+    WarmupConfig,
+)
+from fedmoe_core.config.systems import ALGORITHMS
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. Saved, resolved, as ``config.toml`` in the run directory.
+
+    Raises:
+        ValueError: a value of the wrong type, out of range, or at odds with another; one sentence with the remedy.
+
+    Example:
+        >>> config = Config(clients=4, budgets=("memory=25%", "memory=100%"))
+        >>> config.clients, config.train.lr
+        (4, 0.002)
+        >>> Config(clients=0)
+        Traceback (most recent call last):
+        ValueError: clients=0 is out of range; give a whole number of at least 1
+    """
+
+    # the system that runs: one that `fedmoe systems` lists, or a class of your own as MODULE:CLASS
+    algorithm: Annotated[str, OneOf(*ALGORITHMS, PLACE)] = "hfedmoe"
+    # stdlib: the text of this Python's standard library; a CSV of labelled rows; a JSON Lines file
+    data: Annotated[str, OneOf("stdlib", "csv:FILE", "jsonl:FILE")] = "stdlib"
+    # trained on public text; auto: bpe, or bpe-lower for labelled data; a saved model brings its own
+    tokenizer: Annotated[str, OneOf("auto", "bpe", "bpe-lower", "word")] = "auto"
+    model: str = "tiny"  # tiny = built from [model_config]; else a directory, or a hub id of the form owner/name
+    adapter: str = "transformers"  # entry point that opens the model; a binding of your own has its own name
+    clients: Positive = 10  # number of clients
+    clients_per_round: Natural = 0  # clients drawn in each round; 0 = all
+    rounds: Positive = 8  # number of rounds
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 0  # decides all that is random
+    # which client owns which data; auto: domain where the data names domains, else dirichlet:0.5 (labelled) or iid
+    partition: Annotated[str, OneOf("auto", "domain", "iid", "dirichlet:ALPHA")] = "auto"
+    # limits or a device, one text for each tier; the tiers are dealt to the clients in turn
+    budgets: tuple[str, ...] = ("experts=12.5%", "experts=25%", "experts=50%", "experts=100%")
+    min_clients: Positive = 1  # fewest accepted updates that change the model
+    ranks: Positive = 1  # processes that share the work; the result has the same bits
+    threads: Natural = 0  # per client process; 0 = OMP_NUM_THREADS if that is set, else cores divided by ranks
+    # where tensors live; auto: a GPU if torch sees one
+    device: Annotated[str, OneOf("auto", "cpu", "cuda", "cuda:INDEX")] = "auto"
+    cache: str = ""  # folder of cached warm-ups and encoded text; empty = the user's cache folder
+    out: str = "runs/last"  # the run directory
+    model_config: ModelConfig = field(default_factory=ModelConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    fedmoe: FedMoEConfig = field(default_factory=FedMoEConfig)
+    flex_moe: FlexMoEConfig = field(default_factory=FlexMoEConfig)
+    plus: PlusConfig = field(default_factory=PlusConfig)
+    fft_moe: FftMoEConfig = field(default_factory=FftMoEConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    flux: FluxConfig = field(default_factory=FluxConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        values = flatten(self)
+        for key, setting in schema_of(Config).items():
+            check(key, values[key], setting)
+        for key in ("model", "adapter", "out"):
+            if not values[key]:
+                raise ValueError(f"{key} is empty; name one")
+        if not self.budgets or not all(tier.strip() for tier in self.budgets):
+            raise ValueError("budgets has an empty tier; give at least one, such as experts=25% or memory=30MiB")
+        for tier in self.budgets:
+            # Its words; what a share of experts comes to is known with the model.
+            Budget.parse(tier, spec_experts=1, plain=lambda count: NOTHING)
+        _check_partition(self.partition)
+        _check_model(self.model_config)
+        if self.fft_moe.top_k > self.fft_moe.experts:
+            raise ValueError(
+                f"fft_moe.top_k={self.fft_moe.top_k} exceeds fft_moe.experts={self.fft_moe.experts}; lower it"
+            )
+        sampled = self.clients_per_round or self.clients
+        if sampled > self.clients:
+            raise ValueError(f"clients_per_round={sampled} exceeds clients={self.clients}; lower it, or 0 for all")
+        _check_reschedule(self.selection, self.train)
+        for key, most in (("selection.lam", 1.0), ("selection.beta", math.inf), ("aggregation.tau", 1.0)):
+            last = values[key] + values[f"{key}_change"]
+            if not 0 <= last <= most:
+                raise ValueError(f"{key} + {key}_change is {last:g} in the last round; keep it from 0 to {most:g}")
+        if self.min_clients > sampled:
+            raise ValueError(f"min_clients={self.min_clients} exceeds the {sampled} clients of a round; lower it")
+
+    @staticmethod
+    def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+        """Make a configuration from defaults, then the task's preset, then the TOML file, then ``key=value`` overrides.
+
+        Raises:
+            ValueError: an unknown key or value (with the nearest valid one), or a file that is not TOML.
+            OSError: the file cannot be read.
+
+        Example:
+            >>> Config.load(overrides=["clients=4", "train.lr=1e-3"]).train.lr
+            0.001
+            >>> Config.load(overrides=["clinets=4"])
+            Traceback (most recent call last):
+            ValueError: unknown key 'clinets'; did you mean 'clients'?
+        """
+        schema = schema_of(Config)
+        chosen = read_toml(path, schema) if path else {}
+        chosen |= dict(parse_override(text, schema) for text in overrides)
+        data = chosen.get("data", Config.data)
+        preset = CLASSIFICATION_DEFAULTS if isinstance(data, str) and is_labelled(data) else {}
+        return build(Config, {**preset, **chosen})
+
+    def resolved(self) -> Config:
+        """Return the same run with this machine's ``threads`` and absolute paths, so that it can go on anywhere."""
+        kind, _, file = self.data.partition(":")
+        data = f"{kind}:{Path(file).absolute()}" if file else self.data
+        model = str(Path(self.model).absolute()) if Path(self.model).is_dir() and self.model != "tiny" else self.model
+        asked = os.environ.get("OMP_NUM_THREADS", "")  # of each process, as launchers and batch systems set it
+        threads = self.threads or (int(asked) if asked.isdigit() else 0) or max(1, usable_cores() // self.ranks)
+        return replace(self, threads=threads, data=data, model=model)
+
+    def to_toml(self) -> str:
+        """Return every key and value as TOML; ``Config.load`` of that text gives an equal configuration."""
+        return write_toml(flatten(self), schema_of(Config))
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the values that decide results by dotted key: all but where files lie and how many ranks share work.
+
+        Data and model count by kind (``csv``, ``given``) here and by content in ``identity``, never by their path.
+        """
+        named = {"data": self.data.partition(":")[0], "model": self.model if self.model == "tiny" else "given"}
+        return {key: value for key, value in (flatten(self) | named).items() if key not in INDIFFERENT}
+
+    def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
+        """Return the dotted keys that decide results and differ, each with this value and the other."""
+        mine, theirs = self.decisive(), other.decisive()
+        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+
+
+# Same results whatever these say; `threads` is not here, because the order of a sum depends on it.
+INDIFFERENT = frozenset({"out", "cache", "ranks"})
+
+# What labelled data starts from, below the user's own words.
+CLASSIFICATION_DEFAULTS: Mapping[str, object] = {
+    "rounds": 20,
+    "model_config.layers": 1,
+    "model_config.vocab_size": 4096,
+    "warmup.steps": 300,
+    "warmup.batch_size": 32,
+    "warmup.seq_len": 64,
+    "train.batch_size": 16,
+    "train.seq_len": 64,
+    "train.local_steps": 12,
+    "train.lr": 3e-3,
+    "train.lr_final": 0.1,
+    "train.weight_decay": 0.1,
+    "train.trunk": "fedavg",  # a frozen trunk cannot learn the words that public text lacks
+    "train.token_dropout": 0.3,
+    "train.logit_adjustment": 1.0,
+}
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may run on."""
+    allowed = getattr(os, "sched_getaffinity", None)  # absent outside Linux
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def is_labelled(data: str) -> bool:
+    """Tell whether ``Config.data`` has labels: every CSV does, a JSONL file if its first object has a ``label``."""
+    kind, _, name = data.partition(":")
+    if kind != "jsonl":
+        return kind == "csv"
+    if not Path(name).is_file():
+        return False  # the data room says so; a pipe would lose its first line here
+    try:
+        with open(name, encoding="utf-8") as lines:
+            first = next((line for line in lines if line.strip()), "")
+    except (OSError, UnicodeDecodeError):
+        return False  # the data room names the file and the fault
+    return '"label"' in first
+
+
+def flatten(record: object, prefix: str = "") -> dict[str, Any]:
+    """Return values of a nested configuration by dotted key, in the order of the fields."""
+    flat: dict[str, Any] = {}
+    for item in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, item.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{item.name}.")
+        else:
+            flat[prefix + item.name] = value
+    return flat
+
+
+def _check_reschedule(selection: SelectionConfig, train: TrainConfig) -> None:
+    if selection.reschedule == "round":
+        return
+    if selection.mode != "backward-masked":
+        raise ValueError("selection.reschedule=batch needs every expert resident; set selection.mode=backward-masked")
+    if selection.score == "taylor":
+        raise ValueError("selection.score=taylor needs a backward pass, which no scoring pass has; choose s or ib")
+    if train.prox > 0:
+        raise ValueError("train.prox holds experts of a whole round; set selection.reschedule=round with it")
+
+
+def _check_partition(partition: str) -> None:
+    kind, _, text = partition.partition(":")
+    if kind != "dirichlet":
+        return
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not (0 < alpha < math.inf):
+        raise ValueError(f"partition={partition!r} needs a number greater than 0, such as dirichlet:0.5")
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.top_k > model.experts:
+        raise ValueError(
+            f"model_config.top_k={model.top_k} exceeds model_config.experts={model.experts}; "
+            f"choose top_k <= {model.experts}"
+        )
+    if model.heads % model.kv_heads:
+        raise ValueError(
+            f"model_config.heads={model.heads} is not a multiple of model_config.kv_heads={model.kv_heads}; "
+            "choose kv_heads that divides heads"
+        )
+    if model.head_dim % 2:
+        raise ValueError(f"model_config.head_dim={model.head_dim} is odd; rotary positions need an even number")

@@ -1,0 +1,144 @@
+"""Batches: the record a model eats, and the seeded draw that makes it from encoded text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.base.rng import counter_rng
+
+Task = Literal["causal_lm", "classification"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids (S sequences of N places), which places are real, and class labels where the task has them."""
+
+    tokens_SN: Tensor  # int64
+    mask_SN: Tensor  # bool, True = a real token
+    labels_S: Tensor | None = None  # int64, classification only
+
+    def __len__(self) -> int:
+        return self.tokens_SN.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the same batch on ``device``."""
+        labels_S = None if self.labels_S is None else self.labels_S.to(device)
+        return Batch(self.tokens_SN.to(device), self.mask_SN.to(device), labels_S)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """P encoded pieces or rows, end to end; each ends with the end token.
+
+    Attributes:
+        tokens_N: (N,) int32 ids; piece p is ``tokens_N[offsets_P1[p]:offsets_P1[p + 1]]``.
+        offsets_P1: (P + 1,) int64.
+        end: the id that ends a piece and fills padding.
+        labels_P: (P,) int64 for classification, -1 where the label is withheld; None for language modelling.
+    """
+
+    tokens_N: Tensor
+    offsets_P1: Tensor
+    end: int
+    labels_P: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets_P1) - 1
+
+    @property
+    def samples(self) -> int:
+        """Size of the data |D_c| as aggregation weighs it: rows if labelled, else tokens."""
+        return len(self.tokens_N) if self.labels_P is None else len(self)
+
+    def as_text(self) -> Encoded:
+        """Return the same tokens without labels, for language modelling on the text of a classification corpus."""
+        return replace(self, labels_P=None)
+
+    def take(self, rows: np.ndarray) -> Encoded:
+        """Return the given pieces, in the given order."""
+        rows_P = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+        lengths_P = self.offsets_P1.diff()[rows_P]
+        offsets_P1 = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_P.cumsum(0)])
+        shift_P = self.offsets_P1[:-1][rows_P] - offsets_P1[:-1]
+        place_N = torch.arange(int(offsets_P1[-1])) + shift_P.repeat_interleave(lengths_P)
+        labels_P = None if self.labels_P is None else self.labels_P[rows_P]
+        return Encoded(self.tokens_N[place_N], offsets_P1, self.end, labels_P)
+
+
+def client_batches(
+    data: Encoded, *, seed: int, round: int, client: int, steps: int, batch_size: int, seq_len: int
+) -> Iterator[Batch]:
+    """Draw the batches of one client in one round; they depend on these arguments only, whatever other clients do.
+
+    Language modelling: windows of ``seq_len`` tokens at uniform places of the client's one long stream. Classification:
+    rows in random order, each once before any comes twice. Every batch has the shape (batch_size, seq_len); padding
+    appears in rows shorter than that and in a stream shorter than one window.
+    """
+    yield from _draw(data, counter_rng(seed, "client batches", round, client), steps, (batch_size, seq_len))
+
+
+def public_batches(
+    data: Encoded, *, seed: int, steps: int, batch_size: int, seq_len: int, purpose: str = "warm-up"
+) -> Iterator[Batch]:
+    """Draw the batches of central training on public data, as in ``client_batches``; one stream per ``purpose``."""
+    yield from _draw(data, counter_rng(seed, f"public {purpose}"), steps, (batch_size, seq_len))
+
+
+def eval_batches(data: Encoded, *, batch_size: int, seq_len: int, sequences: int = 0) -> Iterator[Batch]:
+    """Return fixed batches for evaluation: the same at every call.
+
+    Language modelling: disjoint windows, spread evenly over the stream. Classification: the first rows (splits are
+    stored in random order). The last batch may be smaller.
+
+    Args:
+        sequences: most windows or rows; 0 = all.
+    """
+    if data.labels_P is None:
+        whole = max(1, len(data.tokens_N) // seq_len)
+        count = min(sequences or whole, whole)
+        starts = np.arange(count) * whole // count * seq_len
+        for first in range(0, count, batch_size):
+            yield _windows(data, starts[first : first + batch_size], seq_len)
+        return
+    count = min(sequences or len(data), len(data))
+    for first in range(0, count, batch_size):
+        yield _rows(data, np.arange(first, min(first + batch_size, count)), seq_len)
+
+
+def _draw(data: Encoded, rng: np.random.Generator, steps: int, shape: tuple[int, int]) -> Iterator[Batch]:
+    batch_size, seq_len = shape
+    if data.labels_P is None:
+        last = max(0, len(data.tokens_N) - seq_len)
+        for _ in range(steps):
+            yield _windows(data, rng.integers(0, last + 1, size=batch_size), seq_len)
+        return
+    passes = -(-steps * batch_size // len(data))
+    order = np.concatenate([rng.permutation(len(data)) for _ in range(passes)]) if passes else np.zeros(0, np.int64)
+    for step in range(steps):
+        yield _rows(data, order[step * batch_size : (step + 1) * batch_size], seq_len)
+
+
+def _windows(data: Encoded, starts_S: np.ndarray, seq_len: int) -> Batch:
+    place_SN = torch.from_numpy(np.asarray(starts_S, dtype=np.int64))[:, None] + torch.arange(seq_len)
+    mask_SN = place_SN < len(data.tokens_N)
+    tokens_SN = data.tokens_N[place_SN.clamp(max=len(data.tokens_N) - 1)].to(torch.int64)
+    return Batch(tokens_SN.masked_fill(~mask_SN, data.end), mask_SN)
+
+
+def _rows(data: Encoded, rows_S: np.ndarray, seq_len: int) -> Batch:
+    """Rows cut to ``seq_len``, the end token kept as the last place, and padded to it."""
+    assert data.labels_P is not None
+    index_S = torch.from_numpy(np.asarray(rows_S, dtype=np.int64))
+    length_S = data.offsets_P1.diff()[index_S]
+    inside_SN = torch.arange(seq_len)[None]
+    mask_SN = inside_SN < length_S[:, None]
+    place_SN = (data.offsets_P1[:-1][index_S][:, None] + inside_SN).clamp(max=len(data.tokens_N) - 1)
+    tokens_SN = data.tokens_N[place_SN].to(torch.int64).masked_fill(~mask_SN, data.end)
+    tokens_SN[length_S > seq_len, -1] = data.end
+    return Batch(tokens_SN, mask_SN, data.labels_P[index_S])

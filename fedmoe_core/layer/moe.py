@@ -1,0 +1,252 @@
+"""MoE, the nn.Module: a Mixture-of-Experts layer that stores and runs only the experts its owner is permitted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fedmoe_core.layer.lora import FACTORS
+from fedmoe_core.layer.storage import GATED, ExpertMask, ExpertStore, LayerState
+from fedmoe_kernels.experts.moe_mlp import ExpertLora, ExpertScores, ExpertWeights, moe_mlp
+from fedmoe_kernels.routing.route import route
+from fedmoe_kernels.routing.stats import RouterStats
+
+__all__ = ["ExpertMask", "LayerState", "MoE"]
+
+INIT_STD = 0.02  # of fresh weights, as transformers' initializer_range
+ROUTING_BACKENDS = {"auto": "auto", "triton": "triton", "cpu": "torch", "reference": "torch"}
+
+
+class MoE(ExpertStore):
+    """Router and permitted experts of one layer: x (..., H) -> y (..., H).
+
+    How they are stored is ``ExpertStore``: only trainable experts are Parameters, an absent one has no byte here.
+
+    Attributes that may be set between forwards:
+        top_k: choices per token; may be lowered below the model's own k to meet a FLOP budget.
+        token_mask: bool (T,), False = padding (no row, no statistic); None = every token is real.
+        with_stats: leave this forward's router statistics in ``last_stats``.
+        with_scores: let every backward add importance sums to ``scores``.
+        keep_logits: leave the router logits of this forward's real tokens, with their graph, in ``last_logits_TE``, and
+            the choices of all its tokens, (T, K), -1 = none, in ``last_experts_TK``.
+        recompute: keep no activations for the backward, which makes them again from x.
+        backend: as ``fedmoe_kernels.moe_mlp``.
+        out_scale: a scalar Parameter that the layer's output is multiplied by (FLAME's s_i); None = 1, for good.
+
+    ``last_stats`` is overwritten by each forward and never summed here, so that a forward repeated by activation
+    checkpointing cannot count twice. To sum it, add it once per micro-batch.
+
+    Example:
+        >>> import torch
+        >>> layer = MoE(8, 16, 4, 2, permitted=[True, True, False, False], trainable=[True, False, False, False])
+        >>> layer(torch.zeros(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+        >>> layer
+        MoE(hidden_size=8, intermediate_size=16, top_k=2, experts=2/4, trainable=1)
+        >>> layer.w_in.shape  # one trainable expert; the frozen one is a buffer, the absent two have no byte
+        torch.Size([1, 32, 8])
+    """
+
+    out_scale: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        permitted: ExpertMask | None = None,
+        trainable: ExpertMask | None = None,
+        activation: str = "swiglu",
+        scoring: str = "softmax",
+        renormalize: bool = True,
+        train_router: bool = True,
+        with_stats: bool = False,
+        with_scores: bool = False,
+        recompute: bool = False,
+        frozen_format: str | None = None,
+        rows_per_slot: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        """Make a layer with fresh normal weights.
+
+        Args:
+            hidden_size: H, the width of a token.
+            intermediate_size: I, the width inside an expert.
+            num_experts: E, of the whole layer.
+            top_k: k, experts that each token is sent to.
+            permitted: bool (E,), the experts to store; None = all.
+            trainable: bool (E,), those that get a weight gradient, a subset of ``permitted``; None = all permitted.
+            activation: as ``fedmoe_kernels.moe_mlp``.
+            scoring, renormalize: as ``fedmoe_kernels.route``.
+            train_router: False freezes every router row.
+            with_stats, with_scores, recompute: see the class.
+            frozen_format: "int8", "int4", "fp8_e4m3", "mxfp4", "nvfp4" or "nf4" stores the frozen experts so, see
+                ``fedmoe_kernels.Quantized``; None = in ``dtype``. 32 must divide both widths. An expert so stored
+                trains again only from a ``source``.
+            rows_per_slot: rows an expert is expected to get, see ``fedmoe_kernels.SlotMap``.
+            dtype, device: of the weights.
+            backend: as ``fedmoe_kernels.moe_mlp``.
+
+        Raises:
+            ValueError: k above E, an empty permitted set, or masks of the wrong shape, kind or inclusion.
+        """
+        if backend not in ROUTING_BACKENDS:
+            raise ValueError(f"backend is {backend!r}; choose one of {', '.join(ROUTING_BACKENDS)}")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} of {num_experts} experts is impossible; choose 1 to {num_experts}")
+        super().__init__(
+            hidden_size,
+            intermediate_size,
+            num_experts,
+            activation=activation,
+            train_router=train_router,
+            frozen_format=frozen_format,
+            rows_per_slot=rows_per_slot,
+        )
+        self.top_k, self.scoring, self.renormalize = top_k, scoring, renormalize
+        self.with_stats, self.with_scores, self.keep_logits = with_stats, with_scores, False
+        self.recompute, self.backend = recompute, backend
+        self.token_mask: Tensor | None = None
+        self.last_stats: RouterStats | None = None
+        self.last_logits_TE: Tensor | None = None
+        self.last_experts_TK: Tensor | None = None
+        self.register_parameter("out_scale", None)
+        self._scores: ExpertScores | None = None
+        width = intermediate_size * (2 if activation in GATED else 1)
+        held, trains = self.check_masks(permitted, trainable)
+        ids = tuple(np.flatnonzero(held).tolist())
+        shapes = (num_experts, hidden_size), (len(ids), width, hidden_size), (len(ids), hidden_size, intermediate_size)
+        router, w_in, w_out = (torch.empty(s, dtype=dtype, device=device).normal_(std=INIT_STD) for s in shapes)
+        self._install(held, trains, LayerState(ids, router, w_in, w_out))
+
+    @classmethod
+    def from_dense(
+        cls,
+        router_EH: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        top_k: int,
+        *,
+        permitted: ExpertMask | None = None,
+        trainable: ExpertMask | None = None,
+        **options: object,
+    ) -> MoE:
+        """Make a layer with copies of a dense MoE layer's permitted weights.
+
+        Args:
+            router_EH: (E, H).
+            w_in, w_out: (E, 2I, H) and (E, H, I), the layout of transformers.
+            top_k, permitted, trainable: as the constructor.
+            options: the constructor's other keywords; dtype and device are those of the tensors.
+        """
+        # On "meta" the constructor allocates nothing; load_global then brings the storage with the real weights.
+        num_experts, hidden_size = router_EH.shape
+        layer = cls(hidden_size, w_out.shape[-1], num_experts, top_k, device="meta", **options)  # type: ignore[arg-type]
+        layer.load_global(router_EH, w_in, w_out, permitted=permitted, trainable=trainable)
+        return layer
+
+    def forward(self, x: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
+        """Route each token of x (..., H) over the permitted experts and sum their weighted outputs; the same shape.
+
+        Args:
+            x: activations.
+            token_mask_T: bool (T,) in the order of x's leading dimensions; goes before ``token_mask``.
+        """
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x is {x.shape[-1]} wide; this MoE layer needs hidden_size={self.hidden_size}")
+        x_TH = x.reshape(-1, self.hidden_size)
+        logits_TE = linear(x_TH, self.router_EH())
+        valid_T = self.token_mask if token_mask_T is None else token_mask_T
+        routing = route(
+            logits_TE,
+            self.top_k,
+            permitted_E=self.slot_map,
+            scoring=self.scoring,
+            renormalize=self.renormalize,
+            valid_T=valid_T,
+            with_stats=self.with_stats,
+            backend=ROUTING_BACKENDS[self.backend],
+        )
+        self.last_stats = routing.stats
+        if self.keep_logits:
+            self.last_logits_TE = logits_TE if valid_T is None else logits_TE[valid_T]
+            self.last_experts_TK = routing.experts_TK
+        if self.out_scale is not None:  # by the weights, because T * k numbers are kept for its gradient and not T * H
+            routing = replace(routing, weights_TK=routing.weights_TK * self.out_scale)
+        lora = self._lora()
+        w_in, w_out = (self.w_in, self.w_out) if lora is None else (self.w_in.detach(), self.w_out.detach())
+        y_TH = moe_mlp(
+            x_TH,
+            routing,
+            ExpertWeights(w_in, self._frozen("w_in")),
+            ExpertWeights(w_out, self._frozen("w_out")),
+            activation=self.activation,
+            lora=lora,
+            scores=self.scores,
+            recompute=self.recompute,
+            backend=self.backend,
+        )
+        return y_TH.reshape(x.shape)
+
+    def start_out_scale(self, value: float | None) -> None:
+        """Give the layer's output a trainable factor that starts at ``value``; None takes it away."""
+        dtype = torch.float64 if self.w_in.dtype == torch.float64 else torch.float32
+        start = None if value is None else torch.tensor(value, dtype=dtype, device=self.w_in.device)
+        self.out_scale = None if start is None else nn.Parameter(start)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return what ``ExpertStore.trained_state`` does, and the output's factor where there is one."""
+        found = super().trained_state()
+        return found if self.out_scale is None else found | {"out_scale": self.out_scale.detach()}
+
+    def _lora(self) -> ExpertLora | None:
+        """The adapters of the trainable slots; None where there are none."""
+        if self.lora_scale is None or not self.trainable_experts:
+            return None
+        a_in, b_in, a_out, b_out = (cast(Tensor, getattr(self, name)) for name in FACTORS)
+        return ExpertLora(a_in, b_in, a_out, b_out, scale=self.lora_scale)
+
+    @property
+    def scores(self) -> ExpertScores | None:
+        """Importance sums by slot since the last ``set_experts``, ``load_global`` or ``scores.reset()``."""
+        if not self.with_scores:
+            return None
+        if self._scores is None or self._scores.leaf_B6.device != self.w_in.device:
+            self._scores = ExpertScores(len(self.experts), device=self.w_in.device)
+        return self._scores
+
+    def forget_logits(self) -> None:
+        """Release what ``keep_logits`` left behind."""
+        self.last_logits_TE, self.last_experts_TK = None, None
+
+    def chosen_rows_E(self) -> np.ndarray:
+        """Count the last forward's rows of each held expert, (E,), by what ``keep_logits`` left; one host sync.
+
+        A choice of an expert that another one serves counts for the one that serves.
+        """
+        chosen_R = cast(Tensor, self.last_experts_TK).flatten()
+        slots_N = self.slot_map.slot_of_expert[chosen_R[chosen_R >= 0]]
+        rows_E = np.zeros(self.num_experts)
+        rows_E[list(self.experts)] = torch.bincount(slots_N, minlength=len(self.experts)).cpu().numpy()
+        return rows_E
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, top_k={self.top_k}, "
+            f"experts={len(self.experts)}/{self.num_experts}, trainable={len(self.trainable_experts)}"
+        )
+
+    def _installed(self) -> None:
+        # Made here and not at the first forward, because a compiled forward cannot make a leaf.
+        self._scores = ExpertScores(len(self.experts), device=self.w_in.device) if self.with_scores else None
+        self.last_stats = None
+        self.forget_logits()

@@ -1,0 +1,255 @@
+"""The report as one HTML page: no script, no network, no second file; ``report.html.jinja`` holds its HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import count
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from fedmoe_core.base import show
+from fedmoe_core.base.wording import visible
+from fedmoe_core.reporting import drawing, figures, theme
+from fedmoe_core.reporting.run import Run
+from fedmoe_core.reporting.run_schema import read_text
+from fedmoe_core.reporting.tables import Cell, Piece, Table, exceeded, ledger, plain, ranking_table, refused, tiers
+from fedmoe_core.reporting.verdict import held, judged_by
+from fedmoe_core.simulation.directory.health import problems
+
+SPREAD = "Clients: worst, mean and best"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure under its heading; ``key`` holds colours and what they mean."""
+
+    title: str
+    svg: Markup
+    caption: str
+    key: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A large value and the words below it."""
+
+    value: Cell
+    text: str
+
+
+@dataclass(frozen=True)
+class ComparisonPart:
+    """What stands above the runs of a page with several."""
+
+    heading: str
+    setting: str
+    verdicts: Sequence[str]
+    by: str
+    ranking: Table
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the page shows of one run; None or empty is left out."""
+
+    alone: bool
+    headline: str
+    setting: str
+    problems: Sequence[str]
+    tiles: Sequence[Tile]
+    facts: Sequence[tuple[str, str]]
+    pictures: Sequence[Picture]
+    tiers: Table | None
+    data: Sequence[Picture]
+    last_round: int | None
+    ledger: Table | None
+    refused: Table | None
+    configuration: Sequence[str]
+
+
+class _Gallery:
+    """Draws the figures of one page and numbers them, so that no two share an id, whatever their runs are called."""
+
+    def __init__(self) -> None:
+        self.numbers = count(1)
+
+    def draw(
+        self, title: str, draw: Callable[..., Any], what: Any, *, name: str, caption: str = "", key: Cell = ()
+    ) -> list[Picture]:
+        picture = drawing.svg(draw, what, name=name, prefix=f"figure{next(self.numbers)}")
+        return [] if picture is None else [Picture(title, picture, caption, key)]
+
+
+def render(runs: Sequence[Run], verdicts: Sequence[str]) -> str:
+    """Write the whole page; the first run is its subject."""
+    several, gallery = len(runs) > 1, _Gallery()
+    comparison = _comparison(runs, verdicts, gallery) if several else None
+    title = " vs ".join(dict.fromkeys(run.name for run in runs)) if several else f"{runs[0].name}: report"
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    template = environment.from_string(files("fedmoe_core").joinpath("report.html.jinja").read_text("utf-8"))
+    parts = [_part(run, gallery, alone=not several) for run in runs]
+    return template.render(title=title, css=theme.CSS, comparison=comparison, runs=parts).lstrip()
+
+
+def _shown(value: Any) -> Any:
+    """Make what the template prints visible; markup is finished already."""
+    return value if hasattr(value, "__html__") else visible(str(value))
+
+
+def _comparison(runs: Sequence[Run], verdicts: Sequence[str], gallery: _Gallery) -> ComparisonPart:
+    first, figure = runs[0], judged_by(runs)
+    learning = "What each run bought with its rounds, traffic and compute"
+    caption = "Every thin line is one client."
+    return ComparisonPart(
+        heading=f"{first.name} against {_listing([run.name for run in runs[1:]])}",
+        setting=_setting(first),
+        verdicts=verdicts,
+        by=("accuracy" if figure.accurate else "loss") + (" of the clients' own models" if figure.personal else ""),
+        ranking=ranking_table(runs),
+        pictures=[
+            *gallery.draw(learning, figures.learning, runs, name="learning"),
+            *gallery.draw(SPREAD, figures.spread, runs, name="clients", caption=caption),
+        ],
+    )
+
+
+def _part(run: Run, gallery: _Gallery, *, alone: bool) -> Part:
+    draw, tag = gallery.draw, "" if alone else f"{run.name}: "
+    pictures: list[Picture] = []
+    if alone:
+        title = "What the rounds, the traffic and the compute bought"
+        pictures += draw(title, figures.learning, [run], name="learning")
+        pictures += draw(SPREAD, figures.spread, [run], name="clients", caption="Every thin line is one client.")
+    key = (
+        Piece("held and trained", theme.BLUE),
+        Piece("held, frozen", theme.PALE),
+        Piece("not there", theme.EMPTY),
+    )
+    lines = "Dark lines separate budget tiers." if len(set(run.tiers.values())) > 1 else ""
+    title = "Which client holds which expert"
+    pictures += draw(title, figures.holdings, run, name=tag + "experts held", caption=lines, key=key)
+    pictures += draw("Which experts matter", figures.importance, run, name=tag + "importance by layer")
+    caption = (
+        "Most that a client really used of each limit in any round; the light mark is what the plan predicted, "
+        "the black line the limit. A resource without a limit is not drawn."
+    )
+    pictures += draw("Budget used, against budget given", figures.budgets, run, name=tag + "budgets", caption=caption)
+    path = run.path / "config.toml"
+    return Part(
+        alone=alone,
+        headline=_headline(run),
+        setting=_setting(run),
+        problems=problems(run.summary),
+        tiles=_tiles(run),
+        facts=_facts(run),
+        pictures=pictures,
+        tiers=tiers(run),
+        data=draw("Which client holds what data", figures.data_split, run, name=tag + "data"),
+        last_round=max((entry["round"] for entry in run.ledger), default=None),
+        ledger=ledger(run),
+        refused=refused(run),
+        configuration=read_text(path).splitlines() if path.is_file() else (),
+    )
+
+
+def _tiles(run: Run) -> list[Tile]:
+    s = run.summary
+    gain = _minus(s.get("loss_after"), s.get("loss_before"))
+    tiles = [Tile(plain(show.change(s, "loss", show.number)), f"held-out loss, nats ({show.signed(gain)})")]
+    if run.has_accuracy:
+        points = _minus(s.get("accuracy_after"), s.get("accuracy_before"))
+        shown = show.signed(None if points is None else 100 * points, 1)
+        tiles.insert(0, Tile(plain(show.change(s, "accuracy", show.share)), f"held-out accuracy ({shown} points)"))
+    for kind, text in (("loss", show.number), ("accuracy", show.share)):
+        if own := run.personal(kind):
+            worst = max(own) if kind == "loss" else min(own)
+            words = f"mean {kind} of the clients' own models, worst {text(worst)}"
+            tiles.append(Tile(plain(text(float(np.mean(own)))), words))
+    bound = run.broken or run.budgeted
+    engine = _ratio(s.get("engine_seconds"), s.get("seconds"))
+    down, up = show.size(s.get("bytes_down")), show.size(s.get("bytes_up"))
+    tiles += [
+        Tile(plain(show.number(s.get("worst_client_loss"))), "loss of the worst client"),
+        Tile(
+            exceeded(run, Piece("not bound", "bad")),
+            "budgets exceeded" if bound else "needs more than its clients can bear",
+        ),
+        Tile(plain(held(run).replace("..", "–")), f"experts held by a client, of {_experts(run) or show.NONE}"),
+        Tile(plain(show.size(run.traffic)), f"moved: {down} down, {up} up"),
+        Tile(plain(show.size(s.get("peak_memory_bytes"))), "largest peak memory of a client"),
+        Tile(plain(show.seconds(s.get("seconds"))), f"wall-clock, {show.share(engine, 0)} of it the engine's own"),
+    ]
+    if not run.has_accuracy:
+        tiles.insert(-1, Tile(plain(show.flops(s.get("flops"))), "computed by the clients"))
+    return tiles
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    s = run.summary
+    facts = [("computed", f"{show.flops(s.get('flops'))} by the clients")] if run.has_accuracy else []
+    return [
+        *facts,
+        ("partition", str(s.get("partition", show.NONE))),
+        ("corpus sha256", str(s.get("corpus_sha256") or show.NONE)[:16]),
+        ("model hash", str(s.get("model_hash") or show.NONE)[:16]),
+        ("fedmoe", str(s.get("code") or show.NONE)),
+        ("updates refused", str(s.get("refused_updates", show.NONE))),
+        ("mass lost", f"{show.share(run.last('lost_mass'))} of the router's weight on absent experts"),
+        ("experts trained", f"{show.share(run.last('coverage'), 0)} by some client in the last round"),
+    ]
+
+
+def _headline(run: Run) -> str:
+    """The result in one clause, whichever way it fell."""
+    if run.nothing_trained:
+        return f"{run.name}: nothing trained"
+    s = run.summary
+    accuracy = _minus(s.get("accuracy_after"), s.get("accuracy_before"))
+    loss = _minus(s.get("loss_after"), s.get("loss_before"))
+    if accuracy is not None:
+        points = f"{100 * abs(accuracy):.1f} points"
+        verb = "raises" if accuracy > 0 else "does not raise"
+        return f"{run.name} {verb} held-out accuracy" + (f" by {points}" if accuracy > 0 else f" (−{points})")
+    if loss is not None:
+        verb = "lowers" if loss < 0 else "does not lower"
+        return f"{run.name} {verb} held-out loss" + (f" by {-loss:.3f} nats" if loss < 0 else f" (+{loss:.3f} nats)")
+    return run.name
+
+
+def _setting(run: Run) -> str:
+    config = run.config
+    parts = [f"Model {config.get('model', show.NONE)}", f"data {config.get('data', show.NONE)}"]
+    clients = show.plural(len(run.client_ids) or int(config.get("clients", 0)), "client")
+    parts.append(f"{clients} in {show.plural(len(set(run.tiers.values())) or 1, 'budget tier')}")
+    parts.append(show.plural(int(run.summary.get("rounds") or 0), "round"))
+    parts.append(f"seed {run.seed}")
+    return ", ".join(parts) + ("." if run.finished else " (unfinished).")
+
+
+def _experts(run: Run) -> int:
+    return int(np.size(next((r["held_LE"] for r in run.clients if r.get("held_LE")), [])))
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else a / b
+
+
+def _listing(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

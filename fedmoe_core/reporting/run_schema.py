@@ -1,0 +1,285 @@
+"""What the files of a run may hold: read once, every known key checked, every text made visible."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fedmoe_core.base.wording import visible
+
+WHOLE = 2**53  # above it a JSON reader may round
+LONGEST = 1024  # bits of any whole number; Python refuses to print some thousand digits
+REAL = 1e40  # any figure of a run is below it, and twice a figure is still finite
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a key may hold: in words, and as a test of a value from JSON or TOML. Null stands for "not measured"."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _list(kind: Kind, words: str) -> Kind:
+    return Kind(words, lambda value: isinstance(value, list) and all(map(kind.holds, value)))
+
+
+def _matrix(kind: Kind, words: str) -> Kind:
+    def holds(value: Any) -> bool:
+        if not isinstance(value, list) or not all(isinstance(row, list) and row for row in value):
+            return False
+        return len(set(map(len, value))) <= 1 and all(kind.holds(entry) for row in value for entry in row)
+
+    return Kind(words, holds)
+
+
+def _table(kinds: Mapping[str, Kind], words: str) -> Kind:
+    def holds(value: Any) -> bool:
+        return isinstance(value, dict) and all(
+            value.get(key) is None or kind.holds(value[key]) for key, kind in kinds.items()
+        )
+
+    return Kind(words, holds)
+
+
+def _bits(value: Any) -> bool:
+    # By sets: a run of many clients has millions of these, and to ask each alone takes 12 times as long.
+    try:
+        return (
+            isinstance(value, list)
+            and all(isinstance(row, list) and row and set(row) <= {0, 1} for row in value)
+            and len(set(map(len, value))) <= 1
+        )
+    except TypeError:  # a list or a table among the entries
+        return False
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= REAL  # False for NaN
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= WHOLE
+
+
+TEXT = Kind("text", lambda value: isinstance(value, str))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+NUMBER = Kind("a finite number", _number)
+AMOUNT = Kind("a finite number, 0 or more", lambda value: _number(value) and value >= 0)
+INTEGER = Kind("a whole number", _whole)
+COUNT = Kind("a whole number, 0 or more", lambda value: _whole(value) and value >= 0)
+MAYBE = Kind("a finite number or null", lambda value: value is None or _number(value))
+TEXTS = _list(TEXT, "a list of texts")
+PER_CLIENT = _list(MAYBE, "a list of finite numbers or nulls")
+BITS_LE = Kind("a list of equally long rows of 0 and 1", _bits)
+COSTS = dict.fromkeys(("memory_bytes", "flops", "bytes_down", "bytes_up", "experts", "seconds"), AMOUNT)
+COST = _table(COSTS, f"a table of amounts, 0 or more, such as {', '.join(COSTS)}")
+REFUSED = Kind(
+    'a list of tables with a whole number "client" and a text "reason"',
+    lambda value: (
+        isinstance(value, list)
+        and all(
+            isinstance(item, dict) and COUNT.holds(item.get("client")) and TEXT.holds(item.get("reason"))
+            for item in value
+        )
+    ),
+)
+
+CONFIG = {"algorithm": TEXT, "model": TEXT, "data": TEXT, "clients": COUNT, "seed": INTEGER, "budgets": TEXTS}
+SUMMARY = {
+    **dict.fromkeys(("algorithm", "label", "task", "partition"), TEXT),
+    **dict.fromkeys(("corpus_sha256", "model_sha256", "model_hash", "code", "torch"), TEXT),
+    **dict.fromkeys(("loss_before", "loss_after", "worst_client_loss"), NUMBER),
+    **dict.fromkeys(("accuracy_before", "accuracy_after"), NUMBER),
+    **dict.fromkeys(("bytes_down", "bytes_up", "flops", "peak_memory_bytes"), AMOUNT),
+    **dict.fromkeys(("seconds", "engine_seconds", "client_seconds"), AMOUNT),
+    **dict.fromkeys(("rounds", "experts_held_min", "experts_held_max"), COUNT),
+    **dict.fromkeys(("budget_violations", "budgets_broken", "refused_updates"), COUNT),
+    **dict.fromkeys(("personal_loss_C", "personal_accuracy_C"), PER_CLIENT),
+    "seed": INTEGER,
+    "budgeted": FLAG,
+    **dict.fromkeys(("over_budget", "broken_by"), TEXTS),
+    "nothing_trained": TEXT,
+}
+ROUND = {
+    "round": COUNT,
+    **dict.fromkeys(("loss", "accuracy", "lost_mass", "coverage", "load_cv"), NUMBER),
+    **dict.fromkeys(("loss_clients", "accuracy_clients", "personal_loss_C", "personal_accuracy_C"), PER_CLIENT),
+    **dict.fromkeys(("bytes_down_total", "bytes_up_total", "flops_total", "seconds", "engine_seconds"), AMOUNT),
+    "refused": REFUSED,
+    "importance_LE": _matrix(MAYBE, "a list of equally long rows of finite numbers or nulls"),
+}
+CLIENT = {
+    **dict.fromkeys(("round", "client"), COUNT),
+    **dict.fromkeys(("tier", "status", "error"), TEXT),
+    **dict.fromkeys(("held_LE", "trained_LE"), BITS_LE),
+    **dict.fromkeys(("loss_first", "loss_last"), NUMBER),
+}
+LEDGER = {
+    **dict.fromkeys(("round", "client"), COUNT),
+    **dict.fromkeys(("budget", "bound_by", "predicted", "real"), COST),
+}
+PARTITION = {
+    **dict.fromkeys(("names", "clients"), TEXTS),
+    "counts": _matrix(AMOUNT, "a list of equally long rows of finite numbers, 0 or more"),
+}
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Read ``summary.json``.
+
+    Raises:
+        ValueError: not JSON, or a key holds what no run writes; the sentence names file, key and what was expected.
+        OSError: the file cannot be read.
+    """
+    return _known(_checked(_json(path), SUMMARY, str(path)))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the ``config.toml`` of a run as a tree of tables; raises as ``read_summary``."""
+    text = read_text(path)
+    try:
+        tree = _seen(tomllib.loads(text))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not TOML; run again, or remove it") from None
+    return _checked(tree, CONFIG, str(path))
+
+
+def read_partition(path: Path) -> dict[str, Any]:
+    """Read ``partition.json``: names of clients and of labels or domains, and rows of each; raises as
+    ``read_summary``."""
+    found = _known(_checked(_json(path), PARTITION, str(path)))
+    counts, names = found.get("counts"), found.get("names")
+    if counts and names is not None and len(names) != len(counts[0]):
+        raise ValueError(f"{path}: names must be as many as the columns of counts, {len(counts[0])}, not {len(names)}")
+    return found
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read ``metrics.jsonl`` as round records and client records, in the file's order; raises as ``read_summary``."""
+    rounds: list[dict[str, Any]] = []
+    clients: list[dict[str, Any]] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    for where, record in _lines(path):
+        if record.get("type") == "round":
+            rounds.append(_checked(record, ROUND, where, ("round",)))
+            for key in ("loss_clients", "personal_loss_C"):
+                _alike(shapes, "the losses of the clients", record.get(key), where)
+        elif record.get("type") == "client":
+            clients.append(_checked(record, CLIENT, where, ("round", "client")))
+            if record.get("held_LE") and not record.get("trained_LE"):
+                raise ValueError(f"{where}: trained_LE must be there where held_LE is; run again, or remove this line")
+        # One shape in the whole file: a layer is a layer of one model.
+        for key in ("held_LE", "trained_LE", "importance_LE"):
+            _alike(shapes, "the tables of layers and experts", record.get(key), where)
+    return rounds, clients
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """Read ``ledger.jsonl`` in the file's order; raises as ``read_summary``."""
+    return [_known(_checked(record, LEDGER, where, ("round", "client"))) for where, record in _lines(path)]
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file; raises as ``read_summary``."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; run again, or remove it") from None
+
+
+def _checked(found: Any, kinds: Mapping[str, Kind], where: str, needed: Sequence[str] = ()) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} must hold a table of keys, not {_short(found)}; run again, or remove it")
+    for key, kind in kinds.items():
+        value = found.get(key)
+        if (value is None and key in needed) or (value is not None and not kind.holds(value)):
+            raise ValueError(f"{where}: {key} must be {kind.words}, not {_short(value)}; run again, or remove it")
+    return found
+
+
+def _known(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is null, so that null and absent are one."""
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _alike(shapes: dict[str, tuple[int, ...]], name: str, value: Any, where: str) -> None:
+    """Refuse a list or table whose shape is not that of its first appearance; null and empty count as absent."""
+    if not value:
+        return
+    shape = (len(value), len(value[0])) if isinstance(value[0], list) else (len(value),)
+    known = shapes.setdefault(name, shape)
+    if shape != known:
+        told = [" x ".join(map(str, sizes)) for sizes in (known, shape)]
+        raise ValueError(f"{where}: {name} must be {told[0]} as before, not {told[1]}; run again, or remove this line")
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Records with the words for where each stands; a killed run may leave half a last line, which is left out."""
+    texts = read_text(path).split("\n")
+    found: list[tuple[str, dict[str, Any]]] = []
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            record = _parsed(text)
+        except (ValueError, RecursionError):
+            if number == len(texts):
+                break
+            raise ValueError(f"{where} is not JSON; remove that line or run again") from None
+        found.append((where, _checked(record, {"type": TEXT}, where)))
+    return found
+
+
+def _json(path: Path) -> Any:
+    text = read_text(path)
+    try:
+        return _parsed(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is not JSON; run again, or remove it") from None
+
+
+def _parsed(text: str) -> Any:
+    value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    # Where no sign is unseen and none is escaped, all texts are visible: to walk a line takes 3 times its parsing.
+    return value if text.isascii() and text.isprintable() and "\\" not in text else _seen(value)
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large")
+    return value
+
+
+def _seen(value: Any) -> Any:
+    """Return parsed JSON or TOML with every text in it visible, keys included."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {visible(key): _seen(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_seen(entry) for entry in value]
+    if isinstance(value, int) and value.bit_length() > LONGEST:
+        raise ValueError("a whole number has too many digits")
+    return value
+
+
+def _short(value: Any) -> str:
+    """Name a value in at most 60 characters."""
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        return "this list"
+    text = "null" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

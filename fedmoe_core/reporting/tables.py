@@ -1,0 +1,142 @@
+"""The tables of the report as plain values: texts, each with the class that the page gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedmoe_core.base import show
+from fedmoe_core.reporting import figures
+from fedmoe_core.reporting.run import Run
+from fedmoe_core.reporting.verdict import held, ranking
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text and its CSS class (or colour, in the key of a figure); an empty class is plain text."""
+
+    text: str
+    kind: str = ""
+
+
+Cell = tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One line of a table and its CSS class."""
+
+    kind: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the columns in ``left`` hold words and align left."""
+
+    names: tuple[str, ...]
+    rows: tuple[TableRow, ...]
+    left: tuple[int, ...]
+
+
+def plain(text: str) -> Cell:
+    """Make a cell of one plain text."""
+    return (Piece(text),)
+
+
+def exceeded(run: Run, unbound: Piece) -> Cell:
+    """Make a cell of how often budgets were broken, good only at 0; ``unbound`` where none bound the run."""
+    if run.broken or run.budgeted:
+        return (Piece(str(run.broken), "bad" if run.broken else "good"),)
+    return (unbound,)
+
+
+def ranking_table(runs: Sequence[Run]) -> Table:
+    """Return one row a run, the best first; runs under other conditions stand apart with their reason."""
+    accurate = any(run.has_accuracy for run in runs)
+    seeds = len({run.seed for run in runs}) > 1
+    rows = []
+    for place, run, reason in ranking(runs):
+        s = run.summary
+        name = (Piece(run.name), Piece(reason, "label")) if reason else plain(run.name)
+        texts = [str(run.seed)] if seeds else []
+        texts += [show.change(s, "accuracy", show.share)] if accurate else []
+        texts += [show.change(s, "loss", show.number), show.number(s.get("worst_client_loss")), show.size(run.traffic)]
+        texts += [show.flops(s.get("flops")), show.size(s.get("peak_memory_bytes")), held(run).replace("..", "–")]
+        broken = exceeded(run, Piece(show.NONE))
+        cells = [plain(str(place or "–")), name, *map(plain, texts), broken, plain(show.seconds(s.get("seconds")))]
+        rows.append(TableRow("first" if place == 1 else "apart" if place is None else "", tuple(cells)))
+    names = ["", "run", *(["seed"] if seeds else []), *(["accuracy"] if accurate else []), "held-out loss"]
+    names += ["worst client", "moved", "computed", "peak memory", "experts held", "budgets exceeded", "time"]
+    return Table(tuple(names), tuple(rows), left=(0, 1))
+
+
+def tiers(run: Run) -> Table | None:
+    """Return one row a tier: its clients, what they held and used at most, and where their loss ended."""
+    tiers = run.tiers
+    if not tiers:
+        return None
+    key = "loss_clients" if run.last("loss_clients") else "personal_loss_C"
+    final, first = run.last(key) or [], run.last(key, first=True) or []
+    own = run.last("personal_accuracy_C") or []
+    rows = []
+    for tier in dict.fromkeys(tiers[client] for client in run.client_ids if client in tiers):
+        members = [client for client, name in tiers.items() if name == tier]
+        lines = [entry for entry in run.ledger if entry["client"] in members]
+        cells = [plain(tier or show.NONE), plain(str(len(members)))]
+        for key, (_, text) in figures.RESOURCES.items():
+            used = [value for entry in lines if (value := (entry.get("real") or {}).get(key)) is not None]
+            pairs = [((entry.get("real") or {}).get(key), (entry.get("budget") or {}).get(key)) for entry in lines]
+            parts = [real / limit for real, limit in pairs if real is not None and limit]
+            shown = Piece(text(max(used)) if used else show.NONE)
+            mark = "bad" if parts and max(parts) > 1 else "muted"
+            bound = (Piece(" "), Piece(show.share(max(parts), 0), mark)) if parts else ()
+            cells.append((shown, *bound))
+        end = [final[c] for c in members if c < len(final) and show.known(final[c])]
+        start = [first[c] for c in members if c < len(first) and show.known(first[c])]
+        mean = float(np.mean(end)) if end else None
+        change = None if mean is None or not start else mean - float(np.mean(start))
+        cells += map(plain, (show.number(mean), show.signed(change), show.number(max(end, default=None))))
+        right = [own[c] for c in members if c < len(own) and show.known(own[c])]
+        if right:
+            cells.append(plain(f"{show.share(float(np.mean(right)))}, {show.share(min(right))}"))
+        elif own:
+            cells.append(plain(show.NONE))
+        rows.append(TableRow("", tuple(cells)))
+    names = ["tier", "clients", *(label for label, _ in figures.RESOURCES.values()), "mean loss", "change", "worst"]
+    names += ["own accuracy: mean, worst"] if own else []
+    return Table(tuple(names), tuple(rows), left=(0,))
+
+
+def ledger(run: Run) -> Table | None:
+    """Return predicted and real cost of every client in the last round."""
+    if not run.ledger:
+        return None
+    last = max(entry["round"] for entry in run.ledger)
+    rows = []
+    for entry in (e for e in run.ledger if e["round"] == last):
+        real, predicted, limit = (entry.get(part) or {} for part in ("real", "predicted", "budget"))
+        cells = [plain(run.client_name(entry["client"]))]
+        for key, (_, text) in figures.RESOURCES.items():
+            value, bound = real.get(key), limit.get(key)
+            over = value is not None and bound is not None and value > bound
+            shown = show.NONE if value is None else text(value)
+            cell = [Piece(shown, "bad" if over else "")]
+            if predicted.get(key) is not None and text(predicted[key]) != shown:
+                cell += [Piece(" "), Piece(f"({text(predicted[key])})", "muted")]
+            cells.append((*cell, Piece(f" over {text(bound)}", "bad")) if over else tuple(cell))
+        rows.append(TableRow("", (*cells, plain(show.seconds(real.get("seconds"))))))
+    names = ("client", *(label for label, _ in figures.RESOURCES.values()), "time")
+    return Table(names, tuple(rows), left=(0,))
+
+
+def refused(run: Run) -> Table | None:
+    """Return one row for each update that the server refused."""
+    items = [(r["round"], item) for r in run.rounds for item in r.get("refused") or ()]
+    rows = [
+        TableRow("", (plain(str(number)), plain(run.client_name(item["client"])), plain(item["reason"])))
+        for number, item in items
+    ]
+    return Table(("round", "client", "reason"), tuple(rows), left=(0, 1, 2)) if rows else None

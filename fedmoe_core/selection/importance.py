@@ -1,0 +1,130 @@
+"""Importance of experts to one client, from sums that one pass over its data leaves behind (HFedMoE eqs. 3-5, 10-16).
+
+Sums are float64 numpy arrays over (L MoE layers, E experts), taken over the B tokens of ``tokens_L``; G_e is the full,
+unmasked softmax of the router. Every score reads only sums, so it is the same however the tokens were batched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fedmoe_core.messages.profile import ClientProfile
+
+Score = Literal["s", "ib", "taylor"]
+
+
+def cumulative(prob_sum_LE: np.ndarray, tokens_L: np.ndarray) -> np.ndarray:
+    """Return the mean router probability, s_cumul(e) = (1/B) sum_i G_e(x_i): HFedMoE eq. 3 [N]. Zero without tokens."""
+    return prob_sum_LE / np.maximum(tokens_L, 1)[:, None]
+
+
+def specific(prob_max_LE: np.ndarray) -> np.ndarray:
+    """Return the largest router probability, max_i G_e(x_i): HFedMoE eq. 4 [N]; it keeps rare, decisive experts."""
+    return np.asarray(prob_max_LE, dtype=np.float64)
+
+
+def importance_s(prob_sum_LE: np.ndarray, prob_max_LE: np.ndarray, tokens_L: np.ndarray, *, lam: float) -> np.ndarray:
+    """Return s(e) = lambda * s_cumul(e) + (1 - lambda) * s_specific(e), in [0, 1]: HFedMoE eq. 5 [N].
+
+    Raises:
+        ValueError: lambda outside [0, 1].
+    """
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam={lam} is outside [0, 1]; it weighs the mean against the largest router probability")
+    return lam * cumulative(prob_sum_LE, tokens_L) + (1 - lam) * specific(prob_max_LE)
+
+
+def kl_terms(prob_sum_LE: np.ndarray, plogp_sum_LE: np.ndarray, tokens_L: np.ndarray) -> np.ndarray:
+    """Return (1/B) sum_i G_e(x_i) log(G_e(x_i) / p_e), p_e = (1/B) sum_j G_e(x_j), nats: HFedMoE eqs. 10, 11 [N].
+
+    From sums: (1/B) sum_i G log G - p_e log p_e. Each term is at least 0 (log-sum inequality) and their sum over the
+    experts of a layer is I(router; input), exactly [D].
+    """
+    p_LE = cumulative(prob_sum_LE, tokens_L)
+    p_log_p_LE = p_LE * np.log(np.where(p_LE > 0, p_LE, 1.0))
+    # The two parts cancel where a router is nearly constant; rounding may leave -1e-17 of a quantity that is >= 0.
+    return np.maximum(cumulative(plogp_sum_LE, tokens_L) - p_log_p_LE, 0.0)
+
+
+def information_bottleneck(s_LE: np.ndarray, kl_LE: np.ndarray, *, beta: float) -> np.ndarray:
+    """Return I(e) = s(e) - beta * KL(e), the computable lower bound of eqs. 6-9: HFedMoE eqs. 12-14 [N].
+
+    Units mix (s in [0, 1], KL in nats), as in the paper. Measured here: KL alone correlates positively with true
+    importance, and beta >= 2 is worse than no penalty.
+    """
+    return s_LE - beta * kl_LE
+
+
+def taylor(taylor_abs_LE: np.ndarray, kl_LE: np.ndarray, tokens_L: np.ndarray, *, beta: float) -> np.ndarray:
+    """Return the contribution to the loss: T_e / sum_e' T_e' - beta * KL_e / log B, per layer [E].
+
+    T_e = sum_i |G_e(x_i) dL/dG_e(x_i)| is the first-order change of the loss when expert e is taken out, the abstract's
+    "contribution to fine-tuning". Division by log B puts the penalty into [0, p_e]. A layer whose T is all zero (no
+    backward pass yet) scores 0 before the penalty.
+    """
+    total_L1 = taylor_abs_LE.sum(axis=1, keepdims=True)
+    relative_LE = taylor_abs_LE / np.where(total_L1 > 0, total_L1, 1.0)
+    # One token carries no information about the input, so its KL is 0 and any divisor will do.
+    log_tokens_L1 = np.log(np.maximum(tokens_L, 2))[:, None]
+    return relative_LE - beta * kl_LE / log_tokens_L1
+
+
+def usage(prob_sum_LE: np.ndarray, samples_L: np.ndarray) -> np.ndarray:
+    """Return u_c(e) = (1/|D_c|) sum over D_c of G_e(x): HFedMoE eq. 16 [N]; over tokens for sequence models."""
+    return cumulative(prob_sum_LE, samples_L)
+
+
+def expert_scores(sums: ClientProfile, score: Score, *, lam: float, beta: float) -> np.ndarray:
+    """Return the score (L, E) to maximise: ``s`` eq. 5, ``ib`` eq. 14, ``taylor`` [E]; larger is better."""
+    kl_LE = kl_terms(sums.prob_sum_LE, sums.plogp_sum_LE, sums.tokens_L)
+    if score == "taylor":
+        return taylor(sums.taylor_abs_LE, kl_LE, sums.tokens_L, beta=beta)
+    s_LE = importance_s(sums.prob_sum_LE, sums.prob_max_LE, sums.tokens_L, lam=lam)
+    if score == "s":
+        return s_LE
+    if score == "ib":
+        return information_bottleneck(s_LE, kl_LE, beta=beta)
+    raise ValueError(f"score {score!r} is unknown; choose 's', 'ib' or 'taylor'")
+
+
+def estimate_absent(
+    taylor_CLE: np.ndarray,
+    prob_sum_CLE: np.ndarray,
+    held_CLE: np.ndarray,
+    *,
+    prior_taylor_LE: np.ndarray | None = None,
+    prior_prob_sum_LE: np.ndarray | None = None,
+) -> np.ndarray:
+    """Fill absent experts into the Taylor sums of every client: own demand x what a unit of demand is worth [E].
+
+    A client cannot measure T_e of an expert that it does not hold, but its full router tells how much it would use it.
+    The worth of a unit of demand, T_e / sum_i G_e(x_i), is pooled over the clients that hold e; where none does, over
+    the layer's held experts, and where that is empty too, it is 1 in every layer (demand alone decides).
+
+    Args:
+        taylor_CLE: sum of |G dL/dG|, meaningful where held.
+        prob_sum_CLE: sum of G_e over the client's tokens, for all experts.
+        held_CLE: bool.
+        prior_taylor_LE, prior_prob_sum_LE: the server's own pass over public data, which counts as one more client.
+
+    Returns:
+        (C, L, E): measured values where held, estimates elsewhere.
+    """
+    if (prior_taylor_LE is None) != (prior_prob_sum_LE is None):
+        raise ValueError("a prior has two halves; give prior_taylor_LE and prior_prob_sum_LE together")
+    worth_LE = np.where(held_CLE, taylor_CLE, 0.0).sum(axis=0)
+    demand_LE = np.where(held_CLE, prob_sum_CLE, 0.0).sum(axis=0)
+    if prior_taylor_LE is not None and prior_prob_sum_LE is not None:
+        worth_LE = worth_LE + prior_taylor_LE
+        demand_LE = demand_LE + prior_prob_sum_LE
+    pooled_L1 = _ratio(worth_LE.sum(axis=1, keepdims=True), demand_LE.sum(axis=1, keepdims=True), 1.0)
+    rate_LE = _ratio(worth_LE, demand_LE, pooled_L1)
+    return np.where(held_CLE, taylor_CLE, prob_sum_CLE * rate_LE)
+
+
+def _ratio(top: np.ndarray, bottom: np.ndarray, otherwise: np.ndarray | float) -> np.ndarray:
+    """top / bottom, and ``otherwise`` where bottom is 0."""
+    return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), otherwise)

@@ -1,0 +1,238 @@
+"""The Accumulator: checked client updates in, exact order-free sums out; ``means`` turns them into the next model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.model.spec import ParamSpec, model_hash
+from fedmoe_core.server.admission import Outcome, refusal
+from fedmoe_core.server.fixed_point import SumSettings, add_fixed
+from fedmoe_core.server.means import ExpertRule, GateRule, Sums, dense_mean, expert_mean, gate_mean
+
+__all__ = [
+    "Accumulator",
+    "ExpertRule",
+    "GateRule",
+    "Outcome",
+    "SumSettings",
+    "Sums",
+    "dense_mean",
+    "expert_mean",
+    "gate_mean",
+    "model_hash",
+]
+
+
+SCALARS = ("accepted", "gate_den", "dense_den", "round_den")  # places 0..3 of the flat sums
+
+
+class Accumulator:
+    """Exact fixed-point sums of one round, folded client by client and never holding two clients (invariant 13).
+
+    All sums live in one flat int64 tensor, so that one all-reduce merges ranks; integer addition makes the result
+    the same bits for every order of clients and every placement on ranks.
+
+    Args:
+        specs: every tensor of the global model.
+        settings: the number format; overflow is ruled out when it is made.
+        lr: the clients' learning rate; None skips the check that the sums resolve a thousandth of it.
+        train_router: clients send the router rows of their trainable experts.
+        train_dense: clients send all dense tensors (trunk and head); without it they have no sum and may not be sent.
+        device: where the sums live.
+
+    Raises:
+        ValueError: no expert tensor, a repeated key, layers that differ in their number of experts, or a resolution too
+            coarse for ``lr``.
+
+    Example:
+        >>> from fedmoe_core.budget.limits import Budget, Cost
+        >>> sums = Accumulator([ParamSpec("moe.0.w_out", "expert", (2, 1, 1), torch.float32, layer=0)])
+        >>> first = np.array([[True, False]])  # both clients train expert 0 only
+        >>> for client, delta in enumerate([0.25, 0.75]):
+        ...     plan = ExpertPlan(client, 0, first, first, 1, 1, 0, Budget(), Cost())
+        ...     deltas = {"moe.0.w_out": torch.full((1, 1, 1), delta)}
+        ...     update = ClientUpdate(client, 0, deltas, 1.0 * first, 0.0 * first, 0.0, 1.0, None, Cost(), 8, steps=1)
+        ...     print(sums.add(update, plan).accepted)
+        True
+        True
+        >>> expert_mean(sums.sums(), {"moe.0.w_out": torch.zeros(2, 1, 1)})["moe.0.w_out"].flatten()
+        tensor([0.5000, 0.0000])
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ParamSpec],
+        settings: SumSettings | None = None,
+        *,
+        lr: float | None = None,
+        train_router: bool = True,
+        train_dense: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.settings = settings or SumSettings()
+        if lr is not None:
+            self.settings.check_resolution(lr)
+        kinds = {"expert", *["router"] * train_router, *["dense"] * train_dense}
+        self.specs = tuple(spec for spec in specs if spec.kind in kinds)
+        if len({spec.key for spec in specs}) != len(specs):
+            raise ValueError("two tensors of the model share a key; give each ParamSpec its own")
+        heights = {spec.shape[0] for spec in specs if spec.kind in ("expert", "router")}
+        if len(heights) != 1:
+            raise ValueError(f"MoE layers have {sorted(heights)} experts; give all layers the same number")
+        self.num_experts = heights.pop()
+        self.num_layers = 1 + max(spec.layer for spec in specs)
+        self._clients: set[int] = set()
+        self._lent = False  # whether a Sums record looks into the flat tensor
+        size = len(SCALARS) + 3 * self.num_layers * self.num_experts + sum(math.prod(s.shape) for s in self.specs)
+        self._set_flat(torch.zeros(size, dtype=torch.int64, device=device))
+
+    def _set_flat(self, flat: Tensor) -> None:
+        """Adopt ``flat`` and cut its views: scalars, three (L, E) denominators, then one numerator for each spec."""
+        table = (self.num_layers, self.num_experts)
+        shapes = [(len(SCALARS),), table, table, table, *[tuple(spec.shape) for spec in self.specs]]
+        parts = [
+            part.view(shape) for part, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)
+        ]
+        self._flat, self._lent = flat, False
+        self._scalars, self._expert_den_LE, self._router_den_LE, self._trained_LE = parts[:4]
+        self._numerators = {spec.key: part for spec, part in zip(self.specs, parts[4:], strict=True)}
+
+    def _own(self) -> None:
+        """Copy on write: a Sums record that was handed out must not change under its reader."""
+        if self._lent:
+            self._set_flat(self._flat.clone())
+
+    def add(self, update: ClientUpdate, plan: ExpertPlan) -> Outcome:
+        """Sum one update, or refuse it whole with a reason. Never raises on a bad update, never changes its inputs.
+
+        Args:
+            update: what the client sent; deltas of experts and routers as (Bt, ...) rows in ascending expert id.
+            plan: what the server asked of that client.
+
+        Raises:
+            ValueError: the plan itself does not fit the model.
+        """
+        if plan.trainable_LE.shape != (self.num_layers, self.num_experts):
+            raise ValueError(
+                f"plan of client {plan.client} is for (layers, experts) {plan.trainable_LE.shape}, the model has "
+                f"{(self.num_layers, self.num_experts)}; plan with the same model"
+            )
+        if plan.client in self._clients:
+            reason: str | None = f"client {plan.client} is already in the sums of this round"
+        elif self.accepted >= self.settings.max_clients:
+            reason = f"the sums are full: max_clients is {self.settings.max_clients}"
+        else:
+            reason = refusal(update, plan, self.specs, self.settings)
+        if reason is None:
+            self._own()
+            self._fold(update, plan)
+            self._clients.add(plan.client)
+        return Outcome(plan.client, plan.round, reason is None, reason or "")
+
+    def _fold(self, update: ClientUpdate, plan: ExpertPlan) -> None:
+        """Sum a checked update."""
+        device, quantise = self._flat.device, self.settings.quantise
+        expert_LE, router_LE = quantise(update.expert_weight_LE), quantise(update.router_weight_LE)
+        gate, sample = int(quantise(update.gate_weight)), int(quantise(update.sample_weight))
+        sends_dense = any(spec.kind == "dense" for spec in self.specs)
+        self._scalars += torch.tensor([1, gate, sample * sends_dense, sample], device=device)
+        self._expert_den_LE += torch.from_numpy(expert_LE).to(device)
+        self._router_den_LE += torch.from_numpy(router_LE).to(device)
+        self._trained_LE += torch.from_numpy(plan.trainable_LE.astype(np.int64)).to(device)
+        for spec in self.specs:
+            if spec.key not in update.deltas:
+                continue
+            total, delta = self._numerators[spec.key], update.deltas[spec.key]
+            if spec.kind == "dense":
+                total, delta = (total, delta) if delta.dim() else (total.view(1), delta.view(1))
+                weight_B, rows_B = torch.full((delta.shape[0],), sample), None
+            else:
+                rows = np.flatnonzero(plan.trainable_LE[spec.layer])
+                weight_LE = expert_LE if spec.kind == "expert" else router_LE
+                weight_B, rows_B = torch.from_numpy(weight_LE[spec.layer, rows]), torch.from_numpy(rows).to(device)
+            add_fixed(total, delta, weight_B, rows_B=rows_B, scale_bits=self.settings.scale_bits)
+
+    @property
+    def accepted(self) -> int:
+        """Number of updates in the sums."""
+        return int(self._scalars[0])
+
+    def sums(self) -> Sums:
+        """Return the sums so far; later calls leave the record unchanged (copied only if something is added later)."""
+        self._lent = True
+        _, gate_den, dense_den, round_den = self._scalars.tolist()
+        return Sums(
+            settings=self.settings,
+            specs=self.specs,
+            numerators=dict(self._numerators),
+            expert_den_LE=self._expert_den_LE,
+            router_den_LE=self._router_den_LE,
+            trained_LE=self._trained_LE,
+            gate_den=gate_den,
+            dense_den=dense_den,
+            round_den=round_den,
+            accepted=self.accepted,
+        )
+
+    def reset(self) -> None:
+        """Set all sums to zero for the next round; memory is reused unless a Sums record still looks into it."""
+        self._clients.clear()
+        if self._lent:
+            self._set_flat(torch.zeros_like(self._flat))
+        else:
+            self._flat.zero_()
+
+    def flatten(self) -> Tensor:
+        """Return a copy of all sums as one int64 vector; adding such vectors merges the sums."""
+        return self._flat.clone()
+
+    def load_flat(self, flat: Tensor) -> None:
+        """Replace all sums by a vector of ``flatten`` (or a sum of such vectors from other ranks).
+
+        Raises:
+            ValueError: wrong size or dtype, or more clients than ``max_clients``, so that it may have overflowed.
+        """
+        if flat.dtype != torch.int64 or flat.shape != self._flat.shape:
+            raise ValueError(
+                f"sums of {tuple(flat.shape)} {flat.dtype} do not fit {tuple(self._flat.shape)} torch.int64; "
+                "merge only sums of the same model and settings"
+            )
+        self._check_count(int(flat[0]))
+        self._set_flat(flat.to(self._flat.device, copy=True))
+
+    def merge(self, other: Accumulator) -> None:
+        """Add the sums of ``other``, which holds other clients of the same round; ``other`` is left unchanged.
+
+        Raises:
+            ValueError: different models or settings, a client in both, or too many clients together.
+        """
+        if (other.specs, other.settings) != (self.specs, self.settings):
+            raise ValueError("the two accumulators differ in model or settings; merge only sums made the same way")
+        if twice := self._clients & other._clients:
+            raise ValueError(f"client {min(twice)} is in both sums; give each client to one accumulator")
+        self._check_count(self.accepted + other.accepted)
+        self._own()
+        self._flat += other._flat.to(self._flat.device)
+        self._clients |= other._clients
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add up the sums of all ranks: one in-place all-reduce of int64, exact whatever its order.
+
+        Raises:
+            ValueError: the ranks together hold more clients than ``max_clients``.
+        """
+        self._own()
+        dist.all_reduce(self._flat, group=group)
+        self._check_count(self.accepted)
+
+    def _check_count(self, count: int) -> None:
+        if not 0 <= count <= self.settings.max_clients:
+            raise ValueError(f"sums of {count} clients are past max_clients = {self.settings.max_clients}; raise it")

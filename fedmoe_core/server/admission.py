@@ -1,0 +1,186 @@
+"""Which updates may enter the sums: every reason to refuse one, in words fit for the ledger (invariant 11)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.profile import ClientProfile
+from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.model.spec import ParamSpec
+from fedmoe_core.server.fixed_point import SumSettings, square_sum
+
+HALF = (torch.float16, torch.bfloat16)
+LONGEST_REASON = 300  # characters; keys and error texts come from the client and may be of any length
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one update: in the sums, or refused with a reason and without a trace in them."""
+
+    client: int
+    round: int
+    accepted: bool
+    reason: str = ""
+
+
+def expected_shapes(specs: Sequence[ParamSpec], plan: ExpertPlan) -> dict[str, tuple[int, ...]]:
+    """Return the key and shape of every delta that ``plan`` asks for.
+
+    Expert and router tensors of a layer with Bt > 0 trainable experts come as (Bt, ...), dense tensors whole; a layer
+    without a trainable expert sends nothing, and so does a kind that the plan keeps on the client.
+
+    Args:
+        specs: the tensors that may train in this run.
+        plan: the client's plan.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for spec in specs:
+        if spec.kind in plan.keeps:
+            continue
+        if spec.kind == "dense":
+            shapes[spec.key] = tuple(spec.shape)
+        elif plan.trainable_LE[spec.layer].any():
+            shapes[spec.key] = (int(plan.trainable_LE[spec.layer].sum()), *spec.shape[1:])
+    return shapes
+
+
+def refusal(update: ClientUpdate, plan: ExpertPlan, specs: Sequence[ParamSpec], settings: SumSettings) -> str | None:
+    """Return the first reason to refuse ``update``, None = it may be summed. Reads only; never raises on bad content.
+
+    Args:
+        update: what the client sent; not trusted in any field.
+        plan: what the server asked for; trusted.
+        specs: the tensors that may train in this run.
+        settings: bounds of values and norms.
+    """
+    try:
+        reason = (
+            _header(update, plan)
+            or _weights(update, plan)
+            or _profile("profile", update.profile, plan)
+            or _profile("validation_profile", update.validation_profile, plan)
+            or _reported(update)
+            or _tensors(update.deltas, {spec.key: spec for spec in specs}, expected_shapes(specs, plan))
+            or _values(update.deltas, settings)
+        )
+    except Exception as error:  # a hostile object may raise anything from anywhere; all of it means "malformed"
+        reason = f"malformed update ({type(error).__name__}: {error})"
+    return None if reason is None else reason[:LONGEST_REASON]
+
+
+def _header(update: ClientUpdate, plan: ExpertPlan) -> str | None:
+    if update.client != plan.client:
+        return f"is from client {update.client!r}, not from client {plan.client}"
+    if update.round != plan.round:
+        return f"is for round {update.round!r}, not for round {plan.round}"
+    if update.status != "ok":
+        return f"client failed: {update.error or update.status}"
+    return None
+
+
+def _weights(update: ClientUpdate, plan: ExpertPlan) -> str | None:
+    for name in ("expert_weight_LE", "router_weight_LE"):
+        weight_LE = getattr(update, name)
+        if not isinstance(weight_LE, np.ndarray) or weight_LE.dtype.kind not in "fiu":
+            return f"{name} is not a numeric numpy array"
+        if weight_LE.shape != plan.trainable_LE.shape:
+            return f"{name} has shape {weight_LE.shape}, not {plan.trainable_LE.shape}"
+        if not np.isfinite(weight_LE).all():
+            return f"{name} holds NaN or infinity"
+        if (weight_LE < 0).any():
+            return f"{name} is negative ({weight_LE.min():g})"
+        if (weight_LE > 1).any():
+            return f"{name} is above 1 ({weight_LE.max():g})"
+        stray = np.argwhere((weight_LE > 0) & ~plan.trainable_LE)
+        if len(stray):
+            return f"{name} has weight on layer {stray[0][0]} expert {stray[0][1]}, which was not trained"
+    for name in ("gate_weight", "sample_weight"):
+        weight = getattr(update, name)
+        if not isinstance(weight, float | int | np.number) or not math.isfinite(weight):
+            return f"{name} is {weight!r}, not a finite number"
+        if not 0 <= weight <= 1:
+            return f"{name} is {'negative' if weight < 0 else 'above 1'} ({float(weight):g})"
+    if update.sample_weight == 0:
+        return "sample_weight is 0: the client has no data"
+    if "router" in plan.keeps and (update.gate_weight > 0 or update.router_weight_LE.any()):
+        return "the router has a weight, but it stays on the client; give gate and router weight 0"
+    if "expert" in plan.keeps and update.expert_weight_LE.any():
+        return "experts have a weight, but they stay on the client; give expert weight 0"
+    if update.gate_weight > 0 and not plan.trainable_LE.any():
+        return "gate_weight is positive, but no expert and so no router row was trained"
+    return None
+
+
+def _profile(name: str, profile: ClientProfile | None, plan: ExpertPlan) -> str | None:
+    """Statistics steer the next plans, so NaN must not enter through them either."""
+    if profile is None:
+        return None
+    shape_LE = plan.permitted_LE.shape
+    for field in fields(ClientProfile):
+        value, shape = getattr(profile, field.name), shape_LE if field.name.endswith("_LE") else shape_LE[:1]
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub" or value.shape != shape:
+            return f"{name}.{field.name} is not a numeric array of shape {shape}"
+        if not np.isfinite(value).all():
+            return f"{name}.{field.name} holds NaN or infinity"
+    return None
+
+
+def _reported(update: ClientUpdate) -> str | None:
+    """What an algorithm keeps of a client steers its later plans, so it must be plain finite numbers too."""
+    if (found := update.validation) is not None and not (math.isfinite(found.loss_sum) and found.count > 0):
+        return f"validation has loss sum {found.loss_sum:g} over {found.count} predictions"
+    for name, tensor in update.private.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
+            return f"private {name!r:.80} is not a dense tensor with data"
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            return f"private {name!r:.80} holds NaN or infinity"
+    for name, value in update.metrics.items():
+        if not isinstance(value, float) or not math.isfinite(value):
+            return f"metric {name!r:.80} is {value!r:.40}, not a finite number"
+    return None
+
+
+def _tensors(deltas: Any, specs: Mapping[str, ParamSpec], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    if not isinstance(deltas, dict):
+        return f"deltas is a {type(deltas).__name__}, not a dict of tensors"
+    for key in deltas:
+        if key not in shapes:
+            return f"unknown key {key!r:.80}: it is not among the tensors that this plan trains"
+    for key, shape in shapes.items():
+        if key not in deltas:
+            return f"missing key {key!r}"
+        delta, dtype = deltas[key], specs[key].dtype
+        if not isinstance(delta, Tensor) or delta.layout != torch.strided or delta.device.type == "meta":
+            return f"{key} is not a dense tensor with data"
+        # Deltas of half-precision models may keep the float32 of the optimizer's arithmetic.
+        if delta.dtype != dtype and not (dtype in HALF and delta.dtype == torch.float32):
+            return f"{key} has dtype {delta.dtype}, not {dtype}"
+        # Compared whole, so that a shape which would broadcast, (1, H) or (H,) for (Bt, H), is refused as well.
+        if tuple(delta.shape) != shape:
+            return f"{key} has shape {tuple(delta.shape)}, not {shape}"
+    return None
+
+
+def _values(deltas: Mapping[str, Tensor], settings: SumSettings) -> str | None:
+    """Finite, bounded, and of bounded norm; keys in sorted order so that the verdict has no order either."""
+    squares = []
+    for key in sorted(deltas):
+        delta = deltas[key].detach()
+        if delta.numel() == 0:
+            continue
+        low, high = (float(edge) for edge in torch.aminmax(delta))  # NaN propagates
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return f"{key} holds NaN or infinity"
+        if max(-low, high) > settings.value_bound:
+            return f"{key} reaches {max(-low, high):.4g}, above value_bound {settings.value_bound:g}"
+        squares.append(square_sum(delta))
+    norm = math.sqrt(math.fsum(squares))
+    return f"L2 norm {norm:.4g} is above norm_bound {settings.norm_bound:g}" if norm > settings.norm_bound else None

@@ -1,0 +1,1 @@
+"""A run: prepare the world, play rounds, evaluate, log and checkpoint each."""

@@ -1,0 +1,118 @@
+"""The lines of a run's logs, each made from the records of a round."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fedmoe_core.budget.limits import NOTHING, Budget
+from fedmoe_core.config.systems import title_of
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.simulation.evaluation import Held
+from fedmoe_core.simulation.observer import PlanRow
+from fedmoe_core.simulation.world import World
+
+
+def plan_row(world: World, plan: ExpertPlan) -> PlanRow:
+    """Make one line of the dry run: the plan and the device's own budget, which FedAvg may pass."""
+    budget, cost = world.population.budgets[plan.client], plan.predicted
+    over = budget.violations(cost)
+    return PlanRow(
+        client=world.data.clients[plan.client].name,
+        tier=budget.name,
+        experts_held=tuple(int(n) for n in plan.permitted_LE.sum(axis=1)),
+        experts=int(plan.permitted_LE.sum()),
+        trainable=int(plan.trainable_LE.sum()),
+        memory_bytes=cost.memory_bytes,
+        memory_budget=budget.memory_bytes,
+        flops=cost.flops,
+        flops_budget=budget.flops,
+        bytes_down=cost.bytes_down,
+        bytes_down_budget=budget.bytes_down,
+        bytes_up=cost.bytes_up,
+        bytes_up_budget=budget.bytes_up,
+        local_steps=plan.local_steps,
+        top_k=plan.top_k,
+        samples=int(world.population.samples_C[plan.client]),
+        fits=not over,
+        reason="; ".join(over),
+    )
+
+
+def label_of(config: Any) -> str:
+    """Return what people call this run: the algorithm and the choices that change its meaning."""
+    name = title_of(config.algorithm)
+    if config.algorithm != "hfedmoe":
+        return name
+    parts = [f"score {config.selection.score}"]
+    if config.selection.mode != "compact":
+        parts.append(config.selection.mode)
+    if config.aggregation.experts != "participation":
+        parts.append(f"{config.aggregation.experts} mean")
+    return f"{name} ({', '.join(parts)})"
+
+
+def _results(held: Held) -> dict[str, Any]:
+    return {
+        "loss": held.loss,
+        "accuracy": held.accuracy,
+        "loss_clients": None if held.loss_C is None else list(held.loss_C),
+        "accuracy_clients": None if held.accuracy_C is None else list(held.accuracy_C),
+        "evaluate_seconds": held.seconds,
+        **({} if held.personal_loss_C is None else _personal_results(held)),
+    }
+
+
+def _personal_results(held: Held) -> dict[str, Any]:
+    accuracy_C = held.personal_accuracy_C
+    return {
+        "personal_loss_C": list(held.personal_loss_C or ()),
+        "personal_accuracy_C": None if accuracy_C is None else list(accuracy_C),
+    }
+
+
+def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:
+    """Make one client's line of metrics.jsonl; validation and metrics are there if the algorithm has them."""
+    found: dict[str, Any] = {}
+    if update.validation is not None:
+        count = update.validation.count
+        found["validation_loss"] = update.validation.loss_sum / count
+        found["validation_accuracy"] = update.validation.correct / count
+    if update.metrics:
+        found["metrics"] = dict(update.metrics)
+    return {
+        "type": "client",
+        "round": number,
+        "client": update.client,
+        "tier": budgets[update.client].name,
+        "held_LE": plan.permitted_LE.astype(int).tolist(),
+        "trained_LE": plan.trainable_LE.astype(int).tolist(),
+        "loss_first": update.loss_first,
+        "loss_last": update.loss_last,
+        "steps": update.steps,
+        "top_k": plan.top_k,
+        "status": update.status,
+        "error": update.error,
+        **found,
+    }
+
+
+def _ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:
+    """Make one client's line of ledger.jsonl; ``bound_by`` is there where other limits bound the plan."""
+    budget = budgets[update.client]
+    return {
+        "round": number,
+        "client": update.client,
+        "budget": _limits(budget),
+        **({} if plan.budget == budget else {"bound_by": _limits(plan.budget)}),
+        "predicted": asdict(plan.predicted),
+        "real": asdict(update.cost),
+        **({} if plan.surcharge == NOTHING else {"surcharge": asdict(plan.surcharge)}),
+    }
+
+
+def _limits(budget: Budget) -> dict[str, Any]:
+    limits = asdict(budget)
+    limits.pop("name")
+    return limits

@@ -1,0 +1,179 @@
+"""What rank 0 writes of a run: configuration, metrics, ledger, checkpoint and summary, all safe to interrupt."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fedmoe_core.algorithms.hfedmoe import HFedMoE
+from fedmoe_core.base.files import JsonlLog, write_json, write_whole
+from fedmoe_core.budget.limits import Budget
+from fedmoe_core.server.state import ServerState, pack_state
+from fedmoe_core.simulation.directory.checkpoint import save_checkpoint
+from fedmoe_core.simulation.directory.claim import Claim
+from fedmoe_core.simulation.directory.health import kept_budgets, nothing_trained
+from fedmoe_core.simulation.directory.lines import _ledger_line, _results, client_record, label_of
+from fedmoe_core.simulation.evaluation import Held
+from fedmoe_core.simulation.round import Round
+from fedmoe_core.simulation.world import World
+
+
+class RunLog:
+    """What rank 0 writes. A round is on record once its checkpoint is; later lines are cut off on resume."""
+
+    def __init__(self, claim: Claim, world: World) -> None:
+        self.out, self.run, self.world = claim.path, claim.id, world
+        out = self.out
+        self.totals = {"bytes_down_total": 0, "bytes_up_total": 0, "flops_total": 0.0}
+        self.unbilled_seconds = 0.0  # of the last commit; its round's line was written before it
+        self.metrics = JsonlLog(out / "metrics.jsonl")
+        self.ledger = JsonlLog(out / "ledger.jsonl")
+
+    @classmethod
+    def create(cls, claim: Claim, world: World) -> RunLog:
+        """Start a run directory: an earlier run's files go, then the marker, configuration and partition come."""
+        claim.begin(world.identity.facts())
+        log, out = cls(claim, world), claim.path
+        write_whole(out / "config.toml", world.config.to_toml())
+        data = world.data
+        names = list(data.names_D)
+        clients = [client.name for client in data.clients]
+        write_json(out / "partition.json", {"names": names, "clients": clients, "counts": data.counts_CD.tolist()})
+        return log
+
+    @classmethod
+    def reopen(cls, claim: Claim, world: World, meta: Mapping[str, Any]) -> RunLog:
+        """Continue a run directory: keep the lines that the checkpoint counted, drop any later ones."""
+        log = cls(claim, world)
+        log.metrics.truncate(int(meta["metrics_lines"]))
+        log.ledger.truncate(int(meta["ledger_lines"]))
+        for line in log.metrics.read():
+            if line["type"] == "round":
+                log.totals = {name: line[name] for name in log.totals}
+        return log
+
+    def commit(self, state: ServerState) -> None:
+        """Write the checkpoint atomically; from here on the round counts as played."""
+        began, config = time.perf_counter(), self.world.config
+        lines = {"metrics_lines": self.metrics.count(), "ledger_lines": self.ledger.count()}
+        meta = {"round": state.round, **lines, "run": self.run, "identity": self.world.identity.facts()}
+        save_checkpoint(self.out / "checkpoint", pack_state(state), meta, config.decisive())
+        self.unbilled_seconds = time.perf_counter() - began
+
+    def before(self, held: Held) -> dict[str, Any]:
+        """Write the line of the warm model, round 0."""
+        line = {"type": "round", "round": 0, **_results(held), **self.totals}
+        line |= {"seconds": held.seconds, "engine_seconds": 0.0, "refused": []}
+        self.metrics.append(line)
+        return line
+
+    def round(self, played: Round, held: Held | None, state: ServerState) -> dict[str, Any]:
+        """Write the lines of one round: every client's, the ledger's, and the round's own, which it returns."""
+        began, number = time.perf_counter(), played.index + 1
+        plans = {plan.client: plan for plan in played.plans}
+        budgets = self.world.population.budgets
+        self.ledger.append(*[_ledger_line(number, u, plans[u.client], budgets) for u in played.updates])
+        trained = [plans[u.client].trainable_LE & (u.expert_weight_LE > 0) for u in played.updates if u.status == "ok"]
+        profiles = [update.profile for update in played.updates if update.profile is not None]
+        lost = [profile.lost_mass_L / np.maximum(profile.tokens_L, 1) for profile in profiles]
+        scores = HFedMoE(self.world.population).scores(state)
+        costs = [update.cost for update in played.updates]
+        self.totals = {
+            "bytes_down_total": self.totals["bytes_down_total"] + sum(cost.bytes_down for cost in costs),
+            "bytes_up_total": self.totals["bytes_up_total"] + sum(cost.bytes_up for cost in costs),
+            "flops_total": self.totals["flops_total"] + sum(cost.flops for cost in costs),
+        }
+        logging = time.perf_counter() - began + self.unbilled_seconds
+        line = {
+            "type": "round",
+            "round": number,
+            **({} if held is None else _results(held)),
+            **self.totals,
+            "seconds": played.seconds + logging + (0.0 if held is None else held.seconds),
+            "engine_seconds": played.engine_seconds + logging,
+            "refused": [{"client": u.client, "reason": u.error} for u in played.updates if u.status != "ok"],
+            "applied": played.applied,
+            "importance_LE": np.mean(scores, axis=0).tolist(),
+            "lost_mass": float(np.mean(lost)) if lost else None,
+            "load_cv": self._load_cv(played),
+            "coverage": float(np.mean(np.any(trained, axis=0))) if trained else 0.0,
+        }
+        self.metrics.append(*[client_record(number, u, plans[u.client], budgets) for u in played.updates], line)
+        return line
+
+    def _load_cv(self, played: Round) -> float | None:
+        """Coefficient of variation of the load, the data of the clients that trained an expert; mean over layers."""
+        samples_C, done = self.world.population.samples_C, {u.client for u in played.updates if u.status == "ok"}
+        loads = [samples_C[plan.client] * plan.trainable_LE for plan in played.plans if plan.client in done]
+        return float(np.mean([coefficient_of_variation(load_E) for load_E in sum(loads)])) if loads else None
+
+    def finish(self, state: ServerState, model_hash: str) -> dict[str, Any]:
+        """Write ``summary.json`` from what the logs hold, so that a resumed run sums up the same."""
+        config, data = self.world.config, self.world.data
+        records, entries = self.metrics.read(), self.ledger.read()
+        rounds = [line for line in records if line["type"] == "round"]
+        judged = [line for line in rounds if "evaluate_seconds" in line]
+        first, last = judged[0], judged[-1]
+        held = [int(entry["real"]["experts"]) for entry in entries if entry["real"]["experts"]]
+        summary = {
+            "algorithm": config.algorithm,
+            "label": label_of(config),
+            "task": data.task,
+            "seed": config.seed,
+            "rounds": state.round,
+            "loss_before": first["loss"],
+            "loss_after": last["loss"],
+            "accuracy_before": first["accuracy"],
+            "accuracy_after": last["accuracy"],
+            "worst_client_loss_before": _worst(first, "loss", max),
+            "worst_client_loss": _worst(last, "loss", max),
+            "worst_client_accuracy": _worst(last, "accuracy", min),
+            **_personal_summary(last, self.world.population.budgets),
+            "bytes_down": rounds[-1]["bytes_down_total"],
+            "bytes_up": rounds[-1]["bytes_up_total"],
+            "flops": rounds[-1]["flops_total"],
+            "peak_memory_bytes": max((entry["real"]["memory_bytes"] for entry in entries), default=0),
+            "experts_held_min": min(held, default=0),
+            "experts_held_max": max(held, default=0),
+            **kept_budgets(entries),
+            "refused_updates": sum(len(line["refused"]) for line in rounds),
+            "nothing_trained": nothing_trained(records, config.min_clients),
+            "seconds": math.fsum(line["seconds"] for line in rounds),
+            "engine_seconds": math.fsum(line["engine_seconds"] for line in rounds),
+            "client_seconds": math.fsum(entry["real"]["seconds"] for entry in entries),
+            **self.world.identity.facts(),
+            "model_hash": model_hash,
+            "threads": config.threads,
+            "partition": data.partition,
+        }
+        write_json(self.out / "summary.json", summary)
+        return summary
+
+
+def _worst(line: Mapping[str, Any], kind: str, pick: Any) -> float | None:
+    """The worst client's figure: of the global model, or of the clients' own where no global one exists."""
+    values = line[f"{kind}_clients"] if line["loss_clients"] else line.get(f"personal_{kind}_C")
+    return pick(values) if values else None
+
+
+def _personal_summary(line: Mapping[str, Any], budgets: tuple[Budget, ...]) -> dict[str, Any]:
+    """Each client's own model after the last round, and by tier (the budget's own words) its mean and its worst."""
+    loss_C, accuracy_C = line.get("personal_loss_C"), line.get("personal_accuracy_C")
+    tiers: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(budget.name for budget in budgets if loss_C):
+        members = [client for client, budget in enumerate(budgets) if budget.name == name]
+        tiers[name] = {"clients": len(members)}
+        for kind, values, pick in (("loss", loss_C, max), ("accuracy", accuracy_C, min)):
+            own = [values[client] for client in members] if values else []
+            tiers[name] |= {f"{kind}_mean": float(np.mean(own)) if own else None}
+            tiers[name] |= {f"{kind}_worst": pick(own) if own else None}
+    return {"personal_loss_C": loss_C, "personal_accuracy_C": accuracy_C, "personal_tiers": tiers or None}
+
+
+def coefficient_of_variation(load_E: np.ndarray) -> float:
+    """Return standard deviation over mean of the load: the paper's measure of balance [N]; 0 without any load."""
+    return float(load_E.std() / load_E.mean()) if load_E.sum() > 0 else 0.0

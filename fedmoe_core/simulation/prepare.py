@@ -1,0 +1,287 @@
+"""Everything a run needs before its first round: data, warm model, calibrated costs, budgets and algorithm."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.algorithms.base import Algorithm, algorithm_class
+from fedmoe_core.base.rng import counter_seed
+from fedmoe_core.budget.cost_model import CostModel
+from fedmoe_core.budget.limits import Budget, Cost
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.data.batches import Batch, public_batches
+from fedmoe_core.data.federated import FederatedData, load_data
+from fedmoe_core.data.tokenizing import pretrained_tokenizer
+from fedmoe_core.model.adapter import ModelAdapter, find_adapter
+from fedmoe_core.model.spec import ModelSpec
+from fedmoe_core.server.state import Population
+from fedmoe_core.simulation.calibrate import calibrate
+from fedmoe_core.simulation.identity import Identity, code_version
+from fedmoe_core.simulation.observer import Observer
+from fedmoe_core.simulation.process_group import Ranks
+from fedmoe_core.simulation.warmup import cached_warmup, measure_profile, warm_up, warmup_key
+from fedmoe_core.simulation.world import World, local_settings, validation_batches
+
+PRIOR_STEPS = 8  # batches of the server's own pass over public data, as many as a client's round has by default
+
+
+def cache_directory(config: Config) -> Path:
+    """Return where warm-ups and encoded corpora are kept: ``cache``, else fedmoe under the user's cache directory.
+
+    In it every version of the code has its own folder, so that none reads what another one made.
+    """
+    base = Path(config.cache) if config.cache else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return (base if config.cache else base / "fedmoe") / code_version(config.adapter)
+
+
+def is_pretrained(config: Config) -> bool:
+    """Tell whether the model brings its own weights and tokenizer, rather than being built here."""
+    return config.model != "tiny"
+
+
+def pick_device(config: Config) -> torch.device:
+    """Choose the device of this process; under torchrun each local rank takes its own GPU."""
+    if config.device == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        return torch.device(name)
+    return torch.device(config.device)
+
+
+def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmup: bool = True) -> World:
+    """Read data, make or load the warm model, calibrate the cost model, and hand the algorithm its population.
+
+    Args:
+        config: resolved.
+        ranks: this process among its peers; rank 0 fills the cache, the others then read it.
+        observer: told of each stage.
+        train_warmup: False uses a cached warm-up if there is one, else the untrained model (for dry runs).
+
+    Raises:
+        ValueError, OSError: one sentence that names the offender and the remedy.
+    """
+    torch.set_num_threads(config.threads)
+    observer.on_stage(f"reading {config.data}")
+    data = read_data(config, ranks, validation=algorithm_class(config.algorithm).needs_validation)
+    adapter = load_model(config, data, ranks.device)
+    identity = Identity.of(config, corpus_sha256=data.corpus_sha256)
+    spec, form = adapter.spec, algorithm_class(config.algorithm)
+    first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
+    padding = may_pad(config, data)
+
+    def plain_costs(model: ModelAdapter, params: dict[str, Tensor]) -> CostModel | None:
+        if not any("%" in tier for tier in config.budgets):
+            return None
+        return calibrate(model, params, config.train, first, padding=padding)
+
+    def measured(model: ModelAdapter, params: dict[str, Tensor], plain: CostModel | None) -> Population:
+        lora, train = form.lora(config), local_settings(config, form)
+        costs = partial(calibrate, model, params, train, first, padding=padding)
+        own_form = lora is not None or form.graft(config) is not None or train != config.train
+        # One dry step of one shape: a second may find a few bytes more, and a tier would hold an expert less.
+        whole = plain if plain is not None and not own_form else None
+        whole = whole or costs(lora_rank=lora.rank if lora is not None and lora.in_state else None)
+        return Population(
+            config=config,
+            spec=model.spec,
+            budgets=deal_budgets(config, spec, plain),
+            costs=whole,
+            samples_C=np.array([client.samples for client in data.clients]),
+            counts_CD=data.counts_CD,
+            validation_tokens_C=validation_tokens(config, data) if form.needs_validation else None,
+            lora_costs=None if lora is None else whole if lora.in_state else costs(lora_rank=lora.rank),
+            prior=measure_profile(model, params, local_public_batches(config, data, PRIOR_STEPS)),
+        )
+
+    def refuse_early(untrained: dict[str, Tensor]) -> None:
+        # A budget that cannot be served should be refused within seconds, not after minutes of warm-up.
+        changes = form.lora(config) is not None or form.graft(config) is not None
+        twin = load_model(config, data, ranks.device) if changes else adapter
+        plain = plain_costs(twin, untrained)
+        params = take_form(config, form, twin, untrained)
+        algorithm = form(measured(twin, params, plain))
+        algorithm.plan(algorithm.init(params), range(config.clients))
+
+    sources = WarmSources(data, adapter, identity)
+    params = warm_model(config, sources, ranks, observer, train=train_warmup, before_training=refuse_early)
+    observer.on_stage("measuring one local step and the value of experts on public text")
+    plain = plain_costs(adapter, params)
+    params = take_form(config, form, adapter, params)
+    population = measured(adapter, params, plain)
+    return World(config, data, adapter, params, population, form(population), ranks, identity)
+
+
+def deal_budgets(config: Config, spec: ModelSpec, plain: CostModel | None) -> tuple[Budget, ...]:
+    """Deal the configured tiers to the clients in turn; return each client's budget.
+
+    Args:
+        config: with the tiers.
+        spec: sizes of the model in its plain form, without grafts.
+        plain: the cost model of that form; None where no tier is a percentage of bytes.
+    """
+
+    def cost_of(count: int) -> Cost:
+        assert plain is not None
+        # Experts side by side in all layers; what is over goes to the first ones.
+        rank_LE = np.arange(spec.num_experts) * spec.num_layers + np.arange(spec.num_layers)[:, None]
+        return plain.predict(rank_LE < count, rank_LE < count, local_steps=config.train.local_steps)
+
+    total = spec.num_layers * spec.num_experts
+    tiers = [
+        Budget.parse(tier, spec_experts=total, plain=None if plain is None else cost_of) for tier in config.budgets
+    ]
+    return tuple(tiers[client % len(tiers)] for client in range(config.clients))
+
+
+def take_form(
+    config: Config, form: type[Algorithm], adapter: ModelAdapter, params: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Give the live model the form that the algorithm declares; return the state in it, ``params`` stays unchanged."""
+    lora, graft = form.lora(config), form.graft(config)
+    if lora is not None and graft is not None:
+        raise ValueError(f"algorithm {config.algorithm!r} declares both adapters and grafts; declare one of them")
+    if lora is None and graft is None:
+        return params
+    adapter.configure(params)
+    if graft is not None:
+        return adapter.graft(graft, seed=counter_seed(config.seed, "graft"))
+    assert lora is not None
+    return {**params, **adapter.add_lora(lora, seed=counter_seed(config.seed, "adapters"))}
+
+
+def may_pad(config: Config, data: FederatedData) -> bool:
+    """Tell whether a client's batches may hold padding: rows differ in length, and short streams fill no window."""
+    streams = [part for client in data.clients for part in (client.private, client.validation) if part is not None]
+    shortest = min(len(stream.tokens_N) for stream in streams)
+    return data.task == "classification" or shortest < config.train.seq_len
+
+
+def validation_tokens(config: Config, data: FederatedData) -> np.ndarray:
+    """Count the tokens, padding included, of each client's validation pass, (C,)."""
+    passes = [validation_batches(client, config) for client in data.clients]
+    return np.array([sum(batch.tokens_SN.numel() for batch in batches) for batches in passes])
+
+
+def read_data(config: Config, ranks: Ranks, *, validation: bool) -> FederatedData:
+    """Read the corpus, split and encoded; rank 0 first, so that the others find the cache filled."""
+    if not ranks.leads:
+        ranks.wait()
+    data = load_data(
+        config.data,
+        clients=config.clients,
+        partition=config.partition,
+        seed=config.seed,
+        tokenizer=config.tokenizer,
+        vocab_size=config.model_config.vocab_size,
+        labels_per_class=config.warmup.labels_per_class,
+        validation=validation,
+        pretrained=pretrained_tokenizer(config.model) if is_pretrained(config) else None,
+        cache=cache_directory(config),
+    )
+    if ranks.leads:
+        ranks.wait()
+    return data
+
+
+def load_model(config: Config, data: FederatedData, device: torch.device) -> ModelAdapter:
+    """Load the live model for this task, by the adapter that the configuration names."""
+    load = cast("type", find_adapter(config.adapter))
+    adapter = load(
+        config.model,
+        task=data.task,
+        model_config=config.model_config,
+        vocab_size=data.tokenizer.vocab_size,
+        num_classes=data.num_classes,
+        seed=config.seed,
+    )
+    adapter.model.to(device)
+    return cast(ModelAdapter, adapter)
+
+
+@dataclass(frozen=True)
+class WarmSources:
+    """What a warm-up trains and on what: the data, the live model, and the digests of both."""
+
+    data: FederatedData
+    adapter: ModelAdapter
+    identity: Identity
+
+
+def warm_model(
+    config: Config,
+    sources: WarmSources,
+    ranks: Ranks,
+    observer: Observer,
+    *,
+    train: bool,
+    before_training: Callable[[dict[str, Tensor]], None],
+) -> dict[str, Tensor]:
+    """Make the model that federation starts from; a pretrained one only trains its fresh classification head.
+
+    Where the cache does not hold it, ``before_training`` sees the untrained weights first and may raise; it may leave
+    the live model configured in any way.
+    """
+    data, adapter = sources.data, sources.adapter
+    if is_pretrained(config):
+        config = replace(config, warmup=replace(config.warmup, steps=0))
+    if config.warmup.steps == 0 and (data.task == "causal_lm" or config.warmup.head_steps == 0):
+        return adapter.state()
+    key = warmup_key(
+        public=data.public_sha256,
+        model=sources.identity.model_sha256,
+        adapter=config.adapter,
+        sizes=asdict(config.model_config),
+        settings=asdict(config.warmup) | {"token_dropout": config.train.token_dropout},
+        task=data.task,
+        classes=data.num_classes,
+        seed=config.seed,
+        threads=config.threads,
+        device=ranks.device.type,
+    )
+    directory = cache_directory(config)
+    if not train and not (directory / f"warmup-{key}").exists():
+        return adapter.state()
+    labels = 0 if data.public_labelled is None else len(data.public_labelled)
+
+    def warmed() -> dict[str, Tensor]:
+        untrained = adapter.state()
+        before_training(untrained)
+        adapter.configure(untrained)
+        return warm_up(adapter, data, config, observer.on_progress)
+
+    observer.on_stage(
+        f"warm-up on {len(data.public.tokens_N):,} public tokens"
+        + (f", of which {labels} rows are labelled ({config.warmup.labels_per_class} a class)" if labels else "")
+    )
+    if not ranks.leads:
+        ranks.wait()
+    shapes = {param.key: tuple(param.shape) for param in adapter.spec.params}
+    params, _ = cached_warmup(directory, key, warmed, shapes)
+    if ranks.leads:
+        ranks.wait()
+    return {key: tensor.to(ranks.device) for key, tensor in params.items()}
+
+
+def local_public_batches(config: Config, data: FederatedData, steps: int) -> Iterable[Batch]:
+    """Draw public batches of the clients' shape, for measuring; labels are those given (none is invented)."""
+    source = data.public if data.public_labelled is None else data.public_labelled
+    return islice(
+        public_batches(
+            source,
+            seed=config.seed,
+            steps=steps,
+            batch_size=config.train.batch_size,
+            seq_len=config.train.seq_len,
+            purpose="measure",
+        ),
+        steps,
+    )

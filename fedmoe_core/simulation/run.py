@@ -1,0 +1,177 @@
+"""The simulator: a round is plan, train, sum, apply; a run is rounds, each committed before the next begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.model.spec import model_hash
+from fedmoe_core.server.state import ServerState, unpack_state
+from fedmoe_core.simulation.directory.checkpoint import Checkpoint, load_checkpoint
+from fedmoe_core.simulation.directory.claim import Claim, claimed, held
+from fedmoe_core.simulation.directory.lines import label_of, plan_row
+from fedmoe_core.simulation.directory.log import RunLog
+from fedmoe_core.simulation.evaluation import evaluate_clients
+from fedmoe_core.simulation.identity import Identity
+from fedmoe_core.simulation.observer import NullObserver, Observer, PlanRow
+from fedmoe_core.simulation.prepare import build_world, pick_device
+from fedmoe_core.simulation.process_group import Ranks, open_ranks
+from fedmoe_core.simulation.progress import observer_for
+from fedmoe_core.simulation.round import play_round
+from fedmoe_core.simulation.world import World
+
+
+def run(config: Config, *, observer: Observer | None = None, force: bool = False) -> dict[str, Any]:
+    """Train ``config`` from its warm-up to its last round and return what ``summary.json`` holds.
+
+    Args:
+        config: what to run; ``config.out`` is the run directory.
+        observer: told of every stage, client and round; None shows progress on stderr, ``NullObserver()`` nothing.
+        force: replace a run that lies in ``config.out``.
+
+    Example:
+        >>> from fedmoe_core import Config, simulate
+        >>> config = Config.load(overrides=["clients=4", "rounds=2", "warmup.steps=20"])
+        >>> config.clients, config.rounds
+        (4, 2)
+        >>> summary = simulate.run(config)  # doctest: +SKIP
+
+    Raises:
+        ValueError, OSError: one sentence that names the offender and the remedy; nothing half-written is left.
+    """
+    config = config.resolved()
+    out = Path(config.out)
+    with (
+        open_ranks(config.ranks, pick_device(config)) as ranks,
+        claimed(out, force=force) if ranks.leads else nullcontext() as claim,
+        _watching(observer, ranks) as observer,
+    ):
+        ranks.wait()
+        world = build_world(config, ranks, observer)
+        state = world.algorithm.init(world.params)
+        check_budgets(world, state)
+        # Only now does an earlier run in this directory go: whatever is wrong with the words has been refused.
+        log = RunLog.create(claim, world) if claim is not None else None
+        return _play(world, state, log, observer, fresh=True)
+
+
+def resume(run_dir: Path, *, observer: Observer | None = None, other_code: bool = False) -> dict[str, Any]:
+    """Continue an interrupted run after its last committed round; the result is that of a run never interrupted.
+
+    Args:
+        run_dir: the directory of the run.
+        observer: as for ``run``.
+        other_code: go on although other code, or another torch, began the run; its bits may then differ.
+
+    Raises:
+        ValueError: no checkpoint, a damaged one, or one that belongs to another configuration, corpus, model or code;
+            or another process is using the directory.
+    """
+    config = Config.load(run_dir / "config.toml")
+    with (
+        open_ranks(config.ranks, pick_device(config)) as ranks,
+        held(run_dir) if ranks.leads else nullcontext() as claim,
+        _watching(observer, ranks) as observer,
+    ):
+        saved = load_checkpoint(run_dir / "checkpoint", expected_fingerprint=config.decisive())
+        config = replace(config, out=str(run_dir))
+        if claim is not None:
+            _refuse_other_sources(claim, saved, config, other_code=other_code)
+        world = build_world(config, ranks, observer)
+        state = unpack_state(saved.tensors, round=int(saved.meta["round"]), device=ranks.device)
+        log = RunLog.reopen(claim, world, saved.meta) if claim is not None else None
+        return _play(world, state, log, observer, fresh=False)
+
+
+@contextmanager
+def _watching(observer: Observer | None, ranks: Ranks) -> Iterator[Observer]:
+    """The observer of this rank: the caller's, else progress on stderr, taken off the screen whatever happens."""
+    if not ranks.leads:
+        yield NullObserver()
+    elif observer is not None:
+        yield observer
+    else:
+        shown = observer_for(Console(stderr=True))
+        try:
+            yield shown
+        finally:
+            shown.close()
+
+
+def _refuse_other_sources(claim: Claim, saved: Checkpoint, config: Config, *, other_code: bool) -> None:
+    """Refuse a checkpoint of another run, or one whose corpus, model or code is not what is here now."""
+    place = f"{claim.path}/checkpoint"
+    if saved.meta.get("run") != claim.id:
+        raise ValueError(
+            f"{place} belongs to another run than {claim.path}/config.toml; restore the run's own checkpoint"
+        )
+    then, now = Identity.read(saved.meta.get("identity") or {}), Identity.of(config)
+    if then is None:
+        raise ValueError(f"{place} does not say which data and model it was made from; start the run afresh")
+    then.require_same_sources(now, str(claim.path), config)
+    if not other_code:
+        then.require_same_code(now, str(claim.path))
+
+
+def dry_run(config: Config, *, observer: Observer | None = None) -> list[PlanRow]:
+    """Plan the first round for each client, before anything trains: what it would hold, and what that would cost.
+
+    Without a cached warm-up the untrained model stands in: the numbers are the same, the chosen experts may differ.
+    """
+    config = config.resolved()
+    with open_ranks(config.ranks, pick_device(config)) as ranks:
+        world = build_world(config, ranks, observer or NullObserver(), train_warmup=False)
+        state = world.algorithm.init(world.params)
+        return [plan_row(world, plan) for plan in world.algorithm.plan(state, range(config.clients))]
+
+
+def check_budgets(world: World, state: ServerState) -> None:
+    """Plan every client once, so that a budget that cannot be served is refused before anything trains."""
+    world.algorithm.plan(state, range(world.config.clients))
+
+
+def _play(world: World, state: ServerState, log: RunLog | None, observer: Observer, *, fresh: bool) -> dict[str, Any]:
+    """Rounds from ``state`` to the last, each evaluated, logged and committed; then the summary.
+
+    A ``fresh`` run has the warm model judged first; a resumed one has that line already.
+    """
+    config = world.config
+    observer.on_start(_headline(world, state))
+    if fresh:
+        warm = evaluate_clients(world, state)
+        if log is not None:
+            observer.on_round(0, config.rounds, log.before(warm))
+            log.commit(state)
+    while state.round < config.rounds:
+        state, played = play_round(world, state, observer)
+        due = state.round % config.eval.every == 0 or state.round == config.rounds
+        held = evaluate_clients(world, state) if due else None
+        if log is not None:
+            record = log.round(played, held, state)
+            log.commit(state)
+            observer.on_round(state.round, config.rounds, record)
+    summary = log.finish(state, model_hash(state.params)) if log is not None else {}
+    world.ranks.wait()
+    observer.on_end(summary)
+    return summary
+
+
+def _headline(world: World, state: ServerState) -> dict[str, Any]:
+    """What the observer is told at the start."""
+    config = world.config
+    return {
+        "label": label_of(config),
+        "algorithm": config.algorithm,
+        "model": config.model,
+        "data": config.data,
+        "rounds": config.rounds,
+        "clients_per_round": config.clients_per_round or config.clients,
+        "first_round": state.round,
+        "out": config.out,
+    }

@@ -1,0 +1,42 @@
+"""Text that can be seen: every character that acts or hides becomes an escape, and nothing else changes."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmoe_core.base.wording import visible
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        ("Größe → 12 %, a\u00a0b", "Größe → 12 %, a\u00a0b"),
+        ("\x1b[31m", "\\x1b[31m"),
+        ("a\nb\tc\r", "a\\x0ab\\x09c\\x0d"),
+        ("\x7f\x9b", "\\x7f\\x9b"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),
+        ("\ufeff\u200b\u2066", "\\ufeff\\u200b\\u2066"),
+        ("\u2028\u2029", "\\u2028\\u2029"),
+        ("\udcff", "\\udcff"),
+        ("\ue000\U000e0041\uffff", "\\ue000\\U000e0041\\uffff"),
+        ("می\u200cخواهم", "می\u200cخواهم"),
+        ("👩\u200d🔬", "👩\u200d🔬"),
+    ],
+)
+def test_what_acts_or_hides_becomes_an_escape(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+@given(st.text(st.characters(codec=None, exclude_categories=())))
+def test_visible_text_is_printable_and_stays_as_it_is(text: str) -> None:
+    shown = visible(text)
+    assert visible(shown) == shown
+    assert all(unicodedata.category(sign)[0] != "C" or sign in "\u200c\u200d" for sign in shown)
+    shown.encode("utf-8")
+    if text.isprintable():
+        assert shown == text

@@ -1,0 +1,260 @@
+"""Configuration: what goes in comes out, and every wrong word is named with the right one beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmoe_core.config.run_config import CLASSIFICATION_DEFAULTS, INDIFFERENT, Config, TrainConfig, flatten
+from fedmoe_core.config.schema import AtLeast, Between, MoreThan, OneOf, Setting, schema_of
+from fedmoe_core.config.systems import ALGORITHMS
+
+SCHEMA = schema_of(Config)
+TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
+TIER = st.sampled_from(("unlimited", "phone-8gb", "experts=12.5%", "memory=3.5MiB, down=1e6B", "  flops=3e12 "))
+EXAMPLES = {"csv:FILE": "csv:a b.csv", "jsonl:FILE": "jsonl:é.jsonl", "dirichlet:ALPHA": "dirichlet:0.3"}
+
+
+def values_of(setting: Setting) -> st.SearchStrategy[object]:
+    """Values that a setting admits, taken from its own rule."""
+    if isinstance(setting.rule, OneOf):
+        return st.sampled_from([EXAMPLES.get(form, form.replace("INDEX", "1")) for form in setting.rule.forms])
+    if setting.kind is bool:
+        return st.booleans()
+    if setting.kind is str:
+        return TEXT
+    if setting.kind is tuple:
+        return st.lists(TIER, min_size=1, max_size=3).map(tuple)
+    low, high = 0.0, 1e9
+    if isinstance(setting.rule, Between):
+        low, high = setting.rule.low, setting.rule.high
+    elif isinstance(setting.rule, AtLeast):
+        low = setting.rule.low
+    if setting.kind is int:
+        return st.integers(int(low), int(high))
+    return st.floats(low, high, exclude_min=isinstance(setting.rule, MoreThan))
+
+
+CROSS_CHECKED = {"clients", "clients_per_round", "min_clients", "ranks", "selection.reschedule"}
+CROSS_CHECKED |= {"fft_moe.top_k", "fft_moe.experts"}
+CROSS_CHECKED |= {"selection.lam_change", "selection.beta_change", "aggregation.tau_change"}
+CROSS_CHECKED |= {k for k in SCHEMA if "model_config" in k}
+FREE = {key: setting for key, setting in SCHEMA.items() if key not in CROSS_CHECKED}
+SECTIONS = sorted({key.partition(".")[0] for key in FREE if "." in key})
+
+
+def replaced(values: dict[str, object]) -> Config:
+    """A configuration with some values changed, built without the loader under test."""
+    top: dict[str, object] = {k: v for k, v in values.items() if "." not in k}
+    for section in sorted({key.partition(".")[0] for key in FREE if "." in key}):
+        inner = {k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{section}.")}
+        top[section] = dataclasses.replace(getattr(Config(), section), **inner)
+    return dataclasses.replace(Config(), **top)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.fixed_dictionaries({}, optional={key: values_of(setting) for key, setting in FREE.items()}))
+def test_toml_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, values: dict[str, object]) -> None:
+    config = replaced(values)
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    again = Config.load(path)
+    assert again == config
+    assert again.decisive() == config.decisive()
+    assert again.to_toml() == config.to_toml()
+    assert not config.diff(again)
+
+
+def test_saved_text_holds_every_key() -> None:
+    tree = tomllib.loads(Config().to_toml())
+    saved = {
+        f"{k}.{leaf}" if isinstance(v, dict) else k
+        for k, v in tree.items()
+        for leaf in (v if isinstance(v, dict) else "x")
+    }
+    assert saved == set(SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("train.lr=1e-3", "train.lr", 1e-3),
+        ("train.lr=1", "train.lr", 1.0),
+        ("rounds=12", "rounds", 12),
+        ("aggregation.participation=false", "aggregation.participation", False),
+        ('budgets=["memory=30MiB","experts=25%"]', "budgets", ("memory=30MiB", "experts=25%")),
+        ("budgets=memory=30MiB,down=1MiB; experts=25%", "budgets", ("memory=30MiB,down=1MiB", "experts=25%")),
+        ("budgets=experts=4", "budgets", ("experts=4",)),
+        ("out='runs/a b'", "out", "runs/a b"),
+        ("data=csv:x=y.csv", "data", "csv:x=y.csv"),
+        ("partition=dirichlet:.5", "partition", "dirichlet:.5"),
+    ],
+)
+def test_override(text: str, key: str, value: object) -> None:
+    got = flatten(Config.load(overrides=[text]))[key]
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("rounds = 3\nclients = 4\n[train]\nlr = 1\n")
+    config = Config.load(path, ["rounds=5", "rounds=6"])
+    assert (config.rounds, config.clients, config.train.lr) == (6, 4, 1.0)
+    assert isinstance(config.train.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("train.lrr=1", ["train.lrr", "did you mean 'train.lr'"]),
+        ("lr=1", ["'lr'", "did you mean 'warmup.lr' or 'train.lr'?"]),
+        ("local_step=1", ["did you mean 'train.local_steps'"]),
+        ("algoritm=fedavg", ["did you mean 'algorithm'"]),
+        ("algorithm=hfedmo", ["'hfedmo'", "did you mean 'hfedmoe'", ", ".join(ALGORITHMS)]),
+        ("selection.score=tailor", ["did you mean 'taylor'"]),
+        ("data=stdlb", ["did you mean 'stdlib'"]),
+        ("data=cvs:x.csv", ["did you mean 'csv:x.csv'"]),
+        ("data=csv:", ["did you mean 'csv:FILE'"]),
+        ("partition=dirichlt:0.1", ["did you mean 'dirichlet:0.1'"]),
+        ("partition=dirichlet:-1", ["greater than 0"]),
+        ("partition=dirichlet:x", ["dirichlet:0.5"]),
+        ("device=gpu", ["valid: auto, cpu, cuda"]),
+        ("train=1", ["section", "train.lr"]),
+        ("zzzz=1", ["unknown key 'zzzz'", "valid keys"]),
+        ("rounds", ["key=value"]),
+        ("rounds=0", ["rounds=0", "at least 1"]),
+        ("rounds=-1", ["at least 1"]),
+        ("rounds=two", ["'two'", "whole number"]),
+        ("rounds=1.5", ["whole number"]),
+        ("clients=0", ["at least 1"]),
+        ("seed=-1", ["seed=-1"]),
+        ("ranks=0", ["ranks=0"]),
+        ("threads=-1", ["threads=-1"]),
+        ("train.lr=0", ["greater than 0"]),
+        ("train.lr=nan", ["finite"]),
+        ("train.lr=inf", ["finite"]),
+        ("train.clip=-1", ["train.clip"]),
+        ("train.token_dropout=1.5", ["0.95"]),
+        ("selection.explore=2", ["from 0.0 to 1.0"]),
+        ("selection.beta=-0.1", ["at least 0"]),
+        ("aggregation.participation=maybe", ["true or false"]),
+        ("aggregation.scale_bits=60", ["from 8 to 52"]),
+        ("model_config.top_k=17", ["top_k=17", "experts=16"]),
+        ("model_config.kv_heads=3", ["multiple"]),
+        ("model_config.head_dim=31", ["even"]),
+        ("model_config.experts=0", ["at least 1"]),
+        ("clients_per_round=11", ["clients=10"]),
+        ("min_clients=11", ["min_clients=11"]),
+        ("budgets=", ["empty tier"]),
+        ("budgets=experts=1;;", ["empty tier"]),
+        ("budgets=[experts=25%]", ["quote it for the shell"]),
+        ("budgets=[1]", ["a list of texts"]),
+        ("out=", ["out is empty"]),
+        ("model=", ["model is empty"]),
+    ],
+)
+def test_wrong_override_is_one_sentence_with_the_remedy(wrong: str, words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        Config.load(overrides=[wrong])
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rounds = ", ["not valid TOML"]),
+        ("rounds = '3'", ["rounds='3'", "whole number"]),
+        ("rounds = true", ["whole number"]),
+        ("aggregation.participation = 1", ["true or false"]),
+        ("budgets = 'experts=1'", ["list of texts"]),
+        ("budgets = [1]", ["list of texts"]),
+        ("[trian]\nlr = 1", ["[trian]", "did you mean [train]"]),
+        ("[train]\nlearning = 1", ["train.learning"]),
+        ("train = 3", ["section"]),
+        ("rounds.x = 3", ["rounds="]),
+        ("[train.lr]\nx = 3", ["train.lr="]),
+        ("roundz = 3", ["did you mean 'rounds'"]),
+    ],
+)
+def test_wrong_file_is_one_sentence(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        Config.load(path)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"nothing\.toml does not exist"):
+        Config.load(tmp_path / "nothing.toml")
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"b\.toml is not valid TOML"):
+        Config.load(tmp_path / "b.toml")
+
+
+def test_construction_is_checked_too() -> None:
+    with pytest.raises(ValueError, match=r"train\.lr"):
+        Config(train=TrainConfig(lr=-1.0))
+    with pytest.raises(ValueError, match="rounds"):
+        dataclasses.replace(Config(), rounds="3")
+
+
+def test_labelled_data_starts_from_its_preset_below_the_users_words(tmp_path: Path) -> None:
+    preset = flatten(Config.load(overrides=["data=csv:rows.csv"]))
+    assert {key: preset[key] for key in CLASSIFICATION_DEFAULTS} == dict(CLASSIFICATION_DEFAULTS)
+    key = "train.token_dropout"
+    assert flatten(Config.load(overrides=["data=csv:rows.csv", f"{key}=0.1"]))[key] == 0.1
+    path = tmp_path / "c.toml"
+    path.write_text("data = 'csv:rows.csv'\n[train]\ntoken_dropout = 0.2\n")
+    assert flatten(Config.load(path))[key] == 0.2
+    assert flatten(Config.load(path, ["data=stdlib"]))["train.trunk"] == TrainConfig().trunk
+
+    labelled, plain = tmp_path / "l.jsonl", tmp_path / "p.jsonl"
+    labelled.write_text('\n{"label": "a", "text": "b"}\n')
+    plain.write_text('{"text": "b"}\n')
+    assert Config.load(overrides=[f"data=jsonl:{labelled}"]).train.trunk == "fedavg"
+    assert Config.load(overrides=[f"data=jsonl:{plain}"]).train.trunk == "frozen"
+    assert Config.load(overrides=["data=jsonl:absent.jsonl"]).train.trunk == "frozen"
+
+
+def test_preset_is_itself_valid() -> None:
+    assert set(CLASSIFICATION_DEFAULTS) <= set(SCHEMA)
+    assert Config.load(overrides=["data=csv:x"]).decisive() != Config().decisive()
+
+
+@given(st.sampled_from(sorted(FREE)), st.data())
+@settings(max_examples=150, deadline=None)
+def test_fingerprint_changes_exactly_with_what_decides_results(key: str, data: st.DataObject) -> None:
+    config = Config()
+    value = data.draw(values_of(FREE[key]))
+    other = replaced({key: value})
+    changed = value != flatten(config)[key]
+    by_content = key in ("data", "model")  # only their kind counts, never a path
+    was, now = config.decisive().get(key), other.decisive().get(key)
+    decides = changed and key not in INDIFFERENT and (was != now or not by_content)
+    assert (config.decisive() != other.decisive()) == decides
+    assert config.diff(other) == ({key: (was, now)} if decides else {})
+
+
+def test_resolved_names_its_threads_and_keeps_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    config = Config()
+    assert config.threads == 0
+    one, two = config.resolved(), dataclasses.replace(config, ranks=2).resolved()
+    assert one.threads >= two.threads >= 1
+    assert one.resolved() == one
+    assert dataclasses.replace(config, threads=3).resolved().threads == 3
+    for asked, threads in (("3", 3), ("", one.threads), ("many", one.threads), ("0", one.threads)):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)  # what a batch system allots each process
+        assert config.resolved().threads == threads

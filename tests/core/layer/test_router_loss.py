@@ -1,0 +1,90 @@
+"""Auxiliary router losses: the Switch loss by hand, whole and on the sub-model, and what a local step makes of one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedmoe_core.client.step import Stepper
+from fedmoe_core.config.run_config import TrainConfig
+from fedmoe_core.layer.moe import MoE
+from fedmoe_core.layer.router_loss import SwitchBalance, balance_loss
+
+H, E = 6, 5
+
+
+def made(*held: int, top_k: int = 2) -> MoE:
+    torch.manual_seed(0)
+    permitted = np.isin(np.arange(E), held) if held else None
+    layer = MoE(H, 8, E, top_k, permitted=permitted, dtype=torch.float64)
+    layer.keep_logits = True
+    return layer
+
+
+def by_hand(logits: Tensor, top_k: int) -> float:
+    """E * sum_e f_e P_e, one token at a time."""
+    experts = logits.shape[1]
+    f, p = np.zeros(experts), np.zeros(experts)
+    for row in logits.detach().numpy():
+        odds = np.exp(row - row.max())
+        p += odds / odds.sum() / len(logits)
+        for e in np.argsort(-row, kind="stable")[:top_k]:
+            f[e] += 1 / (len(logits) * top_k)
+    return float(experts * (f * p).sum())
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_switch_loss_by_hand(top_k: int) -> None:
+    layers = [made(top_k=top_k), made(top_k=top_k)]
+    x = torch.randn(9, H, dtype=torch.float64)
+    want = []
+    for layer in layers:
+        layer(x)
+        want.append(by_hand(layer.last_logits_TE, top_k))
+    assert balance_loss(layers).item() == pytest.approx(np.mean(want), rel=1e-6)
+    with pytest.raises(ValueError, match="kept no logits"):
+        balance_loss(layers)
+
+
+def test_on_the_sub_model_absent_experts_do_not_exist() -> None:
+    layer = made(0, 2, 3)
+    x = torch.randn(9, H, dtype=torch.float64)
+    layer(x)
+    want = by_hand(layer.last_logits_TE[:, [0, 2, 3]], 2)
+    loss = SwitchBalance(0.5, served_only=True)([layer])
+    assert loss.item() == pytest.approx(0.5 * want, rel=1e-6)
+    loss.backward()
+    assert layer.router.grad is not None
+    assert bool(layer.router.grad.isfinite().all())
+
+
+class OneLayer:
+    """As much of an adapter as a local step needs."""
+
+    def __init__(self) -> None:
+        self.moe = (made(),)
+        self.moe[0].keep_logits = False
+        self.model = nn.Sequential(*self.moe)
+
+    def loss(self, x: Tensor, **_: object) -> Tensor:
+        return self.model(x).square().mean()
+
+
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_a_local_step_descends_on_the_sum_and_reports_the_task(weight: float) -> None:
+    x = torch.randn(9, H, dtype=torch.float64)
+    plain = OneLayer()
+    plain.moe[0].keep_logits = True
+    loss = plain.loss(x)
+    (loss + weight * balance_loss(plain.moe)).backward()
+    want = [p.detach() - 0.1 * p.grad for p in plain.model.parameters()]
+    stepped = OneLayer()
+    optimizer = torch.optim.SGD(stepped.model.parameters(), lr=0.1)
+    stepper = Stepper(stepped, optimizer, TrainConfig(clip=1e9), aux=SwitchBalance(weight))  # type: ignore[arg-type]
+    assert stepper.step(x) == loss.item()  # type: ignore[arg-type]
+    for found, wanted in zip(stepped.model.parameters(), want, strict=True):
+        torch.testing.assert_close(found.detach(), wanted, rtol=1e-12, atol=1e-12)
+    assert stepped.moe[0].last_logits_TE is None
+    assert stepped.moe[0].last_experts_TK is None

@@ -1,0 +1,334 @@
+"""The sums are exact and order-free (invariant 13), and record what was summed."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from update_cases import (
+    ALL,
+    EXPERTS,
+    SHAPE_LE,
+    accumulate,
+    clone_update,
+    make_clients,
+    make_plan,
+    make_specs,
+    make_state,
+    make_update,
+    quantised,
+)
+
+from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.model.spec import ParamSpec, model_hash
+from fedmoe_core.server.accumulator import Accumulator, SumSettings, dense_mean, expert_mean, gate_mean
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), count=st.integers(1, 7), seed=st.integers(0, 2**16))
+def test_inv13_any_order_and_any_grouping_give_the_same_bits(data: st.DataObject, count: int, seed: int) -> None:
+    clients = make_clients(count, seed)
+    straight = accumulate(clients).flatten()
+    order = data.draw(st.permutations(clients))
+    ranks = data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
+    groups = [accumulate([c for c, rank in zip(order, ranks, strict=True) if rank == r]) for r in range(4)]
+
+    tree = data.draw(st.permutations(groups))
+    merged = Accumulator(make_specs(), train_dense=True)
+    for group in tree:
+        merged.merge(group)
+    assert torch.equal(merged.flatten(), straight)
+    assert merged.accepted == count
+
+    reduced = Accumulator(make_specs(), train_dense=True)
+    reduced.load_flat(torch.stack([group.flatten() for group in groups]).sum(0))
+    assert torch.equal(reduced.flatten(), straight)
+
+
+def test_inv13_float32_sums_would_depend_on_order() -> None:
+    """The reason for integers: the same clients, summed as float32, differ between orders."""
+    deltas = [update.deltas["dense.head"] for update, _ in make_clients(6)]
+    results = {sum(order).numpy().tobytes() for order in itertools.islice(itertools.permutations(deltas), 50)}
+    assert len(results) > 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    scale_bits=st.integers(1, 62),
+    weight_bits=st.integers(1, 30),
+    value_bound=st.floats(1e-6, 1e6),
+    max_clients=st.integers(1, 10**6),
+)
+def test_inv13_settings_that_exist_cannot_overflow(
+    scale_bits: int, weight_bits: int, value_bound: float, max_clients: int
+) -> None:
+    """Python integers as the judge: every setting that is accepted holds max_clients updates at the very bound."""
+    try:
+        format_ = SumSettings(scale_bits, value_bound, 100.0, weight_bits, max_clients)
+    except ValueError:
+        return  # refused settings are the next tests' business
+    largest = torch.tensor([[value_bound]], dtype=torch.float64)
+    total = torch.zeros(1, 1, dtype=torch.int64)
+    spec = ParamSpec("moe.0.w", "expert", (1, 1), torch.float64, 0)
+    accumulator = Accumulator([spec], format_)
+    plan = make_plan(np.ones((1, 1), dtype=bool))
+    update = ClientUpdate(
+        0, 0, {"moe.0.w": largest}, np.ones((1, 1)), np.ones((1, 1)), 1.0, 1.0, None, plan.predicted, 1
+    )
+    assert accumulator.add(update, plan).accepted == (value_bound <= format_.norm_bound)
+    if accumulator.accepted:
+        total = accumulator.sums().numerators["moe.0.w"]
+        assert int(total) > 0
+        assert int(total) * max_clients < 2**63
+    assert format_.largest_sum < 2**63
+
+
+def test_inv13_sum_of_clients_at_the_bound_is_right_up_to_the_last_client() -> None:
+    """36 + 24 + 2 bits leave one bit of 63: three clients at the bound, all weights 1, sum without wrapping."""
+    format_ = SumSettings(scale_bits=36, weight_bits=24, max_clients=3)
+    accumulator = Accumulator(make_specs(), format_, train_dense=True)
+    for client in range(3):
+        plan = make_plan(ALL, client=client)
+        update = make_update(plan, train_dense=True)
+        ones = {key: torch.ones_like(delta) for key, delta in update.deltas.items()}
+        weights = {"expert_weight_LE": np.ones(SHAPE_LE), "router_weight_LE": np.ones(SHAPE_LE)}
+        assert accumulator.add(
+            replace(update, deltas=ones, sample_weight=1.0, gate_weight=1.0, **weights), plan
+        ).accepted
+    expected = 3 * (2**24 - 1) * 2**36
+    for numerator in accumulator.sums().numerators.values():
+        assert bool((numerator == expected).all())
+    state = make_state()
+    for key, new in expert_mean(accumulator.sums(), state).items():
+        assert torch.equal(new, (state[key].double() + 1.0).float())
+    plan = make_plan(ALL, client=3)
+    assert "the sums are full: max_clients is 3" in accumulator.add(make_update(plan, train_dense=True), plan).reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"scale_bits": 44}, "lower scale_bits to 40"),  # 2^40 * 2^12 * 1024 = 2^62
+        ({"max_clients": 1 << 20}, "max_clients to 32767"),  # 2^48 * 32767 < 2^63 = 2^48 * 32768
+        ({"weight_bits": 30}, "lower scale_bits to 22"),
+        ({"value_bound": 1e6}, "lower scale_bits to 21"),
+        ({"value_bound": 0.0}, "value_bound = 0.0 is not a positive"),
+        ({"norm_bound": float("nan")}, "norm_bound = nan is not a positive"),
+        ({"scale_bits": 3.5}, "scale_bits = 3.5 is not a whole number"),
+        ({"max_clients": 0}, "max_clients = 0 is not a whole number"),
+        ({"scale_bits": 8, "value_bound": 0.001}, "value_bound = 0.001 is not above 2^-8"),
+    ],
+)
+def test_inv13_impossible_settings_name_the_remedy(fields: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        SumSettings(**fields)  # type: ignore[arg-type]
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"scale_bits": 50}, {"weight_bits": 30}, {"value_bound": 1.99999999}, {"max_clients": 10**7}]
+)
+def test_inv13_the_named_remedy_works(fields: dict[str, float]) -> None:
+    with pytest.raises(ValueError) as caught:
+        SumSettings(**fields, **({} if "max_clients" in fields else {"max_clients": 20_000}))  # type: ignore[arg-type]
+    words = str(caught.value).split()
+    bits = int(words[words.index("scale_bits") + 2])
+    SumSettings(**{"max_clients": 20_000, **fields, "scale_bits": bits})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="past the 2"):
+        SumSettings(**{"max_clients": 20_000, **fields, "scale_bits": bits + 1})  # type: ignore[arg-type]
+
+
+def test_inv13_resolution_is_below_a_thousandth_of_the_learning_rate() -> None:
+    assert Accumulator(make_specs(), lr=2e-3).settings.resolution < 2e-6
+    with pytest.raises(ValueError, match="raise scale_bits to at least 19"):  # 2^-19 < 2e-6 < 2^-18
+        Accumulator(make_specs(), SumSettings(scale_bits=18), lr=2e-3)
+    Accumulator(make_specs(), SumSettings(scale_bits=19), lr=2e-3)
+    with pytest.raises(ValueError, match="not positive"):
+        Accumulator(make_specs(), lr=0.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(weight=st.floats(0, 1), bits=st.integers(1, 30))
+def test_inv13_weights_are_integers_that_keep_zero_one_and_presence(weight: float, bits: int) -> None:
+    format_ = SumSettings(scale_bits=10, weight_bits=bits, max_clients=1)
+    value = int(format_.quantise(weight))
+    assert (value == 0) == (weight == 0)
+    assert value <= format_.top_weight == int(format_.quantise(1.0))
+    assert abs(value / format_.top_weight - weight) <= 1 / format_.top_weight
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-6, 1e-11])
+def test_inv13_sums_are_within_half_a_unit_a_client_of_exact_rationals(size: float) -> None:
+    """Rounded once, after the exact product of weight and delta. A float32 of 0.1 has no bit below the grid, so only
+    the small sizes round at all; at 1e-11 a delta is below the grid of 1.5e-11 itself.
+    """
+    plans = [make_plan(ALL, client=client) for client in range(4)]
+    clients = [(make_update(plan, train_dense=True, size=size), plan) for plan in plans]
+    numerator = accumulate(clients).sums().numerators["dense.head"].view(-1)
+    for place in range(numerator.numel()):
+        exact = Fraction(0)
+        for update, _ in clients:
+            delta = Fraction(float(update.deltas["dense.head"].view(-1)[place]))
+            exact += round(quantised(update.sample_weight) * 4095) * delta * 2**36
+        assert abs(int(numerator[place]) - exact) <= Fraction(len(clients), 2)
+
+
+def test_inv13_blocks_do_not_change_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = make_clients(3)
+    whole = accumulate(clients).flatten()
+    for block in (1, 7, 30):  # below one row, below one tensor, several rows
+        monkeypatch.setattr("fedmoe_core.server.fixed_point.BLOCK_CPU", block)
+        assert torch.equal(accumulate(clients).flatten(), whole)
+
+
+def test_inv13_strided_and_float64_deltas_sum_like_plain_ones_and_stay_unchanged() -> None:
+    specs = make_specs(torch.float64)
+    plan = make_plan(ALL)
+    update = make_update(plan, train_dense=True, dtype=torch.float64)
+    strided = {key: d.mT.contiguous().mT if d.dim() > 1 else d for key, d in update.deltas.items()}
+    assert not strided["moe.0.w_in"].is_contiguous()
+    kept = clone_update(update)
+    one, two = (Accumulator(specs, train_dense=True) for _ in range(2))
+    assert one.add(update, plan).accepted
+    assert two.add(replace(update, deltas=strided), plan).accepted
+    assert torch.equal(one.flatten(), two.flatten())
+    assert all(torch.equal(update.deltas[key], kept.deltas[key]) for key in kept.deltas)
+
+
+def test_inv13_inputs_are_never_mutated() -> None:
+    update, plan = make_clients(1, full=True)[0]
+    kept, masks = clone_update(update), (plan.trainable_LE.copy(), plan.permitted_LE.copy())
+    state = make_state()
+    digest = model_hash(state)
+    sums = accumulate([(update, plan)]).sums()
+    expert_mean(sums, state)
+    for rule in ("row-wise", "normalised", "fedavg"):
+        gate_mean(sums, state, rule)
+    gate_mean(sums, state, "literal", s_global_size=2)
+    dense_mean(sums, state)
+    assert model_hash(state) == digest
+    assert all(torch.equal(update.deltas[key], kept.deltas[key]) for key in kept.deltas)
+    assert np.array_equal(update.expert_weight_LE, kept.expert_weight_LE)
+    assert np.array_equal(update.router_weight_LE, kept.router_weight_LE)
+    assert np.array_equal(plan.trainable_LE, masks[0])
+    assert np.array_equal(plan.permitted_LE, masks[1])
+
+
+def test_sums_record_is_unchanged_by_what_follows() -> None:
+    clients = make_clients(3, full=True)
+    accumulator = accumulate(clients[:2])
+    first = accumulator.sums()
+    kept = {key: value.clone() for key, value in first.numerators.items()}
+    accumulator.add(*clients[2])
+    second = accumulator.sums()
+    later = {key: value.clone() for key, value in second.numerators.items()}
+    accumulator.reset()
+    assert all(torch.equal(first.numerators[key], kept[key]) for key in kept)
+    assert all(torch.equal(second.numerators[key], later[key]) for key in later)
+    assert not any(torch.equal(kept[key], later[key]) for key in kept)
+    assert (first.accepted, second.accepted, accumulator.accepted) == (2, 3, 0)
+    assert second.round_den > first.round_den
+    accumulator.add(*clients[2])  # a reset forgets who was there
+    assert torch.equal(accumulator.flatten(), accumulate(clients[2:]).flatten())
+
+
+def test_a_client_counts_once() -> None:
+    clients = make_clients(2)
+    accumulator = accumulate(clients)
+    before = accumulator.flatten()
+    assert "already in the sums" in accumulator.add(*clients[0]).reason
+    assert torch.equal(accumulator.flatten(), before)
+    with pytest.raises(ValueError, match="client 1 is in both"):
+        accumulator.merge(accumulate(clients[1:]))
+
+
+def test_merging_what_does_not_fit_is_an_error() -> None:
+    accumulator = accumulate(make_clients(2), SumSettings(max_clients=2))
+    with pytest.raises(ValueError, match="differ in model or settings"):
+        accumulator.merge(accumulate([]))
+    other = Accumulator(make_specs(), SumSettings(max_clients=2), train_dense=True)
+    plan = make_plan(ALL, client=7)
+    other.add(make_update(plan, train_dense=True), plan)
+    before = accumulator.flatten()
+    with pytest.raises(ValueError, match="3 clients are past max_clients = 2"):
+        accumulator.merge(other)
+    with pytest.raises(ValueError, match="3 clients are past max_clients = 2"):
+        accumulator.load_flat(accumulator.flatten() + other.flatten())
+    for wrong in (accumulator.flatten()[1:], accumulator.flatten().int()):
+        with pytest.raises(ValueError, match="do not fit"):
+            accumulator.load_flat(wrong)
+    assert torch.equal(accumulator.flatten(), before)
+
+
+def test_models_that_cannot_be_summed_are_an_error() -> None:
+    specs = make_specs()
+    with pytest.raises(ValueError, match="share a key"):
+        Accumulator([*specs, specs[0]])
+    with pytest.raises(ValueError, match="same number"):
+        Accumulator([*specs, replace(specs[0], key="moe.2.router", shape=(6, 3), layer=2)])
+    with pytest.raises(ValueError, match="same number"):
+        Accumulator([spec for spec in specs if spec.kind == "dense"])
+    deeper, update = make_plan(np.ones((3, EXPERTS), dtype=bool)), make_update(make_plan(ALL))
+    with pytest.raises(ValueError, match="plan with the same model"):
+        Accumulator(specs).add(update, deeper)
+
+
+def _reduce_on_rank(rank: int, rendezvous: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    accumulator = accumulate(make_clients(5)[rank::2])
+    accumulator.all_reduce()
+    save_file({"sums": accumulator.flatten()}, f"{out}/{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_inv13_one_all_reduce_merges_ranks_to_the_same_bits(tmp_path: Path) -> None:
+    mp.start_processes(
+        _reduce_on_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2, start_method="fork", join=True
+    )
+    straight = accumulate(make_clients(5)).flatten()
+    for rank in range(2):
+        assert torch.equal(load_file(tmp_path / f"{rank}.safetensors")["sums"], straight)
+
+
+def test_counts_and_denominators_are_sums_over_accepted_clients() -> None:
+    clients = make_clients(5)
+    accumulator = accumulate(clients)
+    refused = replace(make_clients(6)[5][0], status="failed")
+    accumulator.add(refused, make_clients(6)[5][1])
+    sums = accumulator.sums()
+    quantise = sums.settings.quantise
+    assert sums.accepted == 5
+    assert sums.trained_LE.tolist() == sum(plan.trainable_LE.astype(int) for _, plan in clients).tolist()
+    assert sums.round_den == sums.dense_den == sum(int(quantise(update.sample_weight)) for update, _ in clients)
+    assert sums.gate_den == sum(int(quantise(update.gate_weight)) for update, _ in clients)
+    assert sums.expert_den_LE.tolist() == sum(quantise(update.expert_weight_LE) for update, _ in clients).tolist()
+    assert sums.router_den_LE.tolist() == sum(quantise(update.router_weight_LE) for update, _ in clients).tolist()
+
+
+def test_model_hash_tells_apart_what_differs() -> None:
+    """Key, dtype, shape and every byte count; order of insertion and memory layout do not."""
+    base = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(())}
+    same = {"b": torch.zeros(()), "a": torch.arange(6.0).view(2, 3).mT.contiguous().mT}
+    assert model_hash(base) == model_hash(same)
+    others = [
+        {"a": base["a"].view(3, 2), "b": base["b"]},
+        {"a": base["a"].view(torch.int32), "b": base["b"]},
+        {"a": base["a"], "c": base["b"]},
+        {"a": base["a"], "b": torch.tensor(-0.0)},
+        {"a": base["a"]},
+        {"a": base["a"].bfloat16(), "b": base["b"], "empty": torch.zeros(0, 3)},
+        {},
+    ]
+    assert len({model_hash(state) for state in [base, *others]}) == 1 + len(others)

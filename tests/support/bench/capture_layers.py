@@ -1,0 +1,107 @@
+"""Layers that a CUDA graph is to hold, by what they have; run as a script it takes them through the stand-in driver.
+
+As a script it is a child process, called with the folder of the driver, and prints what was found, as JSON by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmoe_core import MoE
+from fedmoe_core.layer.lora import LayerLora
+
+T, H, INNER, E, K = 64, 128, 128, 8, 2
+# Experts that train are not the first ones, so that the router's rows are put in order at every call.
+HELD, TRAINS = [True] * 6 + [False] * 2, [False, True, False, True] + [False] * 4
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all train": {"trainable": None, "permitted": None},
+    "none trains": {"trainable": [False] * E},
+    "statistics and importance": {"with_stats": True, "with_scores": True},
+    "recomputed": {"recompute": True},
+    "fp8": {"frozen_format": "fp8_e4m3"},
+    "4 bits": {"frozen_format": "nvfp4"},
+    "sigmoid": {"scoring": "sigmoid", "renormalize": False},
+    "no gate": {"activation": "relu"},
+    "adapters": {},
+    "an output scale": {},
+    "logits": {},
+}
+
+
+def layer_of(name: str, dtype: torch.dtype = torch.float16, *, sizes: tuple[int, int] = (H, INNER)) -> MoE:
+    """One of `LAYERS` on the CPU, with normal weights; `sizes` are the width of a token and that inside an expert."""
+    options: dict[str, Any] = {"permitted": HELD, "trainable": TRAINS} | LAYERS[name]
+    torch.manual_seed(0)
+    layer = MoE(*sizes, E, K, dtype=dtype, **options)
+    layer.keep_logits = name == "logits"
+    if name == "an output scale":
+        layer.start_out_scale(0.5)
+    if name == "adapters":
+        whole = MoE(*sizes, E, K, dtype=dtype).global_state()
+        lora = LayerLora.fresh(whole.w_in, whole.w_out, rank=16, scale=0.5, seed=0)
+        masks = {"permitted": HELD, "trainable": TRAINS}
+        layer.load_global(whole.router, whole.w_in, whole.w_out, **masks, lora=lora)
+    return layer
+
+
+def leaves_of(layer: MoE) -> list[Tensor]:
+    """What gets a gradient."""
+    used = [p for p in layer.parameters() if p.requires_grad]
+    if layer.lora_scale is not None:  # the experts' own stacks are empty, and nothing reads them
+        used = [p for p in used if p is not layer.w_in and p is not layer.w_out]
+    return [*used, *([] if layer.scores is None else [layer.scores.leaf_B6])]
+
+
+def step_of(layer: MoE, x: Tensor, mask_T: Tensor | None = None) -> Callable[[], None]:
+    """One forward and backward."""
+    leaves, dy = [x, *leaves_of(layer)], torch.empty_like(x)
+
+    def step() -> None:
+        torch.autograd.grad(layer(x, mask_T), leaves, dy)
+
+    return step
+
+
+def without_memory(layer: MoE) -> MoE:
+    """The layer on "meta", where every tensor that stays on the CPU is on another device."""
+    layer = layer.to("meta")
+    slots = copy.copy(layer._slot_map)  # made by hand: a SlotMap looks at its values when it is made
+    object.__setattr__(slots, "slot_of_expert", slots.slot_of_expert.to("meta"))
+    layer._slot_map = slots
+    return layer
+
+
+def main(folder: Path) -> None:
+    from bench.common.capture import findings_of
+    from bench.stand_in import driver as stand_in
+    from bench.stand_in.run import served
+
+    driver = stand_in.activate(stand_in.build(folder), "sm_90")
+    said: dict[str, Any] = {}
+    with served("sm_90"):
+        step = step_of(layer_of("plain"), torch.zeros(T, H, dtype=torch.float16, requires_grad=True))
+        with driver.capturing(), suppress(RuntimeError):  # what is refused is an error for Triton too
+            step()
+        said["not warmed up"] = {"findings": driver.findings()}
+        for name in LAYERS:
+            step = step_of(layer_of(name), torch.zeros(T, H, dtype=torch.float16, requires_grad=True))
+            step()
+            driver.reset()
+            with driver.capturing():
+                found = findings_of(step)
+            said[name] = {"launches": driver.counts().launches, "findings": [*driver.findings(), *found]}
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

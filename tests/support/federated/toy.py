@@ -1,0 +1,142 @@
+"""An algorithm that means nothing and uses everything: memory, own rows, served experts, probes, validation, gates."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmoe_core.algorithms import base as algorithms
+from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.budget.limits import Cost
+from fedmoe_core.layer.router_loss import SwitchBalance
+from fedmoe_core.messages.plan import Bench, ExpertPlan
+from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
+from fedmoe_core.server.accumulator import Sums, expert_mean
+from fedmoe_core.server.planning import plan_of_masks
+from fedmoe_core.server.state import ServerState
+
+
+@dataclass(frozen=True)
+class Toy(Algorithm):
+    """Client c holds every second expert; the others are served by the one merged expert of their layer."""
+
+    needs_validation = True
+    has_global_model = False
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        return [self._plan(state, client) for client in clients]
+
+    def _plan(self, state: ServerState, client: int) -> ExpertPlan:
+        spec, costs = self.population.spec, self.population.costs
+        ids = np.arange(spec.num_experts)
+        held_LE = np.tile((ids + client) % 2 == 0, (spec.num_layers, 1))
+        merged = int(np.flatnonzero(held_LE[0])[-1])
+        trainable_LE = held_LE & (ids != merged)
+        alias_LE = np.where(held_LE, -1, merged)
+        rows: dict[str, Mapping[int, Tensor]] = {}
+        for layer in range(spec.num_layers):
+            for name in ("w_in", "w_out"):
+                key = f"moe.{layer}.{name}"
+                rows[key] = {merged: state.params[key][[merged, *np.flatnonzero(~held_LE[layer])]].mean(dim=0)}
+            gate_EH = state.memory.get(f"gate/{client}/{layer}")
+            if gate_EH is not None:
+                rows[f"moe.{layer}.router"] = dict(enumerate(gate_EH))
+        everything_LE = np.ones_like(held_LE)
+        steps = 2
+        profiling = Cost(
+            memory_bytes=costs.forward_memory(everything_LE),
+            flops=costs.forward_flops(everything_LE, tokens=steps * costs.tokens),
+            bytes_up=8 * spec.num_layers,
+        )
+        return plan_of_masks(
+            self.population,
+            state,
+            client,
+            held_LE,
+            trainable_LE,
+            rows=rows,
+            alias_LE=alias_LE,
+            surcharge=profiling,
+            before=Profile(steps),
+            after=_trained_norm,
+            aux=SwitchBalance(0.01, served_only=True),
+            validate=True,
+            keeps=frozenset({"router"}),
+        )
+
+    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+        samples = self.population.sample_weight(plan.client)
+        if result.profile is None or result.validation is None:
+            return failed_update(plan, result, samples)
+        private = {"mass": result.probed["mass"]}
+        for layer, trained_E in enumerate(plan.trainable_LE):
+            key = f"moe.{layer}.router"
+            given = plan.rows.get(key)
+            start = self.population.spec.hidden_size
+            gate_EH = (
+                torch.stack([given[e] for e in range(len(given))]) if given else torch.zeros(len(trained_E), start)
+            )
+            gate_EH = gate_EH.clone()
+            gate_EH[np.flatnonzero(trained_E)] = result.kept[key]
+            private[f"gate/{layer}"] = gate_EH
+        return finished_update(
+            plan,
+            result,
+            samples=int(self.population.samples_C[plan.client]),
+            sample_weight=samples,
+            expert_weight_LE=samples * plan.trainable_LE,
+            router_weight_LE=np.zeros(plan.trainable_LE.shape),
+            gate_weight=0.0,
+            private=private,
+            metrics={"validation": result.validation.loss_sum / result.validation.count},
+        )
+
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        memory = dict(state.memory)
+        for update in updates:
+            for name, tensor in update.private.items():
+                kind, _, layer = name.partition("/")
+                memory[f"{kind}/{update.client}/{layer}".rstrip("/")] = tensor
+            if update.validation_profile is not None:
+                memory[f"rows/{update.client}"] = torch.from_numpy(update.validation_profile.rows_LE)
+        heard = {update.client: update.profile for update in updates if update.profile is not None}
+        params = {**state.params, **expert_mean(sums, state.params)}
+        return state.advance(params, heard, [update.client for update in updates], memory=memory)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Forward passes of the whole global model before training: the router's probability of every expert."""
+
+    steps: int
+
+    def __call__(self, bench: Bench) -> dict[str, Tensor]:
+        bench.adapter.configure(bench.params)
+        total = torch.zeros(bench.adapter.spec.num_layers, bench.adapter.spec.num_experts, dtype=torch.float64)
+        for _, batch in zip(range(self.steps), bench.batches(), strict=False):
+            bench.adapter.evaluate(batch, with_stats=True)
+            total += torch.stack([layer.last_stats.prob_sum_E for layer in bench.adapter.moe])
+        return {"mass": total}
+
+
+def _trained_norm(bench: Bench) -> dict[str, Tensor]:
+    return {"norm": torch.stack([layer.w_in.detach().norm() for layer in bench.adapter.moe])}
+
+
+def install() -> None:
+    """Make ``algorithm=random`` mean Toy, in this process."""
+    algorithms.PLACES = {**algorithms.PLACES, "random": "toy:Toy"}
+
+
+if __name__ == "__main__":
+    from fedmoe_core.cli.main import main
+
+    sys.modules["toy"] = sys.modules["__main__"]
+    install()
+    main()
