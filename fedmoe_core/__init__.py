@@ -12,14 +12,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Public names and the rooms they live in; loaded on first use, so that the command's --help needs no torch.
 _HOMES = {
-    "Accumulator": "aggregate",
-    "Budget": "budget",
-    "ClientUpdate": "update",
-    "Config": "config",
-    "ExpertPlan": "plan",
-    "MoE": "layer",
+    "Accumulator": "server.accumulator",
+    "Algorithm": "algorithms.base",
+    "Budget": "budget.limits",
+    "ClientUpdate": "messages.update",
+    "Config": "config.run_config",
+    "ExpertPlan": "messages.plan",
+    "MoE": "layer.moe",
 }
-__all__ = ["Accumulator", "Budget", "ClientUpdate", "Config", "ExpertPlan", "MoE", "simulate"]
+__all__ = ["Accumulator", "Algorithm", "Budget", "ClientUpdate", "Config", "ExpertPlan", "MoE", "simulate"]
 
 
 def __getattr__(name: str) -> Any:

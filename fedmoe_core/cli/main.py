@@ -318,7 +318,3 @@ def _finish(summary: dict[str, Any], run_dir: Path, *, as_json: bool) -> None:
             say(line)
     if found := problems(summary):
         _fail(f"{'; '.join(found)}; {run_dir}/ledger.jsonl and metrics.jsonl have every client", 1)
-
-
-if __name__ == "__main__":
-    main()

@@ -99,7 +99,7 @@ def render(runs: Sequence[Run], verdicts: Sequence[str]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    template = environment.from_string(files("fedmoe_core").joinpath("report.html.jinja").read_text("utf-8"))
+    template = environment.from_string(files("fedmoe_core.reporting").joinpath("report.html.jinja").read_text("utf-8"))
     parts = [_part(run, gallery, alone=not several) for run in runs]
     return template.render(title=title, css=theme.CSS, comparison=comparison, runs=parts).lstrip()
 

@@ -12,7 +12,7 @@ def settle_keys() -> int:
     has hashed that function before. So the keys, and with them what is found in the cache on disk, would depend on
     which kernel a process launches first. Nothing is hashed where Triton interprets: there it has no keys.
     """
-    names = sorted(part.name for part in pkgutil.iter_modules(__path__, f"{__name__}."))
+    names = sorted(part.name for part in pkgutil.walk_packages(__path__, f"{__name__}."))
     written = [(name, value) for name in names for value in vars(importlib.import_module(name)).values()]
     own = [value for name, value in written if getattr(value, "__module__", None) == name]
     return len([function.cache_key for function in own if hasattr(function, "cache_key")])
