@@ -48,10 +48,10 @@ def draw(earlier: Earlier) -> Figure:
         axes.plot(own_moved, own_loss, color=BLUE, lw=2.6, marker="o", ms=4)
         ends.append((own_loss[-1], own_moved[-1], TITLES[SUBJECT], BLUE))
         height = -1.0
-        for loss_end, x, text, colour in sorted(ends):
+        for loss_end, x, text, color in sorted(ends):
             height = max(loss_end, height + 0.033)  # labels must not lie on each other
-            weight = "bold" if colour == BLUE else "normal"
-            axes.annotate(text, (x, loss_end), (335, height), color=colour, fontsize=9, weight=weight, va="center")
+            weight = "bold" if color == BLUE else "normal"
+            axes.annotate(text, (x, loss_end), (335, height), color=color, fontsize=9, weight=weight, va="center")
         _message(axes, earlier, own_moved, own_loss)
         axes.set_xlim(-5, 330)
         axes.set_xlabel("moved by all clients, down and up (MB)")

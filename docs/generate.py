@@ -30,10 +30,10 @@ sys.path[:0] = [str(HOUSE / folder) for folder in (".", "kernels", "bindings")] 
 
 from fedmoe_core.algorithms.base import algorithm_class  # noqa: E402
 from fedmoe_core.base import show  # noqa: E402
-from fedmoe_core.budget.devices import COMPUTE_SECONDS, COMPUTE_SHARE, DEVICES, LINK_SECONDS
-from fedmoe_core.config.run_config import CLASSIFICATION_DEFAULTS, Config, flatten
-from fedmoe_core.config.schema import schema_of, write_toml
-from fedmoe_core.config.systems import PLACES, TAGS, System
+from fedmoe_core.budget.devices import COMPUTE_SECONDS, COMPUTE_SHARE, DEVICES, LINK_SECONDS  # noqa: E402
+from fedmoe_core.config.run_config import CLASSIFICATION_DEFAULTS, Config, flatten  # noqa: E402
+from fedmoe_core.config.schema import schema_of, write_toml  # noqa: E402
+from fedmoe_core.config.systems import PLACES, TAGS, System  # noqa: E402
 
 # Files of the repository that are pages of the site, under the site's names.
 CARRIED = {

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 from custom_data import write_texts  # the example beside this one; put your own texts there
-from fedmoe_core.compare import Study, compare
+
+from fedmoe_core.comparison.compare import compare
+from fedmoe_core.comparison.study import Study
 
 SHARED = ["clients=4", "rounds=2", "warmup.steps=20", "warmup.labels_per_class=4", "budgets=experts=25%;experts=50%"]
 QUICK = ["warmup.head_steps=10", "train.local_steps=4", "model_config.hidden_size=64", "model_config.heads=2"]

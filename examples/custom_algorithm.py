@@ -8,11 +8,11 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
-from fedmoe_core.planning import make_plan
-from fedmoe_core.reports import failed_update, finished_update
 
 from fedmoe_core import Config, simulate
-from fedmoe_core.algorithms import Algorithm
+from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.messages.update import failed_update, finished_update
+from fedmoe_core.server.planning import make_plan
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ def write_texts(path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in range(600):
             person = row % 6
-            favourite, other = ("sport", "money") if person < 3 else ("money", "sport")
-            subject = favourite if draw.random() < 0.8 else other
+            favorite, other = ("sport", "money") if person < 3 else ("money", "sport")
+            subject = favorite if draw.random() < 0.8 else other
             text = " ".join(draw.choices(WORDS[subject], k=2) + draw.choices(WORDS["sport"] + WORDS["money"], k=8))
             file.write(json.dumps({"text": text, "label": subject, "client": f"person {person}"}) + "\n")
 

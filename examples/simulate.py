@@ -6,9 +6,8 @@ python examples/simulate.py [OUT]
 import sys
 from pathlib import Path
 
-from fedmoe_core.report import report
-
 from fedmoe_core import Config, simulate
+from fedmoe_core.reporting.report import report
 
 SETTINGS = [
     "clients=4",

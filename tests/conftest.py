@@ -21,7 +21,7 @@ settings.load_profile("house")
 # Files with the longest single tests, and then the many of some seconds. They start first, so that no worker is left
 # with one of them at the end.
 LONGEST = (
-    *("test_rungs.py", "test_jobs.py", "test_no_network.py", "test_framework.py", "test_simulate.py"),
+    *("test_rungs.py", "test_jobs.py", "test_no_network.py", "test_framework.py", "test_run.py"),
     *("test_aot.py", "test_stand_in.py", "test_machine_code.py"),
 )
 

@@ -107,7 +107,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert f'version: "{facts["Version"]}"' in cited
 
 
-def test_the_licence_is_the_official_text() -> None:
+def test_the_license_is_the_official_text() -> None:
     ours, blank = "   Copyright 2026 The fedmoe authors\n", "   Copyright [yyyy] [name of copyright owner]\n"
     text = (HOUSE / "LICENSE").read_text("utf-8")
     assert text.count(ours) == 1
@@ -129,8 +129,9 @@ def test_the_installed_command_works_away_from_the_checkout(python: Path, tmp_pa
     cards = json.loads(run(python.with_name("fedmoe"), "systems", "--json", cwd=tmp_path))
     assert "hfedmoe" in [card["name"] for card in cards]
     code = (
-        "import sys; from fedmoe_core.config.systems import PLACES; from fedmoe_core.algorithms.base import algorithm_class as load; "
-        "import fedmoe_bindings.transformers.adapter; print({sys.modules[load(name).__module__].__file__ for name in PLACES})"
+        "import sys; from fedmoe_core.config.systems import PLACES; import fedmoe_bindings.transformers; "
+        "from fedmoe_core.algorithms.base import algorithm_class as load; "
+        "print({sys.modules[load(name).__module__].__file__ for name in PLACES})"
     )
     assert str(HOUSE) not in run(python, "-c", code, cwd=tmp_path)
 

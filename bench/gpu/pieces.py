@@ -240,7 +240,7 @@ def _walk(family: str) -> tuple[Any, list[Any]]:
     rows = shape.T * shape.K // shape.E
     start = tiles_for(ARCH, torch.bfloat16, rows, hidden=shape.H, inner=shape.I, gated=gated(shape))
     layer = layer_of(scaled(shape, rows), torch.bfloat16, "meta")
-    return layer, tune.neighbours(getattr(start, family), ARCH, family)[: tune.MOST]
+    return layer, tune.neighbors(getattr(start, family), ARCH, family)[: tune.MOST]
 
 
 def _tiles() -> list[str]:

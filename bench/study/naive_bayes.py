@@ -23,7 +23,7 @@ def naive_bayes_accuracy(data: FederatedData) -> float:
         raise ValueError(f"{data.source} has no labels; naive Bayes is a yardstick for classification only")
     if corpus.sha256 != data.corpus_sha256:
         raise ValueError(f"{data.source} changed since it was loaded; load it again")
-    train_P = np.concatenate([data.splits.labelled_P, *data.splits.private])
+    train_P = np.concatenate([data.splits.labeled_P, *data.splits.private])
     test_P = data.splits.test_P
     words = CountVectorizer()
     counts = words.fit_transform([corpus.texts[row] for row in train_P])

@@ -77,7 +77,7 @@ class Timed:
     ms: float
 
 
-def neighbours(base: Tile, arch: str, family: str) -> list[Tile]:
+def neighbors(base: Tile, arch: str, family: str) -> list[Tile]:
     """List `base` first, then what differs from it in one number or in two that go together."""
     steps = dict(STEPS)
     unused = {"split"} - ({"split"} if family in ("up", "data_gradient") else set())
@@ -269,7 +269,7 @@ class Search:
             if time.monotonic() > self.until:
                 say(f"  {family:16}out of time")
                 break
-            tried = neighbours(tile, self.arch, family)[: self.most]
+            tried = neighbors(tile, self.arch, family)[: self.most]
             if unreal is not None and self.pool is not None:
                 tried = fitting(unreal, family, tried, self.arch, self.pool, wordy=self.wordy)
             if real is None or not tried:

@@ -1,4 +1,9 @@
-"""Experts chosen again for every batch: a scoring pass, then a step in which only the chosen ones learn."""
+"""HFedMoE (arXiv 2601.00583): experts scored by importance, chosen under each budget, averaged over their trainers.
+
+Equation numbers are the paper's. Tags: [N] read through published notes, [D] derived, [E] our engineering reading where
+the paper is silent; ``(c, l, e)`` are client, MoE layer and expert, and the paper's set of experts is the union over
+all layers.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +145,7 @@ class HFedMoE(Algorithm):
         alpha = float(p_LE.sum()) / layers  # eq. 20; L bounds the sum, and 1/|S_global| is the server's to apply
         row_weight_LE = {
             "row-wise": p_LE,
-            "normalised": alpha * trained_LE,
+            "normalized": alpha * trained_LE,
             "literal": alpha * trained_LE,
             "fedavg": samples * trained_LE,
         }[gate_rule(self.population)]
@@ -204,4 +209,4 @@ def gate_rule(population: Population) -> GateRule:
     gate = population.config.aggregation.gate
     if gate != "auto":
         return gate
-    return "row-wise" if population.config.selection.mode == "compact" else "normalised"
+    return "row-wise" if population.config.selection.mode == "compact" else "normalized"

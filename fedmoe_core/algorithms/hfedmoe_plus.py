@@ -132,7 +132,7 @@ def as_hfedmoe(config: Config) -> Config:
     rule = config.selection
     if plus.importance == "taylor":
         rule = replace(rule, beta=0.0, beta_change=0.0)
-    gate = plus.gate if plus.gate == "normalised" else "row-wise"
+    gate = plus.gate if plus.gate == "normalized" else "row-wise"
     return replace(
         config,
         selection=replace(rule, score=score, explore=plus.explore),

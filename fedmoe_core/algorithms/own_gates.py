@@ -7,11 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedmoe_core.layer.slots import OwnRows
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.spec import ModelSpec
 from fedmoe_core.server.state import ServerState
-
-Rows = dict[str, dict[int, Tensor]]
 
 
 def gate_keys(spec: ModelSpec) -> list[str]:
@@ -19,7 +18,7 @@ def gate_keys(spec: ModelSpec) -> list[str]:
     return [f"moe.{layer}.router" for layer in range(spec.num_layers)]
 
 
-def own_rows(state: ServerState, spec: ModelSpec, client: int) -> Rows:
+def own_rows(state: ServerState, spec: ModelSpec, client: int) -> OwnRows:
     """Return the rows of a plan for the gate that the client has kept; before it has one, the server's.
 
     What a client keeps lies in the server's memory under ``gate/CLIENT``, (L, E, H): the simulation's stand-in for the

@@ -8,7 +8,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Rows:
+class AdditiveCosts:
     """Additive resources: a plan is inside its budget where ``base_D + sum of the chosen experts' costs`` is.
 
     Attributes:

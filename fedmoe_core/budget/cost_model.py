@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from fedmoe_core.budget.additive import Rows
+from fedmoe_core.budget.additive import AdditiveCosts
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.budget.trunk_cost import UNMEASURED, TrunkCost
 
@@ -265,7 +265,7 @@ class CostModel:
             experts=self.base_experts + (self.chosen_per_batch or int(counted_LE.sum())),
         )
 
-    def rows(self, mode: Mode, *, top_k: int | None = None, first_participation: bool = True) -> Rows:
+    def rows(self, mode: Mode, *, top_k: int | None = None, first_participation: bool = True) -> AdditiveCosts:
         """Return the additive resources of a plan in which every chosen expert trains.
 
         In compact mode an expert that is not chosen does not exist; in backward-masked mode it is held and frozen,
@@ -292,7 +292,7 @@ class CostModel:
         # In backward-masked mode the frozen are all there already, and an expert budget counts those that train.
         frozen = {"memory": self.frozen_bytes, "down": expert_down, "up": 0, "experts": 1}
         frozen_D = np.array([frozen[name] * compact for name in names], dtype=np.int64)
-        return Rows(names, np.array(bases, dtype=np.int64), np.stack(costs).astype(np.int64), frozen_D)
+        return AdditiveCosts(names, np.array(bases, dtype=np.int64), np.stack(costs).astype(np.int64), frozen_D)
 
     def calibrated(
         self, peaks: Mapping[int, Sequence[int]], permitted_LE: np.ndarray, trainable_LE: np.ndarray, **measured: float

@@ -25,8 +25,8 @@ def _plan_table(rows: list[PlanRow], config: Config) -> Table:
     def against(cost: float, limit: float | None, text: Any) -> str:
         if limit is None:
             return str(text(cost))
-        colour = "red" if cost > limit else "green"
-        return f"[{colour}]{text(cost)}[/{colour}] / {text(limit)}"
+        color = "red" if cost > limit else "green"
+        return f"[{color}]{text(cost)}[/{color}] / {text(limit)}"
 
     for row in rows:
         table.add_row(

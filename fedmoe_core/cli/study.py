@@ -16,7 +16,7 @@ from fedmoe_core.base.say import say
 from fedmoe_core.base.wording import visible
 
 if TYPE_CHECKING:
-    from fedmoe_core.comparison.jobs import Outcome
+    from fedmoe_core.comparison.jobs import JobOutcome
     from fedmoe_core.comparison.study import Study
 
 Words = Annotated[
@@ -50,7 +50,7 @@ class Watch:
     def __init__(self, total: int, console: Console) -> None:
         self.total, self.done, self.console = total, 0, console
 
-    def __call__(self, outcome: Outcome, left: float) -> None:
+    def __call__(self, outcome: JobOutcome, left: float) -> None:
         self.done += 1
         how = f"failed: {outcome.error}" if outcome.error else "done before" if outcome.cached else "done"
         parts = [f"{self.done}/{self.total}", f"{outcome.job.name}: {how}"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmoe_core.budget.peak_memory import resident_bytes, tensor_bytes, trace_memory
 from fedmoe_core.data.batches import Batch
-from fedmoe_core.messages.plan import Bench, Probe
+from fedmoe_core.messages.plan import Probe, ProbeContext
 from fedmoe_core.messages.profile import ClientProfile, ExpertFeedback, profile_arrays
 from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.model.spec import Evaluation, PlaceLosses
@@ -148,7 +148,7 @@ def _fare(adapter: ModelAdapter, places: PlaceLosses) -> np.ndarray:
 
 
 def run_probe(
-    probe: Probe | None, bench: Bench, device: torch.device, *, afresh: bool = False
+    probe: Probe | None, context: ProbeContext, device: torch.device, *, afresh: bool = False
 ) -> tuple[dict[str, Tensor], int]:
     """Return a probe's answer, detached and on the CPU, and its peak memory in bytes; nothing where there is no probe.
 
@@ -158,14 +158,14 @@ def run_probe(
     """
     if probe is None:
         return {}, 0
-    model, spec = bench.adapter.model, bench.adapter.spec
+    model, spec = context.adapter.model, context.adapter.spec
     if afresh:
         first_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
         first_LE[:, 0] = True
-        bench.adapter.configure(bench.params, permitted_LE=first_LE)
+        context.adapter.configure(context.params, permitted_LE=first_LE)
     before = [weakref.ref(tensor) for tensor in (*model.parameters(), *model.buffers())]
     resident = resident_bytes(model)
-    answer, trace = trace_memory(partial(probe, bench), device)
+    answer, trace = trace_memory(partial(probe, context), device)
     model.zero_grad(set_to_none=True)
     found = {name: tensor.detach().cpu().clone() for name, tensor in answer.items()}
     if device.type == "cpu":  # where freeing what was there before lowers no peak, see trace_memory

@@ -21,7 +21,7 @@ from fedmoe_core.client.step import Stepper, local_optimizer, log_prior
 from fedmoe_core.client.submodel import configure_for, kind_of, received_bytes, returned_bytes, start_of
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
-from fedmoe_core.messages.plan import Batches, Bench, ExpertPlan
+from fedmoe_core.messages.plan import Batches, ExpertPlan, ProbeContext
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.model.adapter import ModelAdapter
 
@@ -60,12 +60,12 @@ def train_client(
     """
     began = time.perf_counter()
     prior_C = log_prior(class_shares_C, train, next(adapter.model.parameters()).device)
-    bench = Bench(adapter, params, plan, train, redraw, validation, prior_C)
+    context = ProbeContext(adapter, params, plan, train, redraw, validation, prior_C)
     # Until the tensors that were sent have been counted, the prediction stands for them.
     sent = plan.predicted.bytes_down - plan.surcharge.bytes_down
     meter = _Meter(bytes_down=sent, experts=plan.counted_experts + costs.base_experts)
     try:
-        return _train(bench, batches, meter, costs=costs)
+        return _train(context, batches, meter, costs=costs)
     except FAILURES as error:
         cost = Cost(
             memory_bytes=max(meter.memory_bytes, resident_bytes(adapter.model)),
@@ -111,18 +111,18 @@ class _Meter:
         return cast(T, result)
 
 
-def _train(bench: Bench, batches: Iterable[Batch], meter: _Meter, *, costs: CostModel) -> LocalResult:
+def _train(context: ProbeContext, batches: Iterable[Batch], meter: _Meter, *, costs: CostModel) -> LocalResult:
     began = time.perf_counter()
-    adapter, plan, train = bench.adapter, bench.plan, bench.train
+    adapter, plan, train = context.adapter, context.plan, context.train
     device = next(adapter.model.parameters()).device
-    probed, meter.memory_bytes = run_probe(plan.before, bench, device, afresh=True)
+    probed, meter.memory_bytes = run_probe(plan.before, context, device, afresh=True)
     extracting = time.perf_counter()
-    configure_for(adapter, bench.params, plan, train_dense=train.trunk == "fedavg")
+    configure_for(adapter, context.params, plan, train_dense=train.trunk == "fedavg")
     extracted = time.perf_counter()
     meter.bytes_down = received_bytes(adapter, plan)
     chooser = None if plan.per_batch is None else BatchChooser(adapter, plan.per_batch, costs, plan.top_k)
     optimizer = local_optimizer(adapter, train) if chooser is None else SlotAdamW(adapter, train)
-    stepper = Stepper(adapter, optimizer, train, seed=plan.seed, log_prior_C=bench.log_prior_C, aux=plan.aux)
+    stepper = Stepper(adapter, optimizer, train, seed=plan.seed, log_prior_C=context.log_prior_C, aux=plan.aux)
     sums = ProfileSums(adapter)
     losses: list[float] = []
     tokens, begun = 0, 0
@@ -169,17 +169,17 @@ def _train(bench: Bench, batches: Iterable[Batch], meter: _Meter, *, costs: Cost
     trained = adapter.trained()
     staying = plan.keeps | {"scale"}
     # Adapters that the state does not have are sent whole: only this client knows what they started from.
-    whole = {key for key in trained if key not in bench.params}
+    whole = {key for key in trained if key not in context.params}
     kept = {key: new.clone() for key, new in trained.items() if key in whole or kind_of(key) in staying}
     returned = [kept[key] for key in whole if kind_of(key) not in staying]
-    deltas = {key: new - start_of(bench.params, key, plan) for key, new in trained.items() if key not in kept}
+    deltas = {key: new - start_of(context.params, key, plan) for key, new in trained.items() if key not in kept}
     profile = sums.finish()
     flops, meter.bytes_down = spent(), received_bytes(adapter, plan)  # choices per batch have changed what it holds
-    answer, peak = run_probe(plan.after, bench, device)
+    answer, peak = run_probe(plan.after, context, device)
     found = None
     if plan.validate:
-        resident, held_out = resident_bytes(adapter.model, optimizer), list(bench.validation())
-        judge = partial(validate, adapter, held_out, log_prior_C=bench.log_prior_C)
+        resident, held_out = resident_bytes(adapter.model, optimizer), list(context.validation())
+        judge = partial(validate, adapter, held_out, log_prior_C=context.log_prior_C)
         found = meter.run(judge, device, resident=resident)
     cost = Cost(
         memory_bytes=max(meter.memory_bytes, peak),

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from fedmoe_core.base.show import plural
 from fedmoe_core.comparison import figures
-from fedmoe_core.comparison.jobs import Job, Outcome, other_runs, remaining, run_jobs
-from fedmoe_core.comparison.run_figures import Measures, measure
+from fedmoe_core.comparison.jobs import Job, JobOutcome, other_runs, remaining, run_jobs
+from fedmoe_core.comparison.run_figures import RunFigures, figures_of
 from fedmoe_core.comparison.study import Study, write_record
 from fedmoe_core.comparison.table import markdown, rows_of
 from fedmoe_core.reporting.run import read_runs
@@ -37,7 +37,7 @@ class StudyResult:
     notes: Sequence[str]
 
 
-def compare(study: Study, watch: Callable[[Outcome, float], None], *, force: bool = False) -> StudyResult:
+def compare(study: Study, watch: Callable[[JobOutcome, float], None], *, force: bool = False) -> StudyResult:
     """Run what is missing, then write ``compare.json``, ``table.md`` and the figures from what is there.
 
     Args:
@@ -83,10 +83,10 @@ def other_code(study: Study, jobs: Sequence[Job]) -> list[str]:
 
 def write(study: Study, done: Sequence[Job]) -> list[str]:
     """Write everything that finished runs can tell; return the table's lines."""
-    measured: dict[str, list[Measures]] = {}
+    measured: dict[str, list[RunFigures]] = {}
     for job in done:
         (run,) = read_runs([job.out])
-        measured.setdefault(job.variant.label, []).append(measure(run, job.variant.label))
+        measured.setdefault(job.variant.label, []).append(figures_of(run, job.variant.label))
     if not measured:
         return []
     if study.beside:

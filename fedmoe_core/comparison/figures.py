@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from fedmoe_core.base.wording import visible
-from fedmoe_core.comparison.run_figures import Measures
+from fedmoe_core.comparison.run_figures import RunFigures
 from fedmoe_core.reporting.theme import GRID, INK, MUTED, PALETTE, RC
 
 WIDTH = 10.4  # inches, as the figures of a report
@@ -21,11 +21,11 @@ LINES = ("-", "--", ":", "-.")  # seven colours do not reach for a dozen systems
 
 def styles(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Assign a colour and a line style to each system; no two share both."""
-    kinds = [(colour, line) for line in LINES for colour in PALETTE]
+    kinds = [(color, line) for line in LINES for color in PALETTE]
     return dict(zip(labels, cycle(kinds)))
 
 
-def tiers(runs: Mapping[str, Sequence[Measures]]) -> Figure:
+def tiers(runs: Mapping[str, Sequence[RunFigures]]) -> Figure:
     """Draw one panel per tier: each system's clients against the first system's, paired by seed, with 95 % intervals.
 
     Paired, because seeds differ in their data by far more than systems differ on the same data.
@@ -41,10 +41,10 @@ def tiers(runs: Mapping[str, Sequence[Measures]]) -> Figure:
             for place, label in enumerate(labels):
                 of_seed = {run.seed: run.tier_mean[tier] * scale for run in runs[label]}
                 gaps = np.array([of_seed[seed] - own[seed] for seed in sorted(set(own) & set(of_seed))])
-                colour = INK if all(run.budgeted for run in runs[label]) else MUTED
+                color = INK if all(run.budgeted for run in runs[label]) else MUTED
                 if len(gaps):
                     half = interval(gaps)
-                    axes.errorbar(gaps.mean(), -place, xerr=half, fmt="o", ms=4.5, color=colour, lw=1.4, mec="white")
+                    axes.errorbar(gaps.mean(), -place, xerr=half, fmt="o", ms=4.5, color=color, lw=1.4, mec="white")
             axes.set_yticks([-place for place in range(len(labels))], list(map(visible, labels)))
             mean = fmean(own.values())
             axes.set_title(f"{visible(tier)}: {mean:.1f} %" if first.accuracy else f"{visible(tier)}: {mean:.3f}")
@@ -59,7 +59,7 @@ def tiers(runs: Mapping[str, Sequence[Measures]]) -> Figure:
     return figure
 
 
-def learning(runs: Mapping[str, Sequence[Measures]]) -> Figure:
+def learning(runs: Mapping[str, Sequence[RunFigures]]) -> Figure:
     """Draw the mean over clients and seeds against bytes moved both ways."""
     kinds = styles(list(runs))
     first = next(iter(runs.values()))[0]
@@ -71,8 +71,8 @@ def learning(runs: Mapping[str, Sequence[Measures]]) -> Figure:
             points = list(zip(*(run.curve for run in of_seed), strict=False))  # rounds that every seed has
             moved = [fmean(spent.bytes_moved for spent, _ in point) / 2**30 for point in points]
             quality = [fmean(value for _, value in point) * scale for point in points]
-            colour, line = kinds[label]
-            axes.plot(moved, quality, color=colour, ls=line, lw=1.8, label=visible(label))
+            color, line = kinds[label]
+            axes.plot(moved, quality, color=color, ls=line, lw=1.8, label=visible(label))
         axes.set_xlabel("moved, both ways, all clients (GiB)")
         axes.set_title(f"{'accuracy (%)' if first.accuracy else 'held-out loss (nats)'}, mean over clients and seeds")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)

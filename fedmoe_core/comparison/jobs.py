@@ -94,7 +94,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     """How one job ended: ``error`` is empty when its summary is there."""
 
     job: Job
@@ -150,9 +150,9 @@ def run_jobs(
     words: Sequence[str],
     *,
     workers: int,
-    watch: Callable[[Outcome, float], None],
+    watch: Callable[[JobOutcome, float], None],
     again: Collection[Path] = (),
-) -> list[Outcome]:
+) -> list[JobOutcome]:
     """Do what is not done yet, ``workers`` processes at once; a failed run is an outcome, never the end of the rest.
 
     Args:
@@ -166,7 +166,7 @@ def run_jobs(
         KeyboardInterrupt: after the running processes have been stopped; their checkpoints stay.
     """
     done = {job.out for job in jobs if job.out not in again and job.finished()}
-    outcomes = [Outcome(job, 0.0, cached=True) for job in jobs if job.out in done]
+    outcomes = [JobOutcome(job, 0.0, cached=True) for job in jobs if job.out in done]
     waiting = [job for job in jobs if job.out not in done]
     for outcome in outcomes:
         watch(outcome, float("nan"))
@@ -181,7 +181,7 @@ def run_jobs(
             for process in [process for process in running if process.poll() is not None]:
                 job, began = running.pop(process)
                 took.append(time.monotonic() - began)
-                outcome = Outcome(job, took[-1], _error(job, process))
+                outcome = JobOutcome(job, took[-1], _error(job, process))
                 outcomes.append(outcome)
                 watch(outcome, sum(took) / len(took) * (len(waiting) + len(running) / 2) / workers)
             time.sleep(0.2)

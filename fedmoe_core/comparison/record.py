@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmoe_core.comparison.run_figures import Measures
+from fedmoe_core.comparison.run_figures import RunFigures
 from fedmoe_core.simulation.identity import Identity
 
 
@@ -30,7 +30,7 @@ class Earlier:
     identity: Identity
     shared: Mapping[str, Any]
     systems: Mapping[str, tuple[str, ...]]
-    measured: Mapping[str, tuple[Measures, ...]]
+    measured: Mapping[str, tuple[RunFigures, ...]]
 
     @classmethod
     def read(cls, path: Path) -> Earlier:
@@ -42,7 +42,7 @@ class Earlier:
         """
         try:
             record = json.loads(path.read_text("utf-8"))
-            measured = {label: tuple(map(Measures.of, runs)) for label, runs in record["runs"].items()}
+            measured = {label: tuple(map(RunFigures.of, runs)) for label, runs in record["runs"].items()}
             systems = {label: tuple(words) for label, words in record["systems"].items()}
             identity = Identity.read(record["identity"])
             if identity is None:

@@ -28,7 +28,7 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Measures:
+class RunFigures:
     """One run.
 
     Attributes:
@@ -77,7 +77,7 @@ class Measures:
         return self.budgeted and self.trained
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Measures:
+    def of(cls, record: Mapping[str, Any]) -> RunFigures:
         """Rebuild the measures that ``dataclasses.asdict`` and JSON made of one.
 
         Raises:
@@ -100,7 +100,7 @@ class Measures:
         return None
 
 
-def measure(run: Run, label: str) -> Measures:
+def figures_of(run: Run, label: str) -> RunFigures:
     """Return the measures of a finished run.
 
     Raises:
@@ -120,7 +120,7 @@ def measure(run: Run, label: str) -> Measures:
     peaks = [(predicted, real) for predicted, real in peaks if real]
     ratios = [predicted / real for predicted, real in peaks]
     lost = [r["lost_mass"] for r in run.rounds if show.known(r.get("lost_mass"))]
-    return Measures(
+    return RunFigures(
         label=label,
         seed=run.seed,
         accuracy=accuracy,

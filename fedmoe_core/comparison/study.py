@@ -15,7 +15,7 @@ from typing import Any
 from fedmoe_core.base.files import write_json
 from fedmoe_core.comparison.jobs import Job, Variant, config_of, make_jobs, parse_seeds, parse_variants
 from fedmoe_core.comparison.record import Earlier
-from fedmoe_core.comparison.run_figures import Measures
+from fedmoe_core.comparison.run_figures import RunFigures
 from fedmoe_core.comparison.table import Row
 from fedmoe_core.config.run_config import usable_cores
 from fedmoe_core.config.systems import ALGORITHMS, concerns
@@ -114,7 +114,7 @@ class Study:
         kept: dict[str, Any] = json.loads(json.dumps({key: value for key, value in decisive.items() if key not in OWN}))
         return kept
 
-    def runs_beside(self) -> dict[str, list[Measures]]:
+    def runs_beside(self) -> dict[str, list[RunFigures]]:
         """Return the earlier comparison's runs of the systems that this one does not run itself, of its seeds.
 
         A setting that the earlier record does not know came later: it stood at what is now its default, or it was not
@@ -151,7 +151,7 @@ class Study:
         return {label: [run for run in runs if run.seed in self.seeds] for label, runs in found.items()}
 
 
-def write_record(study: Study, measured: Mapping[str, Sequence[Measures]], rows: Sequence[Row]) -> None:
+def write_record(study: Study, measured: Mapping[str, Sequence[RunFigures]], rows: Sequence[Row]) -> None:
     """Write ``compare.json``: the command, what was shared, every system's words, and every run's numbers."""
     own = {variant.label: list(variant.words) for variant in study.variants}
     earlier = study.beside

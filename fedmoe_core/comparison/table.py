@@ -10,7 +10,7 @@ from statistics import fmean
 
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
-from fedmoe_core.comparison.run_figures import Measures, Spent
+from fedmoe_core.comparison.run_figures import RunFigures, Spent
 from fedmoe_core.comparison.significance import Comparison, MeanInterval, best_of, mean_interval
 
 
@@ -29,7 +29,7 @@ class Row:
     """One system.
 
     Attributes:
-        label, seeds, accuracy, budgeted: as in ``Measures``.
+        label, seeds, accuracy, budgeted: as in ``RunFigures``.
         qualities: by name: "global", "clients", "lower tiers" (the first half of them, each tier weighing the same),
             and "mean TIER" and "worst TIER" of every tier.
         to_target: seeds that reached the target, and the mean of what those had spent; None = none did.
@@ -68,7 +68,7 @@ class Row:
         return "" if self.budgeted else " (not inside the budgets)"
 
 
-def rows_of(measured: Mapping[str, Sequence[Measures]], *, target: float | None = None) -> list[Row]:
+def rows_of(measured: Mapping[str, Sequence[RunFigures]], *, target: float | None = None) -> list[Row]:
     """Make one row for each system, in the order given; the first is the subject of the tests.
 
     Systems that passed a budget, or did not train, are shown but are not candidates for best. Tests pair runs of equal
@@ -122,12 +122,12 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _readers(first: Measures) -> dict[str, Callable[[Measures], float | None]]:
-    def tier(kind: str, name: str) -> Callable[[Measures], float | None]:
+def _readers(first: RunFigures) -> dict[str, Callable[[RunFigures], float | None]]:
+    def tier(kind: str, name: str) -> Callable[[RunFigures], float | None]:
         return lambda run: getattr(run, f"tier_{kind}")[name]
 
     lower = list(first.tier_mean)[: len(first.tier_mean) // 2]
-    readers: dict[str, Callable[[Measures], float | None]] = {
+    readers: dict[str, Callable[[RunFigures], float | None]] = {
         "global": lambda run: run.whole,
         "clients": lambda run: run.clients,
     }
@@ -139,7 +139,7 @@ def _readers(first: Measures) -> dict[str, Callable[[Measures], float | None]]:
 
 
 def _judge(
-    runs: Mapping[str, Sequence[Measures]], read: Callable[[Measures], float | None], *, more: bool
+    runs: Mapping[str, Sequence[RunFigures]], read: Callable[[RunFigures], float | None], *, more: bool
 ) -> dict[str, Quality]:
     values = {label: {run.seed: read(run) for run in of_seed} for label, of_seed in runs.items()}
     known = {
@@ -160,7 +160,7 @@ def _judge(
     }
 
 
-def _half_way(runs: Mapping[str, Sequence[Measures]]) -> dict[int, float]:
+def _half_way(runs: Mapping[str, Sequence[RunFigures]]) -> dict[int, float]:
     """Return, by seed, the midpoint of best start and best end of systems inside the budgets (all, if none is).
 
     A seed in which no end is better than the best start has none: the best start would be there before round 1.
@@ -177,7 +177,7 @@ def _half_way(runs: Mapping[str, Sequence[Measures]]) -> dict[int, float]:
     return goals
 
 
-def _row(label: str, runs: Sequence[Measures], qualities: Mapping[str, Quality], goals: Mapping[int, float]) -> Row:
+def _row(label: str, runs: Sequence[RunFigures], qualities: Mapping[str, Quality], goals: Mapping[int, float]) -> Row:
     aims = [(run, goals[run.seed]) for run in runs if run.seed in goals]
     reached = [spent for run, goal in aims if (spent := run.to_target(goal)) is not None]
     lost = [run.lost_mass for run in runs if run.lost_mass is not None]

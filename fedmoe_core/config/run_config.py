@@ -140,7 +140,7 @@ class Config:
         chosen = read_toml(path, schema) if path else {}
         chosen |= dict(parse_override(text, schema) for text in overrides)
         data = chosen.get("data", Config.data)
-        preset = CLASSIFICATION_DEFAULTS if isinstance(data, str) and is_labelled(data) else {}
+        preset = CLASSIFICATION_DEFAULTS if isinstance(data, str) and is_labeled(data) else {}
         return build(Config, {**preset, **chosen})
 
     def resolved(self) -> Config:
@@ -199,7 +199,7 @@ def usable_cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def is_labelled(data: str) -> bool:
+def is_labeled(data: str) -> bool:
     """Tell whether ``Config.data`` has labels: every CSV does, a JSONL file if its first object has a ``label``."""
     kind, _, name = data.partition(":")
     if kind != "jsonl":

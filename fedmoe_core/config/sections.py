@@ -90,7 +90,7 @@ class AggregationConfig:
     # participation: mean over the clients that trained an expert (eq. 17); damped: over all clients of the round
     experts: Literal["participation", "damped"] = "participation"
     # how routers are averaged (eqs. 18-21); auto: by selection.mode
-    gate: Literal["auto", "row-wise", "normalised", "literal", "fedavg"] = "auto"
+    gate: Literal["auto", "row-wise", "normalized", "literal", "fedavg"] = "auto"
     tau: Share = 0.0  # usage threshold of eq. 17: a client that uses an expert less does not vote on it
     tau_change: float = 0.0  # what the last round adds to tau
     # samples: a client counts by its number of samples; uniform: all clients count alike
@@ -137,7 +137,7 @@ class PlusConfig:
     importance: Literal["taylor", "s", "ib", "hits"] = "taylor"
     mean: Literal["participation", "damped"] = "participation"  # as aggregation.experts
     # personal: each client keeps its own router; frozen: routers neither train nor travel
-    gate: Literal["personal", "row-wise", "frozen", "normalised"] = "personal"
+    gate: Literal["personal", "row-wise", "frozen", "normalized"] = "personal"
     explore: Share = 0.0  # as selection.explore; measured to cost a little on two corpora
     # of what a client could train, the share that it trains; what that saves buys frozen experts
     train_share: Annotated[float, Between(0.01, 1.0)] = 0.5

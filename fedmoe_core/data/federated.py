@@ -67,7 +67,7 @@ class FederatedData:
     seed: int
     tokenizer: TextTokenizer
     public: Encoded
-    public_labelled: Encoded | None
+    public_labeled: Encoded | None
     clients: tuple[ClientData, ...]
     test: Encoded | None
     class_names: tuple[str, ...]
@@ -169,7 +169,7 @@ def load_data(
     public = encoded.take(splits.public_P)
     if corpus.labels_P is not None:
         encoded = replace(encoded, labels_P=torch.from_numpy(corpus.labels_P))
-        given = np.isin(splits.public_P, splits.labelled_P)
+        given = np.isin(splits.public_P, splits.labeled_P)
         shown = np.where(given, corpus.labels_P[splits.public_P], -1)
         public = replace(public, labels_P=torch.from_numpy(shown))
         sizes_P = np.ones_like(sizes_P)
@@ -181,7 +181,7 @@ def load_data(
         seed=seed,
         tokenizer=trained,
         public=public,
-        public_labelled=None if corpus.labels_P is None else encoded.take(splits.labelled_P),
+        public_labeled=None if corpus.labels_P is None else encoded.take(splits.labeled_P),
         clients=tuple(
             ClientData(
                 _client_name(splits.partition, client, names),

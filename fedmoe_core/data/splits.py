@@ -34,7 +34,7 @@ class Splits:
     """
 
     public_P: np.ndarray
-    labelled_P: np.ndarray
+    labeled_P: np.ndarray
     test_P: np.ndarray
     private: tuple[np.ndarray, ...]
     tests: tuple[np.ndarray, ...]
@@ -159,13 +159,13 @@ def _split_rows(corpus: Corpus, clients: int, scheme: str, seeds: tuple[int, int
     seed, labels_per_class = seeds
     if labels_per_class < 1:
         raise ValueError(f"labels_per_class={labels_per_class} must be at least 1, or the head learns nothing")
-    public, labelled, test, pool = [], [], [], []
+    public, labeled, test, pool = [], [], [], []
     for label in range(len(corpus.class_names)):
         rows = counter_rng(seed, "classes", label).permutation(np.flatnonzero(corpus.labels_P == label))
         first = max(1, _share(len(rows), PUBLIC_ROWS))
         second = first + max(1, _share(len(rows), TEST_ROWS))
         public.append(rows[:first])
-        labelled.append(rows[: min(first, labels_per_class)])
+        labeled.append(rows[: min(first, labels_per_class)])
         test.append(rows[first:second])
         pool.append(rows[second:])
     pool_P = np.sort(np.concatenate(pool))
@@ -174,7 +174,7 @@ def _split_rows(corpus: Corpus, clients: int, scheme: str, seeds: tuple[int, int
     test_P = counter_rng(seed, "test order").permutation(np.concatenate(test))
     private = tuple(pool_P[owner == client] for client in range(clients))
     tests = tuple(_same_mix(corpus.labels_P, test_P, rows) for rows in private)
-    return Splits(np.sort(np.concatenate(public)), np.sort(np.concatenate(labelled)), test_P, private, tests, scheme)
+    return Splits(np.sort(np.concatenate(public)), np.sort(np.concatenate(labeled)), test_P, private, tests, scheme)
 
 
 def _same_mix(labels_P: np.ndarray, test_P: np.ndarray, private: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from fedmoe_kernels.slot_map import SlotMap
 def stack(rows: Mapping[int, Tensor] | Tensor, ids: Sequence[int], like: Tensor) -> Tensor:
     """Make a fresh tensor of the rows ``ids``; with no ids, an empty one shaped as the rows of ``like`` (any, ...).
 
-    Rows are read one after another, so that those made on reading never exist all at once.
+    OwnRows are read one after another, so that those made on reading never exist all at once.
     """
     stacked = like.new_empty((0, *like.shape[1:]))
     for place, e in enumerate(ids):
@@ -46,7 +46,7 @@ def frozen_stack(
     return Quantized(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]), frozen_format, whole)
 
 
-Rows = Mapping[str, Mapping[int, Tensor]]  # tensor name -> expert id -> row
+OwnRows = Mapping[str, Mapping[int, Tensor]]  # tensor name -> expert id -> row
 
 
 def slot_map_of(
@@ -64,7 +64,7 @@ def slot_map_of(
     return SlotMap.shared(*masks, alias_E=alias, rows_per_slot=rows_per_slot)
 
 
-def check_rows(rows: Rows, like: Mapping[str, Tensor], held_E: np.ndarray) -> None:
+def check_rows(rows: OwnRows, like: Mapping[str, Tensor], held_E: np.ndarray) -> None:
     """Refuse rows that do not fit the tensors (E, ...) they stand in for.
 
     Raises:
@@ -83,7 +83,7 @@ def check_rows(rows: Rows, like: Mapping[str, Tensor], held_E: np.ndarray) -> No
                 )
 
 
-def rows_of_layer(rows: Rows, layer: int) -> Rows:
+def rows_of_layer(rows: OwnRows, layer: int) -> OwnRows:
     """Return the rows under ``moe.{layer}.{name}``, by the layer's own names."""
     prefix = f"moe.{layer}."
     return {key.removeprefix(prefix): given for key, given in rows.items() if key.startswith(prefix)}

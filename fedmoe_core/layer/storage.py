@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe_core.layer.lora import FACTORS, LayerLora
-from fedmoe_core.layer.slots import Rows, check_rows, frozen_stack, slot_map_of, stack
+from fedmoe_core.layer.slots import OwnRows, check_rows, frozen_stack, slot_map_of, stack
 from fedmoe_kernels.formats import format_named
 from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.slot_map import SlotMap
 
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
-NO_ROWS: Rows = MappingProxyType({})
+NO_ROWS: OwnRows = MappingProxyType({})
 _STORED = tuple(f"w_{end}_{part}" for end in ("in", "out") for part in ("frozen", "scale", "whole"))
 GATED = ("swiglu", "geglu", "swiglu_oai")  # activations whose w_in is [gate; up]
 
@@ -43,7 +43,7 @@ class LayerState:
 
 
 class _Merged(Mapping[int, Tensor]):
-    """Rows of a matrix, those of ``merged`` experts with their adapters; made on reading, one by one."""
+    """OwnRows of a matrix, those of ``merged`` experts with their adapters; made on reading, one by one."""
 
     def __init__(self, rows: Mapping[int, Tensor], lora: LayerLora, name: str, merged: frozenset[int]) -> None:
         self.rows, self.lora, self.name, self.merged = rows, lora, name, merged
@@ -154,7 +154,7 @@ class ExpertStore(nn.Module):
         *,
         permitted: ExpertMask | None = None,
         trainable: ExpertMask | None = None,
-        rows: Rows | None = None,
+        rows: OwnRows | None = None,
         alias: np.ndarray | None = None,
         lora: LayerLora | None = None,
     ) -> None:
@@ -257,7 +257,7 @@ class ExpertStore(nn.Module):
         source: LayerState | None,
         *,
         keep: bool = False,
-        own: Rows = NO_ROWS,
+        own: OwnRows = NO_ROWS,
         alias: np.ndarray | None = None,
     ) -> None:
         """Lay the experts out in slots. With ``keep``, what this layer has wins over ``source``; ``own`` over both."""

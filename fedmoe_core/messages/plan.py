@@ -15,6 +15,7 @@ from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.lora import FACTORS
 from fedmoe_core.layer.router_loss import AuxLoss
+from fedmoe_core.layer.slots import OwnRows
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.model.adapter import ModelAdapter
 
@@ -36,7 +37,7 @@ Batches = Callable[[], Iterable[Batch]]  # from the start at every call
 
 
 @dataclass(frozen=True)
-class Bench:
+class ProbeContext:
     """What a probe may use; it is the client's, so nothing of it but the probe's answer reaches the server.
 
     Attributes:
@@ -68,7 +69,7 @@ class Probe(Protocol):
     a broken budget. Gradients that it leaves are cleared.
     """
 
-    def __call__(self, bench: Bench) -> Mapping[str, Tensor]: ...
+    def __call__(self, context: ProbeContext) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class ExpertPlan:
     predicted: Cost
     first_participation: bool = True
     mode: Mode = "compact"
-    rows: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    rows: OwnRows = field(default_factory=dict)
     alias_LE: np.ndarray | None = None
     surcharge: Cost = NOTHING
     before: Probe | None = None

@@ -15,7 +15,7 @@ from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.graft import GraftSpec
 from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.layer.moe import MoE
-from fedmoe_core.layer.slots import Rows
+from fedmoe_core.layer.slots import OwnRows
 from fedmoe_core.model.spec import Evaluation, ModelSpec, PlaceLosses
 
 ENTRY_POINTS = "fedmoe.adapters"  # the group in which a package registers its adapter
@@ -39,7 +39,7 @@ class ModelAdapter(Protocol):
         *,
         permitted_LE: np.ndarray | None = None,
         trainable_LE: np.ndarray | None = None,
-        rows: Rows | None = None,
+        rows: OwnRows | None = None,
         alias_LE: np.ndarray | None = None,
         top_k: int | None = None,
         train_dense: bool = False,

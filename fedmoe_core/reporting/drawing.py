@@ -60,9 +60,9 @@ def _placed(key: str, value: str, prefix: str) -> str:
     return value.replace("url(#", f"url(#{prefix}-").replace("'DejaVu Sans'", FONTS)
 
 
-def cells(axes: Axes, table: np.ndarray, **colours: Any) -> None:
+def cells(axes: Axes, table: np.ndarray, **colors: Any) -> None:
     """Draw a heat map of separate cells: thin white lines between them while they are few."""
-    axes.imshow(np.ma.masked_invalid(table), aspect="auto", **colours)
+    axes.imshow(np.ma.masked_invalid(table), aspect="auto", **colors)
     axes.grid(visible=False)
     axes.spines[["bottom", "left"]].set_visible(False)
     rows, columns = table.shape
@@ -95,7 +95,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     low, high = axes.get_ylim()
     gap = 0.075 * (high - low)
     placed = low - gap
-    for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
+    for x, y, text, color in sorted(ends, key=lambda end: end[1]):
         placed = max(y, placed + gap)
         axes.annotate(
             text,
@@ -103,7 +103,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
             xytext=(7, 0),
             textcoords="offset points",
             va="center",
-            color=colour,
+            color=color,
             fontsize=8.5,
             fontweight="bold",
             annotation_clip=False,

@@ -55,14 +55,14 @@ def learning(runs: Sequence[Run]) -> Figure | None:
     for row, (metric, label, scale) in zip(grid, metrics, strict=True):
         for axes, (name, place, unit) in zip(row, axes_of, strict=True):
             ends: list[tuple[float, float, str, str]] = []
-            for run, colour in zip(runs, _colours(runs), strict=True):
+            for run, color in zip(runs, _colors(runs), strict=True):
                 found = [(place(r), metric(r)) for r in run.rounds]
                 points = [(x / unit, y * scale) for x, y in found if show.known(x) and show.known(y)]  # type: ignore[operator]
                 if not points:
                     continue
                 x, y = zip(*points, strict=True)
-                axes.plot(x, y, color=colour, lw=2, marker="o", ms=3.2, mec="white", mew=0.6)
-                ends.append((x[-1], y[-1], run.name, colour))
+                axes.plot(x, y, color=color, lw=2, marker="o", ms=3.2, mec="white", mew=0.6)
+                ends.append((x[-1], y[-1], run.name, color))
             axes.set_xlabel(name)
             axes.margins(x=0.04, y=0.12)
             if name == "rounds":
@@ -101,9 +101,9 @@ def spread(runs: Sequence[Run]) -> Figure | None:
             (np.nanmean(loss_RC, 1), INK, "mean"),
             (np.nanmin(loss_RC, 1), PALETTE[2], f"best: {run.client_name(int(best))}"),
         )
-        for y, colour, _ in lines:
-            axes.plot(x, y, color=colour, lw=2)
-        label_ends(axes, [(x[-1], y[-1], text, colour) for y, colour, text in lines])
+        for y, color, _ in lines:
+            axes.plot(x, y, color=color, lw=2)
+        label_ends(axes, [(x[-1], y[-1], text, color) for y, color, text in lines])
         axes.set_title(run.name if len(runs) > 1 else "held-out loss of each client (nats)")
         axes.set_xlabel("rounds")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -170,9 +170,9 @@ def importance(run: Run) -> Figure | None:
         axes.set_ylabel("layer")
         if experts <= 24 and layers <= 12:
             for (layer, expert), value in np.ndenumerate(table_LE):
-                colour = "white" if value > 0.5 * top else INK
+                color = "white" if value > 0.5 * top else INK
                 text = form.format(value).replace("%", "") if np.isfinite(value) else ""
-                axes.text(expert, layer, text, ha="center", va="center", fontsize=7, color=colour)
+                axes.text(expert, layer, text, ha="center", va="center", fontsize=7, color=color)
     panels_unit = " (%)" if experts <= 24 and layers <= 12 else ""
     grid[0].set_title(panels[0][0] + panels_unit)
     expert_ticks(grid[-1], experts)
@@ -301,7 +301,7 @@ def _plus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a + b
 
 
-def _colours(runs: Sequence[Run]) -> list[str]:
+def _colors(runs: Sequence[Run]) -> list[str]:
     return [PALETTE[place % len(PALETTE)] for place in range(len(runs))]
 
 

@@ -18,33 +18,33 @@ REAL = 1e40  # any figure of a run is below it, and twice a figure is still fini
 
 
 @dataclass(frozen=True)
-class Kind:
+class FieldKind:
     """What a key may hold: in words, and as a test of a value from JSON or TOML. Null stands for "not measured"."""
 
     words: str
     holds: Callable[[Any], bool]
 
 
-def _list(kind: Kind, words: str) -> Kind:
-    return Kind(words, lambda value: isinstance(value, list) and all(map(kind.holds, value)))
+def _list(kind: FieldKind, words: str) -> FieldKind:
+    return FieldKind(words, lambda value: isinstance(value, list) and all(map(kind.holds, value)))
 
 
-def _matrix(kind: Kind, words: str) -> Kind:
+def _matrix(kind: FieldKind, words: str) -> FieldKind:
     def holds(value: Any) -> bool:
         if not isinstance(value, list) or not all(isinstance(row, list) and row for row in value):
             return False
         return len(set(map(len, value))) <= 1 and all(kind.holds(entry) for row in value for entry in row)
 
-    return Kind(words, holds)
+    return FieldKind(words, holds)
 
 
-def _table(kinds: Mapping[str, Kind], words: str) -> Kind:
+def _table(kinds: Mapping[str, FieldKind], words: str) -> FieldKind:
     def holds(value: Any) -> bool:
         return isinstance(value, dict) and all(
             value.get(key) is None or kind.holds(value[key]) for key, kind in kinds.items()
         )
 
-    return Kind(words, holds)
+    return FieldKind(words, holds)
 
 
 def _bits(value: Any) -> bool:
@@ -67,19 +67,19 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= WHOLE
 
 
-TEXT = Kind("text", lambda value: isinstance(value, str))
-FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-NUMBER = Kind("a finite number", _number)
-AMOUNT = Kind("a finite number, 0 or more", lambda value: _number(value) and value >= 0)
-INTEGER = Kind("a whole number", _whole)
-COUNT = Kind("a whole number, 0 or more", lambda value: _whole(value) and value >= 0)
-MAYBE = Kind("a finite number or null", lambda value: value is None or _number(value))
+TEXT = FieldKind("text", lambda value: isinstance(value, str))
+FLAG = FieldKind("true or false", lambda value: isinstance(value, bool))
+NUMBER = FieldKind("a finite number", _number)
+AMOUNT = FieldKind("a finite number, 0 or more", lambda value: _number(value) and value >= 0)
+INTEGER = FieldKind("a whole number", _whole)
+COUNT = FieldKind("a whole number, 0 or more", lambda value: _whole(value) and value >= 0)
+MAYBE = FieldKind("a finite number or null", lambda value: value is None or _number(value))
 TEXTS = _list(TEXT, "a list of texts")
 PER_CLIENT = _list(MAYBE, "a list of finite numbers or nulls")
-BITS_LE = Kind("a list of equally long rows of 0 and 1", _bits)
+BITS_LE = FieldKind("a list of equally long rows of 0 and 1", _bits)
 COSTS = dict.fromkeys(("memory_bytes", "flops", "bytes_down", "bytes_up", "experts", "seconds"), AMOUNT)
 COST = _table(COSTS, f"a table of amounts, 0 or more, such as {', '.join(COSTS)}")
-REFUSED = Kind(
+REFUSED = FieldKind(
     'a list of tables with a whole number "client" and a text "reason"',
     lambda value: (
         isinstance(value, list)
@@ -193,7 +193,7 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text; run again, or remove it") from None
 
 
-def _checked(found: Any, kinds: Mapping[str, Kind], where: str, needed: Sequence[str] = ()) -> dict[str, Any]:
+def _checked(found: Any, kinds: Mapping[str, FieldKind], where: str, needed: Sequence[str] = ()) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{where} must hold a table of keys, not {_short(found)}; run again, or remove it")
     for key, kind in kinds.items():

@@ -98,7 +98,7 @@ def _verdict(mine: Sequence[Run], theirs: Sequence[Run]) -> str:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Criterion:
     """What a comparison goes by: accuracy or loss, of the global models or of the clients' own on average."""
 
     accurate: bool
@@ -113,9 +113,9 @@ class Figure:
         return value if show.known(value) else None
 
 
-def judged_by(runs: Sequence[Run]) -> Figure:
+def judged_by(runs: Sequence[Run]) -> Criterion:
     """Return the first figure that all of these runs have: systems of local gates have no global model to judge."""
-    order = [Figure(True, False), Figure(False, False), Figure(True, True), Figure(False, True)]
+    order = [Criterion(True, False), Criterion(False, False), Criterion(True, True), Criterion(False, True)]
     return next((figure for figure in order if all(figure.of(run) is not None for run in runs)), order[1])
 
 

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedmoe_core.budget.additive import Rows
+from fedmoe_core.budget.additive import AdditiveCosts
 from fedmoe_core.budget.cost_model import CostModel, Mode
 from fedmoe_core.budget.limits import RESOURCES, Budget, show
 from fedmoe_core.selection.knapsack import _respects, knapsack
 
 
-class Room(NamedTuple):
+class Allowance(NamedTuple):
     """What a budget's additive limits leave for experts: rows of (memory, down, up, experts) that it limits.
 
     Attributes:
@@ -64,18 +64,20 @@ def choose(
         ValueError: a limit is too small for one expert per MoE layer, with the number that would do; or the mode
             cannot honour this kind of budget.
     """
-    room = room_of(budget, model, client=client, mode=mode, top_k=top_k, first_participation=first_participation)
-    if _respects(np.ones_like(scores_LE, dtype=bool), room.costs_DLE, room.free_D):
+    allowance = allowance_of(
+        budget, model, client=client, mode=mode, top_k=top_k, first_participation=first_participation
+    )
+    if _respects(np.ones_like(scores_LE, dtype=bool), allowance.costs_DLE, allowance.free_D):
         return np.ones_like(scores_LE, dtype=bool), np.ones_like(scores_LE, dtype=bool)
     try:
-        chosen_LE = knapsack(scores_LE, room.costs_DLE, list(room.free_D)).chosen_LE
+        chosen_LE = knapsack(scores_LE, allowance.costs_DLE, list(allowance.free_D)).chosen_LE
     except ValueError as error:
         raise ValueError(f"client {client}: {error}") from error
     permitted_LE = np.ones_like(chosen_LE) if mode == "backward-masked" else chosen_LE
     return permitted_LE, chosen_LE.copy()
 
 
-def room_of(
+def allowance_of(
     budget: Budget,
     model: CostModel,
     *,
@@ -83,7 +85,7 @@ def room_of(
     mode: Mode = "compact",
     top_k: int | None = None,
     first_participation: bool = True,
-) -> Room:
+) -> Allowance:
     """Return the rows in which ``budget`` limits the experts of a client.
 
     Raises:
@@ -100,11 +102,11 @@ def room_of(
     _require_feasible(limited, rows, client=client, mode=mode)
     kept = [row for row, name in enumerate(rows.names) if name in limited]
     limits_D = np.array([limited[rows.names[row]] for row in kept], dtype=np.int64)
-    return Room(rows.costs_DLE[kept], rows.base_D[kept], limits_D, rows.frozen_D[kept])
+    return Allowance(rows.costs_DLE[kept], rows.base_D[kept], limits_D, rows.frozen_D[kept])
 
 
 def trade_for_frozen(
-    room: Room, trained_LE: np.ndarray, scores_LE: np.ndarray, *, share: float, most: int
+    allowance: Allowance, trained_LE: np.ndarray, scores_LE: np.ndarray, *, share: float, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Train fewer experts and hold more [E]: the permitted and the trainable ones (L, E) within the same room.
 
@@ -123,16 +125,16 @@ def trade_for_frozen(
     order = np.argsort(-worth_LE, axis=None, kind="stable")[: int(trained_LE.sum())]
     rest = order[~learns_LE.ravel()[order]]
     learns_LE.ravel()[rest[: max(0, wanted - layers)]] = True
-    free_D = room.free_D - (room.costs_DLE * learns_LE).sum(axis=(1, 2))
+    free_D = allowance.free_D - (allowance.costs_DLE * learns_LE).sum(axis=(1, 2))
     held_LE = learns_LE.copy()
     best = np.argsort(-scores_LE, axis=None, kind="stable")
     for place in best[~held_LE.ravel()[best]]:
-        if held_LE.sum() < most and (room.frozen_D <= free_D).all():
+        if held_LE.sum() < most and (allowance.frozen_D <= free_D).all():
             held_LE.flat[place] = True
-            free_D = free_D - room.frozen_D
-    costs_DP = room.costs_DLE.reshape(len(free_D), -1)
+            free_D = free_D - allowance.frozen_D
+    costs_DP = allowance.costs_DLE.reshape(len(free_D), -1)
     for place in best[(held_LE & ~learns_LE).ravel()[best]]:
-        more_D = costs_DP[:, place] - room.frozen_D
+        more_D = costs_DP[:, place] - allowance.frozen_D
         if (more_D <= free_D).all():
             learns_LE.flat[place] = True
             free_D = free_D - more_D
@@ -215,7 +217,7 @@ def explore(
     return explored_LE
 
 
-def _require_feasible(limited: dict[str, int], rows: Rows, *, client: int | str, mode: Mode) -> None:
+def _require_feasible(limited: dict[str, int], rows: AdditiveCosts, *, client: int | str, mode: Mode) -> None:
     """Raise for every limit that cannot hold the least a client needs, naming the number that would do."""
     least_D = rows.base_D + rows.costs_DLE.min(axis=2).sum(axis=1)
     needed = {

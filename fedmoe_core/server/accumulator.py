@@ -13,15 +13,15 @@ from torch import Tensor
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec, model_hash
-from fedmoe_core.server.admission import Outcome, refusal
+from fedmoe_core.server.admission import Admission, refusal
 from fedmoe_core.server.fixed_point import SumSettings, add_fixed
 from fedmoe_core.server.means import ExpertRule, GateRule, Sums, dense_mean, expert_mean, gate_mean
 
 __all__ = [
     "Accumulator",
+    "Admission",
     "ExpertRule",
     "GateRule",
-    "Outcome",
     "SumSettings",
     "Sums",
     "dense_mean",
@@ -110,7 +110,7 @@ class Accumulator:
         if self._lent:
             self._set_flat(self._flat.clone())
 
-    def add(self, update: ClientUpdate, plan: ExpertPlan) -> Outcome:
+    def add(self, update: ClientUpdate, plan: ExpertPlan) -> Admission:
         """Sum one update, or refuse it whole with a reason. Never raises on a bad update, never changes its inputs.
 
         Args:
@@ -135,13 +135,13 @@ class Accumulator:
             self._own()
             self._fold(update, plan)
             self._clients.add(plan.client)
-        return Outcome(plan.client, plan.round, reason is None, reason or "")
+        return Admission(plan.client, plan.round, reason is None, reason or "")
 
     def _fold(self, update: ClientUpdate, plan: ExpertPlan) -> None:
         """Sum a checked update."""
-        device, quantise = self._flat.device, self.settings.quantise
-        expert_LE, router_LE = quantise(update.expert_weight_LE), quantise(update.router_weight_LE)
-        gate, sample = int(quantise(update.gate_weight)), int(quantise(update.sample_weight))
+        device, quantize = self._flat.device, self.settings.quantize
+        expert_LE, router_LE = quantize(update.expert_weight_LE), quantize(update.router_weight_LE)
+        gate, sample = int(quantize(update.gate_weight)), int(quantize(update.sample_weight))
         sends_dense = any(spec.kind == "dense" for spec in self.specs)
         self._scalars += torch.tensor([1, gate, sample * sends_dense, sample], device=device)
         self._expert_den_LE += torch.from_numpy(expert_LE).to(device)

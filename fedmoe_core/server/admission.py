@@ -22,7 +22,7 @@ LONGEST_REASON = 300  # characters; keys and error texts come from the client an
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Admission:
     """What became of one update: in the sums, or refused with a reason and without a trace in them."""
 
     client: int

@@ -96,7 +96,7 @@ class SumSettings:
                 f"learning rate {lr:g}; raise scale_bits to at least {math.floor(-math.log2(lr / 1000)) + 1}"
             )
 
-    def quantise(self, weight: Any) -> np.ndarray:
+    def quantize(self, weight: Any) -> np.ndarray:
         """Turn real weights in [0, 1] into int64 in [0, top_weight]: 0 stays 0, anything above 0 becomes at least 1."""
         real = np.asarray(weight, dtype=np.float64)
         return np.where(real > 0, np.maximum(np.rint(real * self.top_weight), 1), 0).astype(np.int64)

@@ -30,7 +30,7 @@ from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.fixed_point import SumSettings, row_blocks
 
 ExpertRule = Literal["participation", "damped"]
-GateRule = Literal["row-wise", "normalised", "literal", "fedavg"]
+GateRule = Literal["row-wise", "normalized", "literal", "fedavg"]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def gate_mean(
     Raises:
         ValueError: unknown rule, or "literal" without a positive ``s_global_size``.
     """
-    _check_rule(rule, ("row-wise", "normalised", "literal", "fedavg"))
+    _check_rule(rule, ("row-wise", "normalized", "literal", "fedavg"))
     empty = s_global_size == 0 and sums.gate_den == 0  # no expert passed tau: eq. 20 has no terms, the gate stays
     if rule == "literal" and not empty and not (s_global_size is not None and s_global_size > 0):
         raise ValueError(
@@ -147,7 +147,7 @@ def gate_mean(
             continue
         if rule != "row-wise":
             # One denominator for all rows, yet a row that no client trained is not even rounded.
-            den_E = torch.where(den_E > 0, sums.gate_den if rule == "normalised" else sums.round_den, 0)
+            den_E = torch.where(den_E > 0, sums.gate_den if rule == "normalized" else sums.round_den, 0)
         new[spec.key] = sums.mean(spec.key, old_EH, den_E)
     return new
 

@@ -14,7 +14,7 @@ from fedmoe_core.budget.cost_model import CostModel, Mode
 from fedmoe_core.budget.limits import NOTHING, Budget, Cost
 from fedmoe_core.layer.router_loss import AuxLoss
 from fedmoe_core.messages.plan import BatchRule, ExpertPlan, Probe, sends_adapters, taught
-from fedmoe_core.selection.within_budget import Room, choose, explore, fit_flops, room_of, trade_for_frozen
+from fedmoe_core.selection.within_budget import Allowance, allowance_of, choose, explore, fit_flops, trade_for_frozen
 
 if TYPE_CHECKING:
     from fedmoe_core.server.state import Population, ServerState
@@ -65,9 +65,9 @@ def make_plan(
     first = state.visits[client] == 0
     permitted_LE, trainable_LE = choose(left, costs, scores_LE, client=client, mode=mode, first_participation=first)
     if train_share < 1 and mode == "compact" and not permitted_LE.all():
-        room = room_of(left, costs, client=client, first_participation=first)
+        allowance = allowance_of(left, costs, client=client, first_participation=first)
         most = int(hold_share * scores_LE.size)
-        permitted_LE, trainable_LE = trade_for_frozen(room, trainable_LE, scores_LE, share=train_share, most=most)
+        permitted_LE, trainable_LE = trade_for_frozen(allowance, trainable_LE, scores_LE, share=train_share, most=most)
     if explore_absent and mode == "compact" and config.selection.explore > 0:
         demand_LE = (state.profiles[client] or population.prior).prob_sum_LE
         rng = counter_rng(config.seed, "explore", state.round, client)
@@ -159,14 +159,16 @@ def plan_everything(population: Population, state: ServerState, client: int) -> 
     return plan_of_masks(population, state, client, all_LE, budgeted=False)
 
 
-def client_room(population: Population, client: int, *, first_participation: bool, **asks: Unpack[Asks]) -> Room:
+def client_allowance(
+    population: Population, client: int, *, first_participation: bool, **asks: Unpack[Asks]
+) -> Allowance:
     """Return what the client's budget leaves for experts once the work besides training is paid.
 
     Raises:
         ValueError: the budget cannot hold one expert per MoE layer; the message says what would do.
     """
     left, costs = _left(population, client, asks), asked_costs(population, asks)
-    return room_of(left, costs, client=client, first_participation=first_participation)
+    return allowance_of(left, costs, client=client, first_participation=first_participation)
 
 
 def bears(

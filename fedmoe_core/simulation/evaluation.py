@@ -21,8 +21,8 @@ EVAL_BATCH = 32
 
 
 @dataclass(frozen=True)
-class Held:
-    """Held-out results of the global model, and of every client's own where they were asked for.
+class HeldOut:
+    """HeldOut-out results of the global model, and of every client's own where they were asked for.
 
     Attributes:
         loss: mean over clients of their own loss (language modelling), or over the global test split, in nats; None
@@ -44,14 +44,14 @@ class Held:
     personal_accuracy_C: tuple[float, ...] | None = None
 
 
-def evaluate_clients(world: World, state: ServerState) -> Held:
+def evaluate_clients(world: World, state: ServerState) -> HeldOut:
     """Evaluate on held-out data; ranks share the clients and gather the results.
 
     The global model on every client's data, unless the algorithm has none; each client's own (``personal``) where the
     configuration asks for it or there is nothing else to judge.
     """
     began = time.perf_counter()
-    held = Held(None, None, None, None, 0.0)
+    held = HeldOut(None, None, None, None, 0.0)
     if world.algorithm.has_global_model:
         held = _evaluate_global(world, state)
     if world.config.eval.personal or not world.algorithm.has_global_model:
@@ -60,18 +60,18 @@ def evaluate_clients(world: World, state: ServerState) -> Held:
     return replace(held, seconds=time.perf_counter() - began)
 
 
-def _evaluate_global(world: World, state: ServerState) -> Held:
+def _evaluate_global(world: World, state: ServerState) -> HeldOut:
     data, clients = world.data, len(world.data.clients)
     world.adapter.configure(state.params)
     parts = [client.test for client in data.clients] + ([] if data.test is None else [data.test])
     limits = [world.config.eval.sequences] * clients + [0]
     losses, shares = _evaluate_parts(world, parts, limits, lambda index: None)
-    labelled = data.test is not None
-    return Held(
-        loss=losses[clients] if labelled else math.fsum(losses) / clients,
-        accuracy=shares[clients] if labelled else None,
+    labeled = data.test is not None
+    return HeldOut(
+        loss=losses[clients] if labeled else math.fsum(losses) / clients,
+        accuracy=shares[clients] if labeled else None,
         loss_C=tuple(losses[:clients]),
-        accuracy_C=tuple(shares[:clients]) if labelled else None,
+        accuracy_C=tuple(shares[:clients]) if labeled else None,
         seconds=0.0,
     )
 

@@ -250,7 +250,7 @@ def warm_model(
     directory = cache_directory(config)
     if not train and not (directory / f"warmup-{key}").exists():
         return adapter.state()
-    labels = 0 if data.public_labelled is None else len(data.public_labelled)
+    labels = 0 if data.public_labeled is None else len(data.public_labeled)
 
     def warmed() -> dict[str, Tensor]:
         untrained = adapter.state()
@@ -273,7 +273,7 @@ def warm_model(
 
 def local_public_batches(config: Config, data: FederatedData, steps: int) -> Iterable[Batch]:
     """Draw public batches of the clients' shape, for measuring; labels are those given (none is invented)."""
-    source = data.public if data.public_labelled is None else data.public_labelled
+    source = data.public if data.public_labeled is None else data.public_labeled
     return islice(
         public_batches(
             source,

@@ -46,12 +46,12 @@ def warm_up(
     text = draw(data.public.as_text(), steps=settings.steps, batch_size=settings.batch_size)
     losses = (adapter.text_loss(batch.to(device)) for batch in text)
     _fit(adapter, losses, settings, Phase("warm-up", settings.steps, settings.lr), progress)
-    if data.public_labelled is not None and settings.head_steps:
-        rows, train = data.public_labelled, config.train
-        labelled = draw(rows, steps=settings.head_steps, batch_size=len(rows), purpose="head")
+    if data.public_labeled is not None and settings.head_steps:
+        rows, train = data.public_labeled, config.train
+        labeled = draw(rows, steps=settings.head_steps, batch_size=len(rows), purpose="head")
         dropping = torch.Generator().manual_seed(counter_seed(config.seed, "head dropout"))
         losses = (
-            adapter.loss(batch.to(device), token_dropout=train.token_dropout, generator=dropping) for batch in labelled
+            adapter.loss(batch.to(device), token_dropout=train.token_dropout, generator=dropping) for batch in labeled
         )
         _fit(adapter, losses, settings, Phase("head", settings.head_steps, settings.head_lr), progress)
     return adapter.state()

@@ -21,7 +21,7 @@ from stock_models import (
 )
 from transformers import MixtralForSequenceClassification, OlmoeModel, Qwen3MoeForSequenceClassification
 
-from fedmoe_bindings.transformers.adapter import TransformersAdapter, extract_submodel, load_adapter
+from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, load_adapter
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.router_loss import balance_loss
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from fedmoe_bindings.transformers.adapter import TransformersAdapter, extract_submodel, merge_submodel, use_fedmoe
+from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, merge_submodel, use_fedmoe
 from fedmoe_bindings.transformers.experts import fedmoe_experts
 
 

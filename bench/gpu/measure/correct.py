@@ -84,10 +84,10 @@ def checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
         # In bfloat16 every format, and two that are decoded before their products; elsewhere one of 8 bits, one of 4.
         forms = tuple(FORMATS) if dtype == torch.bfloat16 else ("int8", "mxfp4")
         for form in forms:
-            found[f"{short}: frozen experts as {form}"] = _bind(_quantised, form, None, device, backend, dtype)
+            found[f"{short}: frozen experts as {form}"] = _bind(_quantized, form, None, device, backend, dtype)
         for form in forms[-2:]:
             how = (form, 4096, device, backend, dtype)
-            found[f"{short}: frozen experts as {form}, decoded first"] = _bind(_quantised, *how)
+            found[f"{short}: frozen experts as {form}, decoded first"] = _bind(_quantized, *how)
     for shape, case in full_shapes(tiny=tiny):
         found[f"bfloat16: {shape.name}, {case.name}"] = _bind(_experts, shape, case, device, backend, torch.bfloat16)
     for name, rule in _RULES.items():
@@ -205,7 +205,7 @@ def _adapted(task: Problem, factors: list[Tensor], where: str, dtype: torch.dtyp
     return {"y": y_TH.detach()} | {name: value.grad for name, value in grads.items() if value.grad is not None}
 
 
-def _quantised(form: str, rows_per_slot: int | None, device: str, backend: str, dtype: torch.dtype) -> str:
+def _quantized(form: str, rows_per_slot: int | None, device: str, backend: str, dtype: torch.dtype) -> str:
     """Check frozen experts as codes against the same problem with what the codes stand for.
 
     With `rows_per_slot` the kernels act as in a call of so many, and decode the codes before their products.

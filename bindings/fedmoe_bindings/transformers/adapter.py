@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fedmoe_bindings.transformers.attention import attention_received
-from fedmoe_bindings.transformers.experts import use_fedmoe
 from fedmoe_bindings.transformers.families import family_of, sparse_blocks
 from fedmoe_bindings.transformers.load import Pool, SequenceClassifier, load_model, small_model
 from fedmoe_bindings.transformers.places import PlaceMeasures
-from fedmoe_bindings.transformers.submodel import extract_submodel, merge_submodel, stock_model
+from fedmoe_bindings.transformers.submodel import stock_model
 from fedmoe_bindings.transformers.token_mask import carry_token_mask
 from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.config.run_config import ModelConfig
@@ -25,7 +24,7 @@ from fedmoe_core.data.batches import Task
 from fedmoe_core.layer.graft import GraftSpec, fresh_graft
 from fedmoe_core.layer.lora import FACTORS, LayerLora, LoraSpec, lora_of_layer
 from fedmoe_core.layer.moe import MoE
-from fedmoe_core.layer.slots import Rows, rows_of_layer
+from fedmoe_core.layer.slots import OwnRows, rows_of_layer
 from fedmoe_core.model.spec import Kind, ModelSpec, ParamSpec, lora_specs
 
 
@@ -181,7 +180,7 @@ class TransformersAdapter(PlaceMeasures):
         *,
         permitted_LE: np.ndarray | None = None,
         trainable_LE: np.ndarray | None = None,
-        rows: Rows | None = None,
+        rows: OwnRows | None = None,
         alias_LE: np.ndarray | None = None,
         top_k: int | None = None,
         train_dense: bool = False,
@@ -314,7 +313,7 @@ class TransformersAdapter(PlaceMeasures):
             heads=getattr(self._config, "num_attention_heads", 0),
         )
 
-    def _check_rows(self, rows: Rows) -> None:
+    def _check_rows(self, rows: OwnRows) -> None:
         known = {spec.key for spec in self.spec.params if spec.layer >= 0}
         if self._lora is not None:
             known |= {f"moe.{number}.{name}" for number in range(len(self.moe)) for name in FACTORS}

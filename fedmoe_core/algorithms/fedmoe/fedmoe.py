@@ -32,9 +32,9 @@ from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.model.spec import Evaluation
-from fedmoe_core.selection.within_budget import Room
+from fedmoe_core.selection.within_budget import Allowance
 from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
-from fedmoe_core.server.planning import Asks, client_room, plan_of_masks
+from fedmoe_core.server.planning import Asks, client_allowance, plan_of_masks
 from fedmoe_core.server.state import Population, ServerState, recall, remember
 
 NEW, SETTLED, TRIAL, FROZEN = range(4)  # no own sub-model yet; has one; has a changed one; keeps it for good
@@ -135,7 +135,7 @@ class FedMoE(Algorithm):
         probing = affordable_probe(facts, client, asks, tunings=facts.config.fedmoe.tunings, first_participation=first)
         if probing is not None:
             asks |= {"before": probing[0], "surcharge": replace(probing[1], memory_bytes=0, experts=0)}
-        held_LE = self._coarse(known, client, client_room(facts, client, first_participation=first, **asks))
+        held_LE = self._coarse(known, client, client_allowance(facts, client, first_participation=first, **asks))
         if probing is not None:
             asks["surcharge"] = replace(probing[1], bytes_down=model_rest(facts, held_LE))
         return plan_of_masks(facts, state, client, held_LE, **asks)
@@ -180,8 +180,8 @@ class FedMoE(Algorithm):
             if update.validation is None:
                 continue
             if known.phase_C[update.client] == NEW:
-                room = client_room(self.population, update.client, first_participation=False, **self._asks())
-                known.held_CLE[update.client] = self._coarse(known, update.client, room)
+                allowance = client_allowance(self.population, update.client, first_participation=False, **self._asks())
+                known.held_CLE[update.client] = self._coarse(known, update.client, allowance)
                 known.phase_C[update.client] = SETTLED
             else:
                 self._adapt(known, before, update.client, self.quality(update.validation))
@@ -197,13 +197,15 @@ class FedMoE(Algorithm):
         weight = self.population.config.fedmoe.balance
         return {"aux": SwitchBalance(weight, served_only=True) if weight > 0 else None, "validate": True}
 
-    def _coarse(self, known: ClientMap, client: int, room: Room) -> np.ndarray:
+    def _coarse(self, known: ClientMap, client: int, allowance: Allowance) -> np.ndarray:
         """Eq. 3 within a share of the budget; within all of it where that share cannot hold an expert per layer [E]."""
         p_LE, fill = known.stage_one(client, self.population), self.population.config.fedmoe.fill
-        least_D = room.base_D + (room.costs_DLE * prefixes(p_LE, 0.0)).sum(axis=(1, 2))
-        if (least_D > np.floor(fill * room.limits_D)).any():
+        least_D = allowance.base_D + (allowance.costs_DLE * prefixes(p_LE, 0.0)).sum(axis=(1, 2))
+        if (least_D > np.floor(fill * allowance.limits_D)).any():
             fill = 1.0
-        return prefix_search(p_LE, room.costs_DLE, room.limits_D, base_D=room.base_D, fill=fill).chosen_LE
+        return prefix_search(
+            p_LE, allowance.costs_DLE, allowance.limits_D, base_D=allowance.base_D, fill=fill
+        ).chosen_LE
 
     def _usage(self, known: ClientMap, client: int, profile: ClientProfile) -> np.ndarray:
         """p of the sub-model, a moving average over participations; an expert's first p is taken whole [E]."""
@@ -241,8 +243,10 @@ class FedMoE(Algorithm):
         if change == 0:
             return np.asarray(known.held_CLE[client])
         phat_LE = weighted_profile(p_CLE, similarity_CC[client], similar)
-        room = client_room(self.population, client, first_participation=False, **self._asks())
-        return adjust_experts(known.held_CLE[client], phat_LE, change, costs_DLE=room.costs_DLE, limits_D=room.free_D)
+        allowance = client_allowance(self.population, client, first_participation=False, **self._asks())
+        return adjust_experts(
+            known.held_CLE[client], phat_LE, change, costs_DLE=allowance.costs_DLE, limits_D=allowance.free_D
+        )
 
 
 def shares_of(profile: ClientProfile, counts_LE: np.ndarray) -> np.ndarray:

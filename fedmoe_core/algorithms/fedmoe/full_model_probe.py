@@ -11,7 +11,7 @@ from torch import Tensor
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.budget.passes import pass_cost
 from fedmoe_core.client.step import Stepper, local_optimizer
-from fedmoe_core.messages.plan import Bench
+from fedmoe_core.messages.plan import ProbeContext
 from fedmoe_core.server.planning import Asks, asked_costs, whole_surcharge
 from fedmoe_core.server.state import Population
 
@@ -29,21 +29,21 @@ class WholeModelProbe:
     tunings: int
     lora_rank: int
 
-    def __call__(self, bench: Bench) -> dict[str, Tensor]:
-        adapter, spec = bench.adapter, bench.adapter.spec
+    def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
+        adapter, spec = context.adapter, context.adapter.spec
         if self.tunings:
-            adapter.configure(bench.params, lora_rank=self.lora_rank, lora_seed=bench.plan.seed)
-            optimizer, prior_C = local_optimizer(adapter, bench.train), bench.log_prior_C
-            stepper = Stepper(adapter, optimizer, bench.train, seed=bench.plan.seed, log_prior_C=prior_C)
+            adapter.configure(context.params, lora_rank=self.lora_rank, lora_seed=context.plan.seed)
+            optimizer, prior_C = local_optimizer(adapter, context.train), context.log_prior_C
+            stepper = Stepper(adapter, optimizer, context.train, seed=context.plan.seed, log_prior_C=prior_C)
             for _ in range(self.tunings):
-                for batch in bench.batches():
+                for batch in context.batches():
                     stepper.step(batch)
         else:
             nothing_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
-            adapter.configure(bench.params, trainable_LE=nothing_LE)
+            adapter.configure(context.params, trainable_LE=nothing_LE)
         hits_LE = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.float64)
         tokens = 0
-        for batch in bench.validation():
+        for batch in context.validation():
             adapter.evaluate(batch, with_stats=True)
             stats = [layer.last_stats for layer in adapter.moe]
             hits_LE += torch.stack([layer.hits_E.cpu() for layer in stats if layer is not None])

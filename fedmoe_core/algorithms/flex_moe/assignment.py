@@ -70,10 +70,10 @@ def scores(fitness: Fitness, round: int, *, exploration: float) -> np.ndarray:
     neutral_C1 = (fitness.mean_CE * tried_CE).sum(axis=-1, keepdims=True) / count_C1
     mean_CE = np.where(tried_CE, fitness.mean_CE, neutral_C1)
     raw_CE = mean_CE + exploration * np.sqrt(math.log(round + 1) / (1 + fitness.tried_CE))
-    centred_CE = raw_CE - raw_CE.mean(axis=-1, keepdims=True)
-    spread_C1 = centred_CE.std(axis=-1, keepdims=True)
+    centered_CE = raw_CE - raw_CE.mean(axis=-1, keepdims=True)
+    spread_C1 = centered_CE.std(axis=-1, keepdims=True)
     # Scores equal up to rounding have a spread of 1e-17, which no client should be judged by.
-    return np.where(spread_C1 > 1e-12, centred_CE / np.where(spread_C1 > 1e-12, spread_C1, 1.0), 0.0)
+    return np.where(spread_C1 > 1e-12, centered_CE / np.where(spread_C1 > 1e-12, spread_C1, 1.0), 0.0)
 
 
 def next_deficit(deficit_E: np.ndarray, load_E: np.ndarray) -> np.ndarray:

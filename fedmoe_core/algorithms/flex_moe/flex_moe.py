@@ -31,12 +31,12 @@ from fedmoe_core.budget.limits import Cost
 from fedmoe_core.budget.passes import pass_cost
 from fedmoe_core.client.profiling import validate
 from fedmoe_core.config.systems import Equation, System
-from fedmoe_core.messages.plan import Bench, ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, ProbeContext
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.selection.knapsack import knapsack
 from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean
-from fedmoe_core.server.planning import Asks, client_room, plan_of_masks
+from fedmoe_core.server.planning import Asks, client_allowance, plan_of_masks
 from fedmoe_core.server.state import ServerState, initial_state, recall, remember
 
 JITTER = 1e-3  # of a z-score: equal scores are told apart by a draw, not by the order of clients or the solver's taste
@@ -68,9 +68,9 @@ class LocalFeedback:
 
     batches: int
 
-    def __call__(self, bench: Bench) -> dict[str, Tensor]:
-        batches = islice(bench.batches(), self.batches)
-        found = validate(bench.adapter, batches, log_prior_C=bench.log_prior_C).feedback
+    def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
+        batches = islice(context.batches(), self.batches)
+        found = validate(context.adapter, batches, log_prior_C=context.log_prior_C).feedback
         return {"feedback": torch.from_numpy(np.stack([found.rows_LE, found.loss_LE, found.correct_LE]))}
 
 
@@ -207,7 +207,7 @@ class FlexMoE(Algorithm):
         """
         spec, first = self.population.spec, state.visits[client] == 0
         all_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
-        room = client_room(
+        allowance = client_allowance(
             self.population,
             client,
             first_participation=first,
@@ -215,7 +215,7 @@ class FlexMoE(Algorithm):
         )
         # The nth expert of every layer is worth the same and less than the one before, so layers fill side by side.
         worth_LE = all_LE * np.arange(spec.num_experts, 0.0, -1.0)
-        chosen_LE = knapsack(worth_LE, room.costs_DLE, [int(free) for free in room.free_D]).chosen_LE
+        chosen_LE = knapsack(worth_LE, allowance.costs_DLE, [int(free) for free in allowance.free_D]).chosen_LE
         return np.asarray(chosen_LE.sum(axis=1))
 
     def _asks(self, client: int, held_LE: np.ndarray, *, first_participation: bool) -> Asks:

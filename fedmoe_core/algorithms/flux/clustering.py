@@ -69,18 +69,18 @@ def fused_kmeans(
         return np.zeros(0, dtype=np.int64)
     unit_ND = _unit(features_ND)
     starts = [_start(unit_ND, np.flatnonzero(layer_N == layer), k, (seed, layer)) for layer, k in enumerate(clusters_L)]
-    centre_KD = unit_ND[np.concatenate(starts).astype(np.int64)]
+    center_KD = unit_ND[np.concatenate(starts).astype(np.int64)]
     foreign_NK = layer_N[:, None] != np.repeat(np.arange(len(clusters_L)), clusters_L)[None, :]
     labels_N = np.full(len(unit_ND), -1)
     for _ in range(iterations):
-        similarity_NK = np.where(foreign_NK, -np.inf, unit_ND @ centre_KD.T)
+        similarity_NK = np.where(foreign_NK, -np.inf, unit_ND @ center_KD.T)
         new_N = _without_empty(similarity_NK.argmax(axis=1), similarity_NK)
         if (new_N == labels_N).all():
             break
         labels_N = new_N
-        sums_KD = np.zeros_like(centre_KD)
+        sums_KD = np.zeros_like(center_KD)
         np.add.at(sums_KD, labels_N, unit_ND)
-        centre_KD = _unit(sums_KD)
+        center_KD = _unit(sums_KD)
     return labels_N
 
 

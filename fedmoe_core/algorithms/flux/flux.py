@@ -16,7 +16,7 @@ import torch
 from fedmoe_core.algorithms.base import Algorithm
 from fedmoe_core.algorithms.flux.clustering import expert_features
 from fedmoe_core.algorithms.flux.forward_gradients import ForwardEstimates, estimate_cost
-from fedmoe_core.algorithms.flux.four_bit_profile import QuantisedProfile, profile_cost
+from fedmoe_core.algorithms.flux.four_bit_profile import QuantizedProfile, profile_cost
 from fedmoe_core.algorithms.flux.merging import merge_budgets, merged_experts, plan_merge
 from fedmoe_core.algorithms.flux.utility import Roles, assign_roles, exploit_share, first_utility, utility
 from fedmoe_core.base.rng import counter_rng
@@ -90,7 +90,7 @@ class Flux(Algorithm):
         facts, chosen = self.population, self.population.config.flux
         known, profiling = self.profile(state, client), self._profiling(state, client)
         utility_LE = utilities(known)
-        before = QuantisedProfile() if profiling != NOTHING else None
+        before = QuantizedProfile() if profiling != NOTHING else None
         found = self._roles(state, client, utility_LE, profiling)
         if found is None:
             best_LE = self._trainable(state, client, utility_LE, profiling)

@@ -12,7 +12,7 @@ from fedmoe_core.algorithms.flux.utility import spsa
 from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Cost
-from fedmoe_core.messages.plan import Bench
+from fedmoe_core.messages.plan import ProbeContext
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class ForwardEstimates:
     sigma: float
     probes: int
 
-    def __call__(self, bench: Bench) -> dict[str, Tensor]:
-        adapter = bench.adapter
+    def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
+        adapter = context.adapter
         norm_sq_LE = torch.zeros(len(adapter.moe), adapter.spec.num_experts, dtype=torch.float64)
-        batch = next(iter(bench.batches()))
+        batch = next(iter(context.batches()))
         for number, expert in self.experts:
             layer = adapter.moe[number]
             slot = layer.frozen_experts.index(expert)
@@ -47,10 +47,10 @@ class ForwardEstimates:
             def loss(flat: Tensor, install: object = install) -> float:
                 assert callable(install)
                 install(flat)
-                found = adapter.evaluate(batch, log_prior_C=bench.log_prior_C)
+                found = adapter.evaluate(batch, log_prior_C=context.log_prior_C)
                 return found.loss_sum / found.count
 
-            seed = counter_seed(bench.plan.seed, "forward-only", number, expert)
+            seed = counter_seed(context.plan.seed, "forward-only", number, expert)
             try:
                 norm_sq_LE[number, expert] = spsa(loss, start, sigma=self.sigma, probes=self.probes, seed=seed).norm_sq
             finally:

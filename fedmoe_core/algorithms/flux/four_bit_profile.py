@@ -1,4 +1,4 @@
-"""Copies of a model in 4 or 8 bits, for cheap profiling of which client uses which expert (Flux, arXiv 2508.19078)."""
+"""Profiling the whole model in 4 bits: which experts tokens use, and how much attention those tokens get (Flux)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedmoe_core.budget.limits import Cost
-from fedmoe_core.messages.plan import Bench
+from fedmoe_core.messages.plan import ProbeContext
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.state import Population
 from fedmoe_kernels.quantized import Quantized
 
 
-def quantised_copy(
+def quantized_copy(
     params: Mapping[str, Tensor], specs: Sequence[ParamSpec], *, form: str = "int4", group: int = 128
 ) -> dict[str, Tensor]:
     """Round every matrix of the model to a format and back, in its own dtype; nothing in ``params`` is touched.
@@ -43,7 +43,7 @@ def quantised_copy(
     return copy
 
 
-def quantised_bytes(specs: Sequence[ParamSpec], *, form: str = "int4", group: int = 128) -> int:
+def quantized_bytes(specs: Sequence[ParamSpec], *, form: str = "int4", group: int = 128) -> int:
     """Count what a client stores to profile: codes and scales of matrices, all else as it is; for the ledger."""
     total = 0
     for spec in specs:
@@ -85,15 +85,15 @@ GROUP = 32  # columns that must divide a matrix for its rows to be stored in 4 b
 
 
 @dataclass(frozen=True)
-class QuantisedProfile:
+class QuantizedProfile:
     """f_e = tokens to e / tokens, and abar_e = mean attention score of those tokens: Flux's local profile [N], (L, E).
 
     Experts are really held in 4 bits; router and trunk stay as they are [E]. The data are the round's local batches,
     and a token's attention score is what it receives in its block [E]; 1 for all where attention cannot be watched.
     """
 
-    def __call__(self, bench: Bench) -> dict[str, Tensor]:
-        adapter = bench.adapter
+    def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
+        adapter = context.adapter
         shape = (len(adapter.moe), adapter.spec.num_experts)
         count_LE, attention_LE = torch.zeros(2, *shape, dtype=torch.float64)
         tokens = 0
@@ -103,10 +103,10 @@ class QuantisedProfile:
             nothing_LE = np.zeros(shape, dtype=bool)
             # `configure` sets the bits of every layer; the client's own plan sets them back.
             adapter.configure(
-                bench.params, trainable_LE=nothing_LE, train_router=False, train_head=False, frozen_format=FORMAT
+                context.params, trainable_LE=nothing_LE, train_router=False, train_head=False, frozen_format=FORMAT
             )
             with adapter.watch_attention() as received:
-                for batch in bench.batches():
+                for batch in context.batches():
                     adapter.evaluate(batch)
                     tokens += int(batch.mask_SN.sum())
                     for number, layer in enumerate(adapter.moe):
@@ -134,7 +134,7 @@ def profile_cost(population: Population) -> Cost | None:
     costs, spec, train = population.costs, population.spec, population.config.train
     if spec.hidden_size % GROUP or spec.intermediate_size % GROUP:
         return None
-    codes = quantised_bytes([param for param in spec.params if param.kind == "expert"], form=FORMAT)
+    codes = quantized_bytes([param for param in spec.params if param.kind == "expert"], form=FORMAT)
     nobody_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
     all_LE = ~nobody_LE
     routers = costs.total_experts * spec.hidden_size * costs.weight_bytes

@@ -42,8 +42,8 @@ def merge_budgets(freq_LE: np.ndarray, merged_LE: np.ndarray, slots: int) -> np.
     is held between 1 and the layer's experts to merge (0 without any). What rounding leaves goes where B(l) is farthest
     below its share; ties to the shallower [E].
 
-    Measured on hand-made layers (tests/core/algorithms/flux/test_merging.py): output error .12 against .31 of equal slots, where the
-    most used experts are tuned and deep layers skewed; but .68 against .57 at top-4, nothing tuned, even layers.
+    Measured on hand-made layers (`test_merging.py`): output error .12 against .31 of equal slots, where the most used
+    experts are tuned and deep layers skewed; but .68 against .57 at top-4, nothing tuned, even layers.
 
     Args:
         freq_LE: tokens to e / tokens.

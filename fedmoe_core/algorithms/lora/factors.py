@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-class Adapter(NamedTuple):
+class Factors(NamedTuple):
     """The two factors, A (..., r, in) and B (..., out, r)."""
 
     a: Tensor
@@ -37,16 +37,16 @@ class Spectrum(NamedTuple):
     s: Tensor
     v: Tensor
 
-    def truncate(self, rank: int) -> Adapter:
+    def truncate(self, rank: int) -> Factors:
         """Return the best adapter of ``rank`` (padded with zeros if the sum has less): A = V_r^T, B = U_r diag(s_r)."""
-        return resize(Adapter(self.v[..., :rank, :], self.u[..., :rank] * self.s[..., None, :rank]), rank)
+        return resize(Factors(self.v[..., :rank, :], self.u[..., :rank] * self.s[..., None, :rank]), rank)
 
     def tail(self, rank: int) -> Tensor:
         """Return ||sum - truncate(rank)||_F = sqrt(sum of the squared singular values after ``rank``), (...) [D]."""
         return torch.linalg.vector_norm(self.s[..., rank:], dim=-1)
 
 
-def resize(adapter: Adapter, rank: int) -> Adapter:
+def resize(adapter: Factors, rank: int) -> Factors:
     """Keep the first ``rank`` of the adapter's ranks, padded with zeros (HetLoRA's truncation and zero-padding [N]).
 
     Padding leaves B A unchanged; truncation drops the last ranks, which is why HetLoRA presses weight into the first.
@@ -58,10 +58,10 @@ def resize(adapter: Adapter, rank: int) -> Adapter:
         raise ValueError(f"rank {rank} leaves no adapter; give at least 1")
     missing = max(0, rank - adapter.rank)
     a, b = adapter.a[..., :rank, :], adapter.b[..., :rank]
-    return Adapter(torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing)))
+    return Factors(torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing)))
 
 
-def hetlora_weights(adapters: Sequence[Adapter]) -> Tensor:
+def hetlora_weights(adapters: Sequence[Factors]) -> Tensor:
     """Return ||B_k A_k||_F / sum_j ||B_j A_j||_F, (K, ...): HetLoRA's sparsity weights (arXiv 2401.06432 [N]).
 
     ||B A||_F^2 = tr((B^T B)(A A^T)), so no full-sized product is formed [D]. Where all are zero the weights are equal.
@@ -76,7 +76,7 @@ def hetlora_weights(adapters: Sequence[Adapter]) -> Tensor:
     return torch.where(total > 0, stacked / torch.where(total > 0, total, 1.0), 1.0 / len(adapters))
 
 
-def separate_mean(adapters: Sequence[Adapter], weights: Tensor) -> Adapter:
+def separate_mean(adapters: Sequence[Factors], weights: Tensor) -> Factors:
     """Return sum_k w_k A_k and sum_k w_k B_k apart, zero-padded to the largest rank: HetLoRA's aggregation [N].
 
     Biased: its product is not sum_k w_k B_k A_k, unless all A or all B are the same.
@@ -87,10 +87,10 @@ def separate_mean(adapters: Sequence[Adapter], weights: Tensor) -> Adapter:
     """
     rank = max(adapter.rank for adapter in adapters)
     padded = [resize(adapter, rank) for adapter in adapters]
-    return Adapter(_weighted([one.a for one in padded], weights), _weighted([one.b for one in padded], weights))
+    return Factors(_weighted([one.a for one in padded], weights), _weighted([one.b for one in padded], weights))
 
 
-def tail_penalty(adapter: Adapter, keep: int) -> Tensor:
+def tail_penalty(adapter: Factors, keep: int) -> Tensor:
     """Return ||B[:, keep:]||_F ||A[keep:, :]||_F, (...): HetLoRA's addition to the loss, to fade last ranks [N]."""
     tail_a, tail_b = adapter.a[..., keep:, :], adapter.b[..., keep:]
     return torch.linalg.matrix_norm(tail_b) * torch.linalg.matrix_norm(tail_a)
@@ -101,7 +101,7 @@ def kept_ranks(rank: int, keep_share: float) -> int:
     return max(1, math.floor(keep_share * rank + 1e-9))
 
 
-def pruned_rank(before: Adapter, after: Adapter, *, keep_share: float) -> int:
+def pruned_rank(before: Factors, after: Factors, *, keep_share: float) -> int:
     """Prune as HetLoRA does [N]: the rank falls to floor(gamma r), at least 1, if the tail's norm product has shrunk.
 
     Leading axes share one rank, so their products are added up [E].
@@ -116,7 +116,7 @@ def pruned_rank(before: Adapter, after: Adapter, *, keep_share: float) -> int:
     return keep if shrunk else after.rank
 
 
-def adapter_sum(adapters: Sequence[Adapter], weights: Tensor) -> Spectrum:
+def adapter_sum(adapters: Sequence[Factors], weights: Tensor) -> Spectrum:
     """Return sum_k w_k B_k A_k by its singular values: FlexLoRA (arXiv 2402.11505 [N]).
 
     Each client then gets its own top r_k.

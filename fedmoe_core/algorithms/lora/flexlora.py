@@ -1,4 +1,7 @@
-"""FlexLoRA (arXiv 2402.11505): adapters of a rank for each client, averaged as products, cut again by their SVD."""
+"""FlexLoRA (arXiv 2402.11505): adapters of a rank for each client, averaged as products, cut again by their SVD.
+
+The paper was not opened here: formulas are from notes [N], readings ours [E].
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from fedmoe_core.algorithms.base import Algorithm
 from fedmoe_core.algorithms.largest_fit import largest_plan
-from fedmoe_core.algorithms.lora.factors import Adapter, Spectrum, resize
+from fedmoe_core.algorithms.lora.factors import Factors, Spectrum, resize
 from fedmoe_core.algorithms.lora.shared import UNCOUNTED, everything
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
@@ -83,7 +86,7 @@ class FlexLora(Algorithm):
         products = {}
         for key in expert_keys(self.population):
             a, b = (result.kept[factor_key(key, letter)] for letter in "ab")
-            products[key] = _scale(self.population) * Adapter(a, b).product()
+            products[key] = _scale(self.population) * Factors(a, b).product()
         weight_LE = samples * plan.trainable_LE
         return finished_update(
             plan,
@@ -134,7 +137,7 @@ def start_rows(memory: Mapping[str, Tensor], rank: int) -> dict[str, Mapping[int
         if not name.startswith("a/"):
             continue
         key = name.removeprefix("a/")
-        cut = resize(Adapter(a, memory[f"b/{key}"]), rank)
+        cut = resize(Factors(a, memory[f"b/{key}"]), rank)
         rows[key] = dict(enumerate(memory[f"base/{key}"]))
         rows[factor_key(key, "a")], rows[factor_key(key, "b")] = dict(enumerate(cut.a)), dict(enumerate(cut.b))
     return rows

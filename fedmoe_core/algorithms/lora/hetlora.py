@@ -1,4 +1,7 @@
-"""HetLoRA (arXiv 2401.06432): adapters of a rank for each client, truncated, padded and pruned."""
+"""HetLoRA (arXiv 2401.06432): adapters of a rank for each client, truncated, padded and pruned.
+
+The paper was not opened here: formulas are from notes [N], readings ours [E].
+"""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.algorithms.lora.factors import Adapter, resize, tail_penalty
+from fedmoe_core.algorithms.lora.factors import Factors, resize, tail_penalty
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.client.submodel import start_of
 from fedmoe_core.layer.lora import FACTORS
 from fedmoe_core.layer.moe import MoE
-from fedmoe_core.messages.plan import Bench
+from fedmoe_core.messages.plan import ProbeContext
 from fedmoe_core.server.means import Sums
 
 SIDES = ("in", "out")
@@ -42,7 +42,7 @@ class TailLoss:
             for side in SIDES:
                 if layer.trainable_experts:
                     a, b = (cast(Tensor, getattr(layer, f"{letter}_{side}")) for letter in "ab")
-                    total = total + tail_penalty(Adapter(a, b), self.keep).sum()
+                    total = total + tail_penalty(Factors(a, b), self.keep).sum()
         return self.weight * total
 
 
@@ -61,8 +61,8 @@ class RankProbe:
 
     keep: int
 
-    def __call__(self, bench: Bench) -> dict[str, Tensor]:
-        spec, plan, trained = bench.adapter.spec, bench.plan, bench.adapter.trained()
+    def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
+        spec, plan, trained = context.adapter.spec, context.plan, context.adapter.trained()
         product_LE = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.float64)
         base_LE = torch.zeros_like(product_LE)
         tails = torch.zeros(2, dtype=torch.float64)
@@ -70,12 +70,12 @@ class RankProbe:
             experts = torch.from_numpy(np.flatnonzero(trains_E))
             for side in SIDES:
                 keys = [f"moe.{layer}.{letter}_{side}" for letter in "ab"]
-                weight = bench.params[f"moe.{layer}.w_{side}"]
+                weight = context.params[f"moe.{layer}.w_{side}"]
                 base_LE[layer] += torch.linalg.matrix_norm(weight).double().cpu() ** 2
                 if not len(experts):
                     continue
-                after = Adapter(*(trained[key] for key in keys))
-                before = Adapter(*(start_of(bench.params, key, plan) for key in keys))
+                after = Factors(*(trained[key] for key in keys))
+                before = Factors(*(start_of(context.params, key, plan) for key in keys))
                 product_LE[layer, experts] += squared_norm(after).cpu()
                 tails += torch.stack([tail_penalty(one, self.keep).sum().double().cpu() for one in (before, after)])
         return {
@@ -86,7 +86,7 @@ class RankProbe:
         }
 
 
-def squared_norm(adapter: Adapter) -> Tensor:
+def squared_norm(adapter: Factors) -> Tensor:
     """Return ||B A||_F^2 = tr((B^T B)(A A^T)), float64 over the leading axes, without the full-sized product [D]."""
     b_rr, a_rr = adapter.b.mT @ adapter.b, adapter.a @ adapter.a.mT
     return (b_rr.double() * a_rr.double()).sum(dim=(-2, -1)).clamp(min=0)
@@ -99,7 +99,7 @@ def padded(deltas: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         prefix, _, name = key.rpartition(".")
         if name in FACTORS and name.startswith("a_"):
             other = f"{prefix}.b_{name.removeprefix('a_')}"
-            whole[key], whole[other] = resize(Adapter(deltas[key], deltas[other]), rank)
+            whole[key], whole[other] = resize(Factors(deltas[key], deltas[other]), rank)
     return whole
 
 
@@ -130,7 +130,7 @@ def without_missing_ranks(
         ranks = spec.shape[1 + axis]
         missing_ER = torch.zeros(spec.shape[0], ranks, dtype=torch.int64)
         for rank, weight_LE in votes:
-            missing_ER[:, rank:] += torch.from_numpy(sums.settings.quantise(weight_LE)[spec.layer])[:, None]
+            missing_ER[:, rank:] += torch.from_numpy(sums.settings.quantize(weight_LE)[spec.layer])[:, None]
         den_E = sums.expert_den_LE[spec.layer].cpu().clamp(min=1)
         lost_ER = (missing_ER.double() / den_E[:, None].double()).to(means[spec.key].device)
         factor = lost_ER[:, :, None] if axis == 0 else lost_ER[:, None, :]

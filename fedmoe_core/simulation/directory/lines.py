@@ -9,7 +9,7 @@ from fedmoe_core.budget.limits import NOTHING, Budget
 from fedmoe_core.config.systems import title_of
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
-from fedmoe_core.simulation.evaluation import Held
+from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.observer import PlanRow
 from fedmoe_core.simulation.world import World
 
@@ -53,7 +53,7 @@ def label_of(config: Any) -> str:
     return f"{name} ({', '.join(parts)})"
 
 
-def _results(held: Held) -> dict[str, Any]:
+def _results(held: HeldOut) -> dict[str, Any]:
     return {
         "loss": held.loss,
         "accuracy": held.accuracy,
@@ -64,7 +64,7 @@ def _results(held: Held) -> dict[str, Any]:
     }
 
 
-def _personal_results(held: Held) -> dict[str, Any]:
+def _personal_results(held: HeldOut) -> dict[str, Any]:
     accuracy_C = held.personal_accuracy_C
     return {
         "personal_loss_C": list(held.personal_loss_C or ()),

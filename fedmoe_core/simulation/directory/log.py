@@ -17,7 +17,7 @@ from fedmoe_core.simulation.directory.checkpoint import save_checkpoint
 from fedmoe_core.simulation.directory.claim import Claim
 from fedmoe_core.simulation.directory.health import kept_budgets, nothing_trained
 from fedmoe_core.simulation.directory.lines import _ledger_line, _results, client_record, label_of
-from fedmoe_core.simulation.evaluation import Held
+from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.round import Round
 from fedmoe_core.simulation.world import World
 
@@ -64,14 +64,14 @@ class RunLog:
         save_checkpoint(self.out / "checkpoint", pack_state(state), meta, config.decisive())
         self.unbilled_seconds = time.perf_counter() - began
 
-    def before(self, held: Held) -> dict[str, Any]:
+    def before(self, held: HeldOut) -> dict[str, Any]:
         """Write the line of the warm model, round 0."""
         line = {"type": "round", "round": 0, **_results(held), **self.totals}
         line |= {"seconds": held.seconds, "engine_seconds": 0.0, "refused": []}
         self.metrics.append(line)
         return line
 
-    def round(self, played: Round, held: Held | None, state: ServerState) -> dict[str, Any]:
+    def round(self, played: Round, held: HeldOut | None, state: ServerState) -> dict[str, Any]:
         """Write the lines of one round: every client's, the ledger's, and the round's own, which it returns."""
         began, number = time.perf_counter(), played.index + 1
         plans = {plan.client: plan for plan in played.plans}

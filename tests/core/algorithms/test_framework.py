@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy as toy_module
 from tiny_corpus import make_config
 from toy import Toy
 
@@ -110,7 +111,7 @@ def test_inv10_two_ranks_agree_on_private_tensors_bit_for_bit(config: Make, tmp_
     settings = toy(config, "eval.personal=true", out="one")
     one = simulate.run(settings)
     (tmp_path / "two.toml").write_text(replace(settings, out=str(tmp_path / "two"), ranks=2).to_toml())
-    program = (str(Path(__file__).parent / "toy.py"),)
+    program = (str(toy_module.__file__),)
     launch.run_ranks(["simulate", str(tmp_path / "two.toml"), "--quiet"], ranks=2, threads=1, program=program)
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert two["model_hash"] == one["model_hash"]
@@ -148,7 +149,7 @@ def test_inv1_a_plan_of_masks_that_does_not_fit_is_refused_by_client_and_amount(
 
 
 def test_a_classification_head_is_averaged_over_a_frozen_trunk(config: Make, tmp_path: Path) -> None:
-    settings = config("algorithm=hfedmoe", "train.trunk=frozen", "budgets=unlimited", labelled=True)
+    settings = config("algorithm=hfedmoe", "train.trunk=frozen", "budgets=unlimited", labeled=True)
     world, state, round_ = played(settings)
     assert [update.error for update in round_.updates] == [""] * 3
     moved = {key for key, old in world.params.items() if not torch.equal(old, state.params[key])}

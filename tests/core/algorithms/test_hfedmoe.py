@@ -38,7 +38,7 @@ from fedmoe_core.messages.profile import profile_arrays
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.server.state import ServerState, initial_state, pack_state, unpack_state
 
-GATES = ("row-wise", "normalised", "literal", "fedavg")
+GATES = ("row-wise", "normalized", "literal", "fedavg")
 
 
 def by_the_paper(gate: str, experts: str, *, tau: float, lam: float, participation: bool) -> dict[str, np.ndarray]:
@@ -157,7 +157,7 @@ def test_uniform_weighting_counts_every_client_alike() -> None:
 
 
 def test_the_automatic_gate_follows_the_mode() -> None:
-    for mode, gate in (("compact", "row-wise"), ("backward-masked", "normalised")):
+    for mode, gate in (("compact", "row-wise"), ("backward-masked", "normalized")):
         automatic, named = (
             HFedMoE(population(f"selection.mode={mode}", f"aggregation.gate={word}")).client(plan_for(0), result_for(0))
             for word in ("auto", gate)

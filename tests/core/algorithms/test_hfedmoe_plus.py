@@ -256,10 +256,10 @@ def test_a_failed_client_weighs_nothing() -> None:
         assert after.round == 1
 
 
-BENCH = Path(__file__).parents[2] / "bench"
+STUDY = Path(__file__).parents[3] / "bench" / "study"
 
 
-@pytest.mark.parametrize("path", sorted((BENCH / "study").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(STUDY.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_shared_configuration_of_the_study_parses(path: Path) -> None:
     config = Config.load(path, [] if path.stem == "stdlib" else ["data=csv:news.csv"])
     assert config.clients == 12
@@ -269,7 +269,7 @@ def test_every_shared_configuration_of_the_study_parses(path: Path) -> None:
 
 @pytest.mark.parametrize(("group", "head", "least"), [("plus", "hfedmoe_plus", 12), ("hfedmoe", "hfedmoe", 9)])
 def test_every_variant_of_the_ablation_parses_and_differs_in_something(group: str, head: str, least: int) -> None:
-    study = Study.of((), systems="all", seeds="0", out=Path("x"), variants=BENCH / f"ablation-{group}.toml")
+    study = Study.of((), systems="all", seeds="0", out=Path("x"), variants=STUDY / "ablations" / f"{group}.toml")
     jobs = study.jobs()
     assert study.variants[0].words == (f"algorithm={head}",)
     assert len({str(job.config.decisive()) for job in jobs}) == len(jobs) >= least

@@ -19,7 +19,7 @@ from fedmoe_core.layer.router_loss import SwitchBalance
 
 CPU = torch.device("cpu")
 OWN_GATE = {"train_router": False, "keeps": frozenset({"router"})}
-LABELLED = {"trunk": "fedavg", "label_smoothing": 0.1, "logit_adjustment": 1.0}
+LABELED = {"trunk": "fedavg", "label_smoothing": 0.1, "logit_adjustment": 1.0}
 
 # The shapes that were up to 30 % short while the backward copied gradients in float64 for their norms.
 WIDE = {
@@ -39,8 +39,8 @@ KINDS = {
     "lower-k": Case(16, 4, 64, 32, layers=2, chosen=2, held=0.5),
     "prox": Case(16, 2, 64, 32, layers=2, train={"prox": 0.1}, trained=0.5),
     "trunk": Case(16, 2, 64, 32, layers=2, train={"trunk": "fedavg", "label_smoothing": 0.1, "prox": 0.1}),
-    "labelled": Case(16, 2, 64, 32, classes=3, train=LABELLED, asks={"validate": True}),
-    "many-classes": Case(8, 2, 32, 32, classes=700, sequences=16, places=4, train=LABELLED),
+    "labelled": Case(16, 2, 64, 32, classes=3, train=LABELED, asks={"validate": True}),
+    "many-classes": Case(8, 2, 32, 32, classes=700, sequences=16, places=4, train=LABELED),
     "own-gate": Case(8, 2, 256, 32, layers=2, places=4, asks=OWN_GATE),
     "validated": Case(16, 2, 64, 32, layers=2, held=0.25, asks={"validate": True}),
     "adapters": Case(16, 2, 64, 32, layers=2, declared=32, trained=0.25),
@@ -52,7 +52,7 @@ KINDS = {
 # What a prediction bounds without knowing it: rows that padding takes away, choices, other losses.
 BOUNDED = {
     "padded": Case(16, 2, 64, 64, lengths=(3, 32, 20), steps=3),
-    "dropped": Case(8, 2, 128, 32, classes=5, train={**LABELLED, "token_dropout": 0.3, "prox": 0.1}),
+    "dropped": Case(8, 2, 128, 32, classes=5, train={**LABELED, "token_dropout": 0.3, "prox": 0.1}),
     "fewer-held-than-k": Case(4, 4, 128, 128, held=0.25, chosen=3, declared=16, in_state=False, rank=8),
     "auxiliary": Case(16, 2, 64, 32, layers=2, asks={"aux": SwitchBalance(0.01)}),
     "per-batch": Case(16, 2, 64, 32, layers=2, masked=True, per_batch=4, steps=4),

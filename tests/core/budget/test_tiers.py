@@ -36,9 +36,9 @@ def world_of(config: Config) -> World:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_tier_of_bytes_lets_a_plain_client_hold_the_experts_of_its_name(config: Make, labelled: bool) -> None:
+def test_a_tier_of_bytes_lets_a_plain_client_hold_the_experts_of_its_name(config: Make, labeled: bool) -> None:
     worlds = [
-        world_of(config("selection.explore=0", tiers(*words), labelled=labelled))
+        world_of(config("selection.explore=0", tiers(*words), labeled=labeled))
         for words in (("experts",), ("memory",), ("down", "up"))
     ]
     held = []

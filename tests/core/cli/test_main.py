@@ -14,33 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plan_rows import ROW
 from rich.console import Console
 from synthetic_run import make_run
 from typer.testing import CliRunner
 
+from fedmoe_core.cli import main
 from fedmoe_core.config.run_config import Config
-from fedmoe_core.simulation import launch, main
-from fedmoe_core.simulation.observer import NullObserver, PlanRow
+from fedmoe_core.simulation import launch
+from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.progress import LineObserver, LiveObserver, observer_for
-
-ROW = PlanRow(
-    client="asyncio",
-    tier="phone",
-    experts_held=(4, 5),
-    experts=9,
-    trainable=9,
-    memory_bytes=20 << 20,
-    memory_budget=24 << 20,
-    flops=3e10,
-    flops_budget=None,
-    bytes_down=1 << 20,
-    bytes_down_budget=2 << 20,
-    bytes_up=900_000,
-    bytes_up_budget=None,
-    local_steps=8,
-    top_k=2,
-    samples=320,
-)
 
 
 def invoke(*words: str) -> Any:

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plan_rows import ROW
 from rich.console import Console
 from synthetic_run import make_run
-from test_cli import ROW
 from typer.testing import CliRunner
 
+from fedmoe_core.cli import main
 from fedmoe_core.cli import study as cli_study
 from fedmoe_core.comparison import compare
-from fedmoe_core.comparison.run_figures import measure
+from fedmoe_core.comparison.run_figures import figures_of
 from fedmoe_core.comparison.table import markdown, rows_of
 from fedmoe_core.reporting.run import read_runs
-from fedmoe_core.simulation import launch, main
+from fedmoe_core.simulation import launch
 from fedmoe_core.simulation.progress import observer_for
 
 TITLE = "\x1b[2J\x1b]0;pwned\x07"
@@ -153,7 +154,9 @@ def test_compare_prints_its_table_and_notes(
 ) -> None:
     labels = (f"a{EVIL}", f"b|<script>`{LONE}")
     runs = {
-        label: [measure(read_runs([make_run(tmp_path / f"{n}", seed=n, clients=2, rounds=1, tiers=(TIER,))])[0], label)]
+        label: [
+            figures_of(read_runs([make_run(tmp_path / f"{n}", seed=n, clients=2, rounds=1, tiers=(TIER,))])[0], label)
+        ]
         for n, label in enumerate(labels)
     }
     job = types.SimpleNamespace(name=EVIL + LONE)

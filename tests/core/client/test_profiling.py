@@ -12,14 +12,14 @@ import torch
 from tiny_corpus import make_config
 from torch import Tensor
 
-from fedmoe_core.algorithms.flux.four_bit_profile import QuantisedProfile, profile_cost
+from fedmoe_core.algorithms.flux.four_bit_profile import QuantizedProfile, profile_cost
 from fedmoe_core.budget.passes import coded, pass_cost
 from fedmoe_core.client.profiling import run_probe, validate
 from fedmoe_core.client.train import train_client
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.moe import MoE
-from fedmoe_core.messages.plan import Bench
+from fedmoe_core.messages.plan import ProbeContext
 from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.prepare import build_world, local_public_batches
@@ -36,8 +36,8 @@ def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
-def made(config: Make, *words: str, labelled: bool = False) -> tuple[World, Batch]:
-    world = build_world(config(*words, "budgets=unlimited", labelled=labelled).resolved(), Ranks(), NullObserver())
+def made(config: Make, *words: str, labeled: bool = False) -> tuple[World, Batch]:
+    world = build_world(config(*words, "budgets=unlimited", labeled=labeled).resolved(), Ranks(), NullObserver())
     world.adapter.configure(world.params)
     batch = next(iter(local_public_batches(world.config, world.data, 1)))
     ragged = batch.mask_SN.clone()
@@ -46,16 +46,16 @@ def made(config: Make, *words: str, labelled: bool = False) -> tuple[World, Batc
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_losses_by_place_add_up_to_the_evaluation(config: Make, labelled: bool) -> None:
-    world, batch = made(config, labelled=labelled)
-    prior_C = torch.linspace(-2.0, 1.0, world.adapter.model.score.out_features) if labelled else None
+def test_losses_by_place_add_up_to_the_evaluation(config: Make, labeled: bool) -> None:
+    world, batch = made(config, labeled=labeled)
+    prior_C = torch.linspace(-2.0, 1.0, world.adapter.model.score.out_features) if labeled else None
     plain = world.adapter.evaluate(batch, log_prior_C=prior_C)
     places = world.adapter.place_losses(batch, log_prior_C=prior_C)
     assert (places.total.count, places.total.correct) == (plain.count, plain.correct)
     assert places.total.loss_sum == pytest.approx(plain.loss_sum, rel=1e-6)
     assert places.loss_SN.shape == places.correct_SN.shape == places.counted_SN.shape == batch.tokens_SN.shape
     assert not places.counted_SN[~batch.mask_SN].any()
-    if labelled:
+    if labeled:
         assert float(places.loss_SN[:, 0].sum()) == pytest.approx(plain.loss_sum, rel=1e-6)
         assert int(places.correct_SN[:, 0].sum()) == plain.correct
     else:
@@ -63,8 +63,8 @@ def test_losses_by_place_add_up_to_the_evaluation(config: Make, labelled: bool) 
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_feedback_is_the_mean_fate_of_those_who_chose_the_expert(config: Make, labelled: bool) -> None:
-    world, batch = made(config, labelled=labelled)
+def test_feedback_is_the_mean_fate_of_those_who_chose_the_expert(config: Make, labeled: bool) -> None:
+    world, batch = made(config, labeled=labeled)
     found = validate(world.adapter, [batch, batch])
     places = world.adapter.place_losses(batch)
     for number, layer in enumerate(world.adapter.moe):
@@ -79,16 +79,16 @@ def test_feedback_is_the_mean_fate_of_those_who_chose_the_expert(config: Make, l
             want = 2 * float(places.loss_SN[picked_SN].double().sum())
             assert found.feedback.loss_LE[number, expert] == pytest.approx(want, rel=1e-6, abs=1e-9)
             assert found.feedback.correct_LE[number, expert] == 2 * int(places.correct_SN[picked_SN].sum())
-    if labelled:
+    if labeled:
         assert found.feedback.rows_LE.sum() == 2 * 2 * int(batch.mask_SN.sum()) * world.adapter.spec.num_layers
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_attention_received_is_the_mean_over_heads_and_later_places(config: Make, labelled: bool) -> None:
-    world, batch = made(config, labelled=labelled)
+def test_attention_received_is_the_mean_over_heads_and_later_places(config: Make, labeled: bool) -> None:
+    world, batch = made(config, labeled=labeled)
     before = world.adapter.evaluate(batch)
     got_LSN = world.adapter.attention_received(batch)
-    trunk = world.adapter.model.model if labelled else world.adapter.model
+    trunk = world.adapter.model.model if labeled else world.adapter.model
     assert trunk.config._attn_implementation == "sdpa"
     assert world.adapter.evaluate(batch) == before
     trunk.set_attn_implementation("eager")
@@ -122,11 +122,11 @@ class Look:
 
     form: str | None
 
-    def __call__(self, bench: Bench) -> dict[str, Tensor]:
+    def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         nobody_LE = np.zeros((2, 8), dtype=bool)
-        bench.adapter.configure(bench.params, trainable_LE=nobody_LE, frozen_format=self.form)
-        found = validate(bench.adapter, bench.batches())
-        stored = sum(layer.w_in_frozen.nbytes + layer.w_out_frozen.nbytes for layer in bench.adapter.moe)
+        context.adapter.configure(context.params, trainable_LE=nobody_LE, frozen_format=self.form)
+        found = validate(context.adapter, context.batches())
+        stored = sum(layer.w_in_frozen.nbytes + layer.w_out_frozen.nbytes for layer in context.adapter.moe)
         return {"rows": torch.from_numpy(found.profile.rows_LE), "stored": torch.tensor(stored)}
 
 
@@ -139,8 +139,8 @@ def test_inv2_a_look_in_few_bits_stays_within_its_closed_form(config: Make, form
     cost = pass_cost(costs, every_LE, tokens=3 * costs.tokens, form=form)
     plan = plan_of_masks(world.population, state, 0, few_LE, before=Look(form), surcharge=cost)
     batches = list(local_public_batches(world.config, world.data, 3))
-    bench = Bench(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
-    _, peak = run_probe(Look(form), bench, torch.device("cpu"))
+    context = ProbeContext(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
+    _, peak = run_probe(Look(form), context, torch.device("cpu"))
     # The form takes the transients of a training step for those of a forward: up to 2.2 times high in few bits.
     assert peak <= cost.memory_bytes <= (1.6 if form is None else 2.2) * peak
     result = train_client(
@@ -168,8 +168,8 @@ def test_inv2_a_look_at_wide_experts_pays_for_the_matrix_that_is_made_of_codes(c
     batches = list(local_public_batches(world.config, world.data, 2))
     state = world.algorithm.init(world.params)
     plan = plan_of_masks(world.population, state, 0, every_LE)
-    bench = Bench(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
-    _, peak = run_probe(Look(form), bench, torch.device("cpu"), afresh=True)
+    context = ProbeContext(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
+    _, peak = run_probe(Look(form), context, torch.device("cpu"), afresh=True)
     assert peak <= cost.memory_bytes <= 1.15 * peak
 
 
@@ -181,8 +181,8 @@ def test_inv1_the_profile_of_flux_holds_its_experts_in_4_bits(config: Make) -> N
     batches = list(local_public_batches(world.config, world.data, 1))
     state = world.algorithm.init(world.params)
     plan = plan_of_masks(world.population, state, 0, np.ones((2, 8), dtype=bool))
-    bench = Bench(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
-    _, peak = run_probe(QuantisedProfile(), bench, torch.device("cpu"), afresh=True)
+    context = ProbeContext(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
+    _, peak = run_probe(QuantizedProfile(), context, torch.device("cpu"), afresh=True)
     assert peak <= charged.memory_bytes
 
 
@@ -190,14 +190,14 @@ def test_inv1_the_profile_of_flux_holds_its_experts_in_4_bits(config: Make) -> N
 class OwnLoss:
     """What the client itself makes of its trained classifier."""
 
-    def __call__(self, bench: Bench) -> dict[str, Tensor]:
-        assert bench.log_prior_C is not None
-        found = bench.adapter.evaluate(next(iter(bench.validation())), log_prior_C=bench.log_prior_C)
-        return {"loss": torch.tensor(found.loss_sum), "prior": bench.log_prior_C}
+    def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
+        assert context.log_prior_C is not None
+        found = context.adapter.evaluate(next(iter(context.validation())), log_prior_C=context.log_prior_C)
+        return {"loss": torch.tensor(found.loss_sum), "prior": context.log_prior_C}
 
 
 def test_a_client_judges_its_classifier_with_the_class_shares_of_its_training(config: Make) -> None:
-    world, batch = made(config, "train.logit_adjustment=0.5", "algorithm=fedmoe", labelled=True)
+    world, batch = made(config, "train.logit_adjustment=0.5", "algorithm=fedmoe", labeled=True)
     state, spec = world.algorithm.init(world.params), world.adapter.spec
     every_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
     plan = plan_of_masks(world.population, state, 0, every_LE, after=OwnLoss(), validate=True)

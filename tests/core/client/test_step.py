@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_balance import H, OneLayer
+from one_layer import H, OneLayer
 from tiny_corpus import make_config
 
 from fedmoe_core.client.step import Stepper

@@ -12,7 +12,7 @@ from synthetic_run import TIERS, make_run
 
 from fedmoe_core.base.files import plain
 from fedmoe_core.comparison.compare import write
-from fedmoe_core.comparison.run_figures import Measures, measure
+from fedmoe_core.comparison.run_figures import RunFigures, figures_of
 from fedmoe_core.comparison.study import Study, write_record
 from fedmoe_core.comparison.table import markdown, rows_of
 from fedmoe_core.reporting.run import read_runs
@@ -31,13 +31,13 @@ def runs(tmp_path: Path) -> dict[str, list[Path]]:
     }
 
 
-def measures(runs: dict[str, list[Path]]) -> dict[str, list[Measures]]:
-    return {name: [measure(read_runs([path])[0], name) for path in paths] for name, paths in runs.items()}
+def measures(runs: dict[str, list[Path]]) -> dict[str, list[RunFigures]]:
+    return {name: [figures_of(read_runs([path])[0], name) for path in paths] for name, paths in runs.items()}
 
 
 def test_measures_of_a_run_restate_its_records(runs: dict[str, list[Path]]) -> None:
     path = runs["hfedmoe"][0]
-    found = measure(read_runs([path])[0], "x")
+    found = figures_of(read_runs([path])[0], "x")
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     rounds = [line for line in lines if line["type"] == "round"]
     last = rounds[-1]["loss_clients"]
@@ -54,7 +54,7 @@ def test_measures_of_a_run_restate_its_records(runs: dict[str, list[Path]]) -> N
 
 
 def test_the_price_of_a_target_is_that_of_the_first_round_that_reaches_it(runs: dict[str, list[Path]]) -> None:
-    found = measure(read_runs([runs["hfedmoe"][0]])[0], "x")
+    found = figures_of(read_runs([runs["hfedmoe"][0]])[0], "x")
     spent, quality = found.curve[3]
     at = found.to_target(quality)
     assert at is not None
@@ -210,7 +210,7 @@ def test_runs_of_another_number_of_threads_do_not_stand_beside(runs: dict[str, l
 def test_measures_come_back_from_json(runs: dict[str, list[Path]]) -> None:
     known = measures(runs)["random"][0]
     odd = replace(known, peak_ratio=(float("nan"), 1.0), whole=None)
-    assert Measures.of(json.loads(json.dumps(asdict(known)))) == known
-    back = Measures.of(plain(asdict(odd)))
+    assert RunFigures.of(json.loads(json.dumps(asdict(known)))) == known
+    back = RunFigures.of(plain(asdict(odd)))
     assert math.isnan(back.peak_ratio[0])
     assert replace(back, peak_ratio=known.peak_ratio) == replace(odd, peak_ratio=known.peak_ratio)

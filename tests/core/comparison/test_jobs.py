@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import HOUSE, TINY, write_notes
 
-from fedmoe_core.comparison.jobs import Outcome, Variant, make_jobs, parse_seeds, parse_variants, remaining, run_jobs
+from fedmoe_core.comparison.jobs import JobOutcome, Variant, make_jobs, parse_seeds, parse_variants, remaining, run_jobs
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import ALGORITHMS, SECTIONS, concerns
 
@@ -25,8 +25,8 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [*TINY, f"data=jsonl:{write_notes(tmp_path / 'notes.jsonl')}", f"cache={tmp_path / 'cache'}"]
 
 
-def play(jobs: list, words: list[str], workers: int = 2) -> tuple[list[Outcome], list[tuple[Outcome, float]]]:
-    seen: list[tuple[Outcome, float]] = []
+def play(jobs: list, words: list[str], workers: int = 2) -> tuple[list[JobOutcome], list[tuple[JobOutcome, float]]]:
+    seen: list[tuple[JobOutcome, float]] = []
     return run_jobs(jobs, words, workers=workers, watch=lambda *told: seen.append(told)), seen
 
 

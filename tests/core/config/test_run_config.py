@@ -210,7 +210,7 @@ def test_construction_is_checked_too() -> None:
         dataclasses.replace(Config(), rounds="3")
 
 
-def test_labelled_data_starts_from_its_preset_below_the_users_words(tmp_path: Path) -> None:
+def test_labeled_data_starts_from_its_preset_below_the_users_words(tmp_path: Path) -> None:
     preset = flatten(Config.load(overrides=["data=csv:rows.csv"]))
     assert {key: preset[key] for key in CLASSIFICATION_DEFAULTS} == dict(CLASSIFICATION_DEFAULTS)
     key = "train.token_dropout"
@@ -220,10 +220,10 @@ def test_labelled_data_starts_from_its_preset_below_the_users_words(tmp_path: Pa
     assert flatten(Config.load(path))[key] == 0.2
     assert flatten(Config.load(path, ["data=stdlib"]))["train.trunk"] == TrainConfig().trunk
 
-    labelled, plain = tmp_path / "l.jsonl", tmp_path / "p.jsonl"
-    labelled.write_text('\n{"label": "a", "text": "b"}\n')
+    labeled, plain = tmp_path / "l.jsonl", tmp_path / "p.jsonl"
+    labeled.write_text('\n{"label": "a", "text": "b"}\n')
     plain.write_text('{"text": "b"}\n')
-    assert Config.load(overrides=[f"data=jsonl:{labelled}"]).train.trunk == "fedavg"
+    assert Config.load(overrides=[f"data=jsonl:{labeled}"]).train.trunk == "fedavg"
     assert Config.load(overrides=[f"data=jsonl:{plain}"]).train.trunk == "frozen"
     assert Config.load(overrides=["data=jsonl:absent.jsonl"]).train.trunk == "frozen"
 

@@ -116,7 +116,7 @@ def test_evaluation_covers_every_row_once() -> None:
     assert some == [[0, 1, 2, 3], [4]]
 
 
-def test_labelled_rows_can_be_read_as_text() -> None:
+def test_labeled_rows_can_be_read_as_text() -> None:
     data = rows([3] * 10)
     assert data.samples == 10
     assert data.as_text().samples == 30

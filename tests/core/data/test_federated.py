@@ -59,7 +59,7 @@ def equal(first: Splits, second: Splits) -> bool:
     return all(
         np.array_equal(a, b)
         for one, two in (
-            ((first.public_P, first.labelled_P, first.test_P), (second.public_P, second.labelled_P, second.test_P)),
+            ((first.public_P, first.labeled_P, first.test_P), (second.public_P, second.labeled_P, second.test_P)),
             (first.private, second.private),
             (first.tests, second.tests),
         )
@@ -109,9 +109,9 @@ def test_row_splits_are_disjoint_and_whole(
     corpus = row_corpus(rows)
     splits = split_corpus(corpus, clients=clients, scheme=scheme, seed=seed, labels_per_class=labels_per_class)
     assert_once(len(corpus.texts), splits.public_P, splits.test_P, *splits.private)
-    assert set(splits.labelled_P) <= set(splits.public_P)
+    assert set(splits.labeled_P) <= set(splits.public_P)
     classes = range(len(rows))
-    given_C = np.bincount(corpus.labels_P[splits.labelled_P], minlength=len(rows))
+    given_C = np.bincount(corpus.labels_P[splits.labeled_P], minlength=len(rows))
     public_C = np.bincount(corpus.labels_P[splits.public_P], minlength=len(rows))
     assert all(given_C[label] == min(labels_per_class, public_C[label]) for label in classes)
     assert set(corpus.labels_P[splits.test_P]) == set(classes)
@@ -128,7 +128,7 @@ def test_row_splits_are_disjoint_and_whole(
 def test_row_splits_have_the_promised_shares_and_mixes() -> None:
     corpus = row_corpus([1000, 1000, 1000, 1000])
     splits = split_corpus(corpus, clients=5, scheme="dirichlet:0.5", seed=1)
-    assert (len(splits.public_P), len(splits.labelled_P), len(splits.test_P)) == (800, 100, 600)
+    assert (len(splits.public_P), len(splits.labeled_P), len(splits.test_P)) == (800, 100, 600)
     assert np.bincount(corpus.labels_P[splits.test_P]).tolist() == [150] * 4
     for private, test in zip(splits.private, splits.tests, strict=True):
         mix, kept = (np.bincount(corpus.labels_P[rows], minlength=4) / len(rows) for rows in (private, test))
@@ -184,14 +184,14 @@ def test_loaded_data_are_counted_right(tmp_path: Path, kind: str) -> None:
     assert [client.samples for client in data.clients] == data.counts_CD.sum(1).tolist()
     assert data.counts_CD.shape == (4, len(data.names_D))
     if kind == "text":
-        assert (data.task, data.num_classes, data.test, data.public_labelled) == ("causal_lm", 0, None, None)
+        assert (data.task, data.num_classes, data.test, data.public_labeled) == ("causal_lm", 0, None, None)
         assert data.names_D == ("source0", "source1", "source2", "source3")
         assert {client.name for client in data.clients} == set(data.names_D)
         parts = [data.public, *(part for client in data.clients for part in (client.private, client.test))]
     else:
         assert data.class_names == data.names_D == ("topic0", "topic1", "topic2")
         assert data.partition == ("dirichlet:0.5" if kind == "csv" else "domain")
-        assert (data.public.labels_P >= 0).sum() == len(data.public_labelled) == 48
+        assert (data.public.labels_P >= 0).sum() == len(data.public_labeled) == 48
         labels = torch.cat([client.private.labels_P for client in data.clients])
         assert torch.bincount(labels).tolist() == data.counts_CD.sum(0).tolist()
         parts = [data.public, data.test, *(client.private for client in data.clients)]
@@ -219,7 +219,7 @@ def test_inv10_same_arguments_same_bits(tmp_path: Path, change: dict[str, int | 
 def test_withheld_labels_cannot_be_used(tmp_path: Path) -> None:
     data = load_data(written(tmp_path, "csv"), clients=4, labels_per_class=5)
     shown = data.public.labels_P[data.public.labels_P >= 0]
-    assert torch.bincount(shown).tolist() == torch.bincount(data.public_labelled.labels_P).tolist() == [5, 5, 5]
+    assert torch.bincount(shown).tolist() == torch.bincount(data.public_labeled.labels_P).tolist() == [5, 5, 5]
     with pytest.raises(IndexError):
         torch.nn.functional.cross_entropy(torch.zeros(len(data.public), 3), data.public.labels_P)
 
@@ -285,7 +285,7 @@ def test_standard_library_has_only_so_many_packages(stdlib: Callable[..., Federa
 
 def ag_news() -> Path:
     """``../shared/data/ag_news.csv``, seen from the repository or from a worktree of it."""
-    found = (parent.parent / "shared" / "data" / "ag_news.csv" for parent in Path(__file__).resolve().parents[2:])
+    found = (parent.parent / "shared" / "data" / "ag_news.csv" for parent in Path(__file__).resolve().parents[3:])
     path = next((path for path in found if path.is_file()), None)
     if path is None:
         pytest.skip("../shared/data/ag_news.csv is absent")
@@ -295,7 +295,7 @@ def ag_news() -> Path:
 def test_ag_news() -> None:
     data = load_data(f"csv:{ag_news()}")
     assert data.class_names == ("World", "Sports", "Business", "Sci/Tech")
-    assert (len(data.public), len(data.public_labelled), len(data.test)) == (1520, 100, 1140)
+    assert (len(data.public), len(data.public_labeled), len(data.test)) == (1520, 100, 1140)
     assert sum(client.samples for client in data.clients) == 7600 - 1520 - 1140
     assert data.tokenizer.kind == "bpe-lower"
     assert data.tokenizer.vocab_size == 4096

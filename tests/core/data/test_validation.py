@@ -48,8 +48,8 @@ def load(path: Path, *, validation: bool) -> FederatedData:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_data_is_untouched_unless_validation_is_asked_for(tmp_path: Path, labelled: bool) -> None:
-    path = write_topics(tmp_path / "t.csv") if labelled else write_text(tmp_path / "n.jsonl")
+def test_data_is_untouched_unless_validation_is_asked_for(tmp_path: Path, labeled: bool) -> None:
+    path = write_topics(tmp_path / "t.csv") if labeled else write_text(tmp_path / "n.jsonl")
     plain, held = load(path, validation=False), load(path, validation=True)
     assert plain.public_sha256 == held.public_sha256  # one warm-up serves both
     for before, after in zip(plain.clients, held.clients, strict=True):
@@ -62,7 +62,7 @@ def test_data_is_untouched_unless_validation_is_asked_for(tmp_path: Path, labell
 
 
 def test_validation_batches_have_the_shape_of_training(tmp_path: Path) -> None:
-    config = make_config(tmp_path, tmp_path / "shared")("eval.validation=3", labelled=True)
+    config = make_config(tmp_path, tmp_path / "shared")("eval.validation=3", labeled=True)
     data = load(write_topics(tmp_path / "t.csv"), validation=True)
     batches = list(validation_batches(data.clients[0], config))
     assert [batch.tokens_SN.shape for batch in batches] == [(2, 32), (1, 32)]

@@ -91,9 +91,9 @@ def world_of(config: Config) -> World:
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_a_graft_starts_at_identity(config: Make, labelled: bool) -> None:
-    plain = world_of(config("algorithm=fedavg", "budgets=unlimited", labelled=labelled))
-    world = world_of(grafted(config, labelled=labelled))
+def test_a_graft_starts_at_identity(config: Make, labeled: bool) -> None:
+    plain = world_of(config("algorithm=fedavg", "budgets=unlimited", labeled=labeled))
+    world = world_of(grafted(config, labeled=labeled))
     before = evaluate_clients(plain, plain.algorithm.init(plain.params))
     after = evaluate_clients(world, world.algorithm.init(world.params))
     assert (after.loss, after.loss_C) == (before.loss, before.loss_C)
@@ -108,7 +108,7 @@ def test_a_graft_starts_at_identity(config: Make, labelled: bool) -> None:
 
 @pytest.mark.parametrize("trunk", ["frozen", "fedavg"])
 def test_nothing_but_the_mixture_and_a_head_ever_moves(config: Make, trunk: str) -> None:
-    world = world_of(grafted(config, f"train.trunk={trunk}", labelled=True))
+    world = world_of(grafted(config, f"train.trunk={trunk}", labeled=True))
     state = world.algorithm.init(world.params)
     for _ in range(2):
         state, round_ = play_round(world, state, NullObserver())

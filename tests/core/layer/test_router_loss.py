@@ -5,22 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from one_layer import H, OneLayer, made
+from torch import Tensor
 
 from fedmoe_core.client.step import Stepper
 from fedmoe_core.config.run_config import TrainConfig
-from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.router_loss import SwitchBalance, balance_loss
-
-H, E = 6, 5
-
-
-def made(*held: int, top_k: int = 2) -> MoE:
-    torch.manual_seed(0)
-    permitted = np.isin(np.arange(E), held) if held else None
-    layer = MoE(H, 8, E, top_k, permitted=permitted, dtype=torch.float64)
-    layer.keep_logits = True
-    return layer
 
 
 def by_hand(logits: Tensor, top_k: int) -> float:
@@ -58,18 +48,6 @@ def test_on_the_sub_model_absent_experts_do_not_exist() -> None:
     loss.backward()
     assert layer.router.grad is not None
     assert bool(layer.router.grad.isfinite().all())
-
-
-class OneLayer:
-    """As much of an adapter as a local step needs."""
-
-    def __init__(self) -> None:
-        self.moe = (made(),)
-        self.moe[0].keep_logits = False
-        self.model = nn.Sequential(*self.moe)
-
-    def loss(self, x: Tensor, **_: object) -> Tensor:
-        return self.model(x).square().mean()
 
 
 @pytest.mark.parametrize("weight", [0.0, 3.0])

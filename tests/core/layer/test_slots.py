@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_layer import E, H, I, K, dense, mask, relative
+from layer_cases import E, H, I, K, dense, mask, relative
 
 from fedmoe_core.layer.moe import MoE
 from fedmoe_kernels import reference

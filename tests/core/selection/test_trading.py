@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_selection import MODEL, SEEDS, subsets
+from selection_cases import MODEL, SEEDS, subsets
 
 from fedmoe_core.budget.limits import Budget
 from fedmoe_core.selection.knapsack import select_top_n
-from fedmoe_core.selection.within_budget import room_of, trade_for_frozen
+from fedmoe_core.selection.within_budget import allowance_of, trade_for_frozen
 
 
 @given(SEEDS, st.floats(0.05, 0.95), st.sampled_from(["memory", "down", "experts"]), st.integers(3, 12))
@@ -27,8 +27,8 @@ def test_inv8_trading_for_frozen_holds_the_best_that_fits(seed: int, share: floa
     cost = model.predict(could_LE, could_LE, local_steps=1)
     limit = {"memory": cost.memory_bytes, "down": cost.bytes_down, "experts": cost.experts}[resource]
     budget = Budget.parse(f"{resource}={limit}")
-    room = room_of(budget, model)
-    held_LE, learns_LE = trade_for_frozen(room, could_LE, scores_LE, share=share, most=most)
+    allowance = allowance_of(budget, model)
+    held_LE, learns_LE = trade_for_frozen(allowance, could_LE, scores_LE, share=share, most=most)
     assert budget.fits(model.predict(held_LE, learns_LE, local_steps=1))
     assert (learns_LE <= held_LE).all()
     assert learns_LE.any(axis=1).all()
@@ -58,7 +58,7 @@ def test_trading_keeps_the_best_share_and_holds_four_for_one() -> None:
     model = replace(MODEL, hidden_size=256, train_router=False, slot_bytes=0, trunk=replace(MODEL.trunk, transients={}))
     limit = model.predict(could_LE, could_LE, local_steps=1).memory_bytes
     held_LE, learns_LE = trade_for_frozen(
-        room_of(Budget(memory_bytes=limit), model), could_LE, scores_LE, share=0.75, most=18
+        allowance_of(Budget(memory_bytes=limit), model), could_LE, scores_LE, share=0.75, most=18
     )
     assert learns_LE.sum() == 6
     assert held_LE.sum() == 6 + 2 * 4

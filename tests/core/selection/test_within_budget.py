@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selection_cases import MODEL, SEEDS, subsets
 
 from fedmoe_core.budget.cost_model import CostModel, TrunkCost
 from fedmoe_core.budget.limits import Budget
@@ -17,26 +18,6 @@ from fedmoe_core.selection.knapsack import knapsack, select_top_n
 from fedmoe_core.selection.within_budget import choose, explore, fit_flops
 
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 4))
-SEEDS = st.integers(0, 2**32 - 1)
-MODEL = CostModel(
-    num_layers=3,
-    num_experts=6,
-    top_k=3,
-    hidden_size=16,
-    intermediate_size=8,
-    tokens=32,
-    trunk_params=500,
-    trunk=TrunkCost(
-        {1: (9000, 9000, 4000, 2000), 2: (12000, 12000, 5000, 2000), 3: (15000, 14000, 12000, 4000)},
-        flops_per_token=100.0,
-    ),
-)
-
-
-def subsets(layers: int, experts: int) -> np.ndarray:
-    """Every mask with at least one expert per layer, (N, L, E)."""
-    layer = [bits for bits in product([False, True], repeat=experts) if any(bits)]
-    return np.array(list(product(layer, repeat=layers)))
 
 
 def draw(seed: int, sizes: tuple[int, int], *, ties: bool) -> tuple[np.random.Generator, np.ndarray]:

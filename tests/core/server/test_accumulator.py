@@ -26,7 +26,7 @@ from update_cases import (
     make_specs,
     make_state,
     make_update,
-    quantised,
+    quantized,
 )
 
 from fedmoe_core.messages.update import ClientUpdate
@@ -162,9 +162,9 @@ def test_inv13_resolution_is_below_a_thousandth_of_the_learning_rate() -> None:
 @given(weight=st.floats(0, 1), bits=st.integers(1, 30))
 def test_inv13_weights_are_integers_that_keep_zero_one_and_presence(weight: float, bits: int) -> None:
     format_ = SumSettings(scale_bits=10, weight_bits=bits, max_clients=1)
-    value = int(format_.quantise(weight))
+    value = int(format_.quantize(weight))
     assert (value == 0) == (weight == 0)
-    assert value <= format_.top_weight == int(format_.quantise(1.0))
+    assert value <= format_.top_weight == int(format_.quantize(1.0))
     assert abs(value / format_.top_weight - weight) <= 1 / format_.top_weight
 
 
@@ -180,7 +180,7 @@ def test_inv13_sums_are_within_half_a_unit_a_client_of_exact_rationals(size: flo
         exact = Fraction(0)
         for update, _ in clients:
             delta = Fraction(float(update.deltas["dense.head"].view(-1)[place]))
-            exact += round(quantised(update.sample_weight) * 4095) * delta * 2**36
+            exact += round(quantized(update.sample_weight) * 4095) * delta * 2**36
         assert abs(int(numerator[place]) - exact) <= Fraction(len(clients), 2)
 
 
@@ -213,7 +213,7 @@ def test_inv13_inputs_are_never_mutated() -> None:
     digest = model_hash(state)
     sums = accumulate([(update, plan)]).sums()
     expert_mean(sums, state)
-    for rule in ("row-wise", "normalised", "fedavg"):
+    for rule in ("row-wise", "normalized", "fedavg"):
         gate_mean(sums, state, rule)
     gate_mean(sums, state, "literal", s_global_size=2)
     dense_mean(sums, state)
@@ -308,13 +308,13 @@ def test_counts_and_denominators_are_sums_over_accepted_clients() -> None:
     refused = replace(make_clients(6)[5][0], status="failed")
     accumulator.add(refused, make_clients(6)[5][1])
     sums = accumulator.sums()
-    quantise = sums.settings.quantise
+    quantize = sums.settings.quantize
     assert sums.accepted == 5
     assert sums.trained_LE.tolist() == sum(plan.trainable_LE.astype(int) for _, plan in clients).tolist()
-    assert sums.round_den == sums.dense_den == sum(int(quantise(update.sample_weight)) for update, _ in clients)
-    assert sums.gate_den == sum(int(quantise(update.gate_weight)) for update, _ in clients)
-    assert sums.expert_den_LE.tolist() == sum(quantise(update.expert_weight_LE) for update, _ in clients).tolist()
-    assert sums.router_den_LE.tolist() == sum(quantise(update.router_weight_LE) for update, _ in clients).tolist()
+    assert sums.round_den == sums.dense_den == sum(int(quantize(update.sample_weight)) for update, _ in clients)
+    assert sums.gate_den == sum(int(quantize(update.gate_weight)) for update, _ in clients)
+    assert sums.expert_den_LE.tolist() == sum(quantize(update.expert_weight_LE) for update, _ in clients).tolist()
+    assert sums.router_den_LE.tolist() == sum(quantize(update.router_weight_LE) for update, _ in clients).tolist()
 
 
 def test_model_hash_tells_apart_what_differs() -> None:

@@ -20,7 +20,7 @@ from update_cases import (
     make_specs,
     make_state,
     make_update,
-    quantised,
+    quantized,
 )
 
 from fedmoe_core.messages.plan import ExpertPlan
@@ -54,8 +54,8 @@ def plain_fedavg(clients: list[Client], state: dict[str, Tensor], key: str, laye
     total, weight = torch.zeros(state[key].shape, dtype=torch.float64), 0.0
     for update, plan in clients:
         delta = update.deltas[key].double() if layer < 0 else scatter(update.deltas[key], plan, layer)
-        total += quantised(update.sample_weight) * (state[key].double() + delta)
-        weight += quantised(update.sample_weight)
+        total += quantized(update.sample_weight) * (state[key].double() + delta)
+        weight += quantized(update.sample_weight)
     return total / weight
 
 
@@ -79,7 +79,7 @@ def as_samples(clients: list[Client]) -> list[Client]:
 def test_inv9_full_budget_equals_plain_fedavg(seed: int) -> None:
     clients = as_samples(make_clients(5, seed, full=True))
     sums, state = accumulate(clients).sums(), in_double(make_state(seed))
-    gate: tuple[GateRule, ...] = ("row-wise", "normalised", "fedavg")
+    gate: tuple[GateRule, ...] = ("row-wise", "normalized", "fedavg")
     new = [{**expert_mean(sums, state, rule), **dense_mean(sums, state)} for rule in ("participation", "damped")]
     new = [{**means, **gate_mean(sums, state, rule)} for means in new for rule in gate]
     for spec in make_specs():
@@ -114,7 +114,7 @@ def test_inv9_full_budget_equals_the_dense_path_bit_for_bit() -> None:
     assert not torch.equal(dense, old)
     for expert_rule in ("participation", "damped"):
         assert torch.equal(expert_mean(sums, state, expert_rule)["moe.0.w_in"], dense)
-    for gate_rule in ("row-wise", "normalised", "fedavg"):
+    for gate_rule in ("row-wise", "normalized", "fedavg"):
         assert torch.equal(gate_mean(sums, state, gate_rule)["moe.0.router"], dense)
 
 
@@ -124,7 +124,7 @@ def test_inv9_permuting_clients_changes_no_bit_of_the_model(order: list[int], se
     clients, state = make_clients(5, seed), make_state(seed)
 
     def model(sums: Sums) -> str:
-        gate = gate_mean(sums, state, "normalised")
+        gate = gate_mean(sums, state, "normalized")
         return model_hash({**state, **expert_mean(sums, state, "damped"), **gate, **dense_mean(sums, state)})
 
     assert model(accumulate(clients).sums()) == model(accumulate([clients[i] for i in order]).sums())
@@ -144,7 +144,7 @@ def test_inv9_untouched_expert_is_bit_identical(dtype: torch.dtype) -> None:
     assert accumulator.add(update, plan).accepted
     sums = accumulator.sums()
     results = [expert_mean(sums, state, rule) for rule in ("participation", "damped")]
-    results += [gate_mean(sums, state, rule) for rule in ("row-wise", "normalised", "fedavg")]
+    results += [gate_mean(sums, state, rule) for rule in ("row-wise", "normalized", "fedavg")]
     for new in results:
         for key, value in new.items():
             layer = int(key.split(".")[1])
@@ -170,7 +170,7 @@ def by_hand(clients: list[Client], state: dict[str, Tensor], key: str, weight_na
         if key in update.deltas:
             delta = scatter(update.deltas[key], plan, layer)
             for expert in range(EXPERTS):
-                weight = quantised(float(getattr(update, weight_name)[layer, expert]))
+                weight = quantized(float(getattr(update, weight_name)[layer, expert]))
                 numerator[expert] += weight * delta[expert]
                 den_E[expert] += weight
     return numerator, den_E
@@ -181,7 +181,7 @@ def test_expert_rules_follow_their_equations(seed: int) -> None:
     clients, state = make_clients(4, seed), in_double(make_state(seed))
     sums = accumulate(clients).sums()
     mean, damped = expert_mean(sums, state), expert_mean(sums, state, "damped")
-    round_weight = sum(quantised(update.sample_weight) for update, _ in clients)
+    round_weight = sum(quantized(update.sample_weight) for update, _ in clients)
     for spec in make_specs():
         if spec.kind == "expert":
             numerator, den_E = by_hand(clients, state, spec.key, "expert_weight_LE")
@@ -200,11 +200,11 @@ def test_gate_rules_follow_eqs_18_to_21(seed: int) -> None:
         (replace(update, router_weight_LE=update.gate_weight * plan.trainable_LE), plan) for update, plan in clients
     ]
     sums = accumulate(alike).sums()
-    normalised = gate_mean(sums, state, "normalised")
+    normalized = gate_mean(sums, state, "normalized")
     literal = gate_mean(sums, state, "literal", s_global_size=s_global)
     fedavg = gate_mean(accumulate(as_samples(clients)).sums(), state, "fedavg")
-    alphas = [quantised(update.gate_weight) / s_global for update, _ in clients]
-    shares = [quantised(update.sample_weight) for update, _ in clients]
+    alphas = [quantized(update.gate_weight) / s_global for update, _ in clients]
+    shares = [quantized(update.sample_weight) for update, _ in clients]
     assert abs(sum(alphas) - 1) > 0.05  # otherwise literal and normalised would be the same
     for key in ("moe.0.router", "moe.1.router"):
         layer, old = int(key.split(".")[1]), state[key]
@@ -216,7 +216,7 @@ def test_gate_rules_follow_eqs_18_to_21(seed: int) -> None:
         printed = sum(alpha * router for alpha, router in zip(alphas, routers, strict=True))
         averaged = sum(share * router for share, router in zip(shares, routers, strict=True)) / sum(shares)
         assert_same(literal[key], printed)
-        assert_same(normalised[key], printed / sum(alphas))
+        assert_same(normalized[key], printed / sum(alphas))
         assert_same(fedavg[key], averaged)
 
 
@@ -225,7 +225,7 @@ def test_gate_rules_refuse_what_they_cannot_do() -> None:
     for size in (None, 0, -1, float("nan")):
         with pytest.raises(ValueError, match="s_global_size > 0"):
             gate_mean(sums, state, "literal", s_global_size=size)
-    with pytest.raises(ValueError, match="use one of row-wise, normalised, literal, fedavg"):
+    with pytest.raises(ValueError, match="use one of row-wise, normalized, literal, fedavg"):
         gate_mean(sums, state, "mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="use one of participation, damped"):
         expert_mean(sums, state, "fedavg")  # type: ignore[arg-type]

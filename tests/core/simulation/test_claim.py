@@ -252,7 +252,7 @@ def test_a_second_run_or_resume_in_the_same_directory_is_refused(tmp_path: Path)
 def test_another_process_is_refused_until_the_first_dies_even_by_sigkill(tmp_path: Path) -> None:
     code = "import sys, time\nfrom pathlib import Path\nfrom fedmoe_core.simulation.directory.claim import exclusive\n"
     code += "with exclusive(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
-    house = Path(run_directory.__file__).parents[1]
+    house = Path(run_directory.__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(house), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as other:

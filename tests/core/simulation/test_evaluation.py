@@ -60,7 +60,7 @@ def test_a_clients_own_classifier_keeps_the_class_shares_that_its_training_assum
     """Logits + tau * log shares is what training fitted; the global model answers without them."""
     words = ("algorithm=fedavg", "eval.personal=true", "budgets=unlimited")
     tau = 0.7
-    made = config(*words, f"train.logit_adjustment={tau}", labelled=True).resolved()
+    made = config(*words, f"train.logit_adjustment={tau}", labeled=True).resolved()
     world = build_world(made, Ranks(), NullObserver())
     held = evaluate_clients(world, world.algorithm.init(world.params))
     world.adapter.configure(world.params)
@@ -76,7 +76,7 @@ def test_a_clients_own_classifier_keeps_the_class_shares_that_its_training_assum
         assert held.personal_loss_C[client] == pytest.approx(float(loss), rel=1e-4)
         right = (adjusted_SC.argmax(dim=1) == labels_S).double().mean()
         assert held.personal_accuracy_C[client] == pytest.approx(float(right))
-    plain = build_world(config(*words, "train.logit_adjustment=0", labelled=True).resolved(), Ranks(), NullObserver())
+    plain = build_world(config(*words, "train.logit_adjustment=0", labeled=True).resolved(), Ranks(), NullObserver())
     held = evaluate_clients(plain, plain.algorithm.init(plain.params))
     assert held.personal_loss_C == held.loss_C
 
@@ -88,21 +88,21 @@ def test_fedavg_deploys_everything_to_everybody(config: Make) -> None:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_records_and_summary_hold_every_client_and_every_tier(config: Make, tmp_path: Path, labelled: bool) -> None:
-    simulate.run(config(TIERS, "eval.personal=true", "rounds=1", labelled=labelled))
+def test_records_and_summary_hold_every_client_and_every_tier(config: Make, tmp_path: Path, labeled: bool) -> None:
+    simulate.run(config(TIERS, "eval.personal=true", "rounds=1", labeled=labeled))
     summary = summary_of(tmp_path / "run")
     rounds = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     last = rounds[-1]
     assert summary["personal_loss_C"] == last["personal_loss_C"]
     assert summary["personal_accuracy_C"] == last["personal_accuracy_C"]
-    assert (summary["personal_accuracy_C"] is not None) == labelled
+    assert (summary["personal_accuracy_C"] is not None) == labeled
     assert list(summary["personal_tiers"]) == ["experts=25%", "experts=100%"]
     small = summary["personal_tiers"]["experts=25%"]
     members = summary["personal_loss_C"][::2]
     assert small["clients"] == len(members) == 2
     assert small["loss_mean"] == pytest.approx(np.mean(members), rel=1e-12)
     assert small["loss_worst"] == max(members)
-    if labelled:
+    if labeled:
         assert small["accuracy_worst"] == min(summary["personal_accuracy_C"][::2])
     page, _ = report([tmp_path / "run"])
     assert "own models" in page.read_text()

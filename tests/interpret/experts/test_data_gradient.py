@@ -164,7 +164,7 @@ def test_adapters_over_coded_matrices_that_slots_share() -> None:
 
 
 @pytest.mark.parametrize("tma", [False, True])
-def test_inv10_reruns_and_the_neighbours_change_no_bit(tma: bool) -> None:
+def test_inv10_reruns_and_the_neighbors_change_no_bit(tma: bool) -> None:
     """A client's slots give the same bits alone, in a cohort, and beside a client whose weights are NaN."""
     tile = DESCRIPTORS if tma else TILE
     slots_TK = choices((5, 18, 9, 20), 26, 2)

@@ -213,7 +213,7 @@ def test_lora_recomputes_the_same_bits() -> None:
     ("form", "trainable", "rows_per_slot"),
     [*((form, 2, None) for form in FORMATS), ("int8", 0, None), ("nvfp4", 2, 640), ("nf4", 0, 192)],
 )
-def test_inv4_quantised_frozen_slots(form: str, trainable: int, rows_per_slot: int | None) -> None:
+def test_inv4_quantized_frozen_slots(form: str, trainable: int, rows_per_slot: int | None) -> None:
     p = problem(11, 64, 32, 4, 2, biases=True).rounded(torch.float32)
     codes = {n: Quantized.of(p.tensors[n][trainable:], form) for n in ("w_in", "w_out")}
     told = {n: torch.cat([p.tensors[n][:trainable], q.dequantize(torch.float64)]) for n, q in codes.items()}
@@ -233,7 +233,7 @@ def test_inv4_quantised_frozen_slots(form: str, trainable: int, rows_per_slot: i
     check_scores(p, scores, mask_B)
 
 
-def test_inv4_adapters_over_shared_quantised_bases() -> None:
+def test_inv4_adapters_over_shared_quantized_bases() -> None:
     p = problem(18, 32, 32, 6, 2, rank=2)
     codes = {n: Quantized.of(p.tensors[n][:3], "int4", (1, 32)) for n in ("w_in", "w_out")}
     told = {n: q.dequantize(torch.float64) for n, q in codes.items()}

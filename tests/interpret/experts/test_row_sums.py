@@ -119,7 +119,7 @@ def test_slots_that_share_a_base_share_its_bias() -> None:
     assert_near(ds_TK.flatten()[c.routing.places_R[: c.count]], truth(merged).ds_biased, "dS")
 
 
-def test_inv10_reruns_and_the_neighbours_change_no_bit() -> None:
+def test_inv10_reruns_and_the_neighbors_change_no_bit() -> None:
     slots_TK = choices((5, 18, 9, 20), 26, 2)
     c = case(slots_TK, 4, 20, 16)
     first, again = sums(c, biased=True), sums(c, biased=True)

@@ -148,7 +148,7 @@ def test_few_rows_or_none(counts: Sequence[int]) -> None:
         assert_near(bias[:, None], grams(torch.ones(sum(counts), 1).double(), left_N, offsets), "db")
 
 
-def test_inv10_reruns_and_the_neighbours_change_no_bit() -> None:
+def test_inv10_reruns_and_the_neighbors_change_no_bit() -> None:
     offsets, tokens_R = offsets_of((5, 35, 4)), torch.randint(TOKENS, (48,))
     left, right = normal(48, 20, seed=1), normal(TOKENS, 36, seed=2)
     runs = []

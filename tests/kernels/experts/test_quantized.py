@@ -222,7 +222,7 @@ def solve_stored(p: Problem, form: str, frozen_from: int, dtype: torch.dtype, **
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("frozen_from", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_inv4_equals_the_reference_on_dequantised_weights(form: str, frozen_from: int, dtype: torch.dtype) -> None:
+def test_inv4_equals_the_reference_on_dequantized_weights(form: str, frozen_from: int, dtype: torch.dtype) -> None:
     p = problem(29, 64, 32, 5, 2, biases=True, routes="gaps").rounded(dtype)
     got, want = solve_stored(p, form, frozen_from, dtype)
     assert_close(got, want, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype])
@@ -231,7 +231,7 @@ def test_inv4_equals_the_reference_on_dequantised_weights(form: str, frozen_from
         assert_close(by_reference, want, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype])
 
 
-def test_importance_counts_quantised_slots() -> None:
+def test_importance_counts_quantized_slots() -> None:
     p = problem(29, 64, 32, 4, 2)
     _, known = stored(p, "int8", 2)
     scores, plain = ExpertScores(4), ExpertScores(4)
@@ -240,7 +240,7 @@ def test_importance_counts_quantised_slots() -> None:
     assert torch.allclose(scores.leaf_B6.grad, plain.leaf_B6.grad)
 
 
-def test_adapters_over_shared_quantised_bases() -> None:
+def test_adapters_over_shared_quantized_bases() -> None:
     """QLoRA of two clients: six slots on three base experts in nf4; only factors get gradients."""
     p = problem(18, 32, 32, 6, 2, rank=2)
     shared = {n: t[:3] if n in ("w_in", "w_out") else t for n, t in p.tensors.items()}

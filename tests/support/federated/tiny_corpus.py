@@ -62,10 +62,10 @@ def make_config(out: Path, shared: Path) -> Callable[..., Config]:
         if not path.exists():
             write(path)
 
-    def make(*overrides: str, out_name: str = "run", labelled: bool = False) -> Config:
-        data = f"csv:{topics}" if labelled else f"jsonl:{text}"
+    def make(*overrides: str, out_name: str = "run", labeled: bool = False) -> Config:
+        data = f"csv:{topics}" if labeled else f"jsonl:{text}"
         where = [f"data={data}", f"out={out / out_name}", f"cache={shared / 'cache'}"]
-        task = ["clients=3", "warmup.head_steps=5"] if labelled else ["clients=4"]
+        task = ["clients=3", "warmup.head_steps=5"] if labeled else ["clients=4"]
         return Config.load(None, [*SIZES, "rounds=2", *task, *where, *overrides])
 
     return make

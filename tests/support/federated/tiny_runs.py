@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fedmoe_core.cli import main
 
-HOUSE = Path(__file__).parents[1]
+HOUSE = Path(__file__).parents[3]
 TINY = (
     "clients=4",
     "rounds=1",

@@ -14,7 +14,7 @@ from fedmoe_core.algorithms import base as algorithms
 from fedmoe_core.algorithms.base import Algorithm
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.layer.router_loss import SwitchBalance
-from fedmoe_core.messages.plan import Bench, ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, ProbeContext
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.server.accumulator import Sums, expert_mean
@@ -116,17 +116,17 @@ class Profile:
 
     steps: int
 
-    def __call__(self, bench: Bench) -> dict[str, Tensor]:
-        bench.adapter.configure(bench.params)
-        total = torch.zeros(bench.adapter.spec.num_layers, bench.adapter.spec.num_experts, dtype=torch.float64)
-        for _, batch in zip(range(self.steps), bench.batches(), strict=False):
-            bench.adapter.evaluate(batch, with_stats=True)
-            total += torch.stack([layer.last_stats.prob_sum_E for layer in bench.adapter.moe])
+    def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
+        context.adapter.configure(context.params)
+        total = torch.zeros(context.adapter.spec.num_layers, context.adapter.spec.num_experts, dtype=torch.float64)
+        for _, batch in zip(range(self.steps), context.batches(), strict=False):
+            context.adapter.evaluate(batch, with_stats=True)
+            total += torch.stack([layer.last_stats.prob_sum_E for layer in context.adapter.moe])
         return {"mass": total}
 
 
-def _trained_norm(bench: Bench) -> dict[str, Tensor]:
-    return {"norm": torch.stack([layer.w_in.detach().norm() for layer in bench.adapter.moe])}
+def _trained_norm(context: ProbeContext) -> dict[str, Tensor]:
+    return {"norm": torch.stack([layer.w_in.detach().norm() for layer in context.adapter.moe])}
 
 
 def install() -> None:

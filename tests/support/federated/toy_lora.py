@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.algorithms.base import Algorithm
-from fedmoe_core.algorithms.lora.factors import Adapter, resize
+from fedmoe_core.algorithms.lora.factors import Factors, resize
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.layer.lora import FACTORS, LoraSpec
 from fedmoe_core.messages.plan import ExpertPlan
@@ -126,5 +126,5 @@ def padded(deltas: dict[str, Tensor]) -> dict[str, Tensor]:
         name = key.rpartition(".")[2]
         if name in FACTORS and name.startswith("a_"):
             other = key.removesuffix(name) + f"b_{name[2:]}"
-            whole[key], whole[other] = resize(Adapter(deltas[key], deltas[other]), RANK)
+            whole[key], whole[other] = resize(Factors(deltas[key], deltas[other]), RANK)
     return whole

@@ -113,7 +113,7 @@ def accumulate(clients: list[Client], format_: SumSettings | None = None) -> Acc
     return accumulator
 
 
-def quantised(weight: float, bits: int = 12) -> float:
+def quantized(weight: float, bits: int = 12) -> float:
     """The weight that the sums really use, as a real number."""
     top = 2**bits - 1
     return 0.0 if weight == 0 else max(1, round(weight * top)) / top

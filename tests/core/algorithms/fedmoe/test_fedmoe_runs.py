@@ -114,7 +114,7 @@ def test_inv10_a_resumed_run_has_the_same_bits(config: Make, tmp_path: Path) -> 
     assert all(np.array_equal(getattr(one, name), getattr(two, name)) for name in vars(one))
 
 
-def test_accuracy_is_the_quality_of_labelled_data(config: Make, tmp_path: Path) -> None:
-    simulate.run(config("rounds=2", labelled=True))
+def test_accuracy_is_the_quality_of_labeled_data(config: Make, tmp_path: Path) -> None:
+    simulate.run(config("rounds=2", labeled=True))
     found = {line["client"]: line for line in lines(tmp_path / "run", "metrics.jsonl") if line["type"] == "client"}
     np.testing.assert_allclose(map_of(tmp_path / "run").best_C, [found[c]["validation_accuracy"] for c in range(3)])

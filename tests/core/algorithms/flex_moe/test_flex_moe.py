@@ -20,7 +20,7 @@ from fedmoe_core.algorithms.flex_moe.assignment import greedy
 from fedmoe_core.algorithms.flex_moe.flex_moe import Feedback, FlexMoE
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.client.step import log_prior
-from fedmoe_core.comparison.run_figures import measure
+from fedmoe_core.comparison.run_figures import figures_of
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch, client_batches
 from fedmoe_core.messages.plan import ExpertPlan
@@ -285,8 +285,8 @@ def test_three_rounds_on_text(config: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_clients_feedback_is_that_of_its_trained_model_by_expert(config: Make, labelled: bool) -> None:
-    made = config("flex_moe.feedback=1", "train.batch_size=1", labelled=labelled)
+def test_a_clients_feedback_is_that_of_its_trained_model_by_expert(config: Make, labeled: bool) -> None:
+    made = config("flex_moe.feedback=1", "train.batch_size=1", labeled=labeled)
     world = build_world(made.resolved(), Ranks(), NullObserver())
     state = world.algorithm.init(world.params)
     for plan in world.algorithm.plan(state, [0, 2]):
@@ -294,14 +294,14 @@ def test_a_clients_feedback_is_that_of_its_trained_model_by_expert(config: Make,
         rows_LE, loss_LE, right_LE = update.private["feedback"].numpy()
         batch = next(iter(trained_batches(world, plan)))
         prior_C = log_prior(world.data.class_shares(plan.client), world.config.train, torch.device("cpu"))
-        assert (prior_C is not None) is labelled
+        assert (prior_C is not None) is labeled
         found = world.adapter.evaluate(batch, log_prior_C=prior_C)  # the live model is still the one that trained
-        count = int(batch.mask_SN.sum()) - (not labelled)  # the first token is predicted by nobody
+        count = int(batch.mask_SN.sum()) - (not labeled)  # the first token is predicted by nobody
         choices_L = np.minimum(plan.top_k, plan.permitted_LE.sum(axis=1))
         np.testing.assert_array_equal(rows_LE.sum(axis=1), choices_L * count)
         assert not rows_LE[~plan.permitted_LE].any()
         np.testing.assert_allclose(loss_LE.sum(axis=1), choices_L * count * found.loss_sum / found.count, rtol=1e-4)
-        if labelled:
+        if labeled:
             np.testing.assert_array_equal(right_LE, rows_LE * found.correct)
 
 
@@ -341,12 +341,12 @@ def test_inv10_a_resumed_run_has_the_same_bits(config: Make, tmp_path: Path) -> 
 
 
 def test_the_feature_extractor_is_averaged_where_it_trains(config: Make, tmp_path: Path) -> None:
-    summary = simulate.run(config("rounds=2", labelled=True))
+    summary = simulate.run(config("rounds=2", labeled=True))
     assert summary["refused_updates"] == 0
-    found = measure(read_runs([tmp_path / "run"])[0], "flex_moe")
+    found = figures_of(read_runs([tmp_path / "run"])[0], "flex_moe")
     assert (found.accuracy, found.whole) == (True, None)  # so the study ranks it by its clients
     assert found.clients == pytest.approx(np.mean(summary["personal_accuracy_C"]))
-    world = build_world(config("rounds=2", labelled=True).resolved(), Ranks(), NullObserver())
+    world = build_world(config("rounds=2", labeled=True).resolved(), Ranks(), NullObserver())
     tensors = load_checkpoint(tmp_path / "run" / "checkpoint").tensors
     dense = [key for key in world.params if key.startswith("dense.")]
     assert not any(torch.equal(tensors[f"params/{key}"], world.params[key]) for key in dense)

@@ -18,9 +18,9 @@ SEEDS = st.integers(0, 2**32 - 1)
 def blobs(seed: int, layers: int, experts: int, kinds: int) -> tuple[np.ndarray, np.ndarray]:
     """(L, E, D) points around ``kinds`` well separated directions of each layer, and which one each has."""
     rng = np.random.default_rng(seed)
-    centres = np.stack([np.linalg.qr(rng.standard_normal((12, 12)))[0][:kinds] for _ in range(layers)])
+    centers = np.stack([np.linalg.qr(rng.standard_normal((12, 12)))[0][:kinds] for _ in range(layers)])
     kind_LE = np.stack([rng.permutation(np.arange(experts) % kinds) for _ in range(layers)])
-    points = np.take_along_axis(centres, kind_LE[:, :, None], axis=1) + 0.05 * rng.standard_normal(
+    points = np.take_along_axis(centers, kind_LE[:, :, None], axis=1) + 0.05 * rng.standard_normal(
         (layers, experts, 12)
     )
     return points * rng.uniform(0.5, 2.0, (layers, experts, 1)), kind_LE  # cosine does not see the length

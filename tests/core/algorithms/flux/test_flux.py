@@ -17,7 +17,7 @@ from tiny_corpus import make_config
 from fedmoe_core.algorithms.flux.clustering import expert_features
 from fedmoe_core.algorithms.flux.flux import Flux, Profile, utilities
 from fedmoe_core.algorithms.flux.forward_gradients import ForwardEstimates
-from fedmoe_core.algorithms.flux.four_bit_profile import QuantisedProfile, profile_cost
+from fedmoe_core.algorithms.flux.four_bit_profile import QuantizedProfile, profile_cost
 from fedmoe_core.algorithms.flux.merging import (
     Merge,
     merge_budgets,
@@ -31,7 +31,7 @@ from fedmoe_core.client.profiling import run_probe
 from fedmoe_core.client.submodel import configure_for
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import client_batches
-from fedmoe_core.messages.plan import Bench, ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, ProbeContext
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.simulation import run as simulate
@@ -203,10 +203,12 @@ def simulate_batches(world: World) -> Any:
 def test_the_profile_is_counted_by_loops_and_stays_in_its_declared_memory(config: Callable[..., Config]) -> None:
     world = world_of(config("budgets=unlimited"))
     plan = world.algorithm.plan(world.algorithm.init(world.params), [0])[0]
-    bench = Bench(world.adapter, world.params, plan, world.config.train, lambda: simulate_batches(world), tuple)
+    context = ProbeContext(
+        world.adapter, world.params, plan, world.config.train, lambda: simulate_batches(world), tuple
+    )
     cost = profile_cost(world.population)
     assert cost is not None
-    answer, peak = run_probe(QuantisedProfile(), bench, torch.device("cpu"))
+    answer, peak = run_probe(QuantizedProfile(), context, torch.device("cpu"))
     assert 0.4 * cost.memory_bytes < peak <= cost.memory_bytes
     np.testing.assert_allclose(answer["freq"].sum(dim=1), world.adapter.spec.top_k)
     assert ((answer["attention"] > 0) == (answer["freq"] > 0)).all()
@@ -247,10 +249,10 @@ def test_profiles_are_one_round_stale(config: Callable[..., Config]) -> None:
         world.data.clients[0].private, seed=world.config.seed, round=0, client=0, steps=2, batch_size=2, seq_len=32
     )
     batches = list(draw)
-    bench = Bench(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
-    assert torch.equal(QuantisedProfile()(bench)["attention"], after.memory["attention/0"])
-    newer = replace(bench, params=after.params)
-    assert not torch.equal(QuantisedProfile()(newer)["attention"], after.memory["attention/0"])
+    context = ProbeContext(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
+    assert torch.equal(QuantizedProfile()(context)["attention"], after.memory["attention/0"])
+    newer = replace(context, params=after.params)
+    assert not torch.equal(QuantizedProfile()(newer)["attention"], after.memory["attention/0"])
 
 
 def test_golden_three_rounds_hold_budgets_and_resume_to_the_same_bits(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmoe_core.algorithms.flux.four_bit_profile import frequency_error, quantised_bytes, quantised_copy
+from fedmoe_core.algorithms.flux.four_bit_profile import frequency_error, quantized_bytes, quantized_copy
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_kernels.quantized import Quantized
 
@@ -48,7 +48,7 @@ def frequencies(params: dict[str, Tensor], tokens_T: Tensor) -> np.ndarray:
 def test_matrices_are_rounded_and_nothing_else(bits: int, dtype: torch.dtype) -> None:
     params, specs = draw_model(dtype)
     before = {key: tensor.clone() for key, tensor in params.items()}
-    copy = quantised_copy(params, specs, form=f"int{bits}")
+    copy = quantized_copy(params, specs, form=f"int{bits}")
     for key, tensor in params.items():
         assert torch.equal(tensor, before[key])
         assert (copy[key].shape, copy[key].dtype) == (tensor.shape, dtype)
@@ -61,7 +61,7 @@ def test_matrices_are_rounded_and_nothing_else(bits: int, dtype: torch.dtype) ->
         step = flat.abs().amax(2, keepdim=True) / {4: 7, 8: 127}[bits]
         expected = ((flat / step).round() * step).to(dtype)
         assert torch.allclose(copy[key].float(), expected.float(), rtol=0.02 if dtype == torch.bfloat16 else 1e-6)
-    again = quantised_copy(copy, specs, form=f"int{bits}")
+    again = quantized_copy(copy, specs, form=f"int{bits}")
     assert all(torch.allclose(again[key].float(), copy[key].float(), rtol=1e-2) for key in copy)
 
 
@@ -76,7 +76,7 @@ def test_bytes_are_those_of_codes_and_scales() -> None:
                 matrix = tensor.reshape(-1, *tensor.shape[-2:])
                 rows = matrix.shape[0] * matrix.shape[1]
                 expected += rows * 64 * bits // 8 + rows * 4  # every row is one group of 64 columns, padded or not
-        assert quantised_bytes(specs, form=f"int{bits}") == expected
+        assert quantized_bytes(specs, form=f"int{bits}") == expected
     stored = Quantized.of(params["moe.0.w_in"], "int4", (1, 64)).bytes
     assert stored < params["moe.0.w_in"].numel() * 4 / 7
 
@@ -87,7 +87,7 @@ def test_four_bits_tell_frequencies_nearly_and_eight_bits_better() -> None:
     tokens = torch.randint(0, 50, (2000,), generator=torch.Generator().manual_seed(1))
     true = frequencies(params, tokens)
     errors = {
-        bits: frequency_error(true, frequencies(quantised_copy(params, specs, form=f"int{bits}"), tokens))
+        bits: frequency_error(true, frequencies(quantized_copy(params, specs, form=f"int{bits}"), tokens))
         for bits in (4, 8)
     }
     assert errors[8] < 0.05

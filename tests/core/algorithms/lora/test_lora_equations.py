@@ -13,7 +13,7 @@ from adapter_runs import TIERS, Make, gammas, heard_by, started
 from tiny_corpus import make_config
 
 from fedmoe_core.algorithms.fft_moe import HeterogeneityLoss, jensen_shannon, label_skew, routing_target
-from fedmoe_core.algorithms.lora.factors import Adapter, flame_share, flame_weights, hetlora_weights, pruned_rank
+from fedmoe_core.algorithms.lora.factors import Factors, flame_share, flame_weights, hetlora_weights, pruned_rank
 from fedmoe_core.algorithms.lora.rank_tail import TailLoss, squared_norm
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.router_loss import balance_loss
@@ -87,7 +87,7 @@ def test_fft_skew_and_target(config: Make) -> None:
     np.testing.assert_allclose(routing_target(None, 1.0, shape=(1, 3)), 1 / 3)
     np.testing.assert_allclose(routing_target(seen_LE, 1.0, shape=(1, 3)), seen_LE, atol=2e-6)
     np.testing.assert_allclose(routing_target(seen_LE, 0.4, shape=(1, 3)), 0.6 / 3 + 0.4 * seen_LE)
-    world, state = started(config, "fft_moe", "budgets=unlimited", "fft_moe.balance=0.5", labelled=True)
+    world, state = started(config, "fft_moe", "budgets=unlimited", "fft_moe.balance=0.5", labeled=True)
     for plan in world.algorithm.plan(state, range(3)):
         h = label_skew(world.population, plan.client)
         assert 0 < h < 1
@@ -118,7 +118,7 @@ def test_fft_aggregation_is_the_weighted_mean(config: Make, mode: str, monkeypat
                                atol=1e-6)  # fmt: skip
 
 
-def test_flame_shares_normalise_to_gamma() -> None:
+def test_flame_shares_normalize_to_gamma() -> None:
     rng = np.random.default_rng(0)
     rows_CLE, steps_C, samples_C = (
         rng.integers(0, 90, (3, 2, 4)).astype(float),
@@ -204,11 +204,11 @@ def test_hetlora_is_the_norm_weighted_mean_of_zero_padded_factors(
 
 def test_hetlora_pieces_are_those_of_lora() -> None:
     generator = torch.Generator().manual_seed(0)
-    adapters = [Adapter(torch.randn(3, r, 6, generator=generator), torch.randn(3, 5, r, generator=generator))
+    adapters = [Factors(torch.randn(3, r, 6, generator=generator), torch.randn(3, 5, r, generator=generator))
                 for r in (2, 4)]  # fmt: skip
     norms = torch.stack([squared_norm(adapter).sqrt() for adapter in adapters])
     torch.testing.assert_close(norms / norms.sum(dim=0), hetlora_weights(adapters), rtol=1e-5, atol=0)
-    before, after = adapters[1], Adapter(adapters[1].a, adapters[1].b * torch.tensor([1, 1, 1, 0.5]))
+    before, after = adapters[1], Factors(adapters[1].a, adapters[1].b * torch.tensor([1, 1, 1, 0.5]))
     assert pruned_rank(before, after, keep_share=0.99) == 3
 
 

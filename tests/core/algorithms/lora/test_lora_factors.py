@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.algorithms.lora.factors import (
-    Adapter,
+    Factors,
     adapter_sum,
     flame_rescale,
     flame_weights,
@@ -22,13 +22,13 @@ from fedmoe_core.algorithms.lora.factors import (
 IN, OUT = 9, 7
 
 
-def draw(seed: int, ranks: list[int], *lead: int) -> list[Adapter]:
+def draw(seed: int, ranks: list[int], *lead: int) -> list[Factors]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return [Adapter(normal(*lead, r, IN), normal(*lead, OUT, r)) for r in ranks]
+    return [Factors(normal(*lead, r, IN), normal(*lead, OUT, r)) for r in ranks]
 
 
 def test_padding_keeps_the_product_and_truncation_drops_the_last_ranks() -> None:
@@ -50,7 +50,7 @@ def test_hetlora_weights_are_shares_of_the_product_norm() -> None:
     for e in range(3):
         norms = [float(torch.linalg.matrix_norm(one.b[e] @ one.a[e])) for one in adapters]
         assert found[:, e].tolist() == pytest.approx([norm / sum(norms) for norm in norms])
-    zero = [Adapter(one.a, torch.zeros_like(one.b)) for one in adapters]
+    zero = [Factors(one.a, torch.zeros_like(one.b)) for one in adapters]
     assert hetlora_weights(zero).unique().tolist() == pytest.approx([1 / 3])  # a fresh LoRA has B = 0
 
 
@@ -75,11 +75,11 @@ def test_averaging_a_and_b_apart_is_biased() -> None:
     assert torch.allclose(adapter_sum(adapters, half).truncate(4).product(), torch.as_tensor(true), atol=1e-12)
     # The same change of weights written with both signs flipped: the true mean is the change, the separate one is zero.
     (one,) = draw(4, [2])
-    flipped = Adapter(-one.a, -one.b)
+    flipped = Factors(-one.a, -one.b)
     assert separate_mean([one, flipped], half).product().abs().max() == 0
     assert torch.allclose(adapter_sum([one, flipped], half).truncate(2).product(), one.product(), atol=1e-12)
     # Equal A (frozen, as in FFA-LoRA) takes the bias away.
-    shared = [Adapter(one.a, b) for _, b in draw(5, [2, 2])]
+    shared = [Factors(one.a, b) for _, b in draw(5, [2, 2])]
     exact = sum(0.5 * other.product() for other in shared)
     assert torch.allclose(separate_mean(shared, half).product(), torch.as_tensor(exact))
 
@@ -106,14 +106,14 @@ def test_flexlora_error_is_the_tail_of_the_singular_values(ranks: list[int]) -> 
 def test_hetlora_prunes_only_where_the_tail_faded() -> None:
     (before,) = draw(7, [4], 2)
     shrink = torch.tensor([1.0, 1.0, 0.5, 0.5]).double()
-    after = Adapter(before.a * shrink[:, None], before.b)
+    after = Factors(before.a * shrink[:, None], before.b)
     expected = [float(b[:, 2:].norm() * a[2:].norm()) for a, b in zip(after.a, after.b, strict=True)]
     assert tail_penalty(after, 2).tolist() == pytest.approx(expected)
     assert pruned_rank(before, after, keep_share=0.5) == 2
     assert pruned_rank(after, before, keep_share=0.5) == 4
     assert pruned_rank(before, before, keep_share=0.5) == 4
     assert pruned_rank(before, after, keep_share=0.1) in (1, 4)
-    assert pruned_rank(before, Adapter(0 * after.a, after.b), keep_share=0.1) == 1
+    assert pruned_rank(before, Factors(0 * after.a, after.b), keep_share=0.1) == 1
     with pytest.raises(ValueError, match=r"keep_share=1\.5 is outside"):
         pruned_rank(before, after, keep_share=1.5)
 

@@ -38,7 +38,7 @@ def test_every_system_starts_at_the_warm_model(config: Make, name: str) -> None:
 )
 def test_three_rounds_end_where_they_always_did(config: Make, name: str, wanted: float) -> None:
     words = (f"algorithm={name}", "budgets=unlimited", "rounds=3", "eval.every=3", "eval.personal=true")
-    summary = simulate.run(config(*words, labelled=True))
+    summary = simulate.run(config(*words, labeled=True))
     assert summary["loss_before"] == pytest.approx(1.10616, abs=1e-3)
     assert summary["loss_after"] == pytest.approx(wanted, abs=1e-3)
     assert summary["budgeted"]
@@ -93,7 +93,7 @@ def test_inv10_three_rounds_resume_to_the_same_bits(config: Make, name: str, tmp
 def test_a_failed_client_changes_nothing_and_is_survived(
     config: Make, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world, state = started(config, name, "budgets=unlimited", labelled=True)
+    world, state = started(config, name, "budgets=unlimited", labeled=True)
     train = simulate.train_client
 
     def failing(adapter: Any, params: Any, plan: ExpertPlan, *args: Any, **words: Any) -> Any:
