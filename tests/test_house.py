@@ -1,4 +1,4 @@
-"""The house rules that a reader cannot check by eye: imports go down only, files stay short, nothing reads pickle."""
+"""The house rules that a reader cannot check by eye: imports go down only, rooms stay small, nothing reads pickle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import re
 import sys
 import tokenize
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,16 @@ import pytest
 HOUSE = Path(__file__).parents[1]
 FLOORS = {"fedmoe_kernels": "kernels", "fedmoe_core": ".", "fedmoe_bindings": "bindings"}  # lowest first
 LONGEST = 400  # lines; a longer file asks to be two
+# The rooms of fedmoe_core, lowest first: text and layers; a model made of layers; what a device bears of a model; the
+# settings; what is said in a round; who matters; what a client does; what the server does; the systems, which do both;
+# a run; its report; many runs; a command.
+ROOMS = (
+    *("base", "data", "layer", "model", "budget", "config", "messages", "selection", "client", "server"),
+    *("algorithms", "simulation", "reporting", "comparison", "cli"),
+)
+CROWDED = 14  # files in one folder, ``__init__.py`` not counted; a fuller one asks to be two
 SOURCES = sorted(path for package, folder in FLOORS.items() for path in (HOUSE / folder / package).rglob("*.py"))
+NOT_OURS = {".venv", ".venv-oldest", ".venv-gpu", "build", "dist", "runs", ".git"}
 # What tensors in, tensors out may lean on; nn.Module, frameworks and file formats belong to the floors above.
 KERNEL_FRIENDS = {"torch", "triton", "numpy", "fedmoe_kernels", *sys.stdlib_module_names}
 # What a package is called where it is installed from, when that is not the name it is imported by.
@@ -61,6 +71,31 @@ def upward(tree: ast.AST, package: str) -> list[str]:
 
 def package_of(path: Path) -> str:
     return next(part for part in path.relative_to(HOUSE).parts if part in FLOORS)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(HOUSE / FLOORS[package_of(path)]).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def upstairs(tree: ast.AST, room: str) -> list[str]:
+    """Imports of a room of fedmoe_core above ``room``, those for types and those inside functions included."""
+    rooms = [(name, name.split(".")[1]) for name in modules_of(tree) if name.startswith("fedmoe_core.")]
+    return [name for name, head in rooms if head in ROOMS and ROOMS.index(head) > ROOMS.index(room)]
+
+
+def files_needed(tree: ast.AST, modules: Set[str]) -> set[str]:
+    """The modules that a module imports; a package counts only where one of its own names is taken."""
+    found = set(modules_of(tree))
+    return {name for name in found & modules if not any(other.startswith(f"{name}.") for other in found & modules)}
+
+
+def circles(needs: Mapping[str, set[str]]) -> list[str]:
+    """The names that lie on a circle of arrows: what is left once all that leads nowhere has been taken away."""
+    left = {name: {other for other in others if other != name} for name, others in needs.items()}
+    while ends := {name for name, others in left.items() if not others & left.keys()}:
+        left = {name: others for name, others in left.items() if name not in ends}
+    return sorted(left)
 
 
 def pickle_readers(tree: ast.AST) -> list[str]:
@@ -165,6 +200,44 @@ def test_kernels_are_tensors_in_tensors_out(path: Path) -> None:
     assert [node.name for node in modules] == []
     uses = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     assert [use for use in uses if use.endswith(("nn.Module", "nn.Parameter"))] == []
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if package_of(path) == "fedmoe_core"], ids=named)
+def test_rooms_import_lower_rooms_only(path: Path) -> None:
+    parts = module_of(path).split(".")
+    if len(parts) > 1:  # the package itself names the public ones of all rooms, lazily
+        assert upstairs(ast.parse(path.read_text()), parts[1]) == []
+
+
+def test_the_search_finds_a_way_upstairs() -> None:
+    for source in ("def late():\n    from fedmoe_core.server.state import ServerState", "import fedmoe_core.cli.main"):
+        assert upstairs(ast.parse(source), "client")
+    assert not upstairs(ast.parse("from fedmoe_core.client.step import Stepper"), "client")
+
+
+def test_no_circle_among_files() -> None:
+    modules = {module_of(path): path for path in SOURCES}
+    needs = {name: files_needed(ast.parse(path.read_text()), modules.keys()) for name, path in modules.items()}
+    assert circles(needs) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
+def test_every_room_is_listed_and_says_what_it_is() -> None:
+    core = HOUSE / "fedmoe_core"
+    assert {path.name for path in core.iterdir() if (path / "__init__.py").exists()} == set(ROOMS)
+    assert {path.name for path in core.glob("*.py")} == {"__init__.py"}
+    for path in (path for path in core.rglob("__init__.py") if path.parent != core):
+        (sentence,) = ast.parse(path.read_text()).body
+        assert isinstance(sentence, ast.Expr), f"{named(path)} holds more than its sentence"
+    lines = (HOUSE / "CONTRIBUTING.md").read_text("utf-8").splitlines()
+    listed = [line.split("`")[1].rstrip("/") for line in lines if line.startswith("| `") and line.count("|") == 3]
+    assert listed == list(reversed(ROOMS))
+
+
+def test_no_folder_is_crowded() -> None:
+    folders = Counter(path.parent for path in HOUSE.rglob("*.py") if path.name != "__init__.py")
+    own = {path: count for path, count in folders.items() if not set(path.relative_to(HOUSE).parts) & NOT_OURS}
+    assert {named(path): count for path, count in own.items() if count > CROWDED} == {}
 
 
 def test_the_folders_around_the_packages_are_no_packages() -> None:
