@@ -21,7 +21,7 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.layer.graft import GraftSpec
 from fedmoe_core.layer.moe import MoE
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
@@ -80,7 +80,7 @@ class FftMoE(Algorithm):
         def of_size(population: Population, k: int, budgeted: bool) -> ExpertPlan:
             weight = chosen.balance * (1 - skew) * k / chosen.top_k  # lambda_n
             loss = HeterogeneityLoss(balance=weight, pull=chosen.pull, target_LE=target_LE)
-            return plan_of_masks(population, state, client, all_LE, top_k=k, aux=loss, budgeted=budgeted)
+            return plan_of_masks(population, state, client, all_LE, top_k=k, extras=Extras(aux=loss), budgeted=budgeted)
 
         return largest_plan(self.population, client, chosen.top_k, of_size)
 

@@ -16,7 +16,7 @@ import numpy as np
 from fedmoe_core.algorithms.base import Algorithm
 from fedmoe_core.config.run_config import SelectionConfig
 from fedmoe_core.config.systems import Equation, System
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
@@ -114,7 +114,9 @@ class HFedMoE(Algorithm):
             )
         # A budget for the whole model leaves nothing to choose, and nothing to score (invariant 9).
         rule = TopScores(count, chosen.score, chosen.lam, chosen.beta) if count < every_LE.size else None
-        return plan_of_masks(self.population, state, client, every_LE, mode="backward-masked", per_batch=rule)
+        return plan_of_masks(
+            self.population, state, client, every_LE, mode="backward-masked", extras=Extras(per_batch=rule)
+        )
 
     def scores(self, state: ServerState) -> list[np.ndarray]:
         """Return one score per (layer, expert) and client: eq. 5 ("s"), eq. 14 ("ib"), or Taylor importance [E]."""

@@ -22,12 +22,12 @@ from fedmoe_core.algorithms.redundancy import discounted, mean_outputs, overlap
 from fedmoe_core.budget.limits import NOTHING, Cost
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.selection.importance import cumulative
 from fedmoe_core.server.accumulator import Sums
-from fedmoe_core.server.planning import Asks, make_plan
+from fedmoe_core.server.planning import make_plan
 from fedmoe_core.server.state import ServerState
 
 
@@ -73,7 +73,9 @@ class HFedMoEPlus(Algorithm):
         scores, population, plus = self.scores(state), self.base.population, self.population.config.plus
         train, hold = plus.train_share, plus.hold_share
         return [
-            make_plan(population, state, c, scores[c], train_share=train, hold_share=hold, **self._asks(state, c))
+            make_plan(
+                population, state, c, scores[c], train_share=train, hold_share=hold, extras=self._extras(state, c)
+            )
             for c in clients
         ]
 
@@ -94,23 +96,23 @@ class HFedMoEPlus(Algorithm):
             for score_LE, used_LE in zip(scores, used, strict=True)
         ]
 
-    def _asks(self, state: ServerState, client: int) -> Asks:
+    def _extras(self, state: ServerState, client: int) -> Extras:
         """A frozen router trains nowhere and travels once, with the trunk; a personal one goes on from its own rows."""
         if self.gate == "personal":
-            return Asks(rows=own_rows(state, self.population.spec, client))
+            return Extras(rows=own_rows(state, self.population.spec, client))
         if self.gate != "frozen":
-            return Asks()
+            return Extras()
         costs = self.population.costs
         router = costs.total_experts * costs.hidden_size * costs.weight_bytes
         first = Cost(bytes_down=router) if state.visits[client] == 0 else NOTHING
-        return Asks(keeps=frozenset({"router"}), train_router=False, surcharge=first)
+        return Extras(keeps=frozenset({"router"}), train_router=False, surcharge=first)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
         """Return HFedMoE's weights; none for a router that did not train. A personal gate is kept, its change sent."""
         update = self.base.client(plan, result)
         if self.gate == "frozen":
             return replace(update, router_weight_LE=np.zeros_like(update.router_weight_LE), gate_weight=0.0)
-        if not plan.rows or result.profile is None:
+        if not plan.extras.rows or result.profile is None:
             return update
         return replace(update, private={**update.private, "gate": grown_gate(plan, result.deltas, deltas=True)})
 

@@ -35,7 +35,7 @@ def own_rows(state: ServerState, spec: ModelSpec, client: int) -> OwnRows:
 def sent_gate(plan: ExpertPlan) -> Tensor:
     """Return the gate that a plan with ``rows`` for every expert starts from, (L, E, H)."""
     experts = range(plan.permitted_LE.shape[1])
-    return torch.stack([torch.stack([rows[expert] for expert in experts]) for rows in plan.rows.values()])
+    return torch.stack([torch.stack([rows[expert] for expert in experts]) for rows in plan.extras.rows.values()])
 
 
 def grown_gate(plan: ExpertPlan, trained: Mapping[str, Tensor], *, deltas: bool = False) -> Tensor:
@@ -47,7 +47,7 @@ def grown_gate(plan: ExpertPlan, trained: Mapping[str, Tensor], *, deltas: bool 
         deltas: whether those are changes of the rows.
     """
     gate_LEH = sent_gate(plan)
-    for key, gate_EH, trained_E in zip(plan.rows, gate_LEH, plan.trainable_LE, strict=True):
+    for key, gate_EH, trained_E in zip(plan.extras.rows, gate_LEH, plan.trainable_LE, strict=True):
         if trained_E.any():
             places = torch.from_numpy(trained_E)
             gate_EH[places] = gate_EH[places] + trained[key] if deltas else trained[key]

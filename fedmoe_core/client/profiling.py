@@ -18,6 +18,7 @@ from fedmoe_core.messages.plan import Probe, ProbeContext
 from fedmoe_core.messages.profile import ClientProfile, ExpertFeedback, profile_arrays
 from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.model.spec import Evaluation, PlaceLosses
+from fedmoe_core.model.submodel import SubModel
 from fedmoe_kernels import RouterStats
 
 IMPORTANCE = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "grad_sq_B")  # of the layers' scores
@@ -162,7 +163,7 @@ def run_probe(
     if afresh:
         first_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
         first_LE[:, 0] = True
-        context.adapter.configure(context.params, permitted_LE=first_LE)
+        context.adapter.configure(context.params, SubModel(permitted_LE=first_LE))
     before = [weakref.ref(tensor) for tensor in (*model.parameters(), *model.buffers())]
     resident = resident_bytes(model)
     answer, trace = trace_memory(partial(probe, context), device)

@@ -18,7 +18,7 @@ from fedmoe_core.budget.peak_memory import resident_bytes, tensor_bytes, trace_m
 from fedmoe_core.client.per_batch import BatchChooser, SlotAdamW
 from fedmoe_core.client.profiling import ProfileSums, run_probe, statistics_bytes, validate
 from fedmoe_core.client.step import Stepper, local_optimizer, log_prior
-from fedmoe_core.client.submodel import configure_for, kind_of, received_bytes, returned_bytes, start_of
+from fedmoe_core.client.traffic import kind_of, received_bytes, returned_bytes, start_of
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.messages.plan import Batches, ExpertPlan, ProbeContext
@@ -62,7 +62,7 @@ def train_client(
     prior_C = log_prior(class_shares_C, train, next(adapter.model.parameters()).device)
     context = ProbeContext(adapter, params, plan, train, redraw, validation, prior_C)
     # Until the tensors that were sent have been counted, the prediction stands for them.
-    sent = plan.predicted.bytes_down - plan.surcharge.bytes_down
+    sent = plan.predicted.bytes_down - plan.extras.surcharge.bytes_down
     meter = _Meter(bytes_down=sent, experts=plan.counted_experts + costs.base_experts)
     try:
         return _train(context, batches, meter, costs=costs)
@@ -75,7 +75,7 @@ def train_client(
             seconds=time.perf_counter() - began,
         )
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, ArithmeticError) else str(error)
-        return LocalResult({}, None, cost.with_extra(plan.surcharge), (), status="failed", error=reason)
+        return LocalResult({}, None, cost.with_extra(plan.extras.surcharge), (), status="failed", error=reason)
 
 
 @dataclass
@@ -115,20 +115,20 @@ def _train(context: ProbeContext, batches: Iterable[Batch], meter: _Meter, *, co
     began = time.perf_counter()
     adapter, plan, train = context.adapter, context.plan, context.train
     device = next(adapter.model.parameters()).device
-    probed, meter.memory_bytes = run_probe(plan.before, context, device, afresh=True)
+    probed, meter.memory_bytes = run_probe(plan.extras.before, context, device, afresh=True)
     extracting = time.perf_counter()
-    configure_for(adapter, context.params, plan, train_dense=train.trunk == "fedavg")
+    adapter.configure(context.params, plan.submodel(train_dense=train.trunk == "fedavg"))
     extracted = time.perf_counter()
     meter.bytes_down = received_bytes(adapter, plan)
-    chooser = None if plan.per_batch is None else BatchChooser(adapter, plan.per_batch, costs, plan.top_k)
+    chooser = None if plan.extras.per_batch is None else BatchChooser(adapter, plan.extras.per_batch, costs, plan.top_k)
     optimizer = local_optimizer(adapter, train) if chooser is None else SlotAdamW(adapter, train)
-    stepper = Stepper(adapter, optimizer, train, seed=plan.seed, log_prior_C=context.log_prior_C, aux=plan.aux)
+    stepper = Stepper(adapter, optimizer, train, seed=plan.seed, log_prior_C=context.log_prior_C, aux=plan.extras.aux)
     sums = ProfileSums(adapter)
     losses: list[float] = []
     tokens, begun = 0, 0
     meter.memory_bytes = max(meter.memory_bytes, resident_bytes(adapter.model))
     rows_LE = np.zeros(plan.trainable_LE.shape)
-    bound = None if plan.budget.flops is None else plan.budget.flops - plan.surcharge.flops
+    bound = None if plan.budget.flops is None else plan.budget.flops - plan.extras.surcharge.flops
     worst = costs.step_flops(plan.served_LE, plan.taught_LE, top_k=plan.top_k)
 
     def spent() -> float:
@@ -167,7 +167,7 @@ def _train(context: ProbeContext, batches: Iterable[Batch], meter: _Meter, *, co
         chooser.settle(plan.trainable_LE)
         trained_LE = chooser.trained_LE
     trained = adapter.trained()
-    staying = plan.keeps | {"scale"}
+    staying = plan.extras.keeps | {"scale"}
     # Adapters that the state does not have are sent whole: only this client knows what they started from.
     whole = {key for key in trained if key not in context.params}
     kept = {key: new.clone() for key, new in trained.items() if key in whole or kind_of(key) in staying}
@@ -175,9 +175,9 @@ def _train(context: ProbeContext, batches: Iterable[Batch], meter: _Meter, *, co
     deltas = {key: new - start_of(context.params, key, plan) for key, new in trained.items() if key not in kept}
     profile = sums.finish()
     flops, meter.bytes_down = spent(), received_bytes(adapter, plan)  # choices per batch have changed what it holds
-    answer, peak = run_probe(plan.after, context, device)
+    answer, peak = run_probe(plan.extras.after, context, device)
     found = None
-    if plan.validate:
+    if plan.extras.validate:
         resident, held_out = resident_bytes(adapter.model, optimizer), list(context.validation())
         judge = partial(validate, adapter, held_out, log_prior_C=context.log_prior_C)
         found = meter.run(judge, device, resident=resident)
@@ -192,7 +192,7 @@ def _train(context: ProbeContext, batches: Iterable[Batch], meter: _Meter, *, co
     return LocalResult(
         deltas,
         profile,
-        cost.with_extra(plan.surcharge),
+        cost.with_extra(plan.extras.surcharge),
         tuple(losses),
         extract_seconds=extracted - extracting,
         kept=kept,

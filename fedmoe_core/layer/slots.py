@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ def frozen_stack(
 
 
 OwnRows = Mapping[str, Mapping[int, Tensor]]  # tensor name -> expert id -> row
+NO_ROWS: OwnRows = MappingProxyType({})
 
 
 def slot_map_of(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe_core.layer.lora import FACTORS, LayerLora
-from fedmoe_core.layer.slots import OwnRows, check_rows, frozen_stack, slot_map_of, stack
+from fedmoe_core.layer.slots import NO_ROWS, OwnRows, check_rows, frozen_stack, slot_map_of, stack
 from fedmoe_kernels.formats import format_named
 from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.slot_map import SlotMap
 
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
-NO_ROWS: OwnRows = MappingProxyType({})
 _STORED = tuple(f"w_{end}_{part}" for end in ("in", "out") for part in ("frozen", "scale", "whole"))
 GATED = ("swiglu", "geglu", "swiglu_oai")  # activations whose w_in is [gate; up]
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +14,8 @@ from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.graft import GraftSpec
 from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.layer.moe import MoE
-from fedmoe_core.layer.slots import OwnRows
 from fedmoe_core.model.spec import Evaluation, ModelSpec, PlaceLosses
+from fedmoe_core.model.submodel import WHOLE, SubModel
 
 ENTRY_POINTS = "fedmoe.adapters"  # the group in which a package registers its adapter
 
@@ -33,34 +32,11 @@ class ModelAdapter(Protocol):
         """Return the whole model in global coordinates (keys of ``ParamSpec``), cloned; every expert must be held."""
         ...
 
-    def configure(
-        self,
-        state: Mapping[str, Tensor],
-        *,
-        permitted_LE: np.ndarray | None = None,
-        trainable_LE: np.ndarray | None = None,
-        rows: OwnRows | None = None,
-        alias_LE: np.ndarray | None = None,
-        top_k: int | None = None,
-        train_dense: bool = False,
-        train_router: bool = True,
-        train_head: bool | None = None,
-        lora_rank: int | None = None,
-        lora_seed: int = 0,
-        out_scale_L: Sequence[float] | None = None,
-        frozen_format: str | None = None,
-    ) -> None:
-        """Become a sub-model of ``state``: only permitted experts stored, only trainable ones as Parameters.
+    def configure(self, state: Mapping[str, Tensor], submodel: SubModel = WHOLE) -> None:
+        """Become ``submodel`` of ``state``: only permitted experts stored, only trainable ones as Parameters.
 
-        None means all experts. ``rows`` (key, then expert id) stand in for the state's own; an absent expert with an
-        alias (int (L, E), -1 = none) is served by the slot of that held expert. Dense parameters are copied in place
-        from ``state`` and get gradients when ``train_dense``; a classification head trains in any case unless
-        ``train_head`` is False. The state is never mutated nor aliased.
-
-        After ``add_lora`` adapters train instead of the permitted experts, cut to the first ``lora_rank`` ranks; where
-        the state has no factors they exist only with a ``lora_rank``, fresh from ``lora_seed``. ``out_scale_L`` gives
-        each layer's output a trainable factor that starts there. ``frozen_format`` stores the experts
-        that do not train in few bits ("int8", "int4", ...), for a cheap look at the whole model.
+        Dense parameters are copied in place from ``state``. The state is never mutated nor aliased, and nothing of an
+        earlier configuration stays. After ``add_lora`` adapters train instead of the permitted experts.
         """
         ...
 

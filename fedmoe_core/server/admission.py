@@ -43,7 +43,7 @@ def expected_shapes(specs: Sequence[ParamSpec], plan: ExpertPlan) -> dict[str, t
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for spec in specs:
-        if spec.kind in plan.keeps:
+        if spec.kind in plan.extras.keeps:
             continue
         if spec.kind == "dense":
             shapes[spec.key] = tuple(spec.shape)
@@ -110,9 +110,9 @@ def _weights(update: ClientUpdate, plan: ExpertPlan) -> str | None:
             return f"{name} is {'negative' if weight < 0 else 'above 1'} ({float(weight):g})"
     if update.sample_weight == 0:
         return "sample_weight is 0: the client has no data"
-    if "router" in plan.keeps and (update.gate_weight > 0 or update.router_weight_LE.any()):
+    if "router" in plan.extras.keeps and (update.gate_weight > 0 or update.router_weight_LE.any()):
         return "the router has a weight, but it stays on the client; give gate and router weight 0"
-    if "expert" in plan.keeps and update.expert_weight_LE.any():
+    if "expert" in plan.extras.keeps and update.expert_weight_LE.any():
         return "experts have a weight, but they stay on the client; give expert weight 0"
     if update.gate_weight > 0 and not plan.trainable_LE.any():
         return "gate_weight is positive, but no expert and so no router row was trained"

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import numpy as np
-from torch import Tensor
 
 from fedmoe_core.base.rng import counter_rng, counter_seed
 from fedmoe_core.budget.cost_model import CostModel, Mode
 from fedmoe_core.budget.limits import NOTHING, Budget, Cost
-from fedmoe_core.layer.router_loss import AuxLoss
-from fedmoe_core.messages.plan import BatchRule, ExpertPlan, Probe, sends_adapters, taught
+from fedmoe_core.messages.plan import NO_EXTRAS, ExpertPlan, Extras
 from fedmoe_core.selection.within_budget import Allowance, allowance_of, choose, explore, fit_flops, trade_for_frozen
-
-if TYPE_CHECKING:
-    from fedmoe_core.server.state import Population, ServerState
-
-
-class Asks(TypedDict, total=False):
-    """What an algorithm may ask of a client besides training its experts: the fields of ``ExpertPlan`` so named."""
-
-    rows: Mapping[str, Mapping[int, Tensor]]
-    alias_LE: np.ndarray | None
-    surcharge: Cost
-    before: Probe | None
-    after: Probe | None
-    aux: AuxLoss | None
-    validate: bool
-    keeps: frozenset[str]
-    train_router: bool
-    lora_rank: int | None
-    cached_LE: np.ndarray | None
-    out_scale_L: tuple[float, ...] | None
-    per_batch: BatchRule | None
+from fedmoe_core.server.state import Population, ServerState
 
 
 def make_plan(
@@ -47,7 +23,7 @@ def make_plan(
     explore_absent: bool = True,
     train_share: float = 1.0,
     hold_share: float = 1.0,
-    **asks: Unpack[Asks],
+    extras: Extras = NO_EXTRAS,
 ) -> ExpertPlan:
     """Plan the experts of largest score within the client's budget, then as much work as its FLOPs allow.
 
@@ -61,7 +37,7 @@ def make_plan(
         ValueError: the budget cannot hold one expert per MoE layer or pay one step; the message says what would do.
     """
     config, mode = population.config, population.config.selection.mode
-    left, costs = _left(population, client, asks), asked_costs(population, asks)
+    left, costs = _left(population, client, extras), asked_costs(population, extras)
     first = state.visits[client] == 0
     permitted_LE, trainable_LE = choose(left, costs, scores_LE, client=client, mode=mode, first_participation=first)
     if train_share < 1 and mode == "compact" and not permitted_LE.all():
@@ -76,7 +52,9 @@ def make_plan(
         left_L1 = (trainable_LE & ~explored_LE).any(axis=1, keepdims=True)
         trainable_LE = trainable_LE & explored_LE | explored_LE & ~permitted_LE & left_L1
         permitted_LE = explored_LE
-    return plan_of_masks(population, state, client, permitted_LE, trainable_LE, scores_LE=scores_LE, mode=mode, **asks)
+    return plan_of_masks(
+        population, state, client, permitted_LE, trainable_LE, scores_LE=scores_LE, mode=mode, extras=extras
+    )
 
 
 def plan_of_masks(
@@ -91,7 +69,7 @@ def plan_of_masks(
     local_steps: int | None = None,
     mode: Mode = "compact",
     budgeted: bool = True,
-    **asks: Unpack[Asks],
+    extras: Extras = NO_EXTRAS,
 ) -> ExpertPlan:
     """Plan the experts that the algorithm chose itself, with as much work as the client's FLOPs allow.
 
@@ -103,21 +81,20 @@ def plan_of_masks(
         mode: what an expert budget counts.
         budgeted: False binds the plan by nothing: it is charged for what it needs, and the run marked if that is more
             than the client's budget.
-        **asks: further fields of the plan.
+        extras: what else the client is asked for.
 
     Raises:
         ValueError: the plan passes the client's budget in some resource, by name, need and limit; or a bad mask.
     """
-    config, costs = population.config, asked_costs(population, asks)
+    config, costs = population.config, asked_costs(population, extras)
     budget = population.budgets[client] if budgeted else Budget(name="unlimited")
-    alias_LE = asks.get("alias_LE")
-    served_LE = permitted_LE if alias_LE is None else permitted_LE | (alias_LE >= 0)
+    served_LE = extras.served(permitted_LE)
     trainable_LE = permitted_LE if trainable_LE is None else trainable_LE
     fit = fit_flops(
-        _left(population, client, asks, served_LE=served_LE) if budgeted else budget,
+        _left(population, client, extras, served_LE=served_LE) if budgeted else budget,
         costs,
         served_LE,
-        taught(trainable_LE, alias_LE),
+        extras.taught(trainable_LE),
         local_steps=config.train.local_steps if local_steps is None else local_steps,
         top_k=top_k,
         scores_LE=scores_LE,
@@ -131,12 +108,11 @@ def plan_of_masks(
         local_steps=fit.local_steps,
         top_k=fit.top_k,
         first_participation=first,
-        cached_LE=asks.get("cached_LE"),
+        cached_LE=extras.cached_LE,
         mode=mode,
     )
-    flops = fit.local_steps * costs.step_flops(served_LE, taught(trained_LE, alias_LE), top_k=fit.top_k)
-    surcharge = whole_surcharge(population, client, asks, served_LE=served_LE, top_k=fit.top_k)
-    fields: Asks = {**asks, "surcharge": surcharge}
+    flops = fit.local_steps * costs.step_flops(served_LE, extras.taught(trained_LE), top_k=fit.top_k)
+    surcharge = whole_surcharge(population, client, extras, served_LE=served_LE, top_k=fit.top_k)
     return ExpertPlan(
         client=client,
         round=state.round,
@@ -149,7 +125,7 @@ def plan_of_masks(
         predicted=replace(predicted, flops=flops).with_extra(surcharge),
         first_participation=first,
         mode=mode,
-        **fields,
+        extras=replace(extras, surcharge=surcharge),
     )
 
 
@@ -160,14 +136,14 @@ def plan_everything(population: Population, state: ServerState, client: int) -> 
 
 
 def client_allowance(
-    population: Population, client: int, *, first_participation: bool, **asks: Unpack[Asks]
+    population: Population, client: int, *, first_participation: bool, extras: Extras = NO_EXTRAS
 ) -> Allowance:
     """Return what the client's budget leaves for experts once the work besides training is paid.
 
     Raises:
         ValueError: the budget cannot hold one expert per MoE layer; the message says what would do.
     """
-    left, costs = _left(population, client, asks), asked_costs(population, asks)
+    left, costs = _left(population, client, extras), asked_costs(population, extras)
     return allowance_of(left, costs, client=client, first_participation=first_participation)
 
 
@@ -186,51 +162,25 @@ def bears(
     return population.budgets[client].fits(replace(cost, flops=step).with_extra(surcharge))
 
 
-def asked_costs(population: Population, asks: Asks) -> CostModel:
+def asked_costs(population: Population, extras: Extras) -> CostModel:
     """Return the cost model of a client that is asked for these things."""
-    keeps, aux, rule = asks.get("keeps", frozenset()), asks.get("aux"), asks.get("per_batch")
-    total = population.spec.num_layers * population.spec.num_experts
-    costs = population.costs_at(asks.get("lora_rank"))
-    if asks.get("out_scale_L") is not None:
-        # Scaled routing weights live until the backward; the factor itself has a gradient, moments and a step count.
-        scaled = costs.num_layers * (costs.tokens * costs.top_k * 4 + 64)
-        costs = replace(costs, trunk=replace(costs.trunk, buffer_bytes=costs.trunk.buffer_bytes + scaled))
-    return replace(
-        costs,
-        train_router=asks.get("train_router", True),
-        router_travels="router" not in keeps,
-        adapters_travel=sends_adapters(asks.get("rows", {}), in_state=population.costs.lora_rank is not None),
-        experts_return="expert" not in keeps,
-        aux_tables=0 if aux is None else aux.tables,
-        chosen_per_batch=None if rule is None else rule.count,
-        chosen_in_round=None if rule is None else min(total, rule.count * population.config.train.local_steps),
+    return extras.costs(
+        population.costs_at(extras.lora_rank),
+        in_state=population.costs.lora_rank is not None,
+        local_steps=population.config.train.local_steps,
     )
-
-
-def plan_costs(population: Population, plan: ExpertPlan) -> CostModel:
-    """Return the cost model that a plan was made with."""
-    asks = Asks(
-        keeps=plan.keeps,
-        train_router=plan.train_router,
-        aux=plan.aux,
-        lora_rank=plan.lora_rank,
-        rows=plan.rows,
-        per_batch=plan.per_batch,
-        out_scale_L=plan.out_scale_L,
-    )
-    return asked_costs(population, asks)
 
 
 def whole_surcharge(
-    population: Population, client: int, asks: Asks, *, served_LE: np.ndarray, top_k: int | None = None
+    population: Population, client: int, extras: Extras, *, served_LE: np.ndarray, top_k: int | None = None
 ) -> Cost:
     """Return what a client spends besides training: the surcharge that was asked for, and validation."""
-    surcharge = asks.get("surcharge", NOTHING)
-    if not asks.get("validate", False):
+    surcharge = extras.surcharge
+    if not extras.validate:
         return surcharge
     if population.validation_tokens_C is None:
         raise ValueError("a plan asks for validation; declare needs_validation = True in its algorithm")
-    costs, tokens = asked_costs(population, asks), int(population.validation_tokens_C[client])
+    costs, tokens = asked_costs(population, extras), int(population.validation_tokens_C[client])
     spent = costs.forward_flops(served_LE, tokens=tokens, top_k=top_k)
     return surcharge.with_extra(Cost(flops=spent, bytes_up=costs.profile_bytes + EVALUATION_BYTES))
 
@@ -238,11 +188,11 @@ def whole_surcharge(
 EVALUATION_BYTES = 3 * 8  # loss sum, count and correct predictions
 
 
-def _left(population: Population, client: int, asks: Asks, *, served_LE: np.ndarray | None = None) -> Budget:
+def _left(population: Population, client: int, extras: Extras, *, served_LE: np.ndarray | None = None) -> Budget:
     """The client's budget once the work besides training is paid; by default at the most that this may be."""
     if served_LE is None:
         served_LE = np.ones((population.spec.num_layers, population.spec.num_experts), dtype=bool)
     try:
-        return population.budgets[client].after(whole_surcharge(population, client, asks, served_LE=served_LE))
+        return population.budgets[client].after(whole_surcharge(population, client, extras, served_LE=served_LE))
     except ValueError as error:
         raise ValueError(f"client {client}: {error}") from error

@@ -18,6 +18,7 @@ from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.model.adapter import ModelAdapter
+from fedmoe_core.model.submodel import SubModel
 
 _NEVER = 1e-9  # a chance of token dropout at which the draw takes its memory and no token
 
@@ -53,7 +54,7 @@ def calibrate(
     spec = adapter.spec
     train_dense = train.trunk == "fedavg"
     model = CostModel.of(spec, tokens=batch.tokens_SN.numel(), train_dense=train_dense, lora_rank=lora_rank)
-    adapter.configure(params, train_dense=train_dense)
+    adapter.configure(params, SubModel(train_dense=train_dense))
     dense = sum(tensor.numel() for key, tensor in adapter.trained().items() if key.startswith("dense."))
     model = replace(
         model,
@@ -66,11 +67,13 @@ def calibrate(
         few_LE = _first_experts(adapter, top_k)
         adapter.configure(
             params,
-            permitted_LE=few_LE,
-            trainable_LE=few_LE,
-            top_k=top_k,
-            train_dense=train_dense,
-            lora_rank=lora_rank,
+            SubModel(
+                permitted_LE=few_LE,
+                trainable_LE=few_LE,
+                top_k=top_k,
+                train_dense=train_dense,
+                lora_rank=lora_rank,
+            ),
         )
         optimizer = local_optimizer(adapter, train)
         found = [_stage_peaks(adapter, each, optimizer, train) for each in batches]

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fedmoe_core.client.step import log_prior
-from fedmoe_core.client.submodel import configure_for
 from fedmoe_core.data.batches import Batch, Encoded, eval_batches
 from fedmoe_core.model.adapter import Evaluation, ModelAdapter
 from fedmoe_core.server.state import ServerState
@@ -82,7 +81,7 @@ def _evaluate_personal(world: World, state: ServerState) -> tuple[tuple[float, .
 
     def become(client: int) -> Tensor | None:
         plan = world.algorithm.personal(state, client)
-        configure_for(world.adapter, state.params, plan, train_dense=False)
+        world.adapter.configure(state.params, plan.submodel(train_dense=False))
         return log_prior(world.data.class_shares(client), train, device)
 
     parts = [client.test for client in world.data.clients]

@@ -15,7 +15,7 @@ from fedmoe_core.messages.codec import report_of, update_of
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate, refused
 from fedmoe_core.server.accumulator import Accumulator, SumSettings
-from fedmoe_core.server.planning import plan_costs
+from fedmoe_core.server.planning import asked_costs
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation.directory.lines import client_record
 from fedmoe_core.simulation.observer import Observer
@@ -104,7 +104,7 @@ def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[Clie
         plan,
         draw(),
         train=train,
-        costs=plan_costs(world.population, plan),
+        costs=asked_costs(world.population, plan.extras),
         class_shares_C=world.data.class_shares(plan.client),
         redraw=draw,
         validation=lambda: (batch.to(device) for batch in validation_batches(data, world.config)),

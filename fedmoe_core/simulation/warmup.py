@@ -22,6 +22,7 @@ from fedmoe_core.data.federated import FederatedData
 from fedmoe_core.layer.router_loss import balance_loss
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.model.adapter import ModelAdapter
+from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.simulation.directory.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -42,7 +43,7 @@ def warm_up(
     """
     settings, device = config.warmup, next(adapter.model.parameters()).device
     draw = partial(public_batches, seed=config.seed, seq_len=settings.seq_len)
-    adapter.configure(adapter.state(), train_dense=True)
+    adapter.configure(adapter.state(), SubModel(train_dense=True))
     text = draw(data.public.as_text(), steps=settings.steps, batch_size=settings.batch_size)
     losses = (adapter.text_loss(batch.to(device)) for batch in text)
     _fit(adapter, losses, settings, Phase("warm-up", settings.steps, settings.lr), progress)
@@ -117,7 +118,7 @@ def measure_profile(adapter: ModelAdapter, params: dict[str, Tensor], batches: I
 
     The server runs it over public data: it has no budget, and its profile stands in for clients not yet heard.
     """
-    adapter.configure(params, train_dense=False)
+    adapter.configure(params, SubModel(train_dense=False))
     sums = ProfileSums(adapter)
     device = next(adapter.model.parameters()).device
     for batch in batches:

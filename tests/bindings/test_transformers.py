@@ -24,6 +24,7 @@ from transformers import MixtralForSequenceClassification, OlmoeModel, Qwen3MoeF
 from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, load_adapter
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.router_loss import balance_loss
+from fedmoe_core.model.submodel import SubModel
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +58,7 @@ def test_inv3_masked_adapter_equals_the_extracted_submodel(family):
     permitted_LE = np.zeros((len(adapter.moe), E), dtype=bool)
     for row, ids in zip(permitted_LE, ([0, 2, 5], [1, 3, 4], [0, 1, 2]), strict=False):
         row[ids] = True
-    adapter.configure(adapter.state(), permitted_LE=permitted_LE)
+    adapter.configure(adapter.state(), SubModel(permitted_LE=permitted_LE))
     sub = extract_submodel(stock, permitted_LE).train()
     loss, want = adapter.loss(batch), stock_loss(sub, batch)
     assert relative(loss, want) < 1e-5
@@ -94,7 +95,7 @@ def test_state_and_configure_round_trip_bit_for_bit_and_never_alias():
     kept = {key: value.clone() for key, value in state.items()}
     permitted = np.zeros((2, E), dtype=bool)
     permitted[:, [1, 4]] = True
-    adapter.configure(state, permitted_LE=permitted, train_dense=True)
+    adapter.configure(state, SubModel(permitted_LE=permitted, train_dense=True))
     with torch.no_grad():
         for tensor in [*adapter.model.parameters(), *(b for layer in adapter.moe for b in layer.buffers())]:
             tensor.add_(1.0)
@@ -113,7 +114,7 @@ def test_inv5_only_what_the_plan_trains_moves_and_trained_says_so():
     permitted, trainable = np.zeros((2, E), dtype=bool), np.zeros((2, E), dtype=bool)
     permitted[:, [0, 2, 3]] = True
     trainable[0, [0, 3]] = True  # layer 1 trains nothing
-    adapter.configure(state, permitted_LE=permitted, trainable_LE=trainable)
+    adapter.configure(state, SubModel(permitted_LE=permitted, trainable_LE=trainable))
     before = {key: value.clone() for key, value in adapter.trained().items()}
     assert {key: tuple(value.shape) for key, value in before.items()} == {
         "moe.0.router": (2, 16),
@@ -131,9 +132,9 @@ def test_inv5_only_what_the_plan_trains_moves_and_trained_says_so():
     assert all(not torch.equal(before[key], value) for key, value in adapter.trained().items())
     now = dict(adapter.model.named_buffers()) | dict(adapter.model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in frozen.items())
-    adapter.configure(state, train_head=False, train_router=False)
+    adapter.configure(state, SubModel(train_head=False, train_router=False))
     assert not any(key.startswith("dense.") or "router" in key for key in adapter.trained())
-    adapter.configure(state, train_dense=True)
+    adapter.configure(state, SubModel(train_dense=True))
     assert set(adapter.trained()) == set(state)
 
 
@@ -141,7 +142,7 @@ def test_configure_lowers_top_k_and_gives_it_back():
     adapter = load_adapter("tiny", model_config=SMALL, vocab_size=VOCAB)
     state, batch = adapter.state(), batch_of()
     full = adapter.evaluate(batch).loss_sum
-    adapter.configure(state, top_k=1)
+    adapter.configure(state, SubModel(top_k=1))
     adapter.loss(batch).backward()
     assert adapter.moe[0].scores.rows_B.sum() == batch.mask_SN.sum()
     adapter.configure(state)
@@ -318,7 +319,7 @@ def test_export_is_the_stock_model_again(family, tmp_path):
     exported.save_pretrained(tmp_path)
     again = type(stock).from_pretrained(tmp_path, dtype=torch.float32)
     assert relative(stock_loss(again, batch_of()), adapter.loss(batch_of())) < 1e-5
-    adapter.configure(adapter.state(), permitted_LE=np.tile(np.arange(E) < 3, (len(adapter.moe), 1)))
+    adapter.configure(adapter.state(), SubModel(permitted_LE=np.tile(np.arange(E) < 3, (len(adapter.moe), 1))))
     with pytest.raises(ValueError, match="holds 3 of 6 experts"):
         adapter.export()
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -26,6 +25,7 @@ from fedmoe_core.layer.lora import FACTORS, LayerLora, LoraSpec, lora_of_layer
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.slots import OwnRows, rows_of_layer
 from fedmoe_core.model.spec import Kind, ModelSpec, ParamSpec, lora_specs
+from fedmoe_core.model.submodel import WHOLE, SubModel
 
 
 def load_adapter(
@@ -174,71 +174,61 @@ class TransformersAdapter(PlaceMeasures):
             raise ValueError("transformers' classifiers pool the last token; train with pool='last' to export")
         return stock_model(AutoModelForSequenceClassification, self._config, state, places)
 
-    def configure(
-        self,
-        state: Mapping[str, Tensor],
-        *,
-        permitted_LE: np.ndarray | None = None,
-        trainable_LE: np.ndarray | None = None,
-        rows: OwnRows | None = None,
-        alias_LE: np.ndarray | None = None,
-        top_k: int | None = None,
-        train_dense: bool = False,
-        train_router: bool = True,
-        train_head: bool | None = None,
-        lora_rank: int | None = None,
-        lora_seed: int = 0,
-        out_scale_L: Sequence[float] | None = None,
-        frozen_format: str | None = None,
-    ) -> None:
-        """Become a sub-model of ``state``, as ``ModelAdapter.configure``.
+    def configure(self, state: Mapping[str, Tensor], submodel: SubModel = WHOLE) -> None:
+        """Become ``submodel`` of ``state``, as ``ModelAdapter.configure``.
 
-        Args:
-            state, permitted_LE, trainable_LE, rows, alias_LE, top_k, train_dense, train_router, lora_rank, lora_seed,
-                out_scale_L, frozen_format: as the protocol.
-            train_head: whether the classification head trains; None = always in classification, whatever
-                ``train_dense`` says. A language-model head counts as trunk: it may be the embedding itself.
+        A language-model head counts as trunk: it may be the embedding itself.
 
         Raises:
             ValueError: a missing, foreign or misshapen tensor, a bad mask, or a top_k that is impossible (nothing of
                 the adapter has changed then); rows or an alias that do not fit.
         """
         self._check(state)
-        self._check_rows(rows or {})
-        k = self.spec.top_k if top_k is None else top_k
-        if not 1 <= k <= self.spec.top_k:
-            raise ValueError(f"top_k={k} is outside 1 to {self.spec.top_k}, the model's own")
-        permitted = [None] * len(self.moe) if permitted_LE is None else list(permitted_LE)
-        trainable = [None] * len(self.moe) if trainable_LE is None else list(trainable_LE)
+        self._check_rows(submodel.rows)
+        self._check_form(submodel)
+        for number, layer in enumerate(self.moe):
+            self._configure_layer(layer, number, state, submodel)
+        head = self.spec.task == "classification" if submodel.train_head is None else submodel.train_head
+        learning = {spec.key for spec in self.spec.params if spec.kind == "dense"}
+        with torch.no_grad():
+            for key, parameter in self._dense.items():
+                parameter.copy_(state[key])
+                trains = head if key in self.spec.head else submodel.train_dense
+                parameter.requires_grad_(key in learning and trains)
+                parameter.grad = None
+
+    def _check_form(self, submodel: SubModel) -> None:
+        if submodel.top_k is not None and not 1 <= submodel.top_k <= self.spec.top_k:
+            raise ValueError(f"top_k={submodel.top_k} is outside 1 to {self.spec.top_k}, the model's own")
+        permitted, trainable = (
+            [None] * len(self.moe) if mask_LE is None else list(mask_LE)
+            for mask_LE in (submodel.permitted_LE, submodel.trainable_LE)
+        )
         if not len(permitted) == len(trainable) == len(self.moe):
             raise ValueError(
                 f"the masks have {len(permitted)} and {len(trainable)} rows; this model has {len(self.moe)} MoE layers"
             )
         for layer, held_E, trains_E in zip(self.moe, permitted, trainable, strict=True):
             layer.check_masks(held_E, trains_E)
-        if lora_rank is not None and self._lora is None:
-            raise ValueError(f"lora_rank={lora_rank}, but this model has no adapters; call add_lora first")
-        for number, layer in enumerate(self.moe):
-            layer.top_k, layer.train_router, layer.frozen_format = k, train_router, frozen_format
-            layer.start_out_scale(None if out_scale_L is None else float(out_scale_L[number]))
-            lora = None
-            if self._lora is not None and (self._lora.in_state or lora_rank is not None):
-                lora = lora_of_layer(state, number, self._lora, rank=lora_rank, seed=lora_seed)
-            layer.load_global(
-                *(state[f"moe.{number}.{name}"].to(layer.w_in.device) for name in ("router", "w_in", "w_out")),
-                permitted=permitted[number],
-                trainable=trainable[number],
-                rows=rows_of_layer(rows or {}, number),
-                alias=None if alias_LE is None else alias_LE[number],
-                lora=None if lora is None else lora.to(layer.w_in.device),
-            )
-        head = self.spec.task == "classification" if train_head is None else train_head
-        learning = {spec.key for spec in self.spec.params if spec.kind == "dense"}
-        with torch.no_grad():
-            for key, parameter in self._dense.items():
-                parameter.copy_(state[key])
-                parameter.requires_grad_(key in learning and (head if key in self.spec.head else train_dense))
-                parameter.grad = None
+        if submodel.lora_rank is not None and self._lora is None:
+            raise ValueError(f"lora_rank={submodel.lora_rank}, but this model has no adapters; call add_lora first")
+
+    def _configure_layer(self, layer: MoE, number: int, state: Mapping[str, Tensor], sub: SubModel) -> None:
+        device = layer.w_in.device
+        layer.top_k = self.spec.top_k if sub.top_k is None else sub.top_k
+        layer.train_router, layer.frozen_format = sub.train_router, sub.frozen_format
+        layer.start_out_scale(None if sub.out_scale_L is None else float(sub.out_scale_L[number]))
+        lora = None
+        if self._lora is not None and (self._lora.in_state or sub.lora_rank is not None):
+            lora = lora_of_layer(state, number, self._lora, rank=sub.lora_rank, seed=sub.lora_seed).to(device)
+        layer.load_global(
+            *(state[f"moe.{number}.{name}"].to(device) for name in ("router", "w_in", "w_out")),
+            permitted=None if sub.permitted_LE is None else sub.permitted_LE[number],
+            trainable=None if sub.trainable_LE is None else sub.trainable_LE[number],
+            rows=rows_of_layer(sub.rows, number),
+            alias=None if sub.alias_LE is None else sub.alias_LE[number],
+            lora=lora,
+        )
 
     def add_lora(self, lora: LoraSpec, *, seed: int) -> dict[str, Tensor]:
         """Let experts carry adapters from now on, as the protocol."""

@@ -27,14 +27,14 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.layer.router_loss import SwitchBalance
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.model.spec import Evaluation
 from fedmoe_core.selection.within_budget import Allowance
 from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
-from fedmoe_core.server.planning import Asks, client_allowance, plan_of_masks
+from fedmoe_core.server.planning import client_allowance, plan_of_masks
 from fedmoe_core.server.state import Population, ServerState, recall, remember
 
 NEW, SETTLED, TRIAL, FROZEN = range(4)  # no own sub-model yet; has one; has a changed one; keeps it for good
@@ -128,17 +128,20 @@ class FedMoE(Algorithm):
         return [self._plan(state, known, client) for client in clients]
 
     def _plan(self, state: ServerState, known: ClientMap, client: int) -> ExpertPlan:
-        facts, asks = self.population, self._asks()
+        facts, extras = self.population, self._extras()
         if known.phase_C[client] != NEW:
-            return plan_of_masks(facts, state, client, known.held_CLE[client], **asks)
+            return plan_of_masks(facts, state, client, known.held_CLE[client], extras=extras)
         first = state.visits[client] == 0
-        probing = affordable_probe(facts, client, asks, tunings=facts.config.fedmoe.tunings, first_participation=first)
+        probing = affordable_probe(
+            facts, client, extras, tunings=facts.config.fedmoe.tunings, first_participation=first
+        )
         if probing is not None:
-            asks |= {"before": probing[0], "surcharge": replace(probing[1], memory_bytes=0, experts=0)}
-        held_LE = self._coarse(known, client, client_allowance(facts, client, first_participation=first, **asks))
+            extras = replace(extras, before=probing[0], surcharge=replace(probing[1], memory_bytes=0, experts=0))
+        held_LE = self._coarse(known, client, client_allowance(facts, client, first_participation=first, extras=extras))
         if probing is not None:
-            asks["surcharge"] = replace(probing[1], bytes_down=model_rest(facts, held_LE))
-        return plan_of_masks(facts, state, client, held_LE, **asks)
+            surcharge = replace(probing[1], bytes_down=model_rest(facts, held_LE))
+            extras = replace(extras, surcharge=surcharge)
+        return plan_of_masks(facts, state, client, held_LE, extras=extras)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
         """Return deltas of experts that it used, |D_c| each, router rows alike; its profile and validation quality."""
@@ -180,7 +183,9 @@ class FedMoE(Algorithm):
             if update.validation is None:
                 continue
             if known.phase_C[update.client] == NEW:
-                allowance = client_allowance(self.population, update.client, first_participation=False, **self._asks())
+                allowance = client_allowance(
+                    self.population, update.client, first_participation=False, extras=self._extras()
+                )
                 known.held_CLE[update.client] = self._coarse(known, update.client, allowance)
                 known.phase_C[update.client] = SETTLED
             else:
@@ -192,10 +197,10 @@ class FedMoE(Algorithm):
         by_accuracy = self.population.spec.task == "classification"
         return (found.correct if by_accuracy else -found.loss_sum) / found.count
 
-    def _asks(self) -> Asks:
+    def _extras(self) -> Extras:
         """What every client does besides training: balance its router (eq. 1) and validate (algorithm 1)."""
         weight = self.population.config.fedmoe.balance
-        return {"aux": SwitchBalance(weight, served_only=True) if weight > 0 else None, "validate": True}
+        return Extras(aux=SwitchBalance(weight, served_only=True) if weight > 0 else None, validate=True)
 
     def _coarse(self, known: ClientMap, client: int, allowance: Allowance) -> np.ndarray:
         """Eq. 3 within a share of the budget; within all of it where that share cannot hold an expert per layer [E]."""
@@ -243,7 +248,7 @@ class FedMoE(Algorithm):
         if change == 0:
             return np.asarray(known.held_CLE[client])
         phat_LE = weighted_profile(p_CLE, similarity_CC[client], similar)
-        allowance = client_allowance(self.population, client, first_participation=False, **self._asks())
+        allowance = client_allowance(self.population, client, first_participation=False, extras=self._extras())
         return adjust_experts(
             known.held_CLE[client], phat_LE, change, costs_DLE=allowance.costs_DLE, limits_D=allowance.free_D
         )

@@ -11,8 +11,9 @@ from torch import Tensor
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.budget.passes import pass_cost
 from fedmoe_core.client.step import Stepper, local_optimizer
-from fedmoe_core.messages.plan import ProbeContext
-from fedmoe_core.server.planning import Asks, asked_costs, whole_surcharge
+from fedmoe_core.messages.plan import Extras, ProbeContext
+from fedmoe_core.model.submodel import SubModel
+from fedmoe_core.server.planning import asked_costs, whole_surcharge
 from fedmoe_core.server.state import Population
 
 
@@ -32,7 +33,7 @@ class WholeModelProbe:
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         adapter, spec = context.adapter, context.adapter.spec
         if self.tunings:
-            adapter.configure(context.params, lora_rank=self.lora_rank, lora_seed=context.plan.seed)
+            adapter.configure(context.params, SubModel(lora_rank=self.lora_rank, lora_seed=context.plan.seed))
             optimizer, prior_C = local_optimizer(adapter, context.train), context.log_prior_C
             stepper = Stepper(adapter, optimizer, context.train, seed=context.plan.seed, log_prior_C=prior_C)
             for _ in range(self.tunings):
@@ -40,7 +41,7 @@ class WholeModelProbe:
                     stepper.step(batch)
         else:
             nothing_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
-            adapter.configure(context.params, trainable_LE=nothing_LE)
+            adapter.configure(context.params, SubModel(trainable_LE=nothing_LE))
         hits_LE = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.float64)
         tokens = 0
         for batch in context.validation():
@@ -52,7 +53,7 @@ class WholeModelProbe:
 
 
 def affordable_probe(
-    population: Population, client: int, asks: Asks, *, tunings: int, first_participation: bool
+    population: Population, client: int, extras: Extras, *, tunings: int, first_participation: bool
 ) -> tuple[WholeModelProbe, Cost] | None:
     """Return the probe of most ``tunings`` that a client can bear with the smallest sub-model, and what it costs.
 
@@ -64,7 +65,7 @@ def affordable_probe(
     all_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
     least_LE = all_LE & (np.arange(spec.num_experts) == 0)
     tokens = 0 if population.validation_tokens_C is None else int(population.validation_tokens_C[client])
-    costs, tuned = asked_costs(population, asks), population.costs_at(config.lora.rank)
+    costs, tuned = asked_costs(population, extras), population.costs_at(config.lora.rank)
     least = costs.predict(least_LE, least_LE, local_steps=1, top_k=1)
     whole_down = costs.bytes_down(all_LE, first_participation=first_participation)
     for count in range(tunings, -1, -1):
@@ -76,7 +77,7 @@ def affordable_probe(
         if count:
             step = count * config.train.local_steps * tuned.step_flops(all_LE, all_LE)
             probing = probing.with_extra(Cost(memory_bytes=tuned.memory(all_LE, all_LE), flops=step))
-        extra = whole_surcharge(population, client, {**asks, "surcharge": probing}, served_LE=all_LE)
+        extra = whole_surcharge(population, client, replace(extras, surcharge=probing), served_LE=all_LE)
         if population.budgets[client].fits(replace(least.with_extra(extra), bytes_down=whole_down)):
             return WholeModelProbe(count, config.lora.rank), probing
     return None

@@ -31,12 +31,12 @@ from fedmoe_core.budget.limits import Cost
 from fedmoe_core.budget.passes import pass_cost
 from fedmoe_core.client.profiling import validate
 from fedmoe_core.config.systems import Equation, System
-from fedmoe_core.messages.plan import ExpertPlan, ProbeContext
+from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.selection.knapsack import knapsack
 from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean
-from fedmoe_core.server.planning import Asks, client_allowance, plan_of_masks
+from fedmoe_core.server.planning import client_allowance, plan_of_masks
 from fedmoe_core.server.state import ServerState, initial_state, recall, remember
 
 JITTER = 1e-3  # of a z-score: equal scores are told apart by a draw, not by the order of clients or the solver's taste
@@ -124,8 +124,8 @@ class FlexMoE(Algorithm):
 
     def _plan(self, state: ServerState, client: int, held_LE: np.ndarray) -> ExpertPlan:
         rows = own_rows(state, self.population.spec, client)
-        asks: Asks = {**self._asks(client, held_LE, first_participation=state.visits[client] == 0), "rows": rows}
-        return plan_of_masks(self.population, state, client, held_LE, **asks)
+        extras = replace(self._extras(client, held_LE, first_participation=state.visits[client] == 0), rows=rows)
+        return plan_of_masks(self.population, state, client, held_LE, extras=extras)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
         """End phase 2: deltas of experts by usage and of the feature extractor go up, with feedback; the gate stays."""
@@ -211,14 +211,14 @@ class FlexMoE(Algorithm):
             self.population,
             client,
             first_participation=first,
-            **self._asks(client, all_LE, first_participation=first),
+            extras=self._extras(client, all_LE, first_participation=first),
         )
         # The nth expert of every layer is worth the same and less than the one before, so layers fill side by side.
         worth_LE = all_LE * np.arange(spec.num_experts, 0.0, -1.0)
         chosen_LE = knapsack(worth_LE, allowance.costs_DLE, [int(free) for free in allowance.free_D]).chosen_LE
         return np.asarray(chosen_LE.sum(axis=1))
 
-    def _asks(self, client: int, held_LE: np.ndarray, *, first_participation: bool) -> Asks:
+    def _extras(self, client: int, held_LE: np.ndarray, *, first_participation: bool) -> Extras:
         """Keep the gate local; measure feedback where the client can pay for it in addition to a training step [E].
 
         The gate that a client starts from travels once, with the trunk.
@@ -233,8 +233,5 @@ class FlexMoE(Algorithm):
         if pays:
             passing = pass_cost(facts.costs, held_LE, tokens=tokens)
             extra = extra.with_extra(Cost(flops=passing.flops, bytes_up=3 * 8 * held_LE.size))
-        return {
-            "keeps": frozenset({"router"}),
-            "after": LocalFeedback(batches) if pays else None,
-            "surcharge": extra,
-        }
+        after = LocalFeedback(batches) if pays else None
+        return Extras(keeps=frozenset({"router"}), after=after, surcharge=extra)

@@ -22,7 +22,7 @@ from fedmoe_core.algorithms.flux.utility import Roles, assign_roles, exploit_sha
 from fedmoe_core.base.rng import counter_rng
 from fedmoe_core.budget.limits import NOTHING, Cost
 from fedmoe_core.config.systems import Equation, System
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.selection.within_budget import choose
@@ -94,7 +94,7 @@ class Flux(Algorithm):
         found = self._roles(state, client, utility_LE, profiling)
         if found is None:
             best_LE = self._trainable(state, client, utility_LE, profiling)
-            return plan_of_masks(facts, state, client, best_LE, surcharge=profiling, before=before)
+            return plan_of_masks(facts, state, client, best_LE, extras=Extras(surcharge=profiling, before=before))
         roles, slots = found
         merged_LE = ~(roles.exploit_LE | roles.explore_LE)
         merge = plan_merge(
@@ -107,18 +107,15 @@ class Flux(Algorithm):
         )
         explored = tuple((int(layer), int(expert)) for layer, expert in np.argwhere(roles.explore_LE))
         exploring = estimate_cost(facts.costs, merge.stored_LE, explored=len(explored), probes=chosen.probes)
-        return plan_of_masks(
-            facts,
-            state,
-            client,
-            merge.stored_LE,
-            roles.exploit_LE,
-            scores_LE=utility_LE,
+        extras = Extras(
             rows=merged_experts(state.params, merge),  # eq. 2
             alias_LE=np.where(merge.stored_LE, -1, merge.alias_LE),
             surcharge=profiling.with_extra(exploring),
             before=before,
             after=ForwardEstimates(explored, chosen.sigma, chosen.probes) if explored else None,
+        )
+        return plan_of_masks(
+            facts, state, client, merge.stored_LE, roles.exploit_LE, scores_LE=utility_LE, extras=extras
         )
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
@@ -129,8 +126,8 @@ class Flux(Algorithm):
         profile, no_attention_LE = result.profile, torch.ones(plan.trainable_LE.shape, dtype=torch.float64)
         own_LE = torch.from_numpy(profile.hits_LE / np.maximum(profile.tokens_L, 1)[:, None])
         grad_LE = np.where(plan.trainable_LE, np.sqrt(profile.grad_sq_LE / max(len(result.losses), 1)), -1.0)
-        if isinstance(plan.after, ForwardEstimates):
-            for place in plan.after.experts:
+        if isinstance(plan.extras.after, ForwardEstimates):
+            for place in plan.extras.after.experts:
                 grad_LE[place] = float(result.probed["norm_sq"][place]) ** 0.5
         return finished_update(
             plan,

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.messages.plan import ProbeContext
 from fedmoe_core.model.spec import ParamSpec
+from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.server.state import Population
 from fedmoe_kernels.quantized import Quantized
 
@@ -103,7 +104,8 @@ class QuantizedProfile:
             nothing_LE = np.zeros(shape, dtype=bool)
             # `configure` sets the bits of every layer; the client's own plan sets them back.
             adapter.configure(
-                context.params, trainable_LE=nothing_LE, train_router=False, train_head=False, frozen_format=FORMAT
+                context.params,
+                SubModel(trainable_LE=nothing_LE, train_router=False, train_head=False, frozen_format=FORMAT),
             )
             with adapter.watch_attention() as received:
                 for batch in context.batches():

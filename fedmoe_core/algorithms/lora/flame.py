@@ -15,7 +15,7 @@ from fedmoe_core.algorithms.lora.factors import flame_rescale, flame_share
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.layer.lora import LoraSpec
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
@@ -64,16 +64,11 @@ class Flame(Algorithm):
         gain_L = state.memory.get(f"gain/{client}", torch.ones(spec.num_layers))
 
         def of_size(population: Population, k: int, budgeted: bool) -> ExpertPlan:
-            return plan_of_masks(
-                population,
-                state,
-                client,
-                all_LE,
-                top_k=k,
-                budgeted=budgeted,
+            extras = Extras(
                 cached_LE=all_LE if state.visits[client] else None,
                 out_scale_L=tuple((gain_L * flame_rescale(spec.top_k, k)).tolist()),
             )
+            return plan_of_masks(population, state, client, all_LE, top_k=k, budgeted=budgeted, extras=extras)
 
         return largest_plan(self.population, client, spec.top_k, of_size)
 

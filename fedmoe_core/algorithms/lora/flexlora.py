@@ -19,7 +19,7 @@ from fedmoe_core.algorithms.lora.shared import UNCOUNTED, everything
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.layer.lora import LoraSpec
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.server.accumulator import Sums, dense_mean, gate_mean
@@ -65,16 +65,12 @@ class FlexLora(Algorithm):
         all_LE = everything(self.population)
 
         def of_size(population: Population, rank: int, budgeted: bool) -> ExpertPlan:
-            return plan_of_masks(
-                population,
-                state,
-                client,
-                all_LE,
-                budgeted=budgeted,
+            extras = Extras(
                 lora_rank=rank,
                 cached_LE=all_LE if state.visits[client] else None,
                 rows=start_rows(state.memory, rank),
             )
+            return plan_of_masks(population, state, client, all_LE, budgeted=budgeted, extras=extras)
 
         return largest_plan(self.population, client, self.population.config.lora.rank, of_size)
 
@@ -97,7 +93,7 @@ class FlexLora(Algorithm):
             router_weight_LE=weight_LE,
             gate_weight=samples,
             deltas={**result.deltas, **products},
-            metrics={"rank": plan.lora_rank or 0},
+            metrics={"rank": plan.extras.lora_rank or 0},
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:

@@ -19,7 +19,7 @@ from fedmoe_core.algorithms.lora.shared import UNCOUNTED, everything
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.layer.lora import LoraSpec
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
@@ -66,17 +66,13 @@ class HetLora(Algorithm):
             rank = min(rank, left)
             keep = kept_ranks(rank, chosen.keep_share)
             tail = keep < rank and chosen.tail > 0
-            return plan_of_masks(
-                population,
-                state,
-                client,
-                all_LE,
-                budgeted=budgeted,
+            extras = Extras(
                 lora_rank=rank,
                 cached_LE=all_LE if state.visits[client] else None,
                 after=RankProbe(keep),
                 aux=TailLoss(chosen.tail, keep, tail_tables(population.costs_at(rank))) if tail else None,
             )
+            return plan_of_masks(population, state, client, all_LE, budgeted=budgeted, extras=extras)
 
         return largest_plan(self.population, client, chosen.rank, of_size)
 
@@ -85,11 +81,11 @@ class HetLora(Algorithm):
         samples, chosen = self.population.sample_weight(plan.client), self.population.config.lora
         if result.profile is None:
             return failed_update(plan, result, samples)
-        assert plan.lora_rank is not None
+        assert plan.extras.lora_rank is not None
         # Over the norm of the frozen expert, which is the same for all clients, so that it fits a weight's range.
         norm_LE = (result.probed["norm_LE"] / result.probed["base_LE"]).clamp(max=1.0).numpy()
         shrunk = float(result.probed["tail_after"]) < float(result.probed["tail_before"])
-        left = kept_ranks(plan.lora_rank, chosen.keep_share) if shrunk else plan.lora_rank
+        left = kept_ranks(plan.extras.lora_rank, chosen.keep_share) if shrunk else plan.extras.lora_rank
         return finished_update(
             plan,
             result,
@@ -99,8 +95,8 @@ class HetLora(Algorithm):
             router_weight_LE=samples * plan.trainable_LE,
             gate_weight=samples,
             deltas=padded(result.deltas, chosen.rank),
-            private={"ranks": torch.tensor([plan.lora_rank, left])},
-            metrics={"rank": plan.lora_rank, "pruned_to": left},
+            private={"ranks": torch.tensor([plan.extras.lora_rank, left])},
+            metrics={"rank": plan.extras.lora_rank, "pruned_to": left},
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:

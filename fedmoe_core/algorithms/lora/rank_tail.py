@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmoe_core.algorithms.lora.factors import Factors, resize, tail_penalty
 from fedmoe_core.budget.cost_model import CostModel
-from fedmoe_core.client.submodel import start_of
+from fedmoe_core.client.traffic import start_of
 from fedmoe_core.layer.lora import FACTORS
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.messages.plan import ProbeContext

@@ -108,7 +108,7 @@ def _ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: t
         **({} if plan.budget == budget else {"bound_by": _limits(plan.budget)}),
         "predicted": asdict(plan.predicted),
         "real": asdict(update.cost),
-        **({} if plan.surcharge == NOTHING else {"surcharge": asdict(plan.surcharge)}),
+        **({} if plan.extras.surcharge == NOTHING else {"surcharge": asdict(plan.extras.surcharge)}),
     }
 
 

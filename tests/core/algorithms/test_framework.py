@@ -82,9 +82,9 @@ def test_a_local_gate_stays_with_its_client_and_the_global_one_keeps_its_bits(co
     moved = [update.private["gate/0"] for update in round_.updates]
     assert not torch.equal(moved[0][::2], moved[2][::2])
     following = world.algorithm.plan(state, [1])[0]
-    assert torch.equal(following.rows["moe.0.router"][3], state.memory["gate/1/0"][3])
-    whole = replace(following, keeps=frozenset(), rows={})
-    assert following.keeps == {"router"}
+    assert torch.equal(following.extras.rows["moe.0.router"][3], state.memory["gate/1/0"][3])
+    whole = replace(following, extras=replace(following.extras, keeps=frozenset(), rows={}))
+    assert following.extras.keeps == {"router"}
     router_bytes = sum(t.nbytes for k, t in state.params.items() if k.endswith("router"))
     costs = world.population.costs
     assert costs.bytes_down(whole.permitted_LE) - round_.plans[0].predicted.bytes_down == router_bytes

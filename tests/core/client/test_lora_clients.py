@@ -15,6 +15,7 @@ from tiny_corpus import make_config
 from fedmoe_core.algorithms import base as algorithms
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.layer.lora import FACTORS
+from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.evaluation import evaluate_clients
@@ -127,4 +128,4 @@ def test_a_rank_that_was_not_declared_is_refused(config: Make, form: str) -> Non
         with pytest.raises(ValueError, match=f"rank {rank}; 1 to {RANK} were declared"):
             world.population.costs_at(rank)
         with pytest.raises(ValueError, match=f"rank {rank} is outside"):
-            world.adapter.configure(world.params, lora_rank=rank)
+            world.adapter.configure(world.params, SubModel(lora_rank=rank))

@@ -199,9 +199,9 @@ def test_inv1_inv2_scoring_is_charged_and_memory_is_bounded(config: Make, tmp_pa
     alone = world.algorithm.plan(world.algorithm.init(world.params), range(4))
     once = costs.step_flops(np.ones((2, 8), dtype=bool), np.ones((2, 8), dtype=bool))
     for plan in alone[:3]:
-        assert plan.per_batch is not None
+        assert plan.extras.per_batch is not None
         # Scoring is an extra pass; fewer experts that learn are fewer weight gradients.
-        saved = plan.local_steps * 2 * costs.expert_params * max(0, 2 * 2 - plan.per_batch.count) * costs.tokens
+        saved = plan.local_steps * 2 * costs.expert_params * max(0, 2 * 2 - plan.extras.per_batch.count) * costs.tokens
         assert plan.predicted.flops == pytest.approx(plan.local_steps * once + scoring - saved, rel=1e-12)
     assert alone[3].per_batch is None
 

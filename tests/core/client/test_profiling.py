@@ -19,7 +19,8 @@ from fedmoe_core.client.train import train_client
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.moe import MoE
-from fedmoe_core.messages.plan import ProbeContext
+from fedmoe_core.messages.plan import Extras, ProbeContext
+from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.prepare import build_world, local_public_batches
@@ -124,7 +125,7 @@ class Look:
 
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         nobody_LE = np.zeros((2, 8), dtype=bool)
-        context.adapter.configure(context.params, trainable_LE=nobody_LE, frozen_format=self.form)
+        context.adapter.configure(context.params, SubModel(trainable_LE=nobody_LE, frozen_format=self.form))
         found = validate(context.adapter, context.batches())
         stored = sum(layer.w_in_frozen.nbytes + layer.w_out_frozen.nbytes for layer in context.adapter.moe)
         return {"rows": torch.from_numpy(found.profile.rows_LE), "stored": torch.tensor(stored)}
@@ -137,7 +138,7 @@ def test_inv2_a_look_in_few_bits_stays_within_its_closed_form(config: Make, form
     every_LE, few_LE = np.ones((2, 8), dtype=bool), np.zeros((2, 8), dtype=bool)
     few_LE[:, :2] = True
     cost = pass_cost(costs, every_LE, tokens=3 * costs.tokens, form=form)
-    plan = plan_of_masks(world.population, state, 0, few_LE, before=Look(form), surcharge=cost)
+    plan = plan_of_masks(world.population, state, 0, few_LE, extras=Extras(before=Look(form), surcharge=cost))
     batches = list(local_public_batches(world.config, world.data, 3))
     context = ProbeContext(world.adapter, state.params, plan, world.config.train, lambda: batches, tuple)
     _, peak = run_probe(Look(form), context, torch.device("cpu"))
@@ -200,7 +201,7 @@ def test_a_client_judges_its_classifier_with_the_class_shares_of_its_training(co
     world, batch = made(config, "train.logit_adjustment=0.5", "algorithm=fedmoe", labeled=True)
     state, spec = world.algorithm.init(world.params), world.adapter.spec
     every_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
-    plan = plan_of_masks(world.population, state, 0, every_LE, after=OwnLoss(), validate=True)
+    plan = plan_of_masks(world.population, state, 0, every_LE, extras=Extras(after=OwnLoss(), validate=True))
     shares_C = np.linspace(1.0, 3.0, world.adapter.model.score.out_features)
     shares_C /= shares_C.sum()
     result = train_client(

@@ -19,7 +19,7 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.graft import GraftSpec
 from fedmoe_core.layer.router_loss import SwitchBalance
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
@@ -49,8 +49,9 @@ class ToyGraft(Algorithm):
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         all_LE = np.ones((self.population.spec.num_layers, M), dtype=bool)
+        extras = Extras(aux=SwitchBalance(0.01))
         return [
-            plan_of_masks(self.population, state, client, all_LE, top_k=TOP_K - client % 2, aux=SwitchBalance(0.01))
+            plan_of_masks(self.population, state, client, all_LE, top_k=TOP_K - client % 2, extras=extras)
             for client in clients
         ]
 

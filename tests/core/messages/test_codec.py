@@ -14,6 +14,7 @@ from update_cases import ALL, make_plan, make_profile, make_specs, make_update
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.messages.codec import report_of, update_of
+from fedmoe_core.messages.plan import Extras
 from fedmoe_core.messages.profile import profile_arrays
 from fedmoe_core.messages.update import ClientUpdate, finished_update, refused
 from fedmoe_core.model.spec import Evaluation
@@ -129,7 +130,7 @@ def test_inv11_what_an_algorithm_would_remember_is_checked_too(name: str) -> Non
 
 
 def test_inv11_a_gate_that_stays_on_the_client_is_not_expected_and_has_no_weight() -> None:
-    plan = replace(make_plan(ALL), keeps=frozenset({"router"}))
+    plan = replace(make_plan(ALL), extras=Extras(keeps=frozenset({"router"})))
     assert not [key for key in expected_shapes(make_specs(), plan) if key.endswith("router")]
     update = make_update(plan, train_dense=True)
     without = {key: delta for key, delta in update.deltas.items() if not key.endswith("router")}

@@ -11,7 +11,7 @@ import torch
 from hand_made import EVERY_LE, EXPERTS, HELD, LAYERS, TRAINED, mask, model, population
 
 from fedmoe_core.budget.limits import Budget, Cost
-from fedmoe_core.messages.plan import ExpertPlan, taught
+from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.server.planning import make_plan, plan_everything, plan_of_masks
 from fedmoe_core.server.state import Population, initial_state
 
@@ -20,8 +20,9 @@ SCORES_LE = np.arange(LAYERS * EXPERTS, dtype=float).reshape(LAYERS, EXPERTS) + 
 NOBODY = np.full((LAYERS, EXPERTS), -1)
 
 
-def planned(facts: Population | None = None, client: int = 0, **words: Any) -> ExpertPlan:
-    return plan_of_masks(facts or population(), STATE, client, HELD[client], TRAINED[client], **words)
+def planned(facts: Population | None = None, client: int = 0, *, budgeted: bool = True, **wishes: Any) -> ExpertPlan:
+    masks = HELD[client], TRAINED[client]
+    return plan_of_masks(facts or population(), STATE, client, *masks, budgeted=budgeted, extras=Extras(**wishes))
 
 
 def test_the_masks_are_taken_as_they_are_and_costed() -> None:
@@ -31,7 +32,7 @@ def test_the_masks_are_taken_as_they_are_and_costed() -> None:
     np.testing.assert_array_equal(plan.trainable_LE, TRAINED[0])
     assert plan.predicted == facts.costs.predict(HELD[0], TRAINED[0], local_steps=plan.local_steps)
     assert plan.budget == facts.budgets[0]
-    assert plan.surcharge == Cost()
+    assert plan.extras.surcharge == Cost()
 
 
 def test_make_plan_is_plan_of_masks_of_the_best_experts() -> None:
@@ -91,7 +92,7 @@ def test_a_surcharge_in_bytes_leaves_fewer_experts_to_make_plan() -> None:
     down = facts.costs.bytes_down(mask("...x", "..xx"))
     tight = population("selection.explore=0", budgets=(f"down={down}",) * 3)
     assert make_plan(tight, STATE, 0, SCORES_LE).permitted_LE.sum() == 3
-    assert make_plan(tight, STATE, 0, SCORES_LE, surcharge=Cost(bytes_down=1)).permitted_LE.sum() == 2
+    assert make_plan(tight, STATE, 0, SCORES_LE, extras=Extras(surcharge=Cost(bytes_down=1))).permitted_LE.sum() == 2
 
 
 def test_validation_is_charged_to_those_who_validate() -> None:
@@ -109,15 +110,18 @@ def test_served_experts_may_be_chosen_and_cost_rows_not_memory() -> None:
     facts = population()
     held_LE = mask("x...", "x...")
     alias_LE = np.where(held_LE, -1, 0)
-    alone, serving = (plan_of_masks(facts, STATE, 0, held_LE, alias_LE=alias) for alias in (None, alias_LE))
+    alone, serving = (
+        plan_of_masks(facts, STATE, 0, held_LE, extras=Extras(alias_LE=alias)) for alias in (None, alias_LE)
+    )
     assert (alone.top_k, serving.top_k) == (1, 2)
     np.testing.assert_array_equal(serving.served_LE, EVERY_LE)
     np.testing.assert_array_equal(serving.taught_LE, EVERY_LE)
     assert serving.predicted.memory_bytes == facts.costs.memory(held_LE, held_LE, top_k=2)
     assert serving.predicted.flops == serving.local_steps * facts.costs.step_flops(EVERY_LE, EVERY_LE)
-    frozen = plan_of_masks(facts, STATE, 0, mask("xx..", "xx.."), held_LE, alias_LE=np.tile([-1, -1, 1, 1], (2, 1)))
+    extras = Extras(alias_LE=np.tile([-1, -1, 1, 1], (2, 1)))
+    frozen = plan_of_masks(facts, STATE, 0, mask("xx..", "xx.."), held_LE, extras=extras)
     np.testing.assert_array_equal(frozen.taught_LE, held_LE)  # those that the frozen expert serves teach nobody
-    np.testing.assert_array_equal(taught(held_LE, None), held_LE)
+    np.testing.assert_array_equal(Extras().taught(held_LE), held_LE)
 
 
 @pytest.mark.parametrize(
@@ -132,15 +136,14 @@ def test_an_alias_that_nobody_serves_is_refused(alias: tuple[int, int, int], sai
     alias_LE = NOBODY.copy()
     alias_LE[alias[:2]] = alias[2]
     with pytest.raises(ValueError, match=said):
-        plan_of_masks(
-            population(), STATE, 0, mask("xx..", "xx..") if alias[1] == 0 else mask("x...", "xx.."), alias_LE=alias_LE
-        )
+        held_LE = mask("xx..", "xx..") if alias[1] == 0 else mask("x...", "xx..")
+        plan_of_masks(population(), STATE, 0, held_LE, extras=Extras(alias_LE=alias_LE))
 
 
 def test_an_alias_of_another_shape_or_kind_is_refused() -> None:
     for alias in (NOBODY[:1], NOBODY.astype(float)):
         with pytest.raises(ValueError, match="whole numbers of shape"):
-            replace(planned(), alias_LE=alias)
+            replace(planned(), extras=Extras(alias_LE=alias))
     with pytest.raises(ValueError, match="only the router and"):
         planned(keeps=frozenset({"dense"}))
 

@@ -16,6 +16,7 @@ from tiny_corpus import make_config
 from fedmoe_core.algorithms import base as algorithms
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import eval_batches
+from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.reporting.report import report
 from fedmoe_core.reporting.run import read_runs
 from fedmoe_core.reporting.verdict import compare, line, ranking
@@ -48,7 +49,7 @@ def test_each_clients_model_is_its_next_plan_on_its_own_data(config: Make) -> No
     assert held.personal_accuracy_C is None
     for client, loss in enumerate(held.personal_loss_C):
         plan = world.algorithm.plan(state, [client])[0]
-        world.adapter.configure(state.params, permitted_LE=plan.permitted_LE, top_k=plan.top_k)
+        world.adapter.configure(state.params, SubModel(permitted_LE=plan.permitted_LE, top_k=plan.top_k))
         test = world.data.clients[client].test
         batches = eval_batches(test, batch_size=32, seq_len=32, sequences=2)
         found = evaluate(world.adapter, batches)

@@ -16,7 +16,7 @@ from fedmoe_core.config.run_config import Config, ModelConfig, TrainConfig
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.model.adapter import ModelAdapter, find_adapter
-from fedmoe_core.server.planning import plan_costs, plan_of_masks
+from fedmoe_core.server.planning import asked_costs, plan_of_masks
 from fedmoe_core.server.state import Population, initial_state
 from fedmoe_core.simulation.calibrate import calibrate
 
@@ -161,7 +161,7 @@ def measure(case: Case) -> tuple[int, int]:
         plan,
         case.batches(),
         train=train,
-        costs=plan_costs(population, plan),
+        costs=asked_costs(population, plan.extras),
         class_shares_C=np.full(case.classes, 1 / case.classes) if case.classes else None,
         validation=lambda: list(case.batches(seed=5)),
     )

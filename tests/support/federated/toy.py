@@ -14,7 +14,7 @@ from fedmoe_core.algorithms import base as algorithms
 from fedmoe_core.algorithms.base import Algorithm
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.layer.router_loss import SwitchBalance
-from fedmoe_core.messages.plan import ExpertPlan, ProbeContext
+from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.server.accumulator import Sums, expert_mean
@@ -60,14 +60,16 @@ class Toy(Algorithm):
             client,
             held_LE,
             trainable_LE,
-            rows=rows,
-            alias_LE=alias_LE,
-            surcharge=profiling,
-            before=Profile(steps),
-            after=_trained_norm,
-            aux=SwitchBalance(0.01, served_only=True),
-            validate=True,
-            keeps=frozenset({"router"}),
+            extras=Extras(
+                rows=rows,
+                alias_LE=alias_LE,
+                surcharge=profiling,
+                before=Profile(steps),
+                after=_trained_norm,
+                aux=SwitchBalance(0.01, served_only=True),
+                validate=True,
+                keeps=frozenset({"router"}),
+            ),
         )
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
@@ -77,7 +79,7 @@ class Toy(Algorithm):
         private = {"mass": result.probed["mass"]}
         for layer, trained_E in enumerate(plan.trainable_LE):
             key = f"moe.{layer}.router"
-            given = plan.rows.get(key)
+            given = plan.extras.rows.get(key)
             start = self.population.spec.hidden_size
             gate_EH = (
                 torch.stack([given[e] for e in range(len(given))]) if given else torch.zeros(len(trained_E), start)

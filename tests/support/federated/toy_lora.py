@@ -13,7 +13,7 @@ from fedmoe_core.algorithms.base import Algorithm
 from fedmoe_core.algorithms.lora.factors import Factors, resize
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.layer.lora import FACTORS, LoraSpec
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
 from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
@@ -42,9 +42,13 @@ class ToyLora(Algorithm):
                 client,
                 held_LE,
                 trainable_LE,
-                lora_rank=min(client + 1, RANK),
-                cached_LE=held_LE if state.visits[client] else None,
-                out_scale_L=tuple(state.memory.get(f"scale/{client}", torch.full((spec.num_layers,), 1.5)).tolist()),
+                extras=Extras(
+                    lora_rank=min(client + 1, RANK),
+                    cached_LE=held_LE if state.visits[client] else None,
+                    out_scale_L=tuple(
+                        state.memory.get(f"scale/{client}", torch.full((spec.num_layers,), 1.5)).tolist()
+                    ),
+                ),
             )
             for client in clients
         ]
@@ -90,8 +94,7 @@ class ToyRound(ToyLora):
                 state,
                 client,
                 held_LE,
-                lora_rank=client + 1,
-                keeps=frozenset({"router", "expert"} if client % 2 else ()),
+                extras=Extras(lora_rank=client + 1, keeps=frozenset({"router", "expert"} if client % 2 else ())),
             )
             for client in clients
         ]
@@ -101,7 +104,7 @@ class ToyRound(ToyLora):
         if result.profile is None:
             return failed_update(plan, result, samples)
         deltas, scale = dict(result.deltas), 8.0 / RANK
-        looks = bool(plan.keeps)
+        looks = bool(plan.extras.keeps)
         for layer in range(len(plan.trainable_LE) if not looks else 0):
             for side in ("in", "out"):
                 a, b = (result.kept[f"moe.{layer}.{letter}_{side}"] for letter in "ab")

@@ -134,13 +134,13 @@ def test_only_a_client_that_bears_the_whole_model_probes_it_and_is_charged() -> 
     costs = population().costs
     for budget in rich:
         plan = first_plan(budget)
-        assert plan.before == WholeModelProbe(5, 8)
+        assert plan.extras.before == WholeModelProbe(5, 8)
         assert plan.predicted.bytes_down == costs.bytes_down(ALL_LE)  # the whole model travels once
         tuned = replace(costs, lora_rank=8)
-        assert plan.surcharge.memory_bytes == tuned.memory(ALL_LE, ALL_LE)
+        assert plan.extras.surcharge.memory_bytes == tuned.memory(ALL_LE, ALL_LE)
         passes = tuned.forward_flops(ALL_LE, tokens=32) + costs.forward_flops(plan.permitted_LE, tokens=32)
-        assert plan.surcharge.flops == pytest.approx(5 * 8 * tuned.step_flops(ALL_LE, ALL_LE) + passes)
-        assert plan.surcharge.experts == ALL_LE.size
+        assert plan.extras.surcharge.flops == pytest.approx(5 * 8 * tuned.step_flops(ALL_LE, ALL_LE) + passes)
+        assert plan.extras.surcharge.experts == ALL_LE.size
     for budget in poor:
         assert first_plan(budget).before is None
 
@@ -152,8 +152,10 @@ def test_stage_one_tunes_as_often_as_a_clients_operations_pay() -> None:
     assert bare.before == WholeModelProbe(0, 8)
     for times in (0, 1, 3):
         plan = first_plan(f"flops={bare.predicted.flops + (times + 0.5) * once}")
-        assert isinstance(plan.before, WholeModelProbe)
-        assert times <= plan.before.tunings <= times + 1  # the least sub-model's steps are fewer than the bare plan's
+        assert isinstance(plan.extras.before, WholeModelProbe)
+        assert (
+            times <= plan.extras.before.tunings <= times + 1
+        )  # the least sub-model's steps are fewer than the bare plan's
         assert plan.budget.fits(plan.predicted)
 
 
@@ -162,7 +164,7 @@ def test_a_client_probes_once_and_stage_one_ends_with_its_first_round() -> None:
     algorithm = FedMoE(facts)
     state = algorithm.init(model())
     first = algorithm.plan(state, [0, 1, 2])
-    assert [plan.before is not None for plan in first] == [True, False, False]
+    assert [plan.extras.before is not None for plan in first] == [True, False, False]
     probe = torch.from_numpy(RNG.dirichlet(np.full(EXPERTS, 0.3), LAYERS))
     results = [replace(finished(0), probed={"probe": probe}), finished(1), LocalResult({}, None, Cost(), (), "failed")]
     state, _ = play(algorithm, results)
@@ -175,7 +177,7 @@ def test_a_client_probes_once_and_stage_one_ends_with_its_first_round() -> None:
         held = np.flatnonzero(known.held_CLE[1, layer])
         assert set(held) == set(best_LE[layer, : len(held)])
     second = algorithm.plan(state, [0, 1])
-    assert [plan.before for plan in second] == [None, None]
+    assert [plan.extras.before for plan in second] == [None, None]
     np.testing.assert_array_equal(second[1].permitted_LE, known.held_CLE[1])
     assert known.held_CLE[1].sum() <= 3
 
@@ -310,8 +312,8 @@ def test_permuting_the_reports_changes_nothing_of_the_map() -> None:
 
 def test_every_client_balances_its_router_over_the_served_experts() -> None:
     plan = five("fedmoe.balance=0.02").plan(initial_state(model(), CLIENTS), [0])[0]
-    assert plan.aux == SwitchBalance(0.02, served_only=True)
-    assert plan.validate
+    assert plan.extras.aux == SwitchBalance(0.02, served_only=True)
+    assert plan.extras.validate
     assert five("fedmoe.balance=0").plan(initial_state(model(), CLIENTS), [0])[0].aux is None
 
 

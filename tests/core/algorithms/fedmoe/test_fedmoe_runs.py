@@ -15,8 +15,8 @@ from tiny_corpus import make_config
 
 from fedmoe_core.algorithms.fedmoe.fedmoe import SETTLED, ClientMap
 from fedmoe_core.algorithms.fedmoe.full_model_probe import WholeModelProbe, affordable_probe
-from fedmoe_core.budget.limits import Cost
 from fedmoe_core.config.run_config import Config
+from fedmoe_core.messages.plan import Extras
 from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.directory.checkpoint import load_checkpoint
@@ -71,11 +71,11 @@ def test_inv2_a_probe_is_bounded_by_its_prediction_and_leaves_the_model_alone(co
     found = affordable_probe(facts, 3, {"validate": True}, tunings=tunings, first_participation=True)
     assert found is not None
     state = world.algorithm.init(world.params)
-    plan = plan_of_masks(facts, state, 3, least_LE, before=found[0], surcharge=found[1])
+    plan = plan_of_masks(facts, state, 3, least_LE, extras=Extras(before=found[0], surcharge=found[1]))
     assert plan.predicted.memory_bytes == found[1].memory_bytes  # more than training needs
     update = _train_one(world, state, plan)[0]
     assert 0.9 * found[1].memory_bytes <= update.cost.memory_bytes <= found[1].memory_bytes
-    whole = _train_one(world, state, replace(plan, before=None, surcharge=Cost()))[0]
+    whole = _train_one(world, state, replace(plan, extras=Extras()))[0]
     assert update.cost.memory_bytes > whole.cost.memory_bytes
     assert all(torch.equal(update.deltas[key], delta) for key, delta in whole.deltas.items())
 
@@ -85,7 +85,9 @@ def test_adapters_move_the_profile_and_are_gone_after_it(config: Make) -> None:
     state, probes = world.algorithm.init(world.params), []
     plan = world.algorithm.plan(state, [3])[0]
     for tunings in (0, 0, 1, 5):
-        update = _train_one(world, state, replace(plan, before=WholeModelProbe(tunings, 8)))[0]
+        update = _train_one(
+            world, state, replace(plan, extras=replace(plan.extras, before=WholeModelProbe(tunings, 8)))
+        )[0]
         probes.append(update.private["probe"])
         assert torch.allclose(probes[-1].sum(dim=1), torch.full((2,), 2.0, dtype=torch.float64))
     assert torch.equal(probes[0], probes[1])

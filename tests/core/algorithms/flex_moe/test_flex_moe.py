@@ -23,7 +23,7 @@ from fedmoe_core.client.step import log_prior
 from fedmoe_core.comparison.run_figures import figures_of
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch, client_batches
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.reporting.run import read_runs
@@ -50,7 +50,7 @@ def algorithm_of(*overrides: str, budgets: tuple[str, ...] = TIERS) -> FlexMoE:
 def plan_with_gate(algorithm: FlexMoE, client: int) -> ExpertPlan:
     """The hand-made plan of a client, with a gate of its own on it."""
     rows = {f"moe.{layer}.router": dict(enumerate(own_gate(client, layer))) for layer in range(LAYERS)}
-    return replace(plan_for(client), rows=rows, keeps=frozenset({"router"}))
+    return replace(plan_for(client), extras=Extras(rows=rows, keeps=frozenset({"router"})))
 
 
 def own_gate(client: int, layer: int) -> torch.Tensor:
@@ -111,8 +111,8 @@ def test_the_trained_rows_of_the_gate_stay_with_the_client() -> None:
             wanted[torch.from_numpy(trained_E)] = own_gate(9, 0)[: trained_E.sum()]
             assert torch.equal(after.memory[f"gate/{client}"][layer], wanted)
             for plan in (algorithm.plan(after, [client])[0], algorithm.personal(after, client)):
-                assert plan.keeps == {"router"}
-                served = torch.stack([plan.rows[f"moe.{layer}.router"][e] for e in range(EXPERTS)])
+                assert plan.extras.keeps == {"router"}
+                served = torch.stack([plan.extras.rows[f"moe.{layer}.router"][e] for e in range(EXPERTS)])
                 assert torch.equal(served, wanted)
 
 
@@ -228,7 +228,7 @@ def test_the_first_gate_is_sent_once_and_feedback_is_paid_by_who_can() -> None:
     step = algorithm.population.costs.step_flops(first.permitted_LE, first.permitted_LE)
     poor = algorithm_of(budgets=(f"flops={2 * step}",) * 3)
     plan = poor.plan(poor.init(model()), [0])[0]
-    assert (plan.after, plan.surcharge.flops, plan.surcharge.bytes_up) == (None, 0.0, 0)
+    assert (plan.extras.after, plan.extras.surcharge.flops, plan.extras.surcharge.bytes_up) == (None, 0.0, 0)
     assert algorithm_of("flex_moe.feedback=0").plan(state, [0])[0].after is None
 
 

@@ -28,10 +28,9 @@ from fedmoe_core.algorithms.flux.merging import (
 )
 from fedmoe_core.budget.limits import Budget, Cost
 from fedmoe_core.client.profiling import run_probe
-from fedmoe_core.client.submodel import configure_for
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import client_batches
-from fedmoe_core.messages.plan import ExpertPlan, ProbeContext
+from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.simulation import run as simulate
@@ -98,7 +97,7 @@ def test_only_trained_experts_are_averaged_by_data_volume() -> None:
 def test_estimates_and_profiles_are_remembered_and_old_norms_stay() -> None:
     algorithm = Flux(population())
     after, _ = play(algorithm)
-    plan = replace(plan_for(0), after=ForwardEstimates(((1, 3),), 1e-3, 1))
+    plan = replace(plan_for(0), extras=Extras(after=ForwardEstimates(((1, 3),), 1e-3, 1)))
     norm_sq = torch.zeros(2, 4, dtype=torch.float64)
     norm_sq[1, 3] = 9.0
     measured = {"freq": norm_sq + 0.25, "attention": norm_sq + 0.5, "norm_sq": norm_sq}
@@ -133,20 +132,21 @@ def test_inv1_slots_fill_the_budget_and_every_expert_is_served() -> None:
     for plan, count in zip(plans_by_budget("experts=4", "experts=6", "unlimited"), (4, 6, 8), strict=True):
         assert plan.predicted.experts == plan.permitted_LE.sum() == count
         assert plan.served_LE.all()
-        explored = plan.after.experts if isinstance(plan.after, ForwardEstimates) else ()
+        explored = plan.extras.after.experts if isinstance(plan.extras.after, ForwardEstimates) else ()
         assert all(plan.permitted_LE[place] and not plan.trainable_LE[place] for place in explored)
         assert 1 <= plan.trainable_LE.sum() < count
         assert all(
-            not set(rows) & set(np.flatnonzero(plan.trainable_LE[int(key[4])])) for key, rows in plan.rows.items()
+            not set(rows) & set(np.flatnonzero(plan.trainable_LE[int(key[4])]))
+            for key, rows in plan.extras.rows.items()
         )
-    assert not any(plan.rows["moe.0.w_in"])  # room for all: nothing is merged
+    assert not any(plan.extras.rows["moe.0.w_in"])  # room for all: nothing is merged
 
 
 def test_one_slot_per_layer_tunes_the_best_expert_alone() -> None:
     plan = plans_by_budget("experts=2", "experts=2", "unlimited")[0]
     assert plan.permitted_LE.sum(axis=1).tolist() == [1, 1]
     assert (plan.permitted_LE == plan.trainable_LE).all()
-    assert not plan.rows
+    assert not plan.extras.rows
 
 
 def test_exploitation_grows_with_the_rounds() -> None:
@@ -172,7 +172,7 @@ def test_one_expert_per_cluster_equals_the_unmerged_model_and_merging_does_not(c
     batch = next(iter(simulate_batches(world)))
     world.adapter.configure(world.params)
     whole = world.adapter.evaluate(batch)
-    configure_for(world.adapter, world.params, plan, train_dense=False)
+    world.adapter.configure(world.params, plan.submodel(train_dense=False))
     assert world.adapter.evaluate(batch).loss_sum == pytest.approx(whole.loss_sum, rel=1e-6)
     known, all_LE = world.algorithm.profile(world.algorithm.init(world.params), 0), np.ones((2, 8), dtype=bool)
     weights = [(world.params[f"moe.{layer}.w_in"], world.params[f"moe.{layer}.w_out"]) for layer in range(2)]
@@ -189,10 +189,13 @@ def test_one_expert_per_cluster_equals_the_unmerged_model_and_merging_does_not(c
             plan,
             permitted_LE=merge.stored_LE,
             trainable_LE=np.zeros_like(all_LE),
-            rows=merged_experts(world.params, merge),
-            alias_LE=np.where(merge.stored_LE, -1, merge.alias_LE),
+            extras=replace(
+                plan.extras,
+                rows=merged_experts(world.params, merge),
+                alias_LE=np.where(merge.stored_LE, -1, merge.alias_LE),
+            ),
         )
-        configure_for(world.adapter, world.params, merged, train_dense=False)
+        world.adapter.configure(world.params, merged.submodel(train_dense=False))
         assert (world.adapter.evaluate(batch).loss_sum == pytest.approx(whole.loss_sum, rel=1e-6)) is same
 
 

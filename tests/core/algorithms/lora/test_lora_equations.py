@@ -91,8 +91,8 @@ def test_fft_skew_and_target(config: Make) -> None:
     for plan in world.algorithm.plan(state, range(3)):
         h = label_skew(world.population, plan.client)
         assert 0 < h < 1
-        assert isinstance(plan.aux, HeterogeneityLoss)
-        assert plan.aux.balance == pytest.approx(0.5 * (1 - h))
+        assert isinstance(plan.extras.aux, HeterogeneityLoss)
+        assert plan.extras.aux.balance == pytest.approx(0.5 * (1 - h))
     first, _ = play_round(world, state, NullObserver())
     second, played = play_round(world, first, NullObserver())
     for update in played.updates:
@@ -142,11 +142,13 @@ def test_flame_scales_start_at_k_over_ki_learn_and_stay_with_the_client(
     config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, state = started(config, "flame", TIERS, "aggregation.scale_bits=30", "aggregation.weight_bits=28")
-    assert [plan.out_scale_L for plan in world.algorithm.plan(state, range(4))] == [(2.0, 2.0)] * 2 + [(1.0, 1.0)] * 2
+    assert [plan.extras.out_scale_L for plan in world.algorithm.plan(state, range(4))] == [(2.0, 2.0)] * 2 + [
+        (1.0, 1.0)
+    ] * 2
     after, seen = heard_by(world, state, monkeypatch)
     for plan in world.algorithm.plan(after, range(4)):
         kept = [float(seen[plan.client][1].kept[f"moe.{layer}.out_scale"]) for layer in range(2)]
-        assert plan.out_scale_L == pytest.approx(kept, rel=1e-6)
+        assert plan.extras.out_scale_L == pytest.approx(kept, rel=1e-6)
         assert kept != [2.0, 2.0]
         assert kept != [1.0, 1.0]
     gamma_CLE = gammas(seen, world.population.samples_C, temperature=2.0)
@@ -181,12 +183,12 @@ def test_hetlora_is_the_norm_weighted_mean_of_zero_padded_factors(
                 keys = [f"moe.{layer}.{letter}_{side}" for letter in "ab"]
                 a, b = (before.params[key] for key in keys)
                 a, b = (
-                    a[:, : plan.lora_rank] + result.deltas[keys[0]],
-                    b[..., : plan.lora_rank] + result.deltas[keys[1]],
+                    a[:, : plan.extras.lora_rank] + result.deltas[keys[0]],
+                    b[..., : plan.extras.lora_rank] + result.deltas[keys[1]],
                 )
                 squares += torch.linalg.matrix_norm((b @ a).double()) ** 2
                 whole = [torch.zeros_like(before.params[key]) for key in keys]
-                whole[0][:, : plan.lora_rank], whole[1][..., : plan.lora_rank] = a, b
+                whole[0][:, : plan.extras.lora_rank], whole[1][..., : plan.extras.lora_rank] = a, b
                 for key, factor in zip(keys, whole, strict=True):
                     trained.setdefault(key, []).append(factor)
             products.append(squares.sqrt())
@@ -196,8 +198,8 @@ def test_hetlora_is_the_norm_weighted_mean_of_zero_padded_factors(
             torch.testing.assert_close(state.params[key], mean.float(), rtol=0, atol=2e-6)
     for plan, result, update in seen.values():
         shrunk = float(result.probed["tail_after"]) < float(result.probed["tail_before"])
-        left = max(1, int(0.99 * plan.lora_rank)) if shrunk else plan.lora_rank
-        assert update.private["ranks"].tolist() == [plan.lora_rank, left]
+        left = max(1, int(0.99 * plan.extras.lora_rank)) if shrunk else plan.extras.lora_rank
+        assert update.private["ranks"].tolist() == [plan.extras.lora_rank, left]
         following = world.algorithm.plan(state, [plan.client])[0]
         assert following.lora_rank == left
 
@@ -217,7 +219,7 @@ def test_hetlora_tail_fades_under_its_regulariser(config: Make, monkeypatch: pyt
     for weight in (0.0, 50.0):
         world, state = started(config, "hetlora", "budgets=unlimited", f"lora.tail={weight}", "lora.keep_share=0.5")
         plans = world.algorithm.plan(state, range(4))
-        assert all(isinstance(plan.aux, TailLoss) == (weight > 0) for plan in plans)
+        assert all(isinstance(plan.extras.aux, TailLoss) == (weight > 0) for plan in plans)
         for _ in range(2):
             state, seen = heard_by(world, state, monkeypatch)
         tails.append(np.mean([float(result.probed["tail_after"]) for _, result, _ in seen.values()]))
@@ -241,8 +243,8 @@ def test_flexlora_sums_products_exactly_and_sends_singular_directions(
             torch.testing.assert_close(state.params[key], base[key] + total, rtol=0, atol=2e-6)
             u, s, v = torch.linalg.svd((state.params[key] - base[key]).double(), full_matrices=False)
             for plan in world.algorithm.plan(state, range(4)):
-                rank = plan.lora_rank
-                assert torch.equal(plan.rows[key][3], base[key][3])
-                sent = 2.0 * plan.rows[names[1]][3] @ plan.rows[names[0]][3]
+                rank = plan.extras.lora_rank
+                assert torch.equal(plan.extras.rows[key][3], base[key][3])
+                sent = 2.0 * plan.extras.rows[names[1]][3] @ plan.extras.rows[names[0]][3]
                 best = u[3, :, :rank] @ torch.diag(s[3, :rank]) @ v[3, :rank]
                 torch.testing.assert_close(sent, best.float(), rtol=0, atol=1e-6)

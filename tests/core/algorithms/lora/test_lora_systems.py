@@ -125,4 +125,4 @@ def test_sizes_follow_the_clients_share_of_experts(config: Make) -> None:
         assert [plan.top_k for plan in world.algorithm.plan(state, range(4))] == wanted
     for name in ("hetlora", "flexlora"):
         world, state = started(config, name, TIERS)
-        assert [plan.lora_rank for plan in world.algorithm.plan(state, range(4))] == [2, 4, 8, 8]
+        assert [plan.extras.lora_rank for plan in world.algorithm.plan(state, range(4))] == [2, 4, 8, 8]

@@ -1,4 +1,4 @@
-"""From a plan to the client's sub-model in the live model: what it becomes, what it started from, what was sent."""
+"""What passes between server and client, in tensors and bytes: starts, what was sent, what returns."""
 
 from __future__ import annotations
 
@@ -11,25 +11,8 @@ from torch import Tensor
 
 from fedmoe_core.budget.peak_memory import tensor_bytes
 from fedmoe_core.layer.lora import FACTORS, first_ranks
-from fedmoe_core.messages.plan import ExpertPlan, sends_adapters
+from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.adapter import ModelAdapter
-
-
-def configure_for(adapter: ModelAdapter, params: Mapping[str, Tensor], plan: ExpertPlan, *, train_dense: bool) -> None:
-    """Make the live model the sub-model of ``plan``; nothing of an earlier client stays."""
-    adapter.configure(
-        params,
-        permitted_LE=plan.permitted_LE,
-        trainable_LE=plan.trainable_LE,
-        rows=plan.rows,
-        alias_LE=plan.alias_LE,
-        top_k=plan.top_k,
-        train_dense=train_dense,
-        train_router=plan.train_router,
-        lora_rank=plan.lora_rank,
-        lora_seed=plan.seed,
-        out_scale_L=plan.out_scale_L,
-    )
 
 
 def kind_of(key: str) -> str:
@@ -49,10 +32,10 @@ def start_of(params: Mapping[str, Tensor], key: str, plan: ExpertPlan) -> Tensor
         return old
     experts = np.flatnonzero(plan.trainable_LE[int(key.split(".")[1])])
     start = old[torch.from_numpy(experts)]
-    if name in FACTORS and plan.lora_rank is not None:
-        start = first_ranks(name, start, plan.lora_rank).clone()
+    if name in FACTORS and plan.extras.lora_rank is not None:
+        start = first_ranks(name, start, plan.extras.lora_rank).clone()
     for place, expert in enumerate(experts):
-        if (row := plan.rows.get(key, {}).get(int(expert))) is not None:
+        if (row := plan.extras.rows.get(key, {}).get(int(expert))) is not None:
             start[place] = row
     return start
 
@@ -73,7 +56,7 @@ def returned_bytes(deltas: Mapping[str, Tensor], trained_LE: np.ndarray, plan: E
 def received_bytes(adapter: ModelAdapter, plan: ExpertPlan) -> int:
     """Count bytes of the tensors that a client of this configuration is sent: experts, whole routers, trunk if due."""
     own = {id(layer.out_scale) for layer in adapter.moe}
-    if "router" in plan.keeps:
+    if "router" in plan.extras.keeps:
         own |= {id(part) for layer in adapter.moe for part in (layer.router, layer.router_rest)}
     experts = [t for layer in adapter.moe for t in (*layer.parameters(), *layer.buffers())]
     of_experts = {id(t) for t in experts}
@@ -93,13 +76,13 @@ def _adapter_bytes(adapter: ModelAdapter, plan: ExpertPlan, number: int) -> int:
     if layer.lora_scale is None:
         return 0
     factors: list[Tensor] = [getattr(layer, name) for name in FACTORS]
-    if not sends_adapters(plan.rows, in_state=f"moe.{number}.a_in" in adapter.spec.keys):
+    if not plan.extras.sends_adapters(in_state=f"moe.{number}.a_in" in adapter.spec.keys):
         beside = -tensor_bytes(factors)
     else:
         beside = len(layer.frozen_experts) * sum(math.prod(f.shape[1:]) * f.itemsize for f in factors)
-    if plan.cached_LE is None:
+    if plan.extras.cached_LE is None:
         return beside
     parts = (getattr(layer, f"w_{end}_{part}") for end in ("in", "out") for part in ("frozen", "scale", "whole"))
     stored = tensor_bytes([part for part in parts if part is not None])
-    held = int((plan.permitted_LE[number] & plan.cached_LE[number]).sum())
+    held = int((plan.permitted_LE[number] & plan.extras.cached_LE[number]).sum())
     return beside - held * stored // len(layer.experts)
