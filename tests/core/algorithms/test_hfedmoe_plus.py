@@ -99,8 +99,8 @@ def test_a_frozen_gate_neither_weighs_nor_moves_nor_travels_again() -> None:
         frozen, moving = algorithm.plan(state, [0])[0], open_.plan(state, [0])[0]
         assert moving.predicted.bytes_down - frozen.predicted.bytes_down == saved
         assert moving.predicted.bytes_up - frozen.predicted.bytes_up == int(frozen.trainable_LE.sum()) * 3 * 8
+    plan = algorithm.plan(first, [0])[0]
     with pytest.raises(ValueError, match="add router to keeps"):
-        plan = algorithm.plan(first, [0])[0]
         replace(plan, extras=replace(plan.extras, keeps=frozenset()))
 
 

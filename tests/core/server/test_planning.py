@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ SCORES_LE = np.arange(LAYERS * EXPERTS, dtype=float).reshape(LAYERS, EXPERTS) + 
 NOBODY = np.full((LAYERS, EXPERTS), -1)
 
 
-def planned(facts: Population | None = None, client: int = 0, *, budgeted: bool = True, **wishes: Any) -> ExpertPlan:
-    masks = HELD[client], TRAINED[client]
-    return plan_of_masks(facts or population(), STATE, client, *masks, budgeted=budgeted, extras=Extras(**wishes))
+def planned(facts: Population | None = None, client: int = 0, **words: Any) -> ExpertPlan:
+    extras = Extras(**{field.name: words.pop(field.name) for field in fields(Extras) if field.name in words})
+    return plan_of_masks(facts or population(), STATE, client, HELD[client], TRAINED[client], extras=extras, **words)
 
 
 def test_the_masks_are_taken_as_they_are_and_costed() -> None:
@@ -135,8 +135,8 @@ def test_served_experts_may_be_chosen_and_cost_rows_not_memory() -> None:
 def test_an_alias_that_nobody_serves_is_refused(alias: tuple[int, int, int], said: str) -> None:
     alias_LE = NOBODY.copy()
     alias_LE[alias[:2]] = alias[2]
+    held_LE = mask("xx..", "xx..") if alias[1] == 0 else mask("x...", "xx..")
     with pytest.raises(ValueError, match=said):
-        held_LE = mask("xx..", "xx..") if alias[1] == 0 else mask("x...", "xx..")
         plan_of_masks(population(), STATE, 0, held_LE, extras=Extras(alias_LE=alias_LE))
 
 
