@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.lora import FACTORS
 from fedmoe_core.layer.router_loss import AuxLoss
-from fedmoe_core.layer.slots import NO_ROWS, OwnRows
+from fedmoe_core.layer.slots import OwnRows
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.model.submodel import SubModel
@@ -104,7 +104,7 @@ class Extras:
             expert must then be permitted and trainable. None = all of them learn from every batch.
     """
 
-    rows: OwnRows = NO_ROWS
+    rows: OwnRows = field(default_factory=dict)
     alias_LE: np.ndarray | None = None
     surcharge: Cost = NOTHING
     before: Probe | None = None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedmoe_core.layer.slots import NO_ROWS, OwnRows
+from fedmoe_core.layer.slots import OwnRows
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SubModel:
 
     permitted_LE: np.ndarray | None = None
     trainable_LE: np.ndarray | None = None
-    rows: OwnRows = NO_ROWS
+    rows: OwnRows = field(default_factory=dict)
     alias_LE: np.ndarray | None = None
     top_k: int | None = None
     train_dense: bool = False
