@@ -39,7 +39,7 @@ KINDS = {
     "lower-k": Case(16, 4, 64, 32, layers=2, chosen=2, held=0.5),
     "prox": Case(16, 2, 64, 32, layers=2, train={"prox": 0.1}, trained=0.5),
     "trunk": Case(16, 2, 64, 32, layers=2, train={"trunk": "fedavg", "label_smoothing": 0.1, "prox": 0.1}),
-    "labelled": Case(16, 2, 64, 32, classes=3, train=LABELED, asks={"validate": True}),
+    "labeled": Case(16, 2, 64, 32, classes=3, train=LABELED, asks={"validate": True}),
     "many-classes": Case(8, 2, 32, 32, classes=700, sequences=16, places=4, train=LABELED),
     "own-gate": Case(8, 2, 256, 32, layers=2, places=4, asks=OWN_GATE),
     "validated": Case(16, 2, 64, 32, layers=2, held=0.25, asks={"validate": True}),

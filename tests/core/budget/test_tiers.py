@@ -35,7 +35,7 @@ def world_of(config: Config) -> World:
     return build_world(config.resolved(), Ranks(), NullObserver())
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("labeled", [True, False])
 def test_a_tier_of_bytes_lets_a_plain_client_hold_the_experts_of_its_name(config: Make, labeled: bool) -> None:
     worlds = [
         world_of(config("selection.explore=0", tiers(*words), labeled=labeled))

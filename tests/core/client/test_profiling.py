@@ -46,7 +46,7 @@ def made(config: Make, *words: str, labeled: bool = False) -> tuple[World, Batch
     return world, Batch(batch.tokens_SN, ragged, batch.labels_S)
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labeled", [False, True])
 def test_losses_by_place_add_up_to_the_evaluation(config: Make, labeled: bool) -> None:
     world, batch = made(config, labeled=labeled)
     prior_C = torch.linspace(-2.0, 1.0, world.adapter.model.score.out_features) if labeled else None
@@ -63,7 +63,7 @@ def test_losses_by_place_add_up_to_the_evaluation(config: Make, labeled: bool) -
         assert float(places.loss_SN[places.counted_SN].sum()) == pytest.approx(plain.loss_sum, rel=1e-6)
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labeled", [False, True])
 def test_feedback_is_the_mean_fate_of_those_who_chose_the_expert(config: Make, labeled: bool) -> None:
     world, batch = made(config, labeled=labeled)
     found = validate(world.adapter, [batch, batch])
@@ -84,7 +84,7 @@ def test_feedback_is_the_mean_fate_of_those_who_chose_the_expert(config: Make, l
         assert found.feedback.rows_LE.sum() == 2 * 2 * int(batch.mask_SN.sum()) * world.adapter.spec.num_layers
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labeled", [False, True])
 def test_attention_received_is_the_mean_over_heads_and_later_places(config: Make, labeled: bool) -> None:
     world, batch = made(config, labeled=labeled)
     before = world.adapter.evaluate(batch)

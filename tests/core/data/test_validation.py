@@ -47,7 +47,7 @@ def load(path: Path, *, validation: bool) -> FederatedData:
     return load_data(f"{kind}:{path}", clients=3, seed=0, vocab_size=300, validation=validation)
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("labeled", [True, False])
 def test_data_is_untouched_unless_validation_is_asked_for(tmp_path: Path, labeled: bool) -> None:
     path = write_topics(tmp_path / "t.csv") if labeled else write_text(tmp_path / "n.jsonl")
     plain, held = load(path, validation=False), load(path, validation=True)

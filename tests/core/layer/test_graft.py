@@ -91,7 +91,7 @@ def world_of(config: Config) -> World:
     return build_world(config.resolved(), Ranks(), NullObserver())
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labeled", [False, True])
 def test_a_graft_starts_at_identity(config: Make, labeled: bool) -> None:
     plain = world_of(config("algorithm=fedavg", "budgets=unlimited", labeled=labeled))
     world = world_of(grafted(config, labeled=labeled))

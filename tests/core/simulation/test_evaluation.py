@@ -88,7 +88,7 @@ def test_fedavg_deploys_everything_to_everybody(config: Make) -> None:
     assert held.personal_loss_C == held.loss_C
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("labeled", [True, False])
 def test_records_and_summary_hold_every_client_and_every_tier(config: Make, tmp_path: Path, labeled: bool) -> None:
     simulate.run(config(TIERS, "eval.personal=true", "rounds=1", labeled=labeled))
     summary = summary_of(tmp_path / "run")

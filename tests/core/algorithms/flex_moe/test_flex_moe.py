@@ -284,7 +284,7 @@ def test_three_rounds_on_text(config: Make, tmp_path: Path) -> None:
             assert entry["real"][kind] <= entry["predicted"][kind], kind
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("labeled", [True, False])
 def test_a_clients_feedback_is_that_of_its_trained_model_by_expert(config: Make, labeled: bool) -> None:
     made = config("flex_moe.feedback=1", "train.batch_size=1", labeled=labeled)
     world = build_world(made.resolved(), Ranks(), NullObserver())
