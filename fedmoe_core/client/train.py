@@ -22,7 +22,7 @@ from fedmoe_core.client.traffic import kind_of, received_bytes, returned_bytes, 
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.messages.plan import Batches, ExpertPlan, ProbeContext
-from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.model.adapter import ModelAdapter
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def train_client(
     class_shares_C: np.ndarray | None = None,
     redraw: Batches = tuple,
     validation: Batches = tuple,
-) -> LocalResult:
+) -> LocalResult | LocalFailure:
     """Run one client's round inside its plan.
 
     Args:
@@ -55,8 +55,7 @@ def train_client(
         validation: all of the client's validation data.
 
     Returns:
-        The result. A loss that is not finite, or an error raised by the step, gives status "failed":
-        one client's trouble never ends the run.
+        The result; or a failure, where a loss is not finite or a step raised: one client's trouble never ends the run.
     """
     began = time.perf_counter()
     prior_C = log_prior(class_shares_C, train, next(adapter.model.parameters()).device)
@@ -75,7 +74,7 @@ def train_client(
             seconds=time.perf_counter() - began,
         )
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, ArithmeticError) else str(error)
-        return LocalResult({}, None, cost.with_extra(plan.extras.surcharge), (), status="failed", error=reason)
+        return LocalFailure(cost.with_extra(plan.extras.surcharge), reason)
 
 
 @dataclass

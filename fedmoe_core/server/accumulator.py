@@ -12,24 +12,10 @@ from torch import Tensor
 
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
-from fedmoe_core.model.spec import ParamSpec, model_hash
+from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.admission import Admission, refusal
 from fedmoe_core.server.fixed_point import SumSettings, add_fixed
-from fedmoe_core.server.means import ExpertRule, GateRule, Sums, dense_mean, expert_mean, gate_mean
-
-__all__ = [
-    "Accumulator",
-    "Admission",
-    "ExpertRule",
-    "GateRule",
-    "SumSettings",
-    "Sums",
-    "dense_mean",
-    "expert_mean",
-    "gate_mean",
-    "model_hash",
-]
-
+from fedmoe_core.server.means import Sums
 
 SCALARS = ("accepted", "gate_den", "dense_den", "round_den")  # places 0..3 of the flat sums
 

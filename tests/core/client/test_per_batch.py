@@ -203,7 +203,7 @@ def test_inv1_inv2_scoring_is_charged_and_memory_is_bounded(config: Make, tmp_pa
         # Scoring is an extra pass; fewer experts that learn are fewer weight gradients.
         saved = plan.local_steps * 2 * costs.expert_params * max(0, 2 * 2 - plan.extras.per_batch.count) * costs.tokens
         assert plan.predicted.flops == pytest.approx(plan.local_steps * once + scoring - saved, rel=1e-12)
-    assert alone[3].per_batch is None
+    assert alone[3].extras.per_batch is None
 
 
 @pytest.mark.parametrize(

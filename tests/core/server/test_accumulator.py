@@ -31,7 +31,9 @@ from update_cases import (
 
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec, model_hash
-from fedmoe_core.server.accumulator import Accumulator, SumSettings, dense_mean, expert_mean, gate_mean
+from fedmoe_core.server.accumulator import Accumulator
+from fedmoe_core.server.fixed_point import SumSettings
+from fedmoe_core.server.means import dense_mean, expert_mean, gate_mean
 
 
 @settings(max_examples=50, deadline=None)

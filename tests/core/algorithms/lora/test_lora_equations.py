@@ -201,7 +201,7 @@ def test_hetlora_is_the_norm_weighted_mean_of_zero_padded_factors(
         left = max(1, int(0.99 * plan.extras.lora_rank)) if shrunk else plan.extras.lora_rank
         assert update.private["ranks"].tolist() == [plan.extras.lora_rank, left]
         following = world.algorithm.plan(state, [plan.client])[0]
-        assert following.lora_rank == left
+        assert following.extras.lora_rank == left
 
 
 def test_hetlora_pieces_are_those_of_lora() -> None:
