@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lora_restated import flame_weights
 
-from fedmoe_core.algorithms.lora.factors import flame_weights
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate

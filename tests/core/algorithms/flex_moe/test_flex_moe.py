@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from assignment_restated import greedy
 from hand_made import EXPERTS, HIDDEN, LAYERS, SAMPLES, TRAINED, WEIGHTS, model, plan_for, profiles, result_for, spread
 from hand_made import population as hand_made_population
 from tiny_corpus import make_config
 
-from fedmoe_core.algorithms.flex_moe.assignment import greedy
 from fedmoe_core.algorithms.flex_moe.flex_moe import Feedback, FlexMoE
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.client.step import log_prior

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from adapter_runs import TIERS, Make, gammas, heard_by, started
+from lora_restated import flame_weights, hetlora_weights, pruned_rank
 from tiny_corpus import make_config
 
 from fedmoe_core.algorithms.fft_moe import HeterogeneityLoss, jensen_shannon, label_skew, routing_target
-from fedmoe_core.algorithms.lora.factors import Factors, flame_share, flame_weights, hetlora_weights, pruned_rank
+from fedmoe_core.algorithms.lora.factors import Factors, flame_share
 from fedmoe_core.algorithms.lora.rank_tail import TailLoss, squared_norm
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.router_loss import balance_loss
