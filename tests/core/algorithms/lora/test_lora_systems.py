@@ -13,6 +13,7 @@ from tiny_corpus import make_config
 
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.result import LocalFailure
+from fedmoe_core.simulation import round as rounds
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.evaluation import evaluate_clients
 from fedmoe_core.simulation.observer import NullObserver
@@ -94,13 +95,13 @@ def test_a_failed_client_changes_nothing_and_is_survived(
     config: Make, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, state = started(config, name, "budgets=unlimited", labeled=True)
-    train = simulate.train_client
+    train = rounds.train_client
 
     def failing(adapter: Any, params: Any, plan: ExpertPlan, *args: Any, **words: Any) -> Any:
         result = train(adapter, params, plan, *args, **words)
         return LocalFailure(result.cost, "gone") if plan.client == 1 else result
 
-    monkeypatch.setattr(simulate, "train_client", failing)
+    monkeypatch.setattr(rounds, "train_client", failing)
     after, played = play_round(world, state, NullObserver())
     assert [update.status for update in played.updates] == ["ok", "failed", "ok"]
     assert not any(key.endswith("/1") for key in after.memory)
