@@ -265,8 +265,8 @@ def test_inv11_a_client_with_nan_loss_is_refused_by_name_and_the_run_goes_on(con
     monkeypatch.setattr(client.Stepper, "step", poisoned)
     monkeypatch.setattr(rounds, "train_client", train)
     summary = simulate.run(config())
-    rounds = lines(tmp_path / "run", kind="round")[1:]
-    assert all(line["refused"][0]["client"] == 2 and "nan" in line["refused"][0]["reason"] for line in rounds)
+    played = lines(tmp_path / "run", kind="round")[1:]
+    assert all(line["refused"][0]["client"] == 2 and "nan" in line["refused"][0]["reason"] for line in played)
     assert summary["refused_updates"] == 2
     assert np.isfinite(summary["loss_after"])
 
