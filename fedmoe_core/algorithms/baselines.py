@@ -11,7 +11,7 @@ import numpy as np
 from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.base.rng import counter_rng
-from fedmoe_core.budget.limits import Budget
+from fedmoe_core.budget.limits import RESOURCES, Budget
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.result import LocalResult
@@ -120,14 +120,15 @@ class FedAvgSmallest(FedAvg):
 
     def experts(self) -> np.ndarray:
         """Choose the best experts within the least of every resource, (L, E), of a first visit, so it never changes."""
-        least = Budget(
-            memory_bytes=least_of([budget.memory_bytes for budget in self.population.budgets]),
-            bytes_down=least_of([budget.bytes_down for budget in self.population.budgets]),
-            bytes_up=least_of([budget.bytes_up for budget in self.population.budgets]),
-            experts=least_of([budget.experts for budget in self.population.budgets]),
-            name="the least of all clients",
-        )
-        return choose(least, self.population.costs, self.scores(), client="of the smallest budget")[0]
+        budgets = self.population.budgets
+        limits = {
+            row.attribute: least_of([budget.limit(word) for budget in budgets]) for word, row in RESOURCES.items()
+        }
+        powers = [budget.power for budget in budgets if budget.power is not None]
+        power = max(powers, key=lambda one: (one.joules_per_flop, one.joules_per_byte), default=None)
+        least = Budget(**limits, power=power, name="the least of all clients")  # type: ignore[arg-type]
+        steps, scores_LE = self.population.config.train.local_steps, self.scores()
+        return choose(least, self.population.costs, scores_LE, client="of the smallest budget", local_steps=steps)[0]
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,6 @@ class MostActivated(Algorithm):
         return HFedMoE(self.population).apply(state, sums, updates)
 
 
-def least_of(limits: Sequence[int | None]) -> int | None:
+def least_of(limits: Sequence[float | None]) -> float | None:
     """Return the smallest of the limits given; None where no client has one."""
     return min((limit for limit in limits if limit is not None), default=None)
