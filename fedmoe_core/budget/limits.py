@@ -23,6 +23,10 @@ _DIGITS = 80  # of an amount; an exponent has at most three: to write 1e99999999
 _NUMBER = re.compile(r"(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)\s*([A-Za-z%]*)")
 
 
+class BudgetError(ValueError):
+    """A budget cannot bear what is asked of it; the sentence names the resource, the need and the limit."""
+
+
 @dataclass(frozen=True)
 class Resource:
     """One kind of limit: a row of ``RESOURCES``, over which plans, tables, logs and searches loop.
@@ -203,10 +207,10 @@ class Budget:
         """Return what is left of what is spent (traffic, operations, energy) once ``extra`` is paid.
 
         Raises:
-            ValueError: ``extra`` alone needs more than is allowed of some resource.
+            BudgetError: ``extra`` alone needs more than is allowed of some resource.
         """
         if over := self.violations(extra):
-            raise ValueError(f"the work besides training alone exceeds the budget ({over[0]}); raise the budget")
+            raise BudgetError(f"the work besides training alone exceeds the budget ({over[0]}); raise the budget")
         left = {
             resource.attribute: limit - resource.used(extra, self)
             for word, resource in RESOURCES.items()

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedmoe_core.budget.additive import AdditiveCosts
 from fedmoe_core.budget.cost_model import CostModel, Mode
-from fedmoe_core.budget.limits import RESOURCES, Budget, show
+from fedmoe_core.budget.limits import RESOURCES, Budget, BudgetError, show
 from fedmoe_core.selection.knapsack import _respects, knapsack
 
 NANO = 1e9  # the row of energy counts nanojoules, for solvers add whole numbers up
@@ -81,8 +81,8 @@ def choose(
         return np.ones_like(scores_LE, dtype=bool), np.ones_like(scores_LE, dtype=bool)
     try:
         chosen_LE = knapsack(scores_LE, allowance.costs_DLE, list(allowance.free_D)).chosen_LE
-    except ValueError as error:
-        raise ValueError(f"client {client}: {error}") from error
+    except BudgetError as error:
+        raise BudgetError(f"client {client}: {error}") from error
     permitted_LE = np.ones_like(chosen_LE) if mode == "backward-masked" else chosen_LE
     return permitted_LE, chosen_LE.copy()
 
@@ -219,7 +219,7 @@ def fit_flops(
         if steps >= min_steps:
             return FlopFit(min(local_steps, steps), 1, kept_LE)
     needed = min_steps * model.step_flops(permitted_LE, kept_LE, top_k=1)
-    raise ValueError(
+    raise BudgetError(
         f"client {client}: {allowed} {show('flops', budget.flops)} cannot pay {min_steps} local step(s) with "
         f"one expert per token and one trainable layer; at least {show('flops', needed)} is needed"
     )
@@ -275,7 +275,7 @@ def _require_feasible(limited: dict[str, int], rows: AdditiveCosts, *, client: i
         if mode != "compact"
         else "one expert per MoE layer"
     )
-    raise ValueError(f"client {client}: {have} cannot hold {least}; at least {need} is needed")
+    raise BudgetError(f"client {client}: {have} cannot hold {least}; at least {need} is needed")
 
 
 def _shown(word: str, amount: int) -> str:

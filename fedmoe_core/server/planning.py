@@ -8,7 +8,7 @@ import numpy as np
 
 from fedmoe_core.base.rng import counter_rng, counter_seed
 from fedmoe_core.budget.cost_model import CostModel, Mode
-from fedmoe_core.budget.limits import NOTHING, Budget, Cost
+from fedmoe_core.budget.limits import NOTHING, Budget, BudgetError, Cost
 from fedmoe_core.messages.plan import NO_EXTRAS, ExpertPlan, Extras
 from fedmoe_core.selection.within_budget import Allowance, allowance_of, choose, explore, fit_flops, trade_for_frozen
 from fedmoe_core.server.state import Population, ServerState
@@ -203,5 +203,5 @@ def _left(population: Population, client: int, extras: Extras, *, served_LE: np.
         served_LE = np.ones((population.spec.num_layers, population.spec.num_experts), dtype=bool)
     try:
         return population.budgets[client].after(whole_surcharge(population, client, extras, served_LE=served_LE))
-    except ValueError as error:
-        raise ValueError(f"client {client}: {error}") from error
+    except BudgetError as error:
+        raise BudgetError(f"client {client}: {error}") from error
