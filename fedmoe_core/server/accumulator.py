@@ -40,6 +40,7 @@ class Accumulator:
 
     Example:
         >>> from fedmoe_core.budget.limits import Budget, Cost
+        >>> from fedmoe_core.server.means import expert_mean
         >>> sums = Accumulator([ParamSpec("moe.0.w_out", "expert", (2, 1, 1), torch.float32, layer=0)])
         >>> first = np.array([[True, False]])  # both clients train expert 0 only
         >>> for client, delta in enumerate([0.25, 0.75]):

@@ -313,7 +313,7 @@ def test_every_client_balances_its_router_over_the_served_experts() -> None:
     plan = five("fedmoe.balance=0.02").plan(initial_state(model(), CLIENTS), [0])[0]
     assert plan.extras.aux == SwitchBalance(0.02, served_only=True)
     assert plan.extras.validate
-    assert five("fedmoe.balance=0").plan(initial_state(model(), CLIENTS), [0])[0].aux is None
+    assert five("fedmoe.balance=0").plan(initial_state(model(), CLIENTS), [0])[0].extras.aux is None
 
 
 # Whole runs.
