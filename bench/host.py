@@ -30,13 +30,13 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.aot.cases import PASSES, QWEN, Case, inputs_of, needs_of, step
+from bench.common.checkout import RESULTS
 from bench.stand_in import driver as stand_in
 from bench.stand_in.run import leaves_of, served, slot_map_of
 from fedmoe_kernels import moe_mlp, route
 from fedmoe_kernels.gpu.experts import driver as experts
 from fedmoe_kernels.gpu.launch import Launch
 
-RESULTS = Path(__file__).parent / "results"
 ARCH = "sm_90"
 WARM_UP = 20
 # The kernels of the table's cases of 64 rows a slot, with so few slots that no allocation is a call to the system.

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 import triton
@@ -27,9 +26,9 @@ import triton
 from bench.aot.cases import CASES, MORE, Case, launches
 from bench.aot.sass import TARGETS, Code, Job, compiled_by, job_of, misses, table_of
 from bench.aot.table import GPU_OF, Row, Step, keep, show
+from bench.common.checkout import RESULTS
 from fedmoe_kernels.gpu.launch import Launch
 
-RESULTS = Path(__file__).parent / "results"
 Passes = dict[str, list[tuple[Launch, Job]]]
 
 

@@ -31,7 +31,7 @@ from bench.common.capture import findings_of
 from bench.stand_in import driver as stand_in
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, SlotMap, moe_mlp, route
 from fedmoe_kernels.experts import ops as expert_ops
-from fedmoe_kernels.gpu.experts import call as stage
+from fedmoe_kernels.gpu.experts import call
 from fedmoe_kernels.gpu.launch import Launch
 from fedmoe_kernels.routing import ops as routing_ops
 
@@ -100,7 +100,7 @@ def served(arch: str) -> Iterator[None]:
     with (
         mock.patch.object(expert_ops, "use_triton", yes),
         mock.patch.object(routing_ops, "use_triton", yes),
-        mock.patch.object(stage, "arch_of", return_value=arch),
+        mock.patch.object(call, "arch_of", return_value=arch),
     ):
         yield
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import transformers
 
+from bench.common.checkout import RESULTS, ROOT
 from bench.study.naive_bayes import naive_bayes_accuracy
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.federated import load_data
 
-ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 METHODS = {
     "stdlib": {
@@ -120,7 +120,7 @@ def main() -> None:
         "threads": Config.load(None, []).resolved().threads,
         "commit": commit.stdout.strip(),
     }
-    path = ROOT / "bench" / "results" / f"study-{arguments.job}.json"
+    path = RESULTS / f"study-{arguments.job}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(markdown(rows))
     if "naive_bayes" in result:

@@ -166,7 +166,7 @@ def test_rooflines_count_what_the_case_asks_for() -> None:
     ],
 )
 def test_peaks_are_those_of_the_very_gpu(name: str | None, sheet: str | None) -> None:
-    from bench.gpu.machine import data_sheet
+    from bench.common.machine import data_sheet
 
     found = data_sheet(name)
     assert (found and found.name) == sheet
@@ -189,9 +189,9 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
     from bench.common import cases, peers_graphed
     from bench.gpu import run as gpu
     from bench.gpu.measure import model as gpu_model
-    from bench.gpu.measure import parts as gpu_parts
+    from bench.gpu import parts as gpu_parts
     from bench.gpu.measure import routing as gpu_routing
-    from bench.gpu.store import Record
+    from bench.gpu.measure.store import Record
 
     def passed(name: str, run: Any) -> Record:
         return {"name": name, "part": "correct", "status": "passed", "detail": "pretended"}
@@ -257,7 +257,7 @@ def _counted(said: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """What the part `ncu` keeps of a profiler that says this."""
     from types import SimpleNamespace
 
-    from bench.gpu.measure import more as gpu_more
+    from bench.gpu import more as gpu_more
 
     program = tmp_path / "ncu"
     (tmp_path / "said").write_text(said)
@@ -302,7 +302,7 @@ def test_a_profiler_that_may_not_count_is_skipped_with_its_reason(
 
 
 def _store(tmp_path: Path) -> Any:
-    from bench.gpu.store import Store
+    from bench.gpu.measure.store import Store
 
     about = dict.fromkeys(("gpu", "driver", "torch", "triton", "commit", "kernels", "harness", "tiles"), "none")
     return Store(about | {"device": "cpu", "rehearsal": True, "date": "2026-01-01"}, tmp_path)

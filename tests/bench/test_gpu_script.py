@@ -207,7 +207,7 @@ def test_a_peer_that_took_the_process_down_is_not_tried_again(rehearsal: Rehears
 
 
 def test_results_of_other_kernels_are_set_aside(rehearsal: Rehearsal) -> None:
-    from bench.gpu.store import Store
+    from bench.gpu.measure.store import Store
 
     about = rehearsal.data["about"]
     assert Store(about, rehearsal.folder).data["rows"] == rehearsal.data["rows"]
@@ -222,7 +222,7 @@ def test_results_of_other_kernels_are_set_aside(rehearsal: Rehearsal) -> None:
 @pytest.mark.parametrize("changed", [{"harness": "other"}, {"driver": "580.159.04"}, {"transformers": "9"}])
 def test_another_harness_or_driver_voids_nothing(rehearsal: Rehearsal, changed: dict[str, str]) -> None:
     """A mended script must not cost the checks that have passed; what differs stands in each new record."""
-    from bench.gpu.store import Store
+    from bench.gpu.measure.store import Store
 
     store = Store(rehearsal.data["about"] | changed, rehearsal.folder)
     assert store.data["rows"] == rehearsal.data["rows"]
@@ -230,7 +230,7 @@ def test_another_harness_or_driver_voids_nothing(rehearsal: Rehearsal, changed: 
 
 
 def test_rows_of_tuned_tiles_stand_beside_those_of_static_ones(rehearsal: Rehearsal, tmp_path: Path) -> None:
-    from bench.gpu.store import Store
+    from bench.gpu.measure.store import Store
 
     (tmp_path / rehearsal.path.name).write_text(rehearsal.path.read_text())
     store = Store(rehearsal.data["about"] | {"tiles": "tuned"}, tmp_path)
@@ -243,7 +243,7 @@ def test_rows_of_tuned_tiles_stand_beside_those_of_static_ones(rehearsal: Rehear
 
 
 def test_the_commit_is_known_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.gpu import machine as gpu_machine
+    from bench.common import machine as gpu_machine
 
     monkeypatch.setattr(gpu_machine, "_git", lambda *words: "")
     monkeypatch.setattr(gpu_machine, "COMMIT_FILE", tmp_path / "commit")
