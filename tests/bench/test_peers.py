@@ -16,13 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-BENCH = Path(__file__).parents[2] / "bench"
-
-
-@pytest.fixture(autouse=True)
-def _bench_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCH)
-
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
     """A module under this name, and its parents."""
