@@ -105,7 +105,7 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     """Run all shapes and cases."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=None, help="default: bench/results/cpu-DATE.json")

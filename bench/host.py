@@ -213,7 +213,9 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 def main() -> int:
     """Measure, print, keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=200)
     text = "write host-triton-VERSION.json and .md into this folder, bench/results by default"
     parser.add_argument("--keep", type=Path, nargs="?", const=RESULTS, help=text)

@@ -77,7 +77,7 @@ def _message(axes: mpl.axes.Axes, earlier: Earlier, moved: list[float], loss: li
 
 def main() -> None:
     """Draw and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.landing", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs/landing.png")
     draw(Earlier.read(RECORD)).savefig(parser.parse_args().out, dpi=130)
 

@@ -35,7 +35,9 @@ def predicted(case: Case, arch: str, *, first: bool) -> tuple[float, float]:
 
 def main() -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.aot.formats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", choices=GPU_OF, default="sm_90")
     parser.add_argument("--tokens", type=int, default=QWEN.T)
     parser.add_argument("--format", action="append", choices=FORMATS, help="may be given again; all without")

@@ -90,7 +90,9 @@ def compile_all(jobs: list[Job], workers: int) -> dict[Job, Code]:
 
 def main() -> int:
     """Compile, print, keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.aot.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--all", action="store_true", help="more cases, and sm_86, sm_89 and sm_120 too")
     parser.add_argument("--arch", choices=TARGETS, action="append", help="only this one; may be given again")
     parser.add_argument("--kernel", default="", help="only kernels whose name has this in it")

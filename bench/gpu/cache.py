@@ -235,7 +235,9 @@ def wheels(box: Path) -> int:
 
 def main() -> int:
     """Do one of the things above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("build", "unpack", "check", "fill", "wheels"))
     parser.add_argument("--archive", type=Path, default=ARCHIVE)
     parser.add_argument("--part", action="append", help="of pieces.py; default: all that both commands launch")

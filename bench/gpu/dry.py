@@ -15,7 +15,7 @@ from fedmoe_kernels.tiles.lookup import SHARED
 
 def main() -> None:
     """Print the table of eight shapes, everything trainable, with SonicMoE's closed form: x, z, 16 bytes a row."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.dry", description=main.__doc__)
     parser.add_argument("--arch", choices=SHARED, default="sm_90")
     arch = parser.parse_args().arch
     print(f"{'bfloat16, MB of 10^6 bytes':28}{'kept':>9}{'SonicMoE':>10}{'recompute':>11}{'peak':>9}{'recompute':>11}")

@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     choices = (*PARTS, *MORE, "all", "first", "second", *SERVING)
     parser.add_argument("part", nargs="?", default="all", choices=choices)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -180,7 +180,9 @@ def run(case: Case, driver: stand_in.StandIn, *, public: bool = False) -> dict[s
 
 def main() -> int:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.stand_in.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", choices=stand_in.LIMITS, default="sm_90")
     parser.add_argument("--case", action="append", choices=[case.name for case in ALL], help="may be given again")
     parser.add_argument("--public", action="store_true", help="through route and moe_mlp")

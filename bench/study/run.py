@@ -94,7 +94,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run, print and write one study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.study.run", description=__doc__.splitlines()[0])
     parser.add_argument("job", choices=sorted(METHODS))
     parser.add_argument("file", nargs="?", help="the CSV of ag_news")
     arguments = parser.parse_args()

@@ -309,7 +309,9 @@ def with_families(path: Path, line: dict[str, Any], families: Iterable[str]) -> 
 
 def main() -> int:
     """Search, and keep what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = {shape.name: shape for shape in (*STANDARD, EDGE, *TINY)}
     parser.add_argument("--shape", choices=known, action="append", help="default: every standard shape")
     parser.add_argument("--rows", type=int, choices=CLASSES, action="append", help="rows per slot; default: all")
