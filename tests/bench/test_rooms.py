@@ -16,7 +16,8 @@ ROOMS = (
     *("bench.gpu.measure", "bench.gpu", "bench.study", "bench"),
 )
 MOST_FILES = 14  # of a folder, besides __init__.py
-FOLDERS = [folder for top in ("bench", "kernels", "tests") for folder in sorted((HOUSE / top).rglob("*"))]
+TOPS = ("bench", "bindings", "docs", "examples", "fedmoe_core", "kernels", "tests")
+FOLDERS = [folder for top in TOPS for folder in (HOUSE / top, *sorted((HOUSE / top).rglob("*")))]
 
 
 def module_of(path: Path) -> str:
@@ -101,3 +102,9 @@ def test_no_folder_has_more_files_than_a_reader_can_hold() -> None:
     }
     assert {name: count for name, count in counts.items() if count > MOST_FILES} == {}
     assert counts["bench/gpu"] > 5
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """Without an __init__.py in tests, pytest takes two files of one stem for one module."""
+    stems = [path.stem for path in (HOUSE / "tests").rglob("*.py") if path.stem != "conftest"]
+    assert sorted({stem for stem in stems if stems.count(stem) > 1}) == []
