@@ -18,7 +18,7 @@ sys.path[:0] = [path for path in PATHS if path not in sys.path[:4]]
 
 
 def command(module: str, *words: str) -> list[str]:
-    """Return the command line that runs a module of bench by this Python; it needs `environment`."""
+    """Return the command line that runs a module of this checkout by this Python; it needs `environment`."""
     return [sys.executable, "-m", module, *words]
 
 

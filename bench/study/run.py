@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from bench.common.checkout import RESULTS, ROOT
+from bench.common.checkout import RESULTS, ROOT, command, environment
 from bench.study.naive_bayes import naive_bayes_accuracy
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.federated import load_data
@@ -50,8 +50,8 @@ def summary_of(words: Sequence[str], out: Path) -> dict[str, Any]:
     wanted = Config.load(Path(files[0]) if files else None, overrides).resolved()
     if (out / "summary.json").exists() and not Config.load(out / "config.toml").diff(wanted):
         return json.loads((out / "summary.json").read_text())
-    command = [sys.executable, "-m", "fedmoe_core.cli", "simulate", *words, f"out={out}", "--force", "--quiet"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run = command("fedmoe_core.cli", "simulate", *words, f"out={out}", "--force", "--quiet")
+    subprocess.run(run, env=environment(), check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / "summary.json").read_text())
 
 
