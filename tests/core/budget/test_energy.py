@@ -7,7 +7,7 @@ import pytest
 from hand_made import TRAINED, model, plan_for, population
 
 from fedmoe_core.algorithms.baselines import FedAvgSmallest
-from fedmoe_core.budget.limits import RESOURCES, Budget, Cost, Power
+from fedmoe_core.budget.limits import RESOURCES, Budget, BudgetError, Cost, Power
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.server.planning import make_plan, plan_of_masks
 from fedmoe_core.server.state import Population, initial_state
@@ -43,7 +43,7 @@ def test_text_needs_a_device_and_reads_back() -> None:
         Budget.parse("energy=5J")
     with pytest.raises(ValueError, match="'W' is not a unit of energy; valid: MJ, kJ, J"):
         Budget.parse("raspberry-pi-5-8gb,energy=5W")
-    with pytest.raises(ValueError, match="'25%' is not|'%' is not a unit of energy"):
+    with pytest.raises(ValueError, match="'%' is not a unit of energy"):
         Budget.parse("raspberry-pi-5-8gb,energy=25%", spec_experts=8)
 
 
@@ -52,14 +52,11 @@ def test_inv1_every_plan_keeps_its_energy_and_more_energy_never_buys_less() -> N
     unlimited = planned(1e6, *words)
     assert (unlimited.permitted_LE.all(), unlimited.local_steps) == (True, 4)
     whole = RESOURCES["energy"].used(unlimited.predicted, unlimited.budget)
+    with pytest.raises(BudgetError, match="energy budget .* cannot hold one expert per MoE layer"):
+        planned(0.1 * whole, *words)
     held, steps = [], []
-    for share in (0.3, 0.45, 0.6, 0.75, 0.9, 0.99, 1.01):
-        try:
-            plan = planned(share * whole, *words)
-        except ValueError as error:
-            assert "energy" in str(error)
-            assert not held
-            continue
+    for share in (0.6, 0.75, 0.9, 0.99, 1.01):
+        plan = planned(share * whole, *words)
         assert RESOURCES["energy"].used(plan.predicted, plan.budget) <= share * whole
         held.append(int(plan.permitted_LE.sum()))
         steps.append(plan.local_steps)
