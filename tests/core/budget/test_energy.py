@@ -52,7 +52,7 @@ def test_inv1_every_plan_keeps_its_energy_and_more_energy_never_buys_less() -> N
     unlimited = planned(1e6, *words)
     assert (unlimited.permitted_LE.all(), unlimited.local_steps) == (True, 4)
     whole = RESOURCES["energy"].used(unlimited.predicted, unlimited.budget)
-    with pytest.raises(BudgetError, match="energy budget .* cannot hold one expert per MoE layer"):
+    with pytest.raises(BudgetError, match=r"energy budget .* cannot hold one expert per MoE layer"):
         planned(0.1 * whole, *words)
     held, steps = [], []
     for share in (0.6, 0.75, 0.9, 0.99, 1.01):
