@@ -11,24 +11,24 @@ from typing import Any, Literal
 # The value of ``algorithm``, what people call it, and where it is.
 _SYSTEMS = (
     ("hfedmoe", "HFedMoE", "hfedmoe:HFedMoE"),
-    ("fedmoe", "FedMoE", "fedmoe:FedMoE"),
-    ("flex_moe", "FLEX-MoE", "flex_moe:FlexMoE"),
+    ("fedmoe", "FedMoE", "fedmoe.fedmoe:FedMoE"),
+    ("flex_moe", "FLEX-MoE", "flex_moe.flex_moe:FlexMoE"),
     ("hfedmoe_plus", "HFedMoE+", "hfedmoe_plus:HFedMoEPlus"),
     ("fft_moe", "FFT-MoE", "fft_moe:FftMoE"),
-    ("flame", "FLAME", "flame:Flame"),
-    ("hetlora", "HetLoRA", "lora_rivals:HetLora"),
-    ("flexlora", "FlexLoRA", "lora_rivals:FlexLora"),
-    ("flux", "Flux", "flux:Flux"),
+    ("flame", "FLAME", "lora.flame:Flame"),
+    ("hetlora", "HetLoRA", "lora.hetlora:HetLora"),
+    ("flexlora", "FlexLoRA", "lora.flexlora:FlexLora"),
+    ("flux", "Flux", "flux.flux:Flux"),
     ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
-    ("fedavg_smallest", "FedAvg, smallest budget", "rivals:FedAvgSmallest"),
-    ("most_activated", "most activated experts", "rivals:MostActivated"),
+    ("fedavg_smallest", "FedAvg, smallest budget", "baselines:FedAvgSmallest"),
+    ("most_activated", "most activated experts", "baselines:MostActivated"),
     ("random", "random experts", "baselines:RandomExperts"),
 )
 
 
 ALGORITHMS = tuple(name for name, _, _ in _SYSTEMS)
 TITLES: Mapping[str, str] = MappingProxyType({name: title for name, title, _ in _SYSTEMS})
-PLACES: Mapping[str, str] = MappingProxyType({n: f"fedmoe_core.algorithms.base.{place}" for n, _, place in _SYSTEMS})
+PLACES: Mapping[str, str] = MappingProxyType({n: f"fedmoe_core.algorithms.{place}" for n, _, place in _SYSTEMS})
 
 
 # Sections of a configuration that one system alone reads: another value there does not touch the others.
