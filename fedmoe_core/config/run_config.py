@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -231,6 +232,11 @@ def schema_for(algorithm: str) -> dict[str, Setting]:
     common, own, section = schema_of(Config), settings_of(algorithm), section_of(algorithm)
     if own is None:
         return common
+    if not re.fullmatch(r"[\w-]+", section, re.ASCII):
+        raise ValueError(
+            f"algorithm={algorithm!r} needs a section [{section}], and such a name may hold letters, digits, _ and -; "
+            "rename the system"
+        )
     if section in {key.partition(".")[0] for key in common}:
         raise ValueError(f"algorithm={algorithm!r} needs a section [{section}], which is taken; rename the system")
     return common | schema_of(own, f"{section}.")

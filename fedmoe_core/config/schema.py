@@ -71,13 +71,14 @@ def schema_of(record: type, prefix: str = "") -> dict[str, Setting]:
     hints = get_type_hints(record, include_extras=True)
     found: dict[str, Setting] = {}
     for key, hint in ((prefix + item.name, hints[item.name]) for item in fields(record)):
-        if is_dataclass(hint):
+        if is_dataclass(hint) and "." not in key:
             found |= schema_of(hint, f"{key}.")  # type: ignore[arg-type]
         elif hint is not Any:
             plain, limits = get_args(hint) if get_origin(hint) is Annotated else (hint, msgspec.Meta())
             words = get_args(plain) if get_origin(plain) is Literal else tuple(limits.examples or ())
             kind = type(words[0]) if get_origin(plain) is Literal else get_origin(plain) or plain
-            if kind not in _KINDS or (kind is tuple and get_args(plain) != (str, ...)):
+            odd = {type(word) for word in words} - {str} or (kind is tuple and get_args(plain) != (str, ...))
+            if odd or kind not in _KINDS:
                 raise ValueError(f"{key} is of type {hint}; give it one of {', '.join(_KINDS.values())}")
             found[key] = Setting(hint, kind, limits, words)
     return found
