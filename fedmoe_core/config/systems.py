@@ -81,14 +81,13 @@ def settings_of(algorithm: str) -> type | None:
     try:
         declared: Any = getattr(getattr(import_module(module), name), "settings", None)
     except (ImportError, AttributeError) as error:
-        if (
-            place == algorithm
-        ):  # a run refuses it when it loads the class; by then the command has made its file findable
+        if place == algorithm:  # the run refuses it where it loads the class; by then its file may be on the path
             return None
         raise ValueError(f"algorithm={algorithm!r} cannot be loaded ({error}); install its package again") from error
     if declared is None:
         return None
-    if not (isinstance(declared, type) and is_dataclass(declared) and declared.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+    frozen = is_dataclass(declared) and declared.__dataclass_params__.frozen  # type: ignore[union-attr]
+    if not (isinstance(declared, type) and frozen):
         raise ValueError(f"settings of algorithm={algorithm!r} is not a frozen dataclass; make it one")
     for item in fields(declared):
         if item.default is MISSING and item.default_factory is MISSING:
