@@ -42,7 +42,6 @@ CARRIED = {
     "security.md": HOUSE / "SECURITY.md",
     "bench.md": HOUSE / "bench" / "README.md",
 }
-KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text", tuple: "list of texts"}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s#]+)(#[^()\s]*)?\)")
 log = logging.getLogger("mkdocs.hooks.generate")  # a warning of a hook ends a strict build
 
@@ -104,9 +103,7 @@ def configuration_page() -> str:
             default = f"`{_toml(key, values[key])}`"
             if key in CLASSIFICATION_DEFAULTS:
                 default += f"<br>*labelled*: `{_toml(key, CLASSIFICATION_DEFAULTS[key])}`"
-            rule = str(setting.rule or "")
-            bound = f"{KINDS[setting.kind]} {rule}".strip() if setting.kind is not str or not rule else f"one of {rule}"
-            leaf = key.rpartition(".")[2]
+            bound, leaf = str(setting).removeprefix("a "), key.rpartition(".")[2]
             lines.append(f"| `{key}`{{ #{key} }} | {bound} | {default} | {_cell(meant[leaf])} |")
     return "\n".join(lines) + "\n"
 

@@ -76,7 +76,7 @@ BAD_VALUES = {
         "budgets=experts=2;memroy=3MiB",
         ("'memroy' is not a resource", "did you mean 'memory'?"),
     ),
-    "k above E": ("model_config.top_k=9", ("model_config.top_k=9", "choose top_k <= 8")),
+    "k above E": ("model_config.top_k=9", ("model_config.top_k=9 exceeds model_config.experts=8", "lower it")),
     "more sampled than there are": ("clients_per_round=9", ("clients_per_round=9 exceeds clients=4", "lower it")),
     "a config file that is not there": ("nowhere.toml", ("nowhere.toml does not exist", "check the path")),
 }

@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import ClassVar
 
 from torch import Tensor
 
 from fedmoe_core.config.run_config import Config
-from fedmoe_core.config.systems import ALGORITHMS, PLACES, System
+from fedmoe_core.config.systems import System, place_of
 from fedmoe_core.layer.graft import GraftSpec
 from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.messages.plan import ExpertPlan
@@ -104,16 +103,12 @@ class Algorithm(ABC):
 
 
 def algorithm_class(name: str) -> type[Algorithm]:
-    """Return the class of the algorithm ``name``, or of your own as ``MODULE:CLASS``, with what it declares.
+    """Return the class of a system: ours, one that a package names, or your own as ``MODULE:CLASS``.
 
     Raises:
         ValueError: no such algorithm (the message names the nearest), or the class is not an ``Algorithm``.
     """
-    if name not in PLACES and ":" not in name:
-        near = get_close_matches(name, ALGORITHMS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(ALGORITHMS)}, or give MODULE:CLASS"
-        raise ValueError(f"algorithm {name!r} is not implemented; {hint}")
-    module, _, attribute = PLACES.get(name, name).partition(":")
+    module, _, attribute = place_of(name).partition(":")
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
+
+from msgspec import Meta
 
 from fedmoe_core.budget.limits import NOTHING, Budget
 from fedmoe_core.config.schema import (
-    PLACE,
-    Between,
-    OneOf,
+    Setting,
     build,
-    check,
+    by_key,
+    checked,
+    one_of,
     parse_override,
     read_toml,
     schema_of,
@@ -37,12 +42,18 @@ from fedmoe_core.config.sections import (
     TrainConfig,
     WarmupConfig,
 )
-from fedmoe_core.config.systems import ALGORITHMS
+from fedmoe_core.config.systems import ALGORITHMS, PLACE, section_of, settings_of
+
+Name = Annotated[str, Meta(min_length=1)]
+Tiers = Annotated[tuple[str, ...], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run. Saved, resolved, as ``config.toml`` in the run directory.
+
+    ``settings`` are those of a system from elsewhere that declares some (``systems.settings_of``): an instance of the
+    dataclass it declares. They stand in the section that bears the system's name. None for every other system.
 
     Raises:
         ValueError: a value of the wrong type, out of range, or at odds with another; one sentence with the remedy.
@@ -53,32 +64,32 @@ class Config:
         (4, 0.002)
         >>> Config(clients=0)
         Traceback (most recent call last):
-        ValueError: clients=0 is out of range; give a whole number of at least 1
+        ValueError: clients=0 does not fit; give a whole number of at least 1
     """
 
-    # the system that runs: one that `fedmoe systems` lists, or a class of your own as MODULE:CLASS
-    algorithm: Annotated[str, OneOf(*ALGORITHMS, PLACE)] = "hfedmoe"
+    # the system that runs: one that `fedmoe systems` lists, one of another package, or a class of your own
+    algorithm: Annotated[str, Meta(examples=[*ALGORITHMS, PLACE])] = "hfedmoe"
     # stdlib: the text of this Python's standard library; a CSV of labelled rows; a JSON Lines file
-    data: Annotated[str, OneOf("stdlib", "csv:FILE", "jsonl:FILE")] = "stdlib"
+    data: Annotated[str, one_of("stdlib", "csv:FILE", "jsonl:FILE")] = "stdlib"
     # trained on public text; auto: bpe, or bpe-lower for labelled data; a saved model brings its own
-    tokenizer: Annotated[str, OneOf("auto", "bpe", "bpe-lower", "word")] = "auto"
-    model: str = "tiny"  # tiny = built from [model_config]; else a directory, or a hub id of the form owner/name
-    adapter: str = "transformers"  # entry point that opens the model; a binding of your own has its own name
+    tokenizer: Annotated[str, one_of("auto", "bpe", "bpe-lower", "word")] = "auto"
+    model: Name = "tiny"  # tiny = built from [model_config]; else a directory, or a hub id of the form owner/name
+    adapter: Name = "transformers"  # entry point that opens the model; a binding of your own has its own name
     clients: Positive = 10  # number of clients
     clients_per_round: Natural = 0  # clients drawn in each round; 0 = all
     rounds: Positive = 8  # number of rounds
-    seed: Annotated[int, Between(0, 2**63 - 1)] = 0  # decides all that is random
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  # decides all that is random
     # which client owns which data; auto: domain where the data names domains, else dirichlet:0.5 (labelled) or iid
-    partition: Annotated[str, OneOf("auto", "domain", "iid", "dirichlet:ALPHA")] = "auto"
+    partition: Annotated[str, one_of("auto", "domain", "iid", "dirichlet:ALPHA")] = "auto"
     # limits or a device, one text for each tier; the tiers are dealt to the clients in turn
-    budgets: tuple[str, ...] = ("experts=12.5%", "experts=25%", "experts=50%", "experts=100%")
+    budgets: Tiers = ("experts=12.5%", "experts=25%", "experts=50%", "experts=100%")
     min_clients: Positive = 1  # fewest accepted updates that change the model
     ranks: Positive = 1  # processes that share the work; the result has the same bits
     threads: Natural = 0  # per client process; 0 = OMP_NUM_THREADS if that is set, else cores divided by ranks
     # where tensors live; auto: a GPU if torch sees one
-    device: Annotated[str, OneOf("auto", "cpu", "cuda", "cuda:INDEX")] = "auto"
+    device: Annotated[str, one_of("auto", "cpu", "cuda", "cuda:INDEX")] = "auto"
     cache: str = ""  # folder of cached warm-ups and encoded text; empty = the user's cache folder
-    out: str = "runs/last"  # the run directory
+    out: Name = "runs/last"  # the run directory
     model_config: ModelConfig = field(default_factory=ModelConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -91,35 +102,26 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     flux: FluxConfig = field(default_factory=FluxConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    settings: Any = None
 
     def __post_init__(self) -> None:
+        for name, record in get_type_hints(Config).items():
+            if is_dataclass(record) and type(getattr(self, name)) is not record:
+                kind = record.__name__  # type: ignore[union-attr]
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a section; give a {kind}")
+        own = settings_of(checked("algorithm", self.algorithm, schema_of(Config)["algorithm"]))
+        if own is not None and self.settings is None:
+            object.__setattr__(self, "settings", own())
+        if type(self.settings) is not (own or type(None)):
+            raise ValueError(f"settings={self.settings!r} is not of algorithm={self.algorithm!r}; leave settings out")
         values = flatten(self)
-        for key, setting in schema_of(Config).items():
-            check(key, values[key], setting)
-        for key in ("model", "adapter", "out"):
-            if not values[key]:
-                raise ValueError(f"{key} is empty; name one")
-        if not self.budgets or not all(tier.strip() for tier in self.budgets):
-            raise ValueError("budgets has an empty tier; give at least one, such as experts=25% or memory=30MiB")
+        for key, setting in schema_for(self.algorithm).items():
+            checked(key, values[key], setting)
         for tier in self.budgets:
             # Its words; what a share of experts comes to is known with the model.
             Budget.parse(tier, spec_experts=1, plain=lambda count: NOTHING)
         _check_partition(self.partition)
-        _check_model(self.model_config)
-        if self.fft_moe.top_k > self.fft_moe.experts:
-            raise ValueError(
-                f"fft_moe.top_k={self.fft_moe.top_k} exceeds fft_moe.experts={self.fft_moe.experts}; lower it"
-            )
-        sampled = self.clients_per_round or self.clients
-        if sampled > self.clients:
-            raise ValueError(f"clients_per_round={sampled} exceeds clients={self.clients}; lower it, or 0 for all")
-        _check_reschedule(self.selection, self.train)
-        for key, most in (("selection.lam", 1.0), ("selection.beta", math.inf), ("aggregation.tau", 1.0)):
-            last = values[key] + values[f"{key}_change"]
-            if not 0 <= last <= most:
-                raise ValueError(f"{key} + {key}_change is {last:g} in the last round; keep it from 0 to {most:g}")
-        if self.min_clients > sampled:
-            raise ValueError(f"min_clients={self.min_clients} exceeds the {sampled} clients of a round; lower it")
+        _check_pairs(values)
 
     @staticmethod
     def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -136,11 +138,17 @@ class Config:
             Traceback (most recent call last):
             ValueError: unknown key 'clinets'; did you mean 'clients'?
         """
-        schema = schema_of(Config)
-        chosen = read_toml(path, schema) if path else {}
-        chosen |= dict(parse_override(text, schema) for text in overrides)
-        data = chosen.get("data", Config.data)
-        preset = CLASSIFICATION_DEFAULTS if isinstance(data, str) and is_labeled(data) else {}
+        tree, common = read_toml(path) if path else {}, schema_of(Config)
+        asked = [text for text in overrides if text.partition("=")[0].strip() == "algorithm"]
+        named = dict(parse_override(text, common) for text in asked)
+        algorithm = named.get("algorithm", tree.get("algorithm", Config.algorithm))
+        own = settings_of(checked("algorithm", algorithm, common["algorithm"]))
+        schema = schema_for(algorithm)
+        chosen = by_key(tree, schema) | dict(parse_override(text, schema) for text in overrides)
+        if own is not None:
+            given = {key.partition(".")[2]: chosen.pop(key) for key in list(chosen) if key not in common}
+            chosen["settings"] = own(**given)
+        preset = CLASSIFICATION_DEFAULTS if is_labeled(chosen.get("data", Config.data)) else {}
         return build(Config, {**preset, **chosen})
 
     def resolved(self) -> Config:
@@ -154,7 +162,7 @@ class Config:
 
     def to_toml(self) -> str:
         """Return every key and value as TOML; ``Config.load`` of that text gives an equal configuration."""
-        return write_toml(flatten(self), schema_of(Config))
+        return write_toml(flatten(self), schema_for(self.algorithm))
 
     def decisive(self) -> dict[str, Any]:
         """Return the values that decide results by dotted key: all but where files lie and how many ranks share work.
@@ -165,9 +173,10 @@ class Config:
         return {key: value for key, value in (flatten(self) | named).items() if key not in INDIFFERENT}
 
     def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
-        """Return the dotted keys that decide results and differ, each with this value and the other."""
+        """Return the dotted keys that decide results and differ, each with this value and the other; None = absent."""
         mine, theirs = self.decisive(), other.decisive()
-        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+        pairs = {key: (mine.get(key), theirs.get(key)) for key in mine | theirs}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 # Same results whatever these say; `threads` is not here, because the order of a sum depends on it.
@@ -214,51 +223,64 @@ def is_labeled(data: str) -> bool:
     return '"label"' in first
 
 
-def flatten(record: object, prefix: str = "") -> dict[str, Any]:
-    """Return values of a nested configuration by dotted key, in the order of the fields."""
-    flat: dict[str, Any] = {}
-    for item in fields(record):  # type: ignore[arg-type]
-        value = getattr(record, item.name)
-        if is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{item.name}.")
-        else:
-            flat[prefix + item.name] = value
-    return flat
+def schema_for(algorithm: str) -> dict[str, Setting]:
+    """Return the settings of a run by dotted key: those of every run, then those of the system's own section.
+
+    Raises:
+        ValueError: no such system, or its section cannot stand beside the others.
+    """
+    common, own, section = schema_of(Config), settings_of(algorithm), section_of(algorithm)
+    if own is None:
+        return common
+    if not re.fullmatch(r"[\w-]+", section, re.ASCII):
+        raise ValueError(
+            f"algorithm={algorithm!r} needs a section [{section}], and such a name may hold letters, digits, _ and -; "
+            "rename the system"
+        )
+    if section in {key.partition(".")[0] for key in common}:
+        raise ValueError(f"algorithm={algorithm!r} needs a section [{section}], which is taken; rename the system")
+    return common | schema_of(own, f"{section}.")
 
 
-def _check_reschedule(selection: SelectionConfig, train: TrainConfig) -> None:
-    if selection.reschedule == "round":
-        return
-    if selection.mode != "backward-masked":
-        raise ValueError("selection.reschedule=batch needs every expert resident; set selection.mode=backward-masked")
-    if selection.score == "taylor":
-        raise ValueError("selection.score=taylor needs a backward pass, which no scoring pass has; choose s or ib")
-    if train.prox > 0:
-        raise ValueError("train.prox holds experts of a whole round; set selection.reschedule=round with it")
+def flatten(config: Config) -> dict[str, Any]:
+    """Return the values of a configuration by dotted key, in the order of the fields; the system's own come last."""
+    common = {key: attrgetter(key)(config) for key in schema_of(Config)}
+    own = () if config.settings is None else fields(config.settings)
+    return common | {f"{section_of(config.algorithm)}.{item.name}": getattr(config.settings, item.name) for item in own}
 
 
 def _check_partition(partition: str) -> None:
     kind, _, text = partition.partition(":")
-    if kind != "dirichlet":
-        return
-    try:
-        alpha = float(text)
-    except ValueError:
-        alpha = math.nan
-    if not (0 < alpha < math.inf):
-        raise ValueError(f"partition={partition!r} needs a number greater than 0, such as dirichlet:0.5")
+    with suppress(ValueError):
+        if kind != "dirichlet" or 0 < float(text) < math.inf:
+            return
+    raise ValueError(f"partition={partition!r} needs a number greater than 0, such as dirichlet:0.5")
 
 
-def _check_model(model: ModelConfig) -> None:
-    if model.top_k > model.experts:
+def _check_pairs(values: Mapping[str, Any]) -> None:
+    sampled = "clients_per_round" if values["clients_per_round"] else "clients"
+    for key, most in (
+        ("model_config.top_k", "model_config.experts"),
+        ("fft_moe.top_k", "fft_moe.experts"),
+        ("clients_per_round", "clients"),
+        ("min_clients", sampled),
+    ):
+        if values[key] > values[most]:
+            raise ValueError(f"{key}={values[key]} exceeds {most}={values[most]}; lower it, or raise {most}")
+    heads, kv_heads = values["model_config.heads"], values["model_config.kv_heads"]
+    if heads % kv_heads:
         raise ValueError(
-            f"model_config.top_k={model.top_k} exceeds model_config.experts={model.experts}; "
-            f"choose top_k <= {model.experts}"
-        )
-    if model.heads % model.kv_heads:
-        raise ValueError(
-            f"model_config.heads={model.heads} is not a multiple of model_config.kv_heads={model.kv_heads}; "
+            f"model_config.heads={heads} is not a multiple of model_config.kv_heads={kv_heads}; "
             "choose kv_heads that divides heads"
         )
-    if model.head_dim % 2:
-        raise ValueError(f"model_config.head_dim={model.head_dim} is odd; rotary positions need an even number")
+    for key, last in (("selection.lam", 1.0), ("selection.beta", math.inf), ("aggregation.tau", 1.0)):
+        if not 0 <= (end := values[key] + values[f"{key}_change"]) <= last:
+            raise ValueError(f"{key} + {key}_change is {end:g} in the last round; keep it from 0 to {last:g}")
+    if values["selection.reschedule"] == "round":
+        return
+    if values["selection.mode"] != "backward-masked":
+        raise ValueError("selection.reschedule=batch needs every expert resident; set selection.mode=backward-masked")
+    if values["selection.score"] == "taylor":
+        raise ValueError("selection.score=taylor needs a backward pass, which no scoring pass has; choose s or ib")
+    if values["train.prox"] > 0:
+        raise ValueError("train.prox holds experts of a whole round; set selection.reschedule=round with it")

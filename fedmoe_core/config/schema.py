@@ -1,87 +1,61 @@
-"""How a configuration is read, checked and written: types, bounds, nearest names, TOML and key=value text."""
+"""How a configuration is read, checked and written: msgspec's types and bounds, nearest names, TOML and key=value text.
+
+msgspec checks one value at a time. It does not build the dataclasses: it would pass over unknown keys in silence, take
+a set for a list, and not look at a section that Python code made.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import msgspec
+
 T = TypeVar("T")
-PLACE = "MODULE:CLASS"  # a form of OneOf: a class by the module it is in
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list of texts"}
+_LIMITS = {
+    "ge": "of at least {:g}",
+    "gt": "greater than {:g}",
+    "le": "of at most {:g}",
+    "lt": "less than {:g}",
+    "multiple_of": "a multiple of {}",
+    "min_length": "of length {} or more",
+    "max_length": "of length {} or less",
+    "pattern": "that matches {}",
+}
 
 
-@dataclass(frozen=True)
-class Between:
-    """Bounds of a number, both allowed."""
-
-    low: float
-    high: float
-
-    def admits(self, value: float) -> bool:
-        return self.low <= value <= self.high
-
-    def __str__(self) -> str:
-        return f"from {self.low} to {self.high}"
-
-
-@dataclass(frozen=True)
-class AtLeast:
-    """The smallest number allowed."""
-
-    low: float
-
-    def admits(self, value: float) -> bool:
-        return value >= self.low
-
-    def __str__(self) -> str:
-        return f"of at least {self.low:g}"
-
-
-@dataclass(frozen=True)
-class MoreThan:
-    """The largest number that is not allowed any more."""
-
-    low: float
-
-    def admits(self, value: float) -> bool:
-        return value > self.low
-
-    def __str__(self) -> str:
-        return f"greater than {self.low:g}"
-
-
-class OneOf:
-    """Allowed words; ``csv:FILE`` stands for ``csv:`` and anything after it."""
-
-    def __init__(self, *forms: str) -> None:
-        self.forms = forms
-
-    def admits(self, value: str) -> bool:
-        return any(_fits(form, value) for form in self.forms)
-
-    def nearest(self, value: str) -> str | None:
-        kind, colon, rest = value.partition(":")
-        by_kind = {form.partition(":")[0]: form for form in self.forms}
-        form = by_kind.get(nearest(kind, list(by_kind)) or "")
-        if form is None or ":" not in form:
-            return form
-        return f"{form.partition(':')[0]}:{rest}" if colon and rest else form
-
-    def __str__(self) -> str:
-        return ", ".join(self.forms)
+def one_of(*forms: str) -> msgspec.Meta:
+    """Allow some words; ``csv:FILE`` stands for ``csv:`` and anything after it."""
+    return msgspec.Meta(pattern=rf"\A(?:{'|'.join(map(_pattern, forms))})\Z", examples=list(forms))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One key: its plain type (int, float, bool, str or tuple of str) and what bounds it."""
+    """One key: the type that msgspec holds it to, its plain type, its bounds, and its words where only some will do."""
 
+    hint: Any
     kind: type
-    rule: Between | AtLeast | MoreThan | OneOf | None = None
+    limits: msgspec.Meta
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Say what a value may be: ``a whole number of at least 1``."""
+        if self.words:
+            return f"one of {', '.join(self.words)}"
+        bounds = {name: bound for name in _LIMITS if (bound := getattr(self.limits, name)) is not None}
+        between = f"from {bounds.pop('ge')} to {bounds.pop('le')}" if {"ge", "le"} <= bounds.keys() else ""
+        words = [between, *(_LIMITS[name].format(bound) for name, bound in bounds.items())]
+        return f"{_KINDS[self.kind]} {' and '.join(filter(None, words))}".rstrip()
 
 
 Schema = Mapping[str, Setting]
@@ -89,50 +63,58 @@ Schema = Mapping[str, Setting]
 
 @cache
 def schema_of(record: type, prefix: str = "") -> dict[str, Setting]:
-    """Return the settings of a dataclass and of the dataclasses inside it, by dotted key."""
+    """Return the settings of a dataclass and of the dataclasses inside it, by dotted key; a field of type Any is none.
+
+    Raises:
+        ValueError: a field holds something else than a number, a text, a list of texts, or true or false.
+    """
     hints = get_type_hints(record, include_extras=True)
     found: dict[str, Setting] = {}
-    for item in fields(record):
-        hint = hints[item.name]
-        key = prefix + item.name
-        if is_dataclass(hint):
+    for key, hint in ((prefix + item.name, hints[item.name]) for item in fields(record)):
+        if is_dataclass(hint) and "." not in key:
             found |= schema_of(hint, f"{key}.")  # type: ignore[arg-type]
-        elif get_origin(hint) is Annotated:
-            found[key] = Setting(*get_args(hint))
-        elif get_origin(hint) is Literal:
-            found[key] = Setting(str, OneOf(*get_args(hint)))
-        else:
-            found[key] = Setting(get_origin(hint) or hint)
+        elif hint is not Any:
+            plain, limits = get_args(hint) if get_origin(hint) is Annotated else (hint, msgspec.Meta())
+            words = get_args(plain) if get_origin(plain) is Literal else tuple(limits.examples or ())
+            kind = type(words[0]) if get_origin(plain) is Literal else get_origin(plain) or plain
+            odd = {type(word) for word in words} - {str} or (kind is tuple and get_args(plain) != (str, ...))
+            if odd or kind not in _KINDS:
+                raise ValueError(f"{key} is of type {hint}; give it one of {', '.join(_KINDS.values())}")
+            found[key] = Setting(hint, kind, limits, words)
     return found
 
 
-def nearest(name: str, known: Sequence[str]) -> str | None:
+def nearest(name: str, known: Collection[str]) -> str | None:
     """Return the known name that is spelt most like ``name``, or None when nothing is close."""
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return close[0] if close else None
 
 
-def check(key: str, value: object, setting: Setting) -> None:
-    """Refuse a value of the wrong type or outside its bounds.
+def checked(key: str, value: Any, setting: Setting) -> Any:
+    """Return a value as its setting has it: 1 for a number is 1.0.
 
     Raises:
         ValueError: one sentence that names the key, the value and what would do.
     """
-    fits = type(value) is setting.kind or (setting.kind is float and type(value) is int)
-    if setting.kind is tuple:
-        fits = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
-    if not fits:
-        raise ValueError(f"{key}={_show(value)} is not {_NAMES[setting.kind]}; give {_NAMES[setting.kind]}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{key}={value} is not finite; give a finite number")
-    rule = setting.rule
-    if rule is None or rule.admits(value):  # type: ignore[arg-type]
-        return
-    if isinstance(rule, OneOf):
-        close = rule.nearest(str(value))
-        hint = f"did you mean {close!r}? " if close else ""
-        raise ValueError(f"{key}={value!r} is unknown; {hint}valid: {rule}")
-    raise ValueError(f"{key}={value} is out of range; give {_NAMES[setting.kind]} {rule}")
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if finite and type(value) in _KINDS:  # msgspec would take a subclass too, which TOML cannot give back
+        with suppress(msgspec.ValidationError, UnicodeEncodeError):  # the latter for a lone surrogate
+            return msgspec.convert(value, setting.hint)
+    shown = repr(list(value) if isinstance(value, tuple) else value)
+    if setting.words:
+        raise unknown(f"{key}={shown}", value, setting.words)
+    raise ValueError(f"{key}={shown} does not fit; give {setting}{'' if finite else ', and a finite one'}")
+
+
+def unknown(what: str, value: object, words: Collection[str]) -> ValueError:
+    """Make the error for a value that is not one of ``words``, with the nearest that is."""
+    kind, _, rest = str(value).partition(":")
+    forms = {form.partition(":")[0]: form for form in words}
+    close = forms.get(nearest(kind, forms) or "", "")
+    if rest and ":" in close:
+        close = f"{close.partition(':')[0]}:{rest}"
+    hint = f"did you mean {close!r}? " if close else ""
+    return ValueError(f"{what} is unknown; {hint}valid: {', '.join(words)}")
 
 
 def resolve_key(key: str, schema: Schema) -> str:
@@ -143,151 +125,118 @@ def resolve_key(key: str, schema: Schema) -> str:
     """
     if key in schema:
         return key
-    sections = {known.partition(".")[0] for known in schema if "." in known}
-    if key in sections:
-        inside = ", ".join(known for known in schema if known.startswith(f"{key}."))
-        raise ValueError(f"{key!r} is a section, not a value; set one of {inside}")
+    if inside := [known for known in schema if known.startswith(f"{key}.")]:
+        raise ValueError(f"{key!r} is a section, not a value; set one of {', '.join(inside)}")
     leaves: dict[str, list[str]] = {}
     for known in schema:
         leaves.setdefault(known.rpartition(".")[2], []).append(known)
-    close = nearest(key, list(schema))
-    by_leaf = leaves.get(nearest(key.rpartition(".")[2], list(leaves)) or "", [])
+    close = nearest(key, schema)
+    by_leaf = leaves.get(nearest(key.rpartition(".")[2], leaves) or "", [])
     meant = leaves.get(key) or ([close] if close else by_leaf)
     hint = f"did you mean {' or '.join(map(repr, meant))}?" if meant else f"valid keys: {', '.join(schema)}"
     raise ValueError(f"unknown key {key!r}; {hint}")
 
 
-def build(record: type[T], values: Mapping[str, object], prefix: str = "") -> T:
-    """Build a nested dataclass from values by dotted key; keys that are absent keep their defaults."""
+def build(record: type[T], values: Mapping[str, Any]) -> T:
+    """Build a nested dataclass from checked values by dotted key; keys that are absent keep their defaults."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, leaf = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[leaf] = value
     hints = get_type_hints(record)
-    chosen: dict[str, Any] = {}
-    for item in fields(record):  # type: ignore[arg-type]
-        key = prefix + item.name
-        if is_dataclass(hints[item.name]):
-            chosen[item.name] = build(hints[item.name], values, f"{key}.")
-        elif key in values:
-            value = values[key]
-            chosen[item.name] = float(value) if hints[item.name] is float and type(value) is int else value
-        elif item.default is MISSING and item.default_factory is MISSING:
-            raise ValueError(f"{key} has no value; set {key}=...")
-    return record(**chosen)
+    return record(**{name: hints[name](**part) if is_dataclass(hints[name]) else part for name, part in tree.items()})
 
 
-def read_toml(path: Path, schema: Schema) -> dict[str, object]:
-    """Read the values of a TOML file by dotted key.
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read the tables of a TOML file.
 
     Raises:
-        ValueError: not TOML, or an unknown key.
+        ValueError: not TOML.
         OSError: the file cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist; check the path")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also a text that is not UTF-8, and a number of 5000 digits
         raise ValueError(f"{path} is not valid TOML ({error}); correct it there") from None
-    sections = {known.partition(".")[0] for known in schema if "." in known}
-    values: dict[str, object] = {}
-    for name, value in tree.items():
-        inner = value.items() if isinstance(value, dict) else None
-        if inner is None or (name not in sections and name in schema):
-            values[resolve_key(name, schema)] = _frozen(value)
-        elif name not in sections:
-            close = nearest(name, sorted(sections))
-            hint = f"did you mean [{close}]?" if close else f"valid sections: {', '.join(sorted(sections))}"
-            raise ValueError(f"unknown section [{name}] in {path}; {hint}")
-        else:
-            for leaf, part in inner:
-                values[resolve_key(f"{name}.{leaf}", schema)] = _frozen(part)
-    return values
 
 
-def parse_override(text: str, schema: Schema) -> tuple[str, object]:
-    """Read key and typed value of ``key=value``; tiers of ``budgets`` as a TOML array or separated by ``;``.
+def by_key(tree: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
+    """Return the checked values of a TOML file by dotted key.
 
     Raises:
-        ValueError: no ``=``, an unknown key, or a value that its type cannot read.
+        ValueError: an unknown section or key, or a value that does not fit.
+    """
+    sections = dict.fromkeys(key.partition(".")[0] for key in schema if "." in key)
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if name in sections and isinstance(value, dict):
+            found |= {f"{name}.{leaf}": part for leaf, part in value.items()}
+        elif isinstance(value, dict) and name not in schema:
+            close = nearest(name, sections)
+            hint = f"did you mean [{close}]?" if close else f"valid sections: {', '.join(sections)}"
+            raise ValueError(f"unknown section [{name}]; {hint}")
+        else:
+            found[name] = value
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    return {key: checked(key, value, schema[resolve_key(key, schema)]) for key, value in plain.items()}
+
+
+def parse_override(text: str, schema: Schema) -> tuple[str, Any]:
+    """Read key and checked value of ``key=value``; a list as a TOML array or separated by ``;``.
+
+    Raises:
+        ValueError: no ``=``, an unknown key, or a value that does not fit.
     """
     key, equals, word = text.partition("=")
     if not equals:
         raise ValueError(f"{text!r} is neither key=value nor a .toml file; write for example train.lr=1e-3")
-    key = resolve_key(key.strip(), schema)
-    return key, _parse(key, word.strip(), schema[key].kind)
+    setting = schema[resolve_key(key := key.strip(), schema)]
+    return key, checked(key, _parse(key, word.strip(), setting.kind), setting)
 
 
 def write_toml(values: Mapping[str, Any], schema: Schema) -> str:
-    """Write values by dotted key as TOML: plain keys first, then one table per section; floats round-trip exactly."""
-    top = {key: value for key, value in values.items() if "." not in key}
-    lines = [f"{key} = {_format(value, schema[key].kind)}" for key, value in top.items()]
-    section = ""
-    for key in values:
-        name, dot, leaf = key.partition(".")
-        if not dot:
-            continue
-        if name != section:
-            section = name
-            lines += ["", f"[{name}]"]
-        lines.append(f"{leaf} = {_format(values[key], schema[key].kind)}")
+    """Write values by dotted key as TOML, sections last and in one piece each; floats round-trip exactly.
+
+    A text and a list of texts are spelt alike in JSON and TOML, but for the character 127, which TOML wants escaped.
+    """
+    lines, current = [], ""
+    for key, value in values.items():
+        section, _, leaf = key.rpartition(".")
+        if section != current:
+            lines += ["", f"[{section}]"]
+        current = section
+        plain = float(value) if schema[key].kind is float else value
+        lines.append(f"{leaf} = {json.dumps(plain, ensure_ascii=False)}".replace(chr(127), r"\u007f"))
     return "\n".join(lines) + "\n"
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list of texts"}
-
-
-def _fits(form: str, value: str) -> bool:
+def _pattern(form: str) -> str:
     kind, colon, _ = form.partition(":")
-    if form == PLACE:
-        module, colon, name = value.partition(":")
-        return all(part.isidentifier() for part in [*module.split("."), name])
-    return value.startswith(f"{kind}:") and len(value) > len(kind) + 1 if colon else value == form
+    return re.escape(kind) + (r":[\s\S]+" if colon else "")
 
 
-def _show(value: object) -> str:
-    return repr(list(value)) if isinstance(value, tuple) else repr(value)
-
-
-def _frozen(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _parse(key: str, word: str, kind: type) -> object:
+def _parse(key: str, word: str, kind: type) -> Any:
+    """What a word says; one that cannot be read stays a text, for ``checked`` to refuse."""
     if kind is tuple:
-        return _parse_list(key, word)
+        return _parse_list(key, word) if word.startswith("[") else tuple(part.strip() for part in word.split(";"))
     if kind is bool:
-        if word.lower() not in ("true", "false"):
-            raise ValueError(f"{key}={word!r} is not true or false; give true or false")
-        return word.lower() == "true"
+        return {"true": True, "false": False}.get(word.lower(), word)
     if kind is str:
         quoted = len(word) > 1 and word[0] == word[-1] and word[0] in "'\""
         return word[1:-1] if quoted else word
     try:
         return kind(word)
     except ValueError:
-        raise ValueError(f"{key}={word!r} is not {_NAMES[kind]}; give {_NAMES[kind]}") from None
+        return word
 
 
-def _parse_list(key: str, word: str) -> tuple[object, ...]:
-    if not word.startswith("["):
-        return tuple(part.strip() for part in word.split(";"))
+def _parse_list(key: str, word: str) -> tuple[Any, ...]:
     try:
         return tuple(tomllib.loads(f"list = {word}")["list"])
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         raise ValueError(
             f"{key}={word} is not a list of quoted texts; quote it for the shell, as '{key}=[\"experts=25%\"]', "
             f"or separate the parts with ;"
         ) from None
-
-
-def _format(value: Any, kind: type) -> str:
-    if kind is tuple:
-        return f"[{', '.join(_quote(part) for part in value)}]"
-    if kind is str:
-        return _quote(value)
-    if kind is bool:
-        return "true" if value else "false"
-    return repr(float(value)) if kind is float else str(value)
-
-
-def _quote(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{"".join(c if c >= " " and c != chr(127) else f"{chr(92)}u{ord(c):04x}" for c in escaped)}"'

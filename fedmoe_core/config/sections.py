@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fedmoe_core.config.schema import AtLeast, Between, MoreThan
+from msgspec import Meta
 
-Positive = Annotated[int, AtLeast(1)]
-Natural = Annotated[int, AtLeast(0)]
-PositiveReal = Annotated[float, MoreThan(0.0)]
-NaturalReal = Annotated[float, AtLeast(0.0)]
-Share = Annotated[float, Between(0.0, 1.0)]
+Positive = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+PositiveReal = Annotated[float, Meta(gt=0.0)]
+NaturalReal = Annotated[float, Meta(ge=0.0)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class ModelConfig:
     layers: Positive = 2  # transformer layers, each with one MoE layer
     heads: Positive = 4  # attention heads; a multiple of kv_heads
     kv_heads: Positive = 2  # key and value heads, which groups of attention heads share
-    head_dim: Annotated[int, AtLeast(2)] = 32  # width of one attention head; even
+    head_dim: Annotated[int, Meta(ge=2, multiple_of=2)] = 32  # width of one attention head; rotary positions pair it up
     experts: Positive = 16  # experts of each MoE layer
     top_k: Positive = 2  # experts that each token is sent to
     expert_width: Positive = 64  # width of the layer inside an expert
-    vocab_size: Annotated[int, AtLeast(257)] = 2048  # token ids; 256 bytes and one special token at least
+    vocab_size: Annotated[int, Meta(ge=257)] = 2048  # token ids; 256 bytes and one special token at least
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class WarmupConfig:
 
     steps: Natural = 500  # optimizer steps on public text; 0 = start from fresh weights
     batch_size: Positive = 16  # sequences of a step
-    seq_len: Annotated[int, AtLeast(2)] = 128  # tokens of a sequence
+    seq_len: Annotated[int, Meta(ge=2)] = 128  # tokens of a sequence
     lr: PositiveReal = 3e-3  # learning rate of AdamW
     weight_decay: NaturalReal = 0.1  # weight decay of AdamW
     balance: NaturalReal = 0.001  # weight of the Switch load-balance loss, which spreads tokens over experts
@@ -52,18 +52,18 @@ class TrainConfig:
     """Local training of every client; the optimizer is AdamW with fresh state each round."""
 
     batch_size: Positive = 4  # sequences of a local step
-    seq_len: Annotated[int, AtLeast(2)] = 128  # tokens of a sequence
+    seq_len: Annotated[int, Meta(ge=2)] = 128  # tokens of a sequence
     local_steps: Positive = 8  # optimizer steps of a client in a round; a FLOP budget may lower them
     lr: PositiveReal = 2e-3  # learning rate in the first round
     lr_final: Share = 1.0  # share of lr left in the last round; the rate falls between them along a cosine
     weight_decay: NaturalReal = 0.0  # weight decay of AdamW; frozen experts feel none of it
     clip: PositiveReal = 1.0  # largest L2 norm of a step's gradient; a larger one is scaled down
     prox: NaturalReal = 0.0  # mu of FedProx (arXiv 1812.06127): mu/2 ||w - w0||^2 over what trains, w0 as received
-    label_smoothing: Annotated[float, Between(0.0, 0.99)] = 0.0  # share of the target that all classes have alike
+    label_smoothing: Annotated[float, Meta(ge=0.0, le=0.99)] = 0.0  # share of the target that all classes have alike
     # frozen: only experts and routers learn; fedavg: everything else learns too, averaged by FedAvg
     trunk: Literal["frozen", "fedavg"] = "frozen"
     # classification only: chance that a token is hidden in training
-    token_dropout: Annotated[float, Between(0.0, 0.95)] = 0.0
+    token_dropout: Annotated[float, Meta(ge=0.0, le=0.95)] = 0.0
     logit_adjustment: NaturalReal = 0.0  # classification only: weight of the client's log class shares in its loss
 
 
@@ -98,15 +98,15 @@ class AggregationConfig:
     participation: bool = True  # an expert that saw no row does not vote
     value_bound: PositiveReal = 1.0  # largest |delta| accepted; larger is refused
     norm_bound: PositiveReal = 100.0  # largest L2 norm of an update accepted
-    scale_bits: Annotated[int, Between(8, 52)] = 36  # binary places kept in the exact sums
-    weight_bits: Annotated[int, Between(1, 30)] = 16  # bits of a client's weight in the exact sums
+    scale_bits: Annotated[int, Meta(ge=8, le=52)] = 36  # binary places kept in the exact sums
+    weight_bits: Annotated[int, Meta(ge=1, le=30)] = 16  # bits of a client's weight in the exact sums
 
 
 @dataclass(frozen=True)
 class FedMoEConfig:
     """FedMoE's settings (arXiv 2408.11304); the paper gives a value for ``tunings`` alone, about 5."""
 
-    fill: Annotated[float, Between(0.01, 1.0)] = 0.9  # a of eq. 3: share of a budget that stage one may use
+    fill: Annotated[float, Meta(ge=0.01, le=1.0)] = 0.9  # a of eq. 3: share of a budget that stage one may use
     tunings: Natural = 5  # stage one: passes over a round's batches that fit adapters before the model is profiled
     balance: NaturalReal = 0.01  # alpha of eq. 1: weight of the load-balance loss
     similar: Positive = 5  # K of eq. 5: how many similar clients advise
@@ -140,7 +140,7 @@ class PlusConfig:
     gate: Literal["personal", "row-wise", "frozen", "normalized"] = "personal"
     explore: Share = 0.0  # as selection.explore; measured to cost a little on two corpora
     # of what a client could train, the share that it trains; what that saves buys frozen experts
-    train_share: Annotated[float, Between(0.01, 1.0)] = 0.5
+    train_share: Annotated[float, Meta(ge=0.01, le=1.0)] = 0.5
     hold_share: Share = 0.5  # share of all experts; frozen ones are bought until so many are held
     # rho: how much less two experts that say the same are worth; measured to gain nothing
     redundancy: NaturalReal = 0.0
@@ -166,7 +166,7 @@ class LoraConfig:
     rank: Positive = 8  # rank of the factors of a client without limits
     alpha: PositiveReal = 16.0  # the product counts alpha / rank, for clients of every rank
     temperature: NaturalReal = 2.0  # t of FLAME's activation weights; 0 is FedAvg
-    keep_share: Annotated[float, Between(0.01, 1.0)] = 0.99  # HetLoRA's gamma: share of the ranks that pruning keeps
+    keep_share: Annotated[float, Meta(ge=0.01, le=1.0)] = 0.99  # HetLoRA's gamma: share of the ranks that pruning keeps
     tail: NaturalReal = 0.005  # HetLoRA's weight of the tail-rank regulariser
 
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
 from textwrap import fill
 from types import MappingProxyType
 from typing import Any, Literal
+
+from fedmoe_core.config.schema import unknown
+
+ENTRY_POINTS = "fedmoe.algorithms"  # the group under which a package names its systems, each as MODULE:CLASS
+PLACE = "MODULE:CLASS"  # how a class that no package names is given
 
 # The value of ``algorithm``, what people call it, and where it is.
 _SYSTEMS = (
@@ -31,6 +38,57 @@ PLACES: Mapping[str, str] = MappingProxyType({n: f"fedmoe_core.algorithms.{place
 SECTIONS: Mapping[str, str] = MappingProxyType(
     {"fedmoe": "fedmoe", "flex_moe": "flex_moe", "fft_moe": "fft_moe", "flux": "flux", "plus": "hfedmoe_plus"}
 )
+
+
+def place_of(algorithm: str) -> str:
+    """Return where a system's class is, as ``MODULE:CLASS``: ours, one that a package names, or one given that way.
+
+    Raises:
+        ValueError: no such system, with the nearest that exists.
+    """
+    module, colon, name = algorithm.partition(":")
+    if algorithm in PLACES:
+        return PLACES[algorithm]
+    if colon and all(part.isidentifier() for part in [*module.split("."), name]):
+        return algorithm
+    named = {entry.name: f"{entry.module}:{entry.attr}" for entry in entry_points(group=ENTRY_POINTS)}
+    if algorithm not in named:
+        raise unknown(f"algorithm={algorithm!r}", algorithm, [*ALGORITHMS, *named, PLACE])
+    return named[algorithm]
+
+
+def section_of(algorithm: str) -> str:
+    """Return the name of a system's own section: its name, or its class for one given as ``MODULE:CLASS``."""
+    return algorithm.rpartition(":")[2]
+
+
+def settings_of(algorithm: str) -> type | None:
+    """Return the frozen dataclass that a system from elsewhere declares as ``settings``; None if it declares none.
+
+    This imports the system's module, but never one of ours: their sections are fields of ``Config``.
+
+    Raises:
+        ValueError: no such system, one whose package cannot be imported, or what it declares cannot be settings.
+    """
+    place = place_of(algorithm)
+    if algorithm in PLACES:
+        return None
+    module, _, name = place.partition(":")
+    try:
+        declared: Any = getattr(getattr(import_module(module), name), "settings", None)
+    except (ImportError, AttributeError) as error:
+        if place == algorithm:  # the run refuses it where it loads the class; by then its file may be on the path
+            return None
+        raise ValueError(f"algorithm={algorithm!r} cannot be loaded ({error}); install its package again") from error
+    if declared is None:
+        return None
+    frozen = is_dataclass(declared) and declared.__dataclass_params__.frozen  # type: ignore[union-attr]
+    if not (isinstance(declared, type) and frozen):
+        raise ValueError(f"settings of algorithm={algorithm!r} is not a frozen dataclass; make it one")
+    for item in fields(declared):
+        if item.default is MISSING and item.default_factory is MISSING:
+            raise ValueError(f"{section_of(algorithm)}.{item.name} has no default; give it one in {declared.__name__}")
+    return declared
 
 
 def title_of(algorithm: str) -> str:

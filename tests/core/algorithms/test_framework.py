@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import toy as toy_module
 from tiny_corpus import make_config
 from toy import Toy
 
-from fedmoe_core.algorithms import base as algorithms
 from fedmoe_core.algorithms.base import algorithm_class
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import title_of
@@ -34,13 +34,12 @@ Make = Callable[..., Config]
 
 
 @pytest.fixture
-def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.setattr(algorithms, "PLACES", {**algorithms.PLACES, "random": "toy:Toy"})
+def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
 def toy(config: Make, *overrides: str, out: str = "run") -> Config:
-    return config("algorithm=random", "budgets=unlimited", *overrides, out_name=out)
+    return config("algorithm=toy:Toy", "budgets=unlimited", *overrides, out_name=out)
 
 
 def played(config: Config) -> tuple[World, ServerState, Round]:
@@ -107,12 +106,14 @@ def test_inv10_memory_and_private_tensors_survive_a_resume_bit_for_bit(config: M
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_inv10_two_ranks_agree_on_private_tensors_bit_for_bit(config: Make, tmp_path: Path) -> None:
+def test_inv10_two_ranks_agree_on_private_tensors_bit_for_bit(
+    config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = toy(config, "eval.personal=true", out="one")
     one = simulate.run(settings)
     (tmp_path / "two.toml").write_text(replace(settings, out=str(tmp_path / "two"), ranks=2).to_toml())
-    program = (str(toy_module.__file__),)
-    launch.run_ranks(["simulate", str(tmp_path / "two.toml"), "--quiet"], ranks=2, threads=1, program=program)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    launch.run_ranks(["simulate", str(tmp_path / "two.toml"), "--quiet"], ranks=2, threads=1)
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert two["model_hash"] == one["model_hash"]
     assert two["personal_loss_C"] == one["personal_loss_C"]
@@ -145,7 +146,7 @@ def test_inv1_a_plan_of_masks_that_does_not_fit_is_refused_by_client_and_amount(
     config: Make, budget: str, said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        simulate.run(config("algorithm=random", f"budgets={budget}"))
+        simulate.run(config("algorithm=toy:Toy", f"budgets={budget}"))
 
 
 def test_a_classification_head_is_averaged_over_a_frozen_trunk(config: Make, tmp_path: Path) -> None:

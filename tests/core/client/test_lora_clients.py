@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 import torch
 from tiny_corpus import make_config
 
-from fedmoe_core.algorithms import base as algorithms
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.layer.lora import FACTORS
 from fedmoe_core.model.submodel import SubModel
@@ -35,9 +35,13 @@ def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 @pytest.fixture(params=["ToyLora", "ToyRound"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(algorithms, "PLACES", {**algorithms.PLACES, "random": f"toy_lora:{request.param}"})
+def form(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def toy(config: Make, form: str) -> Make:
+    return partial(config, f"algorithm=toy_lora:{form}", "budgets=unlimited")
 
 
 def played(config: Config) -> tuple[World, ServerState, Round]:
@@ -46,16 +50,12 @@ def played(config: Config) -> tuple[World, ServerState, Round]:
     return world, state, round_
 
 
-def toy(config: Make, *overrides: str, **words: Any) -> Config:
-    return config("algorithm=random", "budgets=unlimited", *overrides, **words)
-
-
 def moved(world: World, state: ServerState) -> set[str]:
     return {key.split(".")[2] for key, old in world.params.items() if not torch.equal(old, state.params[key])}
 
 
-def test_only_what_is_aggregated_moves(config: Make, form: str) -> None:
-    world, state, round_ = played(toy(config))
+def test_only_what_is_aggregated_moves(toy: Make, form: str) -> None:
+    world, state, round_ = played(toy())
     assert [update.error for update in round_.updates] == [""] * 4
     assert moved(world, state) == ({"router", *FACTORS} if form == "ToyLora" else {"router", "w_in", "w_out"})
     if form == "ToyRound":
@@ -73,18 +73,15 @@ def test_only_what_is_aggregated_moves(config: Make, form: str) -> None:
     assert following.extras.out_scale_L == tuple(scales[2].tolist())
 
 
-def test_fresh_adapters_are_the_global_model_bit_for_bit(
-    config: Make, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world = build_world(toy(config).resolved(), Ranks(), NullObserver())
+def test_fresh_adapters_are_the_global_model_bit_for_bit(config: Make, toy: Make) -> None:
+    world = build_world(toy().resolved(), Ranks(), NullObserver())
     adapted = evaluate_clients(world, world.algorithm.init(world.params))
-    monkeypatch.undo()
     plain = build_world(config("algorithm=random", "budgets=unlimited").resolved(), Ranks(), NullObserver())
     assert evaluate_clients(plain, plain.algorithm.init(plain.params)).loss_C == adapted.loss_C
 
 
-def test_inv10_runs_with_adapters_resume_to_the_same_bits(config: Make, form: str, tmp_path: Path) -> None:
-    whole = simulate.run(toy(config, out_name="whole"))
+def test_inv10_runs_with_adapters_resume_to_the_same_bits(toy: Make, form: str, tmp_path: Path) -> None:
+    whole = simulate.run(toy(out_name="whole"))
 
     class Stop(NullObserver):
         def on_round(self, round: int, rounds: int, record: Any) -> None:
@@ -92,14 +89,14 @@ def test_inv10_runs_with_adapters_resume_to_the_same_bits(config: Make, form: st
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate.run(toy(config, out_name="cut"), observer=Stop())
+        simulate.run(toy(out_name="cut"), observer=Stop())
     assert simulate.resume(tmp_path / "cut")["model_hash"] == whole["model_hash"]
     assert whole["loss_after"] != whole["loss_before"]
 
 
 @pytest.mark.parametrize("trunk", ["frozen", "fedavg"])
-def test_inv1_inv2_costs_of_adapters_are_bounded_by_rank(config: Make, form: str, tmp_path: Path, trunk: str) -> None:
-    summary = simulate.run(toy(config, "train.batch_size=4", f"train.trunk={trunk}"))
+def test_inv1_inv2_costs_of_adapters_are_bounded_by_rank(toy: Make, form: str, tmp_path: Path, trunk: str) -> None:
+    summary = simulate.run(toy("train.batch_size=4", f"train.trunk={trunk}"))
     assert summary["refused_updates"] == 0
     ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     for entry in ledger:
@@ -122,8 +119,8 @@ def test_inv1_inv2_costs_of_adapters_are_bounded_by_rank(config: Make, form: str
         assert ups[1] == ups[3] < ups[0]  # those who only look send statistics
 
 
-def test_a_rank_that_was_not_declared_is_refused(config: Make, form: str) -> None:
-    world = build_world(toy(config).resolved(), Ranks(), NullObserver())
+def test_a_rank_that_was_not_declared_is_refused(toy: Make, form: str) -> None:
+    world = build_world(toy().resolved(), Ranks(), NullObserver())
     for rank in (0, RANK + 1):
         with pytest.raises(ValueError, match=f"rank {rank}; 1 to {RANK} were declared"):
             world.population.costs_at(rank)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_core.config.run_config import CLASSIFICATION_DEFAULTS, INDIFFERENT, Config, TrainConfig, flatten
-from fedmoe_core.config.schema import AtLeast, Between, MoreThan, OneOf, Setting, schema_of
+from fedmoe_core.config.schema import Setting, schema_of
+from fedmoe_core.config.sections import EvalConfig
 from fedmoe_core.config.systems import ALGORITHMS
 
 SCHEMA = schema_of(Config)
@@ -21,23 +25,21 @@ EXAMPLES = {"csv:FILE": "csv:a b.csv", "jsonl:FILE": "jsonl:é.jsonl", "dirichle
 
 
 def values_of(setting: Setting) -> st.SearchStrategy[object]:
-    """Values that a setting admits, taken from its own rule."""
-    if isinstance(setting.rule, OneOf):
-        return st.sampled_from([EXAMPLES.get(form, form.replace("INDEX", "1")) for form in setting.rule.forms])
+    """Values that a setting admits, taken from its own bounds."""
+    if setting.words:
+        forms = [form for form in setting.words if form != "MODULE:CLASS"]
+        return st.sampled_from([EXAMPLES.get(form, form.replace("INDEX", "1")) for form in forms])
     if setting.kind is bool:
         return st.booleans()
     if setting.kind is str:
         return TEXT
     if setting.kind is tuple:
         return st.lists(TIER, min_size=1, max_size=3).map(tuple)
-    low, high = 0.0, 1e9
-    if isinstance(setting.rule, Between):
-        low, high = setting.rule.low, setting.rule.high
-    elif isinstance(setting.rule, AtLeast):
-        low = setting.rule.low
+    limits = setting.limits
+    low, high = limits.ge or 0.0, 1e9 if limits.le is None else limits.le
     if setting.kind is int:
         return st.integers(int(low), int(high))
-    return st.floats(low, high, exclude_min=isinstance(setting.rule, MoreThan))
+    return st.floats(low, high, exclude_min=limits.gt is not None)
 
 
 CROSS_CHECKED = {"clients", "clients_per_round", "min_clients", "ranks", "selection.reschedule"}
@@ -128,7 +130,7 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path: Path) -> No
         ("train=1", ["section", "train.lr"]),
         ("zzzz=1", ["unknown key 'zzzz'", "valid keys"]),
         ("rounds", ["key=value"]),
-        ("rounds=0", ["rounds=0", "at least 1"]),
+        ("rounds=0", ["rounds=0 does not fit; give a whole number of at least 1"]),
         ("rounds=-1", ["at least 1"]),
         ("rounds=two", ["'two'", "whole number"]),
         ("rounds=1.5", ["whole number"]),
@@ -147,16 +149,17 @@ def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path: Path) -> No
         ("aggregation.scale_bits=60", ["from 8 to 52"]),
         ("model_config.top_k=17", ["top_k=17", "experts=16"]),
         ("model_config.kv_heads=3", ["multiple"]),
-        ("model_config.head_dim=31", ["even"]),
+        ("model_config.head_dim=31", ["head_dim=31", "a multiple of 2"]),
         ("model_config.experts=0", ["at least 1"]),
         ("clients_per_round=11", ["clients=10"]),
         ("min_clients=11", ["min_clients=11"]),
-        ("budgets=", ["empty tier"]),
-        ("budgets=experts=1;;", ["empty tier"]),
+        ("budgets=", ["budget '': '' is neither", "unlimited"]),
+        ("budgets=experts=1;;", ["budget '': '' is neither", "unlimited"]),
+        ("budgets=[]", ["budgets=[] does not fit; give a list of texts of length 1 or more"]),
         ("budgets=[experts=25%]", ["quote it for the shell"]),
         ("budgets=[1]", ["a list of texts"]),
-        ("out=", ["out is empty"]),
-        ("model=", ["model is empty"]),
+        ("out=", ["out='' does not fit; give a text of length 1 or more"]),
+        ("model=", ["model=''", "length 1 or more"]),
     ],
 )
 def test_wrong_override_is_one_sentence_with_the_remedy(wrong: str, words: list[str]) -> None:
@@ -193,6 +196,76 @@ def test_wrong_file_is_one_sentence(tmp_path: Path, text: str, words: list[str])
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+HOSTILE = {
+    "rounds = 1.0": "rounds=1.0 does not fit; give a whole number of at least 1",
+    "rounds = false": "rounds=False does not fit; give a whole number of at least 1",
+    "rounds = 1979-05-27": "rounds=datetime.date(1979, 5, 27) does not fit; give a whole number of at least 1",
+    "rounds = [1]": "rounds=[1] does not fit; give a whole number of at least 1",
+    "seed = 9223372036854775808": "does not fit; give a whole number from 0 to 9223372036854775807",
+    "cache = 3": "cache=3 does not fit; give a text",
+    "data = 3": "data=3 is unknown; valid: stdlib, csv:FILE, jsonl:FILE",
+    "data = ['stdlib']": "data=['stdlib'] is unknown; did you mean 'stdlib'? valid: stdlib, csv:FILE, jsonl:FILE",
+    'tokenizer = "bpe\\n"': "tokenizer='bpe\\n' is unknown; did you mean 'bpe'? valid: auto, bpe, bpe-lower, word",
+    'tokenizer = "\\u001b[2Jbpe"': "tokenizer='\\x1b[2Jbpe' is unknown; did you mean 'bpe'? valid: auto",
+    "budgets = [['experts=1']]": "budgets=[['experts=1']] does not fit; give a list of texts",
+    "[train]\nlr = true": "train.lr=True does not fit; give a number greater than 0",
+    "[train]\nlr = '1'": "train.lr='1' does not fit; give a number greater than 0",
+    "[train]\nlr = nan": "train.lr=nan does not fit; give a number greater than 0, and a finite one",
+    "[train]\nlr = inf": "train.lr=inf does not fit; give a number greater than 0, and a finite one",
+    "[selection]\nlam_change = -inf": "selection.lam_change=-inf does not fit; give a number, and a finite one",
+    f"[train]\nlr = 1{'0' * 400}": "does not fit; give a number greater than 0",  # no float holds it
+    f"[selection]\nlam_change = 1{'0' * 400}": "does not fit; give a number",
+    f"rounds = {'9' * 5000}": "not valid TOML (Exceeds the limit",
+    "a = " + "[" * 2000: "not valid TOML (maximum recursion depth exceeded",
+    "rounds = 1\nrounds = 2": "not valid TOML (Cannot overwrite a value",
+    "[train]\nlr = 1\n[train]\nclip = 2": "not valid TOML (Cannot declare ('train',) twice",
+    "[train]\nlr = 1\nlr = 2": "not valid TOML (Cannot overwrite a value",
+    "[zzzz]": "unknown section [zzzz]; valid sections: model_config, warmup, train",
+    "[rounds]": "rounds={} does not fit; give a whole number of at least 1",
+    "[[train]]\nlr = 1": "'train' is a section, not a value; set one of train.batch_size, ",
+    "'train.lr' = 3\n'train.lrr' = 3": "unknown key 'train.lrr'; did you mean 'train.lr'?",
+    "'' = 3": "unknown key ''",
+    "settings = 3": "unknown key 'settings'",
+    "[settings]\nx = 1": "unknown section [settings]",
+    "algorithm = 3": "algorithm=3 is unknown; valid: hfedmoe, ",
+}
+
+
+@pytest.mark.parametrize(("text", "words"), HOSTILE.items(), ids=[text[:30] for text in HOSTILE])
+def test_what_no_file_may_say_is_refused_by_key_and_value_with_all_that_is_valid(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(ValueError) as error:
+        Config.load(path)
+    assert words in str(error.value)
+    assert str(error.value).isprintable()
+
+
+class Word(str): ...
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("rounds", value) for value in (None, "3", True, 3.0, np.int64(3), b"3", "\ud800", [3], {}, object())],
+        *[("train.lr", value) for value in (None, "1", True, np.float64(0.5), math.nan, math.inf, 10**400, 1j)],
+        *[("aggregation.participation", value) for value in (None, 1, 0.0, "true", np.bool_(True))],
+        *[("model", value) for value in (None, 3, b"tiny", Path("tiny"), Word("tiny"), "", ("tiny",))],
+        *[("train.trunk", value) for value in (None, 3, "", "Frozen", "\ud800", ("frozen",), Word("frozen"))],
+        *[("budgets", value) for value in (None, "experts=1", ["experts=1"], {"experts=1"}, (), (1,), range(2))],
+        *[("train", value) for value in (None, {}, {"lr": 1.0}, 3, EvalConfig(), TrainConfig)],
+        *[("settings", value) for value in (3, {}, TrainConfig())],
+    ],
+)
+def test_what_no_python_code_may_say_is_refused_by_its_key(key: str, value: object) -> None:
+    section, dot, leaf = key.rpartition(".")
+    changed = {key: value} if not dot else {section: dataclasses.replace(getattr(Config(), section), **{leaf: value})}
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}=.*; (give|leave|did you mean|valid)"):
+        dataclasses.replace(Config(), **changed)
 
 
 def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:

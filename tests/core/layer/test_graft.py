@@ -13,7 +13,6 @@ import pytest
 import torch
 from tiny_corpus import make_config
 
-from fedmoe_core.algorithms import base as algorithms
 from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch
@@ -70,13 +69,12 @@ class ToyGraft(Algorithm):
 
 
 @pytest.fixture
-def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.setattr(algorithms, "PLACES", {**algorithms.PLACES, "random": "test_graft:ToyGraft"})
+def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
 
 
 def grafted(config: Make, *overrides: str, **words: Any) -> Config:
-    return config("algorithm=random", "budgets=unlimited", *overrides, **words)
+    return config("algorithm=test_graft:ToyGraft", "budgets=unlimited", *overrides, **words)
 
 
 def world_of(config: Config) -> World:
@@ -162,7 +160,7 @@ def test_inv10_a_grafted_run_resumes_to_the_same_bits(config: Make, tmp_path: Pa
 
 def test_an_expert_budget_counts_the_resident_blocks(config: Make) -> None:
     with pytest.raises(ValueError, match=r"client 0: the plan exceeds its budget \(experts: 24 experts used"):
-        simulate.run(config("algorithm=random", "budgets=experts=100%"))
+        simulate.run(config("algorithm=test_graft:ToyGraft", "budgets=experts=100%"))
 
 
 @pytest.mark.parametrize(("experts", "width", "top_k"), [(4, 8, 5), (4, 0, 2), (0, 8, 0)])

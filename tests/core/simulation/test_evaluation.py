@@ -13,7 +13,6 @@ import pytest
 import torch
 from tiny_corpus import make_config
 
-from fedmoe_core.algorithms import base as algorithms
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import eval_batches
 from fedmoe_core.model.submodel import SubModel
@@ -121,8 +120,7 @@ def test_a_system_without_a_global_model_is_judged_by_its_clients_own(
     config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulate.run(config("algorithm=fedavg", "eval.personal=true", "budgets=unlimited", out_name="fedavg"))
-    monkeypatch.setattr(algorithms, "PLACES", {**algorithms.PLACES, "random": "toy:Toy"})
-    simulate.run(config("algorithm=random", "eval.personal=true", "budgets=unlimited", out_name="toy"))
+    simulate.run(config("algorithm=toy:Toy", "eval.personal=true", "budgets=unlimited", out_name="toy"))
     summary = summary_of(tmp_path / "toy")
     assert [summary[key] for key in ("loss_before", "loss_after", "accuracy_after")] == [None, None, None]
     assert summary["worst_client_loss"] == max(summary["personal_loss_C"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.algorithms import base as algorithms
 from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.layer.router_loss import SwitchBalance
@@ -121,16 +119,3 @@ class Profile:
 
 def _trained_norm(context: ProbeContext) -> dict[str, Tensor]:
     return {"norm": torch.stack([layer.w_in.detach().norm() for layer in context.adapter.moe])}
-
-
-def install() -> None:
-    """Make ``algorithm=random`` mean Toy, in this process."""
-    algorithms.PLACES = {**algorithms.PLACES, "random": "toy:Toy"}
-
-
-if __name__ == "__main__":
-    from fedmoe_core.cli.main import main
-
-    sys.modules["toy"] = sys.modules["__main__"]
-    install()
-    main()
