@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedmoe_core.base.files import read_json_lines
 from fedmoe_core.base.wording import visible
 
 WHOLE = 2**53  # above it a JSON reader may round
@@ -220,21 +221,9 @@ def _alike(shapes: dict[str, tuple[int, ...]], name: str, value: Any, where: str
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Records with the words for where each stands; a killed run may leave half a last line, which is left out."""
-    texts = read_text(path).split("\n")
-    found: list[tuple[str, dict[str, Any]]] = []
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            record = _parsed(text)
-        except (ValueError, RecursionError):
-            if number == len(texts):
-                break
-            raise ValueError(f"{where} is not JSON; remove that line or run again") from None
-        found.append((where, _checked(record, {"type": TEXT}, where)))
-    return found
+    """Records with the words for where each stands."""
+    found = read_json_lines(path, _parsed, lenient=True)
+    return [(where, _checked(record, {"type": TEXT}, where)) for where, record in found]
 
 
 def _json(path: Path) -> Any:
