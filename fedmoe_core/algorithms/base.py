@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import ClassVar
 
 from torch import Tensor
 
+from fedmoe_core.base.wording import nearest
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import ALGORITHMS, PLACES, System
 from fedmoe_core.layer.graft import GraftSpec
@@ -83,8 +83,8 @@ def algorithm_class(name: str) -> type[Algorithm]:
         ValueError: no such algorithm (the message names the nearest), or the class is not an ``Algorithm``.
     """
     if name not in PLACES and ":" not in name:
-        near = get_close_matches(name, ALGORITHMS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(ALGORITHMS)}, or give MODULE:CLASS"
+        near = nearest(name, ALGORITHMS)
+        hint = f"did you mean {near!r}?" if near else f"choose one of {', '.join(ALGORITHMS)}, or give MODULE:CLASS"
         raise ValueError(f"algorithm {name!r} is not implemented; {hint}")
     module, _, attribute = PLACES.get(name, name).partition(":")
     try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,28 +134,33 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file in one step: readers and crashes see the old content or the new one.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name beside ``path`` for a new file; it replaces ``path`` once the block has ended and it is on disk.
 
-    The text goes to a new file in the same folder, which then takes its name. A symbolic link at ``path`` is replaced;
-    what it points to is never written.
+    Readers and crashes see the old file or the new one, whole. A symbolic link at ``path`` is replaced; what it points
+    to is never written.
 
     Raises:
         OSError: the directory cannot be written, or the disk is full; the old file is intact.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with contextlib.suppress(FileNotFoundError):
-        partial.unlink()  # left by a killed process of the same number
+    partial.unlink(missing_ok=True)  # left by a killed process of the same number
     try:
-        # "x" refuses a file or link that appeared since, so nothing foreign is written through.
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield partial
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 file in one step; raises as ``replacing``."""
+    # "x" refuses a file or link that appeared since, so nothing foreign is written through.
+    with replacing(path) as partial, partial.open("x", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from fractions import Fraction
 
+from fedmoe_core.base.show import size as shown_size
+from fedmoe_core.base.wording import nearest
 from fedmoe_core.budget.devices import DEVICES, Device, find_device
 
 # Word in a budget's text -> field of Budget.
@@ -193,9 +194,8 @@ def show(resource: str, amount: float, *, exact: bool = False) -> str:
         return f"{math.ceil(amount)} experts" if amount != 1 else "1 expert"
     if resource == "flops":
         return f"{_show_flops(amount)} ({amount!r})" if exact else _show_flops(amount)
-    unit, size = next(((u, s) for u, s in reversed(_BINARY.items()) if amount < 1024 * s), ("TiB", 1024**4))
-    text = f"{math.ceil(amount / size * 10) / 10:.1f} {unit}"
-    return f"{text} ({int(amount)} B)" if exact else text
+    text = shown_size(amount, up=True)
+    return f"{text} ({int(amount)} B)" if exact and amount >= 1024 else text
 
 
 def _show_flops(amount: float) -> str:
@@ -272,9 +272,8 @@ def _example(word: str) -> str:
 
 def _nearest(word: str, known: list[str]) -> str:
     """The nearest valid word, and all of them when none is near."""
-    lower = {entry.lower(): entry for entry in known}
-    near = get_close_matches(word.lower(), list(lower), n=1, cutoff=0.5)
-    return f"did you mean {lower[near[0]]!r}?" if near else f"valid: {', '.join(known)}"
+    near = nearest(word, known)
+    return f"did you mean {near!r}?" if near else f"valid: {', '.join(known)}"
 
 
 def _exact_bytes(amount: int) -> str:

@@ -183,4 +183,3 @@ def _held(run: Run, tiers: Mapping[str, Sequence[int]]) -> dict[str, float]:
         else 0.0
         for tier, members in tiers.items()
     }
-

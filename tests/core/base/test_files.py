@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedmoe_core.base.files import JsonlLog, read_json_lines
+from fedmoe_core.base.files import JsonlLog, read_json_lines, replacing, write_whole
 
 
 def records_of(count: int, width: int = 3) -> list[dict[str, object]]:
@@ -128,3 +128,21 @@ def test_a_lenient_reader_takes_what_an_editor_leaves_and_no_half_line(tmp_path:
     path.write_bytes(b'{"a": 1\n{"a": 2}')
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is not JSON"):
         read_json_lines(path, lenient=True)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path, kept = tmp_path / "state", tmp_path / "kept"
+    kept.write_text("kept")
+    path.symlink_to(kept)
+    write_whole(path, "first")
+    assert (path.read_text(), path.is_symlink(), kept.read_text()) == ("first", False, "kept")
+
+    def fail() -> None:
+        with replacing(path) as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "first"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"state", "kept"}
