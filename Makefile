@@ -51,9 +51,9 @@ $(OLDEST)/.ready: setup.py pyproject.toml $(OLDEST_CONSTRAINTS)
 	@touch $@
 
 # What goes through torch's operators, Triton's interpreter or its compiler. Left out are the interpreter's files of one
-# kernel each (70 CPU seconds): the same kernels run within the operator in test_moe_mlp.py.
+# kernel each (70 CPU seconds): the same kernels run within the operator in experts/test_moe_mlp.py.
 OLDEST_PYTEST := $(OLDEST)/bin/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal
-ONE_KERNEL := $(foreach name,up down data_gradient,--ignore=tests/interpret/test_$(name).py)
+ONE_KERNEL := $(foreach name,up down data_gradient,--ignore=tests/interpret/experts/test_$(name).py)
 test-oldest: $(OLDEST)/.ready ## kernels, benchmarks and the interpreter with the oldest torch and triton, .venv-oldest
 	$(OLDEST_PYTEST) tests/kernels tests/bench
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLDEST_PYTEST) tests/interpret $(ONE_KERNEL)

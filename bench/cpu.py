@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.common.cases import CASES, SHAPES, Problem, problem
+from bench.common.checkout import RESULTS, ROOT
 from bench.common.peers import check, dense, fedmoe, step, transformers_experts
 
 
@@ -86,8 +87,7 @@ def geometric_mean(values: list[float]) -> float:
 
 def machine() -> dict[str, Any]:
     """Describe what a number needs with it to mean anything."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     cpuinfo = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     return {
@@ -105,7 +105,7 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     """Run all shapes and cases."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=None, help="default: bench/results/cpu-DATE.json")
@@ -114,7 +114,7 @@ def main() -> None:
     about = machine()
     rows = [run_case(problem(shape, case), chosen.repeats) for shape in SHAPES for case in CASES]
     Console(width=130).print(table(rows))
-    out = chosen.out or Path(__file__).parent / "results" / f"cpu-{about['date']}.json"
+    out = chosen.out or RESULTS / f"cpu-{about['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     means = {key: geometric_mean([row[key] for row in rows]) for key in ("over_grouped_mm", "over_eager")}
     out.write_text(json.dumps({"machine": about, "geometric_means": means, "rows": rows}, indent=1) + "\n")

@@ -4,7 +4,7 @@
 #
 #     bash bench/gpu.sh                        # everything
 #     bash bench/gpu.sh correct sanitize       # some parts: see bench/README.md; time:SHAPE = one shape
-#     bash bench/gpu.sh first --seconds 300    # five minutes, each part in a box; then `second`, seven (gpu_plan.py)
+#     bash bench/gpu.sh first --seconds 300    # five minutes, each part in a box; then `second`, seven (gpu/plan.py)
 #     PYTHON=/path/to/python RESULTS=/some/folder bash bench/gpu.sh
 #     OPTIONS="--device cpu --tiny" bash bench/gpu.sh      # rehearse it without a GPU
 set -uo pipefail
@@ -15,7 +15,7 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   if ! sees_gpu python3 && [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
 fi
-export PYTHONPATH="$PWD/bench:$PWD/kernels:$PWD/bindings:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/kernels:$PWD/bindings:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 if [ "${1:-}" = first ] || [ "${1:-}" = second ]; then
   # shellcheck disable=SC2086

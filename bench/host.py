@@ -30,13 +30,13 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.aot.cases import PASSES, QWEN, Case, inputs_of, needs_of, step
+from bench.common.checkout import RESULTS
 from bench.stand_in import driver as stand_in
 from bench.stand_in.run import leaves_of, served, slot_map_of
 from fedmoe_kernels import moe_mlp, route
 from fedmoe_kernels.gpu.experts import driver as experts
 from fedmoe_kernels.gpu.launch import Launch
 
-RESULTS = Path(__file__).parent / "results"
 ARCH = "sm_90"
 WARM_UP = 20
 # The kernels of the table's cases of 64 rows a slot, with so few slots that no allocation is a call to the system.
@@ -213,7 +213,9 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 def main() -> int:
     """Measure, print, keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=200)
     text = "write host-triton-VERSION.json and .md into this folder, bench/results by default"
     parser.add_argument("--keep", type=Path, nargs="?", const=RESULTS, help=text)

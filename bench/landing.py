@@ -1,6 +1,6 @@
 """The README's one picture: what clients' models gain for the bytes that all devices together sent and received.
 
-python -m bench.landing            # reads bench/results/study/stdlib/compare.json, writes docs/landing.png
+python -m bench.landing    # reads bench/results/study/stdlib/compare.json, writes docs/landing.png
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from statistics import fmean
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from bench.common.checkout import RESULTS, ROOT
 from fedmoe_core.comparison.record import Earlier
 from fedmoe_core.config.systems import TITLES
 from fedmoe_core.reporting.theme import BLUE, INK, MUTED, RC
 
-ROOT = Path(__file__).resolve().parents[1]
-RECORD = ROOT / "bench/results/study/stdlib/compare.json"
+RECORD = RESULTS / "study" / "stdlib" / "compare.json"
 SUBJECT = "hfedmoe_plus"
 OTHERS = ("most_activated", "hfedmoe", "fedmoe", "flux", "flex_moe", "fedavg_smallest", "random")  # inside the budgets
 ORACLE = "fedavg"  # needs memory that the smaller devices lack
@@ -77,7 +77,7 @@ def _message(axes: mpl.axes.Axes, earlier: Earlier, moved: list[float], loss: li
 
 def main() -> None:
     """Draw and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.landing", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs/landing.png")
     draw(Earlier.read(RECORD)).savefig(parser.parse_args().out, dpi=130)
 

@@ -2,8 +2,9 @@
 
     make bench        # or: python -m pytest bench/test_bench_kernels.py --benchmark-columns=median,iqr,rounds
 
-On a CPU a stage is what the slot loops do for it (bench/common/stages.py), on a GPU the driver's launches, each run until the
-device has ended it. bench/gpu/run.py times the same launches with CUDA events and a cold cache, and is the one to quote.
+On a CPU a stage is what the slot loops do for it (bench/common/stages.py), on a GPU the driver's launches, each run
+until the device has ended it. bench/gpu/run.py times the same launches with CUDA events and a cold cache, and is the
+one to quote.
 """
 
 from __future__ import annotations

@@ -11,13 +11,13 @@ import numpy as np
 
 from fedmoe_core import Config, simulate
 from fedmoe_core.algorithms.base import Algorithm
-from fedmoe_core.messages.update import failed_update, finished_update
+from fedmoe_core.messages.update import Weights
 from fedmoe_core.server.planning import make_plan
 
 
 @dataclass(frozen=True)
 class TakeTurns(Algorithm):
-    """In round r, client c prefers the experts that follow number r + c; all its updates weigh the same."""
+    """In round r, client c prefers the experts that follow number r + c; every client's experts weigh the same."""
 
     def plan(self, state, clients):
         """Server, before the round: a score for every expert; make_plan spends the client's budget on the highest."""
@@ -29,23 +29,18 @@ class TakeTurns(Algorithm):
         return plans
 
     def client(self, plan, result):
-        """Client, after local training: what it sends back, and how much that counts."""
-        if result.profile is None:  # training failed; the round goes on without this client
-            return failed_update(plan, result, 1.0)
+        """Client, after local training: how much what it sends back counts."""
         once_LE = plan.trainable_LE.astype(float)  # 1 for every expert that it trained, 0 elsewhere
-        weights = {"expert_weight_LE": once_LE, "router_weight_LE": once_LE, "sample_weight": 1.0, "gate_weight": 1.0}
-        samples = int(self.population.samples_C[plan.client])
-        return finished_update(plan, result, samples=samples, **weights)
+        return Weights(experts_LE=once_LE, routers_LE=once_LE, gate=1.0)
 
     def apply(self, state, sums, updates):
         """Server, after the round: each tensor moves by the mean delta of those who trained it."""
-        params = dict(state.params)
+        params = {}
         for spec in sums.specs:
             weight = {"expert": sums.expert_den_LE, "router": sums.router_den_LE}.get(spec.kind)
             divisor = sums.dense_den if weight is None else weight[spec.layer]  # 0 keeps the old tensor, bit for bit
             params[spec.key] = sums.mean(spec.key, state.params[spec.key], divisor)
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
-        return state.advance(params, heard, [update.client for update in updates])
+        return params, None
 
 
 if __name__ == "__main__":

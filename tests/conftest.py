@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-HOUSE = Path(__file__).parents[1]
-
 # Before torch loads, here and in every process that a test starts: the workers of pytest-xdist fill the cores, and
 # threads that wait for a core spin.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -55,6 +53,5 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The modules of bench/ can be imported; what they compile stays in the session's cache, for all that compile."""
-    monkeypatch.syspath_prepend(str(HOUSE / "bench"))
+    """What bench compiles has the static tiles, and stays in the session's cache, for all that compile."""
     monkeypatch.delenv("FEDMOE_TILES", raising=False)

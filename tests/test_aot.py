@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import of_a_child
 
 HOUSE = Path(__file__).parents[1]
 # The compiler, ptxas and cuobjdump come in triton's wheel, which exists for Linux only.
@@ -93,11 +94,8 @@ def test_other_numbers_of_tokens_and_slots_compile_nothing_again() -> None:
 
 def test_the_command_compiles_and_shows_its_table() -> None:
     """As `make aot` does, but for one family on one architecture."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FEDMOE_TILES")
-    }
-    command = [sys.executable, "bench/aot/run.py", "--arch", "sm_90", "--kernel", "schedule"]
-    done = subprocess.run(command, cwd=HOUSE, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.aot.run", "--arch", "sm_90", "--kernel", "schedule"]
+    done = subprocess.run(command, cwd=HOUSE, env=of_a_child(), capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
     assert "15 cases on 1 architectures" in done.stdout
     assert "4 different: 4 pass, 0 fall short; 0 would be compiled again" in done.stdout
@@ -146,13 +144,13 @@ def test_what_falls_short_is_in_the_table_and_in_the_exit_code(
     assert aot.main() == 1, "nothing compiled proves nothing"
 
 
-# Runs the script that its first word names, with the interpreter as tests/interpret has it.
+# Runs the module that its first word names, with the interpreter as tests/interpret has it.
 INTERPRETED = """
 import runpy, sys
 import patched_once
 patched_once.install()
 del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 STANDARD = [  # T, H, I, E, K, gated; TFLOP and GB forward and backward, least ms forward, backward, backward all frozen
@@ -191,15 +189,9 @@ def test_a_prediction_is_never_below_the_roofline() -> None:
 
 
 def tune(*options: str, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FEDMOE_TILES")
-    }
-    command = ["bench/tune/run.py", *options]
-    if interpreted:
-        paths = [str(HOUSE / "bench"), str(HOUSE / "tests" / "interpret"), environment.get("PYTHONPATH", "")]
-        environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-        command = ["-c", INTERPRETED, *command]
-    command = [sys.executable, *command]
+    command = ["-c", INTERPRETED] if interpreted else ["-m"]
+    environment = of_a_child(TRITON_INTERPRET="1") if interpreted else of_a_child()
+    command = [sys.executable, *command, "bench.tune.run", *options]
     return subprocess.run(command, cwd=HOUSE, env=environment, capture_output=True, text=True)
 
 

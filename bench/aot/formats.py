@@ -1,7 +1,7 @@
 """Predict a layer whose frozen experts are stored in few bits: decoded first, and read as codes by every product.
 
-    python -m bench.aot.formats                      # Qwen3-30B-A3B, all experts frozen, on an H100: the docs' table
-    python -m bench.aot.formats --tokens 8192        # where the two ways are as fast, `gpu/memory.py` changes over
+    python -m bench.aot.formats                  # Qwen3-30B-A3B, all experts frozen, on an H100: the docs' table
+    python -m bench.aot.formats --tokens 8192    # where both are as fast, `gpu/experts/memory.py` changes over
 
 Milliseconds by `roofline.expected`, of kernels that are compiled ahead of time; no GPU has confirmed any. The first run
 compiles some 80 kernels, a few minutes.
@@ -19,12 +19,12 @@ from bench.aot.cases import QWEN, Case
 from bench.aot.sass import compiled_all
 from bench.aot.table import GPU_OF, Step
 from fedmoe_kernels.formats import FORMATS
-from fedmoe_kernels.gpu.experts import call as stage
+from fedmoe_kernels.gpu.experts import call
 
 
 def predicted(case: Case, arch: str, *, first: bool) -> tuple[float, float]:
     """Return (forward, forward and backward) in ms where frozen slots are decoded `first`, or in every product."""
-    with mock.patch.object(stage, "decodes", return_value=first):
+    with mock.patch.object(call, "decodes", return_value=first):
         ((_, passes),) = aot.collect([case], [arch], "").items()
     jobs = list(dict.fromkeys(job for pairs in passes.values() for _, job in pairs))
     codes = dict(zip(jobs, compiled_all(jobs), strict=True))
@@ -35,7 +35,9 @@ def predicted(case: Case, arch: str, *, first: bool) -> tuple[float, float]:
 
 def main() -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.aot.formats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", choices=GPU_OF, default="sm_90")
     parser.add_argument("--tokens", type=int, default=QWEN.T)
     parser.add_argument("--format", action="append", choices=FORMATS, help="may be given again; all without")

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 import triton
@@ -27,9 +26,9 @@ import triton
 from bench.aot.cases import CASES, MORE, Case, launches
 from bench.aot.sass import TARGETS, Code, Job, compiled_by, job_of, misses, table_of
 from bench.aot.table import GPU_OF, Row, Step, keep, show
+from bench.common.checkout import RESULTS
 from fedmoe_kernels.gpu.launch import Launch
 
-RESULTS = Path(__file__).parent / "results"
 Passes = dict[str, list[tuple[Launch, Job]]]
 
 
@@ -91,7 +90,9 @@ def compile_all(jobs: list[Job], workers: int) -> dict[Job, Code]:
 
 def main() -> int:
     """Compile, print, keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.aot.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--all", action="store_true", help="more cases, and sm_86, sm_89 and sm_120 too")
     parser.add_argument("--arch", choices=TARGETS, action="append", help="only this one; may be given again")
     parser.add_argument("--kernel", default="", help="only kernels whose name has this in it")

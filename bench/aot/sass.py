@@ -127,7 +127,7 @@ MOST_IN_LOOP = {
     "sm_90": {"weight gradient": 190, "wide": 118, "narrow": 140, **_DECODING},
     "sm_100": {"weight gradient": 260, "wide": 132, "narrow": 150, **_DECODING},
 }
-# Programs an SM that a tile was chosen for (static_tiles.py), by architecture, kernel and rows x columns of a block.
+# Programs an SM that a tile was chosen for (tiles/static.py), by architecture, kernel and rows x columns of a block.
 PROMISED = {
     ("sm_90", "_data_gradient_kernel", 128, 128): 2,
     ("sm_90", "_data_gradient_kernel", 64, 128): 2,

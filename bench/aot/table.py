@@ -125,7 +125,7 @@ def _three(value: float) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """All launches of one case on one architecture, by pass; see `aot_cases.launches`."""
+    """All launches of one case on one architecture, by pass; see `cases.launches`."""
 
     arch: str
     case: Case
@@ -226,8 +226,8 @@ def keep(rows: list[Row], steps: list[Step], about: dict[str, Any], to: Path) ->
         f"# Kernels compiled ahead of time by triton {about['triton']}",
         "",
         "Written by `make aot`. Nothing here was measured on a GPU: registers, bytes and instructions are the",
-        "compiler's; times are predictions for an A100, H100 or B200 (`bench/common/roofline.py`: data-sheet peaks for the",
-        "roofline; for what is expected, assumptions that only a GPU can confirm or refute).",
+        "compiler's; times are predictions for an A100, H100 or B200 (`bench/common/roofline.py`: data-sheet peaks for",
+        "the roofline; for what is expected, assumptions that only a GPU can confirm or refute).",
         "",
         about["summary"],
         "",

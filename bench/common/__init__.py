@@ -1,1 +1,1 @@
-"""What several benchmarks share: shapes, peers, clocks, the prediction model, and the truth to compare with."""
+"""What several benchmarks share: shapes, peers, clocks, the prediction model, the truth, and what machine this is."""

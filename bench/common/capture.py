@@ -6,7 +6,7 @@
 
 Two eyes see a step. `Watch` sees every operation of torch: one whose result the host must read, and one that takes
 tensors of two devices, which is a copy that waits. On tensors without memory ("meta") whatever was left on the CPU
-shows as a second device. Triton's launches are seen by the stand-in driver (stand_in.py): it has no entry that waits,
+shows as a second device. Triton's launches are seen by the stand-in driver (stand_in): it has no entry that waits,
 copies or allocates, and refuses to load code while it plays a capture.
 """
 

@@ -180,7 +180,7 @@ def _launched(task: Problem, inputs: OpInputs) -> Cut:
 def _looped(task: Problem, inputs: OpInputs) -> Cut:
     """Cut by the products that the slot loops make, over buffers of all rows."""
     shape, gemm, act = task.shape, gemm_for(task.x_TH.dtype), ACTIVATIONS[task.shape.activation]
-    rows = loops.Rows(*inputs[1:5], inputs.offsets_B1.tolist())
+    rows = loops.HostRows(*inputs[1:5], inputs.offsets_B1.tolist())
     N, like = rows.real, task.x_TH
     tokens_N, spans = rows.tokens_R[:N], [slice(a, b) for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]
     experts = _experts(inputs)

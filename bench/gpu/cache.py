@@ -6,7 +6,7 @@
     python -m bench.gpu.cache check             # here: every launch of `first` and `second` again; exits 1 on a miss
     python -m bench.gpu.cache fill              # there: compile on the other cores while something else is timed
 
-What is launched is found by launching it, in processes whose driver is a stand-in (stand_in.py). A key of the cache
+What is launched is found by launching it, in processes whose driver is a stand-in (bench/stand_in). A key of the cache
 has triton's files, ptxas, the options and the source in it: no path, no GPU, no driver. The Python must be the other
 machine's (3.12 by default), for Triton's launchers are modules of it.
 """
@@ -67,7 +67,7 @@ def facts() -> dict[str, Any]:
 def kernels() -> str:
     """Hash the sources that machine code is made of: all of the kernels' package, tables of tiles included."""
     folder = checkout.ROOT / "kernels" / "fedmoe_kernels"
-    return short("".join(f"{path.name}\n{path.read_text()}" for path in sorted(folder.rglob("*.py"))))
+    return short("".join(f"{path.relative_to(folder)}\n{path.read_text()}" for path in sorted(folder.rglob("*.py"))))
 
 
 def short(text: str) -> str:
@@ -104,7 +104,7 @@ def launch_all(pieces: Sequence[str], jobs: int, library: str) -> dict[str, Any]
 
 def build(pieces: Sequence[str], jobs: int, out: Path) -> int:
     """Compile into CACHE and pack it, with the commit and the wheels of peers beside it."""
-    from bench.gpu.machine import commit  # imports torch, for which the first seconds on a GPU machine are too few
+    from bench.common.machine import commit  # imports torch, for which the first seconds on a GPU machine are too few
 
     began = time.monotonic()
     found = compiled(pieces, jobs)
@@ -150,7 +150,7 @@ def twin(path: Path) -> None:
     """Copy a launcher to the folder that it has where `file` is installed, or is not: then `platform` says other words.
 
     The folder's name is a hash of the module's source and of those words, and the source lies beside no module. So
-    what Triton hashed is kept by `gpu_pieces.begin` in a text beside it.
+    what Triton hashed is kept by `pieces.begin` in a text beside it.
     """
     source = path.with_name("hashed.txt")
     if not source.exists():
@@ -235,10 +235,12 @@ def wheels(box: Path) -> int:
 
 def main() -> int:
     """Do one of the things above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("build", "unpack", "check", "fill", "wheels"))
     parser.add_argument("--archive", type=Path, default=ARCHIVE)
-    parser.add_argument("--part", action="append", help="of gpu_pieces.py; default: all that both commands launch")
+    parser.add_argument("--part", action="append", help="of pieces.py; default: all that both commands launch")
     parser.add_argument("--only", default="", help="pieces whose name has this in it")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2))
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)

@@ -18,42 +18,32 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from bench.common import checkout
 from bench.gpu import summary
-from bench.gpu.plan import LEAST, MACHINE, SECONDS, Part, parts
+from bench.gpu.plan import CACHE, LEAST, MACHINE, RUN, SECONDS, Ended, Part, parts
 from bench.gpu.process import TILES, Processes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = checkout.ROOT
 KEPT, CARRIED = ROOT / "runs" / "gpu", ROOT / ".gpu" / "results"
 AGAIN, NOT_READY = 75, 3
 ATTEMPTS = 3
 LAST = 6.0  # seconds for the summary
 MOST_FILES = 8
-FILL = Part("compile", 600, ("fill",), script="gpu_cache.py")
+FILL = Part("compile", 600, ("fill",), module=CACHE)
 
 
 class Runner(Protocol):
-    """How parts are run; `gpu_process.Processes`, and a fake one in the tests."""
+    """How parts are run; `process.Processes`, and a fake one in the tests."""
 
     def run(self, part: Part, seconds: float, following: Part | None) -> int | None: ...
 
     def beside(self, part: Part) -> None: ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Ended:
-    """What became of a part: its status in a word, its last exit code (None = it was ended), when, and how long."""
-
-    status: str
-    code: int | None
-    at: float
-    seconds: float
-    must: bool
 
 
 def status_of(code: int | None) -> str:
@@ -98,7 +88,7 @@ class Conductor:
                     self._note(part, "no time", None, began, 0.0)
                     self.say(f"-- {part.name}: no time is left")
                 else:
-                    following = next((p for p in todo[place + 1 :] if p.script == "gpu.py"), None)
+                    following = next((p for p in todo[place + 1 :] if p.module == RUN), None)
                     self._run(part, box, following, began)
         finally:
             self.runner.close()
@@ -205,7 +195,7 @@ def environment_of(folder: Path) -> dict[str, str]:
     carried = [str(ROOT / "runs" / "peers"), str(ROOT / ".gpu" / "peers")]
     mine["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), *carried]))
     mine[TILES] = str(folder / "tiles.json")
-    return {**os.environ, **mine}
+    return checkout.environment(**mine)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A piece's name begins with its part: `kernels/CASE`, `time/SHAPE/CASE`, `correct/CHECK`, `sanitize/CHECK`,
 `routing/ROUTER`, `model/TOKENS` and `tune/FAMILY/N` (eight tiles of the first walk). What is timed is read from
-gpu_plan.py: a change there changes this. Nothing here computes: results are rubbish, and what compares them is taken
+plan.py: a change there changes this. Nothing here computes: results are rubbish, and what compares them is taken
 out.
 """
 
@@ -25,9 +25,7 @@ import torch
 
 from bench.common.cases import CLIENT_CASES, STANDARD, SWEEP_CASES, Case, Shape
 from bench.gpu import plan
-from bench.gpu.measure import behave as gpu_behave
-from bench.gpu.measure import correct as gpu_correct
-from bench.gpu.measure import sanitize
+from bench.gpu.measure import behave, correct, sanitize
 
 PARTS = ("kernels", "correct", "time", "routing", "model", "sanitize", "tune", "peers")
 ARCH = "sm_90"
@@ -127,10 +125,10 @@ def _named(offered: Sequence[Any], name: str) -> Any:
 
 def _dry(shape: Shape, case: Case, **how: Any) -> None:
     """Launch a step on tensors of the CPU that nothing touches, so that they take no memory."""
-    from bench.gpu import dry
+    from bench.aot import dry_step
     from fedmoe_kernels.gpu.launch import Launch
 
-    _, backward = dry.dry_step(shape, case, ARCH, Launch.run, device="cpu", **how)
+    _, backward = dry_step.dry_step(shape, case, ARCH, Launch.run, device="cpu", **how)
     backward()
 
 
@@ -175,20 +173,20 @@ def _modelled(name: str) -> None:
         torch.autograd.grad(y_TH, [x_TH, weights_TK, *layer.parameters()], torch.empty_like(y_TH))
 
 
-def _all_checks(*, tiny: bool) -> dict[str, gpu_correct.Check]:
+def _all_checks(*, tiny: bool) -> dict[str, correct.Check]:
     where: tuple[str, str] = ("cpu", "triton")
-    return {**gpu_correct.checks(*where, tiny=tiny), **gpu_behave.checks(*where, tiny=tiny)}
+    return {**correct.checks(*where, tiny=tiny), **behave.checks(*where, tiny=tiny)}
 
 
 def _checks() -> list[str]:
-    found = [name for name in gpu_correct.in_order(_all_checks(tiny=False)) if "float64 truth" not in name]
-    return [f"correct/{name}" for name in (*found, *gpu_behave.large_checks("cpu", "triton", tiny=False))]
+    found = [name for name in correct.in_order(_all_checks(tiny=False)) if "float64 truth" not in name]
+    return [f"correct/{name}" for name in (*found, *behave.large_checks("cpu", "triton", tiny=False))]
 
 
 def _check(name: str) -> None:
     """Launch what a check launches; the large ones on tensors without memory, graphs and compiled layers as a step."""
-    large = gpu_behave.large_cases()
-    for shape, case in gpu_correct.full_shapes(tiny=False):
+    large = behave.large_cases()
+    for shape, case in correct.full_shapes(tiny=False):
         large[f"bfloat16: {shape.name}, {case.name}"] = shape, case
     if name in large:
         _dry(*large[name])
@@ -196,7 +194,7 @@ def _check(name: str) -> None:
     if any(word in name for word in ("CUDA graph", "waits for", "torch.compile")):
         dtype = getattr(torch, name.split(":")[0]) if ":" in name else torch.float32
         with _unseen():
-            gpu_behave._layer(dtype, "cpu", "triton").step()
+            behave._layer(dtype, "cpu", "triton").step()
         return
     with _unseen():
         _all_checks(tiny=False)[name]()
@@ -217,10 +215,10 @@ def _unseen() -> Iterator[None]:
     from bench.stand_in.run import served
 
     with served(ARCH), ExitStack() as stack:
-        for module in (gpu_correct, gpu_behave):
+        for module in (correct, behave):
             for function in (name for name in SEEN if hasattr(module, name)):
                 stack.enter_context(mock.patch.object(module, function, return_value={}))
-        stack.enter_context(mock.patch.object(gpu_behave, "_alike", return_value=""))
+        stack.enter_context(mock.patch.object(behave, "_alike", return_value=""))
         # What compares rubbish or takes it for numbers of rows comes after all launches.
         stack.enter_context(suppress(AssertionError, IndexError))
         yield

@@ -1,6 +1,7 @@
-"""What a short GPU session runs, in order, each part in a box of seconds: the commands `first` and `second`.
+"""What a short GPU session runs, in order, each part in a box of seconds, and the record of how a part ended.
 
-Nothing here imports torch: what reads the plan must live on when a part takes its process down.
+The commands are `first` and `second`. Nothing here imports torch: what reads the plan must live on when a part takes
+its process down.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ MACHINE = ("cache", "facts")  # parts about the machine, which every command beg
 # Names of `cases.SWEEP_CASES`, which imports torch.
 SWEEP = ",".join(f"{name}-{tokens}" for tokens in (2048, 512, 128, 8192) for name in ("quarter", "all"))
 HOTTEST = "data_gradient,weight_gradient,up"
+RUN, CACHE = "bench.gpu.run", "bench.gpu.cache"  # the modules that parts are commands of
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,11 @@ class Part:
     Attributes:
         name: stable; what is done under it is not done again.
         seconds: its box; time that earlier parts left over is added.
-        words: what the script is told.
+        words: what the module is told.
         must: whether the command's verdict is red where it does not finish.
         tuned: whether it runs with the tiles that an earlier part found; left out while there are none.
         always: whether it runs although an earlier command finished it.
-        script: in bench/.
+        module: what Python runs.
     """
 
     name: str
@@ -39,7 +41,18 @@ class Part:
     must: bool = False
     tuned: bool = False
     always: bool = False
-    script: str = "gpu.py"
+    module: str = RUN
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of a part: its status in a word, its last exit code (None = it was ended), when, and how long."""
+
+    status: str
+    code: int | None
+    at: float
+    seconds: float
+    must: bool
 
 
 def cases(shape: str, names: str, contenders: str, *more: str) -> tuple[str, ...]:
@@ -52,7 +65,7 @@ def parts(command: str, *, tiny: bool = False) -> tuple[Part, ...]:
     qwen, wide = ("tiny", "tiny-oai,tiny-relu") if tiny else ("qwen3-30b-a3b", "gpt-oss-20b,mixtral-8x7b,olmoe-1b-7b")
     one = ("kernels", "--kernel-cases", "tiny" if tiny else "qwen3-30b-a3b")
     facts = (
-        Part("cache", 20, ("unpack",), always=True, script="gpu_cache.py"),
+        Part("cache", 20, ("unpack",), always=True, module=CACHE),
         Part("facts", 25, ("facts",), always=True),
     )
     if command == "first":

@@ -6,16 +6,16 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from bench.gpu.plan import Part
+from bench.common import checkout
+from bench.gpu.plan import RUN, Part
 
-HERE = Path(__file__).resolve().parent
+TILES = "FEDMOE_TILES"
 ROUNDS_OF_KILLS = 5
 
 
@@ -98,8 +98,8 @@ class Processes:
         self._ahead.clear()
 
     def _start(self, part: Part) -> subprocess.Popen[str]:
-        waits = ("--wait",) if part.script == "gpu.py" else ()
-        command = [sys.executable, str(HERE / part.script), *part.words, *self._words, *waits]
+        waits = ("--wait",) if part.module == RUN else ()
+        command = checkout.command(part.module, *part.words, *self._words, *waits)
         environment = self._environment if part.tuned else {k: v for k, v in self._environment.items() if k != TILES}
         streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(
@@ -125,6 +125,3 @@ class Processes:
             process.wait(2)
         if process in self._running:
             self._running.remove(process)
-
-
-TILES = "FEDMOE_TILES"

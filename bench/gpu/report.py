@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.goals import summary
-from bench.gpu.store import LISTS, NOT_A_GPU, Record
+from bench.gpu.measure.store import LISTS, NOT_A_GPU, Record
 
 _PASSES = ("fwd", "bwd", "fwd+bwd")
 _COLUMNS = (

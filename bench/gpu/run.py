@@ -1,8 +1,8 @@
 """The GPU run, `bash bench/gpu.sh`: correctness, compute-sanitizer, times against peers, a table, plots, the goals.
 
     python -m bench.gpu.run [PART] [--shapes NAME,...] [--cases NAME,...] [--results DIR]
-    python -m bench.gpu.run first --seconds 300            # many parts, each in a time box (gpu_conduct.py); second: more
-    python -m bench.gpu.run --device cpu --tiny            # rehearse the whole script without a GPU
+    python -m bench.gpu.run first --seconds 300       # many parts, each in a time box (conduct.py); second: more
+    python -m bench.gpu.run --device cpu --tiny       # rehearse the whole script without a GPU
 
 PART is facts (machine and ceilings), correct, sanitize, warm (compile for `time` on all cores), time, kernels (each
 launch alone), routing (alone, against torch's), model (one of transformers, tokens/s), tune, ncu (counters), plot, or
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in report.from_file(options.out):
             print(f"written: {path}")
         return 0
-    from bench.gpu.measure import parts as gpu_parts  # imports torch and the packages of the checkout
+    from bench.gpu import parts  # imports torch and the packages of the checkout
 
     if options.wait:  # imported ahead of its turn; nothing has touched the GPU yet
         seconds = sys.stdin.readline().strip()
@@ -46,25 +46,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         options.minutes = float(seconds) / 60
     if options.part in SERVING:
-        gpu_parts.serve(options)
+        parts.serve(options)
         return 0
     until = time.monotonic() + 60 * options.minutes - (MARGIN if options.wait else 0.0)
     try:
-        run = gpu_parts.Run.begin(options)
+        run = parts.Run.begin(options)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     for part in PARTS if options.part == "all" else (options.part,):
-        code = run.part(part, until)
+        code = parts.run_part(run, part, until)
         if code:
             return code
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = (*PARTS, *MORE, "all", "first", "second", *SERVING)
-    parser.add_argument("part", nargs="?", default="all", choices=parts)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    choices = (*PARTS, *MORE, "all", "first", "second", *SERVING)
+    parser.add_argument("part", nargs="?", default="all", choices=choices)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: a rehearsal, whose numbers mean nothing")
     parser.add_argument("--shapes", default="", help="names of bench/common/cases.py, by commas; default: all")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from bench.gpu.conduct import Ended
+from bench.gpu.plan import Ended
 
 MOST_LINES = 40
 MOST_RED = 8

@@ -13,12 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from queue import Empty, Queue
 
+from bench.common import checkout
 from bench.gpu.measure.behave import Skipped
 from bench.gpu.measure.correct import Check
-from bench.gpu.store import Record
+from bench.gpu.measure.store import Record
+from bench.gpu.plan import RUN
 
 SECONDS = 240  # for one check, most of it compilation
 GRACE = 2.0  # seconds after the end for checks that have begun; then their workers are ended
@@ -101,9 +102,8 @@ def _drive(
 
 
 def _start(options: Sequence[str]) -> subprocess.Popen[str]:
-    script = Path(__file__).with_name("gpu.py")
-    command = [sys.executable, str(script), "worker", *options]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command, streams = checkout.command(RUN, "worker", *options), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, env=checkout.environment(), text=True, **streams)
 
 
 def _ask(worker: subprocess.Popen[str], name: str) -> Record | None:

@@ -1,4 +1,4 @@
-"""Triton's real runtime without a GPU: `stand_in.c` plays libcuda, checks launches and starts none.
+"""Triton's real runtime without a GPU: `driver.c` plays libcuda, checks launches and starts none.
 
     library = stand_in.build(folder)               # once; an existing library is kept
     driver = stand_in.activate(library, "sm_90")   # before the first launch, in a process of its own
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SOURCE = Path(__file__).with_name("stand_in.c")
+SOURCE = Path(__file__).with_name("driver.c")
 SONAME = "libcuda.so.1"  # what Triton links its launcher to, and opens by name
 
 

@@ -31,7 +31,7 @@ from bench.common.capture import findings_of
 from bench.stand_in import driver as stand_in
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, SlotMap, moe_mlp, route
 from fedmoe_kernels.experts import ops as expert_ops
-from fedmoe_kernels.gpu.experts import call as stage
+from fedmoe_kernels.gpu.experts import call
 from fedmoe_kernels.gpu.launch import Launch
 from fedmoe_kernels.routing import ops as routing_ops
 
@@ -100,7 +100,7 @@ def served(arch: str) -> Iterator[None]:
     with (
         mock.patch.object(expert_ops, "use_triton", yes),
         mock.patch.object(routing_ops, "use_triton", yes),
-        mock.patch.object(stage, "arch_of", return_value=arch),
+        mock.patch.object(call, "arch_of", return_value=arch),
     ):
         yield
 
@@ -180,7 +180,9 @@ def run(case: Case, driver: stand_in.StandIn, *, public: bool = False) -> dict[s
 
 def main() -> int:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.stand_in.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", choices=stand_in.LIMITS, default="sm_90")
     parser.add_argument("--case", action="append", choices=[case.name for case in ALL], help="may be given again")
     parser.add_argument("--public", action="store_true", help="through route and moe_mlp")

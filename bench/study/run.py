@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import transformers
 
+from bench.common.checkout import RESULTS, ROOT, command, environment
 from bench.study.naive_bayes import naive_bayes_accuracy
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.federated import load_data
 
-ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 METHODS = {
     "stdlib": {
@@ -50,8 +50,8 @@ def summary_of(words: Sequence[str], out: Path) -> dict[str, Any]:
     wanted = Config.load(Path(files[0]) if files else None, overrides).resolved()
     if (out / "summary.json").exists() and not Config.load(out / "config.toml").diff(wanted):
         return json.loads((out / "summary.json").read_text())
-    command = [sys.executable, "-m", "fedmoe_core.cli", "simulate", *words, f"out={out}", "--force", "--quiet"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run = command("fedmoe_core.cli", "simulate", *words, f"out={out}", "--force", "--quiet")
+    subprocess.run(run, env=environment(), check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / "summary.json").read_text())
 
 
@@ -94,7 +94,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run, print and write one study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.study.run", description=__doc__.splitlines()[0])
     parser.add_argument("job", choices=sorted(METHODS))
     parser.add_argument("file", nargs="?", help="the CSV of ag_news")
     arguments = parser.parse_args()
@@ -120,7 +120,7 @@ def main() -> None:
         "threads": Config.load(None, []).resolved().threads,
         "commit": commit.stdout.strip(),
     }
-    path = ROOT / "bench" / "results" / f"study-{arguments.job}.json"
+    path = RESULTS / f"study-{arguments.job}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(markdown(rows))
     if "naive_bayes" in result:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from bench.common import checkout
 from fedmoe_core.comparison.significance import Comparison
 
 STUDIES = {
@@ -22,7 +22,7 @@ STUDIES = {
     "ag_news-0.5": "AG News, Dirichlet 0.5",
     "stdlib": "standard library",
 }
-RESULTS = Path(__file__).parent / "results" / "study"
+RESULTS = checkout.RESULTS / "study"
 
 
 def cell(quality: Mapping[str, Any], *, accuracy: bool) -> str:

@@ -2,7 +2,7 @@
 
     python -m bench.tune.run [--shape qwen3-30b-a3b ...] [--rows 2048 ...] [--family up ...]
     python -m bench.tune.run --seconds 45 --rows 2048 --family data_gradient --family up
-    python -m bench.tune.run --dry-run --arch sm_90          # no GPU: what would be tried, and what the compiler refuses
+    python -m bench.tune.run --dry-run --arch sm_90   # no GPU: what would be tried, and what the compiler refuses
 
 For every shape, number of rows per slot and kernel family the search walks from the static tile to its fastest
 neighbour until none is faster. Neighbours are compiled ahead of time, and those that spill, do not fit or miss the
@@ -37,7 +37,7 @@ from torch import Tensor
 from bench.aot.sass import compiled_by, job_of, misses
 from bench.common.cases import EDGE, STANDARD, TINY, Shape
 from bench.common.clock import Clock
-from bench.gpu.machine import about
+from bench.common.machine import about
 from bench.tune.stages import Layer, gated, layer_of, scaled, stage
 from fedmoe_kernels.gpu.launch import Launch
 from fedmoe_kernels.tiles import lookup
@@ -309,7 +309,9 @@ def with_families(path: Path, line: dict[str, Any], families: Iterable[str]) -> 
 
 def main() -> int:
     """Search, and keep what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = {shape.name: shape for shape in (*STANDARD, EDGE, *TINY)}
     parser.add_argument("--shape", choices=known, action="append", help="default: every standard shape")
     parser.add_argument("--rows", type=int, choices=CLASSES, action="append", help="rows per slot; default: all")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import ClassVar
@@ -16,19 +16,28 @@ from fedmoe_core.config.systems import ALGORITHMS, PLACES, System
 from fedmoe_core.layer.graft import GraftSpec
 from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.messages.plan import ExpertPlan
-from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate
-from fedmoe_core.server.accumulator import Sums
+from fedmoe_core.messages.profile import ClientProfile
+from fedmoe_core.messages.result import LocalFailure, LocalResult
+from fedmoe_core.messages.update import ClientUpdate, Weights, failed_update, finished_update
+from fedmoe_core.server.means import Sums
 from fedmoe_core.server.state import Population, ServerState, initial_state
+
+# The tensors that change, by key, and the algorithm's own memory; None keeps the memory as it is.
+NextModel = tuple[dict[str, Tensor], Mapping[str, Tensor] | None]
+
+
+def heard(updates: Sequence[ClientUpdate]) -> dict[int, ClientProfile]:
+    """Return what the clients that trained have measured, by client."""
+    return {update.client: update.profile for update in updates if update.profile is not None}
 
 
 @dataclass(frozen=True)
 class Algorithm(ABC):
     """What the simulator asks of an algorithm: a frozen dataclass that inherits this and adds no field.
 
-    All methods are pure: same arguments, same answer, on every rank. What an algorithm learns goes into
-    ``ServerState.memory`` by way of ``apply``. What it needs before the first round it declares, by ``lora``, ``graft``
-    and these:
+    A system writes ``plan``, ``client`` and ``apply``. All methods are pure: same arguments, same answer, on every
+    rank. What an algorithm learns goes into ``ServerState.memory`` by way of ``apply``. What it needs before the first
+    round it declares, by ``lora``, ``graft`` and these:
 
     Attributes:
         population: the fixed facts of the run.
@@ -64,12 +73,30 @@ class Algorithm(ABC):
         """Return one plan per sampled client, each inside that client's budget."""
 
     @abstractmethod
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
-        """Return what a client that finished its plan sends back: its deltas under this algorithm's weights."""
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
+        """Return how much the result of a client that finished its plan counts, and what goes back with it."""
 
     @abstractmethod
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        """Return the next state. ``sums`` are exact, over all ranks; ``updates`` carry no deltas here, only reports."""
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
+        """Return the tensors of the model that change, and the whole memory of the next state (None keeps it).
+
+        ``sums`` are exact, over all ranks; ``updates`` carry no deltas here, only reports, those of failed and refused
+        clients too.
+        """
+
+    def answer(self, plan: ExpertPlan, result: LocalResult | LocalFailure) -> ClientUpdate:
+        """Return what a client sends back: its deltas under the weights of ``client``, or the report of its failure."""
+        sample_weight = self.population.sample_weight(plan.client)
+        if isinstance(result, LocalFailure):
+            return failed_update(plan, result, sample_weight=sample_weight)
+        samples = int(self.population.samples_C[plan.client])
+        return finished_update(plan, result, self.client(plan, result), samples=samples, sample_weight=sample_weight)
+
+    def advance(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """Return the next state: model and memory of ``apply``, the profiles just heard, and one more visit each."""
+        changed, memory = self.apply(state, sums, updates)
+        planned = [update.client for update in updates]
+        return state.advance({**state.params, **changed}, heard(updates), planned, memory=memory)
 
     def personal(self, state: ServerState, client: int) -> ExpertPlan:
         """Return the model that this client would deploy, as the plan that makes it: by default its next plan."""
@@ -96,12 +123,3 @@ def algorithm_class(name: str) -> type[Algorithm]:
             f"algorithm {name!r} does not inherit fedmoe_core.algorithms.base.Algorithm; make it a subclass"
         )
     return found
-
-
-def find_algorithm(name: str, population: Population) -> Algorithm:
-    """Return the algorithm called ``name``, for this population.
-
-    Raises:
-        ValueError: as ``algorithm_class``.
-    """
-    return algorithm_class(name)(population)

@@ -8,17 +8,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.base.rng import counter_rng
-from fedmoe_core.budget.limits import Budget
+from fedmoe_core.budget.limits import RESOURCES, Budget
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
+from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.selection.importance import cumulative, expert_scores
 from fedmoe_core.selection.within_budget import choose
-from fedmoe_core.server.accumulator import Sums
+from fedmoe_core.server.means import Sums
 from fedmoe_core.server.planning import make_plan, plan_everything, plan_of_masks
 from fedmoe_core.server.state import ServerState
 
@@ -42,30 +42,16 @@ class FedAvg(Algorithm):
         """Give every client all experts, permitted and trainable."""
         return [plan_everything(self.population, state, client) for client in clients]
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Weigh every tensor by |D_c|."""
         samples = self.population.sample_weight(plan.client)
-        if result.profile is None:
-            return failed_update(plan, result, samples)
         everywhere_LE = np.where(plan.trainable_LE, samples, 0.0)
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=everywhere_LE,
-            router_weight_LE=everywhere_LE,
-            gate_weight=samples,
-        )
+        return Weights(everywhere_LE, everywhere_LE, gate=samples)
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Move each tensor by the |D_c|-weighted mean of its deltas."""
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
-        params = {**state.params}
-        for key, old in state.params.items():
-            if key in sums.numerators:
-                params[key] = sums.mean(key, old, sums.round_den)
-        return state.advance(params, heard, [update.client for update in updates])
+        params = state.params
+        return {key: sums.mean(key, params[key], sums.round_den) for key in params if key in sums.numerators}, None
 
 
 @dataclass(frozen=True)
@@ -93,11 +79,11 @@ class RandomExperts(Algorithm):
             plans.append(make_plan(self.population, state, client, scores_LE, explore_absent=False))
         return plans
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Return the weights of HFedMoE."""
         return HFedMoE(self.population).client(plan, result)
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Apply the aggregation of HFedMoE."""
         return HFedMoE(self.population).apply(state, sums, updates)
 
@@ -134,14 +120,15 @@ class FedAvgSmallest(FedAvg):
 
     def experts(self) -> np.ndarray:
         """Choose the best experts within the least of every resource, (L, E), of a first visit, so it never changes."""
-        least = Budget(
-            memory_bytes=least_of([budget.memory_bytes for budget in self.population.budgets]),
-            bytes_down=least_of([budget.bytes_down for budget in self.population.budgets]),
-            bytes_up=least_of([budget.bytes_up for budget in self.population.budgets]),
-            experts=least_of([budget.experts for budget in self.population.budgets]),
-            name="the least of all clients",
-        )
-        return choose(least, self.population.costs, self.scores(), client="of the smallest budget")[0]
+        budgets = self.population.budgets
+        limits = {
+            row.attribute: least_of([budget.limit(word) for budget in budgets]) for word, row in RESOURCES.items()
+        }
+        powers = [budget.power for budget in budgets if budget.power is not None]
+        power = max(powers, key=lambda one: (one.joules_per_flop, one.joules_per_byte), default=None)
+        least = Budget(**limits, power=power, name="the least of all clients")  # type: ignore[arg-type]
+        steps, scores_LE = self.population.config.train.local_steps, self.scores()
+        return choose(least, self.population.costs, scores_LE, client="of the smallest budget", local_steps=steps)[0]
 
 
 @dataclass(frozen=True)
@@ -176,15 +163,15 @@ class MostActivated(Algorithm):
         known = state.profiles[client] or self.population.prior
         return cumulative(known.hits_LE, known.tokens_L)
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Return the weights of HFedMoE."""
         return HFedMoE(self.population).client(plan, result)
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Apply the aggregation of HFedMoE."""
         return HFedMoE(self.population).apply(state, sums, updates)
 
 
-def least_of(limits: Sequence[int | None]) -> int | None:
+def least_of(limits: Sequence[float | None]) -> float | None:
     """Return the smallest of the limits given; None where no client has one."""
     return min((limit for limit in limits if limit is not None), default=None)

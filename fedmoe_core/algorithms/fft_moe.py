@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel, heard
 from fedmoe_core.algorithms.largest_fit import largest_plan
 from fedmoe_core.algorithms.lora.factors import flame_share
 from fedmoe_core.config.run_config import Config
@@ -23,8 +23,8 @@ from fedmoe_core.layer.graft import GraftSpec
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
-from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.messages.update import ClientUpdate, Weights
+from fedmoe_core.server.means import Sums, modular_mean
 from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.server.state import Population, ServerState
 
@@ -84,11 +84,9 @@ class FftMoE(Algorithm):
 
         return largest_plan(self.population, client, chosen.top_k, of_size)
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Weigh every tensor by |D_n|, or experts by FLAME's weights; report where this client's tokens went."""
         config, samples = self.population.config, self.population.sample_weight(plan.client)
-        if result.profile is None:
-            return failed_update(plan, result, samples)
         everywhere_LE = samples * plan.trainable_LE
         used_LE = everywhere_LE
         if config.fft_moe.aggregation == "usage":
@@ -99,29 +97,23 @@ class FftMoE(Algorithm):
                 samples=samples,
                 temperature=config.lora.temperature,
             )
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=used_LE,
-            router_weight_LE=everywhere_LE,
-            gate_weight=samples,
+        return Weights(
+            experts_LE=used_LE,
+            routers_LE=everywhere_LE,
+            gate=samples,
             metrics={"k": plan.top_k, "skew": label_skew(self.population, plan.client)},
         )
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Compute W_E = sum_n |D_n| / |D| W_E^n [N], and each heard client's running routing distribution [E]."""
         rate = self.population.config.fft_moe.smoothing
         memory = dict(state.memory)
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
-        for client, profile in heard.items():
+        for client, profile in heard(updates).items():
             prob_LE = torch.from_numpy(profile.prob_sum_LE / np.maximum(profile.tokens_L, 1.0)[:, None])
             before_LE = memory.get(f"routing/{client}", prob_LE)
             memory[f"routing/{client}"] = (1 - rate) * before_LE + rate * prob_LE
-        params = {**state.params, **expert_mean(sums, state.params), **gate_mean(sums, state.params, "fedavg")}
-        params |= dense_mean(sums, state.params)
-        return state.advance(params, heard, [update.client for update in updates], memory=memory)
+        params = modular_mean(sums, state.params, "fedavg")
+        return params, memory
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,16 +13,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel, heard
 from fedmoe_core.config.run_config import SelectionConfig
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
+from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.selection.importance import Score, estimate_absent, expert_scores, importance_s, usage
 from fedmoe_core.selection.knapsack import select_top_n
-from fedmoe_core.server.accumulator import GateRule, Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.server.means import GateRule, Sums, dense_mean, expert_mean, gate_mean
 from fedmoe_core.server.planning import make_plan, plan_of_masks
 from fedmoe_core.server.state import Population, ServerState
 
@@ -126,12 +126,10 @@ class HFedMoE(Algorithm):
             profiles = with_absent_experts(profiles, state, prior)
         return [expert_scores(profile, chosen.score, lam=chosen.lam, beta=chosen.beta) for profile in profiles]
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Return the weights of eqs. 16, 17, 19 and 20 for what this client trained."""
         rule, samples = self.population.config.aggregation, self.population.sample_weight(plan.client)
         tau = self.tau(plan.round)
-        if result.profile is None:
-            return failed_update(plan, result, samples)
         layers = plan.trainable_LE.shape[0]
         u_LE = usage(result.profile.prob_sum_LE, result.profile.tokens_L)  # eq. 16
         s_LE = importance_s(
@@ -151,26 +149,20 @@ class HFedMoE(Algorithm):
             "literal": alpha * trained_LE,
             "fedavg": samples * trained_LE,
         }[gate_rule(self.population)]
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=samples * votes_LE,  # eq. 17: |D_c| 1[u >= tau]
-            router_weight_LE=np.asarray(row_weight_LE, dtype=np.float64),
-            gate_weight=samples if gate_rule(self.population) == "fedavg" else alpha,
+        return Weights(
+            experts_LE=samples * votes_LE,  # eq. 17: |D_c| 1[u >= tau]
+            routers_LE=np.asarray(row_weight_LE, dtype=np.float64),
+            gate=samples if gate_rule(self.population) == "fedavg" else alpha,
         )
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Apply eq. 17 to experts, eqs. 18-21 to gates, |D_c|-FedAvg to a trained trunk; the untrained stays."""
         rule, tau = self.population.config.aggregation, self.tau(state.round)
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
         layers = self.population.spec.num_layers
         s_global_LE = np.zeros((layers, self.population.spec.num_experts), dtype=bool)
-        for profile in heard.values():
+        for profile in heard(updates).values():
             s_global_LE |= (usage(profile.prob_sum_LE, profile.tokens_L) >= tau) & profile.held_LE  # eq. 18
         params = {
-            **state.params,
             **expert_mean(sums, state.params, rule=rule.experts),
             **gate_mean(
                 sums,
@@ -180,7 +172,7 @@ class HFedMoE(Algorithm):
             ),
             **dense_mean(sums, state.params),
         }
-        return state.advance(params, heard, [update.client for update in updates])
+        return params, None
 
 
 def with_absent_experts(

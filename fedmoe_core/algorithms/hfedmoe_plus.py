@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.algorithms.own_gates import grown_gate, own_rows
 from fedmoe_core.algorithms.redundancy import discounted, mean_outputs, overlap
@@ -24,9 +24,9 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.selection.importance import cumulative
-from fedmoe_core.server.accumulator import Sums
+from fedmoe_core.server.means import Sums
 from fedmoe_core.server.planning import make_plan
 from fedmoe_core.server.state import ServerState
 
@@ -107,20 +107,20 @@ class HFedMoEPlus(Algorithm):
         first = Cost(bytes_down=router) if state.visits[client] == 0 else NOTHING
         return Extras(keeps=frozenset({"router"}), train_router=False, surcharge=first)
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Return HFedMoE's weights; none for a router that did not train. A personal gate is kept, its change sent."""
-        update = self.base.client(plan, result)
+        weights = self.base.client(plan, result)
         if self.gate == "frozen":
-            return replace(update, router_weight_LE=np.zeros_like(update.router_weight_LE), gate_weight=0.0)
-        if not plan.extras.rows or result.profile is None:
-            return update
-        return replace(update, private={**update.private, "gate": grown_gate(plan, result.deltas, deltas=True)})
+            return replace(weights, routers_LE=np.zeros_like(weights.routers_LE), gate=0.0)
+        if not plan.extras.rows:
+            return weights
+        return replace(weights, private={"gate": grown_gate(plan, result.deltas, deltas=True)})
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Apply the aggregation of HFedMoE; a router without weight keeps its bits, and a client its own gate."""
         grown = {f"gate/{u.client}": u.private["gate"] for u in updates if "gate" in u.private}
-        after = self.base.apply(state, sums, updates)
-        return replace(after, memory={**after.memory, **grown})
+        params, _ = self.base.apply(state, sums, updates)
+        return params, {**state.memory, **grown}
 
 
 def as_hfedmoe(config: Config) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from fedmoe_core.budget.limits import BudgetError
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.server.state import Population
 
@@ -36,7 +37,7 @@ def largest_plan(population: Population, client: int, largest: int, make: MakePl
         population: its budgets bind the plan.
         client: the client to plan for.
         largest: the size of a client without limits.
-        make: the plan of a size; raises ValueError where the budget cannot bear it.
+        make: the plan of a size; raises BudgetError where the budget cannot bear it.
     """
     top = largest_size(population, client, largest)
     uncounted = tuple(replace(budget, experts=None) for budget in population.budgets)
@@ -44,7 +45,7 @@ def largest_plan(population: Population, client: int, largest: int, make: MakePl
         for size in range(top, 0, -1):
             try:
                 plan = make(bound, size, True)
-            except ValueError:
+            except BudgetError:
                 continue
             whole = plan.local_steps == population.config.train.local_steps and bool(plan.trainable_LE.all())
             if size == 1 or whole:

@@ -12,6 +12,8 @@ MIB = 1024**2
 COMPUTE_SECONDS = 600.0
 COMPUTE_SHARE = 0.3
 LINK_SECONDS = 60.0
+# Energy of links [E]: 0.05 microjoules a byte on a wire, 0.1 on Wi-Fi, 1 on a mobile network. Orders of magnitude, for
+# comparing plans on one device; measure your own before you believe a battery.
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Device:
         memory_share: the part of it that training may use; the rest is the system's.
         flops_per_second: peak rate; None = not limited by this profile.
         down_mbit, up_mbit: link rates in 10^6 bits a second; None = not limited by this profile.
+        watts: power of the whole device while it trains; None = its energy is not known.
+        joules_per_byte: of its link, each way.
         source: where the hardware facts come from.
         assumed: what no source states.
     """
@@ -36,6 +40,15 @@ class Device:
     up_mbit: float | None
     source: str
     assumed: str
+    watts: float | None = None
+    joules_per_byte: float = 0.0
+
+    @property
+    def joules_per_flop(self) -> float:
+        """Energy of an operation at the rate that a round is taken to reach; 0 where power or rate is not known."""
+        if self.watts is None or self.flops_per_second is None:
+            return 0.0
+        return self.watts / (self.flops_per_second * COMPUTE_SHARE)
 
     @property
     def usable_bytes(self) -> int:
@@ -70,7 +83,9 @@ def _jetson(gib: int) -> Device:
         1000.0,
         "HFedMoE, arXiv 2601.00583, testbed of 4 boards limited to 12..32 GB [N]; NVIDIA Jetson AGX Xavier data sheet: "
         "512-core Volta GPU with 64 tensor cores, 32 GB LPDDR4x, 11 TFLOPS fp16, gigabit Ethernet",
-        "0.9 of the whole board's memory is free; a simulated limit is the training process's own",
+        "0.9 of the whole board's memory is free; a simulated limit is the training process's own; its 30 W power mode",
+        watts=30.0,
+        joules_per_byte=5e-8,
     )
 
 
@@ -98,7 +113,10 @@ DEVICES: tuple[Device, ...] = (
         100.0,
         20.0,
         "Samsung Galaxy S23 has 8 GB of memory (maker's specification)",
-        "a background job may use a quarter of memory; 1 TFLOPS; mobile link of 100 Mbit/s down, 20 Mbit/s up",
+        "a background job may use a quarter of memory; 1 TFLOPS; mobile link of 100 Mbit/s down, 20 Mbit/s up; "
+        "4 W while it trains",
+        watts=4.0,
+        joules_per_byte=1e-6,
     ),
     Device(
         "laptop-8gb",
@@ -108,7 +126,9 @@ DEVICES: tuple[Device, ...] = (
         200.0,
         50.0,
         "Apple MacBook Air (M2): 8 GB of unified memory in the base model (maker's specification)",
-        "half of memory is free; 2 TFLOPS; home link of 200 Mbit/s down, 50 Mbit/s up",
+        "half of memory is free; 2 TFLOPS; home link of 200 Mbit/s down, 50 Mbit/s up; 20 W",
+        watts=20.0,
+        joules_per_byte=1e-7,
     ),
     Device(
         "workstation-rtx4090",
@@ -118,7 +138,9 @@ DEVICES: tuple[Device, ...] = (
         1000.0,
         1000.0,
         "NVIDIA GeForce RTX 4090: 24 GB GDDR6X, 82.6 TFLOPS fp32 without tensor cores (maker's specification)",
-        "0.9 of memory is free of display and context; gigabit link",
+        "0.9 of memory is free of display and context; gigabit link; 450 W, the card's rated power",
+        watts=450.0,
+        joules_per_byte=5e-8,
     ),
     Device(
         "raspberry-pi-5-8gb",
@@ -128,7 +150,9 @@ DEVICES: tuple[Device, ...] = (
         1000.0,
         1000.0,
         "Raspberry Pi 5: four Cortex-A76 cores at 2.4 GHz, 8 GB LPDDR4X, gigabit Ethernet (maker's specification)",
-        "three quarters of memory are free; peak = 4 cores x 2 fp32 vector units x 4 lanes x 2 operations",
+        "three quarters of memory are free; peak = 4 cores x 2 fp32 vector units x 4 lanes x 2 operations; 8 W",
+        watts=8.0,
+        joules_per_byte=5e-8,
     ),
     _tiny(19, 2.2, 0.7),
     _tiny(20, 2.5, 1.0),

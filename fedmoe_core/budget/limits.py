@@ -4,30 +4,90 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from types import MappingProxyType
 
 from fedmoe_core.base.show import size as shown_size
 from fedmoe_core.base.wording import nearest
 from fedmoe_core.budget.devices import DEVICES, Device, find_device
 
-# Word in a budget's text -> field of Budget.
-RESOURCES = {
-    "memory": "memory_bytes",
-    "down": "bytes_down",
-    "up": "bytes_up",
-    "flops": "flops",
-    "experts": "experts",
-}
 _BINARY = {"TiB": 1024**4, "GiB": 1024**3, "MiB": 1024**2, "KiB": 1024}
 _DECIMAL = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
 _BYTES = {**_BINARY, **_DECIMAL, "B": 1}
 _FLOPS = {"PFLOP": 10**15, "TFLOP": 10**12, "GFLOP": 10**9, "MFLOP": 10**6}
+_JOULES = {"MJ": 10**6, "kJ": 10**3, "J": 1}
 _MOST = 2**60  # bytes or experts: 1 EiB; solvers add such numbers up in int64
 _MOST_FLOPS = 1e300  # what floats hold, with room to be rounded up
 _DIGITS = 80  # of an amount; an exponent has at most three: to write 1e999999999 out takes hours
 _NUMBER = re.compile(r"(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)\s*([A-Za-z%]*)")
+
+
+class BudgetError(ValueError):
+    """A budget cannot bear what is asked of it; the sentence names the resource, the need and the limit."""
+
+
+@dataclass(frozen=True)
+class Resource:
+    """One kind of limit: a row of ``RESOURCES``, over which plans, tables, logs and searches loop.
+
+    Attributes:
+        word: its name in a budget's text.
+        attribute: field of ``Budget`` that holds the limit.
+        units: what may follow a number, and how much that is.
+        exact: whether amounts are whole numbers (bytes, experts), and a limit at most 2^60.
+        spent: whether work besides training takes of it what training cannot have then; a peak or a count is not spent.
+        shares: whether ``25%`` is understood, as what a share of the experts needs.
+        example: an amount, for error messages.
+    """
+
+    word: str
+    attribute: str
+    units: Mapping[str, int]
+    exact: bool = True
+    spent: bool = False
+    shares: bool = True
+    example: str = "40MiB"
+
+    @property
+    def most(self) -> float:
+        """The largest limit that can be given."""
+        return _MOST if self.exact else _MOST_FLOPS
+
+    def used(self, cost: Cost, budget: Budget) -> float:
+        """Return how much of it a client of that budget has used."""
+        if self.attribute == "energy_joules":
+            return 0.0 if budget.power is None else budget.power.joules(cost)
+        return float(getattr(cost, self.attribute)) if not self.exact else int(getattr(cost, self.attribute))
+
+
+_ROWS = (
+    Resource("memory", "memory_bytes", _BYTES),
+    Resource("down", "bytes_down", _BYTES, spent=True),
+    Resource("up", "bytes_up", _BYTES, spent=True),
+    Resource("flops", "flops", _FLOPS, exact=False, spent=True, shares=False, example="3e12"),
+    Resource("experts", "experts", {}, example="25% or experts=8"),
+    Resource("energy", "energy_joules", _JOULES, exact=False, spent=True, shares=False, example="500J"),
+)
+RESOURCES: Mapping[str, Resource] = MappingProxyType({row.word: row for row in _ROWS})
+
+
+@dataclass(frozen=True)
+class Power:
+    """What a device's work costs in energy, while it trains and while it talks.
+
+    Attributes:
+        joules_per_flop: per floating-point operation.
+        joules_per_byte: per byte that arrives or leaves.
+    """
+
+    joules_per_flop: float
+    joules_per_byte: float
+
+    def joules(self, cost: Cost) -> float:
+        """Return the energy of a round's operations and traffic."""
+        return self.joules_per_flop * cost.flops + self.joules_per_byte * (cost.bytes_down + cost.bytes_up)
 
 
 @dataclass(frozen=True)
@@ -39,6 +99,8 @@ class Budget:
         flops: floating-point operations a round.
         bytes_down, bytes_up: traffic a round.
         experts: total number of experts over all MoE layers (HFedMoE eq. 15's cardinality budget [N]).
+        energy_joules: energy of a round's operations and traffic, by ``power``.
+        power: of a device profile; energy is counted with it.
         name: label for people; two budgets with the same limits are equal whatever they are called.
     """
 
@@ -47,18 +109,29 @@ class Budget:
     bytes_down: int | None = None
     bytes_up: int | None = None
     experts: int | None = None
+    energy_joules: float | None = None
+    power: Power | None = None
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for word, attribute in RESOURCES.items():
-            limit = getattr(self, attribute)
-            most = _MOST_FLOPS if word == "flops" else _MOST
+        for word, resource in RESOURCES.items():
+            limit, most = self.limit(word), resource.most
             if limit is not None and not 0 <= limit <= most:  # written so that NaN is refused
                 huge = isinstance(limit, int) and limit.bit_length() > 1000  # such an int has no text, nor a float
                 given = "a number of hundreds of digits" if huge else limit
                 raise ValueError(
                     f"budget {word}={given} is not a limit; give a number from 0 to {most}, or leave it out"
                 )
+        if self.energy_joules is not None and self.power is None:
+            raise ValueError(
+                f"budget energy={self.energy_joules}: energy is counted by a device profile; write one before it, "
+                "for example raspberry-pi-5-8gb,energy=500J"
+            )
+
+    def limit(self, word: str) -> float | None:
+        """Return the limit of a resource by its word; None = no limit."""
+        found: float | None = getattr(self, RESOURCES[word].attribute)
+        return found
 
     @classmethod
     def parse(cls, text: str, *, spec_experts: int | None = None, plain: Callable[[int], Cost] | None = None) -> Budget:
@@ -84,7 +157,7 @@ class Budget:
             >>> Budget.parse("raspberry-pi-5-8gb").memory_bytes == 6 * 2**30  # three quarters of its 8 GiB
             True
         """
-        limits: dict[str, int | float | None] = {}
+        limits: dict[str, int | float | Power | None] = {}
         for place, part in enumerate(text.split(",")):
             word, equals, amount = (piece.strip() for piece in part.partition("="))
             if not equals and place == 0:
@@ -94,23 +167,17 @@ class Budget:
                 raise ValueError(f"budget {text!r}: {word!r} is not a resource; {_nearest(word, list(RESOURCES))}")
             if _count(text, word) > 1:
                 raise ValueError(f"budget {text!r}: {word} is given twice; give it once")
-            limits[RESOURCES[word]] = _amount(word, amount, text=text, spec_experts=spec_experts, plain=plain)
+            limits[RESOURCES[word].attribute] = _amount(word, amount, text=text, spec_experts=spec_experts, plain=plain)
         return cls(**limits, name=text.strip())  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         """Return text that ``parse`` reads back to an equal budget."""
         if (device := find_device(self.name)) is not None and device_budget(device) == self:
             return device.name
-        parts = [
-            f"{word}={_exact_bytes(getattr(self, RESOURCES[word]))}"
-            for word in ("memory", "down", "up")
-            if getattr(self, RESOURCES[word]) is not None
-        ]
-        if self.flops is not None:
-            parts.append(f"flops={self.flops!r}")
-        if self.experts is not None:
-            parts.append(f"experts={self.experts}")
-        return ",".join(parts) or "unlimited"
+        if self.power is not None and self.name and Budget.parse(self.name) == self:
+            return self.name  # only a profile's name can say the rates of its power
+        given = {word: limit for word in RESOURCES if (limit := self.limit(word)) is not None}
+        return ",".join(f"{word}={_text(word, limit)}" for word, limit in given.items()) or "unlimited"
 
     def violations(self, cost: Cost) -> list[str]:
         """Return one line for every resource of which ``cost`` needs more than is allowed; empty = it fits.
@@ -120,8 +187,8 @@ class Budget:
             ['memory: 2.0 MiB (2097152 B) used, 1.0 MiB (1048576 B) allowed']
         """
         found = []
-        for word, attribute in RESOURCES.items():
-            used, allowed = getattr(cost, attribute), getattr(self, attribute)
+        for word, resource in RESOURCES.items():
+            used, allowed = resource.used(cost, self), self.limit(word)
             if allowed is not None and not used <= allowed:  # written so that NaN counts as too much
                 found.append(f"{word}: {show(word, used, exact=True)} used, {show(word, allowed, exact=True)} allowed")
         return found
@@ -130,20 +197,27 @@ class Budget:
         """Return whether ``cost`` stays within every limit."""
         return not self.violations(cost)
 
+    def with_flops_of_energy(self, traffic: Cost) -> Budget:
+        """Return this budget with a FLOP limit that keeps the energy limit too, once ``traffic`` is paid from it."""
+        if self.energy_joules is None or self.power is None or not self.power.joules_per_flop:
+            return self
+        flops = max(0.0, (self.energy_joules - self.power.joules(traffic)) / self.power.joules_per_flop)
+        return replace(self, flops=flops if self.flops is None else min(flops, self.flops))
+
     def after(self, extra: Cost) -> Budget:
-        """Return what is left of traffic and operations once ``extra`` is paid; peaks and counts are not spent by it.
+        """Return what is left of what is spent (traffic, operations, energy) once ``extra`` is paid.
 
         Raises:
-            ValueError: ``extra`` alone needs more than is allowed of some resource.
+            BudgetError: ``extra`` alone needs more than is allowed of some resource.
         """
         if over := self.violations(extra):
-            raise ValueError(f"the work besides training alone exceeds the budget ({over[0]}); raise the budget")
-        return replace(
-            self,
-            flops=None if self.flops is None else self.flops - extra.flops,
-            bytes_down=None if self.bytes_down is None else self.bytes_down - extra.bytes_down,
-            bytes_up=None if self.bytes_up is None else self.bytes_up - extra.bytes_up,
-        )
+            raise BudgetError(f"the work besides training alone exceeds the budget ({over[0]}); raise the budget")
+        left = {
+            resource.attribute: limit - resource.used(extra, self)
+            for word, resource in RESOURCES.items()
+            if resource.spent and (limit := self.limit(word)) is not None
+        }
+        return replace(self, **left)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -179,6 +253,7 @@ def device_budget(device: Device) -> Budget:
         flops=device.round_flops,
         bytes_down=device.round_down,
         bytes_up=device.round_up,
+        power=None if device.watts is None else Power(device.joules_per_flop, device.joules_per_byte),
         name=device.name,
     )
 
@@ -194,6 +269,8 @@ def show(resource: str, amount: float, *, exact: bool = False) -> str:
         return f"{math.ceil(amount)} experts" if amount != 1 else "1 expert"
     if resource == "flops":
         return f"{_show_flops(amount)} ({amount!r})" if exact else _show_flops(amount)
+    if resource == "energy":
+        return f"{_show_flops(amount)} J ({amount!r} J)" if exact else f"{_show_flops(amount)} J"
     text = shown_size(amount, up=True)
     return f"{text} ({int(amount)} B)" if exact and amount >= 1024 else text
 
@@ -206,7 +283,7 @@ def _show_flops(amount: float) -> str:
     return f"{float(math.ceil(Fraction(amount) / step) * step):.3g}"
 
 
-def _profile_limits(word: str, text: str) -> dict[str, int | float | None]:
+def _profile_limits(word: str, text: str) -> dict[str, int | float | Power | None]:
     """Limits behind a bare word: a device profile or ``unlimited``."""
     if word == "unlimited":
         return {}
@@ -217,7 +294,7 @@ def _profile_limits(word: str, text: str) -> dict[str, int | float | None]:
             f"budget {text!r}: {word!r} is neither a device profile nor resource=amount; {_nearest(word, names)}"
         )
     budget = device_budget(device)
-    return {attribute: getattr(budget, attribute) for attribute in RESOURCES.values()}
+    return {"power": budget.power} | {row.attribute: budget.limit(word) for word, row in RESOURCES.items()}
 
 
 def _count(text: str, word: str) -> int:
@@ -233,26 +310,24 @@ def _amount(
     if match is None:
         raise ValueError(f"budget {text!r}: {amount!r} is not an amount of {word}; write for example {_example(word)}")
     number, unit = _exact(match[1], text=text, word=word), match[2]
-    if unit == "%" and word != "flops":
+    resource = RESOURCES[word]
+    if unit == "%" and resource.shares:
         if spec_experts is None or (word != "experts" and plain is None):
             raise ValueError(f"budget {text!r}: {amount!r} can only be resolved once the model is known; give a number")
         count = min(math.floor(number * spec_experts / 100), spec_experts)
         if word == "experts" or plain is None:
             return count
-        return int(getattr(plain(count), RESOURCES[word]))
-    units = {"experts": {}, "flops": _FLOPS}.get(word, _BYTES)
-    size = 1 if not unit else {known.lower(): value for known, value in units.items()}.get(unit.lower())
+        return int(getattr(plain(count), resource.attribute))
+    size = 1 if not unit else {known.lower(): value for known, value in resource.units.items()}.get(unit.lower())
     if size is None:
-        known = [*units, *(["%"] if word != "flops" else [])]
+        known = [*resource.units, *(["%"] if resource.shares else [])]
         raise ValueError(f"budget {text!r}: {unit!r} is not a unit of {word}; {_nearest(unit, known)}")
-    most = _MOST_FLOPS if word == "flops" else _MOST
-    if number * size > most:
+    if number * size > resource.most:
         raise ValueError(
-            f"budget {text!r}: {amount!r} is more than {show(word, most)}; give less, or leave {word} out for no limit"
+            f"budget {text!r}: {amount!r} is more than {show(word, resource.most)}; give less, or leave {word} out for "
+            "no limit"
         )
-    if word == "flops":
-        return float(number * size)
-    return math.floor(number * size)
+    return math.floor(number * size) if resource.exact else float(number * size)
 
 
 def _exact(digits: str, *, text: str, word: str) -> Fraction:
@@ -267,7 +342,7 @@ def _exact(digits: str, *, text: str, word: str) -> Fraction:
 
 
 def _example(word: str) -> str:
-    return {"experts": "experts=25% or experts=8", "flops": "flops=3e12"}.get(word, f"{word}=40MiB")
+    return f"{word}={RESOURCES[word].example}"
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -276,9 +351,11 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"did you mean {near!r}?" if near else f"valid: {', '.join(known)}"
 
 
-def _exact_bytes(amount: int) -> str:
-    """Bytes in the largest unit that divides them."""
-    for unit, size in (*_BINARY.items(), *_DECIMAL.items()):
-        if amount and amount % size == 0:
-            return f"{amount // size}{unit}"
-    return f"{amount}B"
+def _text(word: str, limit: float) -> str:
+    """An amount that ``_amount`` reads back: bytes in the largest unit that divides them."""
+    if not RESOURCES[word].exact:
+        return repr(limit)
+    for unit, size in (*_BINARY.items(), *_DECIMAL.items()) if RESOURCES[word].units else ():
+        if limit and limit % size == 0:
+            return f"{int(limit) // size}{unit}"
+    return f"{int(limit)}{'B' if RESOURCES[word].units else ''}"

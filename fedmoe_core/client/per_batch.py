@@ -12,10 +12,10 @@ from torch import nn
 
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.peak_memory import HasState, resident_bytes, tensor_bytes, trace_memory
-from fedmoe_core.client.profiling import validate
+from fedmoe_core.client.profiling import ProfileSums, validate
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
-from fedmoe_core.messages.plan import BatchRule
+from fedmoe_core.messages.plan import BatchRule, ProbeContext
 from fedmoe_core.model.adapter import ModelAdapter
 
 
@@ -65,6 +65,35 @@ class BatchChooser:
         """End the round: select all that the plan trains, so that every delta can be read, mostly zeros."""
         for layer, trainable_E in zip(self.adapter.moe, trainable_LE, strict=True):
             layer.set_experts(None, trainable_E)
+
+
+class PerBatchSteps:
+    """Steps in which every batch has its own experts, chosen by a scoring pass over it."""
+
+    def __init__(self, context: ProbeContext, costs: CostModel, sums: ProfileSums, rule: BatchRule) -> None:
+        self.optimizer = SlotAdamW(context.adapter, context.train)
+        self.chooser = BatchChooser(context.adapter, rule, costs, context.plan.top_k)
+        self._trainable_LE, self._sums = context.plan.trainable_LE, sums
+        self._rows_LE = np.zeros(self._trainable_LE.shape)
+
+    def before(self, batch: Batch) -> int:
+        """Choose the experts of ``batch``; return the peak bytes of that."""
+        return self.chooser.choose(batch, self.optimizer)
+
+    def after(self, tokens: int) -> None:
+        """Bill the step, and take the importance sums before the layers change their experts and lose them."""
+        self.chooser.bill(self._sums.rows_LE() - self._rows_LE, tokens)
+        self._sums.harvest()
+        self._rows_LE = self._sums.rows_LE()
+
+    def spent(self) -> float:
+        """Return the operations of scoring and of steps."""
+        return self.chooser.flops
+
+    def finish(self) -> np.ndarray:
+        """Select all that the plan trains, so that every delta can be read; return those that learnt."""
+        self.chooser.settle(self._trainable_LE)
+        return self.chooser.trained_LE
 
 
 class SlotAdamW:

@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmoe_core.budget.cost_model import CostModel
+from fedmoe_core.client.profiling import ProfileSums
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.router_loss import AuxLoss
+from fedmoe_core.messages.plan import ProbeContext
 from fedmoe_core.model.adapter import ModelAdapter
 
 
@@ -23,6 +26,53 @@ class LocalOptimizer(Protocol):
     def state(self) -> Any: ...
     def step(self) -> Any: ...
     def zero_grad(self, *, set_to_none: bool = True) -> None: ...
+
+
+class LocalSteps(Protocol):
+    """What surrounds the steps of a round: which optimizer, what precedes and follows each, and what all have cost."""
+
+    @property
+    def optimizer(self) -> LocalOptimizer: ...
+
+    def before(self, batch: Batch) -> int:
+        """Prepare the model for ``batch``; return the peak bytes of that, 0 where there is nothing to do."""
+        ...
+
+    def after(self, tokens: int) -> None:
+        """Take note of a step over so many tokens."""
+        ...
+
+    def spent(self) -> float:
+        """Count the operations so far; this may wait for the device."""
+        ...
+
+    def finish(self) -> np.ndarray:
+        """End the round; return the experts that learnt in it, bool (L, E)."""
+        ...
+
+
+class PlainSteps:
+    """Steps in which all that the plan trains learns from every batch."""
+
+    def __init__(self, context: ProbeContext, costs: CostModel, sums: ProfileSums) -> None:
+        self.optimizer: LocalOptimizer = local_optimizer(context.adapter, context.train)
+        self._trainable_LE, self._costs, self._sums, self._tokens = context.plan.trainable_LE, costs, sums, 0
+
+    def before(self, batch: Batch) -> int:
+        """Do nothing: the model is ready."""
+        return 0
+
+    def after(self, tokens: int) -> None:
+        """Count the tokens."""
+        self._tokens += tokens
+
+    def spent(self) -> float:
+        """Count the operations of the rows that really ran."""
+        return self._costs.real_flops(self._sums.rows_LE(), self._trainable_LE, tokens=self._tokens)
+
+    def finish(self) -> np.ndarray:
+        """Return the experts that the plan trains."""
+        return self._trainable_LE
 
 
 def local_optimizer(adapter: ModelAdapter, train: TrainConfig) -> torch.optim.Optimizer:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ from torch import Tensor
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.budget.peak_memory import resident_bytes, tensor_bytes, trace_memory
-from fedmoe_core.client.per_batch import BatchChooser, SlotAdamW
+from fedmoe_core.client.per_batch import PerBatchSteps
 from fedmoe_core.client.profiling import ProfileSums, run_probe, statistics_bytes, validate
-from fedmoe_core.client.step import Stepper, local_optimizer, log_prior
+from fedmoe_core.client.step import LocalSteps, PlainSteps, Stepper, log_prior
 from fedmoe_core.client.traffic import kind_of, received_bytes, returned_bytes, start_of
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.messages.plan import Batches, ExpertPlan, ProbeContext
-from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.model.adapter import ModelAdapter
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def train_client(
     class_shares_C: np.ndarray | None = None,
     redraw: Batches = tuple,
     validation: Batches = tuple,
-) -> LocalResult:
+) -> LocalResult | LocalFailure:
     """Run one client's round inside its plan.
 
     Args:
@@ -55,8 +55,7 @@ def train_client(
         validation: all of the client's validation data.
 
     Returns:
-        The result. A loss that is not finite, or an error raised by the step, gives status "failed":
-        one client's trouble never ends the run.
+        The result; or a failure, where a loss is not finite or a step raised: one client's trouble never ends the run.
     """
     began = time.perf_counter()
     prior_C = log_prior(class_shares_C, train, next(adapter.model.parameters()).device)
@@ -75,7 +74,7 @@ def train_client(
             seconds=time.perf_counter() - began,
         )
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, ArithmeticError) else str(error)
-        return LocalResult({}, None, cost.with_extra(plan.extras.surcharge), (), status="failed", error=reason)
+        return LocalFailure(cost.with_extra(plan.extras.surcharge), reason)
 
 
 @dataclass
@@ -112,6 +111,7 @@ class _Meter:
 
 
 def _train(context: ProbeContext, batches: Iterable[Batch], meter: _Meter, *, costs: CostModel) -> LocalResult:
+    """Become the sub-model, measure what the plan asks, train, and read off what changed and what it cost."""
     began = time.perf_counter()
     adapter, plan, train = context.adapter, context.plan, context.train
     device = next(adapter.model.parameters()).device
@@ -120,85 +120,118 @@ def _train(context: ProbeContext, batches: Iterable[Batch], meter: _Meter, *, co
     adapter.configure(context.params, plan.submodel(train_dense=train.trunk == "fedavg"))
     extracted = time.perf_counter()
     meter.bytes_down = received_bytes(adapter, plan)
-    chooser = None if plan.extras.per_batch is None else BatchChooser(adapter, plan.extras.per_batch, costs, plan.top_k)
-    optimizer = local_optimizer(adapter, train) if chooser is None else SlotAdamW(adapter, train)
-    stepper = Stepper(adapter, optimizer, train, seed=plan.seed, log_prior_C=context.log_prior_C, aux=plan.extras.aux)
-    sums = ProfileSums(adapter)
-    losses: list[float] = []
-    tokens, begun = 0, 0
     meter.memory_bytes = max(meter.memory_bytes, resident_bytes(adapter.model))
-    rows_LE = np.zeros(plan.trainable_LE.shape)
-    bound = None if plan.budget.flops is None else plan.budget.flops - plan.extras.surcharge.flops
-    worst = costs.step_flops(plan.served_LE, plan.taught_LE, top_k=plan.top_k)
 
-    def spent() -> float:
-        return chooser.flops if chooser else costs.real_flops(sums.rows_LE(), plan.trainable_LE, tokens=tokens)
+    sums = ProfileSums(adapter)
+    rule = plan.extras.per_batch
+    steps = PlainSteps(context, costs, sums) if rule is None else PerBatchSteps(context, costs, sums, rule)
+    losses = _run_steps(
+        context, batches, meter, steps, sums, worst=costs.step_flops(plan.served_LE, plan.taught_LE, top_k=plan.top_k)
+    )
+    trained_LE = steps.finish()
 
-    def spent_at_most() -> float:
-        """Count a step that did not end as a whole one; together never more than the plan foresaw."""
-        try:
-            return min(spent() + (begun - len(losses)) * worst, begun * worst)
-        except RuntimeError:  # the device itself failed
-            return begun * worst
-
-    meter.flops = spent_at_most
-    for step, batch in zip(range(plan.local_steps), batches, strict=False):
-        # Counting rows waits for the device, so it is done at every step only where a bound may be met.
-        if bound is not None and spent() + worst > bound:
-            break
-        begun += 1
-        if chooser is not None:
-            meter.memory_bytes = max(meter.memory_bytes, chooser.choose(batch, optimizer))
-        # Every step, because padding, token dropout and the choices of experts make some larger than others (by up to
-        # 0.9 % on labelled rows); a trace takes 10 ms.
-        resident = resident_bytes(adapter.model, optimizer) + tensor_bytes(stepper.anchors)
-        losses.append(meter.run(partial(stepper.step, batch), device, resident=resident))
-        tokens += batch.tokens_SN.numel()
-        sums.add_batch()
-        if chooser is not None:
-            chooser.bill(sums.rows_LE() - rows_LE, batch.tokens_SN.numel())
-            sums.harvest()
-            rows_LE = sums.rows_LE()
-        if not np.isfinite(losses[-1]):
-            raise ArithmeticError(f"the loss became {losses[-1]} at local step {step + 1}")
-
-    trained_LE = plan.trainable_LE
-    if chooser is not None:
-        chooser.settle(plan.trainable_LE)
-        trained_LE = chooser.trained_LE
-    trained = adapter.trained()
-    staying = plan.extras.keeps | {"scale"}
-    # Adapters that the state does not have are sent whole: only this client knows what they started from.
-    whole = {key for key in trained if key not in context.params}
-    kept = {key: new.clone() for key, new in trained.items() if key in whole or kind_of(key) in staying}
-    returned = [kept[key] for key in whole if kind_of(key) not in staying]
-    deltas = {key: new - start_of(context.params, key, plan) for key, new in trained.items() if key not in kept}
+    returned = _read_off(context)
     profile = sums.finish()
-    flops, meter.bytes_down = spent(), received_bytes(adapter, plan)  # choices per batch have changed what it holds
+    flops, meter.bytes_down = steps.spent(), received_bytes(adapter, plan)  # choices per batch change what it holds
     answer, peak = run_probe(plan.extras.after, context, device)
     found = None
     if plan.extras.validate:
-        resident, held_out = resident_bytes(adapter.model, optimizer), list(context.validation())
+        resident, held_out = resident_bytes(adapter.model, steps.optimizer), list(context.validation())
         judge = partial(validate, adapter, held_out, log_prior_C=context.log_prior_C)
         found = meter.run(judge, device, resident=resident)
+    sent = returned_bytes(returned.deltas, trained_LE, plan) + tensor_bytes(returned.whole)
     cost = Cost(
         memory_bytes=max(meter.memory_bytes, peak),
         flops=flops,
         bytes_down=meter.bytes_down,
-        bytes_up=returned_bytes(deltas, trained_LE, plan) + tensor_bytes(returned) + statistics_bytes(profile),
+        bytes_up=sent + statistics_bytes(profile),
         experts=meter.experts,
         seconds=time.perf_counter() - began,
     )
     return LocalResult(
-        deltas,
+        returned.deltas,
         profile,
         cost.with_extra(plan.extras.surcharge),
         tuple(losses),
         extract_seconds=extracted - extracting,
-        kept=kept,
+        kept=returned.kept,
         probed=probed | answer,
         validation=None if found is None else found.total,
         validation_profile=None if found is None else found.profile,
         feedback=None if found is None else found.feedback,
         trained_LE=trained_LE,
     )
+
+
+def _run_steps(
+    context: ProbeContext,
+    batches: Iterable[Batch],
+    meter: _Meter,
+    steps: LocalSteps,
+    sums: ProfileSums,
+    *,
+    worst: float,
+) -> list[float]:
+    """Train for the plan's steps, or until the next might pass its FLOP bound; return the loss of each.
+
+    Args:
+        context, batches, meter, steps, sums: the client, its data, and what counts.
+        worst: the most operations that one step can need.
+
+    Raises:
+        ArithmeticError: a loss is not finite.
+    """
+    adapter, plan, losses, begun = context.adapter, context.plan, list[float](), 0
+    device = next(adapter.model.parameters()).device
+    bound = None if plan.budget.flops is None else plan.budget.flops - plan.extras.surcharge.flops
+
+    def spent_at_most() -> float:
+        """Count a step that did not end as a whole one; together never more than the plan foresaw."""
+        try:
+            return min(steps.spent() + (begun - len(losses)) * worst, begun * worst)
+        except RuntimeError:  # the device itself failed
+            return begun * worst
+
+    meter.flops = spent_at_most
+    prior_C, aux = context.log_prior_C, plan.extras.aux
+    stepper = Stepper(adapter, steps.optimizer, context.train, seed=plan.seed, log_prior_C=prior_C, aux=aux)
+    for step, batch in zip(range(plan.local_steps), batches, strict=False):
+        # Counting rows waits for the device, so it is done at every step only where a bound may be met.
+        if bound is not None and steps.spent() + worst > bound:
+            break
+        begun += 1
+        meter.memory_bytes = max(meter.memory_bytes, steps.before(batch))
+        # Every step, because padding, token dropout and the choices of experts make some larger than others (by up to
+        # 0.9 % on labelled rows); a trace takes 10 ms.
+        resident = resident_bytes(adapter.model, steps.optimizer) + tensor_bytes(stepper.anchors)
+        losses.append(meter.run(partial(stepper.step, batch), device, resident=resident))
+        sums.add_batch()
+        steps.after(batch.tokens_SN.numel())
+        if not np.isfinite(losses[-1]):
+            raise ArithmeticError(f"the loss became {losses[-1]} at local step {step + 1}")
+    return losses
+
+
+class _Returned(NamedTuple):
+    """What training changed, sorted by where it goes.
+
+    Attributes:
+        deltas: new minus old of what the server averages.
+        kept: trained rows that stay, or that only this client knows the start of.
+        whole: of ``kept`` those that are sent whole: adapters that the state does not have.
+    """
+
+    deltas: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    whole: list[Tensor]
+
+
+def _read_off(context: ProbeContext) -> _Returned:
+    """Read what training changed out of the live model."""
+    plan, trained = context.plan, context.adapter.trained()
+    staying = plan.extras.keeps | {"scale"}
+    unknown = {key for key in trained if key not in context.params}
+    kept = {key: new.clone() for key, new in trained.items() if key in unknown or kind_of(key) in staying}
+    whole = [kept[key] for key in unknown if kind_of(key) not in staying]
+    deltas = {key: new - start_of(context.params, key, plan) for key, new in trained.items() if key not in kept}
+    return _Returned(deltas, kept, whole)

@@ -260,11 +260,36 @@ class ExpertStore(nn.Module):
     ) -> None:
         """Lay the experts out in slots. With ``keep``, what this layer has wins over ``source``; ``own`` over both."""
         slot_map = slot_map_of(held, trains, alias, rows_per_slot=self.rows_per_slot)
-        lora = None if source is None else source.lora
         trainable = tuple(np.flatnonzero(trains).tolist())
         frozen = tuple(np.flatnonzero(held & ~trains).tolist())
-        have = self.experts if keep else ()
-        offered = {} if source is None else {e: i for i, e in enumerate(source.experts)}
+        self._require(trainable, frozen, source, keep=keep)
+        lora = None if source is None else source.lora
+        if source is not None:
+            self._check(source)
+            like = {name: getattr(source, name) for name in ("router", "w_in", "w_out")}
+            check_rows(own, like if lora is None else like | lora.factors, held)
+            lora = None if lora is None else lora.with_rows(own)
+        # Adapters train instead of the experts, which then lie in the frozen stack, still the trainable ones first.
+        learning, stored = (trainable, frozen) if lora is None else ((), trainable + frozen)
+        with torch.no_grad():
+            router_EH = self.router_EH() if keep else cast(LayerState, source).router
+            for name in ("w_in", "w_out"):
+                like_B = getattr(self if keep else source, name)
+                rows, codes = self._collect(name, source, own, keep=keep)
+                whole = rows if lora is None else _Merged(rows, lora, name, frozenset(frozen))
+                setattr(self, name, nn.Parameter(stack(whole, learning, like_B)))
+                self._keep(name, frozen_stack(whole, codes, stored, frozen_format=self.frozen_format, like=like_B))
+            self._install_factors(lora, trainable)
+            self._steer(router_EH, own.get("router", {}), trainable)
+        self.trainable_experts, self.frozen_experts = trainable, frozen
+        self._slot_map = slot_map
+        self._installed()
+
+    def _require(
+        self, trainable: tuple[int, ...], frozen: tuple[int, ...], source: LayerState | None, *, keep: bool
+    ) -> None:
+        """Every expert has to come from somewhere, and one that trains not from few bits."""
+        have, offered = self.experts if keep else (), () if source is None else source.experts
         missing = [e for e in trainable + frozen if e not in have and e not in offered]
         if missing:
             raise ValueError(f"expert {missing[0]} is new to this layer; pass a source that holds its weights")
@@ -272,43 +297,34 @@ class ExpertStore(nn.Module):
         lossy = [e for e in trainable if e in coded and e not in offered]
         if lossy:
             raise ValueError(f"expert {lossy[0]} is held as {self.frozen_format}; pass a source to train it from")
-        if source is not None:
-            self._check(source)
-            like = {name: getattr(source, name) for name in ("router", "w_in", "w_out")}
-            check_rows(own, like if lora is None else like | lora.factors, held)
-            lora = None if lora is None else lora.with_rows(own)
-        # Adapters train instead of the experts, which then lie in the frozen stack, still the trainable ones first.
-        learning, stored_ids = (trainable, frozen) if lora is None else ((), trainable + frozen)
-        with torch.no_grad():
-            router_EH = self.router_EH() if keep else cast(LayerState, source).router
-            for name in ("w_in", "w_out"):
-                shape = getattr(self if keep else source, name)
-                rows = {} if source is None else {e: getattr(source, name)[i] for e, i in offered.items()}
-                if keep:
-                    rows |= dict(zip(self.trainable_experts, getattr(self, name), strict=True))
-                stored = self._frozen(name) if keep else None
-                codes = {e: stored[i] for i, e in enumerate(coded)} if isinstance(stored, Quantized) else {}
-                if isinstance(stored, Tensor):
-                    rows |= dict(zip(self.frozen_experts, stored, strict=True))
-                rows |= own.get(name, {})
-                whole = rows if lora is None else _Merged(rows, lora, name, frozenset(frozen))
-                setattr(self, name, nn.Parameter(stack(whole, learning, shape)))
-                held_as = frozen_stack(whole, codes, stored_ids, frozen_format=self.frozen_format, like=shape)
-                self._keep(name, held_as)
-            self._install_factors(lora, trainable)
-            steered = trainable if self.train_router else ()
-            rest = tuple(e for e in range(self.num_experts) if e not in steered)
-            rows = dict(enumerate(router_EH)) | dict(own.get("router", {}))
-            # Without a row it must not learn: its gradient, an empty view, would keep the whole router's alive (8 KB of
-            # the demo's client, and no optimizer would ever clear it).
-            self.router = nn.Parameter(stack(rows, steered, router_EH), requires_grad=bool(steered))
-            self.router_rest = stack(rows, rest, router_EH)
-        self.trainable_experts, self.frozen_experts = trainable, frozen
+
+    def _collect(
+        self, name: str, source: LayerState | None, own: OwnRows, *, keep: bool
+    ) -> tuple[dict[int, Tensor], dict[int, Quantized]]:
+        """Return a matrix of every expert that is at hand, and the codes of those held in few bits."""
+        rows = {} if source is None else dict(zip(source.experts, getattr(source, name), strict=True))
+        codes: dict[int, Quantized] = {}
+        if keep:
+            rows |= dict(zip(self.trainable_experts, getattr(self, name), strict=True))
+            stored = self._frozen(name)
+            if isinstance(stored, Quantized) and self.frozen_format:
+                codes = {expert: stored[slot] for slot, expert in enumerate(self.frozen_experts)}
+            elif isinstance(stored, Tensor):
+                rows |= dict(zip(self.frozen_experts, stored, strict=True))
+        return rows | dict(own.get(name, {})), codes
+
+    def _steer(self, router_EH: Tensor, own: Mapping[int, Tensor], trainable: tuple[int, ...]) -> None:
+        """Part the router into the rows that learn and the rest."""
+        steered = trainable if self.train_router else ()
+        rest = tuple(e for e in range(self.num_experts) if e not in steered)
+        rows = dict(enumerate(router_EH)) | dict(own)
+        # Without a row it must not learn: its gradient, an empty view, would keep the whole router's alive (8 KB of
+        # the demo's client, and no optimizer would ever clear it).
+        self.router = nn.Parameter(stack(rows, steered, router_EH), requires_grad=bool(steered))
+        self.router_rest = stack(rows, rest, router_EH)
         order = steered + rest
         self._router_in_order = order == tuple(range(self.num_experts))
         self._row_of_expert = torch.tensor(order).argsort()
-        self._slot_map = slot_map
-        self._installed()
 
     def _install_factors(self, lora: LayerLora | None, trainable: tuple[int, ...]) -> None:
         self.lora_scale = None if lora is None else lora.scale

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from fedmoe_core.budget.cost_model import CostModel, Mode
-from fedmoe_core.budget.limits import NOTHING, Budget, Cost
+from fedmoe_core.budget.limits import NOTHING, Budget, BudgetError, Cost
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.lora import FACTORS
@@ -199,9 +199,9 @@ class ExpertPlan:
         >>> work = dict(client=0, round=0, permitted_LE=held, trainable_LE=trains, top_k=1, local_steps=2, seed=0)
         >>> ExpertPlan(**work, budget=Budget(experts=2), predicted=Cost(experts=2)).counted_experts
         2
-        >>> ExpertPlan(**work, budget=Budget(experts=1), predicted=Cost(experts=2))
+        >>> ExpertPlan(**work, budget=Budget(experts=1), predicted=Cost(experts=2))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: client 0: the plan exceeds its budget (experts: 2 experts used, 1 expert allowed); plan less
+        fedmoe_core.budget.limits.BudgetError: client 0: the plan exceeds its budget (experts: 2 experts used, 1 ...
     """
 
     client: int
@@ -259,7 +259,7 @@ class ExpertPlan:
         if not self.extras.train_router and "router" not in self.extras.keeps:
             raise ValueError(f"client {self.client}: a frozen router has nothing to send; add router to keeps")
         if over := self.budget.violations(self.predicted):
-            raise ValueError(f"client {self.client}: the plan exceeds its budget ({over[0]}); plan less")
+            raise BudgetError(f"client {self.client}: the plan exceeds its budget ({over[0]}); plan less")
 
     def _check_alias(self, alias_LE: np.ndarray) -> None:
         if alias_LE.dtype.kind != "i" or alias_LE.shape != self.permitted_LE.shape:

@@ -1,9 +1,8 @@
-"""What local training leaves behind for an algorithm to read."""
+"""What a client's round came to: what training gave for an algorithm to read, or why it failed and what it cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -15,14 +14,13 @@ from fedmoe_core.model.spec import Evaluation
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training gave, before the algorithm turns it into a ``ClientUpdate``.
+    """What local training gave, before the algorithm weighs it.
 
     Attributes:
         deltas: new minus old, keyed and shaped as ``ClientUpdate.deltas``.
-        profile: router and importance sums over the round's batches; None when training failed.
+        profile: router and importance sums over the round's batches.
         cost: measured, and the plan's surcharge.
         losses: mean loss of each local step, in nats.
-        status, error: "failed" and why, when a loss was not finite or the step raised.
         extract_seconds: time spent cutting the sub-model out of the global one, not training it.
         kept: trained rows (not deltas) of what the plan keeps on the client and of adapters that the state does not
             have, keyed and shaped as ``deltas``; ``moe.{l}.out_scale`` where the plan asked for it.
@@ -35,11 +33,9 @@ class LocalResult:
     """
 
     deltas: dict[str, Tensor]
-    profile: ClientProfile | None
+    profile: ClientProfile
     cost: Cost
     losses: tuple[float, ...]
-    status: Literal["ok", "failed"] = "ok"
-    error: str = ""
     extract_seconds: float = 0.0
     kept: dict[str, Tensor] = field(default_factory=dict)
     probed: dict[str, Tensor] = field(default_factory=dict)
@@ -47,3 +43,18 @@ class LocalResult:
     validation_profile: ClientProfile | None = None
     feedback: ExpertFeedback | None = None
     trained_LE: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class LocalFailure:
+    """A round that ended early: a loss was not finite, or the step raised.
+
+    Attributes:
+        cost: what it used until then, and the plan's surcharge.
+        error: why, in one sentence.
+        extract_seconds: as ``LocalResult``.
+    """
+
+    cost: Cost
+    error: str
+    extract_seconds: float = 0.0

@@ -10,10 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from fedmoe_core.budget.limits import Cost
-from fedmoe_core.budget.peak_memory import tensor_bytes
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.profile import ClientProfile
-from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.model.spec import Evaluation
 
 
@@ -63,54 +62,55 @@ class ClientUpdate:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What an algorithm makes of a client's result: how much each part of it counts, and what goes back beside it.
+
+    Attributes:
+        experts_LE, routers_LE, gate: the ``expert_weight_LE``, ``router_weight_LE`` and ``gate_weight`` of the update.
+        deltas: instead of the result's own, where the algorithm recasts them; None = as they are.
+        private, metrics: as ``ClientUpdate``. The plan's surcharge pays for private tensors that really travel.
+    """
+
+    experts_LE: np.ndarray
+    routers_LE: np.ndarray
+    gate: float = 0.0
+    deltas: dict[str, Tensor] | None = None
+    private: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
 def finished_update(
-    plan: ExpertPlan,
-    result: LocalResult,
-    *,
-    samples: int,
-    sample_weight: float,
-    expert_weight_LE: np.ndarray,
-    router_weight_LE: np.ndarray,
-    gate_weight: float,
-    deltas: dict[str, Tensor] | None = None,
-    private: Mapping[str, Tensor] | None = None,
-    private_travels: bool = False,
-    metrics: Mapping[str, float] | None = None,
+    plan: ExpertPlan, result: LocalResult, weights: Weights, *, samples: int, sample_weight: float
 ) -> ClientUpdate:
     """Make the answer of a client that trained: its deltas, profile and cost under an algorithm's weights.
 
     Args:
-        plan, result: what was asked and what came of it.
-        samples, sample_weight, expert_weight_LE, router_weight_LE, gate_weight: as ``ClientUpdate``.
-        deltas: instead of the result's own, where the algorithm recasts them; None = as they are.
-        private, metrics: as ``ClientUpdate``.
-        private_travels: whether the private tensors really go to the server, so that their bytes are charged; the plan
-            must then leave room for them (``surcharge=Cost(bytes_up=...)`` charges and predicts them in one).
+        plan, result, weights: what was asked, what came of it, and how much that counts.
+        samples, sample_weight: as ``ClientUpdate``.
     """
-    private = {name: tensor.detach().cpu().clone() for name, tensor in (private or {}).items()}
-    sent = Cost(bytes_up=tensor_bytes(private.values()) if private_travels else 0)
     return ClientUpdate(
         client=plan.client,
         round=plan.round,
-        deltas=result.deltas if deltas is None else deltas,
-        expert_weight_LE=expert_weight_LE,
-        router_weight_LE=router_weight_LE,
-        gate_weight=gate_weight,
+        deltas=result.deltas if weights.deltas is None else weights.deltas,
+        expert_weight_LE=weights.experts_LE,
+        router_weight_LE=weights.routers_LE,
+        gate_weight=weights.gate,
         sample_weight=sample_weight,
         profile=result.profile,
-        cost=result.cost.with_extra(sent),
+        cost=result.cost,
         samples=samples,
         loss_first=result.losses[0] if result.losses else float("nan"),
         loss_last=result.losses[-1] if result.losses else float("nan"),
         steps=len(result.losses),
         validation=result.validation,
         validation_profile=result.validation_profile,
-        private=private,
-        metrics={name: float(value) for name, value in (metrics or {}).items()},
+        private={name: tensor.detach().cpu().clone() for name, tensor in weights.private.items()},
+        metrics={name: float(value) for name, value in weights.metrics.items()},
     )
 
 
-def failed_update(plan: ExpertPlan, result: LocalResult, sample_weight: float) -> ClientUpdate:
+def failed_update(plan: ExpertPlan, failure: LocalFailure, *, sample_weight: float) -> ClientUpdate:
     """Make the report of a client whose round failed: nothing to aggregate, the reason, and what it still cost."""
     nothing_LE = np.zeros(plan.trainable_LE.shape)
     return ClientUpdate(
@@ -122,10 +122,10 @@ def failed_update(plan: ExpertPlan, result: LocalResult, sample_weight: float) -
         gate_weight=0.0,
         sample_weight=sample_weight,
         profile=None,
-        cost=result.cost,
+        cost=failure.cost,
         samples=0,
         status="failed",
-        error=result.error,
+        error=failure.error,
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from fedmoe_core.budget.limits import BudgetError
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -84,7 +86,9 @@ def knapsack(
     least_D = costs_DLE.min(axis=2).sum(axis=1)
     if (least_D > limits).any():
         row = int(np.flatnonzero(least_D > limits)[0])
-        raise ValueError(f"limit {limits[row]} cannot hold one expert per MoE layer; at least {least_D[row]} is needed")
+        raise BudgetError(
+            f"limit {limits[row]} cannot hold one expert per MoE layer; at least {least_D[row]} is needed"
+        )
     # A row that even the whole model respects cannot bind.
     binding_D = costs_DLE.sum(axis=(1, 2)) > limits
     costs_DLE, limits = costs_DLE[binding_D], limits[binding_D]
@@ -136,7 +140,7 @@ def _integer_program(
         sign = np.where(chosen_LE.ravel(), 1.0, -1.0)
         rows.append(LinearConstraint(sign, ub=float(chosen_LE.sum()) - 1))
     if answer.status == 2:
-        raise ValueError("no set with one expert per MoE layer fits all limits together; raise one of them")
+        raise BudgetError("no set with one expert per MoE layer fits all limits together; raise one of them")
     raise ValueError("the search stopped before it found any set; raise node_limit")
 
 

@@ -9,12 +9,14 @@ import numpy as np
 
 from fedmoe_core.budget.additive import AdditiveCosts
 from fedmoe_core.budget.cost_model import CostModel, Mode
-from fedmoe_core.budget.limits import RESOURCES, Budget, show
+from fedmoe_core.budget.limits import RESOURCES, Budget, BudgetError, show
 from fedmoe_core.selection.knapsack import _respects, knapsack
+
+NANO = 1e9  # the row of energy counts nanojoules, for solvers add whole numbers up
 
 
 class Allowance(NamedTuple):
-    """What a budget's additive limits leave for experts: rows of (memory, down, up, experts) that it limits.
+    """What a budget's additive limits leave for experts: rows of (memory, down, up, experts, energy) that it limits.
 
     Attributes:
         costs_DLE: int64, what each expert that trains takes of it.
@@ -51,6 +53,7 @@ def choose(
     mode: Mode = "compact",
     top_k: int | None = None,
     first_participation: bool = True,
+    local_steps: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose a client's permitted and trainable experts (L, E): the best score inside memory, bytes and count.
 
@@ -58,21 +61,28 @@ def choose(
     holds every expert, so it takes a budget with an expert count, and any other limit has to hold the whole model.
     A budget that holds the whole model leaves nothing to choose: all experts are in, whatever their scores (eq. 15
     would drop negative ones; invariant 9 asks that a full budget be FedAvg for every lambda and beta).
-    FLOPs do not depend on the experts held; ``fit_flops`` meets them.
+    FLOPs do not depend on the experts held; ``fit_flops`` meets them. Of an energy budget, ``local_steps`` steps are
+    set aside before traffic is paid from it, or the least step where these leave too little.
 
     Raises:
         ValueError: a limit is too small for one expert per MoE layer, with the number that would do; or the mode
             cannot honour this kind of budget.
     """
     allowance = allowance_of(
-        budget, model, client=client, mode=mode, top_k=top_k, first_participation=first_participation
+        budget,
+        model,
+        client=client,
+        mode=mode,
+        top_k=top_k,
+        first_participation=first_participation,
+        local_steps=local_steps,
     )
     if _respects(np.ones_like(scores_LE, dtype=bool), allowance.costs_DLE, allowance.free_D):
         return np.ones_like(scores_LE, dtype=bool), np.ones_like(scores_LE, dtype=bool)
     try:
         chosen_LE = knapsack(scores_LE, allowance.costs_DLE, list(allowance.free_D)).chosen_LE
-    except ValueError as error:
-        raise ValueError(f"client {client}: {error}") from error
+    except BudgetError as error:
+        raise BudgetError(f"client {client}: {error}") from error
     permitted_LE = np.ones_like(chosen_LE) if mode == "backward-masked" else chosen_LE
     return permitted_LE, chosen_LE.copy()
 
@@ -85,24 +95,52 @@ def allowance_of(
     mode: Mode = "compact",
     top_k: int | None = None,
     first_participation: bool = True,
+    local_steps: int = 1,
 ) -> Allowance:
     """Return the rows in which ``budget`` limits the experts of a client.
 
     Raises:
         ValueError: as ``choose``.
     """
-    limited = {word: getattr(budget, RESOURCES[word]) for word in ("memory", "down", "up", "experts")}
-    limited = {word: limit for word, limit in limited.items() if limit is not None}
+    rows = model.rows(mode, top_k=top_k, first_participation=first_participation)
+    if budget.energy_joules is not None:
+        rows = _with_energy(rows, model, budget, local_steps=local_steps)
+    limited = {
+        name: _whole(name, limit) for name in dict.fromkeys(rows.names) if (limit := budget.limit(name)) is not None
+    }
     if mode == "backward-masked" and limited and "experts" not in limited:
         raise ValueError(
             f"client {client}: backward-masked selection keeps every expert resident, so a limit on "
             f"{'/'.join(limited)} cannot choose among them; add experts=N to the budget or use selection.mode=compact"
         )
-    rows = model.rows(mode, top_k=top_k, first_participation=first_participation)
     _require_feasible(limited, rows, client=client, mode=mode)
     kept = [row for row, name in enumerate(rows.names) if name in limited]
     limits_D = np.array([limited[rows.names[row]] for row in kept], dtype=np.int64)
     return Allowance(rows.costs_DLE[kept], rows.base_D[kept], limits_D, rows.frozen_D[kept])
+
+
+def _with_energy(rows: AdditiveCosts, model: CostModel, budget: Budget, *, local_steps: int) -> AdditiveCosts:
+    """Add the row of energy, in nanojoules: the work that is set aside, and the traffic of every expert."""
+    assert budget.power is not None
+    every_LE = np.ones(rows.costs_DLE.shape[1:], dtype=bool)
+    moved = [rows.names.index(word) for word in ("down", "up")]
+    byte, flop = NANO * budget.power.joules_per_byte, NANO * budget.power.joules_per_flop
+    costs_LE, frozen = rows.costs_DLE[moved].sum(axis=0), int(rows.frozen_D[moved].sum())
+    whole, least = local_steps * model.step_flops(every_LE, every_LE), model.step_flops(every_LE, every_LE, top_k=1)
+    traffic = byte * (int(rows.base_D[moved].sum()) + int(costs_LE.min(axis=1).sum()))
+    work = whole if flop * whole + traffic <= NANO * float(budget.energy_joules or 0) else least
+    base = math.ceil(byte * int(rows.base_D[moved].sum()) + flop * work)
+    return AdditiveCosts(
+        (*rows.names, "energy"),
+        np.append(rows.base_D, base),
+        np.concatenate([rows.costs_DLE, np.ceil(byte * costs_LE).astype(np.int64)[None]]),
+        np.append(rows.frozen_D, math.ceil(byte * frozen)),
+    )
+
+
+def _whole(word: str, limit: float) -> int:
+    """A limit in the whole numbers of its row."""
+    return int(limit) if RESOURCES[word].exact else math.floor(min(NANO * limit, 2.0**60))
 
 
 def trade_for_frozen(
@@ -167,6 +205,7 @@ def fit_flops(
     most_k = min(model.top_k if top_k is None else top_k, int(permitted_LE.sum(axis=1).max()))
     if budget.flops is None:
         return FlopFit(local_steps, most_k, trainable_LE)
+    allowed = "flops budget" if budget.energy_joules is None else "what the budget's energy or operations allow,"
     for k in range(most_k, 0, -1):
         steps = _steps(budget.flops, model.step_flops(permitted_LE, trainable_LE, top_k=k))
         if steps >= min_steps:
@@ -180,8 +219,8 @@ def fit_flops(
         if steps >= min_steps:
             return FlopFit(min(local_steps, steps), 1, kept_LE)
     needed = min_steps * model.step_flops(permitted_LE, kept_LE, top_k=1)
-    raise ValueError(
-        f"client {client}: flops budget {show('flops', budget.flops)} cannot pay {min_steps} local step(s) with "
+    raise BudgetError(
+        f"client {client}: {allowed} {show('flops', budget.flops)} cannot pay {min_steps} local step(s) with "
         f"one expert per token and one trainable layer; at least {show('flops', needed)} is needed"
     )
 
@@ -227,16 +266,20 @@ def _require_feasible(limited: dict[str, int], rows: AdditiveCosts, *, client: i
     short = [word for word, limit in limited.items() if needed[word] > limit]
     if not short:
         return
-    have = " and ".join(f"{word} budget {show(word, limited[word])}" for word in short)
+    have = " and ".join(f"{word} budget {_shown(word, limited[word])}" for word in short)
     need = " and ".join(
-        f"{show(word, needed[word])} of {word}" if len(short) > 1 else show(word, needed[word]) for word in short
+        f"{_shown(word, needed[word])} of {word}" if len(short) > 1 else _shown(word, needed[word]) for word in short
     )
     least = (
         "every expert, which backward-masked selection keeps resident"
         if mode != "compact"
         else "one expert per MoE layer"
     )
-    raise ValueError(f"client {client}: {have} cannot hold {least}; at least {need} is needed")
+    raise BudgetError(f"client {client}: {have} cannot hold {least}; at least {need} is needed")
+
+
+def _shown(word: str, amount: int) -> str:
+    return show(word, amount if RESOURCES[word].exact else amount / NANO)
 
 
 def _steps(budget: float, step: float) -> int:

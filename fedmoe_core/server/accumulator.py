@@ -12,24 +12,10 @@ from torch import Tensor
 
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
-from fedmoe_core.model.spec import ParamSpec, model_hash
+from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.admission import Admission, refusal
 from fedmoe_core.server.fixed_point import SumSettings, add_fixed
-from fedmoe_core.server.means import ExpertRule, GateRule, Sums, dense_mean, expert_mean, gate_mean
-
-__all__ = [
-    "Accumulator",
-    "Admission",
-    "ExpertRule",
-    "GateRule",
-    "SumSettings",
-    "Sums",
-    "dense_mean",
-    "expert_mean",
-    "gate_mean",
-    "model_hash",
-]
-
+from fedmoe_core.server.means import Sums
 
 SCALARS = ("accepted", "gate_den", "dense_den", "round_den")  # places 0..3 of the flat sums
 
@@ -54,6 +40,7 @@ class Accumulator:
 
     Example:
         >>> from fedmoe_core.budget.limits import Budget, Cost
+        >>> from fedmoe_core.server.means import expert_mean
         >>> sums = Accumulator([ParamSpec("moe.0.w_out", "expert", (2, 1, 1), torch.float32, layer=0)])
         >>> first = np.array([[True, False]])  # both clients train expert 0 only
         >>> for client, delta in enumerate([0.25, 0.75]):
@@ -182,31 +169,9 @@ class Accumulator:
             accepted=self.accepted,
         )
 
-    def reset(self) -> None:
-        """Set all sums to zero for the next round; memory is reused unless a Sums record still looks into it."""
-        self._clients.clear()
-        if self._lent:
-            self._set_flat(torch.zeros_like(self._flat))
-        else:
-            self._flat.zero_()
-
     def flatten(self) -> Tensor:
         """Return a copy of all sums as one int64 vector; adding such vectors merges the sums."""
         return self._flat.clone()
-
-    def load_flat(self, flat: Tensor) -> None:
-        """Replace all sums by a vector of ``flatten`` (or a sum of such vectors from other ranks).
-
-        Raises:
-            ValueError: wrong size or dtype, or more clients than ``max_clients``, so that it may have overflowed.
-        """
-        if flat.dtype != torch.int64 or flat.shape != self._flat.shape:
-            raise ValueError(
-                f"sums of {tuple(flat.shape)} {flat.dtype} do not fit {tuple(self._flat.shape)} torch.int64; "
-                "merge only sums of the same model and settings"
-            )
-        self._check_count(int(flat[0]))
-        self._set_flat(flat.to(self._flat.device, copy=True))
 
     def merge(self, other: Accumulator) -> None:
         """Add the sums of ``other``, which holds other clients of the same round; ``other`` is left unchanged.

@@ -171,6 +171,17 @@ def dense_mean(sums: Sums, old_state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {key: sums.mean(key, old_state[key], sums.dense_den) for key in dense}
 
 
+def modular_mean(sums: Sums, old_state: Mapping[str, Tensor], gate: GateRule = "row-wise") -> dict[str, Tensor]:
+    """Return the new experts, routers and trunk, each averaged over the clients that trained it.
+
+    Args:
+        sums, old_state: as ``expert_mean``.
+        gate: as the ``rule`` of ``gate_mean``.
+    """
+    gates = gate_mean(sums, old_state, gate)
+    return {**expert_mean(sums, old_state), **gates, **dense_mean(sums, old_state)}
+
+
 def _check_rule(rule: str, known: tuple[str, ...]) -> None:
     if rule not in known:
         raise ValueError(f"rule {rule!r} is unknown; use one of {', '.join(known)}")

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedmoe_core.base.rng import counter_rng, counter_seed
 from fedmoe_core.budget.cost_model import CostModel, Mode
-from fedmoe_core.budget.limits import NOTHING, Budget, Cost
+from fedmoe_core.budget.limits import NOTHING, Budget, BudgetError, Cost
 from fedmoe_core.messages.plan import NO_EXTRAS, ExpertPlan, Extras
 from fedmoe_core.selection.within_budget import Allowance, allowance_of, choose, explore, fit_flops, trade_for_frozen
 from fedmoe_core.server.state import Population, ServerState
@@ -39,9 +39,12 @@ def make_plan(
     config, mode = population.config, population.config.selection.mode
     left, costs = _left(population, client, extras), asked_costs(population, extras)
     first = state.visits[client] == 0
-    permitted_LE, trainable_LE = choose(left, costs, scores_LE, client=client, mode=mode, first_participation=first)
+    steps = config.train.local_steps
+    permitted_LE, trainable_LE = choose(
+        left, costs, scores_LE, client=client, mode=mode, first_participation=first, local_steps=steps
+    )
     if train_share < 1 and mode == "compact" and not permitted_LE.all():
-        allowance = allowance_of(left, costs, client=client, first_participation=first)
+        allowance = allowance_of(left, costs, client=client, first_participation=first, local_steps=steps)
         most = int(hold_share * scores_LE.size)
         permitted_LE, trainable_LE = trade_for_frozen(allowance, trainable_LE, scores_LE, share=train_share, most=most)
     if explore_absent and mode == "compact" and config.selection.explore > 0:
@@ -90,8 +93,14 @@ def plan_of_masks(
     budget = population.budgets[client] if budgeted else Budget(name="unlimited")
     served_LE = extras.served(permitted_LE)
     trainable_LE = permitted_LE if trainable_LE is None else trainable_LE
+    first = state.visits[client] == 0
+    traffic = Cost(
+        bytes_down=costs.bytes_down(permitted_LE, first_participation=first, cached_LE=extras.cached_LE),
+        bytes_up=costs.bytes_up(trainable_LE),
+    )
+    left = _left(population, client, extras, served_LE=served_LE) if budgeted else budget
     fit = fit_flops(
-        _left(population, client, extras, served_LE=served_LE) if budgeted else budget,
+        left.with_flops_of_energy(traffic),
         costs,
         served_LE,
         extras.taught(trainable_LE),
@@ -101,7 +110,6 @@ def plan_of_masks(
         client=client,
     )
     trained_LE = trainable_LE & fit.trainable_LE
-    first = state.visits[client] == 0
     predicted = costs.predict(
         permitted_LE,
         trained_LE,
@@ -144,7 +152,8 @@ def client_allowance(
         ValueError: the budget cannot hold one expert per MoE layer; the message says what would do.
     """
     left, costs = _left(population, client, extras), asked_costs(population, extras)
-    return allowance_of(left, costs, client=client, first_participation=first_participation)
+    steps = population.config.train.local_steps
+    return allowance_of(left, costs, client=client, first_participation=first_participation, local_steps=steps)
 
 
 def bears(
@@ -194,5 +203,5 @@ def _left(population: Population, client: int, extras: Extras, *, served_LE: np.
         served_LE = np.ones((population.spec.num_layers, population.spec.num_experts), dtype=bool)
     try:
         return population.budgets[client].after(whole_surcharge(population, client, extras, served_LE=served_LE))
-    except ValueError as error:
-        raise ValueError(f"client {client}: {error}") from error
+    except BudgetError as error:
+        raise BudgetError(f"client {client}: {error}") from error

@@ -18,7 +18,7 @@ from fedmoe_core.algorithms.base import Algorithm, algorithm_class
 from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Budget, Cost
-from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.run_config import Config, TrainConfig
 from fedmoe_core.data.batches import Batch, public_batches
 from fedmoe_core.data.federated import FederatedData, load_data
 from fedmoe_core.data.tokenizing import pretrained_tokenizer
@@ -57,8 +57,26 @@ def pick_device(config: Config) -> torch.device:
     return torch.device(config.device)
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What a run is made from, before anything has been trained or measured.
+
+    Attributes:
+        config, form: the resolved configuration and the algorithm's class, which declares the model's form.
+        data, adapter, identity: the data, the live model, and the digests of both.
+        ranks: this process among its peers.
+    """
+
+    config: Config
+    form: type[Algorithm]
+    data: FederatedData
+    adapter: ModelAdapter
+    identity: Identity
+    ranks: Ranks
+
+
 def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmup: bool = True) -> World:
-    """Read data, make or load the warm model, calibrate the cost model, and hand the algorithm its population.
+    """Read the sources, make or load the warm model, and found the world on it.
 
     Args:
         config: resolved.
@@ -70,54 +88,86 @@ def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmu
         ValueError, OSError: one sentence that names the offender and the remedy.
     """
     torch.set_num_threads(config.threads)
-    observer.on_stage(f"reading {config.data}")
-    data = read_data(config, ranks, validation=algorithm_class(config.algorithm).needs_validation)
-    adapter = load_model(config, data, ranks.device)
-    identity = Identity.of(config, corpus_sha256=data.corpus_sha256)
-    spec, form = adapter.spec, algorithm_class(config.algorithm)
-    first = next(iter(local_public_batches(config, data, 1))).to(ranks.device)
-    padding = may_pad(config, data)
-
-    def plain_costs(model: ModelAdapter, params: dict[str, Tensor]) -> CostModel | None:
-        if not any("%" in tier for tier in config.budgets):
-            return None
-        return calibrate(model, params, config.train, first, padding=padding)
-
-    def measured(model: ModelAdapter, params: dict[str, Tensor], plain: CostModel | None) -> Population:
-        lora, train = form.lora(config), local_settings(config, form)
-        costs = partial(calibrate, model, params, train, first, padding=padding)
-        own_form = lora is not None or form.graft(config) is not None or train != config.train
-        # One dry step of one shape: a second may find a few bytes more, and a tier would hold an expert less.
-        whole = plain if plain is not None and not own_form else None
-        whole = whole or costs(lora_rank=lora.rank if lora is not None and lora.in_state else None)
-        return Population(
-            config=config,
-            spec=model.spec,
-            budgets=deal_budgets(config, spec, plain),
-            costs=whole,
-            samples_C=np.array([client.samples for client in data.clients]),
-            counts_CD=data.counts_CD,
-            validation_tokens_C=validation_tokens(config, data) if form.needs_validation else None,
-            lora_costs=None if lora is None else whole if lora.in_state else costs(lora_rank=lora.rank),
-            prior=measure_profile(model, params, local_public_batches(config, data, PRIOR_STEPS)),
-        )
-
-    def refuse_early(untrained: dict[str, Tensor]) -> None:
-        # A budget that cannot be served should be refused within seconds, not after minutes of warm-up.
-        changes = form.lora(config) is not None or form.graft(config) is not None
-        twin = load_model(config, data, ranks.device) if changes else adapter
-        plain = plain_costs(twin, untrained)
-        params = take_form(config, form, twin, untrained)
-        algorithm = form(measured(twin, params, plain))
-        algorithm.plan(algorithm.init(params), range(config.clients))
-
-    sources = WarmSources(data, adapter, identity)
-    params = warm_model(config, sources, ranks, observer, train=train_warmup, before_training=refuse_early)
+    sources = read_sources(config, ranks, observer)
+    params = warm_model(sources, observer, train=train_warmup, before_training=partial(refuse_early, sources))
     observer.on_stage("measuring one local step and the value of experts on public text")
-    plain = plain_costs(adapter, params)
-    params = take_form(config, form, adapter, params)
-    population = measured(adapter, params, plain)
-    return World(config, data, adapter, params, population, form(population), ranks, identity)
+    return found_world(sources, params)
+
+
+def read_sources(config: Config, ranks: Ranks, observer: Observer) -> Sources:
+    """Read the data and load the live model, untrained."""
+    observer.on_stage(f"reading {config.data}")
+    form = algorithm_class(config.algorithm)
+    data = read_data(config, ranks, validation=form.needs_validation)
+    adapter = load_model(config, data, ranks.device)
+    return Sources(config, form, data, adapter, Identity.of(config, corpus_sha256=data.corpus_sha256), ranks)
+
+
+def refuse_early(sources: Sources, untrained: dict[str, Tensor]) -> None:
+    """Plan for every client on the untrained model: a budget that cannot be served is refused before a warm-up.
+
+    Raises:
+        ValueError: as the algorithm's ``plan``.
+    """
+    config, form = sources.config, sources.form
+    if form.lora(config) is not None or form.graft(config) is not None:  # the form is for good; take it elsewhere
+        sources = replace(sources, adapter=load_model(config, sources.data, sources.ranks.device))
+    world = found_world(sources, untrained)
+    world.algorithm.plan(world.algorithm.init(world.params), range(config.clients))
+
+
+def found_world(sources: Sources, params: dict[str, Tensor]) -> World:
+    """Measure what the model costs, give it the algorithm's form, and hand the algorithm its population."""
+    config, data, adapter = sources.config, sources.data, sources.adapter
+    plain = plain_costs(sources, params)
+    budgets = deal_budgets(config, adapter.spec, plain)
+    params = take_form(config, sources.form, adapter, params)
+    population = measure_population(sources, params, budgets, plain)
+    return World(config, data, adapter, params, population, sources.form(population), sources.ranks, sources.identity)
+
+
+def plain_costs(sources: Sources, params: dict[str, Tensor]) -> CostModel | None:
+    """Calibrate the cost model of the model in its plain form, which tiers in percent are shares of."""
+    if not any("%" in tier for tier in sources.config.budgets):
+        return None
+    return dry_step(sources, params, sources.config.train)
+
+
+def dry_step(
+    sources: Sources, params: dict[str, Tensor], train: TrainConfig, *, lora_rank: int | None = None
+) -> CostModel:
+    """Calibrate the cost model of the model as it is, with the first public batch in the clients' shape."""
+    config, data = sources.config, sources.data
+    first = next(iter(local_public_batches(config, data, 1))).to(sources.ranks.device)
+    return calibrate(sources.adapter, params, train, first, padding=may_pad(config, data), lora_rank=lora_rank)
+
+
+def measure_population(
+    sources: Sources, params: dict[str, Tensor], budgets: tuple[Budget, ...], plain: CostModel | None
+) -> Population:
+    """Return the fixed facts of the run: budgets, what the model in its form costs, and what the server can know."""
+    config, form, data = sources.config, sources.form, sources.data
+    lora, train = form.lora(config), local_settings(config, form)
+    own_form = lora is not None or form.graft(config) is not None or train != config.train
+    if plain is not None and not own_form:
+        # One dry step of one shape: a second may find a few bytes more, and a tier would hold an expert less.
+        whole = plain
+    else:
+        whole = dry_step(sources, params, train, lora_rank=lora.rank if lora is not None and lora.in_state else None)
+    of_lora = whole
+    if lora is not None and not lora.in_state:
+        of_lora = dry_step(sources, params, train, lora_rank=lora.rank)
+    return Population(
+        config=config,
+        spec=sources.adapter.spec,
+        budgets=budgets,
+        costs=whole,
+        samples_C=np.array([client.samples for client in data.clients]),
+        counts_CD=data.counts_CD,
+        validation_tokens_C=validation_tokens(config, data) if form.needs_validation else None,
+        lora_costs=None if lora is None else of_lora,
+        prior=measure_profile(sources.adapter, params, local_public_batches(config, data, PRIOR_STEPS)),
+    )
 
 
 def deal_budgets(config: Config, spec: ModelSpec, plain: CostModel | None) -> tuple[Budget, ...]:
@@ -207,30 +257,15 @@ def load_model(config: Config, data: FederatedData, device: torch.device) -> Mod
     return cast(ModelAdapter, adapter)
 
 
-@dataclass(frozen=True)
-class WarmSources:
-    """What a warm-up trains and on what: the data, the live model, and the digests of both."""
-
-    data: FederatedData
-    adapter: ModelAdapter
-    identity: Identity
-
-
 def warm_model(
-    config: Config,
-    sources: WarmSources,
-    ranks: Ranks,
-    observer: Observer,
-    *,
-    train: bool,
-    before_training: Callable[[dict[str, Tensor]], None],
+    sources: Sources, observer: Observer, *, train: bool, before_training: Callable[[dict[str, Tensor]], None]
 ) -> dict[str, Tensor]:
     """Make the model that federation starts from; a pretrained one only trains its fresh classification head.
 
     Where the cache does not hold it, ``before_training`` sees the untrained weights first and may raise; it may leave
     the live model configured in any way.
     """
-    data, adapter = sources.data, sources.adapter
+    config, data, adapter, ranks = sources.config, sources.data, sources.adapter, sources.ranks
     if is_pretrained(config):
         config = replace(config, warmup=replace(config.warmup, steps=0))
     if config.warmup.steps == 0 and (data.task == "causal_lm" or config.warmup.head_steps == 0):

@@ -14,7 +14,8 @@ from fedmoe_core.data.batches import Batch, client_batches
 from fedmoe_core.messages.codec import report_of, update_of
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate, refused
-from fedmoe_core.server.accumulator import Accumulator, SumSettings
+from fedmoe_core.server.accumulator import Accumulator
+from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.planning import asked_costs
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation.directory.lines import client_record
@@ -59,7 +60,7 @@ def play_round(world: World, state: ServerState, observer: Observer) -> tuple[Se
     updates = sorted((update_of(report) for report in gathered), key=lambda update: update.client)
     applied = sums.accepted >= config.min_clients
     if applied:
-        state = world.algorithm.apply(state, sums.sums(), updates)
+        state = world.algorithm.advance(state, sums.sums(), updates)
     else:
         state = state.advance(state.params, {}, [update.client for update in updates])
     now = time.perf_counter()
@@ -109,7 +110,7 @@ def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[Clie
         redraw=draw,
         validation=lambda: (batch.to(device) for batch in validation_batches(data, world.config)),
     )
-    return world.algorithm.client(plan, result), result.extract_seconds
+    return world.algorithm.answer(plan, result), result.extract_seconds
 
 
 def _admit(update: ClientUpdate, plan: ExpertPlan, sums: Accumulator) -> ClientUpdate:

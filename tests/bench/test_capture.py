@@ -12,15 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from capture_layers import LAYERS, H, T, layer_of, leaves_of, step_of, without_memory
+from processes import of_a_child
 from torch import Tensor
-
-HOUSE = Path(__file__).parents[2]
-sys.path[:0] = [str(HOUSE / "bench"), str(HOUSE / "tests" / "bench")]
-from capture_layers import LAYERS, H, T, layer_of, leaves_of, step_of, without_memory  # noqa: E402
 
 pytest.importorskip("triton")
 from bench.common.capture import Watch, findings_of
-from bench.stand_in import driver as stand_in  # noqa: E402
+from bench.stand_in import driver as stand_in
 
 ON = "meta"  # stands for the device: it has no memory, and nothing of the CPU mixes with it unseen
 
@@ -30,11 +28,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the script of capture_layers.py found, each layer through Triton's runtime and the stand-in driver."""
     if stand_in.missing() is not None or "TRITON_INTERPRET" in os.environ:
         pytest.skip(stand_in.missing() or "where Triton interprets, it launches nothing")
-    environment = {n: v for n, v in os.environ.items() if n not in ("TRITON_INTERPRET", "FEDMOE_TILES")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HOUSE / "bench"), environment.get("PYTHONPATH", "")])
-    script = str(HOUSE / "tests" / "bench" / "capture_layers.py")
-    command = [sys.executable, script, str(tmp_path_factory.mktemp("driver"))]
-    done = subprocess.run(command, cwd=HOUSE, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "capture_layers", str(tmp_path_factory.mktemp("driver"))]
+    done = subprocess.run(command, env=of_a_child(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 

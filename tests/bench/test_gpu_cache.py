@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,19 +17,12 @@ BENCH = ROOT / "bench"
 PIECE = "correct/route: softmax, not"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _bench_on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
-
-
 def call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run the script with a cache of its own below `folder`."""
     names = ("TRITON_INTERPRET", "FEDMOE_TILES")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, str(BENCH / "gpu_cache.py"), *words, "--archive", str(folder / "box" / "triton.txz")]
+    command = [sys.executable, "-m", "bench.gpu.cache", *words, "--archive", str(folder / "box" / "triton.txz")]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 

@@ -7,22 +7,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BENCH = ROOT / "bench"
 COMMANDS = ("first", "second")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bench_on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
 
 
 class Fake:
@@ -224,14 +216,14 @@ def test_a_part_and_all_it_started_is_ended(tmp_path: Path) -> None:
 
     mark = tmp_path / "alive"
     child = f"import pathlib, time\nwhile True: pathlib.Path({str(mark)!r}).write_text(str(time.time()))"
-    script = tmp_path / "part.py"
-    script.write_text(
+    (tmp_path / "part_that_hangs.py").write_text(
         f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}], process_group=0)\n"
         "print('begun', flush=True)\ntime.sleep(60)\n"
     )
     said: list[tuple[str, str]] = []
-    runner = Processes((), os.environ, lambda part, line: said.append((part, line)))
-    part = Part("hangs", 6.0, (), script=os.path.relpath(script, BENCH))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    runner = Processes((), environment, lambda part, line: said.append((part, line)))
+    part = Part("hangs", 6.0, (), module="part_that_hangs")
     began = time.monotonic()
     assert runner.run(part, 6.0, None) is None
     runner.close()
@@ -247,10 +239,9 @@ def test_a_part_that_takes_its_process_down_is_seen(tmp_path: Path) -> None:
     from bench.gpu.plan import Part
     from bench.gpu.process import Processes
 
-    script = tmp_path / "part.py"
-    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
-    runner = Processes((), os.environ, lambda part, line: None)
-    assert runner.run(Part("falls", 20.0, (), script=os.path.relpath(script, BENCH)), 20.0, None) == -11
+    (tmp_path / "part_that_falls.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    runner = Processes((), {**os.environ, "PYTHONPATH": str(tmp_path)}, lambda part, line: None)
+    assert runner.run(Part("falls", 20.0, (), module="part_that_falls"), 20.0, None) == -11
 
 
 @pytest.mark.timeout(900)
@@ -260,8 +251,8 @@ def test_both_commands_for_real_on_a_cpu(tmp_path: Path) -> None:
     environment |= {"PYTHON": sys.executable, "RESULTS": str(tmp_path), "OPTIONS": "--device cpu --tiny --rounds 2"}
     for command, seconds in (("first", 150), ("second", 150)):
         began = time.monotonic()
-        words = ["bash", str(BENCH / "gpu.sh"), command, "--seconds", str(seconds)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        words = ["bash", str(ROOT / "bench" / "gpu.sh"), command, "--seconds", str(seconds)]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert time.monotonic() - began < seconds + 30
         last = done.stdout.splitlines()[-1]
         assert last.startswith(f"{command.upper()} "), f"{done.stdout[-3000:]}{done.stderr[-3000:]}"

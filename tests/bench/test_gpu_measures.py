@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pretend_gpu import NAME, pretend_gpu
-
-BENCH = Path(__file__).parents[2] / "bench"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bench_on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
 
 
 def row(case: str, peer: str, name: str, ms: float, **more: Any) -> dict[str, Any]:
@@ -103,8 +92,8 @@ def test_goals_on_another_gpu_say_so() -> None:
 def test_predicted_memory_is_what_the_driver_allocates(recompute: bool) -> None:
     """Closed form against a dry step of the driver, at the standard shapes, where something is trained."""
     pytest.importorskip("triton")
+    from bench.aot.dry_step import predicted, sizes_of
     from bench.common.cases import CLIENT_CASES, STANDARD
-    from bench.gpu.dry import predicted, sizes_of
 
     for shape in STANDARD:
         for case in (case for case in CLIENT_CASES if case.trainable):
@@ -117,9 +106,9 @@ def test_predicted_memory_is_what_the_driver_allocates(recompute: bool) -> None:
 def test_no_more_is_kept_between_the_passes_than_by_sonicmoe() -> None:
     """Its closed form is x, z and 16 bytes of indices a row; y, as large as x, stands in for x."""
     pytest.importorskip("triton")
+    from bench.aot.dry_step import sizes_of
     from bench.common.cases import CLIENT_CASES, STANDARD
     from bench.common.roofline import Layer
-    from bench.gpu.dry import sizes_of
 
     assert CLIENT_CASES[0].name == "all"
     for shape in STANDARD:
@@ -129,8 +118,8 @@ def test_no_more_is_kept_between_the_passes_than_by_sonicmoe() -> None:
 
 def test_a_dry_step_names_every_launch_once() -> None:
     pytest.importorskip("triton")
+    from bench.aot.dry_step import launches_of
     from bench.common.cases import CLIENT_CASES, STANDARD
-    from bench.gpu.dry import launches_of
     from bench.gpu.measure.kernels import name_of
 
     names = [name_of(launch) for launch in launches_of(STANDARD[0], CLIENT_CASES[0], "sm_90")]
@@ -166,7 +155,7 @@ def test_rooflines_count_what_the_case_asks_for() -> None:
     ],
 )
 def test_peaks_are_those_of_the_very_gpu(name: str | None, sheet: str | None) -> None:
-    from bench.gpu.machine import data_sheet
+    from bench.common.machine import data_sheet
 
     found = data_sheet(name)
     assert (found and found.name) == sheet
@@ -186,23 +175,22 @@ def test_a_gpu_run_end_to_end_on_a_pretended_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Times, graphs, memory, ceilings and goals go under the GPU's name; a peer that cannot be captured is recorded."""
-    from bench.common import cases, peers_graphed
+    from bench.common import cases, machine, peers_graphed
+    from bench.gpu import invocation, parts, workers
     from bench.gpu import run as gpu
     from bench.gpu.measure import model as gpu_model
-    from bench.gpu.measure import parts as gpu_parts
     from bench.gpu.measure import routing as gpu_routing
-    from bench.gpu.store import Record
+    from bench.gpu.measure.store import Record
 
     def passed(name: str, run: Any) -> Record:
         return {"name": name, "part": "correct", "status": "passed", "detail": "pretended"}
 
     shape = cases.Shape("qwen3-30b-a3b", 64, 32, 16, 8, 2)
-    monkeypatch.setattr(gpu_parts, "STANDARD", (shape,))
-    monkeypatch.setattr(gpu_parts, "_backend", lambda options: "auto")
-    monkeypatch.setattr(
-        gpu_parts.gpu_machine, "ceilings", lambda *_, **__: {"product TFLOP/s": 700.0, "copy TB/s": 3.0}
-    )
-    monkeypatch.setattr(gpu_parts.gpu_workers, "run", lambda names, *_: (passed(name, None) for name in names))
+    monkeypatch.setattr(invocation, "STANDARD", (shape,))
+    for module in (invocation, parts):
+        monkeypatch.setattr(module, "backend_of", lambda options: "auto")
+    monkeypatch.setattr(machine, "ceilings", lambda *_, **__: {"product TFLOP/s": 700.0, "copy TB/s": 3.0})
+    monkeypatch.setattr(workers, "run", lambda names, *_: (passed(name, None) for name in names))
     # The slot loops of the CPU read how many rows each slot has, so only what was captured can be replayed here.
     monkeypatch.setattr(peers_graphed, "redrawn", lambda task, seed: task)
     monkeypatch.setattr(gpu_routing, "ROUTERS", gpu_routing.TINY)
@@ -257,7 +245,7 @@ def _counted(said: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """What the part `ncu` keeps of a profiler that says this."""
     from types import SimpleNamespace
 
-    from bench.gpu.measure import more as gpu_more
+    from bench.gpu import more as gpu_more
 
     program = tmp_path / "ncu"
     (tmp_path / "said").write_text(said)
@@ -302,7 +290,7 @@ def test_a_profiler_that_may_not_count_is_skipped_with_its_reason(
 
 
 def _store(tmp_path: Path) -> Any:
-    from bench.gpu.store import Store
+    from bench.gpu.measure.store import Store
 
     about = dict.fromkeys(("gpu", "driver", "torch", "triton", "commit", "kernels", "harness", "tiles"), "none")
     return Store(about | {"device": "cpu", "rehearsal": True, "date": "2026-01-01"}, tmp_path)

@@ -8,13 +8,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "bench"
+HOUSE = Path(__file__).parents[2]
 CASES = "all,small-eighth-quarter"
 PEERS = {
     "broken": "return dataclasses.replace(good, name='broken', bind=raises)",
@@ -23,7 +22,7 @@ PEERS = {
 }
 TEMPLATE = """
 import dataclasses
-from peers import grouped_mm
+from bench.common.peers import grouped_mm
 
 def contender():
     good = grouped_mm()
@@ -34,13 +33,6 @@ def contender():
         return bound._replace(forward=lambda *a: 1.1 * bound.forward(*a))
     {body}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bench_on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
 
 
 def call(*words: str) -> tuple[int, str]:
@@ -207,7 +199,7 @@ def test_a_peer_that_took_the_process_down_is_not_tried_again(rehearsal: Rehears
 
 
 def test_results_of_other_kernels_are_set_aside(rehearsal: Rehearsal) -> None:
-    from bench.gpu.store import Store
+    from bench.gpu.measure.store import Store
 
     about = rehearsal.data["about"]
     assert Store(about, rehearsal.folder).data["rows"] == rehearsal.data["rows"]
@@ -222,7 +214,7 @@ def test_results_of_other_kernels_are_set_aside(rehearsal: Rehearsal) -> None:
 @pytest.mark.parametrize("changed", [{"harness": "other"}, {"driver": "580.159.04"}, {"transformers": "9"}])
 def test_another_harness_or_driver_voids_nothing(rehearsal: Rehearsal, changed: dict[str, str]) -> None:
     """A mended script must not cost the checks that have passed; what differs stands in each new record."""
-    from bench.gpu.store import Store
+    from bench.gpu.measure.store import Store
 
     store = Store(rehearsal.data["about"] | changed, rehearsal.folder)
     assert store.data["rows"] == rehearsal.data["rows"]
@@ -230,7 +222,7 @@ def test_another_harness_or_driver_voids_nothing(rehearsal: Rehearsal, changed: 
 
 
 def test_rows_of_tuned_tiles_stand_beside_those_of_static_ones(rehearsal: Rehearsal, tmp_path: Path) -> None:
-    from bench.gpu.store import Store
+    from bench.gpu.measure.store import Store
 
     (tmp_path / rehearsal.path.name).write_text(rehearsal.path.read_text())
     store = Store(rehearsal.data["about"] | {"tiles": "tuned"}, tmp_path)
@@ -243,7 +235,7 @@ def test_rows_of_tuned_tiles_stand_beside_those_of_static_ones(rehearsal: Rehear
 
 
 def test_the_commit_is_known_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.gpu import machine as gpu_machine
+    from bench.common import machine as gpu_machine
 
     monkeypatch.setattr(gpu_machine, "_git", lambda *words: "")
     monkeypatch.setattr(gpu_machine, "COMMIT_FILE", tmp_path / "commit")
@@ -342,17 +334,19 @@ def test_what_a_tool_watches_ends_with_it(tmp_path: Path) -> None:
     assert sanitize.run([sys.executable, "-c", "print('said'); raise SystemExit(3)"], 10.0) == (3, "said\n")
 
 
-@pytest.mark.parametrize("script", ["tune.py", "gpu_dry.py", "gpu.py"])
-def test_scripts_run_with_nothing_installed(script: str, tmp_path: Path) -> None:
-    """From any folder, without PYTHONPATH and without the editable install's own finder."""
+@pytest.mark.parametrize("module", ["bench.tune.run", "bench.gpu.dry", "bench.gpu.run"])
+def test_commands_run_with_nothing_installed(module: str) -> None:
+    """From the checkout's folder, without PYTHONPATH and without the editable install's own finder."""
     pytest.importorskip("triton")
-    code = f"import sys; sys.argv = ['x', '--help']; sys.path[0] = {str(BENCH)!r}\n"
+    code = "import sys; sys.argv = ['x', '--help']\n"
     code += "sys.meta_path = [f for f in sys.meta_path if 'editable' not in type(f).__module__ + repr(f).lower()]\n"
-    code += f"import runpy; runpy.run_path({str(BENCH / script)!r}, run_name='__main__')"
+    code += "import atexit; atexit.register(lambda: print(__import__('fedmoe_kernels').__file__))\n"
+    code += f"import runpy; runpy.run_module({module!r}, run_name='__main__')"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=HOUSE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout
+    assert done.stdout.splitlines()[-1] == str(HOUSE / "kernels" / "fedmoe_kernels" / "__init__.py")
 
 
 def test_a_worker_that_ends_fails_its_check_and_no_other() -> None:

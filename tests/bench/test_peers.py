@@ -16,13 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-BENCH = Path(__file__).parents[2] / "bench"
-
-
-@pytest.fixture(autouse=True)
-def _bench_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCH)
-
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
     """A module under this name, and its parents."""
@@ -279,7 +272,7 @@ def test_a_peer_without_a_backward_is_timed_forward_and_held_against_none(
     from bench.common.peers import fedmoe, grouped_mm
     from bench.common.peers_optional import OPTIONAL
     from bench.gpu.measure import timing
-    from bench.gpu.store import Store
+    from bench.gpu.measure.store import Store
 
     install(monkeypatch, "triton_kernels.tensor", make_ragged_tensor_metadata=Ragged)
     for name, members in INTERFACES["later"].items():

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import of_a_child
 
-ROOT = Path(__file__).parents[2]
-INTERPRETED = "import patched_once; patched_once.install()\n"  # of tests/interpret
-PATHS = os.pathsep.join([str(ROOT / "bench"), str(ROOT / "tests" / "interpret"), os.environ.get("PYTHONPATH", "")])
-
-
-@pytest.fixture(autouse=True)
-def _bench_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "bench")
+INTERPRETED = "import patched_once; patched_once.install()\n"  # as tests/interpret has it
 
 
 @pytest.mark.parametrize("case", ["all", "quarter", "eighth-quarter", "empty"])
@@ -43,15 +35,15 @@ def test_every_form_runs_in_both_directions(triton: bool) -> None:
     if triton:
         pytest.importorskip("triton")
     code = (
-        "from cases import CLIENT_CASES, Shape, problem\n"
-        "from stages import FORMS, whole\n"
+        "from bench.common.cases import CLIENT_CASES, Shape, problem\n"
+        "from bench.common.stages import FORMS, whole\n"
         "task = problem(Shape('small', 12, 32, 32, 4, 2, bias=True), CLIENT_CASES[4])\n"
         "for form in FORMS:\n"
         "    for run in whole(task, form).values(): run()\n"
     )
-    environment = {**os.environ, "PYTHONPATH": PATHS}
+    environment = of_a_child()
     if triton:
-        code, environment = INTERPRETED + code, {**environment, "TRITON_INTERPRET": "1"}
+        code, environment = INTERPRETED + code, of_a_child(TRITON_INTERPRET="1")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -60,9 +52,9 @@ def test_stages_of_the_kernels_add_up_to_the_operator() -> None:
     """The same of the launches that a GPU would get, in Triton's interpreter."""
     pytest.importorskip("triton")
     code = INTERPRETED + (
-        "from cases import CLIENT_CASES, Shape, problem\n"
-        "from peers import errors, fedmoe, step\n"
-        "from stages import cut\n"
+        "from bench.common.cases import CLIENT_CASES, Shape, problem\n"
+        "from bench.common.peers import errors, fedmoe, step\n"
+        "from bench.common.stages import cut\n"
         "task = problem(Shape('small', 20, 32, 16, 4, 2, bias=True), CLIENT_CASES[4])\n"
         "made, want = cut(task), step(fedmoe('cpu'), task)()\n"
         "for run in (made.stages[n] for n in ('up', 'down', 'combine', 'data_gradient', 'weight_gradient')): run()\n"
@@ -70,6 +62,6 @@ def test_stages_of_the_kernels_add_up_to_the_operator() -> None:
         "found = errors(got, {name: want[name] for name in got})\n"
         "assert max(found.values()) < 1e-6, found\n"
     )
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": PATHS}
+    environment = of_a_child(TRITON_INTERPRET="1")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

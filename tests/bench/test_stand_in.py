@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import of_a_child
+
+from bench.stand_in import driver as stand_in
 
 HOUSE = Path(__file__).parents[2]
-sys.path.insert(0, str(HOUSE / "bench"))
-from bench.stand_in import driver as stand_in  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(stand_in.missing() is not None, reason=f"no stand-in driver: {stand_in.missing()}"),
@@ -37,20 +38,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stand_in.build(folder)
 
 
-def child(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a process of its own, with the session's cache, so that nothing is compiled twice."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FEDMOE_TILES")
-    }
-    paths = [str(HOUSE / "bench"), environment.get("PYTHONPATH", "")]
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables}
-    command = [sys.executable, script, *arguments]
-    return subprocess.run(command, cwd=HOUSE, env=environment, capture_output=True, text=True)
+def child(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, with the session's cache, so that nothing is compiled twice."""
+    environment = of_a_child(**variables)
+    return subprocess.run([sys.executable, *words], cwd=HOUSE, env=environment, capture_output=True, text=True)
 
 
 def launched(library: Path, *options: str) -> dict[str, dict[str, Any]]:
-    """What `stand_in_run.py` says of each case; the test fails where anything was refused."""
-    done = child("bench/stand_in/run.py", "--library", str(library.parent), *options)
+    """What `bench.stand_in.run` says of each case; the test fails where anything was refused."""
+    done = child("-m", "bench.stand_in.run", "--library", str(library.parent), *options)
     found = {about["case"]: about for about in map(json.loads, done.stdout.splitlines())}
     refused = [f"{name}: {'; '.join([about['error'], *about['findings']])}" for name, about in found.items()]
     wrong = [line for line, about in zip(refused, found.values(), strict=True) if about["error"] or about["findings"]]
@@ -102,7 +98,7 @@ def test_a_model_reaches_the_same_launches_through_route_and_moe_mlp(library: Pa
 def said(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Everything that stand_in_probe.py asked for, by name; it watches its cache, so it has one of its own."""
     own = str(tmp_path_factory.mktemp("cache"))
-    done = child("tests/support/bench/stand_in_probe.py", str(library.parent), TRITON_CACHE_DIR=own)
+    done = child("-m", "stand_in_probe", str(library.parent), TRITON_CACHE_DIR=own)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
@@ -221,14 +217,14 @@ def test_a_broken_source_says_what_the_compiler_said(monkeypatch: pytest.MonkeyP
 
 def test_an_interpreted_process_is_refused(library: Path) -> None:
     first = "import os; os.environ['TRITON_INTERPRET'] = '1'"
-    code = f"{first}; import stand_in; stand_in.activate({str(library)!r}, 'sm_90')"
+    code = f"{first}; from bench.stand_in import driver; driver.activate({str(library)!r}, 'sm_90')"
     done = child("-c", code)
     assert "Triton interprets kernels in this process" in done.stderr
 
 
 def test_host_times_are_kept_with_their_launches(library: Path, tmp_path: Path) -> None:
     """How long anything took is not asserted."""
-    done = child("bench/host.py", "--rounds", "2", "--keep", str(tmp_path))
+    done = child("-m", "bench.host", "--rounds", "2", "--keep", str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     (kept,) = tmp_path.glob("host-triton-*.json")
     found = json.loads(kept.read_text(encoding="utf-8"))

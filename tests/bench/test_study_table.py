@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
+from bench.study import table as study_table
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
-
-from bench.study import table as study_table  # noqa: E402
-
 RECORDED = sorted(path.parent.name for path in study_table.RESULTS.glob("*/compare.json"))
 ABLATIONS = [name for name in RECORDED if name.startswith("ablation-")]
 RECORDS = {name: study_table.read(name) for name in study_table.STUDIES if name in RECORDED}

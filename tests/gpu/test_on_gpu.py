@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[2] / "bench"
+from bench.gpu.measure import behave, correct
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
@@ -22,11 +21,6 @@ pytestmark = [
 @functools.cache
 def checks() -> Mapping[str, Any]:
     """All checks by name, bound to the GPU; none of them touches it before it is called."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        from bench.gpu.measure import behave, correct
-    finally:
-        sys.path.remove(str(BENCH))
     where = ("cuda", "triton")
     return {
         **correct.checks(*where, tiny=False),
@@ -36,11 +30,8 @@ def checks() -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize("name", list(checks()))
-def test_on_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    from bench.gpu.measure.behave import Skipped
-
+def test_on_the_gpu(name: str) -> None:
     try:
         assert checks()[name]()
-    except Skipped as reason:
+    except behave.Skipped as reason:
         pytest.skip(str(reason))

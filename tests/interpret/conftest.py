@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 
 # Whether kernels are interpreted is settled when triton is imported, so these tests have a process of their own.
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # expert_cases.py
 
 
 @pytest.fixture(autouse=True, scope="session")

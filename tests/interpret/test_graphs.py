@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from capture_layers import E, K, layer_of
 from replayed import graphs_on_the_cpu
 from torch import Tensor
 
 from fedmoe_core import MoE
 from fedmoe_kernels import SlotMap, moe_mlp, route
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-from capture_layers import E, K, layer_of
 
 T, H, INNER = 6, 32, 32
 SEEDS = (1, 2)
@@ -116,8 +112,7 @@ def test_graphed_route_and_moe_mlp_give_the_bits_of_eager_ones() -> None:
             assert all(map(torch.equal, *found)), f"other bits at seed {seed}"
 
 
-def test_the_benchs_graphed_contender_replays_what_it_was_not_captured_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+def test_the_benchs_graphed_contender_replays_what_it_was_not_captured_on() -> None:
     from bench.common.cases import Case, Shape, problem
     from bench.common.peers import fedmoe
     from bench.common.peers import step as step_of

@@ -115,7 +115,7 @@ def test_inv10_sums_over_rows_are_ordered_at_any_thread_count() -> None:
     """The combine gives each token to one thread: even its bits do not depend on how many there are."""
     p = problem(500, 64, 8, 6, 3)
     rows = p.routing(p.tensors["s"].float())
-    record = cpu.Rows(rows.weights_TK, rows.rows_TK, rows.tokens_R, rows.places_R, rows.offsets_B1.tolist())
+    record = cpu.HostRows(rows.weights_TK, rows.rows_TK, rows.tokens_R, rows.places_R, rows.offsets_B1.tolist())
     values_XH = torch.randn(1501, 64, generator=torch.Generator().manual_seed(0))
     values_XH[-1] = 0
     got = cpu._combine(values_XH, record, weighted=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from bench.common.cases import STANDARD, TINY, Case, Problem, Shape, problem
 from bench.common.peers import Outcome, errors, fedmoe, leaf, step
 from bench.common.truth import truth
-from bench.gpu.launch import capture
 from bench.gpu.measure.correct import Check, hold, poison, small, stored
+from bench.gpu.measure.launch import capture
 from fedmoe_kernels import Routing, SlotMap, moe_mlp, route
 
 HALF = Case("half", trainable=0.5)

@@ -1,6 +1,6 @@
 """The part `correct`, what comes out: y, all gradients, scores, adapters, quantised storage, routing against float64.
 
-A check is a name and a function that returns what it found or raises AssertionError; gpu_behave.py has the checks of
+A check is a name and a function that returns what it found or raises AssertionError; behave.py has the checks of
 how it is done (reruns, cohorts, graphs, no waiting for the device).
 """
 

@@ -1,6 +1,6 @@
 """The part `kernels`: every launch of a step timed alone, cold, next to its prediction made without a GPU.
 
-The cases are those of aot_cases.py, so that a line here answers a line of the table that `bench/aot/run.py` keeps in
+The cases are those of bench/aot/cases.py, so that a line here answers a line of the table that `make aot` keeps in
 bench/results. The prediction is made here from the code that runs, so of the triton that is installed, and for the GPU
 at hand; the table's own is for the GPU that stands for an architecture (an H100 for sm_90).
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.aot.cases import CASES, Case, inputs_of, needs_of
 from bench.common.clock import Clock
 from bench.common.roofline import Gpu, Work, expected
-from bench.gpu.store import Record
+from bench.gpu.measure.store import Record
 from fedmoe_kernels import Routing, SlotMap
 from fedmoe_kernels.experts.op_inputs import OpInputs
 from fedmoe_kernels.gpu.experts import driver as experts
@@ -145,7 +145,7 @@ def _route(case: Case, device: str, execute: Execute) -> None:
 
 
 def real_inputs(case: Case, device: str) -> tuple[OpInputs, Tensor]:
-    """Make the operator's tensors with random values and routing, shaped and typed as by `aot_cases.inputs_of`."""
+    """Make the operator's tensors with random values and routing, shaped and typed as by `aot.cases.inputs_of`."""
     draw = torch.Generator(device).manual_seed(0)
 
     def filled(like: Tensor) -> Tensor:

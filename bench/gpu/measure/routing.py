@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.common.clock import Clock
-from bench.gpu.store import Record, Store
+from bench.gpu.measure.store import Record, Store
 from fedmoe_kernels import SlotMap, route
 
 SETS, WARM_UP = 3, 5

@@ -11,12 +11,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench.common import checkout
 from bench.gpu.measure.correct import Check
-from bench.gpu.store import Record
+from bench.gpu.measure.store import Record
 
 TOOLS = ("memcheck", "racecheck")
 SECONDS = 165  # a tool; two of them and the run without must stay under nine minutes
@@ -70,7 +70,7 @@ def results(device: str, tools: Sequence[str] = TOOLS, count: int = 0, seconds: 
         missing = "compute-sanitizer is not installed (neither on the PATH nor in /usr/local/cuda/bin)"
     if missing is not None or program is None:
         return [_record(name, "skipped", missing or "") for name in tools]
-    target = [sys.executable, str(Path(__file__).with_name("gpu.py")), "sanitized", "--device", device, "--tiny"]
+    target = checkout.command("bench.gpu.run", "sanitized", "--device", device, "--tiny")
     target += ["--count", str(count)]
     if not count:  # a few checks have run by themselves just before, and their kernels are in the cache
         code, said = run(target, seconds)
@@ -98,7 +98,7 @@ def run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
     A tool that is killed alone leaves what it watched on the GPU. The group stays in the caller's POSIX session, so
     that what ends the caller's processes ends them too.
     """
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = checkout.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
     process = subprocess.Popen(list(command), process_group=0, **streams)
     try:

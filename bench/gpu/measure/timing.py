@@ -17,15 +17,15 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.aot.dry_step import launches_of, predicted
+from bench.common import machine
 from bench.common.cases import GRAPHED_TOKENS, Case, Problem, Shape, problem, redrawn
 from bench.common.clock import Clock, Memory
 from bench.common.peers import Contender, Outcome, errors, leaf, outcome
 from bench.common.roofline import Gpu, Layer, backward, forward, least_seconds
 from bench.common.truth import truth
-from bench.gpu import machine
-from bench.gpu.dry import launches_of, predicted
-from bench.gpu.launch import PASSES, Seat, Times, capture, eager, sustained
-from bench.gpu.store import Record, Store
+from bench.gpu.measure.launch import PASSES, Seat, Times, capture, eager, sustained
+from bench.gpu.measure.store import Record, Store
 from fedmoe_kernels.tiles.lookup import arch_of
 
 ROUNDS, WARM_UP, SETS = 25, 5, 3

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.algorithms.fedmoe.full_model_probe import affordable_probe, model_rest
 from fedmoe_core.algorithms.fedmoe.prefix_search import prefix_search, prefixes
 from fedmoe_core.algorithms.fedmoe.similarity import (
@@ -30,10 +30,10 @@ from fedmoe_core.layer.router_loss import SwitchBalance
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
+from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.model.spec import Evaluation
 from fedmoe_core.selection.within_budget import Allowance
-from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.server.means import Sums, modular_mean
 from fedmoe_core.server.planning import client_allowance, plan_of_masks
 from fedmoe_core.server.state import Population, ServerState, recall, remember
 
@@ -143,35 +143,22 @@ class FedMoE(Algorithm):
             extras = replace(extras, surcharge=surcharge)
         return plan_of_masks(facts, state, client, held_LE, extras=extras)
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Return deltas of experts that it used, |D_c| each, router rows alike; its profile and validation quality."""
         samples = self.population.sample_weight(plan.client)
-        if result.profile is None or result.validation is None:
-            return failed_update(plan, result, samples)
         used_LE = samples * (plan.trainable_LE & (result.profile.rows_LE > 0))
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=used_LE,
-            router_weight_LE=used_LE,
-            gate_weight=0.0,
+        return Weights(
+            experts_LE=used_LE,
+            routers_LE=used_LE,
             private=result.probed,  # its bytes are in the plan's surcharge
         )
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Do modular aggregation; then stage one ends for the new, stage two goes on for the others (algorithm 1).
 
         The mean of one delta is that delta: where a single client used an expert, its copy replaces the server's.
         """
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
-        params = {
-            **state.params,
-            **expert_mean(sums, state.params),
-            **gate_mean(sums, state.params, rule="row-wise"),
-            **dense_mean(sums, state.params),
-        }
+        params = modular_mean(sums, state.params)
         known = ClientMap.of(state, self.population)
         before = replace(known, held_CLE=known.held_CLE.copy())  # advice must not depend on who was heard first
         for update in updates:
@@ -190,7 +177,7 @@ class FedMoE(Algorithm):
                 known.phase_C[update.client] = SETTLED
             else:
                 self._adapt(known, before, update.client, self.quality(update.validation))
-        return state.advance(params, heard, [update.client for update in updates], memory=remember(known))
+        return params, remember(known)
 
     def quality(self, found: Evaluation) -> float:
         """Return the accuracy on validation data [P]; minus the loss where the task has no classes [E]."""

@@ -81,17 +81,6 @@ def next_deficit(deficit_E: np.ndarray, load_E: np.ndarray) -> np.ndarray:
     return np.maximum(0.0, deficit_E + load_E.mean(axis=-1, keepdims=True) - load_E)
 
 
-def greedy(scores_CE: np.ndarray, counts_C: np.ndarray) -> np.ndarray:
-    """Choose each client's k_c best experts (C, E), whatever the load: the baseline; ties go to the smaller id [N]."""
-    rank_CE = np.argsort(np.argsort(-scores_CE, axis=1, kind="stable"), axis=1, kind="stable")
-    return rank_CE < counts_C[:, None]
-
-
-def random_experts(counts_C: np.ndarray, experts: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw k_c experts of each client uniformly (C, E): the other baseline."""
-    return greedy(rng.random((len(counts_C), experts)), counts_C)
-
-
 def load_bounds(samples_C: np.ndarray, counts_C: np.ndarray, experts: int, delta: float) -> tuple[float, float]:
     """Return (1 - delta) lbar and (1 + delta) lbar, lbar = sum_c n_c k_c / E [E].
 

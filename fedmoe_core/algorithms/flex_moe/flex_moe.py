@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.algorithms.flex_moe.assignment import (
     Fitness,
     Program,
@@ -33,9 +33,9 @@ from fedmoe_core.client.profiling import validate
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
+from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.selection.knapsack import knapsack
-from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean
+from fedmoe_core.server.means import Sums, dense_mean, expert_mean
 from fedmoe_core.server.planning import client_allowance, plan_of_masks
 from fedmoe_core.server.state import ServerState, initial_state, recall, remember
 
@@ -127,28 +127,19 @@ class FlexMoE(Algorithm):
         extras = replace(self._extras(client, held_LE, first_participation=state.visits[client] == 0), rows=rows)
         return plan_of_masks(self.population, state, client, held_LE, extras=extras)
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """End phase 2: deltas of experts by usage and of the feature extractor go up, with feedback; the gate stays."""
-        samples = self.population.sample_weight(plan.client)
-        if result.profile is None:
-            return failed_update(plan, result, samples)
         most = self.population.config.train.local_steps * self.population.costs.tokens  # rows that an expert may get
         gate = grown_gate(plan, result.kept)
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=np.minimum(result.profile.rows_LE / most, 1.0) * plan.trainable_LE,
-            router_weight_LE=np.zeros(plan.trainable_LE.shape),
-            gate_weight=0.0,
+        return Weights(
+            experts_LE=np.minimum(result.profile.rows_LE / most, 1.0) * plan.trainable_LE,
+            routers_LE=np.zeros(plan.trainable_LE.shape),
             private={"gate": gate, **result.probed},  # the plan's surcharge holds the feedback's bytes
         )
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Do phases 3 and 4: theta_e += sum_c u_ce Delta / sum_c u_ce, psi by |D_c|; then fitness and deficits."""
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
-        params = {**state.params, **expert_mean(sums, state.params), **dense_mean(sums, state.params)}
+        params = {**expert_mean(sums, state.params), **dense_mean(sums, state.params)}
         known = recall(Feedback, state.memory)
         usage_LCE, assigned_LCE = np.zeros(known.mean_LCE.shape), np.zeros(known.mean_LCE.shape, dtype=bool)
         seen_3LCE = np.zeros((3, *known.mean_LCE.shape))
@@ -169,8 +160,12 @@ class FlexMoE(Algorithm):
         load_LE = np.tensordot(assigned_LCE, self._loads(), axes=(1, 0))
         deficit_LE = next_deficit(known.deficit_LE, load_LE)
         known = replace(known, mean_LCE=fitness.mean_CE, tried_LCE=fitness.tried_CE, deficit_LE=deficit_LE)
-        memory = {**state.memory, **gates}
-        return self._with_next(state.advance(params, heard, [u.client for u in updates], memory=memory), known)
+        return params, {**state.memory, **gates, **remember(known)}
+
+    def advance(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+        """Do phases 3 and 4, then assign the experts of the next round."""
+        after = super().advance(state, sums, updates)
+        return self._with_next(after, recall(Feedback, after.memory))
 
     def _with_next(self, state: ServerState, known: Feedback) -> ServerState:
         """Return the state that remembers ``known`` and the assignment of all clients that follows from it."""

@@ -84,14 +84,6 @@ def fused_kmeans(
     return labels_N
 
 
-def spread(features_ND: np.ndarray, labels_N: np.ndarray) -> float:
-    """Return the sum over points of 1 - cosine to their cluster's centroid: what K-means makes small."""
-    unit_ND = _unit(features_ND)
-    sums_KD = np.zeros((labels_N.max() + 1, unit_ND.shape[1]))
-    np.add.at(sums_KD, labels_N, unit_ND)
-    return float((1 - (unit_ND * _unit(sums_KD)[labels_N]).sum(axis=1)).sum())
-
-
 def _projected(matrices: Sequence[Tensor], seed: int, part: int, size: int) -> np.ndarray:
     """(L, E, size) of one matrix of all layers, chunk by chunk; each chunk's projection is drawn once."""
     flat = [matrix.detach().reshape(matrix.shape[0], -1) for matrix in matrices]

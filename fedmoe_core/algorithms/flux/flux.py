@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.algorithms.flux.clustering import expert_features
 from fedmoe_core.algorithms.flux.forward_gradients import ForwardEstimates, estimate_cost
 from fedmoe_core.algorithms.flux.four_bit_profile import QuantizedProfile, profile_cost
@@ -24,9 +24,9 @@ from fedmoe_core.budget.limits import NOTHING, Cost
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
+from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.selection.within_budget import choose
-from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.server.means import Sums, modular_mean
 from fedmoe_core.server.planning import bears, plan_of_masks
 from fedmoe_core.server.state import ServerState
 
@@ -118,25 +118,19 @@ class Flux(Algorithm):
             facts, state, client, merge.stored_LE, roles.exploit_LE, scores_LE=utility_LE, extras=extras
         )
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Send the trained experts, the profile, and gradient norms measured or estimated."""
         samples = self.population.sample_weight(plan.client)
-        if result.profile is None:
-            return failed_update(plan, result, samples)
         profile, no_attention_LE = result.profile, torch.ones(plan.trainable_LE.shape, dtype=torch.float64)
         own_LE = torch.from_numpy(profile.hits_LE / np.maximum(profile.tokens_L, 1)[:, None])
         grad_LE = np.where(plan.trainable_LE, np.sqrt(profile.grad_sq_LE / max(len(result.losses), 1)), -1.0)
         if isinstance(plan.extras.after, ForwardEstimates):
             for place in plan.extras.after.experts:
                 grad_LE[place] = float(result.probed["norm_sq"][place]) ** 0.5
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=samples * (plan.trainable_LE & (profile.rows_LE > 0)),
-            router_weight_LE=samples * plan.trainable_LE,
-            gate_weight=samples,
+        return Weights(
+            experts_LE=samples * (plan.trainable_LE & (profile.rows_LE > 0)),
+            routers_LE=samples * plan.trainable_LE,
+            gate=samples,
             private={  # the plan's surcharge holds its bytes
                 "freq": result.probed.get("freq", own_LE),
                 "attention": result.probed.get("attention", no_attention_LE),
@@ -144,9 +138,8 @@ class Flux(Algorithm):
             },
         )
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Apply FedAvg to each expert and router row over its trainers; keep the profiles for the next plan."""
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
         memory = dict(state.memory)
         for update in updates:
             if "grad" not in update.private:
@@ -156,13 +149,8 @@ class Flux(Algorithm):
                 grad_LE = torch.where(grad_LE >= 0, grad_LE, before_LE)
             fresh = {"freq": update.private["freq"], "attention": update.private["attention"], "grad": grad_LE}
             memory |= {f"{name}/{update.client}": tensor for name, tensor in fresh.items()}
-        params = {
-            **state.params,
-            **expert_mean(sums, state.params),
-            **gate_mean(sums, state.params, rule="row-wise"),
-            **dense_mean(sums, state.params),
-        }
-        return state.advance(params, heard, [update.client for update in updates], memory=memory)
+        params = modular_mean(sums, state.params)
+        return params, memory
 
     def profile(self, state: ServerState, client: int) -> Profile:
         """Return the client's last report; before the first one the server's pass over public data."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,32 +18,6 @@ from fedmoe_core.server.state import Population
 from fedmoe_kernels.quantized import Quantized
 
 
-def quantized_copy(
-    params: Mapping[str, Tensor], specs: Sequence[ParamSpec], *, form: str = "int4", group: int = 128
-) -> dict[str, Tensor]:
-    """Round every matrix of the model to a format and back, in its own dtype; nothing in ``params`` is touched.
-
-    Flux profiles an INT4 copy of the global model [N]. Router rows, vectors (norms, biases) and integers stay as they
-    are, because they weigh next to nothing and the router decides what is being measured [E].
-
-    Args:
-        params: the model in global coordinates.
-        specs: its tensors.
-        form: "int4" or "int8".
-        group: the most columns that share a scale, a multiple of 32; fewer where it does not divide a matrix.
-    """
-    copy = {}
-    for spec in specs:
-        tensor = params[spec.key]
-        if not _is_rounded(spec):
-            copy[spec.key] = tensor.clone()
-            continue
-        columns = tensor.shape[-1]
-        rounded = Quantized.of(_padded(tensor), form, (1, _group(columns, group))).dequantize(tensor.dtype)
-        copy[spec.key] = rounded[..., :columns].reshape(tensor.shape)
-    return copy
-
-
 def quantized_bytes(specs: Sequence[ParamSpec], *, form: str = "int4", group: int = 128) -> int:
     """Count what a client stores to profile: codes and scales of matrices, all else as it is; for the ledger."""
     total = 0
@@ -54,15 +28,6 @@ def quantized_bytes(specs: Sequence[ParamSpec], *, form: str = "int4", group: in
         else:
             total += empty.numel() * empty.itemsize
     return total
-
-
-def frequency_error(freq_LE: np.ndarray, estimate_LE: np.ndarray) -> float:
-    """Return sum |f_est - f| / sum f over all layers and experts: how far estimated activation frequencies are [E].
-
-    Flux reports about 11 % for 4 bits [N] without a formula in what was read; this is twice the share of activations
-    that would have to move to make the two equal.
-    """
-    return float(np.abs(estimate_LE - freq_LE).sum() / freq_LE.sum())
 
 
 def _is_rounded(spec: ParamSpec) -> bool:

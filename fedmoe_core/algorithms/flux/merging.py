@@ -57,11 +57,6 @@ def merge_budgets(freq_LE: np.ndarray, merged_LE: np.ndarray, slots: int) -> np.
     return _share_out((depth - np.arange(depth)) / (freq_LE.var(axis=1) + 1e-6), merged_LE, slots)
 
 
-def uniform_budgets(merged_LE: np.ndarray, slots: int) -> np.ndarray:
-    """Give every layer the same number of slots, as far as it divides: what eq. 1 is measured against."""
-    return _share_out(np.ones(len(merged_LE)), merged_LE, slots)
-
-
 def merge_shares(alias_LE: np.ndarray, freq_LE: np.ndarray, attention_LE: np.ndarray) -> np.ndarray:
     """Return the weights of Flux eq. 2 [N], alpha_e / sum_{e' in cluster} alpha_e', alpha_e = f_e * abar_e, (L, E).
 
@@ -137,25 +132,6 @@ def merged_experts(params: Mapping[str, Tensor], merge: Merge) -> dict[str, Mapp
             merged = merged_rows(params[key], merge, layer)
             rows[key] = {int(e): row for e, size, row in zip(ids, sizes, merged, strict=True) if size > 1}
     return rows
-
-
-def reroute(experts_TK: Tensor, weights_TK: Tensor, alias_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Send tokens to representatives: top-k on the originals, then weights that land on one expert are added [E].
-
-    Flux re-maps the gate's index to the merged expert and leaves the router as it is [N]. The sum stands at the first
-    of the places, the others hold expert -1 and weight 0.
-
-    Args:
-        experts_TK: ids of the router's choice, -1 = none.
-        weights_TK: their weights, differentiable.
-        alias_E: int64, one row of ``Merge.alias_LE``.
-    """
-    mapped_TK = torch.where(experts_TK >= 0, alias_E[experts_TK.clamp(min=0)], -1)
-    same_TKK = mapped_TK[:, :, None] == mapped_TK[:, None, :]
-    repeat_TK = same_TKK.tril(-1).any(dim=2)
-    summed_TK = torch.where(same_TKK, weights_TK[:, None, :], 0.0).sum(dim=2)
-    gone_TK = repeat_TK | (mapped_TK < 0)
-    return torch.where(gone_TK, -1, mapped_TK), torch.where(gone_TK, 0.0, summed_TK)
 
 
 def _share_out(claim_L: np.ndarray, merged_LE: np.ndarray, slots: int) -> np.ndarray:

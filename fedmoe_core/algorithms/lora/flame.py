@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.algorithms.largest_fit import largest_plan
 from fedmoe_core.algorithms.lora.factors import flame_rescale, flame_share
 from fedmoe_core.config.run_config import Config
@@ -17,8 +17,8 @@ from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
-from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.messages.update import ClientUpdate, Weights
+from fedmoe_core.server.means import Sums, modular_mean
 from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.server.state import Population, ServerState
 
@@ -72,11 +72,9 @@ class Flame(Algorithm):
 
         return largest_plan(self.population, client, spec.top_k, of_size)
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Weigh adapters by |D_i| (a_i^j / S_i)^t; s_i over its start stays with the client."""
         samples, spec = self.population.sample_weight(plan.client), self.population.spec
-        if result.profile is None:
-            return failed_update(plan, result, samples)
         active_LE = flame_share(
             result.profile.rows_LE,
             steps=len(result.losses),
@@ -85,22 +83,16 @@ class Flame(Algorithm):
             temperature=self.population.config.lora.temperature,
         )
         scale_L = torch.stack([result.kept[f"moe.{layer}.out_scale"] for layer in range(spec.num_layers)])
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=active_LE * plan.trainable_LE,
-            router_weight_LE=samples * plan.trainable_LE,
-            gate_weight=samples,
+        return Weights(
+            experts_LE=active_LE * plan.trainable_LE,
+            routers_LE=samples * plan.trainable_LE,
+            gate=samples,
             private={"gain": scale_L / flame_rescale(spec.top_k, plan.top_k)},
             metrics={"k": plan.top_k, "scale": float(scale_L.mean())},
         )
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Average adapters by gamma, routers and trunk by |D_i|; an expert that no client activated stays."""
         own = {f"gain/{update.client}": update.private["gain"] for update in updates if update.private}
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
-        params = {**state.params, **expert_mean(sums, state.params), **gate_mean(sums, state.params, "fedavg")}
-        params |= dense_mean(sums, state.params)
-        return state.advance(params, heard, [update.client for update in updates], memory={**state.memory, **own})
+        params = modular_mean(sums, state.params, "fedavg")
+        return params, {**state.memory, **own}

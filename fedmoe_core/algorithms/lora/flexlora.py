@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.algorithms.largest_fit import largest_plan
 from fedmoe_core.algorithms.lora.factors import Factors, Spectrum, resize
 from fedmoe_core.algorithms.lora.shared import UNCOUNTED, everything
@@ -21,8 +21,8 @@ from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
-from fedmoe_core.server.accumulator import Sums, dense_mean, gate_mean
+from fedmoe_core.messages.update import ClientUpdate, Weights
+from fedmoe_core.server.means import Sums, dense_mean, gate_mean
 from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.server.state import Population, ServerState
 
@@ -74,31 +74,25 @@ class FlexLora(Algorithm):
 
         return largest_plan(self.population, client, self.population.config.lora.rank, of_size)
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Return the trained product B_k A_k of every matrix under |D_k|."""
         samples = self.population.sample_weight(plan.client)
-        if result.profile is None:
-            return failed_update(plan, result, samples)
         products = {}
         for key in expert_keys(self.population):
             a, b = (result.kept[factor_key(key, letter)] for letter in "ab")
             products[key] = _scale(self.population) * Factors(a, b).product()
         weight_LE = samples * plan.trainable_LE
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=weight_LE,
-            router_weight_LE=weight_LE,
-            gate_weight=samples,
+        return Weights(
+            experts_LE=weight_LE,
+            routers_LE=weight_LE,
+            gate=samples,
             deltas={**result.deltas, **products},
             metrics={"rank": plan.extras.lora_rank or 0},
         )
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Compute W + sum_k p_k B_k A_k, and its singular directions for the next plans."""
-        params = {**state.params, **gate_mean(sums, state.params, "fedavg"), **dense_mean(sums, state.params)}
+        params = {**gate_mean(sums, state.params, "fedavg"), **dense_mean(sums, state.params)}
         memory = dict(state.memory)
         rank, scale = self.population.config.lora.rank, _scale(self.population)
         for spec in sums.specs:
@@ -112,8 +106,7 @@ class FlexLora(Algorithm):
             best = Spectrum(u, s, v).truncate(rank)
             memory[f"a/{spec.key}"], memory[f"b/{spec.key}"] = best.a.to(base), (best.b / scale).to(base)
             params[spec.key] = whole.to(state.params[spec.key])
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
-        return state.advance(params, heard, [update.client for update in updates], memory=memory)
+        return params, memory
 
 
 def expert_keys(population: Population) -> list[str]:

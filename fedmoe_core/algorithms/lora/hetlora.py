@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.algorithms.largest_fit import largest_plan
 from fedmoe_core.algorithms.lora.factors import kept_ranks
 from fedmoe_core.algorithms.lora.rank_tail import RankProbe, TailLoss, padded, tail_tables, without_missing_ranks
@@ -21,8 +21,8 @@ from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
-from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.messages.update import ClientUpdate, Weights
+from fedmoe_core.server.means import Sums, dense_mean, expert_mean, gate_mean
 from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.server.state import Population, ServerState
 
@@ -76,36 +76,29 @@ class HetLora(Algorithm):
 
         return largest_plan(self.population, client, chosen.rank, of_size)
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Weigh padded adapters by the norm of their product; report the rank that is left for the next round."""
         samples, chosen = self.population.sample_weight(plan.client), self.population.config.lora
-        if result.profile is None:
-            return failed_update(plan, result, samples)
         assert plan.extras.lora_rank is not None
         # Over the norm of the frozen expert, which is the same for all clients, so that it fits a weight's range.
         norm_LE = (result.probed["norm_LE"] / result.probed["base_LE"]).clamp(max=1.0).numpy()
         shrunk = float(result.probed["tail_after"]) < float(result.probed["tail_before"])
         left = kept_ranks(plan.extras.lora_rank, chosen.keep_share) if shrunk else plan.extras.lora_rank
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=norm_LE * plan.trainable_LE,
-            router_weight_LE=samples * plan.trainable_LE,
-            gate_weight=samples,
+        return Weights(
+            experts_LE=norm_LE * plan.trainable_LE,
+            routers_LE=samples * plan.trainable_LE,
+            gate=samples,
             deltas=padded(result.deltas, chosen.rank),
             private={"ranks": torch.tensor([plan.extras.lora_rank, left])},
             metrics={"rank": plan.extras.lora_rank, "pruned_to": left},
         )
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Apply the weighted means of zero-padded adapters; an expert whose product is zero everywhere stays."""
         ranked = {update.client: update for update in updates if update.private}
         votes = [(int(u.private["ranks"][0]), u.expert_weight_LE) for u in ranked.values()]
         experts = without_missing_ranks(expert_mean(sums, state.params), state.params, sums, votes)
         left = {f"rank/{client}": update.private["ranks"][1] for client, update in ranked.items()}
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
-        params = {**state.params, **experts, **gate_mean(sums, state.params, "fedavg")}
+        params = {**experts, **gate_mean(sums, state.params, "fedavg")}
         params |= dense_mean(sums, state.params)
-        return state.advance(params, heard, [update.client for update in updates], memory={**state.memory, **left})
+        return params, {**state.memory, **left}

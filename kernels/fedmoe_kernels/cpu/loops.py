@@ -34,7 +34,7 @@ _NORM_ROW = 2**9
 _NORM_VALUES = 2**14
 
 
-class Rows(NamedTuple):
+class HostRows(NamedTuple):
     """Where each row comes from: the tensors of `Routing`, with the slots' bounds on the host."""
 
     weights_TK: Tensor
@@ -116,7 +116,7 @@ def backward_bytes(
 
 
 def forward(
-    x_TH: Tensor, rows: Rows, experts: Sequence[Expert], activation: Activation, *, keep_z: bool
+    x_TH: Tensor, rows: HostRows, experts: Sequence[Expert], activation: Activation, *, keep_z: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute y (T, H) and the pre-activations z (R, F) that the backward reads; z is (0, F) without `keep_z`."""
     width = activation.width(experts[0].w_out.shape[1])
@@ -129,7 +129,13 @@ def forward(
 
 
 def _forward_tiles(
-    x_TH: Tensor, rows: Rows, experts: Sequence[Expert], activation: Activation, *, z_RF: Tensor | None, y_XH: Tensor
+    x_TH: Tensor,
+    rows: HostRows,
+    experts: Sequence[Expert],
+    activation: Activation,
+    *,
+    z_RF: Tensor | None,
+    y_XH: Tensor,
 ) -> None:
     hidden, inner = experts[0].w_out.shape
     gemm = _gemm(x_TH)
@@ -150,7 +156,7 @@ def backward(
     dy_TH: Tensor,
     x_TH: Tensor,
     z_RF: Tensor,
-    rows: Rows,
+    rows: HostRows,
     *,
     experts: Sequence[Expert],
     activation: Activation,
@@ -200,7 +206,7 @@ class _PerRow(NamedTuple):
 
 def _backward_tiles(
     tensors: tuple[Tensor, Tensor, Tensor],
-    rows: Rows,
+    rows: HostRows,
     experts: Sequence[Expert],
     activation: Activation,
     *,
@@ -253,7 +259,7 @@ def _backward_tiles(
                 out.taylor_in_B[piece.slot] += torch.dot(z_m, dz_m)
 
 
-def _score(grads: Gradients, rows: Rows, sds_N: Tensor, taylor_in_B: Tensor) -> None:
+def _score(grads: Gradients, rows: HostRows, sds_N: Tensor, taylor_in_B: Tensor) -> None:
     """Write (B, 6): rows, sum s*dS, sum |s*dS|, sum (s*dS)^2, sum <z, dz>, ||dW_in||^2 + ||dW_out||^2."""
     assert grads.scores is not None
     offsets_B1 = torch.tensor(rows.offsets, device=sds_N.device)
@@ -321,14 +327,14 @@ def _tiles(offsets: list[int], experts: Sequence[Expert], most: int) -> Iterator
         yield _Tile(low, high, pieces)
 
 
-def _rows_and_zero(rows: Rows, like_TH: Tensor) -> Tensor:
+def _rows_and_zero(rows: HostRows, like_TH: Tensor) -> Tensor:
     """An empty buffer for all rows, and one row of zeros after them that places without a row point to."""
     buffer_XH = like_TH.new_empty(rows.real + 1, like_TH.shape[1])
     buffer_XH[-1].zero_()
     return buffer_XH
 
 
-def _combine(rows_XH: Tensor, rows: Rows, *, weighted: bool) -> Tensor:
+def _combine(rows_XH: Tensor, rows: HostRows, *, weighted: bool) -> Tensor:
     """Sum each token's rows, in the order of its choices: (T, H). Half precision is summed in float32.
 
     embedding_bag is a gather and a weighted sum in one pass: 10 to 25 times faster than gather, multiply, sum (on one

@@ -56,7 +56,7 @@ def moe_mlp(
         scores: importance sums to add to in the backward.
         recompute: keep no activations between the forward and the backward, which then makes z again from x: the same
             bits for one more first product; R * F values less.
-        backend: "auto" takes the Triton kernels for tensors on a GPU that can run them, and the slot loops of `cpu.py`
+        backend: "auto" takes the Triton kernels for tensors on a GPU that can run them, and the slot loops of `cpu/`
             for all others (on a GPU with one warning that says why). "triton" insists, on CPU tensors under
             TRITON_INTERPRET=1; "cpu" means the slot loops anywhere; "reference" the loops of `reference.py`.
 

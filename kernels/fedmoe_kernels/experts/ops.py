@@ -1,7 +1,7 @@
 """The operators `fedmoe::moe_mlp` and `fedmoe::moe_mlp_backward`: schemas, shapes, derivative, and which body runs.
 
-Each call goes to the slot loops of `cpu.py` or to the Triton kernels of `gpu/experts.py`, which are imported when they
-are first needed. Both operators assume inputs that `experts.moe_mlp` has checked: contiguous, of one dtype (routing
+Each call goes to the slot loops of `cpu/` or to the Triton kernels of `gpu/experts/`, which are imported when they are
+first needed. Both operators assume inputs that `experts.moe_mlp` has checked: contiguous, of one dtype (routing
 weights and quantised storage excepted) and on one device.
 
 Their last arguments: `backend` ("auto", "cpu" or "triton") and `rows_per_slot`, what the kernels' tiles are chosen by
@@ -28,7 +28,7 @@ _OPTIONAL = ("tokens_R", "places_R", *OpInputs._fields[8:])
 _TENSORS = ", ".join(f"{'Tensor?' if name in _OPTIONAL else 'Tensor'} {name}" for name in OpInputs._fields)
 
 
-def _rows(inputs: OpInputs) -> loops.Rows:
+def _rows(inputs: OpInputs) -> loops.HostRows:
     rows_TK, tokens_R, places_R = inputs.rows_TK, inputs.tokens_R, inputs.places_R
     if tokens_R is None or places_R is None:
         row_R, R = rows_TK.flatten(), rows_TK.numel()
@@ -36,7 +36,7 @@ def _rows(inputs: OpInputs) -> loops.Rows:
         # Places without a row all go to a place past the last row, which is cut off.
         places_R = row_R.new_full((R + 1,), -1).scatter_(0, row_R.where(row_R >= 0, R), place_R)[:R]
         tokens_R = places_R // rows_TK.shape[1]
-    return loops.Rows(inputs.weights_TK, rows_TK, tokens_R, places_R, [int(n) for n in inputs.offsets_B1.tolist()])
+    return loops.HostRows(inputs.weights_TK, rows_TK, tokens_R, places_R, [int(n) for n in inputs.offsets_B1.tolist()])
 
 
 def _experts(inputs: OpInputs, frozen_format: str) -> list[Expert]:

@@ -2,7 +2,7 @@
 
 A tile is chosen from the shapes of one client's plan, never from those that share a launch, so a client's bits do
 not depend on its cohort. A tile comes from the first of these that has one: the file that FEDMOE_TILES names, the table
-that ships for this very GPU (written by bench/tune/run.py), the static tables (`static_tiles.py`). What each static tile
+that ships for this very GPU (written by bench/tune/run.py), the static tables (`static.py`). What each static tile
 compiles to is in bench/results/aot-*.md.
 """
 
@@ -25,7 +25,7 @@ from fedmoe_kernels.tiles.tile import FAMILIES, SHARED, Entry, Table, Tile, Tile
 __all__ = ["SHARED", "Tile", "TileSet", "arch_of", "arch_of_capability", "best", "fitted", "load", "slug", "tiles_for"]
 
 OVERRIDE = "FEDMOE_TILES"
-SHIPPED = Path(__file__).parent / "tiles"
+SHIPPED = Path(__file__).parent  # in the wheel too: the tables lie beside this file
 
 
 def best(table: Table, arch: str, bytes_: int, rows_per_slot: float, **shape: int | None) -> Entry | None:

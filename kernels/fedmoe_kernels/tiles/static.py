@@ -1,6 +1,6 @@
 """The static tables of tiles: one set per architecture, element size and class of rows per slot.
 
-Every set compiles without spills and within the architecture's shared memory (bench/aot/run.py, run with the tests); the
+Every set compiles without spills and within the architecture's shared memory (bench/aot/run.py, run with the tests);
 registers, bytes and predicted times of each are in bench/results/aot-*.md. None has been timed on a GPU yet.
 
 How they were chosen. Many rows: the widest blocks whose sums fit the registers, for a block's operands cross the L2

@@ -34,7 +34,7 @@ class Tile:
         split: pieces in which the epilogue is computed; more pieces, fewer registers.
         tma: whether operands that lie in order come by tensor descriptor (sm_90 and later).
         registers: the most that a thread may have, so that more programs fit an SM; 0 = as many as the compiler likes.
-        persistent: whether a program takes one tile after the other, see `gpu/persistent.py`; of `down` and
+        persistent: whether a program takes one tile after the other, see `gpu/experts/persistent.py`; of `down` and
             `input_gradient` only, and only where both operands come by descriptor and rows are written as they lie.
 
     Of the weight gradient `stages` counts those that a row index takes too, which is loaded in the loop.

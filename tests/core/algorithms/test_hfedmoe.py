@@ -19,6 +19,7 @@ from hand_made import (
     TRAINED,
     WEIGHTS,
     G,
+    find_algorithm,
     model,
     plan_for,
     play,
@@ -28,14 +29,13 @@ from hand_made import (
     spread,
 )
 
-from fedmoe_core.algorithms.base import find_algorithm
 from fedmoe_core.algorithms.baselines import FedAvg, RandomExperts
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.config.systems import ALGORITHMS, PLACES
 from fedmoe_core.messages.profile import profile_arrays
-from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.result import LocalFailure
 from fedmoe_core.server.state import ServerState, initial_state, pack_state, unpack_state
 
 GATES = ("row-wise", "normalized", "literal", "fedavg")
@@ -127,7 +127,7 @@ def test_inv9_rows_that_nobody_trained_keep_their_bits(gate: str) -> None:
 
 def test_tau_cuts_what_a_client_weighs_in() -> None:
     open_, cut = (
-        HFedMoE(population(f"aggregation.tau={tau}", "aggregation.participation=false")).client(
+        HFedMoE(population(f"aggregation.tau={tau}", "aggregation.participation=false")).answer(
             plan_for(0), result_for(0)
         )
         for tau in (0.0, 0.2)
@@ -145,13 +145,13 @@ def test_tau_cuts_what_a_client_weighs_in() -> None:
 def test_an_expert_without_rows_votes_only_where_participation_is_off(participation: bool) -> None:
     facts = population(f"aggregation.participation={participation}".lower())
     client, layer, expert = NO_ROWS
-    update = HFedMoE(facts).client(plan_for(client), result_for(client))
+    update = HFedMoE(facts).answer(plan_for(client), result_for(client))
     assert update.expert_weight_LE[layer, expert] == (0 if participation else WEIGHTS[client])
     assert update.expert_weight_LE[layer, 1] == WEIGHTS[client]
 
 
 def test_uniform_weighting_counts_every_client_alike() -> None:
-    update = HFedMoE(population("aggregation.weighting=uniform")).client(plan_for(2), result_for(2))
+    update = HFedMoE(population("aggregation.weighting=uniform")).answer(plan_for(2), result_for(2))
     assert update.sample_weight == 1
     assert set(np.unique(update.expert_weight_LE)) == {0.0, 1.0}
 
@@ -159,7 +159,7 @@ def test_uniform_weighting_counts_every_client_alike() -> None:
 def test_the_automatic_gate_follows_the_mode() -> None:
     for mode, gate in (("compact", "row-wise"), ("backward-masked", "normalized")):
         automatic, named = (
-            HFedMoE(population(f"selection.mode={mode}", f"aggregation.gate={word}")).client(plan_for(0), result_for(0))
+            HFedMoE(population(f"selection.mode={mode}", f"aggregation.gate={word}")).answer(plan_for(0), result_for(0))
             for word in ("auto", gate)
         )
         np.testing.assert_array_equal(automatic.router_weight_LE, named.router_weight_LE)
@@ -169,7 +169,7 @@ def test_the_automatic_gate_follows_the_mode() -> None:
 def test_inv11_a_failed_client_reports_and_weighs_nothing(name: str) -> None:
     facts = population()
     algorithm = find_algorithm(name, facts)
-    failed = LocalResult({}, None, Cost(flops=3.0), (), "failed", "loss is nan at step 1")
+    failed = LocalFailure(Cost(flops=3.0), "loss is nan at step 1")
     results = [result_for(0), failed, result_for(2)]
     after, updates = play(algorithm, results)
     report = updates[1]

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hand_made import PRIOR, model, play, population, profiles, result_for
+from hand_made import PRIOR, find_algorithm, model, play, population, profiles, result_for
 from tiny_corpus import make_config
 
-from fedmoe_core.algorithms.base import find_algorithm
 from fedmoe_core.algorithms.baselines import FedAvgSmallest, MostActivated
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.algorithms.hfedmoe_plus import HFedMoEPlus
@@ -25,7 +24,7 @@ from fedmoe_core.budget.limits import Cost
 from fedmoe_core.comparison.study import Study
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import ALGORITHMS
-from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.result import LocalFailure
 from fedmoe_core.model.spec import model_hash
 from fedmoe_core.selection.knapsack import select_top_n
 from fedmoe_core.server.state import ServerState, initial_state, pack_state, unpack_state
@@ -250,7 +249,7 @@ def test_inv10_resumed_and_permuted_runs_end_at_the_same_bits(config: Make) -> N
 
 def test_a_failed_client_weighs_nothing() -> None:
     for name in NEW:
-        failed = LocalResult({}, None, Cost(flops=3.0), (), "failed", "loss is nan at step 1")
+        failed = LocalFailure(Cost(flops=3.0), "loss is nan at step 1")
         after, updates = play(find_algorithm(name, population()), [result_for(0), failed, result_for(2)])
         assert (updates[1].status, updates[1].expert_weight_LE.any()) == ("failed", False)
         assert after.profiles[1] is None

@@ -52,21 +52,21 @@ def test_weights_of_a_round_are_those_of_its_lambda_and_tau(number: int) -> None
     for client in range(3):
         plan = replace(plan_for(client), round=number)
         mine, other = (
-            HFedMoE(population(*words)).client(plan, result_for(client)) for words in (MOVING, standing(number))
+            HFedMoE(population(*words)).answer(plan, result_for(client)) for words in (MOVING, standing(number))
         )
         np.testing.assert_array_equal(mine.expert_weight_LE, other.expert_weight_LE)
         np.testing.assert_allclose(mine.router_weight_LE, other.router_weight_LE, rtol=1e-9)
         votes.append(int((mine.expert_weight_LE > 0).sum()))
     if number == 4:
         assert sum(votes) < sum(
-            int((HFedMoE(population(*MOVING)).client(plan_for(c), result_for(c)).expert_weight_LE > 0).sum())
+            int((HFedMoE(population(*MOVING)).answer(plan_for(c), result_for(c)).expert_weight_LE > 0).sum())
             for c in range(3)
         )
 
 
 def test_per_batch_choice_takes_the_rounds_lambda_and_beta() -> None:
     words = ("selection.mode=backward-masked", "selection.reschedule=batch", "selection.score=ib")
-    rule = HFedMoE(population(*words, *MOVING, budgets=("experts=3",))).per_batch(heard(2), 0).per_batch
+    rule = HFedMoE(population(*words, *MOVING, budgets=("experts=3",))).per_batch(heard(2), 0).extras.per_batch
     assert rule is not None
     assert (rule.lam, rule.beta) == pytest.approx((0.5, 0.4))
 

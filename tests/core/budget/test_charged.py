@@ -13,11 +13,13 @@ import torch
 from tiny_corpus import make_config
 
 from fedmoe_core.budget.peak_memory import MemoryTrace
+from fedmoe_core.client import step
 from fedmoe_core.client import train as client
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.simulation import round as rounds
 from fedmoe_core.simulation import run as simulate
 
 Make = Callable[..., Config]
@@ -68,7 +70,7 @@ def test_a_client_that_fails_before_its_first_step_is_charged_for_what_it_was_se
     def broken(*_: object) -> None:
         raise RuntimeError("no optimizer")
 
-    monkeypatch.setattr(client, "local_optimizer", broken)
+    monkeypatch.setattr(step, "local_optimizer", broken)
     simulate.run(config("rounds=1"))
     for entry in lines(tmp_path / "run", "ledger.jsonl"):
         used, predicted = entry["real"], entry["predicted"]
@@ -83,7 +85,7 @@ def test_inv1_a_budget_that_is_broken_is_said_to_be_broken(
 ) -> None:
     """The closed form falls short (here: by what the test adds to the measurement)."""
     trace_memory, who = client.trace_memory, {"client": -1}
-    train_client = simulate.train_client
+    train_client = rounds.train_client
 
     def more(step: Callable[[], Any], device: torch.device) -> tuple[Any, MemoryTrace]:
         result, trace = trace_memory(step, device)
@@ -94,7 +96,7 @@ def test_inv1_a_budget_that_is_broken_is_said_to_be_broken(
         return train_client(adapter, params, plan, batches, **rest)
 
     monkeypatch.setattr(client, "trace_memory", more)
-    monkeypatch.setattr(simulate, "train_client", train)
+    monkeypatch.setattr(rounds, "train_client", train)
     budget = max(row.memory_bytes for row in simulate.dry_run(config("budgets=experts=50%")))
     summary = simulate.run(config(f"budgets=memory={budget}"))
     assert (summary["budgets_broken"], summary["budget_violations"]) == (2 * len(clients), 2 * len(clients))

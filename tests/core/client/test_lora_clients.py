@@ -70,7 +70,7 @@ def test_only_what_is_aggregated_moves(config: Make, form: str) -> None:
     scales = [state.memory[f"scale/{client}"] for client in range(4)]
     assert all(not torch.equal(scale, torch.full((2,), 1.5)) for scale in scales)
     following = world.algorithm.plan(state, [2])[0]
-    assert following.out_scale_L == tuple(scales[2].tolist())
+    assert following.extras.out_scale_L == tuple(scales[2].tolist())
 
 
 def test_fresh_adapters_are_the_global_model_bit_for_bit(

@@ -14,7 +14,7 @@ from hand_made import EXPERTS, LAYERS, G, profiles
 from tiny_corpus import make_config
 
 from fedmoe_core.algorithms.hfedmoe import TopScores
-from fedmoe_core.client import train as client
+from fedmoe_core.client import per_batch
 from fedmoe_core.client.per_batch import BatchChooser, SlotAdamW
 from fedmoe_core.config.run_config import Config, TrainConfig
 from fedmoe_core.layer.moe import MoE
@@ -159,7 +159,7 @@ def test_inv1_every_batch_stays_inside_the_budget_and_the_rest_keeps_its_bits(
             masks.append(self.chosen_LE)
             return peak
 
-    monkeypatch.setattr(client, "BatchChooser", Watched)
+    monkeypatch.setattr(per_batch, "BatchChooser", Watched)
     world = build_world(config(*BATCH, "budgets=experts=4", "train.local_steps=4").resolved(), Ranks(), NullObserver())
     before = world.algorithm.init(world.params)
     state, round_ = play_round(world, before, NullObserver())
@@ -203,7 +203,7 @@ def test_inv1_inv2_scoring_is_charged_and_memory_is_bounded(config: Make, tmp_pa
         # Scoring is an extra pass; fewer experts that learn are fewer weight gradients.
         saved = plan.local_steps * 2 * costs.expert_params * max(0, 2 * 2 - plan.extras.per_batch.count) * costs.tokens
         assert plan.predicted.flops == pytest.approx(plan.local_steps * once + scoring - saved, rel=1e-12)
-    assert alone[3].per_batch is None
+    assert alone[3].extras.per_batch is None
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.messages.plan import Extras, ProbeContext
+from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.simulation.observer import NullObserver
@@ -147,7 +148,7 @@ def test_inv2_a_look_in_few_bits_stays_within_its_closed_form(config: Make, form
     result = train_client(
         world.adapter, state.params, plan, batches, train=world.config.train, costs=costs, redraw=lambda: batches
     )
-    assert result.status == "ok", result.error
+    assert isinstance(result, LocalResult), result.error
     assert result.cost.memory_bytes <= plan.predicted.memory_bytes
     assert int(result.probed["rows"].sum()) == 2 * 2 * 3 * int(batches[0].mask_SN.sum())
     whole = 16 * costs.expert_params
@@ -214,7 +215,7 @@ def test_a_client_judges_its_classifier_with_the_class_shares_of_its_training(co
         class_shares_C=shares_C,
         validation=lambda: [batch],
     )
-    assert result.status == "ok", result.error
+    assert isinstance(result, LocalResult), result.error
     np.testing.assert_allclose(result.probed["prior"], 0.5 * np.log(shares_C), rtol=1e-6)
     assert result.validation.loss_sum == pytest.approx(float(result.probed["loss"]), rel=1e-6)
     assert result.validation.loss_sum != pytest.approx(world.adapter.evaluate(batch).loss_sum, rel=1e-3)

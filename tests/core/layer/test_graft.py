@@ -14,15 +14,15 @@ import torch
 from tiny_corpus import make_config
 
 from fedmoe_core.algorithms import base as algorithms
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.graft import GraftSpec
 from fedmoe_core.layer.router_loss import SwitchBalance
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
-from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.messages.update import ClientUpdate, Weights
+from fedmoe_core.server.means import Sums, modular_mean
 from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation import run as simulate
@@ -55,26 +55,18 @@ class ToyGraft(Algorithm):
             for client in clients
         ]
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         samples = self.population.sample_weight(plan.client)
-        if result.profile is None:
-            return failed_update(plan, result, samples)
         weight_LE = np.full(plan.trainable_LE.shape, samples)
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=weight_LE,
-            router_weight_LE=weight_LE,
-            gate_weight=samples,
+        return Weights(
+            experts_LE=weight_LE,
+            routers_LE=weight_LE,
+            gate=samples,
         )
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
-        params = {**state.params, **expert_mean(sums, state.params), **gate_mean(sums, state.params, "fedavg")}
-        params |= dense_mean(sums, state.params)
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
-        return state.advance(params, heard, [update.client for update in updates])
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
+        params = modular_mean(sums, state.params, "fedavg")
+        return params, None
 
 
 @pytest.fixture

@@ -12,11 +12,10 @@ from hand_made import plan_for, population, profiles, result_for
 from update_cases import ALL, make_plan, make_profile, make_specs, make_update
 
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
-from fedmoe_core.budget.limits import Cost
 from fedmoe_core.messages.codec import report_of, update_of
 from fedmoe_core.messages.plan import Extras
 from fedmoe_core.messages.profile import profile_arrays
-from fedmoe_core.messages.update import ClientUpdate, finished_update, refused
+from fedmoe_core.messages.update import ClientUpdate, Weights, finished_update, refused
 from fedmoe_core.model.spec import Evaluation
 from fedmoe_core.server.admission import expected_shapes, refusal
 from fedmoe_core.server.fixed_point import SumSettings
@@ -32,7 +31,7 @@ PRIVATE = {
 
 
 def full_update() -> ClientUpdate:
-    update = HFedMoE(population()).client(plan_for(0), result_for(0))
+    update = HFedMoE(population()).answer(plan_for(0), result_for(0))
     return replace(
         update,
         private=PRIVATE,
@@ -67,42 +66,14 @@ def test_a_refused_update_leaves_nothing_to_remember() -> None:
     assert gone.cost == full_update().cost
 
 
-@pytest.mark.parametrize("travels", [False, True])
-def test_private_tensors_cost_bytes_only_where_they_travel(travels: bool) -> None:
-    plan, result = plan_for(0), replace(result_for(0), cost=Cost(bytes_up=100))
-    zeros_LE = np.zeros(plan.trainable_LE.shape)
-    update = finished_update(
-        plan,
-        result,
-        samples=1,
-        sample_weight=1.0,
-        expert_weight_LE=zeros_LE,
-        router_weight_LE=zeros_LE,
-        gate_weight=0.0,
-        private={"gate": torch.ones(3, 4), "count": torch.tensor(2)},
-        private_travels=travels,
-        metrics={"n": 3},
-    )
-    assert update.cost.bytes_up == 100 + travels * (48 + 8)
-    assert update.metrics == {"n": 3.0}
-    assert type(update.metrics["n"]) is float
-
-
-def test_private_tensors_are_copies() -> None:
-    gate = torch.ones(2)
-    update = HFedMoE(population()).client(plan_for(0), result_for(0))
-    update = finished_update(
-        plan_for(0),
-        result_for(0),
-        samples=1,
-        sample_weight=1.0,
-        expert_weight_LE=update.expert_weight_LE,
-        router_weight_LE=update.router_weight_LE,
-        gate_weight=0.0,
-        private={"gate": gate},
-    )
+def test_private_tensors_are_copies_and_metrics_are_plain_numbers() -> None:
+    gate, zeros_LE = torch.ones(2), np.zeros(plan_for(0).trainable_LE.shape)
+    weights = Weights(zeros_LE, zeros_LE, private={"gate": gate}, metrics={"n": 3})
+    update = finished_update(plan_for(0), result_for(0), weights, samples=1, sample_weight=1.0)
     gate.zero_()
     assert torch.equal(update.private["gate"], torch.ones(2))
+    assert update.metrics == {"n": 3.0}
+    assert type(update.metrics["n"]) is float
 
 
 BAD = {

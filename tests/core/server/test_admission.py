@@ -15,7 +15,9 @@ from update_cases import SHAPE_LE, clone_update, make_plan, make_specs, make_sta
 
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import model_hash
-from fedmoe_core.server.accumulator import Accumulator, SumSettings, dense_mean, expert_mean, gate_mean
+from fedmoe_core.server.accumulator import Accumulator
+from fedmoe_core.server.fixed_point import SumSettings
+from fedmoe_core.server.means import dense_mean, expert_mean, gate_mean
 
 NAN, INF = float("nan"), float("inf")
 TRAINED = np.array([[1, 0, 1, 1, 0], [0, 1, 0, 0, 0]], dtype=bool)  # layer 1 has one row: the shape that broadcasts

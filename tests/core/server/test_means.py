@@ -26,7 +26,8 @@ from update_cases import (
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec, model_hash
-from fedmoe_core.server.accumulator import Accumulator, GateRule, Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.server.accumulator import Accumulator
+from fedmoe_core.server.means import GateRule, Sums, dense_mean, expert_mean, gate_mean
 
 
 def scatter(delta: Tensor, plan: ExpertPlan, layer: int) -> Tensor:

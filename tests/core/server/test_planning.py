@@ -99,7 +99,7 @@ def test_validation_is_charged_to_those_who_validate() -> None:
     facts = replace(population(), validation_tokens_C=np.array([64, 128, 0]))
     bare, paid = planned(facts), planned(facts, validate=True)
     spent = facts.costs.forward_flops(HELD[0], tokens=64, top_k=bare.top_k)
-    assert paid.surcharge.flops == spent > 0
+    assert paid.extras.surcharge.flops == spent > 0
     assert paid.predicted.flops == bare.predicted.flops + spent
     assert paid.predicted.bytes_up == bare.predicted.bytes_up + facts.costs.profile_bytes + 24
     with pytest.raises(ValueError, match="needs_validation"):

@@ -6,9 +6,7 @@ A GPU computes in these types. Tolerances are those that the GPU run has; its si
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +19,11 @@ import bfloat16_interpreter
 from cohort_cases import assert_clients_keep_their_bits
 from expert_cases import assert_close, leaves, names, problem, restricted, run, solve, truth
 
+from bench.gpu.measure import correct
 from fedmoe_kernels import ExpertScores, ExpertWeights, Quantized, moe_mlp
 from fedmoe_kernels.experts import ops
 from fedmoe_kernels.experts.op_inputs import OpInputs
 from fedmoe_kernels.formats import FORMATS
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-from bench.gpu.measure import correct
 
 HALVES = (torch.bfloat16, torch.float16)
 # Of all its checks those in which a rounding is in another place or falls on another shape. Frozen experts as codes and

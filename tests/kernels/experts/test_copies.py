@@ -106,18 +106,18 @@ def test_weights_off_16_bytes_run_on_a_gpu_and_say_so_once(
     said: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    from fedmoe_kernels.gpu.experts import call as stage
+    from fedmoe_kernels.gpu.experts import call
 
-    monkeypatch.setattr(stage, "WORTH_SAYING", 1)
+    monkeypatch.setattr(call, "WORTH_SAYING", 1)
     flat = randn(B * H * I + 1)
     off, on = flat[1:].view(B, H, I), flat[:-1].view(B, H, I)
     assert off.data_ptr() % 16 == 4
-    assert stage.aligned(on, "w_out") is on
+    assert call.aligned(on, "w_out") is on
     for _ in range(2):
-        copied = stage.aligned(off, "w_out")
+        copied = call.aligned(off, "w_out")
         assert copied.data_ptr() % 16 == 0
         assert torch.equal(copied, off)
-        assert stage.aligned(off, "x_TH").data_ptr() % 16 == 0, "of x a copy is one call's, and nothing is said"
+        assert call.aligned(off, "x_TH").data_ptr() % 16 == 0, "of x a copy is one call's, and nothing is said"
     assert said() == [
         "w_out starts 4 bytes past a multiple of 16, and its 2048 bytes are copied at every call; let it start at one"
     ]

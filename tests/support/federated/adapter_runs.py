@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lora_restated import flame_weights
 
-from fedmoe_core.algorithms.lora.factors import flame_weights
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
@@ -35,13 +35,13 @@ def started(config: Make, name: str, *overrides: str, **words: Any) -> tuple[Wor
 def heard_by(world: World, state: ServerState, monkeypatch: pytest.MonkeyPatch) -> tuple[ServerState, dict[int, Any]]:
     """The state after a round, and each client's plan, result and update with its deltas."""
     seen: dict[int, tuple[ExpertPlan, Any, ClientUpdate]] = {}
-    answer = type(world.algorithm).client
+    answering = type(world.algorithm).answer
 
-    def client(self: Any, plan: ExpertPlan, result: Any) -> ClientUpdate:
-        seen[plan.client] = (plan, result, answer(self, plan, result))
+    def answer(self: Any, plan: ExpertPlan, result: Any) -> ClientUpdate:
+        seen[plan.client] = (plan, result, answering(self, plan, result))
         return seen[plan.client][2]
 
-    monkeypatch.setattr(type(world.algorithm), "client", client)
+    monkeypatch.setattr(type(world.algorithm), "answer", answer)
     after, played = play_round(world, state, NullObserver())
     assert [update.error for update in played.updates] == [""] * len(played.updates)
     monkeypatch.undo()

@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmoe_core.algorithms.base import Algorithm, algorithm_class
 from fedmoe_core.algorithms.baselines import FedAvg
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Budget, Cost
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.profile import ClientProfile
-from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ModelSpec, ParamSpec
-from fedmoe_core.server.accumulator import Accumulator, SumSettings
+from fedmoe_core.server.accumulator import Accumulator
+from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.state import Population, ServerState
 
 LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 2, 4, 3, 5, 2
@@ -115,10 +117,13 @@ def plan_for(client: int) -> ExpertPlan:
     return ExpertPlan(client, 0, HELD[client], TRAINED[client], TOP_K, 2, 0, Budget(), Cost())
 
 
-def whole(plan: ExpertPlan, result: LocalResult) -> tuple[ExpertPlan, LocalResult]:
+def whole(plan: ExpertPlan, result: LocalResult | LocalFailure) -> tuple[ExpertPlan, LocalResult | LocalFailure]:
     """The same as FedAvg would have it: every expert trained, by nothing where the client's own delta has no row."""
+    plan = replace(plan, permitted_LE=EVERY_LE, trainable_LE=EVERY_LE)
+    if isinstance(result, LocalFailure):
+        return plan, result
     full = {key: torch.from_numpy(spread(plan.client, key)) for key in result.deltas}
-    return replace(plan, permitted_LE=EVERY_LE, trainable_LE=EVERY_LE), replace(result, deltas=full)
+    return plan, replace(result, deltas=full)
 
 
 def result_for(client: int) -> LocalResult:
@@ -139,7 +144,13 @@ def spread(client: int, key: str) -> np.ndarray:
     return full
 
 
-def play(algorithm: Any, results: list[LocalResult] | None = None) -> tuple[ServerState, list[ClientUpdate]]:
+def find_algorithm(name: str, facts: Population) -> Algorithm:
+    return algorithm_class(name)(facts)
+
+
+def play(
+    algorithm: Any, results: list[LocalResult | LocalFailure] | None = None
+) -> tuple[ServerState, list[ClientUpdate]]:
     """One round as the simulator plays it: client, checked exact sums, apply."""
     facts: Population = algorithm.population
     rule = facts.config.aggregation
@@ -150,8 +161,8 @@ def play(algorithm: Any, results: list[LocalResult] | None = None) -> tuple[Serv
         plan = plan_for(client)
         if isinstance(algorithm, FedAvg):
             plan, result = whole(plan, result)
-        update = algorithm.client(plan, result)
+        update = algorithm.answer(plan, result)
         outcome = sums.add(update, plan)
         assert outcome.accepted == (update.status == "ok"), outcome.reason
         updates.append(update)
-    return algorithm.apply(algorithm.init(model()), sums.sums(), updates), updates
+    return algorithm.advance(algorithm.init(model()), sums.sums(), updates), updates

@@ -15,6 +15,8 @@ from fedmoe_core.client.train import train_client
 from fedmoe_core.config.run_config import Config, ModelConfig, TrainConfig
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.lora import LoraSpec
+from fedmoe_core.messages.plan import Extras
+from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.model.adapter import ModelAdapter, find_adapter
 from fedmoe_core.server.planning import asked_costs, plan_of_masks
 from fedmoe_core.server.state import Population, initial_state
@@ -36,7 +38,7 @@ class Case:
         rank, declared: of the client's adapters and of the declared ones (0 = none); ``in_state``: see ``LoraSpec``.
         masked: every expert is held, whatever ``held`` says.
         per_batch: experts that each batch chooses; 0 = the plan chooses.
-        asks: further fields of the plan.
+        asks: fields of the plan's extras.
         steps: local steps.
     """
 
@@ -153,7 +155,7 @@ def measure(case: Case) -> tuple[int, int]:
         *case.masks(),
         top_k=case.chosen or None,
         mode="backward-masked" if case.masked else "compact",
-        **asks,
+        extras=Extras(**asks),
     )
     result = train_client(
         adapter,
@@ -165,6 +167,6 @@ def measure(case: Case) -> tuple[int, int]:
         class_shares_C=np.full(case.classes, 1 / case.classes) if case.classes else None,
         validation=lambda: list(case.batches(seed=5)),
     )
-    assert result.status == "ok", result.error
+    assert isinstance(result, LocalResult), result.error
     assert len(result.losses) == case.steps
     return plan.predicted.memory_bytes, result.cost.memory_bytes

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.algorithms import base as algorithms
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.layer.router_loss import SwitchBalance
 from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
-from fedmoe_core.server.accumulator import Sums, expert_mean
+from fedmoe_core.messages.update import ClientUpdate, Weights
+from fedmoe_core.server.means import Sums, expert_mean
 from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.server.state import ServerState
 
@@ -72,10 +72,8 @@ class Toy(Algorithm):
             ),
         )
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         samples = self.population.sample_weight(plan.client)
-        if result.profile is None or result.validation is None:
-            return failed_update(plan, result, samples)
         private = {"mass": result.probed["mass"]}
         for layer, trained_E in enumerate(plan.trainable_LE):
             key = f"moe.{layer}.router"
@@ -87,19 +85,14 @@ class Toy(Algorithm):
             gate_EH = gate_EH.clone()
             gate_EH[np.flatnonzero(trained_E)] = result.kept[key]
             private[f"gate/{layer}"] = gate_EH
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=samples * plan.trainable_LE,
-            router_weight_LE=np.zeros(plan.trainable_LE.shape),
-            gate_weight=0.0,
+        return Weights(
+            experts_LE=samples * plan.trainable_LE,
+            routers_LE=np.zeros(plan.trainable_LE.shape),
             private=private,
             metrics={"validation": result.validation.loss_sum / result.validation.count},
         )
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         memory = dict(state.memory)
         for update in updates:
             for name, tensor in update.private.items():
@@ -107,9 +100,8 @@ class Toy(Algorithm):
                 memory[f"{kind}/{update.client}/{layer}".rstrip("/")] = tensor
             if update.validation_profile is not None:
                 memory[f"rows/{update.client}"] = torch.from_numpy(update.validation_profile.rows_LE)
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
         params = {**state.params, **expert_mean(sums, state.params)}
-        return state.advance(params, heard, [update.client for update in updates], memory=memory)
+        return params, memory
 
 
 @dataclass(frozen=True)

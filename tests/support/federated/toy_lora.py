@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.algorithms.base import Algorithm
+from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.algorithms.lora.factors import Factors, resize
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.layer.lora import FACTORS, LoraSpec
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.messages.update import ClientUpdate, failed_update, finished_update
-from fedmoe_core.server.accumulator import Sums, dense_mean, expert_mean, gate_mean
+from fedmoe_core.messages.update import ClientUpdate, Weights
+from fedmoe_core.server.means import Sums, dense_mean, expert_mean, gate_mean
 from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.server.state import ServerState
 
@@ -53,28 +53,21 @@ class ToyLora(Algorithm):
             for client in clients
         ]
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         samples = self.population.sample_weight(plan.client)
-        if result.profile is None:
-            return failed_update(plan, result, samples)
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=samples * plan.trainable_LE,
-            router_weight_LE=samples * plan.trainable_LE,
-            gate_weight=samples,
+        return Weights(
+            experts_LE=samples * plan.trainable_LE,
+            routers_LE=samples * plan.trainable_LE,
+            gate=samples,
             deltas=padded(result.deltas),
             private={"scale": torch.stack([result.kept[f"moe.{n}.out_scale"] for n in range(len(plan.trainable_LE))])},
         )
 
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         memory = {**state.memory, **{f"scale/{u.client}": u.private["scale"] for u in updates if u.private}}
         params = {**state.params, **expert_mean(sums, state.params), **gate_mean(sums, state.params)}
         params |= dense_mean(sums, state.params)
-        heard = {update.client: update.profile for update in updates if update.profile is not None}
-        return state.advance(params, heard, [update.client for update in updates], memory=memory)
+        return params, memory
 
 
 @dataclass(frozen=True)
@@ -99,10 +92,8 @@ class ToyRound(ToyLora):
             for client in clients
         ]
 
-    def client(self, plan: ExpertPlan, result: LocalResult) -> ClientUpdate:
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         samples = self.population.sample_weight(plan.client)
-        if result.profile is None:
-            return failed_update(plan, result, samples)
         deltas, scale = dict(result.deltas), 8.0 / RANK
         looks = bool(plan.extras.keeps)
         for layer in range(len(plan.trainable_LE) if not looks else 0):
@@ -110,14 +101,10 @@ class ToyRound(ToyLora):
                 a, b = (result.kept[f"moe.{layer}.{letter}_{side}"] for letter in "ab")
                 deltas[f"moe.{layer}.w_{side}"] = scale * b @ a
         weight_LE = samples * plan.trainable_LE * (not looks)
-        return finished_update(
-            plan,
-            result,
-            samples=int(self.population.samples_C[plan.client]),
-            sample_weight=samples,
-            expert_weight_LE=weight_LE,
-            router_weight_LE=weight_LE,
-            gate_weight=0.0 if looks else samples,
+        return Weights(
+            experts_LE=weight_LE,
+            routers_LE=weight_LE,
+            gate=0.0 if looks else samples,
             deltas=deltas,
         )
 

@@ -14,7 +14,8 @@ from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec
-from fedmoe_core.server.accumulator import Accumulator, SumSettings
+from fedmoe_core.server.accumulator import Accumulator
+from fedmoe_core.server.fixed_point import SumSettings
 
 LAYERS, EXPERTS, HIDDEN, INNER = 2, 5, 3, 4  # four different sizes, so that a swapped axis cannot pass
 SHAPE_LE = (LAYERS, EXPERTS)

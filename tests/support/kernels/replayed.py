@@ -1,23 +1,19 @@
-"""CUDA graphs in Triton's interpreter: `recorded.py` of tests/bench, and the launches of kernels with it.
+"""CUDA graphs in Triton's interpreter: `recorded.py` of tests/support/bench, and the launches of kernels with it.
 
 `graphs_on_the_cpu` puts this into torch.cuda, so that torch's own `make_graphed_callables` runs as it stands.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from recorded import Graph, recorded
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-from recorded import Graph, recorded
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """One call on a GPU as its steps see it: inputs, tiles, schedule, and the operands that several steps share.
 
-Shapes as in `experts`: R = T * K places of which the first N are rows, H hidden, I intermediate, F = 2 * I for gated
+Shapes as in `driver`: R = T * K places of which the first N are rows, H hidden, I intermediate, F = 2 * I for gated
 activations and I for the others, r rank.
 """
 
@@ -28,8 +28,8 @@ from fedmoe_kernels.gpu.routing.place import inverse
 from fedmoe_kernels.tiles.lookup import OVERRIDE, TileSet, arch_of, tiles_for
 
 
-class Call(NamedTuple):
-    """How a call is made, besides its tensors: as `experts.forward` takes it."""
+class CallOptions(NamedTuple):
+    """How a call is made, besides its tensors: as `driver.forward` takes it."""
 
     activation: str
     frozen_format: str
@@ -38,7 +38,7 @@ class Call(NamedTuple):
     execute: Execute
 
 
-class Stage(NamedTuple):
+class Call(NamedTuple):
     """What every step of one call needs; `decodes` = frozen slots in codes are decoded before their products."""
 
     inputs: OpInputs
@@ -138,9 +138,9 @@ class Stage(NamedTuple):
         )
 
 
-def stage_of(inputs: OpInputs, call: Call) -> Stage:
+def call_of(inputs: OpInputs, options: CallOptions) -> Call:
     """Choose the tiles and make the schedule."""
-    activation, frozen_format, rows_per_slot, arch, execute = call
+    activation, frozen_format, rows_per_slot, arch, execute = options
     inputs = OpInputs._make(
         tensor if tensor is None else aligned(tensor, name) for name, tensor in zip(inputs._fields, inputs, strict=True)
     )
@@ -155,7 +155,7 @@ def stage_of(inputs: OpInputs, call: Call) -> Stage:
     )
     made = schedule(inputs.offsets_B1, inputs.rows_TK.numel(), tiles.rows, execute)
     first = decodes(frozen_format, rows_per_slot)
-    return Stage(inputs, _row_index(inputs, execute), activation, tiles, made, execute, frozen_format, first)
+    return Call(inputs, _row_index(inputs, execute), activation, tiles, made, execute, frozen_format, first)
 
 
 def _row_index(inputs: OpInputs, execute: Execute) -> RowIndex:
@@ -180,7 +180,7 @@ def _tiles(
     arch: str | None,
     override: str | None,
 ) -> TileSet:
-    """`configs.tiles_for`, remembered: it costs as much as two launches. `override` is in the key alone."""
+    """`lookup.tiles_for`, remembered: it costs as much as two launches. `override` is in the key alone."""
     return tiles_for(
         arch_of(device) if arch is None else arch,
         dtype,

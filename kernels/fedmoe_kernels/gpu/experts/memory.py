@@ -31,7 +31,7 @@ class CallSizes:
     Attributes:
         tokens, choices, hidden, inner, slots: T, K, H, I and B.
         gated: whether F = 2 * I.
-        tiles: what `configs.tiles_for` gives for this call.
+        tiles: what `lookup.tiles_for` gives for this call.
         learning: G, slots with weight gradients, or with adapters where there is a `rank`.
         rank: r of adapters, 0 = none.
         itemsize: bytes of a value of x.

@@ -66,7 +66,7 @@ def route(
     with_stats: bool,
     execute: Execute = Launch.run,
 ) -> Routed:
-    """Return what `routing_ops.route_op` does, in 2 launches, 4 if blocks * B exceeds 4096, and 1 or 2 for statistics.
+    """Return what `routing.ops.route_op` does, in 2 launches, 4 if blocks * B exceeds 4096, and 1 or 2 for statistics.
 
     Tokens of a client outside [0, C) get no row. Nothing waits for the device.
     """
@@ -146,7 +146,7 @@ def place(
     num_slots: int,
     execute: Execute = Launch.run,
 ) -> Placed:
-    """Return what `routing_ops.place_rows_op` does, in 2 launches (4 where blocks * B exceeds 4096)."""
+    """Return what `routing.ops.place_rows_op` does, in 2 launches (4 where blocks * B exceeds 4096)."""
     with torch.cuda.device_of(experts_TK):
         T, K = experts_TK.shape
         per_block = block_tokens(K)

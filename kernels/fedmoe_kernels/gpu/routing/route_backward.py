@@ -29,7 +29,7 @@ def _route_backward_kernel(
     E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr,
     SCORING: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_CLIENT: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
-    """Formulas as in `routing_ops.route_backward_op`; 0 at logits that are not finite and for tokens without a row.
+    """Formulas as in `routing.ops.route_backward_op`; 0 at logits that are not finite and for tokens without a row.
 
     Only softmax that is not renormalised reads all logits of a token; the other rules read the chosen ones.
     """

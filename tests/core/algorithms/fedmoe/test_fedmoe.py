@@ -18,7 +18,7 @@ from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.layer.router_loss import SwitchBalance
 from fedmoe_core.messages.plan import ExpertPlan
-from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import Evaluation
 from fedmoe_core.server.accumulator import Accumulator
@@ -142,20 +142,19 @@ def test_only_a_client_that_bears_the_whole_model_probes_it_and_is_charged() -> 
         assert plan.extras.surcharge.flops == pytest.approx(5 * 8 * tuned.step_flops(ALL_LE, ALL_LE) + passes)
         assert plan.extras.surcharge.experts == ALL_LE.size
     for budget in poor:
-        assert first_plan(budget).before is None
+        assert first_plan(budget).extras.before is None
 
 
 def test_stage_one_tunes_as_often_as_a_clients_operations_pay() -> None:
     tuned = population().lora_costs
     assert tuned is not None
     once, bare = 8 * tuned.step_flops(ALL_LE, ALL_LE), first_plan("unlimited", "fedmoe.tunings=0")
-    assert bare.before == WholeModelProbe(0, 8)
+    assert bare.extras.before == WholeModelProbe(0, 8)
     for times in (0, 1, 3):
         plan = first_plan(f"flops={bare.predicted.flops + (times + 0.5) * once}")
         assert isinstance(plan.extras.before, WholeModelProbe)
-        assert (
-            times <= plan.extras.before.tunings <= times + 1
-        )  # the least sub-model's steps are fewer than the bare plan's
+        # The least sub-model's steps are fewer than the bare plan's.
+        assert times <= plan.extras.before.tunings <= times + 1
         assert plan.budget.fits(plan.predicted)
 
 
@@ -166,7 +165,7 @@ def test_a_client_probes_once_and_stage_one_ends_with_its_first_round() -> None:
     first = algorithm.plan(state, [0, 1, 2])
     assert [plan.extras.before is not None for plan in first] == [True, False, False]
     probe = torch.from_numpy(RNG.dirichlet(np.full(EXPERTS, 0.3), LAYERS))
-    results = [replace(finished(0), probed={"probe": probe}), finished(1), LocalResult({}, None, Cost(), (), "failed")]
+    results = [replace(finished(0), probed={"probe": probe}), finished(1), LocalFailure(Cost(), "out of memory")]
     state, _ = play(algorithm, results)
     known = ClientMap.of(state, facts)
     assert known.phase_C.tolist() == [SETTLED, SETTLED, NEW]
@@ -193,7 +192,7 @@ def report(algorithm: FedMoE, client: int, quality: float, rows_LE: np.ndarray |
     profile = replace(PRIOR, rows_LE=PRIOR.hits_LE * held_LE if rows_LE is None else rows_LE, held_LE=held_LE)
     result = LocalResult({}, profile, Cost(), (1.0,), validation=Evaluation(-quality, 1), validation_profile=profile)
     plan = replace(plan_for(0), client=client, permitted_LE=ALL_LE, trainable_LE=~ALL_LE)
-    return algorithm.client(plan, result)
+    return algorithm.answer(plan, result)
 
 
 HELD_CLE = np.stack([mask("xx..", "x..."), mask("xxx.", "xx.."), mask("xxxx", "x.xx"), mask("...x", "...x"), ALL_LE])
@@ -220,7 +219,7 @@ def five(*overrides: str, budget: str = "unlimited") -> FedMoE:
 
 def after(algorithm: FedMoE, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
     sums = Accumulator(algorithm.population.spec.params)
-    return algorithm.apply(state, sums.sums(), updates)
+    return algorithm.advance(state, sums.sums(), updates)
 
 
 def play_qualities(algorithm: FedMoE, client: int, qualities: Sequence[float]) -> list[ClientMap]:
@@ -314,7 +313,7 @@ def test_every_client_balances_its_router_over_the_served_experts() -> None:
     plan = five("fedmoe.balance=0.02").plan(initial_state(model(), CLIENTS), [0])[0]
     assert plan.extras.aux == SwitchBalance(0.02, served_only=True)
     assert plan.extras.validate
-    assert five("fedmoe.balance=0").plan(initial_state(model(), CLIENTS), [0])[0].aux is None
+    assert five("fedmoe.balance=0").plan(initial_state(model(), CLIENTS), [0])[0].extras.aux is None
 
 
 # Whole runs.
@@ -323,7 +322,7 @@ def test_every_client_balances_its_router_over_the_served_experts() -> None:
 def test_inv11_a_failed_client_leaves_the_map_as_it_was() -> None:
     algorithm = five()
     known, state = ready(algorithm)
-    lost = algorithm.client(plan_for(1), LocalResult({}, None, Cost(), (), "failed", "out of memory"))
+    lost = algorithm.answer(plan_for(1), LocalFailure(Cost(), "out of memory"))
     assert (lost.status, lost.private) == ("failed", {})
     following = after(algorithm, state, [lost])
     assert all(torch.equal(following.memory[key], value) for key, value in remember(known).items())

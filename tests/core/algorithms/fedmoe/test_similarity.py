@@ -9,15 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
+from similarity_restated import jensen_shannon, usage_divergence
 
 from fedmoe_core.algorithms.fedmoe.similarity import (
     adjust_experts,
     cosine_similarity,
-    jensen_shannon,
     most_similar,
     pooled_profile,
     recommended_change,
-    usage_divergence,
     weighted_profile,
 )
 

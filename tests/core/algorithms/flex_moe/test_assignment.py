@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from assignment_restated import greedy, random_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
@@ -18,12 +19,10 @@ from fedmoe_core.algorithms.flex_moe.assignment import (
     Program,
     assign,
     assign_layers,
-    greedy,
     load_bounds,
     next_deficit,
     observe,
     quality,
-    random_experts,
     scores,
 )
 from fedmoe_core.simulation.directory.log import coefficient_of_variation

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from assignment_restated import greedy
 from hand_made import EXPERTS, HIDDEN, LAYERS, SAMPLES, TRAINED, WEIGHTS, model, plan_for, profiles, result_for, spread
 from hand_made import population as hand_made_population
 from tiny_corpus import make_config
 
-from fedmoe_core.algorithms.flex_moe.assignment import greedy
 from fedmoe_core.algorithms.flex_moe.flex_moe import Feedback, FlexMoE
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.client.step import log_prior
@@ -24,10 +24,11 @@ from fedmoe_core.comparison.run_figures import figures_of
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch, client_batches
 from fedmoe_core.messages.plan import ExpertPlan, Extras
-from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.reporting.run import read_runs
-from fedmoe_core.server.accumulator import Accumulator, SumSettings
+from fedmoe_core.server.accumulator import Accumulator
+from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.state import Population, ServerState, recall, remember
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.directory.checkpoint import load_checkpoint
@@ -75,10 +76,10 @@ def played(algorithm: FlexMoE, *, reverse: bool = False) -> tuple[ServerState, l
     sums = Accumulator(algorithm.population.spec.params, settings)
     for client in range(3):
         plan = plan_with_gate(algorithm, client)
-        updates.append(algorithm.client(plan, result_with_gate(client)))
+        updates.append(algorithm.answer(plan, result_with_gate(client)))
         assert (outcome := sums.add(updates[-1], plan)).accepted, outcome.reason
     ordered = updates[::-1] if reverse else updates
-    return algorithm.apply(algorithm.init(model()), sums.sums(), ordered), updates
+    return algorithm.advance(algorithm.init(model()), sums.sums(), ordered), updates
 
 
 def test_experts_are_weighted_by_usage_and_routers_keep_their_bits() -> None:
@@ -119,7 +120,7 @@ def test_the_trained_rows_of_the_gate_stay_with_the_client() -> None:
 def test_fitness_is_the_moving_average_of_accuracy_exp_loss_and_usage_share() -> None:
     algorithm = algorithm_of("flex_moe.rate=0.3")
     once, updates = played(algorithm)
-    twice = algorithm.apply(once, Accumulator(algorithm.population.spec.params).sums(), updates)
+    twice = algorithm.advance(once, Accumulator(algorithm.population.spec.params).sums(), updates)
     for state, visits in ((once, 1), (twice, 2)):
         known = recall(Feedback, state.memory)
         for client, profile in enumerate(profiles()):
@@ -140,7 +141,7 @@ def test_deficits_add_up_what_an_expert_was_short_of() -> None:
     load_LE = sum(WEIGHTS[c] * profiles()[c].held_LE for c in range(3))
     mean_L1 = load_LE.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(recall(Feedback, state.memory).deficit_LE, np.maximum(mean_L1 - load_LE, 0))
-    state = algorithm.apply(state, Accumulator(algorithm.population.spec.params).sums(), updates[:1])
+    state = algorithm.advance(state, Accumulator(algorithm.population.spec.params).sums(), updates[:1])
     again_LE = WEIGHTS[0] * profiles()[0].held_LE
     wanted = np.maximum(np.maximum(mean_L1 - load_LE, 0) + again_LE.mean(axis=1, keepdims=True) - again_LE, 0)
     np.testing.assert_allclose(recall(Feedback, state.memory).deficit_LE, wanted)
@@ -223,7 +224,7 @@ def test_the_first_gate_is_sent_once_and_feedback_is_paid_by_who_can() -> None:
     gates = LAYERS * EXPERTS * HIDDEN * 8
     first = algorithm.plan(state, [0])[0]
     later = algorithm.plan(replace(state, visits=(1, 1, 1)), [0])[0]
-    assert (first.surcharge.bytes_down, later.surcharge.bytes_down) == (gates, 0)
+    assert (first.extras.surcharge.bytes_down, later.extras.surcharge.bytes_down) == (gates, 0)
     assert first.surcharge.flops == algorithm.population.costs.forward_flops(first.permitted_LE, tokens=2 * 64)
     step = algorithm.population.costs.step_flops(first.permitted_LE, first.permitted_LE)
     poor = algorithm_of(budgets=(f"flops={2 * step}",) * 3)
@@ -235,8 +236,8 @@ def test_the_first_gate_is_sent_once_and_feedback_is_paid_by_who_can() -> None:
 def test_inv11_a_failed_client_keeps_its_gate_and_teaches_nothing() -> None:
     algorithm = algorithm_of()
     state, _ = played(algorithm)
-    lost = algorithm.client(plan_with_gate(algorithm, 1), LocalResult({}, None, Cost(), (), "failed", "oom"))
-    after = algorithm.apply(state, Accumulator(algorithm.population.spec.params).sums(), [lost])
+    lost = algorithm.answer(plan_with_gate(algorithm, 1), LocalFailure(Cost(), "oom"))
+    after = algorithm.advance(state, Accumulator(algorithm.population.spec.params).sums(), [lost])
     assert torch.equal(after.memory["gate/1"], state.memory["gate/1"])
     one, two = recall(Feedback, state.memory), recall(Feedback, after.memory)
     assert remember(replace(two, next_CLE=one.next_CLE)).keys() == remember(one).keys()

@@ -31,7 +31,7 @@ from fedmoe_core.client.profiling import run_probe
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import client_batches
 from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext
-from fedmoe_core.messages.result import LocalResult
+from fedmoe_core.messages.result import LocalFailure
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.observer import NullObserver
@@ -101,12 +101,12 @@ def test_estimates_and_profiles_are_remembered_and_old_norms_stay() -> None:
     norm_sq = torch.zeros(2, 4, dtype=torch.float64)
     norm_sq[1, 3] = 9.0
     measured = {"freq": norm_sq + 0.25, "attention": norm_sq + 0.5, "norm_sq": norm_sq}
-    update = algorithm.client(plan, replace(result_for(0), probed=measured))
+    update = algorithm.answer(plan, replace(result_for(0), probed=measured))
     grad_LE = update.private["grad"]
     assert grad_LE[1, 3] == 3.0
     assert torch.equal(update.private["freq"], measured["freq"])
     fewer = replace(update, private={**update.private, "grad": torch.where(norm_sq > 0, grad_LE, -1.0)})
-    state = algorithm.apply(after, play_sums(algorithm), [fewer])
+    state = algorithm.advance(after, play_sums(algorithm), [fewer])
     wanted = torch.where(norm_sq > 0, 3.0, after.memory["grad/0"])
     assert torch.equal(state.memory["grad/0"], wanted)
     assert torch.equal(state.memory["grad/1"], after.memory["grad/1"])
@@ -117,7 +117,7 @@ def play_sums(algorithm: Flux) -> Any:
 
 
 def test_inv11_a_failed_client_is_survived() -> None:
-    failed = LocalResult({}, None, Cost(), (), "failed", "nan")
+    failed = LocalFailure(Cost(), "nan")
     after, updates = play(Flux(population()), [result_for(0), failed, result_for(2)])
     assert [update.status for update in updates] == ["ok", "failed", "ok"]
     assert "freq/1" not in after.memory

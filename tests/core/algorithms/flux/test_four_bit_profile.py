@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from quantized_restated import frequency_error, quantized_copy
 from torch import Tensor
 
-from fedmoe_core.algorithms.flux.four_bit_profile import frequency_error, quantized_bytes, quantized_copy
+from fedmoe_core.algorithms.flux.four_bit_profile import quantized_bytes
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_kernels.quantized import Quantized
 

@@ -9,18 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merging_restated import reroute, uniform_budgets
 from torch import Tensor
 
 from fedmoe_core.algorithms.flux.clustering import expert_features
-from fedmoe_core.algorithms.flux.merging import (
-    Merge,
-    merge_budgets,
-    merge_shares,
-    merged_rows,
-    plan_merge,
-    reroute,
-    uniform_budgets,
-)
+from fedmoe_core.algorithms.flux.merging import Merge, merge_budgets, merge_shares, merged_rows, plan_merge
 
 LAYERS, EXPERTS, HIDDEN, INNER, TOKENS = 4, 16, 16, 32, 300
 Layer = tuple[Tensor, Tensor, Tensor, Tensor]

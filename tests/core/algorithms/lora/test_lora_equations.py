@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from adapter_runs import TIERS, Make, gammas, heard_by, started
+from lora_restated import flame_weights, hetlora_weights, pruned_rank
 from tiny_corpus import make_config
 
 from fedmoe_core.algorithms.fft_moe import HeterogeneityLoss, jensen_shannon, label_skew, routing_target
-from fedmoe_core.algorithms.lora.factors import Factors, flame_share, flame_weights, hetlora_weights, pruned_rank
+from fedmoe_core.algorithms.lora.factors import Factors, flame_share
 from fedmoe_core.algorithms.lora.rank_tail import TailLoss, squared_norm
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.router_loss import balance_loss
@@ -201,7 +202,7 @@ def test_hetlora_is_the_norm_weighted_mean_of_zero_padded_factors(
         left = max(1, int(0.99 * plan.extras.lora_rank)) if shrunk else plan.extras.lora_rank
         assert update.private["ranks"].tolist() == [plan.extras.lora_rank, left]
         following = world.algorithm.plan(state, [plan.client])[0]
-        assert following.lora_rank == left
+        assert following.extras.lora_rank == left
 
 
 def test_hetlora_pieces_are_those_of_lora() -> None:

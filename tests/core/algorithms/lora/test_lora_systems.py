@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from adapter_runs import TIERS, Make, started
 from tiny_corpus import make_config
 
 from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.result import LocalFailure
+from fedmoe_core.simulation import round as rounds
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.evaluation import evaluate_clients
 from fedmoe_core.simulation.observer import NullObserver
@@ -94,13 +95,13 @@ def test_a_failed_client_changes_nothing_and_is_survived(
     config: Make, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, state = started(config, name, "budgets=unlimited", labeled=True)
-    train = simulate.train_client
+    train = rounds.train_client
 
     def failing(adapter: Any, params: Any, plan: ExpertPlan, *args: Any, **words: Any) -> Any:
         result = train(adapter, params, plan, *args, **words)
-        return replace(result, profile=None, status="failed", error="gone") if plan.client == 1 else result
+        return LocalFailure(result.cost, "gone") if plan.client == 1 else result
 
-    monkeypatch.setattr(simulate, "train_client", failing)
+    monkeypatch.setattr(rounds, "train_client", failing)
     after, played = play_round(world, state, NullObserver())
     assert [update.status for update in played.updates] == ["ok", "failed", "ok"]
     assert not any(key.endswith("/1") for key in after.memory)
@@ -114,8 +115,8 @@ def test_who_else_is_planned_changes_no_plan(config: Make, name: str) -> None:
     alone = [world.algorithm.plan(state, [client])[0] for client in (3, 0)]
     among = world.algorithm.plan(state, [0, 1, 2, 3])
     for one, other in zip(alone, (among[3], among[0]), strict=True):
-        assert (one.predicted, one.top_k, one.lora_rank, one.out_scale_L, one.seed) == (
-            other.predicted, other.top_k, other.lora_rank, other.out_scale_L, other.seed,
+        assert (one.predicted, one.top_k, one.extras.lora_rank, one.extras.out_scale_L, one.seed) == (
+            other.predicted, other.top_k, other.extras.lora_rank, other.extras.out_scale_L, other.seed,
         )  # fmt: skip
 
 

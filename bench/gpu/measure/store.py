@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.machine import slug
+from bench.common.machine import slug
 
 # What must agree for a finished row to stand. A driver's patch level and the harness go with every record instead, and
 # so do the tiles: results of tuned tiles stand beside those of static ones.
@@ -43,7 +43,7 @@ class Store:
     """Results so far, saved after every addition.
 
     Args:
-        about: this machine and what is measured, from `gpu_machine.about`.
+        about: this machine and what is measured, from `machine.about`.
         folder: where results lie; the newest file of the same GPU that agrees with `about` is continued.
         path: a chosen file instead.
 

@@ -9,21 +9,20 @@ import os
 import platform
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from bench.gpu import machine, summary
+from bench.common import checkout, machine
+from bench.gpu import summary
+from bench.gpu.invocation import Run
 from bench.gpu.measure.sanitize import run as run_apart
-from bench.gpu.store import Record
+from bench.gpu.measure.store import Record
+from bench.gpu.plan import RUN
 from fedmoe_kernels.backends import can_run_triton
 from fedmoe_kernels.tiles.lookup import arch_of
-
-if TYPE_CHECKING:
-    from bench.gpu.measure.parts import Run
 
 PROFILED = ("_data_gradient_kernel", "_weight_gradient_kernel")
 SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats")
@@ -130,7 +129,7 @@ def ncu(run: Run, until: float) -> int:
         return 0
     command = [program, "--csv", "--page", "details", "--kernel-name", f"regex:{'|'.join(PROFILED)}"]
     command += [word for section in SECTIONS for word in ("--section", section)]
-    command += [sys.executable, str(Path(__file__).with_name("gpu.py")), "profiled", *run.words]
+    command += checkout.command(RUN, "profiled", *run.words)
     code, said = run_apart(command, max(5.0, until - time.monotonic()))
     if code is None:
         print("skipped: ncu took longer than its time")

@@ -6,16 +6,12 @@ nothing in a step forbids a capture is tested without one (tests/bench/test_capt
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from capture_layers import INNER, LAYERS, E, H, K, T, layer_of
+from torch import Tensor
 
 from fedmoe_core import MoE
 from fedmoe_kernels import SlotMap, moe_mlp, route

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.common import machine
 from bench.common.cases import Problem
 from bench.common.clock import Clock
 from bench.common.peers import Bound, Contender, forget
-from bench.gpu import machine
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
 MARKS = {"fwd": (0, 1), "bwd": (1, 2), "fwd+bwd": (0, 2)}  # of the three marks of a step, the first and the last

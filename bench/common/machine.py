@@ -15,18 +15,17 @@ from typing import Any
 
 import torch
 
+from bench.common.checkout import ROOT
 from bench.common.clock import Clock
 from bench.common.roofline import GPUS, Gpu
 from fedmoe_kernels.tiles import lookup
 from fedmoe_kernels.tiles.lookup import OVERRIDE, SHIPPED
 
-HERE = Path(__file__).resolve().parent
-CHECKOUT = HERE.parent
 # What a number depends on, and what took it. A harness that is mended does not make the kernels' numbers void, so the
 # two have a hash each; documents and tests have none, and the tiles of this GPU have their own (`tiles`).
-_KERNELS, _HARNESS = ("kernels/fedmoe_kernels/**/*.py",), ("bench/*.py", "bench/*.sh", "bench/*.c")
+_KERNELS, _HARNESS = ("kernels/fedmoe_kernels/**/*.py",), tuple(f"bench/**/*.{end}" for end in ("py", "sh", "c"))
 # Where .git does not travel: what the sources were made of, by the environment or by `make gpu-cache`.
-COMMIT, COMMIT_FILE = "FEDMOE_COMMIT", CHECKOUT / ".gpu" / "commit"
+COMMIT, COMMIT_FILE = "FEDMOE_COMMIT", ROOT / ".gpu" / "commit"
 
 
 def about(device: str, *, tiny: bool) -> dict[str, Any]:
@@ -54,8 +53,8 @@ def about(device: str, *, tiny: bool) -> dict[str, Any]:
 def hashed(*patterns: str) -> str:
     """Compute a hash of files and their names, so that resuming notices a change that git does not know."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in CHECKOUT.glob(pattern)):
-        digest.update(str(path.relative_to(CHECKOUT)).encode() + path.read_bytes())
+    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -139,7 +138,7 @@ def _version(distribution: str) -> str | None:
 
 def _git(*words: str) -> str:
     try:
-        done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
