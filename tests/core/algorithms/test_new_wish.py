@@ -101,6 +101,6 @@ def test_inv2_a_wish_from_outside_is_charged_trained_with_and_bounded(config: Ma
     plain, frugal = played["Plain"], played["Frugal"]
     saved = plain.plans[0].predicted.memory_bytes - frugal.plans[0].predicted.memory_bytes
     decoded = 2 * 3 * spec.hidden_size * spec.intermediate_size * 4
-    assert saved == pytest.approx(frozen * (4 - INT8) - decoded, rel=1e-3)
+    assert frozen * (4 - INT8) - decoded <= saved <= frozen * (4 - INT8)  # by which stage of a step is the highest
     real = plain.updates[0].cost.memory_bytes - frugal.updates[0].cost.memory_bytes
     assert real > 0.8 * saved
