@@ -80,6 +80,15 @@ PER_CLIENT = _list(MAYBE, "a list of finite numbers or nulls")
 BITS_LE = FieldKind("a list of equally long rows of 0 and 1", _bits)
 COSTS = dict.fromkeys(("memory_bytes", "flops", "bytes_down", "bytes_up", "experts", "seconds"), AMOUNT)
 COST = _table(COSTS, f"a table of amounts, 0 or more, such as {', '.join(COSTS)}")
+POWER = FieldKind(
+    "a table of joules_per_flop and joules_per_byte, 0 or more",
+    lambda value: (
+        isinstance(value, dict)
+        and set(value) == {"joules_per_flop", "joules_per_byte"}
+        and all(map(AMOUNT.holds, value.values()))
+    ),
+)
+BUDGET = _table({**COSTS, "energy_joules": AMOUNT, "power": POWER}, f"{COST.words}, with power a table of its own")
 REFUSED = FieldKind(
     'a list of tables with a whole number "client" and a text "reason"',
     lambda value: (
@@ -123,7 +132,8 @@ CLIENT = {
 }
 LEDGER = {
     **dict.fromkeys(("round", "client"), COUNT),
-    **dict.fromkeys(("budget", "bound_by", "predicted", "real"), COST),
+    **dict.fromkeys(("budget", "bound_by"), BUDGET),
+    **dict.fromkeys(("predicted", "real"), COST),
 }
 PARTITION = {
     **dict.fromkeys(("names", "clients"), TEXTS),

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from fedmoe_core.budget.limits import Budget, Cost
+from fedmoe_core.budget.limits import RESOURCES, Budget, Cost, Power
 
-LIMITS = tuple(field.name for field in fields(Budget) if field.name != "name")
+LIMITS = tuple(resource.attribute for resource in RESOURCES.values())
+SPENT = tuple(field.name for field in fields(Cost) if field.name in LIMITS)  # energy is counted from these
 
 
 def kept_budgets(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def _unbound(entry: Mapping[str, Any]) -> bool:
     """Whether a line needs more than the device can bear of something that did not bind its plan."""
     limits = entry.get("budget") or {}
     bound = entry.get("bound_by", limits)
-    loose = _budget({key: limit for key, limit in limits.items() if bound.get(key) != limit})
+    loose = _budget({key: limit for key, limit in limits.items() if key == "power" or bound.get(key) != limit})
     return not all(loose.fits(_cost(entry, kind)) for kind in ("predicted", "real"))
 
 
@@ -93,7 +94,8 @@ def _first_of(found: Mapping[int, Sequence[str]], entries: Sequence[Mapping[str,
 
 def _budget(limits: Mapping[str, Any] | None) -> Budget:
     known: dict[str, Any] = {key: (limits or {}).get(key) for key in LIMITS}
-    return Budget(**known)
+    power = (limits or {}).get("power")
+    return Budget(**known, power=None if power is None else Power(**power))
 
 
 def _cost(entry: Mapping[str, Any], part: str) -> Cost:
@@ -101,4 +103,4 @@ def _cost(entry: Mapping[str, Any], part: str) -> Cost:
     spent: dict[str, Any] = {
         key: math.nan if value is None else value for key, value in (entry.get(part) or {}).items()
     }
-    return Cost(**{key: spent.get(key, 0) for key in LIMITS})
+    return Cost(**{key: spent.get(key, 0) for key in SPENT})

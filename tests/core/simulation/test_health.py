@@ -14,14 +14,14 @@ from synthetic_run import make_run
 from fedmoe_core.reporting.report import report
 from fedmoe_core.reporting.results import remarks
 from fedmoe_core.reporting.run import read_runs
-from fedmoe_core.simulation.directory.health import LIMITS, kept_budgets, nothing_trained, problems
+from fedmoe_core.simulation.directory.health import LIMITS, SPENT, kept_budgets, nothing_trained, problems
 
 OPEN = dict.fromkeys(LIMITS)
 
 
 def entry(client: int, *, limit: int | None, needs: int, used: int, bound: int | str | None = "same") -> dict[str, Any]:
     """A line about memory alone; ``bound`` is what bound the plan, where that is not the device's limit."""
-    spent = dict.fromkeys(LIMITS, 0)
+    spent = dict.fromkeys(SPENT, 0)
     return {
         "client": client,
         "budget": {**OPEN, "memory_bytes": limit},
@@ -67,7 +67,7 @@ def test_each_client_is_named_at_its_first_time_with_the_resource_and_the_amount
     ]
 
 
-@pytest.mark.parametrize("resource", LIMITS)
+@pytest.mark.parametrize("resource", SPENT)
 def test_inv1_a_cost_that_is_not_a_number_breaks_every_limit(resource: str) -> None:
     """The ledger's JSON has null for NaN."""
     line = entry(0, limit=None, needs=0, used=0)
@@ -162,3 +162,15 @@ def test_an_unfinished_run_is_judged_by_its_ledger(tmp_path: Path) -> None:
     (path / "summary.json").unlink()
     lines, _ = shown(path)
     assert "budgets exceeded: 1 (client 0: memory: " in lines[0]
+
+
+def test_energy_is_judged_by_the_power_on_record() -> None:
+    power = {"joules_per_flop": 1.0, "joules_per_byte": 0.5}
+    line = {"client": 0, "budget": {"energy_joules": 10.0, "power": power}, "predicted": {"flops": 8.0, "bytes_up": 4}}
+    kept = kept_budgets([{**line, "real": {"flops": 8.0, "bytes_up": 4}}])
+    assert (kept["budget_violations"], kept["budgets_broken"], kept["budgeted"]) == (0, 0, True)
+    kept = kept_budgets([{**line, "real": {"flops": 8.0, "bytes_up": 5}}])
+    assert (kept["budget_violations"], kept["budgets_broken"], kept["budgeted"]) == (1, 1, True)
+    unbound = {**line, "bound_by": {"power": power}, "real": {"flops": 8.0, "bytes_up": 5}}
+    kept = kept_budgets([unbound])
+    assert (kept["budget_violations"], kept["budgets_broken"], kept["budgeted"]) == (1, 0, False)
