@@ -9,10 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedmoe_core import Config, simulate
-from fedmoe_core.algorithms.base import Algorithm
-from fedmoe_core.messages.update import Weights
-from fedmoe_core.server.planning import make_plan
+from fedmoe_core import Algorithm, Config, Weights, make_plan, simulate
 
 
 @dataclass(frozen=True)

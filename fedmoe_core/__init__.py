@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedmoe_core.algorithms.base import Algorithm
+    from fedmoe_core.budget.limits import Budget
+    from fedmoe_core.config.run_config import Config
+    from fedmoe_core.config.systems import Equation, System
+    from fedmoe_core.layer.moe import MoE
+    from fedmoe_core.messages.plan import ExpertPlan, Extras
+    from fedmoe_core.messages.result import LocalResult
+    from fedmoe_core.messages.update import ClientUpdate, Weights
+    from fedmoe_core.server.accumulator import Accumulator
+    from fedmoe_core.server.means import Sums
+    from fedmoe_core.server.planning import make_plan, plan_of_masks
+    from fedmoe_core.server.state import ServerState
+    from fedmoe_core.simulation import run as simulate
 
 # Before torch loads. GNU OpenMP spins at every barrier for as long as it takes while a core is busy elsewhere: with 4
 # threads on 4 cores, two of them shared, a warm-up step took 6.5 s instead of 0.08 s; spinning briefly, 0.22 s.
@@ -17,10 +32,37 @@ _HOMES = {
     "Budget": "budget.limits",
     "ClientUpdate": "messages.update",
     "Config": "config.run_config",
+    "Equation": "config.systems",
     "ExpertPlan": "messages.plan",
+    "Extras": "messages.plan",
+    "LocalResult": "messages.result",
     "MoE": "layer.moe",
+    "ServerState": "server.state",
+    "Sums": "server.means",
+    "System": "config.systems",
+    "Weights": "messages.update",
+    "make_plan": "server.planning",
+    "plan_of_masks": "server.planning",
 }
-__all__ = ["Accumulator", "Algorithm", "Budget", "ClientUpdate", "Config", "ExpertPlan", "MoE", "simulate"]
+__all__ = [
+    "Accumulator",
+    "Algorithm",
+    "Budget",
+    "ClientUpdate",
+    "Config",
+    "Equation",
+    "ExpertPlan",
+    "Extras",
+    "LocalResult",
+    "MoE",
+    "ServerState",
+    "Sums",
+    "System",
+    "Weights",
+    "make_plan",
+    "plan_of_masks",
+    "simulate",
+]
 
 
 def __getattr__(name: str) -> Any:

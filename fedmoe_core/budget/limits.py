@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from types import MappingProxyType
+from typing import Any
 
 from fedmoe_core.base.show import size as shown_size
 from fedmoe_core.base.wording import nearest
@@ -127,6 +128,13 @@ class Budget:
                 f"budget energy={self.energy_joules}: energy is counted by a device profile; write one before it, "
                 "for example raspberry-pi-5-8gb,energy=500J"
             )
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Budget:
+        """Rebuild a budget from ``asdict``, as ledgers keep it; limits that older ones do not have are none."""
+        power = record.get("power")
+        limits = {row.attribute: record.get(row.attribute) for row in RESOURCES.values()}
+        return cls(**limits, power=None if power is None else Power(**power), name=record.get("name", ""))
 
     def limit(self, word: str) -> float | None:
         """Return the limit of a resource by its word; None = no limit."""

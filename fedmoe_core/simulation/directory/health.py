@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from fedmoe_core.budget.limits import RESOURCES, Budget, Cost, Power
+from fedmoe_core.budget.limits import Budget, Cost
 
-LIMITS = tuple(resource.attribute for resource in RESOURCES.values())
-SPENT = tuple(field.name for field in fields(Cost) if field.name in LIMITS)  # energy is counted from these
+SPENT = tuple(field.name for field in fields(Cost))
 
 
 def kept_budgets(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -93,9 +92,7 @@ def _first_of(found: Mapping[int, Sequence[str]], entries: Sequence[Mapping[str,
 
 
 def _budget(limits: Mapping[str, Any] | None) -> Budget:
-    known: dict[str, Any] = {key: (limits or {}).get(key) for key in LIMITS}
-    power = (limits or {}).get("power")
-    return Budget(**known, power=None if power is None else Power(**power))
+    return Budget.of(limits or {})
 
 
 def _cost(entry: Mapping[str, Any], part: str) -> Cost:
