@@ -3,8 +3,9 @@
     python -m bench.study.run stdlib            # the demo's job: loss on held-out text
     python -m bench.study.run ag_news FILE.csv  # accuracy on the papers' AG News
 
-A finished run whose configuration is unchanged is read, not run again. Writes bench/results/study-JOB.json and prints
-the table in Markdown.
+It stays beside `fedmoe compare`, whose record has neither naive Bayes nor the global model's loss before training;
+docs/study.md and docs/results.md print both. A finished run whose configuration is unchanged is read, not run again.
+Writes bench/results/study-JOB.json and prints the table in Markdown.
 """
 
 from __future__ import annotations

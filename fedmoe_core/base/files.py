@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,20 +47,9 @@ class JsonlLog:
         """Read all complete records; [] without a file.
 
         Raises:
-            ValueError: a complete line is not a JSON object, so the file is not one of ours or was edited.
+            ValueError: as ``read_json_lines``.
         """
-        if not self.path.exists():
-            return []
-        records = []
-        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{self.path}, line {number}, is not JSON ({error}); delete or repair it") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{self.path}, line {number}, is not a JSON object; delete or repair it")
-            records.append(record)
-        return records
+        return [record for _, record in read_json_lines(self.path)] if self.path.exists() else []
 
     def count(self) -> int:
         """Count the complete lines; 0 without a file."""
@@ -83,6 +72,41 @@ class JsonlLog:
             with open(self.path, "r+b") as file:
                 file.truncate(size)
                 os.fsync(file.fileno())
+
+
+def read_json_lines(
+    path: Path, parse: Callable[[str], Any] = json.loads, *, lenient: bool = False
+) -> list[tuple[str, dict[str, Any]]]:
+    """Read a file of JSON objects, one a line; half a last line, which a kill leaves, does not count.
+
+    Args:
+        path: the file.
+        parse: makes a value of a line, or raises ``ValueError``.
+        lenient: pass over blank lines, and take a last line that only lacks its newline, as an editor may leave them.
+
+    Returns:
+        For each line the words that say where it is, and its object.
+
+    Raises:
+        ValueError: a line is not a JSON object, so the file is not one of ours or was edited.
+        OSError: the file cannot be read.
+    """
+    *lines, last = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate([*lines, last] if lenient else lines, start=1):
+        if lenient and not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            record = parse(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            if number > len(lines):
+                break
+            raise ValueError(f"{where} is not JSON; remove that line or run again") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is not a JSON object; remove that line or run again")
+        found.append((where, record))
+    return found
 
 
 def _end_of_lines(descriptor: int) -> int:
@@ -110,28 +134,33 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file in one step: readers and crashes see the old content or the new one.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name beside ``path`` for a new file; it replaces ``path`` once the block has ended and it is on disk.
 
-    The text goes to a new file in the same folder, which then takes its name. A symbolic link at ``path`` is replaced;
-    what it points to is never written.
+    Readers and crashes see the old file or the new one, whole. A symbolic link at ``path`` is replaced; what it points
+    to is never written.
 
     Raises:
         OSError: the directory cannot be written, or the disk is full; the old file is intact.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with contextlib.suppress(FileNotFoundError):
-        partial.unlink()  # left by a killed process of the same number
+    partial.unlink(missing_ok=True)  # left by a killed process of the same number
     try:
-        # "x" refuses a file or link that appeared since, so nothing foreign is written through.
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield partial
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 file in one step; raises as ``replacing``."""
+    # "x" refuses a file or link that appeared since, so nothing foreign is written through.
+    with replacing(path) as partial, partial.open("x", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,17 +13,17 @@ def known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def size(count: float | None) -> str:
-    """Show bytes in binary units, such as ``12.3 MiB``."""
+def size(count: float | None, *, up: bool = False) -> str:
+    """Show bytes in binary units, such as ``12.3 MiB``; rounded ``up``, a limit typed from it is large enough."""
     if count is None or not math.isfinite(count):
         return NONE
     if abs(count) < 1024:
-        return f"{count:.0f} B"
+        return f"{math.ceil(count) if up else count:.0f} B"
     for unit in ("KiB", "MiB", "GiB"):
         count /= 1024
         if abs(count) < 1000:
-            return f"{_three(count)} {unit}"
-    return f"{_three(count / 1024)} TiB"
+            return f"{_three(count, up=up)} {unit}"
+    return f"{_three(count / 1024, up=up)} TiB"
 
 
 def flops(count: float | None) -> str:
@@ -74,5 +74,6 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _three(value: float) -> str:
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
+def _three(value: float, *, up: bool = False) -> str:
+    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{math.ceil(value * 10**digits) / 10**digits if up else value:.{digits}f}"

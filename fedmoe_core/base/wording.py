@@ -24,11 +24,23 @@ def visible(text: str) -> str:
     return "".join(_escape(ord(sign)) if _unseen(sign) else sign for sign in text)
 
 
+def nearest(word: str, options: Sequence[str]) -> str | None:
+    """Return the option that is spelt most like ``word``, whatever the case; None where none is close.
+
+    Example:
+        >>> nearest("Taylr", ["s", "taylor"])
+        'taylor'
+    """
+    by_lower = {option.lower(): option for option in options}
+    near = get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.5)
+    return by_lower[near[0]] if near else None
+
+
 def unknown(kind: str, word: str, options: Sequence[str]) -> ValueError:
     """Make the error for a name that does not exist: the nearest valid one (by what precedes a colon), then all."""
     heads = {option.partition(":")[0]: option for option in options}
-    near = get_close_matches(word.partition(":")[0], list(heads), n=1, cutoff=0.5)
-    hint = f"did you mean {heads[near[0]]!r}? " if near else ""
+    near = nearest(word.partition(":")[0], list(heads))
+    hint = f"did you mean {heads[near]!r}? " if near else ""
     return ValueError(f"{kind} {word!r} is unknown; {hint}valid: {', '.join(options)}")
 
 

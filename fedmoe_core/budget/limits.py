@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
+from fedmoe_core.base.show import size as shown_size
+from fedmoe_core.base.wording import nearest
 from fedmoe_core.budget.devices import DEVICES, Device, find_device
 
 _BINARY = {"TiB": 1024**4, "GiB": 1024**3, "MiB": 1024**2, "KiB": 1024}
@@ -278,9 +279,8 @@ def show(resource: str, amount: float, *, exact: bool = False) -> str:
         return f"{_show_flops(amount)} ({amount!r})" if exact else _show_flops(amount)
     if resource == "energy":
         return f"{_show_flops(amount)} J ({amount!r} J)" if exact else f"{_show_flops(amount)} J"
-    unit, size = next(((u, s) for u, s in reversed(_BINARY.items()) if amount < 1024 * s), ("TiB", 1024**4))
-    text = f"{math.ceil(amount / size * 10) / 10:.1f} {unit}"
-    return f"{text} ({int(amount)} B)" if exact else text
+    text = shown_size(amount, up=True)
+    return f"{text} ({int(amount)} B)" if exact and amount >= 1024 else text
 
 
 def _show_flops(amount: float) -> str:
@@ -355,9 +355,8 @@ def _example(word: str) -> str:
 
 def _nearest(word: str, known: list[str]) -> str:
     """The nearest valid word, and all of them when none is near."""
-    lower = {entry.lower(): entry for entry in known}
-    near = get_close_matches(word.lower(), list(lower), n=1, cutoff=0.5)
-    return f"did you mean {lower[near[0]]!r}?" if near else f"valid: {', '.join(known)}"
+    near = nearest(word, known)
+    return f"did you mean {near!r}?" if near else f"valid: {', '.join(known)}"
 
 
 def _text(word: str, limit: float) -> str:

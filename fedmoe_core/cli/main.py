@@ -142,11 +142,11 @@ def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> 
 
 @app.command()
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Runs to show, the subject first.")],
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Runs to show, in this order.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the HTML file goes.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write report.html for one run, or one page that compares several, and print the figures that matter."""
+    """Write report.html for one run, or one page that shows several, and print the figures that matter."""
     with _errors(debug):
         from fedmoe_core.reporting.report import report
 

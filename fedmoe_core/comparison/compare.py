@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fedmoe_core.base.files import write_whole
 from fedmoe_core.base.show import plural
 from fedmoe_core.comparison import figures
 from fedmoe_core.comparison.jobs import Job, JobOutcome, other_runs, remaining, run_jobs
@@ -97,7 +98,7 @@ def write(study: Study, done: Sequence[Job]) -> list[str]:
     rows = rows_of(measured, target=study.target)
     lines = markdown(rows)
     write_record(study, measured, rows)
-    (study.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for name, draw in (("tiers", figures.tiers), ("learning", figures.learning)):
+    write_whole(study.out / "table.md", "\n".join(lines) + "\n")
+    for name, draw in (("tiers", figures.tiers), ("learning", figures.quality_by_traffic)):
         draw(measured).savefig(study.out / f"{name}.png", dpi=150)
     return lines

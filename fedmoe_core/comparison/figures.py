@@ -7,12 +7,11 @@ from itertools import cycle
 from statistics import fmean
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 
 from fedmoe_core.base.wording import visible
 from fedmoe_core.comparison.run_figures import RunFigures
+from fedmoe_core.comparison.significance import mean_interval
 from fedmoe_core.reporting.theme import GRID, INK, MUTED, PALETTE, RC
 
 WIDTH = 10.4  # inches, as the figures of a report
@@ -40,11 +39,12 @@ def tiers(runs: Mapping[str, Sequence[RunFigures]]) -> Figure:
             own = {run.seed: run.tier_mean[tier] * scale for run in runs[subject]}
             for place, label in enumerate(labels):
                 of_seed = {run.seed: run.tier_mean[tier] * scale for run in runs[label]}
-                gaps = np.array([of_seed[seed] - own[seed] for seed in sorted(set(own) & set(of_seed))])
+                gaps = [of_seed[seed] - own[seed] for seed in sorted(set(own) & set(of_seed))]
                 color = INK if all(run.budgeted for run in runs[label]) else MUTED
                 if len(gaps):
-                    half = interval(gaps)
-                    axes.errorbar(gaps.mean(), -place, xerr=half, fmt="o", ms=4.5, color=color, lw=1.4, mec="white")
+                    gap = mean_interval(gaps)
+                    half = 0.0 if len(gaps) < 2 else gap.half_width
+                    axes.errorbar(gap.mean, -place, xerr=half, fmt="o", ms=4.5, color=color, lw=1.4, mec="white")
             axes.set_yticks([-place for place in range(len(labels))], list(map(visible, labels)))
             mean = fmean(own.values())
             axes.set_title(f"{visible(tier)}: {mean:.1f} %" if first.accuracy else f"{visible(tier)}: {mean:.3f}")
@@ -59,7 +59,7 @@ def tiers(runs: Mapping[str, Sequence[RunFigures]]) -> Figure:
     return figure
 
 
-def learning(runs: Mapping[str, Sequence[RunFigures]]) -> Figure:
+def quality_by_traffic(runs: Mapping[str, Sequence[RunFigures]]) -> Figure:
     """Draw the mean over clients and seeds against bytes moved both ways."""
     kinds = styles(list(runs))
     first = next(iter(runs.values()))[0]
@@ -78,10 +78,3 @@ def learning(runs: Mapping[str, Sequence[RunFigures]]) -> Figure:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
         figure.tight_layout()
     return figure
-
-
-def interval(values: np.ndarray) -> float:
-    """Return half the width of the 95 % confidence interval of the mean (Student's t); 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    return float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))

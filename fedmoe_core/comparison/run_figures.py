@@ -119,7 +119,6 @@ def figures_of(run: Run, label: str) -> RunFigures:
     peaks = [(line["predicted"]["memory_bytes"], line["real"]["memory_bytes"]) for line in run.ledger]
     peaks = [(predicted, real) for predicted, real in peaks if real]
     ratios = [predicted / real for predicted, real in peaks]
-    lost = [r["lost_mass"] for r in run.rounds if show.known(r.get("lost_mass"))]
     return RunFigures(
         label=label,
         seed=run.seed,
@@ -135,8 +134,8 @@ def figures_of(run: Run, label: str) -> RunFigures:
         peak_measured=max((real for _, real in peaks), default=float("nan")),
         peak_ratio=(min(ratios, default=float("nan")), max(ratios, default=float("nan"))),
         tier_held=_held(run, tiers),
-        load_cv=_load_cv(run),
-        lost_mass=fmean(lost) if lost else None,
+        load_cv=math.nan if (load_cv := _mean(run, "load_cv")) is None else load_cv,
+        lost_mass=_mean(run, "lost_mass"),
         budgeted=run.budgeted and not run.broken,
         violations=run.violations,
         broken=run.broken,
@@ -148,6 +147,12 @@ def _clients(record: Mapping[str, Any], kind: str) -> list[float]:
     """Each client's quality by its own model where the run measured it, else by the global model."""
     values = record.get(f"personal_{kind}_C") or record.get(f"{kind}_clients") or []
     return [float(value) for value in values]
+
+
+def _mean(run: Run, key: str) -> float | None:
+    """Average a figure of the round records; None where no round has it."""
+    known = [record[key] for record in run.rounds if show.known(record.get(key))]
+    return fmean(known) if known else None
 
 
 def _moved(record: Mapping[str, Any]) -> float:
@@ -178,18 +183,3 @@ def _held(run: Run, tiers: Mapping[str, Sequence[int]]) -> dict[str, float]:
         else 0.0
         for tier, members in tiers.items()
     }
-
-
-def _load_cv(run: Run) -> float:
-    """Return the coefficient of variation of how much data trained each expert, per layer and round, averaged."""
-    sizes = (run.partition or {}).get("counts")
-    samples_C = [float(sum(row)) for row in sizes] if sizes else []
-    loads: dict[int, np.ndarray] = {}
-    for record in run.clients:
-        if record["status"] != "ok":
-            continue
-        weight = samples_C[record["client"]] if record["client"] < len(samples_C) else 1.0
-        trained_LE = weight * np.asarray(record["trained_LE"], dtype=float)
-        loads[record["round"]] = loads.get(record["round"], 0.0) + trained_LE
-    spreads = [load_LE.std(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-300) for load_LE in loads.values()]
-    return float(np.mean(spreads)) if spreads else float("nan")

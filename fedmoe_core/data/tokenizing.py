@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from fedmoe_core.base.files import replacing
 from fedmoe_core.base.wording import unknown
 from fedmoe_core.data.batches import Encoded
 
@@ -223,18 +222,10 @@ def _content_digest(encoded: Encoded, tokenizer: str) -> str:
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-        os.close(handle)
-    except OSError as error:
-        raise type(error)(
-            f"cache folder {path.parent} cannot be written ({error.strerror}); set cache=FOLDER"
-        ) from None
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except SafetensorError as error:
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
         raise OSError(
-            f"cache folder {path.parent} cannot be written ({error}); free space or set cache=FOLDER"
+            f"cache folder {path.parent} cannot be written ({reason or error}); free space or set cache=FOLDER"
         ) from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""What finished runs came to, read back from their directories: verdict, figures, page."""
+"""What finished runs came to, read back from their directories: figures, tables, page."""

@@ -15,10 +15,10 @@ from markupsafe import Markup
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
 from fedmoe_core.reporting import drawing, figures, theme
+from fedmoe_core.reporting.results import QUALITIES, held, note, quality_of
 from fedmoe_core.reporting.run import Run
 from fedmoe_core.reporting.run_schema import read_text
-from fedmoe_core.reporting.tables import Cell, Piece, Table, exceeded, ledger, plain, ranking_table, refused, tiers
-from fedmoe_core.reporting.verdict import held, judged_by
+from fedmoe_core.reporting.tables import Cell, Piece, Table, exceeded, ledger, plain, refused, runs_table, tiers
 from fedmoe_core.simulation.directory.health import problems
 
 SPREAD = "Clients: worst, mean and best"
@@ -43,14 +43,14 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class ComparisonPart:
+class Overview:
     """What stands above the runs of a page with several."""
 
     heading: str
     setting: str
-    verdicts: Sequence[str]
-    by: str
-    ranking: Table
+    note: str
+    sorted_by: str
+    table: Table
     pictures: Sequence[Picture]
 
 
@@ -86,11 +86,11 @@ class _Gallery:
         return [] if picture is None else [Picture(title, picture, caption, key)]
 
 
-def render(runs: Sequence[Run], verdicts: Sequence[str]) -> str:
-    """Write the whole page; the first run is its subject."""
+def render(runs: Sequence[Run]) -> str:
+    """Write the whole page: of several runs first an overview, then each."""
     several, gallery = len(runs) > 1, _Gallery()
-    comparison = _comparison(runs, verdicts, gallery) if several else None
-    title = " vs ".join(dict.fromkeys(run.name for run in runs)) if several else f"{runs[0].name}: report"
+    overview = _overview(runs, gallery) if several else None
+    title = ", ".join(dict.fromkeys(run.name for run in runs)) + ": report"
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -101,7 +101,7 @@ def render(runs: Sequence[Run], verdicts: Sequence[str]) -> str:
     )
     template = environment.from_string(files("fedmoe_core.reporting").joinpath("report.html.jinja").read_text("utf-8"))
     parts = [_part(run, gallery, alone=not several) for run in runs]
-    return template.render(title=title, css=theme.CSS, comparison=comparison, runs=parts).lstrip()
+    return template.render(title=title, css=theme.CSS, overview=overview, runs=parts).lstrip()
 
 
 def _shown(value: Any) -> Any:
@@ -109,16 +109,15 @@ def _shown(value: Any) -> Any:
     return value if hasattr(value, "__html__") else visible(str(value))
 
 
-def _comparison(runs: Sequence[Run], verdicts: Sequence[str], gallery: _Gallery) -> ComparisonPart:
-    first, figure = runs[0], judged_by(runs)
+def _overview(runs: Sequence[Run], gallery: _Gallery) -> Overview:
     learning = "What each run bought with its rounds, traffic and compute"
     caption = "Every thin line is one client."
-    return ComparisonPart(
-        heading=f"{first.name} against {_listing([run.name for run in runs[1:]])}",
-        setting=_setting(first),
-        verdicts=verdicts,
-        by=("accuracy" if figure.accurate else "loss") + (" of the clients' own models" if figure.personal else ""),
-        ranking=ranking_table(runs),
+    return Overview(
+        heading=_listing([run.name for run in runs]),
+        setting=_setting(runs[0]),
+        note=note(runs),
+        sorted_by=quality_of(runs).name,
+        table=runs_table(runs),
         pictures=[
             *gallery.draw(learning, figures.learning, runs, name="learning"),
             *gallery.draw(SPREAD, figures.spread, runs, name="clients", caption=caption),
@@ -213,19 +212,17 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _headline(run: Run) -> str:
-    """The result in one clause, whichever way it fell."""
+    """Whether the run improved on its own start, in one clause, whichever way it fell."""
     if run.nothing_trained:
         return f"{run.name}: nothing trained"
-    s = run.summary
-    accuracy = _minus(s.get("accuracy_after"), s.get("accuracy_before"))
-    loss = _minus(s.get("loss_after"), s.get("loss_before"))
-    if accuracy is not None:
-        points = f"{100 * abs(accuracy):.1f} points"
-        verb = "raises" if accuracy > 0 else "does not raise"
-        return f"{run.name} {verb} held-out accuracy" + (f" by {points}" if accuracy > 0 else f" (−{points})")
-    if loss is not None:
-        verb = "lowers" if loss < 0 else "does not lower"
-        return f"{run.name} {verb} held-out loss" + (f" by {-loss:.3f} nats" if loss < 0 else f" (+{loss:.3f} nats)")
+    for quality in QUALITIES:
+        gain = quality.gain(run)
+        if gain is not None:
+            size = f"{100 * abs(gain):.1f} points" if quality.accurate else f"{abs(gain):.3f} nats"
+            verb, sign = ("raise", "−") if quality.accurate else ("lower", "+")
+            if gain > 0:
+                return f"{run.name} {verb}s {quality.name} by {size}"
+            return f"{run.name} does not {verb} {quality.name} ({sign}{size})"
     return run.name
 
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmoe_core.base.files import write_whole
+from fedmoe_core.reporting.results import line, note
 from fedmoe_core.reporting.run import read_runs
-from fedmoe_core.reporting.verdict import compare, line
 
 
 def report(run_dirs: Sequence[Path], *, out: Path | None = None) -> tuple[Path, list[str]]:
     """Write one self-contained HTML page and return where it lies, with the lines for the terminal.
 
-    The first run is the subject: the verdict sets it against each of the others.
+    Several runs share the page, in the order given. It shows them; ``fedmoe compare`` tests their differences.
 
     Raises:
         ValueError: no run given, or a directory without a run.
@@ -23,15 +23,11 @@ def report(run_dirs: Sequence[Path], *, out: Path | None = None) -> tuple[Path, 
     if not run_dirs:
         raise ValueError("no run given; name at least one run directory")
     runs = read_runs(run_dirs)
-    if out is None:
-        one = len(runs) == 1
-        out = (
-            runs[0].path / "report.html" if one else Path(os.path.commonpath(run.path for run in runs)) / "report.html"
-        )
+    out = out or Path(os.path.commonpath(run.path for run in runs)) / "report.html"
     from fedmoe_core.reporting.page import render
 
-    verdicts = compare(runs)
-    text = render(runs, verdicts)
+    text = render(runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, text)
-    return out, [*(line(run) for run in runs), *verdicts]
+    said = note(runs)
+    return out, [*map(line, runs), *([said] if said else [])]

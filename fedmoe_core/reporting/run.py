@@ -13,9 +13,6 @@ from fedmoe_core.config.systems import title_of
 from fedmoe_core.reporting import run_schema
 from fedmoe_core.simulation.directory.health import kept_budgets
 
-# Keys that may differ between two runs of one comparison: they name the method, or where and how fast it ran.
-METHOD = ("algorithm", "out", "cache", "ranks", "threads", "selection", "aggregation")
-
 
 @dataclass(frozen=True)
 class Run:
@@ -124,28 +121,6 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             name = f"{name}, seed {run.seed}" if by_seed else f"{name}, {visible(run.path.name)}"
         unique.append(Run(**{**run.__dict__, "name": name}))
     return unique
-
-
-def differences(first: Run, second: Run) -> list[str]:
-    """Return the dotted keys, the method's own aside, and facts of the data in which two runs differ."""
-    keys = sorted(set(first.config) | set(second.config))
-    found: list[str] = []
-    for key in keys:
-        mine, theirs = first.config.get(key), second.config.get(key)
-        if key in METHOD or mine == theirs:
-            continue
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            found += [f"{key}.{leaf}" for leaf in sorted(set(mine) | set(theirs)) if mine.get(leaf) != theirs.get(leaf)]
-        else:
-            found.append(key)
-    # By content where both are on record: a moved file is the same data, a changed one is not.
-    for key, digest, name in (("data", "corpus_sha256", "corpus"), ("model", "model_sha256", "model weights")):
-        mine, theirs = first.summary.get(digest), second.summary.get(digest)
-        if mine and mine == theirs and key in found:
-            found.remove(key)
-        elif mine != theirs and key not in found:
-            found.append(name)
-    return found
 
 
 def _read(path: Path) -> Run:

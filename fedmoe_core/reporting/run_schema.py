@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedmoe_core.base.files import read_json_lines
 from fedmoe_core.base.wording import visible
 
 WHOLE = 2**53  # above it a JSON reader may round
@@ -79,6 +80,15 @@ PER_CLIENT = _list(MAYBE, "a list of finite numbers or nulls")
 BITS_LE = FieldKind("a list of equally long rows of 0 and 1", _bits)
 COSTS = dict.fromkeys(("memory_bytes", "flops", "bytes_down", "bytes_up", "experts", "seconds"), AMOUNT)
 COST = _table(COSTS, f"a table of amounts, 0 or more, such as {', '.join(COSTS)}")
+POWER = FieldKind(
+    "a table of joules_per_flop and joules_per_byte, 0 or more",
+    lambda value: (
+        isinstance(value, dict)
+        and set(value) == {"joules_per_flop", "joules_per_byte"}
+        and all(map(AMOUNT.holds, value.values()))
+    ),
+)
+BUDGET = _table({**COSTS, "energy_joules": AMOUNT, "power": POWER}, f"{COST.words}, with power a table of its own")
 REFUSED = FieldKind(
     'a list of tables with a whole number "client" and a text "reason"',
     lambda value: (
@@ -122,7 +132,8 @@ CLIENT = {
 }
 LEDGER = {
     **dict.fromkeys(("round", "client"), COUNT),
-    **dict.fromkeys(("budget", "bound_by", "predicted", "real"), COST),
+    **dict.fromkeys(("budget", "bound_by"), BUDGET),
+    **dict.fromkeys(("predicted", "real"), COST),
 }
 PARTITION = {
     **dict.fromkeys(("names", "clients"), TEXTS),
@@ -220,21 +231,9 @@ def _alike(shapes: dict[str, tuple[int, ...]], name: str, value: Any, where: str
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Records with the words for where each stands; a killed run may leave half a last line, which is left out."""
-    texts = read_text(path).split("\n")
-    found: list[tuple[str, dict[str, Any]]] = []
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            record = _parsed(text)
-        except (ValueError, RecursionError):
-            if number == len(texts):
-                break
-            raise ValueError(f"{where} is not JSON; remove that line or run again") from None
-        found.append((where, _checked(record, {"type": TEXT}, where)))
-    return found
+    """Records with the words for where each stands."""
+    found = read_json_lines(path, _parsed, lenient=True)
+    return [(where, _checked(record, {"type": TEXT}, where)) for where, record in found]
 
 
 def _json(path: Path) -> Any:

@@ -9,8 +9,8 @@ import numpy as np
 
 from fedmoe_core.base import show
 from fedmoe_core.reporting import figures
+from fedmoe_core.reporting.results import by_quality, held, quality_of, remarks
 from fedmoe_core.reporting.run import Run
-from fedmoe_core.reporting.verdict import held, ranking
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,11 @@ Cell = tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
-class TableRow:
-    """One line of a table and its CSS class."""
-
-    kind: str
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
 class Table:
     """A table; the columns in ``left`` hold words and align left."""
 
     names: tuple[str, ...]
-    rows: tuple[TableRow, ...]
+    rows: tuple[tuple[Cell, ...], ...]
     left: tuple[int, ...]
 
 
@@ -53,24 +45,25 @@ def exceeded(run: Run, unbound: Piece) -> Cell:
     return (unbound,)
 
 
-def ranking_table(runs: Sequence[Run]) -> Table:
-    """Return one row a run, the best first; runs under other conditions stand apart with their reason."""
-    accurate = any(run.has_accuracy for run in runs)
+def runs_table(runs: Sequence[Run]) -> Table:
+    """Return one row a run, sorted by how it ended, with what sets it apart from the first under its name."""
+    accurate, quality = any(run.has_accuracy for run in runs), quality_of(runs)
     seeds = len({run.seed for run in runs}) > 1
     rows = []
-    for place, run, reason in ranking(runs):
-        s = run.summary
-        name = (Piece(run.name), Piece(reason, "label")) if reason else plain(run.name)
+    for run in by_quality(runs):
+        s, apart = run.summary, "; ".join(remarks(run, runs[0]))
         texts = [str(run.seed)] if seeds else []
         texts += [show.change(s, "accuracy", show.share)] if accurate else []
+        texts += [quality.text(quality.of(run))] if quality.personal else []
         texts += [show.change(s, "loss", show.number), show.number(s.get("worst_client_loss")), show.size(run.traffic)]
         texts += [show.flops(s.get("flops")), show.size(s.get("peak_memory_bytes")), held(run).replace("..", "–")]
+        name = (Piece(run.name), Piece(apart, "label")) if apart else plain(run.name)
         broken = exceeded(run, Piece(show.NONE))
-        cells = [plain(str(place or "–")), name, *map(plain, texts), broken, plain(show.seconds(s.get("seconds")))]
-        rows.append(TableRow("first" if place == 1 else "apart" if place is None else "", tuple(cells)))
-    names = ["", "run", *(["seed"] if seeds else []), *(["accuracy"] if accurate else []), "held-out loss"]
-    names += ["worst client", "moved", "computed", "peak memory", "experts held", "budgets exceeded", "time"]
-    return Table(tuple(names), tuple(rows), left=(0, 1))
+        rows.append((name, *map(plain, texts), broken, plain(show.seconds(s.get("seconds")))))
+    names = ["run", *(["seed"] if seeds else []), *(["accuracy"] if accurate else [])]
+    names += ["clients' own models"] if quality.personal else []
+    names += ["held-out loss", "worst client", "moved", "computed", "peak memory", "experts held"]
+    return Table((*names, "budgets exceeded", "time"), tuple(rows), left=(0,))
 
 
 def tiers(run: Run) -> Table | None:
@@ -104,7 +97,7 @@ def tiers(run: Run) -> Table | None:
             cells.append(plain(f"{show.share(float(np.mean(right)))}, {show.share(min(right))}"))
         elif own:
             cells.append(plain(show.NONE))
-        rows.append(TableRow("", tuple(cells)))
+        rows.append(tuple(cells))
     names = ["tier", "clients", *(label for label, _ in figures.RESOURCES.values()), "mean loss", "change", "worst"]
     names += ["own accuracy: mean, worst"] if own else []
     return Table(tuple(names), tuple(rows), left=(0,))
@@ -127,7 +120,7 @@ def ledger(run: Run) -> Table | None:
             if predicted.get(key) is not None and text(predicted[key]) != shown:
                 cell += [Piece(" "), Piece(f"({text(predicted[key])})", "muted")]
             cells.append((*cell, Piece(f" over {text(bound)}", "bad")) if over else tuple(cell))
-        rows.append(TableRow("", (*cells, plain(show.seconds(real.get("seconds"))))))
+        rows.append((*cells, plain(show.seconds(real.get("seconds")))))
     names = ("client", *(label for label, _ in figures.RESOURCES.values()), "time")
     return Table(names, tuple(rows), left=(0,))
 
@@ -136,7 +129,6 @@ def refused(run: Run) -> Table | None:
     """Return one row for each update that the server refused."""
     items = [(r["round"], item) for r in run.rounds for item in r.get("refused") or ()]
     rows = [
-        TableRow("", (plain(str(number)), plain(run.client_name(item["client"])), plain(item["reason"])))
-        for number, item in items
+        (plain(str(number)), plain(run.client_name(item["client"])), plain(item["reason"])) for number, item in items
     ]
     return Table(("round", "client", "reason"), tuple(rows), left=(0, 1, 2)) if rows else None

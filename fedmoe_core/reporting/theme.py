@@ -47,7 +47,7 @@ RC: dict[Any, Any] = {
 CSS = f"""
 :root {{
   color-scheme: light;
-  --ink: {INK}; --muted: {MUTED}; --line: {GRID}; --blue: {BLUE};
+  --ink: {INK}; --muted: {MUTED}; --line: {GRID};
 }}
 * {{ box-sizing: border-box; }}
 body {{
@@ -60,14 +60,13 @@ h2.run {{ border-top: 3px solid var(--ink); padding-top: 16px; margin-top: 84px;
 p {{ margin: 4px 0 16px; max-width: 80ch; }}
 .lead {{ font-size: 18px; line-height: 1.5; }}
 .muted, figcaption, .label {{ color: var(--muted); }}
-.verdict {{ border-left: 4px solid var(--blue); padding: 4px 0 4px 16px; font-size: 17px; margin: 14px 0; }}
+.problem {{ border-left: 4px solid; padding: 4px 0 4px 16px; font-size: 17px; margin: 14px 0; }}
 .tiles {{ display: grid; grid-template-columns: repeat(4, 1fr); gap: 0 32px; margin: 28px 0 8px; }}
 .tile {{ border-top: 1px solid var(--line); padding: 12px 0 16px; }}
 .tile b {{ display: block; font-size: 23px; line-height: 1.3; letter-spacing: -.01em; font-weight: 650; }}
 .label {{ display: block; font-size: 13px; }}
-.bad {{ color: #b23a00; }}
-p.bad {{ border-color: currentColor; }}
-p.bad::first-letter {{ text-transform: uppercase; }}
+.bad, .problem {{ color: #b23a00; }}
+.problem::first-letter {{ text-transform: uppercase; }}
 .good {{ color: #00704f; }}
 figure {{ margin: 14px 0 0; }}
 figure svg {{ display: block; width: 100%; height: auto; overflow: visible; }}
@@ -87,8 +86,6 @@ th, td {{ padding: 6px 0 6px 16px; }}
 .t {{ text-align: left; }}
 th:first-child, td:first-child {{ padding-left: 0; }}
 td.t:last-child {{ white-space: normal; }}
-tr.first td {{ font-weight: 650; }}
-tr.apart td {{ color: var(--muted); }}
 dl {{
   display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 0 40px; margin: 12px 0;
   font-size: 14px;

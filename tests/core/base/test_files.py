@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedmoe_core.base.files import JsonlLog
+from fedmoe_core.base.files import JsonlLog, read_json_lines, replacing, write_whole
 
 
 def records_of(count: int, width: int = 3) -> list[dict[str, object]]:
@@ -96,7 +96,7 @@ def test_inv10_truncate_drops_a_broken_line_and_refuses_missing_ones(tmp_path: P
 def test_inv11_foreign_line_is_named(tmp_path: Path, line: bytes) -> None:
     log = JsonlLog(tmp_path / "metrics.jsonl")
     log.path.write_bytes(b'{"round": 0}\n' + line + b'\n{"round": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is not") as caught:
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not") as caught:
         log.read()
     assert "\n" not in str(caught.value)
 
@@ -117,3 +117,32 @@ def test_inv10_kill_at_random_moments_leaves_whole_lines(tmp_path: Path) -> None
         assert [record["number"] for record in records] == list(range(len(records)))
         assert len(records) >= done
     assert log.count() > 0
+
+
+def test_a_lenient_reader_takes_what_an_editor_leaves_and_no_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n{"a": 2}')
+    assert [record for _, record in read_json_lines(path, lenient=True)] == [{"a": 1}, {"a": 2}]
+    path.write_bytes(b'{"a": 1}\n{"a": 2')
+    assert read_json_lines(path, lenient=True) == read_json_lines(path) == [(f"{path} line 1", {"a": 1})]
+    path.write_bytes(b'{"a": 1\n{"a": 2}')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is not JSON"):
+        read_json_lines(path, lenient=True)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path, kept = tmp_path / "state", tmp_path / "kept"
+    kept.write_text("kept")
+    path.symlink_to(kept)
+    write_whole(path, "first")
+    assert (path.read_text(), path.is_symlink(), kept.read_text()) == ("first", False, "kept")
+
+    def fail() -> None:
+        with replacing(path) as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "first"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"state", "kept"}

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe_core.base.wording import visible
+from fedmoe_core.base import show
+from fedmoe_core.base.wording import nearest, unknown, visible
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,18 @@ def test_visible_text_is_printable_and_stays_as_it_is(text: str) -> None:
     shown.encode("utf-8")
     if text.isprintable():
         assert shown == text
+
+
+def test_the_nearest_word_whatever_its_case_or_none() -> None:
+    assert nearest("mib", ["B", "MiB", "GiB"]) == "MiB"
+    assert nearest("xyz", ["stdlib", "csv:FILE"]) is None
+    assert str(unknown("data", "cvs:x", ["stdlib", "csv:FILE"])) == (
+        "data 'cvs:x' is unknown; did you mean 'csv:FILE'? valid: stdlib, csv:FILE"
+    )
+
+
+@pytest.mark.parametrize("count", [0, 11, 1023.2, 1024, 10 * 1024 + 1, 9.999 * 2**20, 123.4 * 2**20, 2**40 + 1])
+def test_a_size_rounded_up_is_enough(count: float) -> None:
+    number, unit = show.size(count, up=True).split()
+    shown = float(number) * {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[unit]
+    assert count <= shown <= max(1.011 * count, count + 1)

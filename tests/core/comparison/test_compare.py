@@ -50,7 +50,7 @@ def test_measures_of_a_run_restate_its_records(runs: dict[str, list[Path]]) -> N
     assert found.tier_held[TIERS[0]] == pytest.approx(sum(held) / len(held))
     assert found.spent.rounds == 8
     assert found.spent.bytes_moved == rounds[-1]["bytes_down_total"] + rounds[-1]["bytes_up_total"]
-    assert found.load_cv > 0
+    assert found.load_cv == pytest.approx(sum(line["load_cv"] for line in rounds[1:]) / 8)
 
 
 def test_the_price_of_a_target_is_that_of_the_first_round_that_reaches_it(runs: dict[str, list[Path]]) -> None:
@@ -169,7 +169,7 @@ def test_an_earlier_comparison_stands_beside_a_new_system(runs: dict[str, list[P
     write(last, last.jobs())
     assert [row["label"] for row in json.loads((tmp_path / "compare.json").read_text())["rows"]] == list(first["runs"])
     fewer = Study.of([], systems="hfedmoe", seeds="1", out=tmp_path, workers=1, beside=record)
-    assert [run.seed for run in fewer.beside.runs(fewer)["random"]] == [1]
+    assert [run.seed for run in fewer.runs_beside()["random"]] == [1]
 
 
 def recorded(study: Study, runs: dict[str, list[Path]]) -> Path:

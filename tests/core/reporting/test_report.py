@@ -1,4 +1,4 @@
-"""The report: complete without the network, honest about who is ahead, calm when something is missing."""
+"""The report: complete without the network, it shows and does not judge, calm when something is missing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from synthetic_run import make_run
 from fedmoe_core.base import show
 from fedmoe_core.reporting import figures
 from fedmoe_core.reporting.report import report
+from fedmoe_core.reporting.results import by_quality, line, quality_of, remarks
 from fedmoe_core.reporting.run import read_runs
-from fedmoe_core.reporting.verdict import compare, line, ranking
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "use", "path", "image"}
 
@@ -226,116 +226,106 @@ def test_line_says_what_the_demo_must_say(tmp_path: Path) -> None:
     )
 
 
-def verdict_of(tmp_path: Path, mine: dict[str, Any], theirs: dict[str, Any], **both: Any) -> str:
-    """The sentence for one run of HFedMoE against one of random experts."""
-    small = {"clients": 2, "rounds": 1, "layers": 1, "experts": 2, "loss_before": 4.3, **both}
-    first = make_run(tmp_path / "a", **{**small, **mine})
-    second = make_run(tmp_path / "b", **{"algorithm": "random", **small, **theirs})
-    (sentence,) = compare(read_runs([first, second]))
-    return sentence
-
-
 @pytest.mark.parametrize(
-    ("mine", "theirs", "said"),
+    ("changes", "headline"),
     [
+        ({"loss_before": 4.3, "loss_after": 4.25}, "HFedMoE lowers held-out loss by 0.050 nats"),
+        ({"loss_before": 4.3, "loss_after": 4.31}, "HFedMoE does not lower held-out loss (+0.010 nats)"),
         (
-            4.25,
-            4.281,
-            "HFedMoE ends 0.031 nats below random experts under the same budgets (4.250 against 4.281, one seed).",
+            {"classification": True, "accuracy_before": 0.7, "accuracy_after": 0.721, "loss_after": 9.0},
+            "HFedMoE raises held-out accuracy by 2.1 points",
         ),
         (
-            4.281,
-            4.25,
-            "HFedMoE did not beat random experts under the same budgets: it ends 0.031 nats above "
-            "(4.281 against 4.250, one seed).",
+            {"classification": True, "accuracy_before": 0.7, "accuracy_after": 0.69, "loss_after": 0.1},
+            "HFedMoE does not raise held-out accuracy (−1.0 points)",
         ),
-        (
-            4.25,
-            4.2501,
-            "HFedMoE did not beat random experts under the same budgets: they end level "
-            "(4.250 against 4.250, one seed).",
-        ),
+        ({"nothing_trained": "no client took part"}, "HFedMoE: nothing trained"),
     ],
 )
-def test_verdict_on_loss_both_ways(tmp_path: Path, mine: float, theirs: float, said: str) -> None:
-    assert verdict_of(tmp_path, {"loss_after": mine}, {"loss_after": theirs}) == said
-
-
-@pytest.mark.parametrize(
-    ("mine", "theirs", "said"),
-    [
-        (
-            0.812,
-            0.791,
-            "HFedMoE ends 2.1 points of accuracy above random experts under the same budgets (81.2 % against",
-        ),
-        (
-            0.791,
-            0.812,
-            "HFedMoE did not beat random experts under the same budgets: it ends 2.1 points of accuracy below",
-        ),
-    ],
-)
-def test_verdict_on_accuracy_both_ways_whatever_the_loss(tmp_path: Path, mine: float, theirs: float, said: str) -> None:
-    first, second = {"accuracy_after": mine, "loss_after": 9.0}, {"accuracy_after": theirs, "loss_after": 1.0}
-    assert verdict_of(tmp_path, first, second, classification=True).startswith(said)
-    (tmp_path / "again").mkdir()
-    first["loss_after"], second["loss_after"] = 1.0, 9.0
-    assert verdict_of(tmp_path / "again", first, second, classification=True).startswith(said)
-
-
-@pytest.mark.parametrize(
-    ("mine", "theirs", "said"),
-    [
-        ({}, {"budgeted": False}, "random experts, which no budget binds"),
-        ({}, {"tiers": ("experts=50%",)}, "under different budgets"),
-        ({}, {"seed": 1}, "they also differ in seed"),
-        ({"rounds": 2}, {}, "they also differ in rounds"),
-        ({}, {"budget_violations": 3}, "cannot be compared: random experts exceeded 3 budgets"),
-        ({}, {"corpus_sha256": "0" * 64}, "cannot be compared: they differ in corpus"),
-        ({}, {"clients": 3}, "cannot be compared: they differ in clients"),
-        ({}, {"loss_after": None}, "cannot be compared: a held-out figure is missing"),
-        ({}, {"loss_before": 4.9}, "they did not start level (4.300 and 4.900)"),
-    ],
-)
-def test_verdict_names_what_makes_a_comparison_unfair(
-    tmp_path: Path, mine: dict[str, Any], theirs: dict[str, Any], said: str
+def test_the_headline_says_whether_a_run_improved_on_its_own_start(
+    tmp_path: Path, changes: dict[str, Any], headline: str
 ) -> None:
-    assert said in verdict_of(tmp_path, mine, theirs)
+    run = make_run(tmp_path / "run", clients=2, rounds=1, **changes)
+    _, html, _ = page_of([run], tmp_path / "r.html")
+    assert f"<h1>{headline}</h1>" in html
 
 
-def test_verdict_over_seeds_is_the_mean_and_counts_who_was_ahead(tmp_path: Path) -> None:
-    losses = {0: (4.20, 4.30), 1: (4.28, 4.25), 2: (4.21, 4.28)}
-    paths = []
-    for place, algorithm in enumerate(("hfedmoe", "random")):
-        for seed, pair in losses.items():
-            path = tmp_path / f"{algorithm}{seed}"
-            paths.append(make_run(path, algorithm=algorithm, seed=seed, clients=2, rounds=1, loss_after=pair[place]))
-    runs = read_runs(paths)
-    assert [run.name for run in runs[:2]] == ["HFedMoE, seed 0", "HFedMoE, seed 1"]
-    assert compare(runs) == [
-        "HFedMoE ends 0.047 nats below random experts under the same budgets "
-        "(4.230 against 4.277, mean of 3 seeds, ahead in 2)."
-    ]
+def test_without_a_global_model_the_clients_own_models_are_read(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", clients=2, rounds=1, loss_before=None, loss_after=None)
+    lines = [json.loads(text) for text in (path / "metrics.jsonl").read_text().splitlines()]
+    for record in lines:
+        if record["type"] == "round":
+            own = [4.2, 4.4] if record["round"] == 0 else [4.0, 4.3]
+            record |= {"loss": None, "loss_clients": None, "personal_loss_C": own}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    run = one(path)
+    quality = quality_of([run])
+    assert (quality.of(run, first=True), quality.of(run)) == pytest.approx((4.3, 4.15))
+    page, _, _ = page_of([path], tmp_path / "r.html")
+    assert "HFedMoE lowers held-out loss of the clients' own models by 0.150 nats" in page.text
+    page, _, _ = page_of([path, path], tmp_path / "two.html")
+    assert "Sorted by final held-out loss of the clients' own models." in page.text
+    assert "4.150" in page.text
 
 
-def test_ranking_is_by_the_figures_and_sets_unfair_runs_apart(tmp_path: Path) -> None:
+def test_the_table_is_sorted_by_how_runs_ended_and_claims_nothing(tmp_path: Path) -> None:
     small = {"clients": 2, "rounds": 1}
     paths = [
         make_run(tmp_path / "a", **small, loss_after=4.3, label="A"),
         make_run(tmp_path / "b", **small, loss_after=4.2, label="B"),
-        make_run(tmp_path / "c", **small, loss_after=4.0, label="C", budgeted=False),
+        make_run(tmp_path / "c", **small, loss_after=4.0, label="C", budgeted=False, algorithm="fedavg"),
         make_run(tmp_path / "d", **small, loss_after=4.1, label="D", budget_violations=1),
-        make_run(tmp_path / "e", **small, loss_after=3.9, label="E", tiers=("experts=90%",)),
+        make_run(tmp_path / "e", **small, loss_after=None, label="E", tiers=("experts=90%",), seed=1),
+        make_run(tmp_path / "f", **{**small, "rounds": 2}, label="F", loss_after=3.9, corpus_sha256="0" * 64),
     ]
-    placed = [(place, run.name, reason) for place, run, reason in ranking(read_runs(paths))]
-    assert placed == [
-        (1, "B", ""),
-        (2, "A", ""),
-        (None, "E", "differs in budgets"),
-        (None, "C", "not bound by the budgets"),
-        (None, "D", "exceeded a budget"),
+    (paths[5] / "config.toml").write_text((paths[5] / "config.toml").read_text() + "new_key = 1\n")
+    runs = read_runs(paths)
+    assert [run.summary["label"] for run in by_quality(runs[:4])] == ["C", "D", "B", "A"]
+    assert [run.summary["label"] for run in by_quality(runs)][-1] == "E"
+    assert [remarks(run, runs[0]) for run in runs] == [
+        [],
+        [],
+        ["not bound by the budgets"],
+        ["exceeded a budget"],
+        ["differs from A in budgets"],
+        ["settings cannot be compared with those of A"],
     ]
+    page, _, lines = page_of(paths, tmp_path / "r.html")
+    assert "Sorted by final held-out loss." in page.text
+    assert "differs from A in budgets" in page.text
+    claims = re.compile(r"\b(better|worse|best of|beats?|ahead|behind|wins?|ranked|ranking)\b")
+    assert claims.findall(page.text + " ".join(lines)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rounds": 2}, "rounds"),
+        ({"clients": 3}, "clients"),
+        ({"tiers": ("experts=50%",)}, "budgets"),
+        ({"corpus_sha256": "0" * 64}, "corpus"),
+        ({"model_sha256": "commit:1"}, "model weights"),
+    ],
+)
+def test_what_two_runs_do_not_share_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    small: dict[str, Any] = {"clients": 2, "rounds": 1, "label": "A"}
+    first = make_run(tmp_path / "a", **small)
+    second = make_run(tmp_path / "b", **{**small, "label": "B", "algorithm": "random", **changes})
+    runs = read_runs([first, second])
+    assert remarks(runs[1], runs[0]) == [f"differs from A in {said}"]
+
+
+def test_only_runs_of_several_systems_call_for_a_comparison(tmp_path: Path) -> None:
+    small = {"clients": 2, "rounds": 1}
+    seeds = [make_run(tmp_path / f"h{seed}", seed=seed, **small) for seed in (0, 1)]
+    other = make_run(tmp_path / "r", algorithm="random", **small)
+    said = "fedmoe report only shows runs; fedmoe compare tests differences over seeds."
+    page, _, lines = page_of(seeds, tmp_path / "seeds.html")
+    assert [line.partition(":")[0] for line in lines] == ["HFedMoE, seed 0", "HFedMoE, seed 1"]
+    assert "fedmoe compare" not in page.text
+    page, _, lines = page_of([*seeds, other], tmp_path / "both.html")
+    assert lines[3:] == [said]
+    assert said in page.text
 
 
 def test_three_runs_share_a_page(tmp_path: Path) -> None:
@@ -347,9 +337,9 @@ def test_three_runs_share_a_page(tmp_path: Path) -> None:
     html = out.read_text("utf-8")
     page = Page(html)
     assert not re.search(r"https?:", html)
-    assert "HFedMoE against random experts and FedAvg" in page.text
+    assert "HFedMoE, random experts and FedAvg" in page.text
     assert lines[3] in page.text
-    assert len(lines) == 5
+    assert len(lines) == 4
     assert page.tags.count("svg") == 2 + 3 * 4
     assert len(page.ids) == len(set(page.ids))
     same = report([paths[0], paths[0]], out=tmp_path / "twice.html")[1]

@@ -151,6 +151,11 @@ def test_what_is_read_makes_a_page(sound: Path, tmp_path: Path) -> None:
         ("partition.json", '{"counts": [[1, 2]], "names": ["a"]}', "names must be as many as the columns of counts"),
         ("ledger.jsonl", '{"round": 1, "client": -1}', "ledger.jsonl line 1: client must be a whole number"),
         ("ledger.jsonl", '{"round": 1, "client": 0, "real": {"flops": "x"}}', "real must be a table of amounts"),
+        (
+            "ledger.jsonl",
+            '{"round": 1, "client": 0, "budget": {"power": {"x": 1}}}',
+            "budget must be a table of amounts",
+        ),
         ("metrics.jsonl", '{"type": "round"}', "metrics.jsonl line 1: round must be a whole number"),
         ("metrics.jsonl", f"{json.dumps(ROUND | {'refused': [{}]})}", "refused must be a list of tables"),
         (

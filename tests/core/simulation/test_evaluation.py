@@ -17,8 +17,8 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import eval_batches
 from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.reporting.report import report
+from fedmoe_core.reporting.results import line, quality_of
 from fedmoe_core.reporting.run import read_runs
-from fedmoe_core.reporting.verdict import compare, line, ranking
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.evaluation import evaluate, evaluate_clients
 from fedmoe_core.simulation.observer import NullObserver
@@ -125,12 +125,11 @@ def test_a_system_without_a_global_model_is_judged_by_its_clients_own(
     assert [summary[key] for key in ("loss_before", "loss_after", "accuracy_after")] == [None, None, None]
     assert summary["worst_client_loss"] == max(summary["personal_loss_C"])
     runs = read_runs([tmp_path / "toy", tmp_path / "fedavg"])
-    (verdict,) = compare(runs)
-    assert "clients' own models" in verdict
-    assert "cannot be compared" not in verdict
-    assert [place for place, _, _ in ranking(runs)] == [1, 2]
+    quality = quality_of(runs)
+    assert quality.name == "held-out loss of the clients' own models"
+    assert all(quality.gain(run) is not None for run in runs)
     page, lines = report([run.path for run in runs], out=tmp_path / "both.html")
-    assert "By final held-out loss of the clients' own models" in unescape(page.read_text("utf-8"))
+    assert "Sorted by final held-out loss of the clients' own models" in unescape(page.read_text("utf-8"))
     assert "n/a -> n/a" in lines[0]
     alone, _ = report([tmp_path / "toy"])
     assert "mean loss of the clients' own models" in unescape(alone.read_text("utf-8"))

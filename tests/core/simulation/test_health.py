@@ -11,17 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import make_run
 
+from fedmoe_core.budget.limits import RESOURCES
 from fedmoe_core.reporting.report import report
+from fedmoe_core.reporting.results import remarks
 from fedmoe_core.reporting.run import read_runs
-from fedmoe_core.reporting.verdict import compare, ranking
-from fedmoe_core.simulation.directory.health import LIMITS, kept_budgets, nothing_trained, problems
+from fedmoe_core.simulation.directory.health import SPENT, kept_budgets, nothing_trained, problems
 
-OPEN = dict.fromkeys(LIMITS)
+OPEN = dict.fromkeys(row.attribute for row in RESOURCES.values())
 
 
 def entry(client: int, *, limit: int | None, needs: int, used: int, bound: int | str | None = "same") -> dict[str, Any]:
     """A line about memory alone; ``bound`` is what bound the plan, where that is not the device's limit."""
-    spent = dict.fromkeys(LIMITS, 0)
+    spent = dict.fromkeys(SPENT, 0)
     return {
         "client": client,
         "budget": {**OPEN, "memory_bytes": limit},
@@ -62,12 +63,12 @@ def test_each_client_is_named_at_its_first_time_with_the_resource_and_the_amount
     lines.append(entry(1, limit=10, needs=9, used=99))
     found = kept_budgets(lines)
     assert found["broken_by"] == [
-        "client 0: memory: 0.1 KiB (11 B) used, 0.1 KiB (10 B) allowed",
-        "client 1: memory: 0.1 KiB (12 B) used, 0.1 KiB (10 B) allowed",
+        "client 0: memory: 11 B used, 10 B allowed",
+        "client 1: memory: 12 B used, 10 B allowed",
     ]
 
 
-@pytest.mark.parametrize("resource", LIMITS)
+@pytest.mark.parametrize("resource", [name for name in SPENT if name in OPEN])
 def test_inv1_a_cost_that_is_not_a_number_breaks_every_limit(resource: str) -> None:
     """The ledger's JSON has null for NaN."""
     line = entry(0, limit=None, needs=0, used=0)
@@ -127,7 +128,7 @@ def test_problems_are_sentences_and_a_good_run_has_none() -> None:
     assert problems(good) == []
     bad = kept_budgets([entry(0, limit=10, needs=9, used=12)]) | {"nothing_trained": "no client took part"}
     assert problems(bad) == [
-        "budgets were exceeded once (client 0: memory: 0.1 KiB (12 B) used, 0.1 KiB (10 B) allowed)",
+        "budgets were exceeded once (client 0: memory: 12 B used, 10 B allowed)",
         "nothing trained: no client took part",
     ]
 
@@ -138,22 +139,20 @@ def shown(path: Path) -> tuple[list[str], str]:
     return lines, page.read_text("utf-8")
 
 
-def test_a_failed_run_says_so_first_and_is_not_ranked(tmp_path: Path) -> None:
+def test_a_failed_run_says_so_first(tmp_path: Path) -> None:
     small = {"clients": 2, "rounds": 1}
     broken = {"budgets_broken": 3, "broken_by": ["client 1: memory: 2 MiB used, 1 MiB allowed", "client 2: down"]}
     first = make_run(tmp_path / "a", label="A", **small, **broken)
     second = make_run(tmp_path / "b", label="B", **small, nothing_trained="no client took part")
     lines, html = shown(first)
-    assert "<p class='verdict bad'>budgets were exceeded 3 times (client 1: memory: 2 MiB used" in html
+    assert "<p class='problem'>budgets were exceeded 3 times (client 1: memory: 2 MiB used" in html
     assert lines[0].endswith("budgets exceeded: 3 (client 1: memory: 2 MiB used, 1 MiB allowed; 1 more client)")
     lines, html = shown(second)
     assert "<h1>B: nothing trained</h1>" in html
-    assert "<p class='verdict bad'>nothing trained: no client took part</p>" in html
+    assert "<p class='problem'>nothing trained: no client took part</p>" in html
     assert lines[0].startswith("B: nothing trained (no client took part), held-out loss")
-    placed = [(place, run.name, reason) for place, run, reason in ranking(read_runs([first, second]))]
-    assert sorted(placed, key=str) == [(None, "A", "exceeded a budget"), (None, "B", "nothing trained")]
-    (verdict,) = compare(read_runs([second, first]))
-    assert verdict == "B and A cannot be compared: nothing trained in B (no client took part)."
+    runs = read_runs([first, second])
+    assert [remarks(run, runs[0]) for run in runs] == [["exceeded a budget"], ["nothing trained"]]
 
 
 def test_an_unfinished_run_is_judged_by_its_ledger(tmp_path: Path) -> None:
@@ -164,3 +163,15 @@ def test_an_unfinished_run_is_judged_by_its_ledger(tmp_path: Path) -> None:
     (path / "summary.json").unlink()
     lines, _ = shown(path)
     assert "budgets exceeded: 1 (client 0: memory: " in lines[0]
+
+
+def test_energy_is_judged_by_the_power_on_record() -> None:
+    power = {"joules_per_flop": 1.0, "joules_per_byte": 0.5}
+    line = {"client": 0, "budget": {"energy_joules": 10.0, "power": power}, "predicted": {"flops": 8.0, "bytes_up": 4}}
+    kept = kept_budgets([{**line, "real": {"flops": 8.0, "bytes_up": 4}}])
+    assert (kept["budget_violations"], kept["budgets_broken"], kept["budgeted"]) == (0, 0, True)
+    kept = kept_budgets([{**line, "real": {"flops": 8.0, "bytes_up": 5}}])
+    assert (kept["budget_violations"], kept["budgets_broken"], kept["budgeted"]) == (1, 1, True)
+    unbound = {**line, "bound_by": {"power": power}, "real": {"flops": 8.0, "bytes_up": 5}}
+    kept = kept_budgets([unbound])
+    assert (kept["budget_violations"], kept["budgets_broken"], kept["budgeted"]) == (1, 0, False)

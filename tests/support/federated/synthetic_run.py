@@ -141,6 +141,7 @@ class _Writer:
                     "refused": refused,
                     "importance_LE": (self.importance_CLE.mean(0) * rng.uniform(0.9, 1.1, covered.shape)).tolist(),
                     "lost_mass": 0.31 - 0.02 * number,
+                    "load_cv": 0.5 + 0.01 * number if number else None,
                     "coverage": float(covered.mean()) if number else None,
                 }
             )
