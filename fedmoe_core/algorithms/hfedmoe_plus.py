@@ -18,7 +18,6 @@ import numpy as np
 from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.algorithms.own_gates import grown_gate, own_rows
-from fedmoe_core.algorithms.redundancy import discounted, mean_outputs, overlap
 from fedmoe_core.budget.limits import NOTHING, Cost
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
@@ -49,12 +48,7 @@ class HFedMoEPlus(Algorithm):
             Equation("frozen experts", "E", "below half of all experts, training one gives way to holding four"),
             Equation("20, row-wise", "E", "one weight for each router row; each client goes on with its own gate"),
             Equation("exploration", "E", "a held expert sometimes gives way to an absent one, by own demand; off"),
-            Equation("redundancy", "E", "scores less rho * p_e p_e' max(0, cos(m_e, m_e')) to better experts; off"),
             Equation("16, 19", "N", "usage and row weights, as HFedMoE"),
-        ),
-        approximated=(
-            "redundancy compares experts on inputs that the router itself prefers (its own rows), because the server "
-            "has no client data, and chooses greedily",
         ),
     )
 
@@ -80,21 +74,11 @@ class HFedMoEPlus(Algorithm):
         ]
 
     def scores(self, state: ServerState) -> list[np.ndarray]:
-        """Return one score per (layer, expert) by ``plus.importance``, less ``plus.redundancy`` of doubles."""
-        plus, prior = self.population.config.plus, self.population.prior
-        known = [profile or prior for profile in state.profiles]
-        if plus.importance == "hits":
-            scores = [cumulative(profile.hits_LE, profile.tokens_L) for profile in known]
-        else:
-            scores = self.base.scores(state)
-        if plus.redundancy == 0:
-            return scores
-        outputs_LEH = mean_outputs(state.params, self.population.spec)
-        used = [cumulative(profile.prob_sum_LE, profile.tokens_L) for profile in known]
-        return [
-            discounted(score_LE, plus.redundancy * overlap(used_LE, outputs_LEH))
-            for score_LE, used_LE in zip(scores, used, strict=True)
-        ]
+        """Return one score per (layer, expert) by ``plus.importance``."""
+        if self.population.config.plus.importance != "hits":
+            return self.base.scores(state)
+        known = [profile or self.population.prior for profile in state.profiles]
+        return [cumulative(profile.hits_LE, profile.tokens_L) for profile in known]
 
     def _extras(self, state: ServerState, client: int) -> Extras:
         """A frozen router trains nowhere and travels once, with the trunk; a personal one goes on from its own rows."""

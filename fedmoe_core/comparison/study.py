@@ -18,7 +18,7 @@ from fedmoe_core.comparison.record import Earlier
 from fedmoe_core.comparison.run_figures import RunFigures
 from fedmoe_core.comparison.table import Row
 from fedmoe_core.config.run_config import usable_cores
-from fedmoe_core.config.systems import ALGORITHMS, concerns
+from fedmoe_core.config.systems import ALGORITHMS, RETIRED, concerns
 from fedmoe_core.simulation.identity import Identity
 
 ALGORITHM = "algorithm="
@@ -133,6 +133,7 @@ class Study:
         words = [word for label in found for word in earlier.systems[label]]
         taken = {word.partition("=")[2] for word in words if word.startswith(ALGORITHM)}
         here, was = self.shared(), earlier.shared
+        here |= RETIRED
         other = [key for key in was if concerns(key, taken) and (key not in here or here[key] != was[key])]
         if other:
             now = here.get(other[0], "unknown")

@@ -6,7 +6,6 @@ a set for a list, and not look at a section that Python code made.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
+
+from fedmoe_core.base.wording import nearest
 
 T = TypeVar("T")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list of texts"}
@@ -84,12 +85,6 @@ def schema_of(record: type, prefix: str = "") -> dict[str, Setting]:
     return found
 
 
-def nearest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that is spelt most like ``name``, or None when nothing is close."""
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    return close[0] if close else None
-
-
 def checked(key: str, value: Any, setting: Setting) -> Any:
     """Return a value as its setting has it: 1 for a number is 1.0.
 
@@ -110,7 +105,7 @@ def unknown(what: str, value: object, words: Collection[str]) -> ValueError:
     """Make the error for a value that is not one of ``words``, with the nearest that is."""
     kind, _, rest = str(value).partition(":")
     forms = {form.partition(":")[0]: form for form in words}
-    close = forms.get(nearest(kind, forms) or "", "")
+    close = forms.get(nearest(kind, list(forms)) or "", "")
     if rest and ":" in close:
         close = f"{close.partition(':')[0]}:{rest}"
     hint = f"did you mean {close!r}? " if close else ""
@@ -130,8 +125,8 @@ def resolve_key(key: str, schema: Schema) -> str:
     leaves: dict[str, list[str]] = {}
     for known in schema:
         leaves.setdefault(known.rpartition(".")[2], []).append(known)
-    close = nearest(key, schema)
-    by_leaf = leaves.get(nearest(key.rpartition(".")[2], leaves) or "", [])
+    close = nearest(key, list(schema))
+    by_leaf = leaves.get(nearest(key.rpartition(".")[2], list(leaves)) or "", [])
     meant = leaves.get(key) or ([close] if close else by_leaf)
     hint = f"did you mean {' or '.join(map(repr, meant))}?" if meant else f"valid keys: {', '.join(schema)}"
     raise ValueError(f"unknown key {key!r}; {hint}")
@@ -174,7 +169,7 @@ def by_key(tree: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
         if name in sections and isinstance(value, dict):
             found |= {f"{name}.{leaf}": part for leaf, part in value.items()}
         elif isinstance(value, dict) and name not in schema:
-            close = nearest(name, sections)
+            close = nearest(name, list(sections))
             hint = f"did you mean [{close}]?" if close else f"valid sections: {', '.join(sections)}"
             raise ValueError(f"unknown section [{name}]; {hint}")
         else:

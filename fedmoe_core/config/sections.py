@@ -142,8 +142,6 @@ class PlusConfig:
     # of what a client could train, the share that it trains; what that saves buys frozen experts
     train_share: Annotated[float, Meta(ge=0.01, le=1.0)] = 0.5
     hold_share: Share = 0.5  # share of all experts; frozen ones are bought until so many are held
-    # rho: how much less two experts that say the same are worth; measured to gain nothing
-    redundancy: NaturalReal = 0.0
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ PLACES: Mapping[str, str] = MappingProxyType({n: f"fedmoe_core.algorithms.{place
 SECTIONS: Mapping[str, str] = MappingProxyType(
     {"fedmoe": "fedmoe", "flex_moe": "flex_moe", "fft_moe": "fft_moe", "flux": "flux", "plus": "hfedmoe_plus"}
 )
+# Settings that are gone, at the value at which they did nothing: records that have them so stay comparable.
+RETIRED: Mapping[str, object] = MappingProxyType({"plus.redundancy": 0.0})
 
 
 def place_of(algorithm: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from fedmoe_core.algorithms.baselines import FedAvgSmallest, MostActivated
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.algorithms.hfedmoe_plus import HFedMoEPlus
 from fedmoe_core.algorithms.own_gates import sent_gate
-from fedmoe_core.algorithms.redundancy import discounted, mean_outputs, overlap
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.comparison.study import Study
 from fedmoe_core.config.run_config import Config
@@ -33,7 +31,6 @@ from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.prepare import build_world
 from fedmoe_core.simulation.process_group import Ranks
 from fedmoe_core.simulation.round import play_round
-from fedmoe_kernels.reference import activate
 
 Make = Callable[..., Config]
 NEW = ("hfedmoe_plus", "fedavg_smallest", "most_activated")
@@ -122,38 +119,6 @@ def test_a_personal_gate_goes_on_from_its_own_rows_and_moves_the_servers_too(con
     torch.testing.assert_close(sent_gate(deployed), state.memory["gate/1"], rtol=0, atol=0)
 
 
-def test_redundancy_is_a_loop_over_experts_on_the_routers_own_rows() -> None:
-    spec, params = population().spec, model()
-    found_LEH = mean_outputs(params, spec)
-    for layer in range(spec.num_layers):
-        router, w_in, w_out = (params[f"moe.{layer}.{name}"] for name in ("router", "w_in", "w_out"))
-        for expert in range(spec.num_experts):
-            outputs = []
-            for row in router:
-                x = row / row.norm() * spec.hidden_size**0.5
-                outputs.append(w_out[expert] @ activate(w_in[expert] @ x, spec.activation))
-            np.testing.assert_allclose(found_LEH[layer, expert], torch.stack(outputs).mean(dim=0).numpy(), rtol=1e-9)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_discounted_scores_rank_experts_as_greedy_takes_them(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    values_LE, prob_LE = rng.uniform(0, 1, (2, 6)), rng.uniform(0, 1, (2, 6))
-    penalty_LEE = 2.0 * overlap(prob_LE, rng.normal(size=(2, 6, 4)))
-    scores_LE = discounted(values_LE, penalty_LEE)
-    taken: list[tuple[int, int]] = []
-    gains = []
-    for _ in range(12):
-        rest = [(la, e) for la in range(2) for e in range(6) if (la, e) not in taken]
-        gain = {p: values_LE[p] - sum(penalty_LEE[p[0], p[1], e] for la, e in taken if la == p[0]) for p in rest}
-        best = max(rest, key=lambda place: gain[place])
-        taken.append(best)
-        gains.append(gain[best])
-        assert scores_LE[best] == pytest.approx(gain[best])
-    assert all(a >= b - 1e-12 for a, b in pairwise(gains))
-    np.testing.assert_array_equal(discounted(values_LE, np.zeros_like(penalty_LEE)), values_LE)
-
-
 BUDGETS = ("experts=3,memory=2MiB", "experts=6", "experts=4,up=1MiB")
 
 
@@ -197,7 +162,7 @@ def test_inv9_with_hfedmoes_settings_every_bit_is_hfedmoes(config: Make) -> None
 
 
 SHARES = 'budgets=["experts=25%", "experts=50%", "experts=100%"]'  # counts, so that no calibration changes a golden run
-FROZEN = ("plus.gate=frozen", "plus.importance=hits", "plus.redundancy=0.5")
+FROZEN = ("plus.gate=frozen", "plus.importance=hits")
 GOLDEN = (  # words, loss after, bytes down and up, most experts held
     ("hfedmoe_plus", (), 5.73711, 880128, 619584, 16),
     ("hfedmoe_plus", FROZEN, 5.73660, 863744, 607296, 16),
