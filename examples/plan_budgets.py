@@ -14,8 +14,9 @@ def main() -> None:
     rows = simulate.dry_run(config)  # the same plans that a run would make in its first round
     print(f"{'tier':24} {'experts':>7} {'memory':>10} {'of':>12} {'up':>10}  fits")
     for row in rows:
-        limit = f"{row.memory_budget / 2**20:,.1f}" if row.memory_budget else "no limit"
-        memory, up = f"{row.memory_bytes / 2**20:,.1f}", f"{row.bytes_up / 2**20:,.2f}"
+        allowed, used = row.budget.memory_bytes, row.predicted
+        limit = f"{allowed / 2**20:,.1f}" if allowed else "no limit"
+        memory, up = f"{used.memory_bytes / 2**20:,.1f}", f"{used.bytes_up / 2**20:,.2f}"
         print(f"{row.tier:24} {row.experts:7d} {memory:>6} MiB {limit:>8} MiB {up:>6} MiB  {row.fits}")
 
     # A budget too small for one expert in each layer is an error that names the size that would do.

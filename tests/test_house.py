@@ -323,7 +323,7 @@ def test_the_search_finds_what_is_not_declared() -> None:
     assert {"torch", "filelock", "jinja2"} <= declared()
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *sorted((HOUSE / "bench").glob("*.py"))], ids=named)
+@pytest.mark.parametrize("path", [*SOURCES, *sorted((HOUSE / "bench").rglob("*.py"))], ids=named)
 def test_plain_english(path: Path) -> None:
     assert [f"{named(path)}:{found}" for found in riddles(path.read_text())] == []
 

@@ -37,6 +37,17 @@ def flops(count: float | None) -> str:
     return f"{_three(count)} EFLOP"
 
 
+def joules(value: float | None) -> str:
+    """Show an energy, such as ``4.20 J`` or ``1.20 kJ``."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    for unit in ("J", "kJ", "MJ"):
+        if abs(value) < 1000:
+            return f"{_three(value)} {unit}"
+        value /= 1000
+    return f"{_three(value)} GJ"
+
+
 def seconds(value: float | None) -> str:
     """Show a time, such as ``3.2 s``, ``2 min 05 s`` or ``1 h 04 min``."""
     if value is None or not math.isfinite(value):

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -130,7 +129,7 @@ def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> 
         rows = simulator.dry_run(config)
         outside = [row for row in rows if not row.fits]
         if as_json:
-            typer.echo(json.dumps({"fits": not outside, "clients": [asdict(row) for row in rows]}, indent=2))
+            typer.echo(json.dumps({"fits": not outside, "clients": [row.facts() for row in rows]}, indent=2))
         else:
             # A pipe has no width; 190 columns keep every row on one line.
             console = Console() if sys.stdout.isatty() else Console(width=190)

@@ -6,40 +6,69 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fedmoe_core.budget.limits import RESOURCES, Budget, Cost
+
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What one client would hold and spend in its first round; a budget of None means no limit.
+    """What one client would hold and spend in its first round, beside what its device can bear.
 
     Attributes:
         client: name of the client.
-        tier: name of its budget tier.
         experts_held: experts held in each MoE layer, in depth order.
-        experts, trainable: experts held and experts trained, over all layers.
-        memory_bytes, flops, bytes_down, bytes_up: predicted cost, in the units of ``Budget``.
-        local_steps, top_k: the work that is left inside the FLOP budget.
+        trainable: experts trained, over all layers.
+        predicted: what the plan will cost.
+        budget: the device's own, which FedAvg's plan may pass; its name is the tier.
+        local_steps, top_k: the work that is left inside the budget.
         samples: private training rows of the client.
-        fits: whether the plan is inside every limit; if not, ``reason`` is one sentence with the number that would do.
     """
 
     client: str
-    tier: str
     experts_held: tuple[int, ...]
-    experts: int
     trainable: int
-    memory_bytes: int
-    memory_budget: int | None
-    flops: float
-    flops_budget: float | None
-    bytes_down: int
-    bytes_down_budget: int | None
-    bytes_up: int
-    bytes_up_budget: int | None
+    predicted: Cost
+    budget: Budget
     local_steps: int
     top_k: int
     samples: int
-    fits: bool = True
-    reason: str = ""
+
+    @property
+    def tier(self) -> str:
+        """The client's budget as it was written."""
+        return self.budget.name
+
+    @property
+    def experts(self) -> int:
+        """Experts held over all layers."""
+        return sum(self.experts_held)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan is inside every limit."""
+        return self.budget.fits(self.predicted)
+
+    @property
+    def reason(self) -> str:
+        """What passes which limit; empty where the plan fits."""
+        return "; ".join(self.budget.violations(self.predicted))
+
+    def facts(self) -> dict[str, Any]:
+        """Return the row in JSON's types: for every resource what is used and what is allowed (None = no limit)."""
+        used = {word: resource.used(self.predicted, self.budget) for word, resource in RESOURCES.items()}
+        return {
+            "client": self.client,
+            "tier": self.tier,
+            "experts_held": list(self.experts_held),
+            "experts": self.experts,
+            "trainable": self.trainable,
+            "used": used,
+            "allowed": {word: self.budget.limit(word) for word in RESOURCES},
+            "local_steps": self.local_steps,
+            "top_k": self.top_k,
+            "samples": self.samples,
+            "fits": self.fits,
+            "reason": self.reason,
+        }
 
 
 class Observer(Protocol):

@@ -16,27 +16,15 @@ from fedmoe_core.simulation.world import World
 
 def plan_row(world: World, plan: ExpertPlan) -> PlanRow:
     """Make one line of the dry run: the plan and the device's own budget, which FedAvg may pass."""
-    budget, cost = world.population.budgets[plan.client], plan.predicted
-    over = budget.violations(cost)
     return PlanRow(
         client=world.data.clients[plan.client].name,
-        tier=budget.name,
         experts_held=tuple(int(n) for n in plan.permitted_LE.sum(axis=1)),
-        experts=int(plan.permitted_LE.sum()),
         trainable=int(plan.trainable_LE.sum()),
-        memory_bytes=cost.memory_bytes,
-        memory_budget=budget.memory_bytes,
-        flops=cost.flops,
-        flops_budget=budget.flops,
-        bytes_down=cost.bytes_down,
-        bytes_down_budget=budget.bytes_down,
-        bytes_up=cost.bytes_up,
-        bytes_up_budget=budget.bytes_up,
+        predicted=plan.predicted,
+        budget=world.population.budgets[plan.client],
         local_steps=plan.local_steps,
         top_k=plan.top_k,
         samples=int(world.population.samples_C[plan.client]),
-        fits=not over,
-        reason="; ".join(over),
     )
 
 

@@ -97,7 +97,7 @@ def test_inv1_a_budget_that_is_broken_is_said_to_be_broken(
 
     monkeypatch.setattr(client, "trace_memory", more)
     monkeypatch.setattr(rounds, "train_client", train)
-    budget = max(row.memory_bytes for row in simulate.dry_run(config("budgets=experts=50%")))
+    budget = max(row.predicted.memory_bytes for row in simulate.dry_run(config("budgets=experts=50%")))
     summary = simulate.run(config(f"budgets=memory={budget}"))
     assert (summary["budgets_broken"], summary["budget_violations"]) == (2 * len(clients), 2 * len(clients))
     assert summary["budgeted"]

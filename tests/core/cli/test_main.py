@@ -204,16 +204,16 @@ def test_plan_as_table_and_as_json(simulator: Any) -> None:
         assert word in table.stdout
     told = json.loads(invoke("plan", "--json").stdout)
     assert told["fits"] is True
-    assert told["clients"][0]["memory_bytes"] == ROW.memory_bytes
+    assert told["clients"][0]["used"]["memory"] == ROW.predicted.memory_bytes
 
 
 def test_plan_that_does_not_fit_is_an_error_after_the_table(simulator: Any) -> None:
-    small = replace(ROW, memory_budget=1 << 20, fits=False, reason="1.00 MiB holds no expert per layer; 9.00 MiB would")
+    small = replace(ROW, budget=replace(ROW.budget, memory_bytes=1 << 20))
     simulator.dry_run = lambda config: [ROW, small]
     result = invoke("plan")
     assert result.exit_code == 2
     assert "phone" in result.stdout
-    assert "1 client cannot run; asyncio: 1.00 MiB holds no expert" in result.stderr
+    assert "1 client cannot run; asyncio: memory: 20.0 MiB (20971520 B) used, 1.0 MiB" in result.stderr
     told = invoke("plan", "--json")
     assert (told.exit_code, json.loads(told.stdout)["fits"]) == (2, False)
 
