@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
@@ -58,8 +58,8 @@ class Resource:
 
     def used(self, cost: Cost, budget: Budget) -> float:
         """Return how much of it a client of that budget has used."""
-        if self.attribute == "energy_joules":
-            return 0.0 if budget.power is None else budget.power.joules(cost)
+        if self.attribute == "energy_joules" and budget.power is not None:
+            return budget.power.joules(cost)
         return float(getattr(cost, self.attribute)) if not self.exact else int(getattr(cost, self.attribute))
 
 
@@ -123,18 +123,19 @@ class Budget:
                 raise ValueError(
                     f"budget {word}={given} is not a limit; give a number from 0 to {most}, or leave it out"
                 )
-        if self.energy_joules is not None and self.power is None:
-            raise ValueError(
-                f"budget energy={self.energy_joules}: energy is counted by a device profile; write one before it, "
-                "for example raspberry-pi-5-8gb,energy=500J"
-            )
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Budget:
-        """Rebuild a budget from ``asdict``, as ledgers keep it; limits that older ones do not have are none."""
-        power = record.get("power")
-        limits = {row.attribute: record.get(row.attribute) for row in RESOURCES.values()}
-        return cls(**limits, power=None if power is None else Power(**power), name=record.get("name", ""))
+        """Rebuild a budget from its ``record``; limits that older records do not have are none."""
+        return cls(**{row.attribute: record.get(row.attribute) for row in RESOURCES.values()})
+
+    def record(self) -> dict[str, Any]:
+        """Return the limits by attribute, as ledgers keep them."""
+        return {row.attribute: self.limit(word) for word, row in RESOURCES.items()}
+
+    def record_of(self, cost: Cost) -> dict[str, Any]:
+        """Return a cost by attribute, as ledgers keep it, with the energy that this budget's power counts."""
+        return asdict(cost) | {"energy_joules": RESOURCES["energy"].used(cost, self)}
 
     def limit(self, word: str) -> float | None:
         """Return the limit of a resource by its word; None = no limit."""
@@ -176,6 +177,11 @@ class Budget:
             if _count(text, word) > 1:
                 raise ValueError(f"budget {text!r}: {word} is given twice; give it once")
             limits[RESOURCES[word].attribute] = _amount(word, amount, text=text, spec_experts=spec_experts, plain=plain)
+        if limits.get("energy_joules") is not None and limits.get("power") is None:
+            raise ValueError(
+                f"budget {text!r}: energy is counted by a device profile; write one before it, for example "
+                "raspberry-pi-5-8gb,energy=500J"
+            )
         return cls(**limits, name=text.strip())  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -238,6 +244,7 @@ class Cost:
     bytes_up: int = 0
     experts: int = 0
     seconds: float = 0.0
+    energy_joules: float = 0.0  # as a ledger has it; elsewhere a budget's power counts it
 
     def with_extra(self, extra: Cost) -> Cost:
         """Return this cost plus that of work before or after it: traffic, operations, time add up, peaks do not."""
@@ -248,6 +255,7 @@ class Cost:
             bytes_up=self.bytes_up + extra.bytes_up,
             experts=max(self.experts, extra.experts),
             seconds=self.seconds + extra.seconds,
+            energy_joules=self.energy_joules + extra.energy_joules,
         )
 
 

@@ -16,13 +16,20 @@ from fedmoe_core.reporting.run import Run
 from fedmoe_core.reporting.theme import BLUE, BLUES, EMPTY, HELD, INK, ORANGE, PALE, PALETTE
 
 WIDTH = 10.4  # inches; the page is 75 characters of text wide and the figures fill it
-RESOURCES = {
+RESOURCES: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "memory_bytes": ("peak memory", show.size),
     "flops": ("FLOPs", show.flops),
     "bytes_down": ("bytes down", show.size),
     "bytes_up": ("bytes up", show.size),
-    "experts": ("experts", lambda count: f"{count:.0f}"),
+    "experts": ("experts", lambda count: show.NONE if count is None else f"{count:.0f}"),
+    "energy_joules": ("energy", show.joules),
 }
+
+
+def resources(run: Run) -> dict[str, tuple[str, Callable[[float | None], str]]]:
+    """Return what the tables of a run show of its resources: all, energy only where some device limits it."""
+    limited = any((entry.get("budget") or {}).get("energy_joules") is not None for entry in run.ledger)
+    return {key: shown for key, shown in RESOURCES.items() if key != "energy_joules" or limited}
 
 
 def learning(runs: Sequence[Run]) -> Figure | None:

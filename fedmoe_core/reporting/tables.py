@@ -79,7 +79,7 @@ def tiers(run: Run) -> Table | None:
         members = [client for client, name in tiers.items() if name == tier]
         lines = [entry for entry in run.ledger if entry["client"] in members]
         cells = [plain(tier or show.NONE), plain(str(len(members)))]
-        for key, (_, text) in figures.RESOURCES.items():
+        for key, (_, text) in figures.resources(run).items():
             used = [value for entry in lines if (value := (entry.get("real") or {}).get(key)) is not None]
             pairs = [((entry.get("real") or {}).get(key), (entry.get("budget") or {}).get(key)) for entry in lines]
             parts = [real / limit for real, limit in pairs if real is not None and limit]
@@ -98,7 +98,14 @@ def tiers(run: Run) -> Table | None:
         elif own:
             cells.append(plain(show.NONE))
         rows.append(tuple(cells))
-    names = ["tier", "clients", *(label for label, _ in figures.RESOURCES.values()), "mean loss", "change", "worst"]
+    names = [
+        "tier",
+        "clients",
+        *(label for label, _ in figures.resources(run).values()),
+        "mean loss",
+        "change",
+        "worst",
+    ]
     names += ["own accuracy: mean, worst"] if own else []
     return Table(tuple(names), tuple(rows), left=(0,))
 
@@ -112,7 +119,7 @@ def ledger(run: Run) -> Table | None:
     for entry in (e for e in run.ledger if e["round"] == last):
         real, predicted, limit = (entry.get(part) or {} for part in ("real", "predicted", "budget"))
         cells = [plain(run.client_name(entry["client"]))]
-        for key, (_, text) in figures.RESOURCES.items():
+        for key, (_, text) in figures.resources(run).items():
             value, bound = real.get(key), limit.get(key)
             over = value is not None and bound is not None and value > bound
             shown = show.NONE if value is None else text(value)
@@ -121,7 +128,7 @@ def ledger(run: Run) -> Table | None:
                 cell += [Piece(" "), Piece(f"({text(predicted[key])})", "muted")]
             cells.append((*cell, Piece(f" over {text(bound)}", "bad")) if over else tuple(cell))
         rows.append((*cells, plain(show.seconds(real.get("seconds")))))
-    names = ("client", *(label for label, _ in figures.RESOURCES.values()), "time")
+    names = ("client", *(label for label, _ in figures.resources(run).values()), "time")
     return Table(names, tuple(rows), left=(0,))
 
 

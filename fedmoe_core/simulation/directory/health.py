@@ -81,7 +81,7 @@ def _unbound(entry: Mapping[str, Any]) -> bool:
     """Whether a line needs more than the device can bear of something that did not bind its plan."""
     limits = entry.get("budget") or {}
     bound = entry.get("bound_by", limits)
-    loose = _budget({key: limit for key, limit in limits.items() if key == "power" or bound.get(key) != limit})
+    loose = _budget({key: limit for key, limit in limits.items() if bound.get(key) != limit})
     return not all(loose.fits(_cost(entry, kind)) for kind in ("predicted", "real"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from fedmoe_core.budget.limits import NOTHING, Budget
@@ -92,15 +91,9 @@ def _ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: t
     return {
         "round": number,
         "client": update.client,
-        "budget": _limits(budget),
-        **({} if plan.budget == budget else {"bound_by": _limits(plan.budget)}),
-        "predicted": asdict(plan.predicted),
-        "real": asdict(update.cost),
-        **({} if plan.extras.surcharge == NOTHING else {"surcharge": asdict(plan.extras.surcharge)}),
+        "budget": budget.record(),
+        **({} if plan.budget == budget else {"bound_by": plan.budget.record()}),
+        "predicted": budget.record_of(plan.predicted),
+        "real": budget.record_of(update.cost),
+        **({} if plan.extras.surcharge == NOTHING else {"surcharge": budget.record_of(plan.extras.surcharge)}),
     }
-
-
-def _limits(budget: Budget) -> dict[str, Any]:
-    limits = asdict(budget)
-    limits.pop("name")
-    return limits

@@ -41,6 +41,11 @@ def test_text_needs_a_device_and_reads_back() -> None:
     assert Budget.parse(str(budget)) == budget
     with pytest.raises(ValueError, match="energy is counted by a device profile; write one before it"):
         Budget.parse("energy=5J")
+    ledger = budget.record() | {"power": None}
+    assert Budget.of(ledger).energy_joules == 2000.0
+    assert Budget.of(ledger).violations(Cost(energy_joules=2001.0)) == [
+        "energy: 2.01e+03 J (2001.0 J) used, 2e+03 J (2000.0 J) allowed"
+    ]
     with pytest.raises(ValueError, match="'W' is not a unit of energy; valid: MJ, kJ, J"):
         Budget.parse("raspberry-pi-5-8gb,energy=5W")
     with pytest.raises(ValueError, match="'%' is not a unit of energy"):
