@@ -120,7 +120,9 @@ def test_plan_shows_names_as_they_are(simulator: Any) -> None:
     assert "\\x1b[2J\\x1b]0;pwned\\x07[/], first round" in out
     out, _ = said("plan", "--json")
     assert [client["client"] for client in json.loads(out)["clients"]] == list(names)
-    simulator.dry_run = lambda config: [replace(ROW, client=EVIL, budget=replace(ROW.budget, memory_bytes=1, name=EVIL))]
+    simulator.dry_run = lambda config: [
+        replace(ROW, client=EVIL, budget=replace(ROW.budget, memory_bytes=1, name=EVIL))
+    ]
     assert "1 client cannot run; \\x1b[2J\\x1b]0;pwned" in said("plan", status=2)[1]
 
 
