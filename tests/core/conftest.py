@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 import fedmoe_core
+from fedmoe_core import simulation
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.simulation import launch, prepare
@@ -42,7 +43,9 @@ def calibrated_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 def simulator(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """Stands in for fedmoe_core.simulation.run; a test sets what its verbs do."""
     stub = types.SimpleNamespace()
+    # Both: once a test before has imported it, the package holds the real one as an attribute.
     monkeypatch.setitem(sys.modules, "fedmoe_core.simulation.run", stub)
+    monkeypatch.setattr(simulation, "run", stub, raising=False)
     monkeypatch.setattr(fedmoe_core, "simulate", stub, raising=False)
     for name in ("RANK", "WORLD_SIZE", launch.LAUNCHED):
         monkeypatch.delenv(name, raising=False)

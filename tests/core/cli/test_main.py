@@ -213,7 +213,7 @@ def test_plan_that_does_not_fit_is_an_error_after_the_table(simulator: Any) -> N
     result = invoke("plan")
     assert result.exit_code == 2
     assert "phone" in result.stdout
-    assert "1 client cannot run; asyncio: memory: 20.0 MiB (20971520 B) used, 1.0 MiB" in result.stderr
+    assert "1 client cannot run; asyncio: memory: 20.0 MiB (20971520 B) used, 1.00 MiB" in result.stderr
     told = invoke("plan", "--json")
     assert (told.exit_code, json.loads(told.stdout)["fits"]) == (2, False)
 

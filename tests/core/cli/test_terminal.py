@@ -112,14 +112,17 @@ def test_report_of_one_and_of_several(simulator: Any, tmp_path: Path) -> None:
 
 def test_plan_shows_names_as_they_are(simulator: Any) -> None:
     names = ("[red]x[/red]", "[/]", ":bomb:", EVIL, LONE)
-    simulator.dry_run = lambda config: [replace(ROW, client=name, tier=f"t{name}") for name in names]
+    rows = [replace(ROW, client=name, budget=replace(ROW.budget, name=f"t{name}")) for name in names]
+    simulator.dry_run = lambda config: rows
     out, _ = said("plan", f"data=csv:{TITLE}[/]")
     for shown in ("[red]x[/red]", " [/] ", ":bomb:", SEEN[:12], "t\\udcff\\udcfe"):
         assert shown in out
     assert "\\x1b[2J\\x1b]0;pwned\\x07[/], first round" in out
     out, _ = said("plan", "--json")
     assert [client["client"] for client in json.loads(out)["clients"]] == list(names)
-    simulator.dry_run = lambda config: [replace(ROW, client=EVIL, fits=False, reason=EVIL)]
+    simulator.dry_run = lambda config: [
+        replace(ROW, client=EVIL, budget=replace(ROW.budget, memory_bytes=1, name=EVIL))
+    ]
     assert "1 client cannot run; \\x1b[2J\\x1b]0;pwned" in said("plan", status=2)[1]
 
 
