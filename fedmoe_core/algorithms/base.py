@@ -44,6 +44,8 @@ class Algorithm(ABC):
         needs_validation: hold back a tenth of every client's private data, for plans with ``validate``.
         has_global_model: False where clients share no model (local gates): global loss and accuracy are then null,
             and the run is judged by ``personal`` models.
+        settings: of a system that is not part of fedmoe, a frozen dataclass: a section of the configuration, which it
+            reads as ``population.config.settings``. None where it has none; ours are fields of ``Config``.
         trains_trunk: False where the trunk stays frozen whatever ``train.trunk`` says (a classification head trains).
     """
 
@@ -52,6 +54,7 @@ class Algorithm(ABC):
     needs_validation: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = True
     trains_trunk: ClassVar[bool] = True
+    settings: ClassVar[type | None] = None
 
     @classmethod
     def lora(cls, config: Config) -> LoraSpec | None:

@@ -60,7 +60,8 @@ class Resource:
         """Return how much of it a client of that budget has used."""
         if self.attribute == "energy_joules" and budget.power is not None:
             return budget.power.joules(cost)
-        return float(getattr(cost, self.attribute)) if not self.exact else int(getattr(cost, self.attribute))
+        found: float = getattr(cost, self.attribute)
+        return found
 
 
 _ROWS = (
@@ -127,7 +128,8 @@ class Budget:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Budget:
         """Rebuild a budget from its ``record``; limits that older records do not have are none."""
-        return cls(**{row.attribute: record.get(row.attribute) for row in RESOURCES.values()})
+        limits: dict[str, Any] = {row.attribute: record.get(row.attribute) for row in RESOURCES.values()}
+        return cls(**limits)
 
     def record(self) -> dict[str, Any]:
         """Return the limits by attribute, as ledgers keep them."""

@@ -7,8 +7,9 @@ import importlib.metadata
 import json
 import os
 import sys
+import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -106,7 +107,8 @@ def resume(
         stop.run_dir = run_dir
         if not (run_dir / "config.toml").is_file():
             raise ValueError(f"{run_dir} holds no run (no config.toml); give the directory that a run named as out")
-        config = _importable(Config.load(run_dir / "config.toml").resolved())
+        _make_importable(run_dir / "config.toml", [])
+        config = Config.load(run_dir / "config.toml").resolved()
         launch.check_world(config.ranks)
         if config.ranks > 1 and not launch.launched():
             flags = _flags(quiet=quiet, debug=debug, json=as_json, **{"other-code": other_code})
@@ -278,14 +280,23 @@ def _config(words: list[str] | None) -> Config:
     if paths and not paths[0].endswith(".toml"):
         raise ValueError(f"{paths[0]!r} is neither key=value nor a .toml file; write for example train.lr=1e-3")
     overrides = [word for word in words or [] if "=" in word]
-    return _importable(Config.load(Path(paths[0]) if paths else None, overrides).resolved())
+    path = Path(paths[0]) if paths else None
+    _make_importable(path, overrides)
+    return Config.load(path, overrides).resolved()
 
 
-def _importable(config: Config) -> Config:
-    """Let an algorithm of the user's own be imported from a file in the current folder."""
-    if ":" in config.algorithm and os.getcwd() not in sys.path:
+def _make_importable(path: Path | None, overrides: list[str]) -> None:
+    """Let an algorithm given as MODULE:CLASS be imported from a file in the current folder, after all installed ones.
+
+    Before the configuration is read, for the class may declare settings. For no other algorithm: packages that are
+    imported only where they exist would be found in a folder of their name.
+    """
+    said = [word.partition("=")[2] for word in overrides if word.partition("=")[0].strip() == "algorithm"]
+    if path is not None:
+        with suppress(OSError, ValueError, RecursionError):  # reading it below says what is wrong
+            said.append(str(tomllib.loads(path.read_text("utf-8")).get("algorithm", "")))
+    if any(":" in word for word in said) and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    return config
 
 
 def _flags(**flags: bool) -> list[str]:

@@ -80,11 +80,11 @@ def run(study: Study, console: Console, *, force: bool) -> int:
 
 def show_systems(*, as_json: bool) -> None:
     """Print the card of every system."""
-    from fedmoe_core.config.systems import PLACES, listing
+    from fedmoe_core.config.systems import installed, listing
     from fedmoe_core.config.systems import as_json as plain
 
     cards = []
-    for place in PLACES.values():
+    for place in installed().values():
         module, _, attribute = place.partition(":")
         cards.append(getattr(import_module(module), attribute).card)
     if as_json:

@@ -42,6 +42,12 @@ SECTIONS: Mapping[str, str] = MappingProxyType(
 RETIRED: Mapping[str, object] = MappingProxyType({"plus.redundancy": 0.0})
 
 
+def installed() -> dict[str, str]:
+    """Return every system by name with its place: ours first, which no package can replace, then those of packages."""
+    named = {entry.name: f"{entry.module}:{entry.attr}" for entry in entry_points(group=ENTRY_POINTS)}
+    return {**PLACES, **{name: place for name, place in named.items() if name not in PLACES}}
+
+
 def place_of(algorithm: str) -> str:
     """Return where a system's class is, as ``MODULE:CLASS``: ours, one that a package names, or one given that way.
 
@@ -53,10 +59,9 @@ def place_of(algorithm: str) -> str:
         return PLACES[algorithm]
     if colon and all(part.isidentifier() for part in [*module.split("."), name]):
         return algorithm
-    named = {entry.name: f"{entry.module}:{entry.attr}" for entry in entry_points(group=ENTRY_POINTS)}
-    if algorithm not in named:
-        raise unknown(f"algorithm={algorithm!r}", algorithm, [*ALGORITHMS, *named, PLACE])
-    return named[algorithm]
+    if algorithm not in (known := installed()):
+        raise unknown(f"algorithm={algorithm!r}", algorithm, [*known, PLACE])
+    return known[algorithm]
 
 
 def section_of(algorithm: str) -> str:

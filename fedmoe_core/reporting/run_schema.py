@@ -6,12 +6,13 @@ import json
 import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fedmoe_core.base.files import read_json_lines
 from fedmoe_core.base.wording import visible
+from fedmoe_core.budget.limits import Cost
 
 WHOLE = 2**53  # above it a JSON reader may round
 LONGEST = 1024  # bits of any whole number; Python refuses to print some thousand digits
@@ -78,17 +79,8 @@ MAYBE = FieldKind("a finite number or null", lambda value: value is None or _num
 TEXTS = _list(TEXT, "a list of texts")
 PER_CLIENT = _list(MAYBE, "a list of finite numbers or nulls")
 BITS_LE = FieldKind("a list of equally long rows of 0 and 1", _bits)
-COSTS = dict.fromkeys(("memory_bytes", "flops", "bytes_down", "bytes_up", "experts", "seconds"), AMOUNT)
+COSTS = dict.fromkeys([field.name for field in fields(Cost)], AMOUNT)
 COST = _table(COSTS, f"a table of amounts, 0 or more, such as {', '.join(COSTS)}")
-POWER = FieldKind(
-    "a table of joules_per_flop and joules_per_byte, 0 or more",
-    lambda value: (
-        isinstance(value, dict)
-        and set(value) == {"joules_per_flop", "joules_per_byte"}
-        and all(map(AMOUNT.holds, value.values()))
-    ),
-)
-BUDGET = _table({**COSTS, "energy_joules": AMOUNT, "power": POWER}, f"{COST.words}, with power a table of its own")
 REFUSED = FieldKind(
     'a list of tables with a whole number "client" and a text "reason"',
     lambda value: (
@@ -132,7 +124,7 @@ CLIENT = {
 }
 LEDGER = {
     **dict.fromkeys(("round", "client"), COUNT),
-    **dict.fromkeys(("budget", "bound_by"), BUDGET),
+    **dict.fromkeys(("budget", "bound_by"), COST),
     **dict.fromkeys(("predicted", "real"), COST),
 }
 PARTITION = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.systems import PLACES, place_of
 from fedmoe_core.data.federated import corpus_digest
 from fedmoe_core.model.adapter import ENTRY_POINTS
 
@@ -119,7 +120,7 @@ def code_version(adapter: str, algorithm: str = "") -> str:
 
     Args:
         adapter: name of the model adapter, whose package counts too.
-        algorithm: if it has the form ``MODULE:CLASS``, that module counts too.
+        algorithm: the module of one that is not ours counts too.
     """
     try:
         number = version("fedmoe-core")
@@ -133,9 +134,10 @@ def code_version(adapter: str, algorithm: str = "") -> str:
             for path in sorted(Path(root).rglob("*")):
                 if path.suffix in (".py", ".json"):  # the tables of tiles decide results too
                     digest.update(f"{package}/{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
-    module, colon, _ = algorithm.partition(":")
-    if colon and (source := getattr(import_module(module), "__file__", None)):
-        digest.update(Path(source).read_bytes())
+    if algorithm and algorithm not in PLACES:
+        module = import_module(place_of(algorithm).partition(":")[0])
+        if source := getattr(module, "__file__", None):
+            digest.update(Path(source).read_bytes())
     return f"{number}+{digest.hexdigest()[:12]}"
 
 
