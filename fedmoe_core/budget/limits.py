@@ -200,7 +200,7 @@ class Budget:
 
         Example:
             >>> Budget.parse("memory=1MiB").violations(Cost(memory_bytes=2 * 2**20))
-            ['memory: 2.0 MiB (2097152 B) used, 1.0 MiB (1048576 B) allowed']
+            ['memory: 2.00 MiB (2097152 B) used, 1.00 MiB (1048576 B) allowed']
         """
         found = []
         for word, resource in RESOURCES.items():
