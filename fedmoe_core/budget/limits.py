@@ -190,7 +190,7 @@ class Budget:
         """Return text that ``parse`` reads back to an equal budget."""
         if (device := find_device(self.name)) is not None and device_budget(device) == self:
             return device.name
-        if self.power is not None and self.name and Budget.parse(self.name) == self:
+        if find_device(self.name.partition(",")[0].strip()) is not None and Budget.parse(self.name) == self:
             return self.name  # only a profile's name can say the rates of its power
         given = {word: limit for word in RESOURCES if (limit := self.limit(word)) is not None}
         return ",".join(f"{word}={_text(word, limit)}" for word, limit in given.items()) or "unlimited"
