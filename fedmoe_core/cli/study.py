@@ -80,8 +80,8 @@ def run(study: Study, console: Console, *, force: bool) -> int:
 
 def show_systems(*, as_json: bool) -> None:
     """Print the card of every system."""
-    from fedmoe_core.config.systems import installed, listing
     from fedmoe_core.config.systems import as_json as plain
+    from fedmoe_core.config.systems import installed, listing
 
     cards = []
     for place in installed().values():
