@@ -147,8 +147,11 @@ def devices_page() -> str:
         f"{COMPUTE_SECONDS / 60:.0f} minutes of arithmetic at {COMPUTE_SHARE:.0%} of the peak rate, and "
         f"{LINK_SECONDS:.0f} seconds of the link each way.",
         "",
-        "| name | memory | FLOPs a round | bytes down | bytes up |",
-        "| --- | --- | --- | --- | --- |",
+        "A profile that knows its power counts energy too: operations at that rate, and the link's joules per byte. ",
+        "Write a limit behind its name: `phone-8gb,energy=30J`. Orders of magnitude: measure yours.",
+        "",
+        "| name | memory | FLOPs a round | bytes down | bytes up | power | energy of 1 GFLOP | of 1 MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for device in DEVICES:
         limits = (
@@ -156,6 +159,15 @@ def devices_page() -> str:
             "no limit" if device.round_flops is None else show.flops(device.round_flops),
             "no limit" if device.round_down is None else show.size(device.round_down),
             "no limit" if device.round_up is None else show.size(device.round_up),
+            *(
+                ("not known",) * 3
+                if device.watts is None
+                else (
+                    f"{device.watts:g} W",
+                    f"{1e9 * device.joules_per_flop:.2g} J",
+                    f"{1e6 * device.joules_per_byte:.2g} J",
+                )
+            ),
         )
         lines.append(f"| `{device.name}` | {' | '.join(limits)} |")
     lines += ["", "## Sources", "", "| name | from | assumed |", "| --- | --- | --- |"]
