@@ -133,8 +133,8 @@ def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> 
         if as_json:
             typer.echo(json.dumps({"fits": not outside, "clients": [row.facts() for row in rows]}, indent=2))
         else:
-            # A pipe has no width; 190 columns keep every row on one line.
-            console = Console() if sys.stdout.isatty() else Console(width=190)
+            # A pipe has no width; 220 columns keep every row on one line.
+            console = Console() if sys.stdout.isatty() else Console(width=220)
             console.print(_plan_table(rows, config))
         if outside:
             first = outside[0]

@@ -13,16 +13,15 @@ from fedmoe_core.budget.limits import RESOURCES
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.simulation.observer import PlanRow
 
-HEADS: Mapping[str, str] = {"memory": "peak memory", "flops": "FLOPs"}
+HEADS: Mapping[str, str] = {"memory": "peak memory", "down": "down", "up": "up", "flops": "FLOPs"}
 TEXTS: Mapping[str, Callable[[float | None], str]] = {"flops": show.flops, "energy": show.joules}  # others in bytes
 
 
 def _plan_table(rows: list[PlanRow], config: Config) -> Table:
     title = visible(f"{config.algorithm}: {config.model} on {config.data}, first round")
     table = Table(title=Text(title, style="table.title"), title_justify="left")
-    # Experts have columns of their own, and energy is shown where some device limits it.
-    words = [word for word in RESOURCES if word not in ("experts", "energy")]
-    words += ["energy"] if any(row.budget.limit("energy") is not None for row in rows) else []
+    # Experts have columns of their own, and what is counted for some devices only is shown where one limits it.
+    words = [word for word in RESOURCES if word != "experts" and (word in HEADS or any(_limited(rows, word)))]
     for name in ("client", "tier"):
         table.add_column(name, no_wrap=True)
     for name in ("experts", "trained", *(HEADS.get(word, word) for word in words), "steps", "k", "samples"):
@@ -42,6 +41,11 @@ def _plan_table(rows: list[PlanRow], config: Config) -> Table:
             "yes" if row.fits else "[red]no[/red]",
         )
     return table
+
+
+def _limited(rows: list[PlanRow], word: str) -> list[bool]:
+    """Tell of every row whether its device limits a resource."""
+    return [row.budget.limit(word) is not None for row in rows]
 
 
 def _against(row: PlanRow, word: str) -> str:
