@@ -275,7 +275,7 @@ def test_inv10_a_killed_rank_is_one_sentence_and_the_resumed_run_has_the_bits_of
 RANK = "import os, signal, sys, time\n"
 LAUNCHER = f"""
 import sys
-from fedmoe_core import launch
+from fedmoe_core.simulation import launch
 try:
     launch.run_ranks([], ranks=2, threads=1, program=("-c", {RANK!r} + sys.argv[1]))
 except KeyboardInterrupt:

@@ -26,7 +26,7 @@ def hook(event, arguments):
 
 sys.addaudithook(hook)
 """
-RUN = "sys.argv[0] = 'fedmoe'\nrunpy.run_module('fedmoe_core.cli.main', run_name='__main__')\n"
+RUN = "sys.argv[0] = 'fedmoe'\nrunpy.run_module('fedmoe_core.cli', run_name='__main__')\n"
 
 
 def watched(*words: str | Path, then: str = RUN) -> subprocess.CompletedProcess[str]:

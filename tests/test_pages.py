@@ -236,7 +236,7 @@ def check_bash(words: list[str]) -> None:
 
 
 def check_torchrun(words: list[str]) -> None:
-    at = words.index("fedmoe_core.cli.main")
+    at = words.index("fedmoe_core.cli")
     check_fedmoe(words[at + 1 :])
 
 

@@ -71,7 +71,7 @@ def built(model: Model, device: str, dtype: torch.dtype) -> Any:
 
 def contenders(network: Any) -> dict[str, Callable[[], object]]:
     """Return by name what makes the model run its experts in one way or the other."""
-    from fedmoe_bindings.transformers.adapter import use_fedmoe
+    from fedmoe_bindings.transformers import use_fedmoe
 
     return {
         "transformers": lambda: network.set_experts_implementation(STOCK),

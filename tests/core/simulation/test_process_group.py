@@ -74,7 +74,7 @@ def test_gather_refuses_what_is_not_plain_data() -> None:
 GATHERING = """
 import json, math, sys
 import torch
-from fedmoe_core.ranks import open_ranks
+from fedmoe_core.simulation.process_group import open_ranks
 
 with open_ranks(2, torch.device("cpu")) as ranks:
     # Sizes differ between ranks (padding), one value is longer than the other's, text is not ASCII.
