@@ -42,7 +42,7 @@ from fedmoe_core.config.sections import (
     TrainConfig,
     WarmupConfig,
 )
-from fedmoe_core.config.systems import ALGORITHMS, PLACE, section_of, settings_of
+from fedmoe_core.config.systems import ALGORITHMS, PLACE, RETIRED, section_of, settings_of
 
 Name = Annotated[str, Meta(min_length=1)]
 Tiers = Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -144,7 +144,7 @@ class Config:
         algorithm = named.get("algorithm", tree.get("algorithm", Config.algorithm))
         own = settings_of(checked("algorithm", algorithm, common["algorithm"]))
         schema = schema_for(algorithm)
-        chosen = by_key(tree, schema) | dict(parse_override(text, schema) for text in overrides)
+        chosen = by_key(tree, schema, RETIRED) | dict(parse_override(text, schema) for text in overrides)
         if own is not None:
             given = {key.partition(".")[2]: chosen.pop(key) for key in list(chosen) if key not in common}
             chosen["settings"] = own(**given)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -157,8 +158,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML ({error}); correct it there") from None
 
 
-def by_key(tree: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
+def by_key(
+    tree: Mapping[str, Any], schema: Schema, retired: Mapping[str, object] = MappingProxyType({})
+) -> dict[str, Any]:
     """Return the checked values of a TOML file by dotted key.
+
+    Args:
+        tree: the file.
+        schema: every key that there is.
+        retired: keys that are gone, at the value at which they did nothing: so they may stand in older files.
 
     Raises:
         ValueError: an unknown section or key, or a value that does not fit.
@@ -174,6 +182,9 @@ def by_key(tree: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
             raise ValueError(f"unknown section [{name}]; {hint}")
         else:
             found[name] = value
+    gone = [key for key in found if key in retired]
+    if strange := [key for key in gone if found.pop(key) != retired[key]]:
+        raise ValueError(f"{strange[0]} is not a setting any more; run this file with the fedmoe that wrote it")
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
     return {key: checked(key, value, schema[resolve_key(key, schema)]) for key, value in plain.items()}
 

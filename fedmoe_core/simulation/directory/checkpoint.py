@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedmoe_core.base.files import ensure_writable
+from fedmoe_core.config.systems import RETIRED
 
 FORMAT = "fedmoe-checkpoint"
 FORMAT_VERSION = 2  # 2: meta names the run and what it stands on
@@ -166,6 +167,7 @@ def _read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _compare_config(path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     was, now = _flatten(saved), _flatten(_as_json(expected))
+    was = {key: value for key, value in was.items() if key not in RETIRED or RETIRED[key] != value}
     differing = [key for key in sorted({*was, *now}) if was.get(key, "absent") != now.get(key, "absent")]
     if differing:
         named = [f"{key} = {was.get(key, 'absent')!r} then, {now.get(key, 'absent')!r} now" for key in differing[:3]]

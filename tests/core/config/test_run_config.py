@@ -331,3 +331,17 @@ def test_resolved_names_its_threads_and_keeps_the_users(monkeypatch: pytest.Monk
     for asked, threads in (("3", 3), ("", one.threads), ("many", one.threads), ("0", one.threads)):
         monkeypatch.setenv("OMP_NUM_THREADS", asked)  # what a batch system allots each process
         assert config.resolved().threads == threads
+
+
+def test_a_retired_key_may_stand_in_an_older_file_at_the_value_at_which_it_did_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "older.toml"
+    path.write_text("[plus]\nredundancy = 0.0\nexplore = 0.1\n")
+    assert Config.load(path).plus.explore == 0.1
+    assert "redundancy" not in Config.load(path).to_toml()
+    path.write_text("[plus]\nredundancy = 0.5\n")
+    with pytest.raises(
+        ValueError, match=r"plus.redundancy is not a setting any more; run this file with the fedmoe that"
+    ):
+        Config.load(path)
+    with pytest.raises(ValueError, match=r"unknown key 'plus.redundancy'"):
+        Config.load(overrides=["plus.redundancy=0.0"])
