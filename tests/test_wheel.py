@@ -69,7 +69,7 @@ def test_the_wheel_holds_three_packages_and_nothing_else(wheel: Path) -> None:
     sources = [path for root, folder in FLOORS.items() for path in (HOUSE / folder / root).rglob("*.py")]
     typed = [HOUSE / folder / root / "py.typed" for root, folder in FLOORS.items()]
     tables = HOUSE.glob("kernels/fedmoe_kernels/tiles/*.json")  # of tiles tuned on a GPU
-    pages = [HOUSE / "fedmoe_core" / "report.html.jinja"]
+    pages = [HOUSE / "fedmoe_core" / "reporting" / "report.html.jinja"]
     package = {
         path: next(root for root in FLOORS if root in path.parts) for path in (*sources, *typed, *tables, *pages)
     }
@@ -99,7 +99,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     entries = configparser.ConfigParser()
     entries.read_string(meta["entry_points.txt"].decode())
     assert entries["console_scripts"]["fedmoe"] == "fedmoe_core.cli.main:main"
-    assert entries["fedmoe.adapters"]["transformers"] == "fedmoe_bindings.transformers.adapter:load_adapter"
+    assert entries["fedmoe.adapters"]["transformers"] == "fedmoe_bindings.transformers:load_adapter"
     facts = message_from_string(meta["METADATA"].decode())
     assert (facts["License-Expression"], facts["Author"]) == ("Apache-2.0", "The fedmoe authors")
     assert meta["licenses/LICENSE"] == (HOUSE / "LICENSE").read_bytes()
@@ -138,7 +138,8 @@ def test_the_installed_command_works_away_from_the_checkout(python: Path, tmp_pa
 
 def test_the_installed_package_has_its_page(python: Path, tmp_path: Path) -> None:
     code = (
-        "from importlib.resources import files; print(files('fedmoe_core').joinpath('report.html.jinja').read_text())"
+        "from importlib.resources import files; "
+        "print(files('fedmoe_core.reporting').joinpath('report.html.jinja').read_text())"
     )
     assert run(python, "-c", code, cwd=tmp_path).count("{% macro") == 4
 
