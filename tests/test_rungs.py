@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 FOLDER = "tests/interpret"
 # The three files that take longest have a process of their own, so that workers can share them; one takes the rest.
 ALONE = ("test_moe_mlp.py", "test_half_precision.py", "test_data_gradient.py")
-PARTS = {name: [f"{FOLDER}/{name}"] for name in ALONE}
-PARTS["the rest"] = [FOLDER, *(f"--ignore={FOLDER}/{name}" for name in ALONE)]
+PARTS = {name: [f"{FOLDER}/experts/{name}"] for name in ALONE}
+PARTS["the rest"] = [FOLDER, *(f"--ignore={FOLDER}/experts/{name}" for name in ALONE)]
 
 
 @pytest.mark.timeout(1800)
