@@ -154,9 +154,9 @@ def test_configure_lowers_top_k_and_gives_it_back():
     [
         (lambda s: {"state": {k: v for k, v in s.items() if k != "moe.1.w_in"}}, "no moe.1.w_in"),
         (lambda s: {"state": s | {"moe.0.router": torch.zeros(1, 16)}}, r"moe.0.router has shape \(1, 16\)"),
-        (lambda s: {"state": s, "top_k": 3}, "top_k=3 is outside 1 to 2"),
-        (lambda s: {"state": s, "permitted_LE": np.ones((3, E), dtype=bool)}, "3 and 2 rows"),
-        (lambda s: {"state": s, "permitted_LE": np.zeros((2, E), dtype=bool)}, "no expert is permitted"),
+        (lambda s: {"state": s, "submodel": SubModel(top_k=3)}, "top_k=3 is outside 1 to 2"),
+        (lambda s: {"state": s, "submodel": SubModel(np.ones((3, E), dtype=bool))}, "3 and 2 rows"),
+        (lambda s: {"state": s, "submodel": SubModel(np.zeros((2, E), dtype=bool))}, "no expert is permitted"),
     ],
 )
 def test_configure_refuses_by_name_and_changes_nothing(change, message):

@@ -153,7 +153,7 @@ def test_what_is_read_makes_a_page(sound: Path, tmp_path: Path) -> None:
         ("ledger.jsonl", '{"round": 1, "client": 0, "real": {"flops": "x"}}', "real must be a table of amounts"),
         (
             "ledger.jsonl",
-            '{"round": 1, "client": 0, "budget": {"power": {"x": 1}}}',
+            '{"round": 1, "client": 0, "budget": {"energy_joules": "x"}}',
             "budget must be a table of amounts",
         ),
         ("metrics.jsonl", '{"type": "round"}', "metrics.jsonl line 1: round must be a whole number"),

@@ -48,7 +48,7 @@ def test_make_plan_is_plan_of_masks_of_the_best_experts() -> None:
     ("budget", "said"),
     [
         ("experts=3", r"client 0: the plan exceeds its budget \(experts: 4 experts used, 3 experts allowed\)"),
-        ("down=1KiB", r"client 0: the plan exceeds its budget \(down: .* used, 1.0 KiB"),
+        ("down=1KiB", r"client 0: the plan exceeds its budget \(down: .* used, 1.00 KiB"),
         ("flops=10", "client 0: flops budget 10 cannot pay 1 local step"),
     ],
 )

@@ -136,7 +136,7 @@ def test_inv1_no_budget_is_ever_exceeded(config, tmp_path, mode, algorithm):
 
 def test_inv1_memory_traffic_and_flops_bind_together(config, tmp_path):
     rows = simulate.dry_run(config("budgets=unlimited"))
-    memory, down, flops = rows[0].memory_bytes, rows[0].bytes_down, rows[0].flops
+    memory, down, flops = rows[0].predicted.memory_bytes, rows[0].predicted.bytes_down, rows[0].predicted.flops
     tight = f"budgets=memory={int(memory * 0.95)},down={int(down * 0.8)},flops={flops * 0.5}"
     summary = simulate.run(config(tight))
     assert summary["budget_violations"] == 0
@@ -321,7 +321,7 @@ def test_resume_refuses_another_configuration(config, tmp_path):
 
 def test_flop_budget_is_met_by_steps_then_top_k_then_share(config, tmp_path):
     full = simulate.dry_run(config("budgets=unlimited"))[0]
-    steps = simulate.dry_run(config(f"budgets=flops={full.flops * 0.7}"))[0]
+    steps = simulate.dry_run(config(f"budgets=flops={full.predicted.flops * 0.7}"))[0]
     assert (steps.local_steps, steps.top_k) == (2, 2)
-    less = simulate.dry_run(config(f"budgets=flops={full.flops / 3 * 0.95}"))[0]
+    less = simulate.dry_run(config(f"budgets=flops={full.predicted.flops / 3 * 0.95}"))[0]
     assert (less.local_steps, less.top_k) == (1, 1)

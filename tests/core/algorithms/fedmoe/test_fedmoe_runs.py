@@ -68,7 +68,7 @@ def test_inv2_a_probe_is_bounded_by_its_prediction_and_leaves_the_model_alone(co
     world = build_world(made.resolved(), Ranks(), NullObserver())
     facts, least_LE = world.population, np.zeros((2, 8), dtype=bool)
     least_LE[:, 0] = True
-    found = affordable_probe(facts, 3, {"validate": True}, tunings=tunings, first_participation=True)
+    found = affordable_probe(facts, 3, Extras(validate=True), tunings=tunings, first_participation=True)
     assert found is not None
     state = world.algorithm.init(world.params)
     plan = plan_of_masks(facts, state, 3, least_LE, extras=Extras(before=found[0], surcharge=found[1]))

@@ -225,12 +225,12 @@ def test_the_first_gate_is_sent_once_and_feedback_is_paid_by_who_can() -> None:
     first = algorithm.plan(state, [0])[0]
     later = algorithm.plan(replace(state, visits=(1, 1, 1)), [0])[0]
     assert (first.extras.surcharge.bytes_down, later.extras.surcharge.bytes_down) == (gates, 0)
-    assert first.surcharge.flops == algorithm.population.costs.forward_flops(first.permitted_LE, tokens=2 * 64)
+    assert first.extras.surcharge.flops == algorithm.population.costs.forward_flops(first.permitted_LE, tokens=2 * 64)
     step = algorithm.population.costs.step_flops(first.permitted_LE, first.permitted_LE)
     poor = algorithm_of(budgets=(f"flops={2 * step}",) * 3)
     plan = poor.plan(poor.init(model()), [0])[0]
     assert (plan.extras.after, plan.extras.surcharge.flops, plan.extras.surcharge.bytes_up) == (None, 0.0, 0)
-    assert algorithm_of("flex_moe.feedback=0").plan(state, [0])[0].after is None
+    assert algorithm_of("flex_moe.feedback=0").plan(state, [0])[0].extras.after is None
 
 
 def test_inv11_a_failed_client_keeps_its_gate_and_teaches_nothing() -> None:
