@@ -19,7 +19,7 @@ from rich.console import Console
 from fedmoe_core.base import show
 from fedmoe_core.base.say import say
 from fedmoe_core.cli import study as cli_study
-from fedmoe_core.cli.plan_table import _plan_table
+from fedmoe_core.cli.plan_table import plan_table
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.simulation import launch
 from fedmoe_core.simulation.directory.claim import refuse_claim
@@ -135,7 +135,7 @@ def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> 
         else:
             # A pipe has no width; 220 columns keep every row on one line.
             console = Console() if sys.stdout.isatty() else Console(width=220)
-            console.print(_plan_table(rows, config))
+            console.print(plan_table(rows, config))
         if outside:
             first = outside[0]
             raise ValueError(f"{show.plural(len(outside), 'client')} cannot run; {first.client}: {first.reason}")

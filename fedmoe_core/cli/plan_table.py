@@ -17,7 +17,8 @@ HEADS: Mapping[str, str] = {"memory": "peak memory", "down": "down", "up": "up",
 TEXTS: Mapping[str, Callable[[float | None], str]] = {"flops": show.flops, "energy": show.joules}  # others in bytes
 
 
-def _plan_table(rows: list[PlanRow], config: Config) -> Table:
+def plan_table(rows: list[PlanRow], config: Config) -> Table:
+    """Lay out a dry run, one row a client: what it would hold, and what each resource needs beside its limit."""
     title = visible(f"{config.algorithm}: {config.model} on {config.data}, first round")
     table = Table(title=Text(title, style="table.title"), title_justify="left")
     # Experts have columns of their own, and what is counted for some devices only is shown where one limits it.

@@ -118,7 +118,7 @@ def decode(raw: bytes, path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _entry(inside: Path, raw: bytes) -> bytes:
+def entry_of(inside: Path, raw: bytes) -> bytes:
     """What a file adds to the digest of the standard library."""
     return f"{inside.as_posix()}\0{len(raw)}\0".encode() + raw
 

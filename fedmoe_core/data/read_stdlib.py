@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmoe_core.data.corpus import Corpus, _entry, cut
+from fedmoe_core.data.corpus import Corpus, cut, entry_of
 
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload", "__pycache__"}
@@ -37,7 +37,7 @@ def read_stdlib(root: Path) -> Corpus:
     domains: list[str] = []
     packages: set[str] = set()
     for inside, raw in _python_sources(root):
-        digest.update(_entry(inside, raw))
+        digest.update(entry_of(inside, raw))
         pieces = cut(raw.decode("utf-8", errors="replace"))
         texts += pieces
         domains += [inside.parts[0].removesuffix(".py")] * len(pieces)
@@ -67,7 +67,7 @@ def stdlib_digest(root: Path) -> str:
     """Return the sha256 (hex) of what ``read_stdlib`` reads: over every path, length and content in sorted order."""
     digest = sha256()
     for inside, raw in _python_sources(root):
-        digest.update(_entry(inside, raw))
+        digest.update(entry_of(inside, raw))
     return digest.hexdigest()
 
 

@@ -98,13 +98,13 @@ def knapsack(
     count = min([values_LE.size, *(limit // cost for cost, limit in uniform)])
     # Optimal where only the uniform rows count; if it happens to respect the others too, it is optimal for all.
     chosen_LE = select_top_n(values_LE, count)
-    if _respects(chosen_LE, costs_DLE, limits):
+    if respects(chosen_LE, costs_DLE, limits):
         return Selection(chosen_LE, float(values_LE[chosen_LE].sum()), 0.0)
     chosen_LE, gap = _integer_program(values_LE, costs_DLE, limits, node_limit=node_limit)
     for place in np.argsort(-values_LE, axis=None, kind="stable"):
         if values_LE.flat[place] >= 0 and not chosen_LE.flat[place]:
             chosen_LE.flat[place] = True
-            if not _respects(chosen_LE, costs_DLE, limits):
+            if not respects(chosen_LE, costs_DLE, limits):
                 chosen_LE.flat[place] = False
     return Selection(chosen_LE, float(values_LE[chosen_LE].sum()), gap)
 
@@ -133,7 +133,7 @@ def _integer_program(
         if answer.x is None:
             break
         chosen_LE = (answer.x > 0.5).reshape(layers, experts)
-        if _respects(chosen_LE, costs_DLE, limits_D):
+        if respects(chosen_LE, costs_DLE, limits_D):
             bound = -answer.mip_dual_bound / scale if answer.status != 0 else float(values_LE[chosen_LE].sum())
             return chosen_LE, max(0.0, bound - float(values_LE[chosen_LE].sum()))
         # Accepted within tolerance but over a limit: forbid exactly this set and ask again.
@@ -144,7 +144,7 @@ def _integer_program(
     raise ValueError("the search stopped before it found any set; raise node_limit")
 
 
-def _respects(chosen_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: np.ndarray) -> bool:
+def respects(chosen_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: np.ndarray) -> bool:
     """Exact integer check of all limits, and of one expert per layer."""
     used_D = (costs_DLE * chosen_LE).sum(axis=(1, 2))
     return bool((used_D <= limits_D).all() and chosen_LE.any(axis=1).all())

@@ -10,7 +10,7 @@ import numpy as np
 from fedmoe_core.budget.additive import AdditiveCosts
 from fedmoe_core.budget.cost_model import CostModel, Mode
 from fedmoe_core.budget.limits import RESOURCES, Budget, BudgetError, show
-from fedmoe_core.selection.knapsack import _respects, knapsack
+from fedmoe_core.selection.knapsack import knapsack, respects
 
 NANO = 1e9  # the row of energy counts nanojoules, for solvers add whole numbers up
 
@@ -77,7 +77,7 @@ def choose(
         first_participation=first_participation,
         local_steps=local_steps,
     )
-    if _respects(np.ones_like(scores_LE, dtype=bool), allowance.costs_DLE, allowance.free_D):
+    if respects(np.ones_like(scores_LE, dtype=bool), allowance.costs_DLE, allowance.free_D):
         return np.ones_like(scores_LE, dtype=bool), np.ones_like(scores_LE, dtype=bool)
     try:
         chosen_LE = knapsack(scores_LE, allowance.costs_DLE, list(allowance.free_D)).chosen_LE

@@ -40,7 +40,8 @@ def label_of(config: Any) -> str:
     return f"{name} ({', '.join(parts)})"
 
 
-def _results(held: HeldOut) -> dict[str, Any]:
+def results_of(held: HeldOut) -> dict[str, Any]:
+    """Make the part of a round's line that an evaluation fills."""
     return {
         "loss": held.loss,
         "accuracy": held.accuracy,
@@ -85,7 +86,7 @@ def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: 
     }
 
 
-def _ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:
+def ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:
     """Make one client's line of ledger.jsonl; ``bound_by`` is there where other limits bound the plan."""
     budget = budgets[update.client]
     return {

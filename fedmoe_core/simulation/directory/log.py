@@ -16,7 +16,7 @@ from fedmoe_core.server.state import ServerState, pack_state
 from fedmoe_core.simulation.directory.checkpoint import save_checkpoint
 from fedmoe_core.simulation.directory.claim import Claim
 from fedmoe_core.simulation.directory.health import kept_budgets, nothing_trained
-from fedmoe_core.simulation.directory.lines import _ledger_line, _results, client_record, label_of
+from fedmoe_core.simulation.directory.lines import client_record, label_of, ledger_line, results_of
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.round import Round
 from fedmoe_core.simulation.world import World
@@ -66,7 +66,7 @@ class RunLog:
 
     def before(self, held: HeldOut) -> dict[str, Any]:
         """Write the line of the warm model, round 0."""
-        line = {"type": "round", "round": 0, **_results(held), **self.totals}
+        line = {"type": "round", "round": 0, **results_of(held), **self.totals}
         line |= {"seconds": held.seconds, "engine_seconds": 0.0, "refused": []}
         self.metrics.append(line)
         return line
@@ -76,7 +76,7 @@ class RunLog:
         began, number = time.perf_counter(), played.index + 1
         plans = {plan.client: plan for plan in played.plans}
         budgets = self.world.population.budgets
-        self.ledger.append(*[_ledger_line(number, u, plans[u.client], budgets) for u in played.updates])
+        self.ledger.append(*[ledger_line(number, u, plans[u.client], budgets) for u in played.updates])
         trained = [plans[u.client].trainable_LE & (u.expert_weight_LE > 0) for u in played.updates if u.status == "ok"]
         profiles = [update.profile for update in played.updates if update.profile is not None]
         lost = [profile.lost_mass_L / np.maximum(profile.tokens_L, 1) for profile in profiles]
@@ -91,7 +91,7 @@ class RunLog:
         line = {
             "type": "round",
             "round": number,
-            **({} if held is None else _results(held)),
+            **({} if held is None else results_of(held)),
             **self.totals,
             "seconds": played.seconds + logging + (0.0 if held is None else held.seconds),
             "engine_seconds": played.engine_seconds + logging,

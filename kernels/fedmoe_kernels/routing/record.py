@@ -92,8 +92,8 @@ class Routing:
             )
         if weights_TK.device != experts_TK.device:
             raise ValueError(f"weights_TK is on {weights_TK.device}, experts_TK on {experts_TK.device}; move one")
-        _check_backend(backend)
-        table_CE = _table(slot_map, experts_TK, client_T, valid_T)
+        check_backend(backend)
+        table_CE = table_of(slot_map, experts_TK, client_T, valid_T)
         experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1 = ops.place_rows(
             experts_TK, table_CE, client_T, valid_T, slot_map.num_slots, backend
         )
@@ -102,12 +102,13 @@ class Routing:
         return cls(weights_TK, *index, slot_map.num_slots, rows_per_slot=slot_map.tile_rows)
 
 
-def _check_backend(backend: str) -> None:
+def check_backend(backend: str) -> None:
+    """Refuse a backend that does not exist."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
 
-def _table(slot_map: SlotMap | None, like_T: Tensor, client_T: Tensor | None, valid_T: Tensor | None) -> Tensor:
+def table_of(slot_map: SlotMap | None, like_T: Tensor, client_T: Tensor | None, valid_T: Tensor | None) -> Tensor:
     """Return the slot table (C, E) for these tokens, after the checks on the map and the per-token arguments."""
     T, E, device = like_T.shape[0], like_T.shape[1], like_T.device
     for name, per_token, dtype in (("client_T", client_T, torch.int64), ("valid_T", valid_T, torch.bool)):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_kernels.routing import ops
-from fedmoe_kernels.routing.record import Routing, _check_backend, _table
+from fedmoe_kernels.routing.record import Routing, check_backend, table_of
 from fedmoe_kernels.routing.stats import RouterStats
 from fedmoe_kernels.slot_map import SlotMap
 
@@ -73,12 +73,12 @@ def route(
                 [1]])
     """
     _check_rule(logits_TE, k, scoring, bias_E, groups)
-    _check_backend(backend)
+    check_backend(backend)
     slot_map = _slot_map(permitted_E)
     E = logits_TE.shape[1]
     if slot_map is not None and slot_map.num_experts != E:
         raise ValueError(f"permitted_E covers {slot_map.num_experts} experts, logits_TE {E}; they must agree")
-    table_CE = _table(slot_map, logits_TE, client_T, valid_T)
+    table_CE = table_of(slot_map, logits_TE, client_T, valid_T)
     num_slots = E if slot_map is None else slot_map.num_slots
     rule = (num_slots, k, scoring, renormalize, *(groups or (1, 1)), float(scale), with_stats, backend)
     outputs = ops.route(logits_TE, table_CE, client_T, valid_T, bias_E, *rule)
