@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fedmoe_core.config.run_config import Config
     from fedmoe_core.config.systems import Equation, System
     from fedmoe_core.layer.moe import MoE
+    from fedmoe_core.layer.recording import recording
     from fedmoe_core.messages.plan import ExpertPlan, Extras
     from fedmoe_core.messages.result import LocalResult
     from fedmoe_core.messages.update import ClientUpdate, Weights
@@ -43,6 +44,7 @@ _HOMES = {
     "Weights": "messages.update",
     "make_plan": "server.planning",
     "plan_of_masks": "server.planning",
+    "recording": "layer.recording",
 }
 __all__ = [
     "Accumulator",
@@ -61,6 +63,7 @@ __all__ = [
     "Weights",
     "make_plan",
     "plan_of_masks",
+    "recording",
     "simulate",
 ]
 

@@ -20,7 +20,7 @@ from fedmoe_core.algorithms.lora.factors import flame_share
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.layer.graft import GraftSpec
-from fedmoe_core.layer.moe import MoE
+from fedmoe_core.layer.recording import Tape
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
@@ -134,12 +134,10 @@ class HeterogeneityLoss:
     target_LE: np.ndarray
     tables: int = 4
 
-    def __call__(self, layers: Sequence[MoE]) -> Tensor:
+    def __call__(self, tape: Tape) -> Tensor:
         losses = []
-        for layer, target_E in zip(layers, self.target_LE, strict=True):
-            logits_TE, layer.last_logits_TE = layer.last_logits_TE, None
-            if logits_TE is None:
-                raise ValueError("a MoE layer kept no logits; set keep_logits on every layer before the forward")
+        for number, (layer, target_E) in enumerate(zip(tape.layers, self.target_LE, strict=True)):
+            logits_TE = tape.take_logits(number)
             prob_E = logits_TE.float().softmax(dim=-1).mean(dim=0)
             chosen = logits_TE.detach().topk(layer.top_k, dim=-1).indices.flatten()
             share_E = torch.bincount(chosen, minlength=layer.num_experts) / max(1, len(logits_TE))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedmoe_core.budget.peak_memory import resident_bytes, tensor_bytes, trace_memory
 from fedmoe_core.data.batches import Batch
+from fedmoe_core.layer.recording import Tape, recording
 from fedmoe_core.messages.plan import Probe, ProbeContext
 from fedmoe_core.messages.profile import ClientProfile, ExpertFeedback, profile_arrays
 from fedmoe_core.model.adapter import ModelAdapter
@@ -27,12 +28,12 @@ IMPORTANCE = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "grad_sq_B")  # 
 class ProfileSums:
     """Router statistics and importance sums of a round, added up over micro-batches in global coordinates.
 
-    Rows and importance come from the backward pass. With ``forward_only`` none runs. Rows are then counted by the
-    choices that each layer keeps (``keep_logits``), and importance is 0.
+    Rows and importance come from the backward pass. With a ``tape`` none runs. Rows are then counted by the choices on
+    the tape, and importance is 0.
     """
 
-    def __init__(self, adapter: ModelAdapter, *, forward_only: bool = False) -> None:
-        self._adapter, self._forward_only = adapter, forward_only
+    def __init__(self, adapter: ModelAdapter, *, tape: Tape | None = None) -> None:
+        self._adapter, self._tape = adapter, tape
         self._stats: list[RouterStats] = []
         self._chosen_LE = np.zeros((len(adapter.moe), adapter.spec.num_experts))
         self._harvested: dict[str, np.ndarray] = {}
@@ -41,12 +42,12 @@ class ProfileSums:
         """Take each layer's statistics of the forward that just ran; call once per micro-batch."""
         last = [cast(RouterStats, layer.last_stats) for layer in self._adapter.moe]
         self._stats = [total + new for total, new in zip(self._stats, last, strict=True)] if self._stats else last
-        if self._forward_only:
-            self._chosen_LE += np.stack([layer.chosen_rows_E() for layer in self._adapter.moe])
+        if self._tape is not None:
+            self._chosen_LE += np.stack([self._tape.rows_E(layer) for layer in range(len(self._chosen_LE))])
 
     def rows_LE(self) -> np.ndarray:
         """Count the rows that each held expert has processed so far. One host sync a layer."""
-        return self._chosen_LE if self._forward_only else self._scores("rows_B")
+        return self._scores("rows_B") if self._tape is None else self._chosen_LE
 
     def harvest(self) -> None:
         """Take the importance sums out of the layers, which lose them when their experts change."""
@@ -59,7 +60,7 @@ class ProfileSums:
         """One importance sum of every layer, scattered to global coordinates."""
         sums_LE = np.zeros((len(self._adapter.moe), self._adapter.spec.num_experts))
         for sums_E, layer in zip(sums_LE, self._adapter.moe, strict=True):
-            if layer.scores is not None and not self._forward_only:
+            if layer.scores is not None and self._tape is None:
                 sums_E[list(layer.experts)] = getattr(layer.scores, name).double().cpu().numpy()
         return sums_LE + self._harvested[name] if self._harvested else sums_LE
 
@@ -110,34 +111,29 @@ def validate(adapter: ModelAdapter, batches: Iterable[Batch], *, log_prior_C: Te
     Raises:
         ValueError: there is no batch.
     """
-    sums, total = ProfileSums(adapter, forward_only=True), Evaluation(0.0, 0)
+    total = Evaluation(0.0, 0)
     fare_3LE = np.zeros((3, len(adapter.moe), adapter.spec.num_experts))
-    for layer in adapter.moe:
-        layer.keep_logits = True
-    try:
+    with recording(adapter.moe) as tape:
+        sums = ProfileSums(adapter, tape=tape)
         for batch in batches:
             places = adapter.place_losses(batch, log_prior_C=log_prior_C)
             found = places.total
-            fare_3LE += _fare(adapter, places)
+            fare_3LE += _fare(tape, places)
             total = Evaluation(
                 total.loss_sum + found.loss_sum, total.count + found.count, total.correct + found.correct
             )
             sums.add_batch()
-    finally:
-        for layer in adapter.moe:
-            layer.keep_logits = False
-            layer.forget_logits()
     if not total.count:
         raise ValueError("there is no validation data; declare needs_validation = True in the algorithm")
     return Validation(total, sums.finish(), ExpertFeedback(*fare_3LE))
 
 
-def _fare(adapter: ModelAdapter, places: PlaceLosses) -> np.ndarray:
+def _fare(tape: Tape, places: PlaceLosses) -> np.ndarray:
     """Rows, loss and correct predictions by chosen expert of the forward that just ran, (3, L, E)."""
     loss_T, correct_T, counted_T = (t.reshape(-1) for t in (places.loss_SN, places.correct_SN, places.counted_SN))
     fare = []
-    for layer in adapter.moe:
-        experts_TK = cast(Tensor, layer.last_experts_TK)
+    for number, layer in enumerate(tape.layers):
+        experts_TK = tape.choices(number)
         row_R, _ = torch.nonzero((experts_TK >= 0) & counted_T[:, None], as_tuple=True)
         expert_R = experts_TK[(experts_TK >= 0) & counted_T[:, None]]
         terms = (torch.ones_like(loss_T), loss_T, correct_T)

@@ -12,6 +12,7 @@ from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.client.profiling import ProfileSums
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
+from fedmoe_core.layer.recording import recording
 from fedmoe_core.layer.router_loss import AuxLoss
 from fedmoe_core.messages.plan import ProbeContext
 from fedmoe_core.model.adapter import ModelAdapter
@@ -122,21 +123,19 @@ class Stepper:
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The task's loss, and the auxiliary one where the plan asks for it; no logits are kept behind."""
-        for layer in self.adapter.moe:
-            layer.keep_logits = self.aux is not None
-        loss = self.adapter.loss(
+        if self.aux is None:
+            return self._task_loss(batch), None
+        with recording(self.adapter.moe) as tape:
+            return self._task_loss(batch), self.aux(tape)
+
+    def _task_loss(self, batch: Batch) -> Tensor:
+        return self.adapter.loss(
             batch,
             token_dropout=self.train.token_dropout,
             generator=self.dropping,
             log_prior_C=self.log_prior_C,
             label_smoothing=self.train.label_smoothing,
         )
-        if self.aux is None:
-            return loss, None
-        auxiliary = self.aux(self.adapter.moe)
-        for layer in self.adapter.moe:
-            layer.forget_logits()
-        return loss, auxiliary
 
 
 def log_prior(class_shares_C: np.ndarray | None, train: TrainConfig, device: torch.device) -> Tensor | None:

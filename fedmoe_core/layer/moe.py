@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
@@ -32,11 +33,11 @@ class MoE(ExpertStore):
         token_mask: bool (T,), False = padding (no row, no statistic); None = every token is real.
         with_stats: leave this forward's router statistics in ``last_stats``.
         with_scores: let every backward add importance sums to ``scores``.
-        keep_logits: leave the router logits of this forward's real tokens, with their graph, in ``last_logits_TE``, and
-            the choices of all its tokens, (T, K), -1 = none, in ``last_experts_TK``.
         recompute: keep no activations for the backward, which makes them again from x.
         backend: as ``fedmoe_kernels.moe_mlp``.
         out_scale: a scalar Parameter that the layer's output is multiplied by (FLAME's s_i); None = 1, for good.
+        recorder: called in each forward with the router logits of real tokens (T, E), with their graph, and with the
+            choices of all tokens (T, K), -1 = none; see ``fedmoe_core.recording``.
 
     ``last_stats`` is overwritten by each forward and never summed here, so that a forward repeated by activation
     checkpointing cannot count twice. To sum it, add it once per micro-batch.
@@ -113,12 +114,11 @@ class MoE(ExpertStore):
             rows_per_slot=rows_per_slot,
         )
         self.top_k, self.scoring, self.renormalize = top_k, scoring, renormalize
-        self.with_stats, self.with_scores, self.keep_logits = with_stats, with_scores, False
+        self.with_stats, self.with_scores = with_stats, with_scores
         self.recompute, self.backend = recompute, backend
         self.token_mask: Tensor | None = None
         self.last_stats: RouterStats | None = None
-        self.last_logits_TE: Tensor | None = None
-        self.last_experts_TK: Tensor | None = None
+        self.recorder: Callable[[Tensor, Tensor], None] | None = None
         self.register_parameter("out_scale", None)
         self._scores: ExpertScores | None = None
         width = intermediate_size * (2 if activation in GATED else 1)
@@ -177,9 +177,8 @@ class MoE(ExpertStore):
             backend=ROUTING_BACKENDS[self.backend],
         )
         self.last_stats = routing.stats
-        if self.keep_logits:
-            self.last_logits_TE = logits_TE if valid_T is None else logits_TE[valid_T]
-            self.last_experts_TK = routing.experts_TK
+        if self.recorder is not None:
+            self.recorder(logits_TE if valid_T is None else logits_TE[valid_T], routing.experts_TK)
         if self.out_scale is not None:  # by the weights, because T * k numbers are kept for its gradient and not T * H
             routing = replace(routing, weights_TK=routing.weights_TK * self.out_scale)
         lora = self._lora()
@@ -224,21 +223,6 @@ class MoE(ExpertStore):
             self._scores = ExpertScores(len(self.experts), device=self.w_in.device)
         return self._scores
 
-    def forget_logits(self) -> None:
-        """Release what ``keep_logits`` left behind."""
-        self.last_logits_TE, self.last_experts_TK = None, None
-
-    def chosen_rows_E(self) -> np.ndarray:
-        """Count the last forward's rows of each held expert, (E,), by what ``keep_logits`` left; one host sync.
-
-        A choice of an expert that another one serves counts for the one that serves.
-        """
-        chosen_R = cast(Tensor, self.last_experts_TK).flatten()
-        slots_N = self.slot_map.slot_of_expert[chosen_R[chosen_R >= 0]]
-        rows_E = np.zeros(self.num_experts)
-        rows_E[list(self.experts)] = torch.bincount(slots_N, minlength=len(self.experts)).cpu().numpy()
-        return rows_E
-
     def extra_repr(self) -> str:
         return (
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, top_k={self.top_k}, "
@@ -249,4 +233,3 @@ class MoE(ExpertStore):
         # Made here and not at the first forward, because a compiled forward cannot make a leaf.
         self._scores = ExpertScores(len(self.experts), device=self.w_in.device) if self.with_scores else None
         self.last_stats = None
-        self.forget_logits()

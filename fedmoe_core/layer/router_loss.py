@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fedmoe_core.layer.moe import MoE
+from fedmoe_core.layer.recording import Tape
 
 
 class AuxLoss(Protocol):
     """A differentiable scalar of the routers, added to the task's loss at every local step.
 
-    It reads ``layer.last_logits_TE`` of each layer: the logits of the real tokens of the forward that just ran, over
-    the whole router, (T, E), with their graph. Weights, targets and running means are fields of the object, fixed for
-    the round; what should change between rounds comes with the next plan.
+    It reads the tape of the forward that just ran: ``tape.take_logits(l)`` of each of ``tape.layers``. Weights, targets
+    and running means are fields of the object, fixed for the round; what should change between rounds comes with the
+    next plan.
 
     Attributes:
         tables: most (T, E) float32 tables per layer that it keeps alive until the backward, gradients included; the
@@ -28,7 +27,7 @@ class AuxLoss(Protocol):
     @property
     def tables(self) -> int: ...
 
-    def __call__(self, layers: Sequence[MoE]) -> Tensor: ...
+    def __call__(self, tape: Tape) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class SwitchBalance:
     served_only: bool = False
     tables: int = 4
 
-    def __call__(self, layers: Sequence[MoE]) -> Tensor:
-        return self.weight * balance_loss(layers, served_only=self.served_only)
+    def __call__(self, tape: Tape) -> Tensor:
+        return self.weight * balance_loss(tape, served_only=self.served_only)
 
 
-def balance_loss(layers: Sequence[MoE], *, served_only: bool = False) -> Tensor:
+def balance_loss(tape: Tape, *, served_only: bool = False) -> Tensor:
     """Return the mean over layers of E * sum_e f_e P_e, a differentiable scalar: 1 when perfectly balanced, up to E.
 
     f_e is the share of top-k choices that fall on expert e (a constant), P_e the mean softmax probability of e. Both
@@ -57,16 +56,23 @@ def balance_loss(layers: Sequence[MoE], *, served_only: bool = False) -> Tensor:
     Transformer (arXiv 2101.03961) eqs. 4-6 [P], with f over k choices as in later models. With ``served_only`` the
     router is that of the sub-model: absent experts that no held one serves have no probability, and E counts the rest.
 
-    Set ``keep_logits`` of every layer before the forward. The logits are released here, so call once per forward.
+    The tape's logits are taken here, so call once per forward.
 
     Raises:
-        ValueError: a layer kept no logits.
+        ValueError: as ``Tape.take_logits``.
+
+    Example:
+        >>> from fedmoe_core import MoE, recording
+        >>> layer = MoE(8, 16, 4, 2)
+        >>> with recording(layer) as tape:
+        ...     loss = layer(torch.randn(5, 8)).square().mean() + 0.01 * balance_loss(tape)
+        >>> loss.backward()
+        >>> layer.router.grad.shape
+        torch.Size([4, 8])
     """
     losses = []
-    for number, layer in enumerate(layers):
-        logits_TE, layer.last_logits_TE = layer.last_logits_TE, None
-        if logits_TE is None:
-            raise ValueError(f"MoE layer {number} kept no logits; set keep_logits on every layer before the forward")
+    for number, layer in enumerate(tape.layers):
+        logits_TE = tape.take_logits(number)
         experts, top_k = layer.num_experts, layer.top_k
         if served_only:
             served_E = layer.slot_map.slot_of_expert >= 0

@@ -19,6 +19,7 @@ from fedmoe_core.client.profiling import ProfileSums
 from fedmoe_core.config.run_config import Config, WarmupConfig
 from fedmoe_core.data.batches import Batch, public_batches
 from fedmoe_core.data.federated import FederatedData
+from fedmoe_core.layer.recording import recording
 from fedmoe_core.layer.router_loss import balance_loss
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.model.adapter import ModelAdapter
@@ -80,18 +81,19 @@ def _fit(
     optimizer = torch.optim.AdamW(parameters, lr=phase.lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, phase.steps))
     for layer in adapter.moe:
-        layer.keep_logits, layer.with_scores = True, False
-    for step, loss in enumerate(losses, start=1):
-        (loss + settings.balance * balance_loss(adapter.moe)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=False)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if not torch.isfinite(loss):
-            raise ValueError(f"the {phase.name} diverged at step {step}; lower its learning rate from {phase.lr}")
-        progress(phase.name, step, phase.steps)
+        layer.with_scores = False
+    with recording(adapter.moe) as tape:
+        for step, loss in enumerate(losses, start=1):
+            (loss + settings.balance * balance_loss(tape)).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=False)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            if not torch.isfinite(loss):
+                raise ValueError(f"the {phase.name} diverged at step {step}; lower its learning rate from {phase.lr}")
+            progress(phase.name, step, phase.steps)
     for layer in adapter.moe:
-        layer.keep_logits, layer.with_scores = False, True
+        layer.with_scores = True
 
 
 def cached_warmup(

@@ -92,7 +92,7 @@ def test_an_index_that_stays_on_the_host_is_found(x: Tensor) -> None:
 
 
 def test_logits_of_real_tokens_alone_cannot_be_captured(x: Tensor) -> None:
-    """`keep_logits` with padding: how many tokens are real is a number that the host reads. The guide says so."""
+    """A recording with padding: how many tokens are real is a number that the host reads. The guide says so."""
     layer = without_memory(layer_of("logits"))
     mask_T = torch.empty(T, dtype=torch.bool, device=ON)
     with Watch() as watch, pytest.raises(RuntimeError):

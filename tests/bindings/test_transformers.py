@@ -23,6 +23,7 @@ from transformers import MixtralForSequenceClassification, OlmoeModel, Qwen3MoeF
 
 from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, load_adapter
 from fedmoe_core.data.batches import Batch
+from fedmoe_core.layer.recording import recording
 from fedmoe_core.layer.router_loss import balance_loss
 from fedmoe_core.model.submodel import SubModel
 
@@ -303,9 +304,9 @@ def test_evaluate_leaves_statistics_and_gradients_alone():
 
 def test_balance_loss_reaches_the_routers_of_a_model():
     adapter = load_adapter("tiny", model_config=SMALL, vocab_size=VOCAB)
-    for layer in adapter.moe:
-        layer.keep_logits = True
-    (adapter.loss(batch_of()) + 0.1 * balance_loss(adapter.moe)).backward()
+    with recording(adapter.model) as tape:
+        (adapter.loss(batch_of()) + 0.1 * balance_loss(tape)).backward()
+    assert tape.layers == tuple(adapter.moe)
     assert all(layer.router.grad.norm() > 0 for layer in adapter.moe)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedmoe_core.budget.limits import Cost
+from fedmoe_core.layer.recording import recording
 from fedmoe_core.messages.plan import ProbeContext
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.model.submodel import SubModel
@@ -63,8 +64,6 @@ class QuantizedProfile:
         shape = (len(adapter.moe), adapter.spec.num_experts)
         count_LE, attention_LE = torch.zeros(2, *shape, dtype=torch.float64)
         tokens = 0
-        for layer in adapter.moe:
-            layer.keep_logits = True
         try:
             nothing_LE = np.zeros(shape, dtype=bool)
             # `configure` sets the bits of every layer; the client's own plan sets them back.
@@ -72,23 +71,21 @@ class QuantizedProfile:
                 context.params,
                 SubModel(trainable_LE=nothing_LE, train_router=False, train_head=False, frozen_format=FORMAT),
             )
-            with adapter.watch_attention() as received:
+            with recording(adapter.moe) as tape, adapter.watch_attention() as received:
                 for batch in context.batches():
                     adapter.evaluate(batch)
                     tokens += int(batch.mask_SN.sum())
-                    for number, layer in enumerate(adapter.moe):
+                    for number in range(shape[0]):
                         score_SN = received[number]
                         score_T = torch.ones(batch.tokens_SN.numel()) if score_SN is None else score_SN.flatten().cpu()
-                        assert layer.last_experts_TK is not None
-                        experts_TK = layer.last_experts_TK.cpu()
+                        experts_TK = tape.choices(number).cpu()
                         row_T, place_K = torch.nonzero(experts_TK >= 0, as_tuple=True)
                         chosen_R = experts_TK[row_T, place_K]
                         count_LE[number] += torch.bincount(chosen_R, minlength=shape[1])
                         attention_LE[number] += torch.bincount(chosen_R, score_T[row_T].double(), minlength=shape[1])
         finally:
             for layer in adapter.moe:
-                layer.frozen_format, layer.keep_logits = None, False
-                layer.forget_logits()
+                layer.frozen_format = None
         return {"freq": count_LE / max(tokens, 1), "attention": attention_LE / count_LE.clamp(min=1)}
 
 

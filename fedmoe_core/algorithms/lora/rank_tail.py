@@ -15,7 +15,7 @@ from fedmoe_core.algorithms.lora.factors import Factors, resize, tail_penalty
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.client.traffic import start_of
 from fedmoe_core.layer.lora import FACTORS
-from fedmoe_core.layer.moe import MoE
+from fedmoe_core.layer.recording import Tape
 from fedmoe_core.messages.plan import ProbeContext
 from fedmoe_core.server.means import Sums
 
@@ -36,9 +36,9 @@ class TailLoss:
     keep: int
     tables: int
 
-    def __call__(self, layers: Sequence[MoE]) -> Tensor:
-        total = torch.zeros((), device=layers[0].w_in.device)
-        for layer in layers:
+    def __call__(self, tape: Tape) -> Tensor:
+        total = torch.zeros((), device=tape.layers[0].w_in.device)
+        for layer in tape.layers:
             for side in SIDES:
                 if layer.trainable_experts:
                     a, b = (cast(Tensor, getattr(layer, f"{letter}_{side}")) for letter in "ab")

@@ -19,6 +19,7 @@ from fedmoe_core.client.train import train_client
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.moe import MoE
+from fedmoe_core.layer.recording import recording
 from fedmoe_core.messages.plan import Extras, ProbeContext
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.model.submodel import SubModel
@@ -70,11 +71,9 @@ def test_feedback_is_the_mean_fate_of_those_who_chose_the_expert(config: Make, l
     found = validate(world.adapter, [batch, batch])
     places = world.adapter.place_losses(batch)
     for number, layer in enumerate(world.adapter.moe):
-        layer.keep_logits = True
-        world.adapter.place_losses(batch)
-        chosen_TK = layer.last_experts_TK
-        layer.keep_logits = False
-        layer.forget_logits()
+        with recording([layer]) as tape:
+            world.adapter.place_losses(batch)
+            chosen_TK = tape.choices(0)
         for expert in range(layer.num_experts):
             picked_SN = (chosen_TK == expert).any(dim=1).view(batch.tokens_SN.shape) & places.counted_SN
             assert found.feedback.rows_LE[number, expert] == 2 * int(picked_SN.sum())
@@ -226,6 +225,4 @@ def test_choices_are_forgotten_after_a_look(config: Make) -> None:
     validate(world.adapter, [batch])
     for layer in world.adapter.moe:
         assert isinstance(layer, MoE)
-        assert not layer.keep_logits
-        assert layer.last_logits_TE is None
-        assert layer.last_experts_TK is None
+        assert layer.recorder is None

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from fedmoe_core.layer.moe import LayerState, MoE
+from fedmoe_core.layer.recording import recording
 from fedmoe_core.layer.router_loss import balance_loss
 from fedmoe_kernels.formats import FORMATS
 
@@ -265,25 +266,25 @@ def test_balance_loss_is_the_switch_loss_of_each_layer():
     layers = [MoE.from_dense(*dense(seed), K) for seed in (0, 1)]
     x_TH = torch.randn(40, H, dtype=torch.float64)
     real = torch.arange(40) < 33
-    for layer in layers:
-        layer.keep_logits = True
-        layer(x_TH, real)
-    loss = balance_loss(layers)
+    with recording(layers) as tape:
+        for layer in layers:
+            layer(x_TH, real)
+        loss = balance_loss(tape)
+        with pytest.raises(ValueError, match="layer 0 has no logits on the tape"):
+            balance_loss(tape)
     logits = [(x_TH[:33] @ dense(seed)[0].T).float() for seed in (0, 1)]
     # transformers counts hits per token, not per choice: k times ours.
     want = sum(load_balancing_loss_func((logit,), E, K) for logit in logits) / len(layers) / K
     assert torch.allclose(loss, want)
     loss.backward()
     assert all(layer.router.grad.norm() > 0 for layer in layers)
-    with pytest.raises(ValueError, match="layer 0 kept no logits"):
-        balance_loss(layers)
 
 
 def test_balance_loss_is_one_when_every_expert_is_asked_alike():
     layer = MoE.from_dense(torch.eye(E, H, dtype=torch.float64), *dense()[1:], 1)
-    layer.keep_logits = True
-    layer(torch.eye(E, H, dtype=torch.float64))
-    assert abs(balance_loss([layer]).item() - 1) < 1e-6
+    with recording(layer) as tape:
+        layer(torch.eye(E, H, dtype=torch.float64))
+        assert abs(balance_loss(tape).item() - 1) < 1e-6
 
 
 def test_the_layer_compiles_into_one_graph_with_its_measurements():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedmoe_core.client.step import Stepper
 from fedmoe_core.config.run_config import TrainConfig
+from fedmoe_core.layer.recording import recording
 from fedmoe_core.layer.router_loss import SwitchBalance, balance_loss
 
 
@@ -29,21 +30,20 @@ def by_hand(logits: Tensor, top_k: int) -> float:
 def test_the_switch_loss_by_hand(top_k: int) -> None:
     layers = [made(top_k=top_k), made(top_k=top_k)]
     x = torch.randn(9, H, dtype=torch.float64)
-    want = []
-    for layer in layers:
-        layer(x)
-        want.append(by_hand(layer.last_logits_TE, top_k))
-    assert balance_loss(layers).item() == pytest.approx(np.mean(want), rel=1e-6)
-    with pytest.raises(ValueError, match="kept no logits"):
-        balance_loss(layers)
+    want = [by_hand(x @ layer.router_EH().T, top_k) for layer in layers]
+    with recording(layers) as tape:
+        for layer in layers:
+            layer(x)
+        assert balance_loss(tape).item() == pytest.approx(np.mean(want), rel=1e-6)
 
 
 def test_on_the_sub_model_absent_experts_do_not_exist() -> None:
     layer = made(0, 2, 3)
     x = torch.randn(9, H, dtype=torch.float64)
-    layer(x)
-    want = by_hand(layer.last_logits_TE[:, [0, 2, 3]], 2)
-    loss = SwitchBalance(0.5, served_only=True)([layer])
+    want = by_hand((x @ layer.router_EH().T)[:, [0, 2, 3]], 2)
+    with recording(layer) as tape:
+        layer(x)
+        loss = SwitchBalance(0.5, served_only=True)(tape)
     assert loss.item() == pytest.approx(0.5 * want, rel=1e-6)
     loss.backward()
     assert layer.router.grad is not None
@@ -54,9 +54,9 @@ def test_on_the_sub_model_absent_experts_do_not_exist() -> None:
 def test_a_local_step_descends_on_the_sum_and_reports_the_task(weight: float) -> None:
     x = torch.randn(9, H, dtype=torch.float64)
     plain = OneLayer()
-    plain.moe[0].keep_logits = True
-    loss = plain.loss(x)
-    (loss + weight * balance_loss(plain.moe)).backward()
+    with recording(plain.model) as tape:
+        loss = plain.loss(x)
+        (loss + weight * balance_loss(tape)).backward()
     want = [p.detach() - 0.1 * p.grad for p in plain.model.parameters()]
     stepped = OneLayer()
     optimizer = torch.optim.SGD(stepped.model.parameters(), lr=0.1)
@@ -64,5 +64,4 @@ def test_a_local_step_descends_on_the_sum_and_reports_the_task(weight: float) ->
     assert stepper.step(x) == loss.item()  # type: ignore[arg-type]
     for found, wanted in zip(stepped.model.parameters(), want, strict=True):
         torch.testing.assert_close(found.detach(), wanted, rtol=1e-12, atol=1e-12)
-    assert stepped.moe[0].last_logits_TE is None
-    assert stepped.moe[0].last_experts_TK is None
+    assert stepped.moe[0].recorder is None

@@ -14,9 +14,7 @@ H, E = 6, 5
 def made(*held: int, top_k: int = 2) -> MoE:
     torch.manual_seed(0)
     permitted = np.isin(np.arange(E), held) if held else None
-    layer = MoE(H, 8, E, top_k, permitted=permitted, dtype=torch.float64)
-    layer.keep_logits = True
-    return layer
+    return MoE(H, 8, E, top_k, permitted=permitted, dtype=torch.float64)
 
 
 class OneLayer:
@@ -24,7 +22,6 @@ class OneLayer:
 
     def __init__(self) -> None:
         self.moe = (made(),)
-        self.moe[0].keep_logits = False
         self.model = nn.Sequential(*self.moe)
 
     def loss(self, x: Tensor, **_: object) -> Tensor:

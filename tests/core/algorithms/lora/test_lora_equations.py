@@ -17,7 +17,8 @@ from fedmoe_core.algorithms.fft_moe import HeterogeneityLoss, jensen_shannon, la
 from fedmoe_core.algorithms.lora.factors import Factors, flame_share
 from fedmoe_core.algorithms.lora.rank_tail import TailLoss, squared_norm
 from fedmoe_core.layer.moe import MoE
-from fedmoe_core.layer.router_loss import balance_loss
+from fedmoe_core.layer.recording import recording
+from fedmoe_core.layer.router_loss import AuxLoss, SwitchBalance
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.round import play_round
 
@@ -48,28 +49,24 @@ def test_fft_loss_is_its_formula() -> None:
     target_LE = np.random.default_rng(0).dirichlet(np.ones(5), 2)
     x = torch.randn(17, 8)
 
-    def run() -> None:
-        for layer in layers:
-            layer.keep_logits = True
-            layer(x)
+    def loss_of(loss: AuxLoss) -> float:
+        with recording(layers) as tape:
+            for layer in layers:
+                layer(x)
+            return float(loss(tape).detach())
 
-    run()
     wanted = 0.0
     for layer, target_E in zip(layers, target_LE, strict=True):
-        g_TE = layer.last_logits_TE.detach().double().softmax(-1).numpy()
+        g_TE = (x @ layer.router_EH().T).detach().double().softmax(-1).numpy()
         f_E = np.zeros(5)
         for g_E in g_TE:
             f_E[np.argsort(g_E)[-2:]] += 1 / 17
         p_E = g_TE.mean(axis=0)
         wanted += (0.3 * 5 * (f_E * p_E).sum() / 2 + 0.7 * (p_E * np.log(p_E / target_E)).sum()) / 2
-    found = HeterogeneityLoss(balance=0.3, pull=0.7, target_LE=target_LE)(layers)
-    assert float(found.detach()) == pytest.approx(wanted, rel=1e-5)
-    run()
-    even = float(HeterogeneityLoss(balance=1.0, pull=0.0, target_LE=target_LE)(layers).detach())
-    run()
-    assert even == pytest.approx(float(balance_loss(layers).detach()), rel=1e-6)
-    with pytest.raises(ValueError, match="kept no logits"):
-        HeterogeneityLoss(balance=1.0, pull=0.0, target_LE=target_LE)(layers)
+    found = loss_of(HeterogeneityLoss(balance=0.3, pull=0.7, target_LE=target_LE))
+    assert found == pytest.approx(wanted, rel=1e-5)
+    even = loss_of(HeterogeneityLoss(balance=1.0, pull=0.0, target_LE=target_LE))
+    assert even == pytest.approx(loss_of(SwitchBalance(1.0)), rel=1e-6)
 
 
 def test_fft_skew_and_target(config: Make) -> None:

@@ -1,0 +1,112 @@
+"""Recording: what the routers of layers say while a block of code runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedmoe_core.layer.moe import MoE
+
+
+class Tape:
+    """The last forward of each layer since the recording began; made by ``recording``.
+
+    Attributes:
+        layers: the layers that are recorded, in the order of their numbers.
+    """
+
+    def __init__(self, layers: Sequence[MoE]) -> None:
+        self.layers = tuple(layers)
+        self._heard = tuple(_Heard() for _ in self.layers)
+
+    def take_logits(self, number: int) -> Tensor:
+        """Return the router logits of a layer's real tokens, (T, E), with their graph, and let go of them.
+
+        They are over the whole router, absent experts included. Each forward can be read once, so that the table
+        lives for as long as its reader needs it and not until the end of the block.
+
+        Raises:
+            ValueError: the layer has not run within the recording, or its logits were taken before.
+        """
+        heard = self._heard[number]
+        logits_TE, heard.logits_TE = heard.logits_TE, None
+        if logits_TE is None:
+            raise ValueError(
+                f"MoE layer {number} has no logits on the tape; run a forward within `recording` and take them once"
+            )
+        return logits_TE
+
+    def choices(self, number: int) -> Tensor:
+        """Return the expert ids that a layer's tokens chose, padding included, (T, K), -1 = none.
+
+        Raises:
+            ValueError: the layer has not run within the recording.
+        """
+        experts_TK = self._heard[number].experts_TK
+        if experts_TK is None:
+            raise ValueError(f"MoE layer {number} has no choices on the tape; run a forward within `recording`")
+        return experts_TK
+
+    def rows_E(self, number: int) -> np.ndarray:
+        """Count a layer's rows of each held expert, (E,); one host sync.
+
+        A choice of an expert that another one serves counts for the one that serves.
+
+        Raises:
+            ValueError: as ``choices``.
+        """
+        layer, chosen_R = self.layers[number], self.choices(number).flatten()
+        slots_N = layer.slot_map.slot_of_expert[chosen_R[chosen_R >= 0]]
+        rows_E = np.zeros(layer.num_experts)
+        rows_E[list(layer.experts)] = torch.bincount(slots_N, minlength=len(layer.experts)).cpu().numpy()
+        return rows_E
+
+
+@contextmanager
+def recording(layers: nn.Module | Sequence[MoE]) -> Iterator[Tape]:
+    """Record, within the block, router logits and choices of every forward of ``layers``; a later one writes over.
+
+    The tape is blank again after the block. Of recordings within one another the innermost hears the forward. Read
+    choices before the experts of a layer change. A replayed CUDA graph runs no Python, so nothing is heard of it.
+
+    Args:
+        layers: MoE layers, or a module: all that are in it, in its order.
+
+    Example:
+        >>> layer = MoE(8, 16, 4, 2)
+        >>> with recording(layer) as tape:
+        ...     y = layer(torch.zeros(5, 8))
+        >>> with recording([layer]) as tape:
+        ...     y = layer(torch.zeros(5, 8))
+        ...     tape.take_logits(0).shape, tape.rows_E(0).sum()
+        (torch.Size([5, 4]), np.float64(10.0))
+    """
+    found = [m for m in layers.modules() if isinstance(m, MoE)] if isinstance(layers, nn.Module) else layers
+    tape = Tape(found)
+    before = [layer.recorder for layer in tape.layers]
+    for layer, heard in zip(tape.layers, tape._heard, strict=True):
+        layer.recorder = heard
+    try:
+        yield tape
+    finally:
+        for layer, recorder, heard in zip(tape.layers, before, tape._heard, strict=True):
+            layer.recorder = recorder
+            heard.clear()
+
+
+class _Heard:
+    """One layer's last forward."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def __call__(self, logits_TE: Tensor, experts_TK: Tensor) -> None:
+        self.logits_TE: Tensor | None = logits_TE
+        self.experts_TK: Tensor | None = experts_TK
+
+    def clear(self) -> None:
+        self.logits_TE, self.experts_TK = None, None
