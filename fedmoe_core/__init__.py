@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from fedmoe_core.config.systems import Equation, System
     from fedmoe_core.layer.moe import MoE
     from fedmoe_core.layer.recording import recording
+    from fedmoe_core.layer.routing_rule import RoutingRule
+    from fedmoe_core.layer.shared_expert import SharedExpert
+    from fedmoe_core.layer.state import LayerState
     from fedmoe_core.messages.plan import ExpertPlan, Extras
     from fedmoe_core.messages.result import LocalResult
     from fedmoe_core.messages.update import ClientUpdate, Weights
@@ -36,9 +39,12 @@ _HOMES = {
     "Equation": "config.systems",
     "ExpertPlan": "messages.plan",
     "Extras": "messages.plan",
+    "LayerState": "layer.state",
     "LocalResult": "messages.result",
     "MoE": "layer.moe",
+    "RoutingRule": "layer.routing_rule",
     "ServerState": "server.state",
+    "SharedExpert": "layer.shared_expert",
     "Sums": "server.means",
     "System": "config.systems",
     "Weights": "messages.update",
@@ -55,9 +61,12 @@ __all__ = [
     "Equation",
     "ExpertPlan",
     "Extras",
+    "LayerState",
     "LocalResult",
     "MoE",
+    "RoutingRule",
     "ServerState",
+    "SharedExpert",
     "Sums",
     "System",
     "Weights",

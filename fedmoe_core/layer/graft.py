@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedmoe_core.layer.moe import INIT_STD, MoE
+from fedmoe_core.layer.moe import MoE
+from fedmoe_core.layer.state import INIT_STD
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fedmoe_core.layer.lora import FACTORS
-from fedmoe_core.layer.storage import GATED, ExpertMask, ExpertStore, LayerState
+from fedmoe_core.layer.routing_rule import RoutingRule
+from fedmoe_core.layer.state import BIASES, INIT_STD, LayerState
+from fedmoe_core.layer.storage import ExpertMask, ExpertStore
+from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.experts.moe_mlp import ExpertLora, ExpertScores, ExpertWeights, moe_mlp
 from fedmoe_kernels.routing.route import route
 from fedmoe_kernels.routing.stats import RouterStats
 
 __all__ = ["ExpertMask", "LayerState", "MoE"]
 
-INIT_STD = 0.02  # of fresh weights, as transformers' initializer_range
+SOFTMAX = RoutingRule()
 ROUTING_BACKENDS = {"auto": "auto", "triton": "triton", "cpu": "torch", "reference": "torch"}
 
 
@@ -35,7 +38,8 @@ class MoE(ExpertStore):
         with_scores: let every backward add importance sums to ``scores``.
         recompute: keep no activations for the backward, which makes them again from x.
         backend: as ``fedmoe_kernels.moe_mlp``.
-        out_scale: a scalar Parameter that the layer's output is multiplied by (FLAME's s_i); None = 1, for good.
+        out_scale: a scalar Parameter that the chosen experts' output is multiplied by (FLAME's s_i), not that of
+            ``shared``; None = 1, for good.
         recorder: called in each forward with the router logits of real tokens (T, E), with their graph, and with the
             choices of all tokens (T, K), -1 = none; see ``fedmoe_core.recording``.
 
@@ -65,8 +69,11 @@ class MoE(ExpertStore):
         permitted: ExpertMask | None = None,
         trainable: ExpertMask | None = None,
         activation: str = "swiglu",
-        scoring: str = "softmax",
-        renormalize: bool = True,
+        rule: RoutingRule = SOFTMAX,
+        expert_bias: bool = False,
+        router_bias: bool = False,
+        correction_bias: bool = False,
+        shared: nn.Module | None = None,
         train_router: bool = True,
         with_stats: bool = False,
         with_scores: bool = False,
@@ -87,7 +94,12 @@ class MoE(ExpertStore):
             permitted: bool (E,), the experts to store; None = all.
             trainable: bool (E,), those that get a weight gradient, a subset of ``permitted``; None = all permitted.
             activation: as ``fedmoe_kernels.moe_mlp``.
-            scoring, renormalize: as ``fedmoe_kernels.route``.
+            rule: how logits become choices and weights.
+            expert_bias: give each expert a bias after either matrix; zero at first, and trained as the matrices are.
+            router_bias: give the router a bias; zero at first, and trained as the router's rows are.
+            correction_bias: give the choice a bias (E,) that no gradient trains, for "sigmoid"; zero at first.
+            shared: a module (T, H) -> (T, H) that every token goes through and whose output is added, such as a
+                ``SharedExpert``. It is never masked, and padding goes through it too.
             train_router: False freezes every router row.
             with_stats, with_scores, recompute: see the class.
             frozen_format: "int8", "int4", "fp8_e4m3", "mxfp4", "nvfp4" or "nf4" stores the frozen experts so, see
@@ -98,8 +110,14 @@ class MoE(ExpertStore):
             backend: as ``fedmoe_kernels.moe_mlp``.
 
         Raises:
-            ValueError: k above E, an empty permitted set, or masks of the wrong shape, kind or inclusion.
+            ValueError: k above E, an empty permitted set, or masks of the wrong shape, kind or inclusion; an unknown
+                activation; a rule that does not fit the experts.
         """
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+        rule.check(num_experts)
+        if correction_bias and rule.scoring != "sigmoid":
+            raise ValueError(f"a correction bias needs scoring='sigmoid', not {rule.scoring!r}; leave it out")
         if backend not in ROUTING_BACKENDS:
             raise ValueError(f"backend is {backend!r}; choose one of {', '.join(ROUTING_BACKENDS)}")
         if not 1 <= top_k <= num_experts:
@@ -112,8 +130,13 @@ class MoE(ExpertStore):
             train_router=train_router,
             frozen_format=frozen_format,
             rows_per_slot=rows_per_slot,
+            biases=[
+                *BIASES * expert_bias,
+                *["router_bias"] * router_bias,
+                *["correction_bias"] * correction_bias,
+            ],
         )
-        self.top_k, self.scoring, self.renormalize = top_k, scoring, renormalize
+        self.top_k, self.rule, self.shared = top_k, rule, shared
         self.with_stats, self.with_scores = with_stats, with_scores
         self.recompute, self.backend = recompute, backend
         self.token_mask: Tensor | None = None
@@ -121,12 +144,12 @@ class MoE(ExpertStore):
         self.recorder: Callable[[Tensor, Tensor], None] | None = None
         self.register_parameter("out_scale", None)
         self._scores: ExpertScores | None = None
-        width = intermediate_size * (2 if activation in GATED else 1)
         held, trains = self.check_masks(permitted, trainable)
         ids = tuple(np.flatnonzero(held).tolist())
-        shapes = (num_experts, hidden_size), (len(ids), width, hidden_size), (len(ids), hidden_size, intermediate_size)
-        router, w_in, w_out = (torch.empty(s, dtype=dtype, device=device).normal_(std=INIT_STD) for s in shapes)
-        self._install(held, trains, LayerState(ids, router, w_in, w_out))
+        fresh = {name: torch.empty(s, dtype=dtype, device=device) for name, s in self.shapes(len(ids)).items()}
+        for name, tensor in fresh.items():
+            tensor.zero_() if name.endswith("bias") or name in BIASES else tensor.normal_(std=INIT_STD)
+        self._install(held, trains, LayerState.of(fresh, experts=ids))
 
     @classmethod
     def from_dense(
@@ -146,12 +169,42 @@ class MoE(ExpertStore):
             router_EH: (E, H).
             w_in, w_out: (E, 2I, H) and (E, H, I), the layout of transformers.
             top_k, permitted, trainable: as the constructor.
+            options: as ``of``, which also makes layers with biases.
+        """
+        whole = LayerState.whole(router_EH, w_in, w_out)
+        return cls.of(whole, top_k, permitted=permitted, trainable=trainable, **options)
+
+    @classmethod
+    def of(
+        cls,
+        state: LayerState,
+        top_k: int,
+        *,
+        permitted: ExpertMask | None = None,
+        trainable: ExpertMask | None = None,
+        **options: object,
+    ) -> MoE:
+        """Make the layer of a state, with copies of its permitted experts; the biases are those that it has.
+
+        Args:
+            state: the layer in global coordinates.
+            top_k, permitted, trainable: as the constructor.
             options: the constructor's other keywords; dtype and device are those of the tensors.
         """
         # On "meta" the constructor allocates nothing; load_global then brings the storage with the real weights.
-        num_experts, hidden_size = router_EH.shape
-        layer = cls(hidden_size, w_out.shape[-1], num_experts, top_k, device="meta", **options)  # type: ignore[arg-type]
-        layer.load_global(router_EH, w_in, w_out, permitted=permitted, trainable=trainable)
+        (num_experts, hidden_size), has = state.router.shape, state.tensors
+        layer = cls(
+            hidden_size,
+            state.w_out.shape[-1],
+            num_experts,
+            top_k,
+            device="meta",
+            expert_bias="bias_in" in has,
+            router_bias="router_bias" in has,
+            correction_bias="correction_bias" in has,
+            **options,  # type: ignore[arg-type]
+        )
+        layer.load_global(state, permitted=permitted, trainable=trainable)
         return layer
 
     def forward(self, x: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
@@ -164,14 +217,17 @@ class MoE(ExpertStore):
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x is {x.shape[-1]} wide; this MoE layer needs hidden_size={self.hidden_size}")
         x_TH = x.reshape(-1, self.hidden_size)
-        logits_TE = linear(x_TH, self.router_EH())
+        logits_TE = linear(x_TH, self.router_EH(), self.router_bias_E())
         valid_T = self.token_mask if token_mask_T is None else token_mask_T
         routing = route(
             logits_TE,
             self.top_k,
             permitted_E=self.slot_map,
-            scoring=self.scoring,
-            renormalize=self.renormalize,
+            scoring=self.rule.scoring,
+            renormalize=self.rule.renormalize,
+            bias_E=self.correction_bias,
+            groups=self.rule.groups,
+            scale=self.rule.scale,
             valid_T=valid_T,
             with_stats=self.with_stats,
             backend=ROUTING_BACKENDS[self.backend],
@@ -182,18 +238,21 @@ class MoE(ExpertStore):
         if self.out_scale is not None:  # by the weights, because T * k numbers are kept for its gradient and not T * H
             routing = replace(routing, weights_TK=routing.weights_TK * self.out_scale)
         lora = self._lora()
-        w_in, w_out = (self.w_in, self.w_out) if lora is None else (self.w_in.detach(), self.w_out.detach())
         y_TH = moe_mlp(
             x_TH,
             routing,
-            ExpertWeights(w_in, self._frozen("w_in")),
-            ExpertWeights(w_out, self._frozen("w_out")),
+            self._weights("w_in", lora),
+            self._weights("w_out", lora),
             activation=self.activation,
+            bias_in=None if self.bias_in is None else self._weights("bias_in", lora),
+            bias_out=None if self.bias_out is None else self._weights("bias_out", lora),
             lora=lora,
             scores=self.scores,
             recompute=self.recompute,
             backend=self.backend,
         )
+        if self.shared is not None:
+            y_TH = y_TH + self.shared(x_TH)
         return y_TH.reshape(x.shape)
 
     def start_out_scale(self, value: float | None) -> None:
@@ -206,6 +265,11 @@ class MoE(ExpertStore):
         """Return what ``ExpertStore.trained_state`` does, and the output's factor where there is one."""
         found = super().trained_state()
         return found if self.out_scale is None else found | {"out_scale": self.out_scale.detach()}
+
+    def _weights(self, name: str, lora: ExpertLora | None) -> ExpertWeights:
+        """All slots of a matrix or bias; under adapters none of them may ask for a gradient."""
+        trainable: Tensor = getattr(self, name)
+        return ExpertWeights(trainable if lora is None else trainable.detach(), self._frozen(name))
 
     def _lora(self) -> ExpertLora | None:
         """The adapters of the trainable slots; None where there are none."""

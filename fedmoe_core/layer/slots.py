@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmoe_core.layer.state import STEERING
 from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.slot_map import SlotMap
 
@@ -76,7 +77,7 @@ def check_rows(rows: OwnRows, like: Mapping[str, Tensor], held_E: np.ndarray) ->
         if name not in like:
             raise ValueError(f"rows of {name!r} are given; this layer has {', '.join(like)}")
         for e, row in given.items():
-            if not 0 <= e < len(held_E) or (name != "router" and not held_E[e]):
+            if not 0 <= e < len(held_E) or (name not in STEERING and not held_E[e]):
                 raise ValueError(f"a row of {name} is given for expert {e}, which is not held here; permit it")
             if row.shape != like[name].shape[1:] or row.dtype != like[name].dtype:
                 raise ValueError(

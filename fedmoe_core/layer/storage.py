@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -12,32 +11,14 @@ from torch import Tensor, nn
 
 from fedmoe_core.layer.lora import FACTORS, LayerLora
 from fedmoe_core.layer.slots import NO_ROWS, OwnRows, check_rows, frozen_stack, slot_map_of, stack
+from fedmoe_core.layer.state import BIASES, MATRICES, STEERING, LayerState
+from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.formats import format_named
 from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.slot_map import SlotMap
 
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
-_STORED = tuple(f"w_{end}_{part}" for end in ("in", "out") for part in ("frozen", "scale", "whole"))
-GATED = ("swiglu", "geglu", "swiglu_oai")  # activations whose w_in is [gate; up]
-
-
-@dataclass(frozen=True)
-class LayerState:
-    """The weights of some experts of one MoE layer, in global coordinates.
-
-    Attributes:
-        experts: expert ids, ascending; place i of ``w_in`` and ``w_out`` is expert ``experts[i]``.
-        router: (E, H), always of all experts.
-        w_in: (len(experts), 2I, H) for gated activations [gate; up], (len(experts), I, H) else.
-        w_out: (len(experts), H, I).
-        lora: adapters over them, rows in the same order; None = none.
-    """
-
-    experts: tuple[int, ...]
-    router: Tensor
-    w_in: Tensor
-    w_out: Tensor
-    lora: LayerLora | None = None
+_STORED = tuple(f"{name}_{part}" for name in MATRICES for part in ("frozen", "scale", "whole"))
 
 
 class _Merged(Mapping[int, Tensor]):
@@ -66,17 +47,25 @@ class ExpertStore(nn.Module):
     kept because it is small, and with it the demand for absent experts stays measurable. A frozen or absent expert can
     have neither gradient nor optimizer state, whatever the optimizer (invariant 5).
 
-    With adapters (``load_global(lora=...)``) the experts themselves are frozen: ``w_in`` and ``w_out`` have no row, and
-    the frozen buffers hold every slot. ``a_in``, ``b_in``, ``a_out``, ``b_out`` are Parameters of the trainable
-    experts' factors. The adapter of an expert that does not train is merged into its weights.
+    Biases of experts (``bias_in``, ``bias_out``) are stored as their matrices are, and that of the router
+    (``router_bias``) as its rows are. ``correction_bias`` is a buffer.
+
+    With adapters (a ``LayerState`` that has ``lora``) the experts themselves are frozen: ``w_in`` and ``w_out`` have no
+    row, and the frozen buffers hold every slot. ``a_in``, ``b_in``, ``a_out``, ``b_out`` are Parameters of the
+    trainable experts' factors. The adapter of an expert that does not train is merged into its weights.
 
     Args:
         hidden_size, intermediate_size, num_experts, activation, train_router, frozen_format, rows_per_slot: as ``MoE``.
+        biases: names of the biases that the layer has.
     """
 
     w_in: nn.Parameter
     w_out: nn.Parameter
+    bias_in: nn.Parameter | None
+    bias_out: nn.Parameter | None
     router: nn.Parameter
+    router_bias: nn.Parameter | None
+    correction_bias: Tensor | None
     w_in_frozen: Tensor
     w_out_frozen: Tensor
     w_in_scale: Tensor | None
@@ -104,14 +93,19 @@ class ExpertStore(nn.Module):
         train_router: bool,
         frozen_format: str | None,
         rows_per_slot: int | None,
+        biases: Collection[str],
     ) -> None:
         super().__init__()
         self.hidden_size, self.intermediate_size, self.num_experts = hidden_size, intermediate_size, num_experts
         self.activation, self.train_router = activation, train_router
         self.frozen_format, self.rows_per_slot = frozen_format, rows_per_slot
-        for name in (*_STORED, "router_rest"):
+        self._slotted = (*MATRICES, *(name for name in BIASES if name in biases))
+        self._steering = tuple(name for name in STEERING if name == "router" or name in biases)
+        self._corrected = "correction_bias" in biases
+        of_biases = tuple(f"{name}_frozen" for name in BIASES)
+        for name in (*_STORED, *of_biases, *(f"{name}_rest" for name in STEERING), "correction_bias"):
             self.register_buffer(name, None)
-        for name in FACTORS:
+        for name in (*BIASES, "router_bias", *FACTORS):
             self.register_parameter(name, None)
         self.lora_scale = None
         if frozen_format is not None:
@@ -121,11 +115,18 @@ class ExpertStore(nn.Module):
     @property
     def width(self) -> int:
         """F, the rows of a ``w_in``."""
-        return self.intermediate_size * (2 if self.activation in GATED else 1)
+        return ACTIVATIONS[self.activation].width(self.intermediate_size)
 
     def router_EH(self) -> Tensor:
         """Return the whole router in expert order, (E, H); gradients reach the trainable rows only."""
-        rows = torch.cat([self.router, self.router_rest])
+        return self._in_order("router")
+
+    def router_bias_E(self) -> Tensor | None:
+        """Return the router's whole bias in expert order, (E,), as ``router_EH``; None where it has none."""
+        return None if self.router_bias is None else self._in_order("router_bias")
+
+    def _in_order(self, name: str) -> Tensor:
+        rows = torch.cat([getattr(self, name), getattr(self, f"{name}_rest")])
         if self._router_in_order:
             return rows
         if self._row_of_expert.device != rows.device:  # once: a copy at every call would wait for the device
@@ -144,31 +145,46 @@ class ExpertStore(nn.Module):
         """Expert id of every slot: the trainable ones first, ascending id within each part."""
         return self.trainable_experts + self.frozen_experts
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the tensors of this layer are called in a state; factors of adapters are not among them."""
+        return (*self._steering, *self._slotted, *["correction_bias"] * self._corrected)
+
+    def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape that each tensor of this layer has in a state of so many experts, by name."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "router": (self.num_experts, self.hidden_size),
+            "router_bias": (self.num_experts,),
+            "w_in": (count, self.width, self.hidden_size),
+            "w_out": (count, self.hidden_size, self.intermediate_size),
+            "bias_in": (count, self.width),
+            "bias_out": (count, self.hidden_size),
+            "correction_bias": (self.num_experts,),
+        }
+        return {name: shapes[name] for name in self.names}
+
     def load_global(
         self,
-        router: Tensor,
-        w_in: Tensor,
-        w_out: Tensor,
+        state: LayerState,
         *,
         permitted: ExpertMask | None = None,
         trainable: ExpertMask | None = None,
         rows: OwnRows | None = None,
         alias: np.ndarray | None = None,
-        lora: LayerLora | None = None,
     ) -> None:
-        """Become the sub-layer of a whole layer's tensors (E, ...): copies of the permitted experts, never views.
+        """Become a sub-layer of ``state``: copies of the permitted experts, never views.
 
         Args:
-            router, w_in, w_out: the layer in global coordinates.
+            state: the layer in global coordinates; it must hold the permitted experts. Where it has adapters, they
+                train instead of the experts.
             permitted, trainable: as the constructor.
-            rows: rows instead of those tensors' own, by "router", "w_in", "w_out" or a factor's name, and expert id.
+            rows: rows instead of the state's own, by a tensor's or a factor's name and expert id.
             alias: int (E,), the held expert whose slot serves an absent one, -1 = none; see ``SlotMap.shared``.
-            lora: adapters of all experts (E, ...), which then train instead of the experts.
 
         Raises:
-            ValueError: as the constructor; a row of another shape or of an expert that is not held; a bad alias.
+            ValueError: as the constructor; a tensor that this layer does not have, or lacks, or of another shape; a row
+                of another shape or of an expert that is not held; a bad alias.
         """
-        state = LayerState(tuple(range(self.num_experts)), router, w_in, w_out, lora)
         self._install(*self.check_masks(permitted, trainable), state, own=rows or {}, alias=alias)
 
     def set_experts(
@@ -197,18 +213,25 @@ class ExpertStore(nn.Module):
             raise ValueError("frozen experts of this layer have merged their adapters; let all train to read them back")
         order = sorted(range(len(self.experts)), key=self.experts.__getitem__)
         with torch.no_grad():
-            w_in, w_out = (torch.stack([self._rows(name)[b] for b in order]) for name in ("w_in", "w_out"))
+            found = {name: torch.stack([self._rows(name)[b] for b in order]) for name in self._slotted}
+            found |= {name: self._in_order(name).detach().clone() for name in self._steering}
+            if self.correction_bias is not None:
+                found["correction_bias"] = self.correction_bias.clone()
             factors = {n: p.detach().clone() for n in FACTORS if (p := getattr(self, n)) is not None}
             lora = None if self.lora_scale is None else LayerLora.of(factors, self.lora_scale)
-            return LayerState(tuple(sorted(self.experts)), self.router_EH().detach().clone(), w_in, w_out, lora)
+            return LayerState.of(found, experts=tuple(sorted(self.experts)), lora=lora)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return detached views of what trains here, rows in ascending expert id; empty where no expert trains."""
         if not self.trainable_experts:
             return {}
-        names = ("w_in", "w_out") if self.lora_scale is None else FACTORS
-        names = ("router", *names) if self.train_router else names
+        names = self._slotted if self.lora_scale is None else FACTORS
+        names = (*self._steering, *names) if self.train_router else names
         return {name: getattr(self, name).detach() for name in names}
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of router and experts, without those of a shared expert."""
+        return [p for name, p in self.named_parameters() if not name.startswith("shared.")]
 
     def check_masks(self, permitted: ExpertMask | None, trainable: ExpertMask | None) -> tuple[np.ndarray, np.ndarray]:
         """Return numpy bool (E,) masks of the permitted and of the trainable experts, None filled in.
@@ -265,22 +288,26 @@ class ExpertStore(nn.Module):
         self._require(trainable, frozen, source, keep=keep)
         lora = None if source is None else source.lora
         if source is not None:
-            self._check(source)
-            like = {name: getattr(source, name) for name in ("router", "w_in", "w_out")}
+            source.check(self.shapes(len(source.experts)))
+            like = {name: getattr(source, name) for name in (*self._steering, *self._slotted)}
             check_rows(own, like if lora is None else like | lora.factors, held)
             lora = None if lora is None else lora.with_rows(own)
         # Adapters train instead of the experts, which then lie in the frozen stack, still the trainable ones first.
         learning, stored = (trainable, frozen) if lora is None else ((), trainable + frozen)
         with torch.no_grad():
-            router_EH = self.router_EH() if keep else cast(LayerState, source).router
-            for name in ("w_in", "w_out"):
+            steering = {name: self._in_order(name) if keep else getattr(source, name) for name in self._steering}
+            for name in self._slotted:
                 like_B = getattr(self if keep else source, name)
                 rows, codes = self._collect(name, source, own, keep=keep)
-                whole = rows if lora is None else _Merged(rows, lora, name, frozenset(frozen))
+                matrix = name in MATRICES
+                whole = _Merged(rows, lora, name, frozenset(frozen)) if lora is not None and matrix else rows
                 setattr(self, name, nn.Parameter(stack(whole, learning, like_B)))
-                self._keep(name, frozen_stack(whole, codes, stored, frozen_format=self.frozen_format, like=like_B))
+                form = self.frozen_format if matrix else None
+                self._keep(name, frozen_stack(whole, codes, stored, frozen_format=form, like=like_B))
             self._install_factors(lora, trainable)
-            self._steer(router_EH, own.get("router", {}), trainable)
+            self._steer(steering, own, trainable)
+            if not keep and self._corrected:
+                self.correction_bias = cast(Tensor, cast(LayerState, source).correction_bias).clone()
         self.trainable_experts, self.frozen_experts = trainable, frozen
         self._slot_map = slot_map
         self._installed()
@@ -313,15 +340,16 @@ class ExpertStore(nn.Module):
                 rows |= dict(zip(self.frozen_experts, stored, strict=True))
         return rows | dict(own.get(name, {})), codes
 
-    def _steer(self, router_EH: Tensor, own: Mapping[int, Tensor], trainable: tuple[int, ...]) -> None:
-        """Part the router into the rows that learn and the rest."""
+    def _steer(self, steering: Mapping[str, Tensor], own: OwnRows, trainable: tuple[int, ...]) -> None:
+        """Part the router, and its bias, into the rows that learn and the rest."""
         steered = trainable if self.train_router else ()
         rest = tuple(e for e in range(self.num_experts) if e not in steered)
-        rows = dict(enumerate(router_EH)) | dict(own)
-        # Without a row it must not learn: its gradient, an empty view, would keep the whole router's alive (8 KB of
-        # the demo's client, and no optimizer would ever clear it).
-        self.router = nn.Parameter(stack(rows, steered, router_EH), requires_grad=bool(steered))
-        self.router_rest = stack(rows, rest, router_EH)
+        for name, whole in steering.items():
+            rows = dict(enumerate(whole)) | dict(own.get(name, {}))
+            # Without a row it must not learn: its gradient, an empty view, would keep the whole router's alive (8 KB of
+            # the demo's client, and no optimizer would ever clear it).
+            setattr(self, name, nn.Parameter(stack(rows, steered, whole), requires_grad=bool(steered)))
+            setattr(self, f"{name}_rest", stack(rows, rest, whole))
         order = steered + rest
         self._router_in_order = order == tuple(range(self.num_experts))
         self._row_of_expert = torch.tensor(order).argsort()
@@ -335,42 +363,37 @@ class ExpertStore(nn.Module):
     def _installed(self) -> None:
         """Called whenever the experts have changed."""
 
-    def _check(self, source: LayerState) -> None:
-        """The shapes of a source, before anything of this layer changes."""
-        want = {
-            "router": (self.num_experts, self.hidden_size),
-            "w_in": (len(source.experts), self.width, self.hidden_size),
-            "w_out": (len(source.experts), self.hidden_size, self.intermediate_size),
-        }
-        for name, shape in want.items():
-            if tuple(getattr(source, name).shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(getattr(source, name).shape)}; this layer needs {shape}")
-
     def _rows(self, name: str) -> list[Tensor]:
         """Every slot's weight, in slot order; views, but for those that are held in few bits."""
         trainable, frozen = getattr(self, name).detach(), self._frozen(name)
         return [*trainable, *(frozen.dequantize(trainable.dtype) if isinstance(frozen, Quantized) else frozen)]
 
     def _frozen(self, name: str) -> Tensor | Quantized:
-        """The frozen slots of a matrix as they are stored."""
+        """The frozen slots of a matrix or bias as they are stored."""
+        if name in BIASES:
+            return cast(Tensor, getattr(self, f"{name}_frozen"))
         values, scale, whole = (getattr(self, f"{name}_{part}") for part in ("frozen", "scale", "whole"))
         return values if scale is None else Quantized(values, scale, cast(str, self.frozen_format), whole)
 
     def _keep(self, name: str, held_as: Tensor | Quantized) -> None:
-        """Store the frozen slots of a matrix."""
-        parts: tuple[Tensor | None, ...]
+        """Store the frozen slots of a matrix or bias."""
+        parts: dict[str, Tensor | None] = {"frozen": held_as} if isinstance(held_as, Tensor) else {}
         if isinstance(held_as, Quantized):
-            parts = (held_as.codes, held_as.scale, held_as.whole)
-        else:
-            parts = (held_as, None, None)
-        for part, value in zip(("frozen", "scale", "whole"), parts, strict=True):
+            parts = {"frozen": held_as.codes, "scale": held_as.scale, "whole": held_as.whole}
+        elif name in MATRICES:
+            parts |= {"scale": None, "whole": None}
+        for part, value in parts.items():
             setattr(self, f"{name}_{part}", value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStore:
-        """Cast the layer, but not what quantised experts are stored in: codes may be numbers of 8 bits, too."""
-        stored = {name: getattr(self, name) for name in _STORED} if self.frozen_format else {}
+        """Cast the layer, but not what quantised experts are stored in: codes may be numbers of 8 bits, too.
+
+        Nor is the correction bias rounded to 16 bits: its steps of 1e-3 decide between scores near 1.
+        """
+        stored = {name: getattr(self, name) for name in (*_STORED * bool(self.frozen_format), "correction_bias")}
         super()._apply(fn, recurse)
         for name, value in stored.items():
-            if value is not None and getattr(self, name).dtype != value.dtype:
-                setattr(self, name, value.to(getattr(self, name).device))
+            now = getattr(self, name)
+            if value is not None and now.dtype != value.dtype and not (name == "correction_bias" and now.itemsize > 2):
+                setattr(self, name, value.to(now.device))
         return self

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fedmoe_bindings.transformers.attention import attention_received
-from fedmoe_bindings.transformers.families import family_of, sparse_blocks
+from fedmoe_bindings.transformers.families import Family, family_of, sparse_blocks
 from fedmoe_bindings.transformers.load import Pool, SequenceClassifier, load_model, small_model
 from fedmoe_bindings.transformers.places import PlaceMeasures
+from fedmoe_bindings.transformers.shared import shared_of
 from fedmoe_bindings.transformers.submodel import stock_model
 from fedmoe_bindings.transformers.token_mask import carry_token_mask
 from fedmoe_core.base.rng import counter_seed
@@ -24,6 +25,7 @@ from fedmoe_core.layer.graft import GraftSpec, fresh_graft
 from fedmoe_core.layer.lora import FACTORS, LayerLora, LoraSpec, lora_of_layer
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.slots import OwnRows, rows_of_layer
+from fedmoe_core.layer.state import STEERING, LayerState
 from fedmoe_core.model.spec import Kind, ModelSpec, ParamSpec, lora_specs
 from fedmoe_core.model.submodel import WHOLE, SubModel
 
@@ -98,18 +100,20 @@ class TransformersAdapter(PlaceMeasures):
         pool: Pool = "mean",
         seed: int = 0,
         backend: str = "auto",
+        family: Family | None = None,
     ) -> None:
         """Take over a stock model: every MoE block in it is replaced and its weights are freed.
 
         Args:
             model: a causal LM; for classification transformers' own classifier, or a bare trunk (a head is added).
             task, num_classes, pool, seed, backend: as ``load_adapter``.
+            family: how its MoE blocks are made; None = the one that is known for its configuration.
 
         Raises:
             ValueError: as ``load_adapter``.
         """
         config = model.config
-        family, blocks = family_of(config), sparse_blocks(model, config)
+        family, blocks = family or family_of(config), sparse_blocks(model, config)
         if task == "causal_lm" and model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no language-model head; load it as a causal LM")
         root = (
@@ -119,10 +123,12 @@ class TransformersAdapter(PlaceMeasures):
         )
         layers = []
         for block in blocks:
-            layer = MoE.from_dense(
-                *block.weights,
+            layer = MoE.of(
+                block.state(family),
                 config.num_experts_per_tok,
-                renormalize=family.renormalize(config),
+                rule=family.rule(config),
+                activation=family.activation,
+                shared=shared_of(block, family),
                 with_stats=True,
                 with_scores=True,
                 backend=backend,
@@ -133,7 +139,7 @@ class TransformersAdapter(PlaceMeasures):
         self._carriers = carry_token_mask(root)
         self.model, self.moe, self.frozen_moe = root, tuple(layers), ()
         self._lora: LoraSpec | None = None
-        self._config = config
+        self._config, self._family = config, family
         self._dense = self._dense_parameters()
         self.spec = self._describe(task)
 
@@ -151,7 +157,7 @@ class TransformersAdapter(PlaceMeasures):
                     "configure the adapter with a whole state first"
                 )
             held = layer.global_state()
-            state |= {f"moe.{number}.{name}": getattr(held, name) for name in ("router", "w_in", "w_out")}
+            state |= {f"moe.{number}.{name}": tensor for name, tensor in held.tensors.items()}
             if held.lora is not None and self._lora is not None and self._lora.in_state:
                 state |= {f"moe.{number}.{name}": factor for name, factor in held.lora.factors.items()}
         return state | {key: parameter.detach().clone() for key, parameter in self._dense.items()}
@@ -167,12 +173,12 @@ class TransformersAdapter(PlaceMeasures):
         state = self.state()
         if self.frozen_moe:
             raise ValueError("transformers has no model with grafted mixtures; save the state instead")
-        places = [name for name, module in self.model.named_modules() if isinstance(module, MoE)]
+        names = [self._family.names(name) for name, module in self.model.named_modules() if isinstance(module, MoE)]
         if not isinstance(self.model, SequenceClassifier):
-            return stock_model(type(self.model), self._config, state, places)
+            return stock_model(type(self.model), self._config, state, names)
         if self.model.pool != "last":
             raise ValueError("transformers' classifiers pool the last token; train with pool='last' to export")
-        return stock_model(AutoModelForSequenceClassification, self._config, state, places)
+        return stock_model(AutoModelForSequenceClassification, self._config, state, names)
 
     def configure(self, state: Mapping[str, Tensor], submodel: SubModel = WHOLE) -> None:
         """Become ``submodel`` of ``state``, as ``ModelAdapter.configure``.
@@ -222,12 +228,11 @@ class TransformersAdapter(PlaceMeasures):
         if self._lora is not None and (self._lora.in_state or sub.lora_rank is not None):
             lora = lora_of_layer(state, number, self._lora, rank=sub.lora_rank, seed=sub.lora_seed).to(device)
         layer.load_global(
-            *(state[f"moe.{number}.{name}"].to(device) for name in ("router", "w_in", "w_out")),
+            LayerState.of({n: state[f"moe.{number}.{n}"].to(device) for n in layer.names}, lora=lora),
             permitted=None if sub.permitted_LE is None else sub.permitted_LE[number],
             trainable=None if sub.trainable_LE is None else sub.trainable_LE[number],
             rows=rows_of_layer(sub.rows, number),
             alias=None if sub.alias_LE is None else sub.alias_LE[number],
-            lora=lora,
         )
 
     def add_lora(self, lora: LoraSpec, *, seed: int) -> dict[str, Tensor]:
@@ -274,18 +279,25 @@ class TransformersAdapter(PlaceMeasures):
         return attention_received(self.model, self.moe)
 
     def _dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter outside the MoE layers; ``named_parameters`` yields tied ones once."""
-        inside = {id(parameter) for layer in self.moe for parameter in layer.parameters()}
-        return {f"dense.{name}": p for name, p in self.model.named_parameters() if id(p) not in inside}
+        """Every parameter outside the MoE layers by its stock name, shared experts included; tied ones come once."""
+        inside = {id(parameter) for layer in self.moe for parameter in layer.own_parameters()}
+        places = {name: module for name, module in self.model.named_modules() if isinstance(module, MoE)}
+        stock = {
+            id(p): f"{place}.{name}"
+            for place, layer in places.items()
+            if layer.shared is not None
+            for name, p in layer.shared.named_parameters()
+        }
+        found = {stock.get(id(p), name): p for name, p in self.model.named_parameters() if id(p) not in inside}
+        return {f"dense.{name}": p for name, p in found.items()}
 
     def _describe(self, task: Task) -> ModelSpec:
         first = self.moe[0]
         params = []
         for number, layer in enumerate(self.moe):
-            held = {"router": layer.router_EH(), "w_in": layer.w_in, "w_out": layer.w_out}
-            for name, tensor in held.items():
-                kind: Kind = "router" if name == "router" else "expert"
-                params.append(ParamSpec(f"moe.{number}.{name}", kind, tuple(tensor.shape), tensor.dtype, number))
+            for name, shape in layer.shapes(layer.num_experts).items():
+                kind: Kind = "router" if name in STEERING else "frozen" if name == "correction_bias" else "expert"
+                params.append(ParamSpec(f"moe.{number}.{name}", kind, shape, getattr(layer, name).dtype, number))
         frozen = {id(parameter) for layer in self.frozen_moe for parameter in layer.parameters()}
         for key, p in self._dense.items():
             params.append(ParamSpec(key, "frozen" if id(p) in frozen else "dense", tuple(p.shape), p.dtype))

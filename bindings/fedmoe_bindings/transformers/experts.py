@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedmoe_bindings.transformers.families import Block, family_of, layer_masks, sparse_blocks
+from fedmoe_core.layer.routing_rule import RoutingRule
 from fedmoe_kernels.experts.moe_mlp import moe_mlp
 from fedmoe_kernels.routing.record import Routing
 from fedmoe_kernels.routing.route import route
@@ -63,7 +64,7 @@ def use_fedmoe(model: PreTrainedModel, *, permitted: np.ndarray | Tensor | None 
     model.set_experts_implementation(NAME)
     for layer, block in enumerate(blocks):
         _remember_slots(block.experts, model.device)
-        _permit(block.gate, None if masks is None else masks[layer], family.renormalize(model.config))
+        _permit(block.gate, None if masks is None else masks[layer], family.rule(model.config))
     return model
 
 
@@ -105,7 +106,7 @@ def _check_layout(block: Block) -> None:
             )
 
 
-def _permit(gate: nn.Module, permitted_E: np.ndarray | None, renormalize: bool) -> None:
+def _permit(gate: nn.Module, permitted_E: np.ndarray | None, rule: RoutingRule) -> None:
     """Re-route a stock router's answer among the permitted experts; None takes an earlier mask away."""
     earlier = getattr(gate, _HOOK, None)
     if earlier is not None:
@@ -120,7 +121,15 @@ def _permit(gate: nn.Module, permitted_E: np.ndarray | None, renormalize: bool) 
         logits_TE, stock_weights, _stock_experts = answer
         if slot_map.slot_of_expert.device != logits_TE.device:
             slot_map = slot_map.to(logits_TE.device)
-        routing = route(logits_TE, cast(int, gate.top_k), permitted_E=slot_map, renormalize=renormalize)
+        routing = route(
+            logits_TE,
+            cast(int, gate.top_k),
+            permitted_E=slot_map,
+            scoring=rule.scoring,
+            renormalize=rule.renormalize,
+            groups=rule.groups,
+            scale=rule.scale,
+        )
         # transformers' own mark for "no expert here" is the id E, which its eager experts skip too.
         experts_TK = torch.where(routing.experts_TK < 0, logits_TE.shape[-1], routing.experts_TK)
         return logits_TE, routing.weights_TK.to(stock_weights.dtype), experts_TK

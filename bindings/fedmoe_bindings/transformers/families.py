@@ -2,61 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from fedmoe_core.layer.routing_rule import RoutingRule
+from fedmoe_core.layer.state import LayerState
+
+# Where most families keep their tensors.
+STOCK = MappingProxyType({"router": "gate.weight", "w_in": "experts.gate_up_proj", "w_out": "experts.down_proj"})
+
 
 @dataclass(frozen=True)
 class Family:
-    """One model family whose experts lie as (E, 2I, H) and (E, H, I), without bias, and whose router is softmax.
+    """One model family whose experts lie as (E, 2I, H) and (E, H, I), gate before up.
 
     Attributes:
         model_type: ``config.model_type``.
         experts_key: the configuration key that holds the number of experts.
-        renormalize: whether the chosen weights are divided by their sum.
+        rule: how its router sends tokens to experts, from a configuration.
+        activation: of its experts, as ``fedmoe_kernels.moe_mlp``.
+        tensors: where its block keeps each tensor of a ``LayerState``, by our name; a family with biases lists them.
+        shared: the block's children that are its shared expert: a module, and a sigmoid gate on it if there is one.
     """
 
     model_type: str
     experts_key: str
-    renormalize: Callable[[PreTrainedConfig], bool]
+    rule: Callable[[PreTrainedConfig], RoutingRule]
+    activation: str = "swiglu"
+    tensors: Mapping[str, str] = field(default_factory=lambda: STOCK)
+    shared: tuple[str, ...] = ()
+
+    def names(self, block: str) -> dict[str, str]:
+        """Return the stock names of a block's tensors by ours; all have experts on dimension 0."""
+        return {ours: f"{block}.{place}" for ours, place in self.tensors.items()}
 
 
 @dataclass(frozen=True)
 class Block:
-    """One stock MoE block: its place in the model, its router and its experts."""
+    """One stock MoE block and its place in the model."""
 
     name: str
-    gate: nn.Module
-    experts: nn.Module
+    module: nn.Module
 
     @property
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Router (E, H), w_in (E, 2I, H) and w_out (E, H, I)."""
-        router, w_in, w_out = self.gate.weight, self.experts.gate_up_proj, self.experts.down_proj
-        return cast(Tensor, router), cast(Tensor, w_in), cast(Tensor, w_out)
+    def gate(self) -> nn.Module:
+        """The router, whose ``weight`` is (E, H)."""
+        return cast(nn.Module, self.module.gate)
+
+    @property
+    def experts(self) -> nn.Module:
+        """The stacked experts."""
+        return cast(nn.Module, self.module.experts)
 
     @property
     def num_experts(self) -> int:
-        return self.weights[0].shape[0]
+        """E."""
+        return cast(Tensor, self.gate.weight).shape[0]
+
+    def state(self, family: Family) -> LayerState:
+        """Return the block's own tensors under our names."""
+        return LayerState.of({ours: self._find(place) for ours, place in family.tensors.items()})
+
+    def _find(self, place: str) -> Tensor:
+        inside, _, name = place.rpartition(".")
+        return cast(Tensor, getattr(self.module.get_submodule(inside), name))
 
 
-def _norm_topk_prob(config: PreTrainedConfig) -> bool:
-    return bool(config.norm_topk_prob)
+def norm_topk_prob(config: PreTrainedConfig) -> RoutingRule:
+    """Return softmax over all experts, renormalised as the configuration says."""
+    return RoutingRule(renormalize=bool(config.norm_topk_prob))
 
 
-def _always(config: PreTrainedConfig) -> bool:
-    return True
+def renormalized(config: PreTrainedConfig) -> RoutingRule:
+    """Return softmax over all experts, renormalised over the chosen."""
+    return RoutingRule()
 
 
 FAMILIES = (
-    Family("mixtral", "num_local_experts", _always),
-    Family("olmoe", "num_experts", _norm_topk_prob),
-    Family("qwen3_moe", "num_experts", _norm_topk_prob),
+    Family("mixtral", "num_local_experts", renormalized),
+    Family("olmoe", "num_experts", norm_topk_prob),
+    Family("qwen3_moe", "num_experts", norm_topk_prob),
 )
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -92,7 +123,7 @@ def sparse_blocks(model: nn.Module, config: PreTrainedConfig) -> tuple[Block, ..
         if not isinstance(gate, nn.Module) or not isinstance(experts, nn.Module):
             continue
         if hasattr(gate, "weight") and hasattr(experts, "gate_up_proj"):
-            blocks.append(Block(name, gate, experts))
+            blocks.append(Block(name, module))
     if not blocks:
         raise ValueError(
             f"this {config.model_type!r} model has no MoE layers; check mlp_only_layers and decoder_sparse_step"

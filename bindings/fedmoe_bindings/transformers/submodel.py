@@ -45,7 +45,7 @@ def extract_submodel(model: PreTrainedModel, permitted_LE: np.ndarray | Tensor) 
     setattr(config, KEPT, kept)
     state = model.state_dict()
     for block, ids in zip(blocks, kept, strict=True):
-        for name in _expert_tensors(block.name):
+        for name in family.names(block.name).values():
             state[name] = state[name][ids]
     # The fresh weights are overwritten at once; the fork keeps their draws out of the caller's random stream.
     with torch.random.fork_rng(devices=[]):
@@ -70,7 +70,7 @@ def merge_submodel(
     Raises:
         ValueError: the sub-model does not say which experts it holds, or not those of the mask, or does not fit.
     """
-    blocks = sparse_blocks(full_model, full_model.config)
+    family, blocks = family_of(full_model.config), sparse_blocks(full_model, full_model.config)
     kept = getattr(sub_model.config, KEPT, None)
     if permitted_LE is not None:
         asked = [np.flatnonzero(row).tolist() for row in layer_masks(permitted_LE, blocks)]
@@ -81,7 +81,7 @@ def merge_submodel(
         raise ValueError(f"the sub-model's configuration has no {KEPT}; pass the mask it was cut with")
     if len(kept) != len(blocks):
         raise ValueError(f"the sub-model has {len(kept)} MoE layers, the full model {len(blocks)}; they must agree")
-    rows_of = {name: ids for block, ids in zip(blocks, kept, strict=True) for name in _expert_tensors(block.name)}
+    rows_of = {name: ids for block, ids in zip(blocks, kept, strict=True) for name in family.names(block.name).values()}
     full_state, sub_state = full_model.state_dict(), sub_model.state_dict()
     for name, whole in full_state.items():
         part = sub_state.get(name)
@@ -102,15 +102,15 @@ def merge_submodel(
 
 
 def stock_model(
-    cls: Any, config: PreTrainedConfig, state: Mapping[str, Tensor], places: Sequence[str]
+    cls: Any, config: PreTrainedConfig, state: Mapping[str, Tensor], names: Sequence[Mapping[str, str]]
 ) -> PreTrainedModel:
     """Build a stock model from a state in global coordinates; copies, never aliases.
 
     Args:
         cls: a model class, or transformers' automatic classifier class.
         config: of the model; not changed.
-        state: ``moe.{l}.router|w_in|w_out`` and ``dense.{name}`` with every expert.
-        places: module names of the MoE blocks, in depth order.
+        state: ``moe.{l}.{ours}`` and ``dense.{name}`` with every expert.
+        names: stock names of the tensors of each MoE block by ours, in depth order; see ``Family.names``.
 
     Raises:
         ValueError: transformers has no classifier for this family.
@@ -125,18 +125,12 @@ def stock_model(
         except ValueError as error:
             raise ValueError(f"transformers has no classifier for {config.model_type!r}; export its trunk") from error
     weights = {key.removeprefix("dense."): value for key, value in state.items() if key.startswith("dense.")}
-    for layer, place in enumerate(places):
-        names = zip(_expert_tensors(place), ("router", "w_in", "w_out"), strict=True)
-        weights |= {name: state[f"moe.{layer}.{ours}"] for name, ours in names}
-    model = model.to(weights[_expert_tensors(places[0])[0]])
+    for layer, stock in enumerate(names):
+        weights |= {name: state[f"moe.{layer}.{ours}"] for ours, name in stock.items()}
+    model = model.to(state["moe.0.router"])
     # Tied tensors are listed once in a state; every other parameter must be there.
     lacking = set(dict(model.named_parameters())) - set(weights)
     if lacking:
         raise ValueError(f"the state has no {min(lacking)}; it is not a state of this model")
     model.load_state_dict(weights, strict=False)
     return model.eval()
-
-
-def _expert_tensors(block: str) -> tuple[str, str, str]:
-    """Names of a block's tensors that have experts on dimension 0."""
-    return f"{block}.gate.weight", f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj"

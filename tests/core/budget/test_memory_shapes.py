@@ -16,6 +16,7 @@ from fedmoe_core.budget.peak_memory import trace_memory
 from fedmoe_core.layer.lora import LayerLora
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.router_loss import SwitchBalance
+from fedmoe_core.layer.state import LayerState
 
 CPU = torch.device("cpu")
 OWN_GATE = {"train_router": False, "keeps": frozenset({"router"})}
@@ -172,7 +173,8 @@ def test_inv2_adapters_of_frozen_experts_are_merged_one_at_a_time(bits: int | No
     lora = replace(lora, b_in=torch.randn_like(lora.b_in), b_out=torch.randn_like(lora.b_out))
     first = np.arange(experts) < 1
     layer = MoE(hidden, width, experts, 2, device="meta", frozen_format=bits and f"int{bits}")
-    _, trace = trace_memory(lambda: layer.load_global(router, w_in, w_out, trainable=first, lora=lora), CPU)
+    whole = LayerState.whole(router, w_in, w_out, lora=lora)
+    _, trace = trace_memory(lambda: layer.load_global(whole, trainable=first), CPU)
     weights = (w_in.nbytes + w_out.nbytes) // (1 if bits is None else 4)
     stacked_again = 0 if bits is None else w_in.nbytes // 4
     assert trace.peak < weights + stacked_again + 5 * w_in[0].nbytes

@@ -7,6 +7,7 @@ from layer_cases import E, H, I, K, dense, mask, relative
 
 from fedmoe_core.layer.lora import FACTORS, LayerLora, first_ranks
 from fedmoe_core.layer.moe import MoE
+from fedmoe_core.layer.state import LayerState
 from fedmoe_kernels import reference
 
 R, SCALE = 3, 0.7
@@ -31,7 +32,7 @@ def test_a_layer_with_adapters_is_the_merged_layer_and_only_they_train(held, tra
     weights, lora = dense(), adapters()
     factors = {name: factor.clone().requires_grad_() for name, factor in lora.factors.items()}
     layer = MoE(H, I, E, K, dtype=torch.float64)
-    layer.load_global(*weights, permitted=mask(*held), trainable=mask(*trains), lora=lora)
+    layer.load_global(LayerState.whole(*weights, lora=lora), permitted=mask(*held), trainable=mask(*trains))
     x_TH = torch.randn(9, H, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     x, x_true = x_TH.clone().requires_grad_(), x_TH.clone().requires_grad_()
     ids = sorted(held)
@@ -59,7 +60,7 @@ def test_fresh_adapters_change_nothing_and_are_the_same_for_a_seed():
     weights = dense()
     lora = LayerLora.fresh(*weights[1:], rank=R, scale=SCALE, seed=1)
     plain, adapted = MoE.from_dense(*weights, K), MoE.from_dense(*weights, K)
-    adapted.load_global(*weights, lora=lora)
+    adapted.load_global(LayerState.whole(*weights, lora=lora))
     x_TH = torch.randn(9, H, dtype=torch.float64)
     assert torch.equal(plain(x_TH), adapted(x_TH))
     again = LayerLora.fresh(*weights[1:], rank=R, scale=SCALE, seed=1)
@@ -83,7 +84,7 @@ def test_truncation_keeps_the_first_ranks_of_a_factor_pair():
 def test_adapters_read_back_while_all_train_and_not_once_merged():
     weights, lora = dense(), adapters()
     layer = MoE(H, I, E, K, dtype=torch.float64)
-    layer.load_global(*weights, permitted=mask(0, 3, 4), lora=lora)
+    layer.load_global(LayerState.whole(*weights, lora=lora), permitted=mask(0, 3, 4))
     state = layer.global_state()
     assert state.experts == (0, 3, 4)
     assert torch.equal(state.w_in, weights[1][[0, 3, 4]])
@@ -92,10 +93,10 @@ def test_adapters_read_back_while_all_train_and_not_once_merged():
     assert set(layer.trained_state()) == {"router", *FACTORS}
     with pytest.raises(ValueError, match="load_global"):
         layer.set_experts(mask(0))
-    layer.load_global(*weights, permitted=mask(0, 3), trainable=mask(3), lora=lora)
+    layer.load_global(LayerState.whole(*weights, lora=lora), permitted=mask(0, 3), trainable=mask(3))
     with pytest.raises(ValueError, match="merged"):
         layer.global_state()
-    layer.load_global(*weights)  # and without adapters it is a plain layer again
+    layer.load_global(LayerState.whole(*weights))  # and without adapters it is a plain layer again
     assert layer.global_state().lora is None
     assert layer.w_in.shape[0] == E
 
@@ -104,7 +105,7 @@ def test_a_clients_own_factors_stand_in_for_the_global_ones():
     weights, lora, other = dense(), adapters(), adapters(seed=7)
     layer = MoE(H, I, E, K, dtype=torch.float64)
     rows = {"a_in": {2: other.a_in[2]}, "b_in": {5: other.b_in[5]}}
-    layer.load_global(*weights, permitted=mask(2, 5), trainable=mask(2), lora=lora, rows=rows)
+    layer.load_global(LayerState.whole(*weights, lora=lora), permitted=mask(2, 5), trainable=mask(2), rows=rows)
     assert torch.equal(layer.a_in[0], other.a_in[2])
     want = weights[1][5] + SCALE * other.b_in[5] @ lora.a_in[5]
     assert relative(layer.w_in_frozen[1], want) < 1e-12
@@ -116,7 +117,7 @@ def test_adapters_over_frozen_experts_in_few_bits():
     weights = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((E, 64), (E, 64, 64), (E, 64, 32))]
     lora = LayerLora.fresh(*weights[1:], rank=2, scale=1.0, seed=0)
     layer = MoE(64, 32, E, K, frozen_format="int8", dtype=torch.float64)
-    layer.load_global(*weights, lora=lora)
+    layer.load_global(LayerState.whole(*weights, lora=lora))
     x_TH = torch.randn(9, 64, dtype=torch.float64)
     exact = MoE.from_dense(*weights, K)(x_TH)
     assert relative(layer(x_TH), exact) < 2e-2

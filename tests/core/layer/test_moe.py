@@ -9,9 +9,11 @@ from layer_cases import E, H, I, K, dense, mask, relative, truth
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from fedmoe_core.layer.moe import LayerState, MoE
+from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.recording import recording
 from fedmoe_core.layer.router_loss import balance_loss
+from fedmoe_core.layer.routing_rule import RoutingRule
+from fedmoe_core.layer.state import LayerState
 from fedmoe_kernels.formats import FORMATS
 
 
@@ -26,7 +28,8 @@ from fedmoe_kernels.formats import FORMATS
 def test_inv3_layer_equals_the_dense_submodel(ids, frozen, k, renormalize, seed):
     weights = [w.requires_grad_() for w in dense(seed)]
     trains = sorted(ids - frozen)
-    layer = MoE.from_dense(*weights, k, permitted=mask(*ids), trainable=mask(*trains), renormalize=renormalize)
+    rule = RoutingRule(renormalize=renormalize)
+    layer = MoE.from_dense(*weights, k, permitted=mask(*ids), trainable=mask(*trains), rule=rule)
     x_TH = torch.randn(7, H, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
     x, x_true = x_TH.clone().requires_grad_(), x_TH.clone().requires_grad_()
     y, y_true = layer(x), truth(x_true, weights, sorted(ids), k, renormalize)
@@ -83,7 +86,7 @@ def test_inv5_frozen_and_absent_keep_their_bits_through_adamw_with_weight_decay(
 
 def test_inv2_a_layer_that_trains_nothing_keeps_no_gradient_alive() -> None:
     """An empty view of a whole router's gradient held 8 KB that no plan counted; importance is as before."""
-    x = torch.randn(5, H, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(16, H, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     layers = [
         MoE.from_dense(*dense(), K, permitted=mask(0, 2, 3), trainable=trains, with_scores=True)
         for trains in (mask(), mask(0, 2, 3))
@@ -144,7 +147,7 @@ def test_set_experts_without_a_source_for_a_new_expert_changes_nothing():
 def test_load_global_and_global_state_round_trip_without_aliases():
     weights = dense(3)
     layer = MoE(H, I, E, K, dtype=torch.float64)
-    layer.load_global(*weights, trainable=mask(4, 1))
+    layer.load_global(LayerState.whole(*weights), trainable=mask(4, 1))
     state = layer.global_state()
     for name, weight in zip(("router", "w_in", "w_out"), weights, strict=True):
         assert torch.equal(getattr(state, name), weight), name
@@ -249,7 +252,7 @@ def test_tensors_of_another_shape_are_refused_before_anything_changes():
     layer = MoE.from_dense(*dense(), K)
     router, w_in, w_out = dense()
     with pytest.raises(ValueError, match="w_out has shape"):
-        layer.load_global(router, w_in, w_out.transpose(1, 2))
+        layer.load_global(LayerState.whole(router, w_in, w_out.transpose(1, 2)))
     assert torch.equal(layer.global_state().w_in, w_in)
 
 
@@ -328,7 +331,7 @@ def test_codes_keep_their_bits_when_the_experts_change(form):
     assert all(same(layer.w_in_frozen[i], codes[e]) for i, e in enumerate(layer.frozen_experts))
     with pytest.raises(ValueError, match=f"expert 0 is held as {form}"):
         layer.set_experts(mask(0, 1, 5), mask(0, 1))
-    layer.set_experts(mask(0, 1, 5), mask(0, 1), source=LayerState(tuple(range(E)), *weights))
+    layer.set_experts(mask(0, 1, 5), mask(0, 1), source=LayerState.whole(*weights))
     assert torch.equal(layer.w_in[0], weights[1][0])
     layer.set_experts(mask(0, 1), mask(0, 1))
     assert layer.w_in_frozen.shape[0] == 0

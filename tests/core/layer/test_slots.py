@@ -6,6 +6,7 @@ import torch
 from layer_cases import E, H, I, K, dense, mask, relative
 
 from fedmoe_core.layer.moe import MoE
+from fedmoe_core.layer.state import LayerState
 from fedmoe_kernels import reference
 
 
@@ -21,7 +22,8 @@ def test_a_shared_slot_equals_the_layer_whose_merged_experts_are_copies(trains):
     """Top-k on the original experts; where two choices of a token meet in a slot, its weights add up."""
     weights = [w.requires_grad_() for w in dense(3)]
     layer = MoE(H, I, E, 3, dtype=torch.float64, with_stats=True)
-    layer.load_global(*(w.detach() for w in weights), trainable=mask(*trains), **served({0: 4, 2: 4, 3: 1}, 1, 4))
+    whole = LayerState.whole(*(w.detach() for w in weights))
+    layer.load_global(whole, trainable=mask(*trains), **served({0: 4, 2: 4, 3: 1}, 1, 4))
     x_TH = torch.randn(11, H, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     x, x_true = x_TH.clone().requires_grad_(), x_TH.clone().requires_grad_()
     stands_for = [4, 1, 4, 1, 4]  # expert 5 is absent and nobody's
@@ -42,7 +44,7 @@ def test_a_shared_slot_equals_the_layer_whose_merged_experts_are_copies(trains):
 
 def test_one_expert_per_cluster_is_the_unmerged_layer_bit_for_bit():
     plain, shared = MoE.from_dense(*dense(), K), MoE.from_dense(*dense(), K)
-    shared.load_global(*dense(), alias=np.arange(E))
+    shared.load_global(LayerState.whole(*dense()), alias=np.arange(E))
     x_TH = torch.randn(9, H, dtype=torch.float64)
     assert torch.equal(plain(x_TH), shared(x_TH))
     shared.set_experts(mask(0, 1))  # the sharing is the plan's and ends with it
@@ -53,7 +55,7 @@ def test_rows_of_a_clients_own_stand_in_for_the_global_ones():
     weights, other = dense(), dense(1)
     own = {"router": {0: other[0][0], 5: other[0][5]}, "w_in": {2: other[1][2]}, "w_out": {2: other[2][2]}}
     layer = MoE(H, I, E, K, dtype=torch.float64)
-    layer.load_global(*weights, permitted=mask(0, 2, 3), trainable=mask(2), rows=own)
+    layer.load_global(LayerState.whole(*weights), permitted=mask(0, 2, 3), trainable=mask(2), rows=own)
     held = layer.global_state()
     router, w_in, w_out = (w.clone() for w in weights)
     router[0], router[5] = other[0][0], other[0][5]
@@ -78,6 +80,6 @@ def test_rows_of_a_clients_own_stand_in_for_the_global_ones():
 def test_rows_that_do_not_fit_are_refused_and_change_nothing(own, said):
     layer = MoE.from_dense(*dense(), K)
     with pytest.raises(ValueError, match=said):
-        layer.load_global(*dense(1), permitted=mask(0, 2), rows=own)
+        layer.load_global(LayerState.whole(*dense(1)), permitted=mask(0, 2), rows=own)
     assert layer.experts == tuple(range(E))
     assert torch.equal(layer.global_state().w_in, dense()[1])

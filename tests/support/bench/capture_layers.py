@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from fedmoe_core import MoE
 from fedmoe_core.layer.lora import LayerLora
+from fedmoe_core.layer.routing_rule import RoutingRule
+from fedmoe_core.layer.shared_expert import SharedExpert
 
 T, H, INNER, E, K = 64, 128, 128, 8, 2
 # Experts that train are not the first ones, so that the router's rows are put in order at every call.
@@ -30,7 +33,18 @@ LAYERS: dict[str, dict[str, Any]] = {
     "recomputed": {"recompute": True},
     "fp8": {"frozen_format": "fp8_e4m3"},
     "4 bits": {"frozen_format": "nvfp4"},
-    "sigmoid": {"scoring": "sigmoid", "renormalize": False},
+    "sigmoid": {"rule": RoutingRule("sigmoid", renormalize=False)},
+    "as gpt-oss": {
+        "rule": RoutingRule("topk_softmax"),
+        "activation": "swiglu_oai",
+        "expert_bias": True,
+        "router_bias": True,
+    },
+    "as DeepSeek-V3": {
+        "rule": RoutingRule("sigmoid", groups=(4, 2), scale=2.5),
+        "correction_bias": True,
+        "shared": True,
+    },
     "no gate": {"activation": "relu"},
     "adapters": {},
     "an output scale": {},
@@ -42,6 +56,8 @@ def layer_of(name: str, dtype: torch.dtype = torch.float16, *, sizes: tuple[int,
     """One of `LAYERS` on the CPU, with normal weights; `sizes` are the width of a token and that inside an expert."""
     options: dict[str, Any] = {"permitted": HELD, "trainable": TRAINS} | LAYERS[name]
     torch.manual_seed(0)
+    if "shared" in options:
+        options["shared"] = SharedExpert(*sizes, dtype=dtype)
     layer = MoE(*sizes, E, K, dtype=dtype, **options)
     if name == "logits":
         layer.recorder = lambda logits_TE, experts_TK: None
@@ -50,8 +66,7 @@ def layer_of(name: str, dtype: torch.dtype = torch.float16, *, sizes: tuple[int,
     if name == "adapters":
         whole = MoE(*sizes, E, K, dtype=dtype).global_state()
         lora = LayerLora.fresh(whole.w_in, whole.w_out, rank=16, scale=0.5, seed=0)
-        masks = {"permitted": HELD, "trainable": TRAINS}
-        layer.load_global(whole.router, whole.w_in, whole.w_out, **masks, lora=lora)
+        layer.load_global(replace(whole, lora=lora), permitted=HELD, trainable=TRAINS)
     return layer
 
 

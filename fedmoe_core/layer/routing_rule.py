@@ -1,0 +1,56 @@
+"""The rule by which a layer sends tokens to experts, as model families differ in it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedmoe_kernels.routing.route import SCORINGS
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """How router logits become choices and weights; the terms are those of ``fedmoe_kernels.route``.
+
+    Attributes:
+        scoring: "softmax" over all permitted experts, then top-k (Mixtral, OLMoE, Qwen); "topk_softmax": top-k, then
+            softmax over the chosen (gpt-oss); "sigmoid" of each logit (DeepSeek-V3).
+        renormalize: divide the weights by their sum over the chosen.
+        groups: (n_group, topk_group), for "sigmoid": choose within the best groups of experts only.
+        scale: factor on every weight, after renormalisation (DeepSeek's ``routed_scaling_factor``).
+
+    Raises:
+        ValueError: an unknown scoring, groups without "sigmoid", or a scale that is not a positive number.
+
+    Example:
+        >>> RoutingRule("sigmoid", groups=(8, 4), scale=2.5).renormalize  # DeepSeek-V3
+        True
+    """
+
+    scoring: str = "softmax"
+    renormalize: bool = True
+    groups: tuple[int, int] | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scoring not in SCORINGS:
+            raise ValueError(f"scoring={self.scoring!r} is unknown; choose one of {', '.join(SCORINGS)}")
+        if self.groups is not None and self.scoring != "sigmoid":
+            raise ValueError(f"groups belong to scoring='sigmoid', not to {self.scoring!r}; leave them out")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale={self.scale} is out of range; give a positive number")
+
+    def check(self, num_experts: int) -> None:
+        """Refuse groups that do not divide a layer of so many experts.
+
+        Raises:
+            ValueError: n_group does not divide them, or topk_group is outside 1..n_group.
+        """
+        if self.groups is None:
+            return
+        count, best = self.groups
+        if not (count >= 1 and num_experts % count == 0 and 1 <= best <= count):
+            raise ValueError(
+                f"groups={self.groups} do not fit {num_experts} experts; n_group must divide {num_experts} and "
+                "topk_group lie in 1..n_group"
+            )
