@@ -87,7 +87,7 @@ class HFedMoEPlus(Algorithm):
         if self.gate != "frozen":
             return Extras()
         costs = self.population.costs
-        router = costs.total_experts * costs.hidden_size * costs.weight_bytes
+        router = costs.router_bytes
         first = Cost(bytes_down=router) if state.visits[client] == 0 else NOTHING
         return Extras(keeps=frozenset({"router"}), train_router=False, surcharge=first)
 

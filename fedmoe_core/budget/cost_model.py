@@ -24,8 +24,8 @@ Mode = Literal["compact", "backward-masked"]
 class CostModel:
     """Closed-form cost of a client's round [E]: bytes and floating-point operations.
 
-    An expert has P = H * I_in + I * H parameters (I_in = 2I where gated). Held: P weights. Trainable: gradient and
-    optimizer state in addition (fp32 AdamW: 16 bytes a parameter in all). LoRA experts: the base stays frozen and
+    An expert has P = H * I_in + I * H weights (I_in = 2I where gated), and I_in + H biases where it has any. Held: all
+    of them. Trainable: gradient and optimizer state in addition (fp32 AdamW: 16 bytes a parameter in all). LoRA experts: the base stays frozen and
     r * (d_in + d_out) adapter parameters per matrix train instead. Arithmetic per row: 2P forward, 2P input gradient,
     2P weight gradient, so 6P trainable and 4P frozen (the bound of a frozen expert on the path of a gradient).
     Element-wise work (activation, optimizer, scores) is not counted: it is O(P + rows * I), not O(rows * P).
@@ -35,6 +35,8 @@ class CostModel:
         tokens: tokens of one local step, batch x sequence, padding included.
         trunk_params, trunk_trainable: parameters that are neither expert nor router, and how many of them train.
         trunk: measured terms.
+        expert_bias, router_bias: whether experts have biases, and router rows one. They count as bytes; what they add
+            to the arithmetic is element-wise.
         weight_bytes: bytes per weight of trunk, router, adapters and (without ``base_bytes``) experts, stored and sent.
         base_bytes: bytes per expert weight under LoRA, where it is frozen and may be quantised (0.5 for 4 bits).
         grad_bytes, optimizer_bytes: bytes per trainable parameter (AdamW: two fp32 moments).
@@ -61,6 +63,8 @@ class CostModel:
     trunk_trainable: int = 0
     trunk: TrunkCost = UNMEASURED
     gated: bool = True
+    expert_bias: bool = False
+    router_bias: bool = False
     weight_bytes: int = 4
     base_bytes: float | None = None
     grad_bytes: int = 4
@@ -88,7 +92,10 @@ class CostModel:
     def of(cls, spec: ModelSpec, *, tokens: int, train_dense: bool = False, lora_rank: int | None = None) -> CostModel:
         """Make the cost model behind an adapter, not yet calibrated; ``train_dense`` trains every dense tensor."""
         w_in = next(p for p in spec.params if p.kind in ("expert", "frozen") and p.key.endswith(".w_in"))
-        of_trunk = [p for p in spec.params if p.kind == "dense" or (p.kind == "frozen" and p.layer < 0)]
+        of_layers = {p.key.rpartition(".")[2] for p in spec.params if p.layer >= 0}
+        # A correction bias is held by every client, is sent once and never trains: frozen trunk, but for its place.
+        corrected = [p for p in spec.params if p.layer >= 0 and p.key.endswith(".correction_bias")]
+        of_trunk = [p for p in spec.params if p.kind == "dense" or (p.kind == "frozen" and p.layer < 0)] + corrected
         trunk = sum(math.prod(param.shape) for param in of_trunk)
         dense = sum(math.prod(param.shape) for param in spec.params if param.kind == "dense")
         return cls(
@@ -101,6 +108,8 @@ class CostModel:
             trunk_params=trunk,
             trunk_trainable=dense if train_dense else 0,
             gated=w_in.shape[1] == 2 * spec.intermediate_size,
+            expert_bias="bias_in" in of_layers,
+            router_bias="router_bias" in of_layers,
             weight_bytes=w_in.dtype.itemsize,
             grad_bytes=w_in.dtype.itemsize,
             optimizer_bytes=2 * w_in.dtype.itemsize,
@@ -113,9 +122,23 @@ class CostModel:
         return self.num_layers * self.num_experts
 
     @property
+    def expert_weights(self) -> int:
+        """Weights of one expert's matrices: what is multiplied by, and what a format of few bits stores."""
+        return self.hidden_size * self._width_in + self.intermediate_size * self.hidden_size
+
+    @property
     def expert_params(self) -> int:
         """Parameters of one expert, without adapters."""
-        return self.hidden_size * self._width_in + self.intermediate_size * self.hidden_size
+        return self.expert_weights + self._expert_biases
+
+    @property
+    def _expert_biases(self) -> int:
+        return (self._width_in + self.hidden_size) * self.expert_bias
+
+    @property
+    def router_bytes(self) -> int:
+        """Memory of all routers of the model, as they are sent."""
+        return self.total_experts * (self.hidden_size + self.router_bias) * self.weight_bytes
 
     @property
     def adapter_params(self) -> int:
@@ -135,12 +158,13 @@ class CostModel:
     @property
     def _router_row(self) -> int:
         """Trainable router parameters per trainable expert."""
-        return self.hidden_size if self.train_router else 0
+        return (self.hidden_size + self.router_bias) * self.train_router
 
     @property
     def _base_expert(self) -> int:
         """Bytes of one expert's weights without adapters."""
-        return math.ceil(self.expert_params * (self.weight_bytes if self.base_bytes is None else self.base_bytes))
+        per_weight = self.weight_bytes if self.base_bytes is None else self.base_bytes
+        return math.ceil(self.expert_weights * per_weight) + self._expert_biases * self.weight_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -170,7 +194,7 @@ class CostModel:
     @property
     def resident_bytes(self) -> int:
         """Memory that is there whatever experts are held: trunk, its optimizer state, the whole router, buffers."""
-        weights = (self.trunk_params + self.total_experts * self.hidden_size) * self.weight_bytes
+        weights = self.trunk_params * self.weight_bytes + self.router_bytes
         aux = self.aux_tables * self.tokens * self.total_experts * 4
         return weights + self.trunk_trainable * self._kept_bytes + self.trunk.buffer_bytes + aux
 
@@ -233,7 +257,7 @@ class CostModel:
         k = self.top_k if top_k is None else top_k
         rows = float(tokens * np.minimum(k, served_LE.sum(axis=1)).sum())
         routers = 2.0 * self.total_experts * self.hidden_size
-        expert = 2.0 * (self.expert_params + self.adapter_params)
+        expert = 2.0 * (self.expert_weights + self.adapter_params)
         return rows * expert + tokens * (routers + self.trunk.forward_flops_per_token)
 
     def forward_memory(self, held_LE: np.ndarray, *, top_k: int | None = None) -> int:
@@ -384,7 +408,7 @@ class CostModel:
 
     def _base_down(self, first_participation: bool) -> int:
         trunk = self.trunk_params if first_participation else self.trunk_trainable
-        return (self.total_experts * self.hidden_size * self.router_travels + trunk) * self.weight_bytes
+        return self.router_bytes * self.router_travels + trunk * self.weight_bytes
 
     @property
     def router_flops_per_token(self) -> float:
@@ -392,6 +416,7 @@ class CostModel:
         return float((6 if self.train_router else 4) * self.total_experts * self.hidden_size)
 
     def _flops(self, trained_rows: float, frozen_rows: float, tokens: int) -> float:
-        through = 4 * (self.expert_params + self.adapter_params)
-        expert = trained_rows * (through + 2 * self.trained_params) + frozen_rows * through
+        through = 4 * (self.expert_weights + self.adapter_params)
+        learning = 2 * (self.expert_weights if self.lora_rank is None else self.adapter_params)
+        expert = trained_rows * (through + learning) + frozen_rows * through
         return expert + tokens * (self.router_flops_per_token + self.trunk.flops_per_token)

@@ -50,7 +50,7 @@ def _coding_bytes(few: CostModel, held: int) -> int:
     that of w_in before there is one of w_out.
     """
     w_out = few.intermediate_size * few.hidden_size
-    w_in = few.expert_params - w_out  # never the smaller one
+    w_in = few.expert_weights - w_out  # never the smaller one
     stacked = held * max(w_in - w_out, w_out) * (few.base_bytes or 0)
     return max(6 * w_in, math.ceil(stacked))
 
@@ -58,6 +58,6 @@ def _coding_bytes(few: CostModel, held: int) -> int:
 def coded(costs: CostModel, form: str) -> CostModel:
     """Return the cost model with frozen experts in a format of few bits: their codes and scales."""
     hidden, inner = costs.hidden_size, costs.intermediate_size
-    rows_in = costs.expert_params // hidden - inner
+    rows_in = costs.expert_weights // hidden - inner
     stored = sum(FORMATS[form].bytes_of(*size) for size in ((rows_in, hidden), (hidden, inner)))
-    return replace(costs, base_bytes=stored / costs.expert_params)
+    return replace(costs, base_bytes=stored / costs.expert_weights)

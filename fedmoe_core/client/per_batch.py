@@ -54,7 +54,7 @@ class BatchChooser:
         served_LE = np.ones_like(self.chosen_LE)
         self.flops += self.costs.forward_flops(served_LE, tokens=batch.tokens_SN.numel(), top_k=self.top_k)
         # A layer's weights exist twice while its slots are laid out again.
-        largest = max(tensor_bytes([*layer.parameters(), *layer.buffers()]) for layer in self.adapter.moe)
+        largest = max(tensor_bytes(layer.own_tensors()) for layer in self.adapter.moe)
         return max(resident + trace.peak, resident_bytes(self.adapter.model, optimizer) + largest)
 
     def bill(self, rows_LE: np.ndarray, tokens: int) -> None:
@@ -105,7 +105,7 @@ class SlotAdamW:
 
     def __init__(self, adapter: ModelAdapter, train: TrainConfig) -> None:
         self.adapter, self.train = adapter, train
-        of_experts = {id(p) for layer in adapter.moe for p in layer.parameters()}
+        of_experts = {id(p) for layer in adapter.moe for p in layer.own_parameters()}
         self._dense = [p for p in adapter.model.parameters() if p.requires_grad and id(p) not in of_experts]
         self._states: dict[object, dict[str, Any]] = {}
 
@@ -117,14 +117,14 @@ class SlotAdamW:
     @property
     def param_groups(self) -> list[dict[str, list[nn.Parameter]]]:
         """The parameters that learn now."""
-        experts = [p for layer in self.adapter.moe for p in layer.parameters() if p.requires_grad and p.numel()]
+        experts = [p for layer in self.adapter.moe for p in layer.own_parameters() if p.requires_grad and p.numel()]
         return [{"params": [*experts, *self._dense]}]
 
     def step(self) -> None:
         """Take one AdamW step of every slot that has a gradient."""
         places: dict[object, nn.Parameter] = {("dense", place): p for place, p in enumerate(self._dense)}
         for number, layer in enumerate(self.adapter.moe):
-            for name in ("router", "w_in", "w_out"):
+            for name in layer.names:
                 whole: nn.Parameter = getattr(layer, name)
                 if whole.grad is None:
                     continue

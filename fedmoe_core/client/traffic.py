@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmoe_core.budget.peak_memory import tensor_bytes
 from fedmoe_core.layer.lora import FACTORS, first_ranks
+from fedmoe_core.layer.state import STEERING
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.adapter import ModelAdapter
 
@@ -19,7 +20,7 @@ def kind_of(key: str) -> str:
     """Return a tensor's kind by its key: "router", "expert" (factors of adapters too), "scale" or "dense"."""
     if not key.startswith("moe."):
         return "dense"
-    return {"router": "router", "out_scale": "scale"}.get(key.rpartition(".")[2], "expert")
+    return {"router": "router", "router_bias": "router", "out_scale": "scale"}.get(key.rpartition(".")[2], "expert")
 
 
 def start_of(params: Mapping[str, Tensor], key: str, plan: ExpertPlan) -> Tensor:
@@ -57,10 +58,13 @@ def received_bytes(adapter: ModelAdapter, plan: ExpertPlan) -> int:
     """Count bytes of the tensors that a client of this configuration is sent: experts, whole routers, trunk if due."""
     own = {id(layer.out_scale) for layer in adapter.moe}
     if "router" in plan.extras.keeps:
-        own |= {id(part) for layer in adapter.moe for part in (layer.router, layer.router_rest)}
-    experts = [t for layer in adapter.moe for t in (*layer.parameters(), *layer.buffers())]
+        own |= {
+            id(getattr(layer, f"{name}{part}")) for layer in adapter.moe for name in STEERING for part in ("", "_rest")
+        }
+    experts = [t for layer in adapter.moe for t in layer.own_tensors() if t is not layer.correction_bias]
     of_experts = {id(t) for t in experts}
     trunk = [p for p in adapter.model.parameters() if id(p) not in of_experts]
+    trunk += [layer.correction_bias for layer in adapter.moe if layer.correction_bias is not None]
     sent = [p for p in trunk if plan.first_participation or p.requires_grad]
     adapted = sum(_adapter_bytes(adapter, plan, number) for number in range(len(adapter.moe)))
     return tensor_bytes(t for t in experts if id(t) not in own) + tensor_bytes(sent) + adapted

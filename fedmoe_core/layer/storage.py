@@ -231,7 +231,11 @@ class ExpertStore(nn.Module):
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of router and experts, without those of a shared expert."""
-        return [p for name, p in self.named_parameters() if not name.startswith("shared.")]
+        return list(self.parameters(recurse=False))
+
+    def own_tensors(self) -> list[Tensor]:
+        """Return parameters and buffers of router and experts, without those of a shared expert."""
+        return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
 
     def check_masks(self, permitted: ExpertMask | None, trainable: ExpertMask | None) -> tuple[np.ndarray, np.ndarray]:
         """Return numpy bool (E,) masks of the permitted and of the trainable experts, None filled in.

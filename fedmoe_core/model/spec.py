@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.data.batches import Task
+from fedmoe_core.layer.state import BIASES
 
 # Kinds of tensors in global coordinates. "expert" and "router" tensors have experts on dimension 0; "frozen" ones (base
 # experts under adapters, the blocks that adapters are grafted on) never train in this run.
@@ -22,8 +23,9 @@ Kind = Literal["expert", "router", "dense", "frozen"]
 class ParamSpec:
     """One tensor of the global model.
 
-    ``moe.{l}.w_in`` (E, 2I, H) and ``moe.{l}.w_out`` (E, H, I) are "expert", ``moe.{l}.router`` (E, H) is "router".
-    ``dense.{name}`` is everything else (trunk and head), under the model's own parameter names.
+    ``moe.{l}.w_in`` (E, 2I, H), ``moe.{l}.w_out`` (E, H, I) and, where there are biases, ``bias_in`` (E, 2I) and
+    ``bias_out`` (E, H) are "expert"; ``router`` (E, H) and ``router_bias`` (E,) are "router". ``correction_bias`` (E,) is
+    "frozen". ``dense.{name}`` is everything else (trunk and head), under the model's own parameter names.
     """
 
     key: str
@@ -91,17 +93,19 @@ class PlaceLosses:
 
 
 def lora_specs(specs: Sequence[ParamSpec], rank: int) -> tuple[ParamSpec, ...]:
-    """List the tensors of a model with adapters of ``rank`` on its experts: factors train, experts are frozen."""
+    """List the tensors of a model with adapters of ``rank`` on its experts' matrices: factors train, experts do not."""
     found: list[ParamSpec] = []
     for spec in specs:
         name = spec.key.rpartition(".")[2]
         if spec.kind != "expert":
             found.append(spec)
             continue
+        found.append(replace(spec, kind="frozen"))
+        if name in BIASES:
+            continue
         side = name.removeprefix("w_")
         experts, rows, columns = spec.shape
         prefix = spec.key.removesuffix(name)
-        found.append(replace(spec, kind="frozen"))
         found.append(replace(spec, key=f"{prefix}a_{side}", shape=(experts, rank, columns)))
         found.append(replace(spec, key=f"{prefix}b_{side}", shape=(experts, rows, rank)))
     return tuple(found)

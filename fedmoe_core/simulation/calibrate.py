@@ -150,6 +150,6 @@ def _marker(stage: str, device: torch.device) -> Callable[[nn.Module, object, Te
 
 
 def _trunk_buffers(adapter: ModelAdapter) -> int:
-    """Bytes of buffers that are not part of an MoE layer (rotary tables)."""
-    of_experts = {id(buffer) for layer in (*adapter.moe, *adapter.frozen_moe) for buffer in layer.buffers()}
+    """Bytes of buffers that no plan counts (rotary tables)."""
+    of_experts = {id(tensor) for layer in adapter.moe for tensor in layer.own_tensors()}
     return tensor_bytes(buffer for buffer in adapter.model.buffers() if id(buffer) not in of_experts)

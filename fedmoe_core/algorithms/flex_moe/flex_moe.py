@@ -223,7 +223,7 @@ class FlexMoE(Algorithm):
         tokens, step = batches * facts.costs.tokens, facts.costs.step_flops(all_LE, all_LE, top_k=1)
         limit = facts.budgets[client].flops
         pays = batches > 0 and (limit is None or facts.costs.forward_flops(all_LE, tokens=tokens) + step <= limit)
-        gates = facts.costs.total_experts * facts.costs.hidden_size * facts.costs.weight_bytes
+        gates = facts.costs.router_bytes
         extra = Cost(bytes_down=gates if first_participation else 0)
         if pays:
             passing = pass_cost(facts.costs, held_LE, tokens=tokens)

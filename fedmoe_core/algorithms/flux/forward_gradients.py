@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from fedmoe_core.algorithms.flux.utility import spsa
 from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Cost
+from fedmoe_core.layer.state import BIASES, MATRICES
 from fedmoe_core.messages.plan import ProbeContext
 
 
@@ -37,12 +39,12 @@ class ForwardEstimates:
         for number, expert in self.experts:
             layer = adapter.moe[number]
             slot = layer.frozen_experts.index(expert)
-            w_in, w_out = layer.w_in_frozen[slot], layer.w_out_frozen[slot]
-            start = torch.cat([w_in.flatten(), w_out.flatten()])
+            parts = [getattr(layer, f"{name}_frozen")[slot] for name in layer.names if name in (*MATRICES, *BIASES)]
+            start = parameters_to_vector(parts)
 
-            def install(flat: Tensor, w_in: Tensor = w_in, w_out: Tensor = w_out) -> None:
-                w_in.copy_(flat[: w_in.numel()].view_as(w_in))
-                w_out.copy_(flat[w_in.numel() :].view_as(w_out))
+            def install(flat: Tensor, parts: list[Tensor] = parts) -> None:
+                for part, values in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+                    part.copy_(values.view_as(part))
 
             def loss(flat: Tensor, install: object = install) -> float:
                 assert callable(install)

@@ -101,7 +101,7 @@ def profile_cost(population: Population) -> Cost | None:
     codes = quantized_bytes([param for param in spec.params if param.kind == "expert"], form=FORMAT)
     nobody_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
     all_LE = ~nobody_LE
-    routers = costs.total_experts * spec.hidden_size * costs.weight_bytes
+    routers = costs.router_bytes
     attention = 4 * costs.tokens * train.seq_len * spec.heads * 4
     working = 4 * costs.expert_params * 4  # an expert as floats, its matrices dequantised, its codes as floats
     return Cost(

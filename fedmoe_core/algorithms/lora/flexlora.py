@@ -96,7 +96,7 @@ class FlexLora(Algorithm):
         memory = dict(state.memory)
         rank, scale = self.population.config.lora.rank, _scale(self.population)
         for spec in sums.specs:
-            if spec.kind != "expert":
+            if spec.key not in expert_keys(self.population):
                 continue
             base, den_E = state.memory[f"base/{spec.key}"], sums.expert_den_LE[spec.layer]
             summed = sums.mean(spec.key, base, den_E)
