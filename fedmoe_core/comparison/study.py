@@ -134,7 +134,7 @@ class Study:
         words = [word for label in found for word in earlier.systems[label]]
         taken = {word.partition("=")[2] for word in words if word.startswith(ALGORITHM)}
         was = {key: value for key, value in earlier.shared.items() if concerns(key, taken)}
-        now = {key: value for key, value in (self.shared() | RETIRED).items() if key in was}
+        now = {key: value for key, value in {**self.shared(), **RETIRED}.items() if key in was}
         if unlike := differing(was, now):
             raise ValueError(
                 f"{earlier.path} was made under {another_configuration(unlike)}; "
