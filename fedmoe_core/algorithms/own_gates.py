@@ -13,22 +13,18 @@ from fedmoe_core.model.spec import ModelSpec
 from fedmoe_core.server.state import ServerState
 
 
-def gate_keys(spec: ModelSpec) -> list[str]:
-    """Return the keys of the routers, by layer."""
-    return [f"moe.{layer}.router" for layer in range(spec.num_layers)]
-
-
 def own_rows(state: ServerState, spec: ModelSpec, client: int) -> OwnRows:
     """Return the rows of a plan for the gate that the client has kept; before it has one, the server's.
 
     What a client keeps lies in the server's memory under ``gate/CLIENT``, (L, E, H): the simulation's stand-in for the
     client's own disk. No other client's plan or average reads it.
     """
-    routers = [state.params[key] for key in gate_keys(spec)]
+    keys = spec.keys_of("router")
+    routers = [state.params[key] for key in keys]
     gate = state.memory.get(f"gate/{client}", routers)
     return {
         key: dict(enumerate(gate_EH.to(router.device)))
-        for key, gate_EH, router in zip(gate_keys(spec), gate, routers, strict=True)
+        for key, gate_EH, router in zip(keys, gate, routers, strict=True)
     }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmoe_core.base.tensor_key import DENSE, TensorKey
 from fedmoe_core.budget.peak_memory import tensor_bytes
 from fedmoe_core.layer.lora import FACTORS, first_ranks
 from fedmoe_core.messages.plan import ExpertPlan
@@ -17,9 +18,10 @@ from fedmoe_core.model.adapter import ModelAdapter
 
 def kind_of(key: str) -> str:
     """Return a tensor's kind by its key: "router", "expert" (factors of adapters too), "scale" or "dense"."""
-    if not key.startswith("moe."):
+    place = TensorKey.parse(key)
+    if place.layer == DENSE:
         return "dense"
-    return {"router": "router", "out_scale": "scale"}.get(key.rpartition(".")[2], "expert")
+    return {"router": "router", "out_scale": "scale"}.get(place.name, "expert")
 
 
 def start_of(params: Mapping[str, Tensor], key: str, plan: ExpertPlan) -> Tensor:
@@ -27,16 +29,16 @@ def start_of(params: Mapping[str, Tensor], key: str, plan: ExpertPlan) -> Tensor
 
     Rows of the client's own come before the global ones; factors have the client's ranks; dense tensors are whole.
     """
-    old, name = params[key], key.rpartition(".")[2]
-    if not key.startswith("moe."):
+    old, place = params[key], TensorKey.parse(key)
+    if place.layer == DENSE:
         return old
-    experts = np.flatnonzero(plan.trainable_LE[int(key.split(".")[1])])
+    experts = np.flatnonzero(plan.trainable_LE[place.layer])
     start = old[torch.from_numpy(experts)]
-    if name in FACTORS and plan.extras.lora_rank is not None:
-        start = first_ranks(name, start, plan.extras.lora_rank).clone()
-    for place, expert in enumerate(experts):
+    if place.name in FACTORS and plan.extras.lora_rank is not None:
+        start = first_ranks(place.name, start, plan.extras.lora_rank).clone()
+    for slot, expert in enumerate(experts):
         if (row := plan.extras.rows.get(key, {}).get(int(expert))) is not None:
-            start[place] = row
+            start[slot] = row
     return start
 
 
@@ -44,11 +46,12 @@ def returned_bytes(deltas: Mapping[str, Tensor], trained_LE: np.ndarray, plan: E
     """Count bytes of the deltas that are sent back: of experts and routers the rows that learnt in this round."""
     total = 0
     for key, delta in deltas.items():
-        if not key.startswith("moe."):
+        layer = TensorKey.parse(key).layer
+        if layer == DENSE:
             total += delta.nbytes
             continue
-        rows_E = plan.trainable_LE[int(key.split(".")[1])]
-        learnt = int((trained_LE[int(key.split(".")[1])] & rows_E).sum())
+        rows_E = plan.trainable_LE[layer]
+        learnt = int((trained_LE[layer] & rows_E).sum())
         total += delta.nbytes * learnt // max(int(rows_E.sum()), 1)
     return total
 
@@ -76,7 +79,7 @@ def _adapter_bytes(adapter: ModelAdapter, plan: ExpertPlan, number: int) -> int:
     if layer.lora_scale is None:
         return 0
     factors: list[Tensor] = [getattr(layer, name) for name in FACTORS]
-    if not plan.extras.sends_adapters(in_state=f"moe.{number}.a_in" in adapter.spec.keys):
+    if not plan.extras.sends_adapters(in_state=str(TensorKey(number, "a_in")) in adapter.spec.keys):
         beside = -tensor_bytes(factors)
     else:
         beside = len(layer.frozen_experts) * sum(math.prod(f.shape[1:]) * f.itemsize for f in factors)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedmoe_core.base.tensor_key import TensorKey
 from fedmoe_core.data.batches import Task
 
 # Kinds of tensors in global coordinates. "expert" and "router" tensors have experts on dimension 0; "frozen" ones (base
@@ -31,6 +32,11 @@ class ParamSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     layer: int = -1  # index of the MoE layer, -1 for dense tensors
+
+    @property
+    def name(self) -> str:
+        """The last part of the key: ``w_in`` of ``moe.3.w_in``."""
+        return TensorKey.parse(self.key).name
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,10 @@ class ModelSpec:
     def keys(self) -> frozenset[str]:
         """Keys of every tensor of the state."""
         return frozenset(spec.key for spec in self.params)
+
+    def keys_of(self, name: str) -> list[str]:
+        """Return the keys of the tensors called ``name``, one for each MoE layer."""
+        return [str(TensorKey(layer, name)) for layer in range(self.num_layers)]
 
     def trained(self, *, train_dense: bool) -> tuple[ParamSpec, ...]:
         """Return the tensors that may train: experts and routers, and of the dense ones all or the head."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.algorithms.flux.clustering import fused_kmeans
+from fedmoe_core.base.tensor_key import TensorKey
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def merged_experts(params: Mapping[str, Tensor], merge: Merge) -> dict[str, Mapp
     rows: dict[str, Mapping[int, Tensor]] = {}
     for layer, alias_E in enumerate(merge.alias_LE):
         ids, sizes = np.unique(alias_E, return_counts=True)
-        for key in (f"moe.{layer}.w_in", f"moe.{layer}.w_out"):
+        for key in (str(TensorKey(layer, name)) for name in ("w_in", "w_out")):
             merged = merged_rows(params[key], merge, layer)
             rows[key] = {int(e): row for e, size, row in zip(ids, sizes, merged, strict=True) if size > 1}
     return rows
