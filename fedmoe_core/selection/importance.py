@@ -134,8 +134,8 @@ def estimate_absent(
     prob_sum_CLE: np.ndarray,
     held_CLE: np.ndarray,
     *,
-    prior_taylor_LE: np.ndarray | None = None,
-    prior_prob_sum_LE: np.ndarray | None = None,
+    prior_taylor_LE: np.ndarray,
+    prior_prob_sum_LE: np.ndarray,
 ) -> np.ndarray:
     """Fill absent experts into the Taylor sums of every client: own demand x what a unit of demand is worth [E].
 
@@ -152,13 +152,8 @@ def estimate_absent(
     Returns:
         (C, L, E): measured values where held, estimates elsewhere.
     """
-    if (prior_taylor_LE is None) != (prior_prob_sum_LE is None):
-        raise ValueError("a prior has two halves; give prior_taylor_LE and prior_prob_sum_LE together")
-    worth_LE = np.where(held_CLE, taylor_CLE, 0.0).sum(axis=0)
-    demand_LE = np.where(held_CLE, prob_sum_CLE, 0.0).sum(axis=0)
-    if prior_taylor_LE is not None and prior_prob_sum_LE is not None:
-        worth_LE = worth_LE + prior_taylor_LE
-        demand_LE = demand_LE + prior_prob_sum_LE
+    worth_LE = np.where(held_CLE, taylor_CLE, 0.0).sum(axis=0) + prior_taylor_LE
+    demand_LE = np.where(held_CLE, prob_sum_CLE, 0.0).sum(axis=0) + prior_prob_sum_LE
     pooled_L1 = _ratio(worth_LE.sum(axis=1, keepdims=True), demand_LE.sum(axis=1, keepdims=True), 1.0)
     rate_LE = _ratio(worth_LE, demand_LE, pooled_L1)
     return np.where(held_CLE, taylor_CLE, prob_sum_CLE * rate_LE)

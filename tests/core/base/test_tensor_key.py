@@ -7,9 +7,7 @@ import pytest
 from fedmoe_core.base.tensor_key import DENSE, TensorKey
 
 
-@pytest.mark.parametrize(
-    "key", ["moe.0.router", "moe.12.w_in", "moe.3.out_scale", "dense.norm.weight", "dense.w"]
-)
+@pytest.mark.parametrize("key", ["moe.0.router", "moe.12.w_in", "moe.3.out_scale", "dense.norm.weight", "dense.w"])
 def test_a_key_comes_apart_and_together_again(key: str) -> None:
     place = TensorKey.parse(key)
     assert str(place) == key
