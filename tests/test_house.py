@@ -222,7 +222,7 @@ def test_no_circle_among_files() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=named)
+@pytest.mark.parametrize("path", [*SOURCES, *(HOUSE / "tests" / "support" / "equations").glob("*.py")], ids=named)
 def test_a_name_that_another_file_takes_has_no_underscore(path: Path) -> None:
     taken = [name.rpartition(".")[2] for name in modules_of(ast.parse(path.read_text())) if floor_of(name) is not None]
     assert [name for name in taken if name.startswith("_") and not name.startswith("__")] == []

@@ -55,7 +55,7 @@ def merge_budgets(freq_LE: np.ndarray, merged_LE: np.ndarray, slots: int) -> np.
         ValueError: fewer slots than layers with an expert to merge.
     """
     depth = len(freq_LE)
-    return _share_out((depth - np.arange(depth)) / (freq_LE.var(axis=1) + 1e-6), merged_LE, slots)
+    return share_out((depth - np.arange(depth)) / (freq_LE.var(axis=1) + 1e-6), merged_LE, slots)
 
 
 def merge_shares(alias_LE: np.ndarray, freq_LE: np.ndarray, attention_LE: np.ndarray) -> np.ndarray:
@@ -135,8 +135,12 @@ def merged_experts(params: Mapping[str, Tensor], merge: Merge) -> dict[str, Mapp
     return rows
 
 
-def _share_out(claim_L: np.ndarray, merged_LE: np.ndarray, slots: int) -> np.ndarray:
-    """``slots`` in proportion to the claims, within 1..the layer's experts to merge, by largest remainder."""
+def share_out(claim_L: np.ndarray, merged_LE: np.ndarray, slots: int) -> np.ndarray:
+    """Share ``slots`` out in proportion to the claims, 1..the experts to merge for each layer, by largest remainder.
+
+    Raises:
+        ValueError: fewer slots than layers with something to merge.
+    """
     most_L = merged_LE.sum(axis=1)
     least_L = (most_L > 0).astype(np.int64)
     if slots < least_L.sum():
