@@ -1,4 +1,4 @@
-"""How a report looks: palette, fonts and matplotlib's settings; ``page.css`` has the rest."""
+"""How a report looks: palette and matplotlib's settings; ``page.css`` has the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ PALE = "#9cc6e4"
 BLUE, ORANGE = PALETTE[0], PALETTE[1]
 BLUES = LinearSegmentedColormap.from_list("fedmoe", ["#f0f3f5", "#a8cbe3", "#0072b2", "#003a5c"])
 HELD = ListedColormap([EMPTY, PALE, BLUE])
-FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # only measures; the page's own fonts, which are narrower, replace it
     "font.size": 9,

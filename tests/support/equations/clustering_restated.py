@@ -5,6 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 
+def unit(x_XD: np.ndarray) -> np.ndarray:
+    """Scale each row to length 1; a row of zeros stays."""
+    return np.array([row / max(float(np.sqrt(row @ row)), 1e-300) for row in x_XD])
+
+
 def spread(features_ND: np.ndarray, labels_N: np.ndarray) -> float:
     """Return the sum over points of 1 - cosine to their cluster's centroid: what K-means makes small."""
     unit_ND = unit(features_ND)
