@@ -69,7 +69,7 @@ def test_the_wheel_holds_three_packages_and_nothing_else(wheel: Path) -> None:
     sources = [path for root, folder in FLOORS.items() for path in (HOUSE / folder / root).rglob("*.py")]
     typed = [HOUSE / folder / root / "py.typed" for root, folder in FLOORS.items()]
     tables = HOUSE.glob("kernels/fedmoe_kernels/tiles/*.json")  # of tiles tuned on a GPU
-    pages = [HOUSE / "fedmoe_core" / "reporting" / "report.html.jinja"]
+    pages = [HOUSE / "fedmoe_core" / "reporting" / name for name in ("report.html.jinja", "page.css")]
     package = {
         path: next(root for root in FLOORS if root in path.parts) for path in (*sources, *typed, *tables, *pages)
     }

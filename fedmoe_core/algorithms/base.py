@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from fedmoe_core.config.run_config import Config
-from fedmoe_core.config.systems import System, place_of
+from fedmoe_core.config.systems import System, place_of, title_of
 from fedmoe_core.layer.graft import GraftSpec
 from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights, failed_update, finished_update
+from fedmoe_core.selection.importance import client_scores
 from fedmoe_core.server.means import Sums
 from fedmoe_core.server.state import Population, ServerState, initial_state
 
@@ -103,6 +105,20 @@ class Algorithm(ABC):
     def personal(self, state: ServerState, client: int) -> ExpertPlan:
         """Return the model that this client would deploy, as the plan that makes it: by default its next plan."""
         return self.plan(state, [client])[0]
+
+    def importance(self, state: ServerState) -> np.ndarray:
+        """Return how much each expert matters to the clients, (L, E): what the log of a round shows.
+
+        By default the mean over clients of the score that ``[selection]`` names, by their latest profiles.
+        """
+        rule = self.population.config.selection
+        scores = client_scores(state.profiles, self.population.prior, rule.score, lam=rule.lam, beta=rule.beta)
+        return np.asarray(np.mean(scores, axis=0))
+
+    @classmethod
+    def label(cls, config: Config) -> str:
+        """Return what people call a run of this system; by default its title."""
+        return title_of(config.algorithm)
 
 
 def algorithm_class(name: str) -> type[Algorithm]:

@@ -14,13 +14,13 @@ from typing import ClassVar
 import numpy as np
 
 from fedmoe_core.algorithms.base import Algorithm, NextModel, heard
-from fedmoe_core.config.run_config import SelectionConfig
+from fedmoe_core.config.run_config import Config, SelectionConfig
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
-from fedmoe_core.selection.importance import Score, estimate_absent, expert_scores, importance_s, usage
+from fedmoe_core.selection.importance import Score, client_scores, expert_scores, importance_s, usage
 from fedmoe_core.selection.knapsack import select_top_n
 from fedmoe_core.server.means import GateRule, Sums, dense_mean, expert_mean, gate_mean
 from fedmoe_core.server.planning import make_plan, plan_of_masks
@@ -120,11 +120,22 @@ class HFedMoE(Algorithm):
 
     def scores(self, state: ServerState) -> list[np.ndarray]:
         """Return one score per (layer, expert) and client: eq. 5 ("s"), eq. 14 ("ib"), or Taylor importance [E]."""
-        chosen, prior = self.chosen(state.round), self.population.prior
-        profiles = [profile if profile is not None else prior for profile in state.profiles]
-        if chosen.score == "taylor":
-            profiles = with_absent_experts(profiles, state, prior)
-        return [expert_scores(profile, chosen.score, lam=chosen.lam, beta=chosen.beta) for profile in profiles]
+        rule = self.chosen(state.round)
+        return client_scores(state.profiles, self.population.prior, rule.score, lam=rule.lam, beta=rule.beta)
+
+    def importance(self, state: ServerState) -> np.ndarray:
+        """Return the mean over clients of the scores that the next plans would go by, (L, E)."""
+        return np.asarray(np.mean(self.scores(state), axis=0))
+
+    @classmethod
+    def label(cls, config: Config) -> str:
+        """Name the system and the choices that change its meaning."""
+        parts = [f"score {config.selection.score}"]
+        if config.selection.mode != "compact":
+            parts.append(config.selection.mode)
+        if config.aggregation.experts != "participation":
+            parts.append(f"{config.aggregation.experts} mean")
+        return f"{super().label(config)} ({', '.join(parts)})"
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Return the weights of eqs. 16, 17, 19 and 20 for what this client trained."""
@@ -173,29 +184,6 @@ class HFedMoE(Algorithm):
             **dense_mean(sums, state.params),
         }
         return params, None
-
-
-def with_absent_experts(
-    profiles: Sequence[ClientProfile], state: ServerState, prior: ClientProfile
-) -> list[ClientProfile]:
-    """Return profiles whose Taylor sums cover absent experts too: own demand x what a served row is worth [E].
-
-    A compact client sends all its tokens to the few experts it holds, which inflates their sums; what it measures well
-    is the value of a row. So demand is the hits of the unmasked top-k, and the worth of a hit is Taylor per row. That
-    is the client's own where it held the expert, else pooled over all clients and the server's pass over public data.
-    """
-    heard_C = np.array([profile is not None for profile in state.profiles])
-    demand_CLE = np.stack([profile.hits_LE for profile in profiles])
-    worth_CLE = np.stack([profile.taylor_abs_LE / np.maximum(profile.rows_LE, 1) for profile in profiles])
-    measured_CLE = np.stack([profile.rows_LE > 0 for profile in profiles]) & heard_C[:, None, None]
-    filled_CLE = estimate_absent(
-        worth_CLE * demand_CLE,
-        demand_CLE,
-        measured_CLE,
-        prior_taylor_LE=prior.taylor_abs_LE,
-        prior_prob_sum_LE=prior.rows_LE,
-    )
-    return [replace(profile, taylor_abs_LE=taylor) for profile, taylor in zip(profiles, filled_CLE, strict=True)]
 
 
 def gate_rule(population: Population) -> GateRule:

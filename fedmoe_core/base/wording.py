@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 # Controls (newline and tab too), lone surrogates, formats such as U+202E that turns the reading direction, line and
 # paragraph separators, private and unassigned: a terminal acts on them, or a reader cannot see them.
@@ -42,6 +43,33 @@ def unknown(kind: str, word: str, options: Sequence[str]) -> ValueError:
     near = nearest(word.partition(":")[0], list(heads))
     hint = f"did you mean {heads[near]!r}? " if near else ""
     return ValueError(f"{kind} {word!r} is unknown; {hint}valid: {', '.join(options)}")
+
+
+def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the keys under which two mappings differ, each with the value of both; None = absent.
+
+    Example:
+        >>> differing({"lr": 0.1, "seed": 0}, {"lr": 0.1, "rounds": 8})
+        {'seed': (0, None), 'rounds': (None, 8)}
+    """
+    return {
+        key: (was.get(key), now.get(key))
+        for key in {**was, **now}
+        if (key in was) != (key in now) or was.get(key) != now.get(key)
+    }
+
+
+def another_configuration(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """Say what a configuration had then and has now, three keys at most.
+
+    Example:
+        >>> another_configuration({"seed": (0, 1), "lr": (None, 0.1)})
+        'another configuration (seed = 0 then, 1 now; lr = absent then, 0.1 now)'
+    """
+    shown = {key: ["absent" if value is None else repr(value) for value in pair] for key, pair in differing.items()}
+    named = [f"{key} = {was} then, {now} now" for key, (was, now) in list(shown.items())[:3]]
+    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    return f"another configuration ({'; '.join(named)}{more})"
 
 
 def _unseen(sign: str) -> bool:

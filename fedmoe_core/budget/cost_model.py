@@ -25,10 +25,11 @@ class CostModel:
     """Closed-form cost of a client's round [E]: bytes and floating-point operations.
 
     An expert has P = H * I_in + I * H weights (I_in = 2I where gated), and I_in + H biases where it has any. Held: all
-    of them. Trainable: gradient and optimizer state in addition (fp32 AdamW: 16 bytes a parameter in all). LoRA experts: the base stays frozen and
-    r * (d_in + d_out) adapter parameters per matrix train instead. Arithmetic per row: 2P forward, 2P input gradient,
-    2P weight gradient, so 6P trainable and 4P frozen (the bound of a frozen expert on the path of a gradient).
-    Element-wise work (activation, optimizer, scores) is not counted: it is O(P + rows * I), not O(rows * P).
+    of them. Trainable: gradient and optimizer state in addition (fp32 AdamW: 16 bytes a parameter in all). LoRA
+    experts: the base stays frozen and r * (d_in + d_out) adapter parameters per matrix train instead. Arithmetic per
+    row: 2P forward, 2P input gradient, 2P weight gradient, so 6P trainable and 4P frozen (the bound of a frozen expert
+    on the path of a gradient). Element-wise work (activation, biases, optimizer, scores) is not counted: it is
+    O(P + rows * I), not O(rows * P).
 
     Attributes:
         num_layers, num_experts, top_k, hidden_size, intermediate_size, gated: sizes of the MoE layers.
@@ -91,10 +92,10 @@ class CostModel:
     @classmethod
     def of(cls, spec: ModelSpec, *, tokens: int, train_dense: bool = False, lora_rank: int | None = None) -> CostModel:
         """Make the cost model behind an adapter, not yet calibrated; ``train_dense`` trains every dense tensor."""
-        w_in = next(p for p in spec.params if p.kind in ("expert", "frozen") and p.key.endswith(".w_in"))
-        of_layers = {p.key.rpartition(".")[2] for p in spec.params if p.layer >= 0}
+        w_in = next(p for p in spec.params if p.kind in ("expert", "frozen") and p.name == "w_in")
+        of_layers = {p.name for p in spec.params if p.layer >= 0}
         # A correction bias is held by every client, is sent once and never trains: frozen trunk, but for its place.
-        corrected = [p for p in spec.params if p.layer >= 0 and p.key.endswith(".correction_bias")]
+        corrected = [p for p in spec.params if p.layer >= 0 and p.name == "correction_bias"]
         of_trunk = [p for p in spec.params if p.kind == "dense" or (p.kind == "frozen" and p.layer < 0)] + corrected
         trunk = sum(math.prod(param.shape) for param in of_trunk)
         dense = sum(math.prod(param.shape) for param in spec.params if param.kind == "dense")

@@ -12,9 +12,7 @@ from fedmoe_core.budget.limits import Cost
 from fedmoe_kernels.formats import FORMATS
 
 
-def pass_cost(
-    costs: CostModel, held_LE: np.ndarray, *, tokens: int, top_k: int | None = None, form: str | None = None
-) -> Cost:
+def pass_cost(costs: CostModel, held_LE: np.ndarray, *, tokens: int, form: str | None = None) -> Cost:
     """Return operations and peak memory of forward passes over ``tokens`` tokens, with padding, in training batches.
 
     Nothing that trains is resident meanwhile. Traffic is not part of it: the caller adds what the pass needs to be
@@ -24,22 +22,15 @@ def pass_cost(
         costs: the population's cost model.
         held_LE: experts that are held, and may be chosen.
         tokens: over all passes.
-        top_k: choices per token; None = the model's own.
         form: what the experts are stored in (``ModelAdapter.configure(frozen_format=...)``); None = as they are.
     """
-    k = costs.top_k if top_k is None else top_k
     # Layers that measure keep their logits and choices until the next batch, and every place has its loss.
-    measured = costs.tokens * (costs.num_layers * (4 * costs.num_experts + 8 * k) + 16)
-    memory = costs.forward_memory(held_LE, top_k=top_k) + measured
+    measured = costs.tokens * (costs.num_layers * (4 * costs.num_experts + 8 * costs.top_k) + 16)
+    memory = costs.forward_memory(held_LE) + measured
     if form is not None:
         few = coded(costs, form)
-        memory = (
-            few.forward_memory(held_LE, top_k=top_k) + measured + _coding_bytes(few, int(held_LE.sum(axis=1).max()))
-        )
-    return Cost(
-        memory_bytes=memory,
-        flops=costs.forward_flops(held_LE, tokens=tokens, top_k=top_k),
-    )
+        memory = few.forward_memory(held_LE) + measured + _coding_bytes(few, int(held_LE.sum(axis=1).max()))
+    return Cost(memory_bytes=memory, flops=costs.forward_flops(held_LE, tokens=tokens))
 
 
 def _coding_bytes(few: CostModel, held: int) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmoe_core.base.tensor_key import DENSE, TensorKey
 from fedmoe_core.budget.peak_memory import tensor_bytes
 from fedmoe_core.layer.lora import FACTORS, first_ranks
 from fedmoe_core.layer.state import STEERING
@@ -18,9 +19,10 @@ from fedmoe_core.model.adapter import ModelAdapter
 
 def kind_of(key: str) -> str:
     """Return a tensor's kind by its key: "router", "expert" (factors of adapters too), "scale" or "dense"."""
-    if not key.startswith("moe."):
+    place = TensorKey.parse(key)
+    if place.layer == DENSE:
         return "dense"
-    return {"router": "router", "router_bias": "router", "out_scale": "scale"}.get(key.rpartition(".")[2], "expert")
+    return "router" if place.name in STEERING else "scale" if place.name == "out_scale" else "expert"
 
 
 def start_of(params: Mapping[str, Tensor], key: str, plan: ExpertPlan) -> Tensor:
@@ -28,16 +30,16 @@ def start_of(params: Mapping[str, Tensor], key: str, plan: ExpertPlan) -> Tensor
 
     Rows of the client's own come before the global ones; factors have the client's ranks; dense tensors are whole.
     """
-    old, name = params[key], key.rpartition(".")[2]
-    if not key.startswith("moe."):
+    old, place = params[key], TensorKey.parse(key)
+    if place.layer == DENSE:
         return old
-    experts = np.flatnonzero(plan.trainable_LE[int(key.split(".")[1])])
+    experts = np.flatnonzero(plan.trainable_LE[place.layer])
     start = old[torch.from_numpy(experts)]
-    if name in FACTORS and plan.extras.lora_rank is not None:
-        start = first_ranks(name, start, plan.extras.lora_rank).clone()
-    for place, expert in enumerate(experts):
+    if place.name in FACTORS and plan.extras.lora_rank is not None:
+        start = first_ranks(place.name, start, plan.extras.lora_rank).clone()
+    for slot, expert in enumerate(experts):
         if (row := plan.extras.rows.get(key, {}).get(int(expert))) is not None:
-            start[place] = row
+            start[slot] = row
     return start
 
 
@@ -45,11 +47,12 @@ def returned_bytes(deltas: Mapping[str, Tensor], trained_LE: np.ndarray, plan: E
     """Count bytes of the deltas that are sent back: of experts and routers the rows that learnt in this round."""
     total = 0
     for key, delta in deltas.items():
-        if not key.startswith("moe."):
+        layer = TensorKey.parse(key).layer
+        if layer == DENSE:
             total += delta.nbytes
             continue
-        rows_E = plan.trainable_LE[int(key.split(".")[1])]
-        learnt = int((trained_LE[int(key.split(".")[1])] & rows_E).sum())
+        rows_E = plan.trainable_LE[layer]
+        learnt = int((trained_LE[layer] & rows_E).sum())
         total += delta.nbytes * learnt // max(int(rows_E.sum()), 1)
     return total
 
@@ -58,12 +61,11 @@ def received_bytes(adapter: ModelAdapter, plan: ExpertPlan) -> int:
     """Count bytes of the tensors that a client of this configuration is sent: experts, whole routers, trunk if due."""
     own = {id(layer.out_scale) for layer in adapter.moe}
     if "router" in plan.extras.keeps:
-        own |= {
-            id(getattr(layer, f"{name}{part}")) for layer in adapter.moe for name in STEERING for part in ("", "_rest")
-        }
+        steering = (*STEERING, *(f"{name}_rest" for name in STEERING))
+        own |= {id(getattr(layer, name)) for layer in adapter.moe for name in steering}
     experts = [t for layer in adapter.moe for t in layer.own_tensors() if t is not layer.correction_bias]
     of_experts = {id(t) for t in experts}
-    trunk = [p for p in adapter.model.parameters() if id(p) not in of_experts]
+    trunk: list[Tensor] = [p for p in adapter.model.parameters() if id(p) not in of_experts]
     trunk += [layer.correction_bias for layer in adapter.moe if layer.correction_bias is not None]
     sent = [p for p in trunk if plan.first_participation or p.requires_grad]
     adapted = sum(_adapter_bytes(adapter, plan, number) for number in range(len(adapter.moe)))
@@ -80,7 +82,7 @@ def _adapter_bytes(adapter: ModelAdapter, plan: ExpertPlan, number: int) -> int:
     if layer.lora_scale is None:
         return 0
     factors: list[Tensor] = [getattr(layer, name) for name in FACTORS]
-    if not plan.extras.sends_adapters(in_state=f"moe.{number}.a_in" in adapter.spec.keys):
+    if not plan.extras.sends_adapters(in_state=str(TensorKey(number, "a_in")) in adapter.spec.keys):
         beside = -tensor_bytes(factors)
     else:
         beside = len(layer.frozen_experts) * sum(math.prod(f.shape[1:]) * f.itemsize for f in factors)

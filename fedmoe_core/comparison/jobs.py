@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmoe_core.base.lifeline import Lifeline, lifeline
+from fedmoe_core.base.wording import another_configuration
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import concerns
 from fedmoe_core.simulation.directory.claim import read_facts, refuse_claim
@@ -64,17 +65,15 @@ class Job:
         return (self.out / "checkpoint").exists() and self._same() and not self.other_code()
 
     def differs(self) -> str:
-        """Name the first setting that differs in the run on disk; empty where all agree or no run is there."""
+        """Say which settings that count differ in the run on disk; empty where all agree or no run is there."""
         if read_facts(self.out) is None:
             return ""
         try:
-            differing = Config.load(self.out / "config.toml").diff(self.config)
+            unlike = Config.load(self.out / "config.toml").diff(self.config)
         except (OSError, ValueError) as error:
             return f"a configuration that cannot be read ({error})"
-        for key, (was, now) in differing.items():
-            if concerns(key, [self.config.algorithm]):
-                return f"{key}={was} and not {now}"
-        return ""
+        unlike = {key: pair for key, pair in unlike.items() if concerns(key, [self.config.algorithm])}
+        return another_configuration(unlike) if unlike else ""
 
     def other_code(self) -> str:
         """Name the code that made the run on disk; empty where no run began, or where it is what would run now."""
@@ -207,7 +206,7 @@ def other_runs(jobs: Sequence[Job]) -> dict[Path, str]:
         if facts is None:
             continue
         if differs := job.differs():
-            found[job.out] = f"{job.out} holds a run with {differs}"
+            found[job.out] = f"{job.out} holds a run of {differs}"
             continue
         sources = (job.config.data, job.config.model)
         if sources not in today:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_core.base.files import write_json
+from fedmoe_core.base.wording import another_configuration, differing
 from fedmoe_core.comparison.jobs import Job, Variant, config_of, make_jobs, parse_seeds, parse_variants
 from fedmoe_core.comparison.record import Earlier
 from fedmoe_core.comparison.run_figures import RunFigures
@@ -132,13 +133,12 @@ class Study:
         found = {label: runs for label, runs in earlier.measured.items() if label not in mine}
         words = [word for label in found for word in earlier.systems[label]]
         taken = {word.partition("=")[2] for word in words if word.startswith(ALGORITHM)}
-        here, was = self.shared(), earlier.shared
-        here |= RETIRED
-        other = [key for key in was if concerns(key, taken) and (key not in here or here[key] != was[key])]
-        if other:
-            now = here.get(other[0], "unknown")
+        was = {key: value for key, value in earlier.shared.items() if concerns(key, taken)}
+        now = {key: value for key, value in {**self.shared(), **RETIRED}.items() if key in was}
+        if unlike := differing(was, now):
             raise ValueError(
-                f"{earlier.path} has {other[0]}={was[other[0]]} and not {now}; run its systems again under these words"
+                f"{earlier.path} was made under {another_configuration(unlike)}; "
+                "run its systems again under these words"
             )
         if earlier.threads != self.threads:
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 from msgspec import Meta
 
+from fedmoe_core.base.wording import differing
 from fedmoe_core.budget.limits import NOTHING, Budget
 from fedmoe_core.config.schema import (
     Setting,
@@ -174,9 +175,7 @@ class Config:
 
     def diff(self, other: Config) -> dict[str, tuple[Any, Any]]:
         """Return the dotted keys that decide results and differ, each with this value and the other; None = absent."""
-        mine, theirs = self.decisive(), other.decisive()
-        pairs = {key: (mine.get(key), theirs.get(key)) for key in mine | theirs}
-        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        return differing(self.decisive(), other.decisive())
 
 
 # Same results whatever these say; `threads` is not here, because the order of a sum depends on it.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.base.rng import counter_seed
+from fedmoe_core.base.tensor_key import of_layer
 
 FACTORS = ("a_in", "b_in", "a_out", "b_out")
 
@@ -91,11 +92,11 @@ class LayerLora:
 
 def lora_of_layer(state: Mapping[str, Tensor], layer: int, lora: LoraSpec, *, rank: int | None, seed: int) -> LayerLora:
     """Return the adapters of a layer: the state's, cut to ``rank`` (None = whole), or fresh ones where it has none."""
-    prefix = f"moe.{layer}."
+    own = of_layer(layer, state)
     if lora.in_state:
-        whole = LayerLora.of({name: state[prefix + name] for name in FACTORS}, lora.scale)
+        whole = LayerLora.of(own, lora.scale)
         return whole if rank is None else whole.truncated(rank)
-    w_in, w_out = state[f"{prefix}w_in"], state[f"{prefix}w_out"]
+    w_in, w_out = own["w_in"], own["w_out"]
     rank = lora.rank if rank is None else rank
     if not 1 <= rank <= lora.rank:
         raise ValueError(f"rank {rank} is outside 1..{lora.rank}, the rank that was declared; choose one inside")

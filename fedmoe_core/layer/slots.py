@@ -84,9 +84,3 @@ def check_rows(rows: OwnRows, like: Mapping[str, Tensor], held_E: np.ndarray) ->
                     f"the row of {name} for expert {e} is {row.dtype} {tuple(row.shape)}; "
                     f"this layer needs {like[name].dtype} {tuple(like[name].shape[1:])}"
                 )
-
-
-def rows_of_layer(rows: OwnRows, layer: int) -> OwnRows:
-    """Return the rows under ``moe.{layer}.{name}``, by the layer's own names."""
-    prefix = f"moe.{layer}."
-    return {key.removeprefix(prefix): given for key, given in rows.items() if key.startswith(prefix)}

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from fedmoe_core.base.tensor_key import TensorKey
 from fedmoe_core.budget.cost_model import CostModel, Mode
 from fedmoe_core.budget.limits import NOTHING, Budget, BudgetError, Cost
 from fedmoe_core.config.run_config import TrainConfig
@@ -166,7 +167,7 @@ class Extras:
 
     def sends_adapters(self, *, in_state: bool) -> bool:
         """Tell whether a client is sent its adapters: the state's, or those in ``rows``; fresh ones it makes itself."""
-        return in_state or any(key.rpartition(".")[2] in FACTORS for key in self.rows)
+        return in_state or any(TensorKey.parse(key).name in FACTORS for key in self.rows)
 
 
 NO_EXTRAS = Extras()

@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedmoe_core.base.tensor_key import TensorKey
 from fedmoe_core.data.batches import Task
-from fedmoe_core.layer.state import BIASES
+from fedmoe_core.layer.state import MATRICES
 
 # Kinds of tensors in global coordinates. "expert" and "router" tensors have experts on dimension 0; "frozen" ones (base
 # experts under adapters, the blocks that adapters are grafted on) never train in this run.
@@ -24,8 +25,8 @@ class ParamSpec:
     """One tensor of the global model.
 
     ``moe.{l}.w_in`` (E, 2I, H), ``moe.{l}.w_out`` (E, H, I) and, where there are biases, ``bias_in`` (E, 2I) and
-    ``bias_out`` (E, H) are "expert"; ``router`` (E, H) and ``router_bias`` (E,) are "router". ``correction_bias`` (E,) is
-    "frozen". ``dense.{name}`` is everything else (trunk and head), under the model's own parameter names.
+    ``bias_out`` (E, H) are "expert"; ``router`` (E, H) and ``router_bias`` (E,) are "router", ``correction_bias`` (E,)
+    is "frozen". ``dense.{name}`` is everything else (trunk and head), under the model's own parameter names.
     """
 
     key: str
@@ -33,6 +34,11 @@ class ParamSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     layer: int = -1  # index of the MoE layer, -1 for dense tensors
+
+    @property
+    def name(self) -> str:
+        """The last part of the key: ``w_in`` of ``moe.3.w_in``."""
+        return TensorKey.parse(self.key).name
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,10 @@ class ModelSpec:
         """Keys of every tensor of the state."""
         return frozenset(spec.key for spec in self.params)
 
+    def keys_of(self, name: str) -> list[str]:
+        """Return the keys of the tensors called ``name``, one for each MoE layer."""
+        return [str(TensorKey(layer, name)) for layer in range(self.num_layers)]
+
     def trained(self, *, train_dense: bool) -> tuple[ParamSpec, ...]:
         """Return the tensors that may train: experts and routers, and of the dense ones all or the head."""
         moving = [spec for spec in self.params if spec.kind != "frozen"]
@@ -96,18 +106,12 @@ def lora_specs(specs: Sequence[ParamSpec], rank: int) -> tuple[ParamSpec, ...]:
     """List the tensors of a model with adapters of ``rank`` on its experts' matrices: factors train, experts do not."""
     found: list[ParamSpec] = []
     for spec in specs:
-        name = spec.key.rpartition(".")[2]
-        if spec.kind != "expert":
-            found.append(spec)
-            continue
-        found.append(replace(spec, kind="frozen"))
-        if name in BIASES:
-            continue
-        side = name.removeprefix("w_")
-        experts, rows, columns = spec.shape
-        prefix = spec.key.removesuffix(name)
-        found.append(replace(spec, key=f"{prefix}a_{side}", shape=(experts, rank, columns)))
-        found.append(replace(spec, key=f"{prefix}b_{side}", shape=(experts, rows, rank)))
+        found.append(replace(spec, kind="frozen") if spec.kind == "expert" else spec)
+        if spec.kind == "expert" and spec.name in MATRICES:
+            side = spec.name.removeprefix("w_")
+            experts, rows, columns = spec.shape
+            for name, shape in ((f"a_{side}", (experts, rank, columns)), (f"b_{side}", (experts, rows, rank))):
+                found.append(replace(spec, key=str(TensorKey(spec.layer, name)), shape=shape))
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from fedmoe_core.base.wording import visible
 from fedmoe_core.reporting.run import Run
-from fedmoe_core.reporting.theme import FONTS, INK, RC
+from fedmoe_core.reporting.theme import INK, RC
 
 
 def svg(draw: Callable[..., Figure | None], *args: Any, name: str, prefix: str) -> Markup | None:
@@ -57,7 +57,7 @@ def _placed(key: str, value: str, prefix: str) -> str:
         return f"{prefix}-{value}"
     if key == "href" and value.startswith("#"):
         return f"#{prefix}-{value[1:]}"
-    return value.replace("url(#", f"url(#{prefix}-").replace("'DejaVu Sans'", FONTS)
+    return value.replace("url(#", f"url(#{prefix}-").replace("'DejaVu Sans'", "var(--fonts)")
 
 
 def cells(axes: Axes, table: np.ndarray, **colors: Any) -> None:

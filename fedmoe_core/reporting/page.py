@@ -1,15 +1,14 @@
-"""The report as one HTML page: no script, no network, no second file; ``report.html.jinja`` holds its HTML."""
+"""The report as one HTML page, no script, no network: its HTML is ``report.html.jinja``, its looks are ``page.css``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import count
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedmoe_core.base import show
@@ -92,6 +91,7 @@ def render(runs: Sequence[Run]) -> str:
     overview = _overview(runs, gallery) if several else None
     title = ", ".join(dict.fromkeys(run.name for run in runs)) + ": report"
     environment = Environment(
+        loader=PackageLoader("fedmoe_core.reporting", "."),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_shown,
@@ -99,9 +99,9 @@ def render(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    template = environment.from_string(files("fedmoe_core.reporting").joinpath("report.html.jinja").read_text("utf-8"))
+    template = environment.get_template("report.html.jinja")
     parts = [_part(run, gallery, alone=not several) for run in runs]
-    return template.render(title=title, css=theme.CSS, overview=overview, runs=parts).lstrip()
+    return template.render(title=title, theme=theme, overview=overview, runs=parts).lstrip()
 
 
 def _shown(value: Any) -> Any:

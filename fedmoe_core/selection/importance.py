@@ -6,12 +6,13 @@ unmasked softmax of the router. Every score reads only sums, so it is the same h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from fedmoe_core.messages.profile import ClientProfile
+from fedmoe_core.messages.profile import ClientProfile
 
 Score = Literal["s", "ib", "taylor"]
 
@@ -90,13 +91,51 @@ def expert_scores(sums: ClientProfile, score: Score, *, lam: float, beta: float)
     raise ValueError(f"score {score!r} is unknown; choose 's', 'ib' or 'taylor'")
 
 
+def client_scores(
+    profiles: Sequence[ClientProfile | None], prior: ClientProfile, score: Score, *, lam: float, beta: float
+) -> list[np.ndarray]:
+    """Return ``expert_scores`` of every client, (L, E) each; Taylor importance covers the experts that it lacks too.
+
+    Args:
+        profiles: the latest of each client; None = not heard yet.
+        prior: the server's own pass over public data, which stands in for those.
+        score, lam, beta: as ``expert_scores``.
+    """
+    known = [prior if profile is None else profile for profile in profiles]
+    if score == "taylor":
+        known = with_absent_experts(known, prior, heard_C=np.array([profile is not None for profile in profiles]))
+    return [expert_scores(profile, score, lam=lam, beta=beta) for profile in known]
+
+
+def with_absent_experts(
+    profiles: Sequence[ClientProfile], prior: ClientProfile, *, heard_C: np.ndarray
+) -> list[ClientProfile]:
+    """Return profiles whose Taylor sums cover absent experts too: own demand x what a served row is worth [E].
+
+    A compact client sends all its tokens to the few experts it holds, which inflates their sums; what it measures well
+    is the value of a row. So demand is the hits of the unmasked top-k, and the worth of a hit is Taylor per row. That
+    is the client's own where it held the expert, else pooled over all clients and the server's pass over public data.
+    """
+    demand_CLE = np.stack([profile.hits_LE for profile in profiles])
+    worth_CLE = np.stack([profile.taylor_abs_LE / np.maximum(profile.rows_LE, 1) for profile in profiles])
+    measured_CLE = np.stack([profile.rows_LE > 0 for profile in profiles]) & heard_C[:, None, None]
+    filled_CLE = estimate_absent(
+        worth_CLE * demand_CLE,
+        demand_CLE,
+        measured_CLE,
+        prior_taylor_LE=prior.taylor_abs_LE,
+        prior_prob_sum_LE=prior.rows_LE,
+    )
+    return [replace(profile, taylor_abs_LE=taylor) for profile, taylor in zip(profiles, filled_CLE, strict=True)]
+
+
 def estimate_absent(
     taylor_CLE: np.ndarray,
     prob_sum_CLE: np.ndarray,
     held_CLE: np.ndarray,
     *,
-    prior_taylor_LE: np.ndarray | None = None,
-    prior_prob_sum_LE: np.ndarray | None = None,
+    prior_taylor_LE: np.ndarray,
+    prior_prob_sum_LE: np.ndarray,
 ) -> np.ndarray:
     """Fill absent experts into the Taylor sums of every client: own demand x what a unit of demand is worth [E].
 
@@ -113,13 +152,8 @@ def estimate_absent(
     Returns:
         (C, L, E): measured values where held, estimates elsewhere.
     """
-    if (prior_taylor_LE is None) != (prior_prob_sum_LE is None):
-        raise ValueError("a prior has two halves; give prior_taylor_LE and prior_prob_sum_LE together")
-    worth_LE = np.where(held_CLE, taylor_CLE, 0.0).sum(axis=0)
-    demand_LE = np.where(held_CLE, prob_sum_CLE, 0.0).sum(axis=0)
-    if prior_taylor_LE is not None and prior_prob_sum_LE is not None:
-        worth_LE = worth_LE + prior_taylor_LE
-        demand_LE = demand_LE + prior_prob_sum_LE
+    worth_LE = np.where(held_CLE, taylor_CLE, 0.0).sum(axis=0) + prior_taylor_LE
+    demand_LE = np.where(held_CLE, prob_sum_CLE, 0.0).sum(axis=0) + prior_prob_sum_LE
     pooled_L1 = _ratio(worth_LE.sum(axis=1, keepdims=True), demand_LE.sum(axis=1, keepdims=True), 1.0)
     rate_LE = _ratio(worth_LE, demand_LE, pooled_L1)
     return np.where(held_CLE, taylor_CLE, prob_sum_CLE * rate_LE)

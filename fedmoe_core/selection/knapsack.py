@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -11,25 +10,15 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from fedmoe_core.budget.limits import BudgetError
 
 
-@dataclass(frozen=True)
-class Selection:
-    """A chosen set: the mask (L, E), the sum of its values, and the proven distance to the optimum (0 = exact)."""
-
-    chosen_LE: np.ndarray
-    value: float
-    gap: float
-
-
-def select_top_n(scores_LE: np.ndarray, n: int, *, keep_one: bool = True, drop_negative: bool = True) -> np.ndarray:
+def select_top_n(scores_LE: np.ndarray, n: int) -> np.ndarray:
     """Return argmax over |A| <= n of the sum of scores over A: HFedMoE eq. 15 [N], exact.
 
-    With ``keep_one`` every layer keeps at least its best expert; the rest of n goes to the highest scores of all
-    layers. With ``drop_negative`` a negative score is taken only to keep a layer alive, as eq. 15 implies; without it
-    exactly n experts are taken. Ties go to the smaller layer, then the smaller expert id. To leave out an expert that
-    no token of the client reached (E_union of eq. 15), give it a negative score.
+    Every layer keeps at least its best expert; the rest of n goes to the highest scores of all layers. A negative score
+    is taken only to keep a layer alive, as eq. 15 implies. Ties go to the smaller layer, then the smaller expert id. To
+    leave out an expert that no token of the client reached (E_union of eq. 15), give it a negative score.
 
     Raises:
-        ValueError: a score is not finite; n below the number of layers with ``keep_one``.
+        ValueError: a score is not finite; n below the number of layers.
 
     Example:
         >>> scores = np.array([[3.0, 1.0], [2.0, 5.0]])  # two layers of two experts
@@ -39,23 +28,18 @@ def select_top_n(scores_LE: np.ndarray, n: int, *, keep_one: bool = True, drop_n
     """
     _require_finite(scores_LE)
     layers, experts = scores_LE.shape
-    if n < (layers if keep_one else 0):
+    if n < layers:
         raise ValueError(f"{n} experts cannot cover {layers} MoE layers; allow at least {layers}")
     chosen_LE = np.zeros((layers, experts), dtype=bool)
-    if keep_one:
-        chosen_LE[np.arange(layers), scores_LE.argmax(axis=1)] = True
+    chosen_LE[np.arange(layers), scores_LE.argmax(axis=1)] = True
     order = np.argsort(-scores_LE, axis=None, kind="stable")
-    rest = order[~chosen_LE.ravel()[order]]
-    if drop_negative:
-        rest = rest[scores_LE.ravel()[rest] >= 0]
+    rest = order[~chosen_LE.ravel()[order] & (scores_LE.ravel()[order] >= 0)]
     chosen_LE.ravel()[rest[: n - int(chosen_LE.sum())]] = True
     return chosen_LE
 
 
-def knapsack(
-    values_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: Sequence[int], *, node_limit: int | None = None
-) -> Selection:
-    """Choose the most valuable set within D additive limits, at least one expert per layer [E]; exact.
+def knapsack(values_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: Sequence[int]) -> np.ndarray:
+    """Choose the most valuable set (L, E) within D additive limits, at least one expert per layer [E]; exact.
 
     Where every binding resource costs the same for all experts this is ``select_top_n`` with the smallest count;
     otherwise an integer program (HiGHS). Negative values are taken only to keep a layer alive. Among sets of equal
@@ -66,8 +50,6 @@ def knapsack(
         values_LE: float, finite.
         costs_DLE: integers >= 0 (bytes, counts).
         limits_D: integers.
-        node_limit: stop branching there; the result is then feasible and ``gap`` says how far it may be from the best.
-            A count, not a time, so that the same input gives the same answer on every machine.
 
     Raises:
         ValueError: no set has one expert per layer within all limits, or an input is malformed.
@@ -75,9 +57,9 @@ def knapsack(
     Example:
         >>> values = np.array([[3.0, 1.0], [2.0, 5.0]])  # two layers of two experts
         >>> bytes_each = np.array([[[4, 1], [1, 4]]])
-        >>> best = knapsack(values, bytes_each, [6])
-        >>> best.value, int((bytes_each[0] * best.chosen_LE).sum())
-        (8.0, 6)
+        >>> knapsack(values, bytes_each, [6])
+        array([[ True, False],
+               [False,  True]])
     """
     _require_finite(values_LE)
     if not np.issubdtype(costs_DLE.dtype, np.integer) or (costs_DLE < 0).any():
@@ -99,19 +81,17 @@ def knapsack(
     # Optimal where only the uniform rows count; if it happens to respect the others too, it is optimal for all.
     chosen_LE = select_top_n(values_LE, count)
     if respects(chosen_LE, costs_DLE, limits):
-        return Selection(chosen_LE, float(values_LE[chosen_LE].sum()), 0.0)
-    chosen_LE, gap = _integer_program(values_LE, costs_DLE, limits, node_limit=node_limit)
+        return chosen_LE
+    chosen_LE = _integer_program(values_LE, costs_DLE, limits)
     for place in np.argsort(-values_LE, axis=None, kind="stable"):
         if values_LE.flat[place] >= 0 and not chosen_LE.flat[place]:
             chosen_LE.flat[place] = True
             if not respects(chosen_LE, costs_DLE, limits):
                 chosen_LE.flat[place] = False
-    return Selection(chosen_LE, float(values_LE[chosen_LE].sum()), gap)
+    return chosen_LE
 
 
-def _integer_program(
-    values_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: np.ndarray, *, node_limit: int | None
-) -> tuple[np.ndarray, float]:
+def _integer_program(values_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: np.ndarray) -> np.ndarray:
     """Binary program by HiGHS, made exact: integer rows in lowest terms, tight gaps, and every answer re-checked."""
     layers, experts = values_LE.shape
     # HiGHS accepts violations of 1e-6 and no coefficient of 1e15: rows are put in lowest terms, and scaled to 32 bits
@@ -125,23 +105,17 @@ def _integer_program(
     rows.append(LinearConstraint(np.kron(np.eye(layers), np.ones(experts)), lb=1))
     # Its absolute gap is fixed at 1e-6, so values are scaled until that is 1e-12 of the largest.
     scale = 1e6 / (float(np.abs(values_LE).max()) or 1.0)
-    options: dict[str, float] = {"mip_rel_gap": 0.0}
-    if node_limit is not None:
-        options["node_limit"] = node_limit
+    goal, exactly = -scale * values_LE.ravel(), {"mip_rel_gap": 0.0}
     while True:
-        answer = milp(-scale * values_LE.ravel(), integrality=1, bounds=Bounds(0, 1), constraints=rows, options=options)
+        answer = milp(goal, integrality=1, bounds=Bounds(0, 1), constraints=rows, options=exactly)
         if answer.x is None:
-            break
+            raise BudgetError("no set with one expert per MoE layer fits all limits together; raise one of them")
         chosen_LE = (answer.x > 0.5).reshape(layers, experts)
         if respects(chosen_LE, costs_DLE, limits_D):
-            bound = -answer.mip_dual_bound / scale if answer.status != 0 else float(values_LE[chosen_LE].sum())
-            return chosen_LE, max(0.0, bound - float(values_LE[chosen_LE].sum()))
+            return chosen_LE
         # Accepted within tolerance but over a limit: forbid exactly this set and ask again.
         sign = np.where(chosen_LE.ravel(), 1.0, -1.0)
         rows.append(LinearConstraint(sign, ub=float(chosen_LE.sum()) - 1))
-    if answer.status == 2:
-        raise BudgetError("no set with one expert per MoE layer fits all limits together; raise one of them")
-    raise ValueError("the search stopped before it found any set; raise node_limit")
 
 
 def respects(chosen_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: np.ndarray) -> bool:

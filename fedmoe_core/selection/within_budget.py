@@ -51,7 +51,6 @@ def choose(
     *,
     client: int | str = 0,
     mode: Mode = "compact",
-    top_k: int | None = None,
     first_participation: bool = True,
     local_steps: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -69,18 +68,12 @@ def choose(
             cannot honour this kind of budget.
     """
     allowance = allowance_of(
-        budget,
-        model,
-        client=client,
-        mode=mode,
-        top_k=top_k,
-        first_participation=first_participation,
-        local_steps=local_steps,
+        budget, model, client=client, mode=mode, first_participation=first_participation, local_steps=local_steps
     )
     if respects(np.ones_like(scores_LE, dtype=bool), allowance.costs_DLE, allowance.free_D):
         return np.ones_like(scores_LE, dtype=bool), np.ones_like(scores_LE, dtype=bool)
     try:
-        chosen_LE = knapsack(scores_LE, allowance.costs_DLE, list(allowance.free_D)).chosen_LE
+        chosen_LE = knapsack(scores_LE, allowance.costs_DLE, list(allowance.free_D))
     except BudgetError as error:
         raise BudgetError(f"client {client}: {error}") from error
     permitted_LE = np.ones_like(chosen_LE) if mode == "backward-masked" else chosen_LE
@@ -93,7 +86,6 @@ def allowance_of(
     *,
     client: int | str = 0,
     mode: Mode = "compact",
-    top_k: int | None = None,
     first_participation: bool = True,
     local_steps: int = 1,
 ) -> Allowance:
@@ -102,7 +94,7 @@ def allowance_of(
     Raises:
         ValueError: as ``choose``.
     """
-    rows = model.rows(mode, top_k=top_k, first_participation=first_participation)
+    rows = model.rows(mode, first_participation=first_participation)
     if budget.energy_joules is not None:
         rows = _with_energy(rows, model, budget, local_steps=local_steps)
     limited = {
@@ -186,29 +178,26 @@ def fit_flops(
     trainable_LE: np.ndarray,
     *,
     local_steps: int,
-    min_steps: int = 1,
     top_k: int | None = None,
     scores_LE: np.ndarray | None = None,
     client: int | str = 0,
 ) -> FlopFit:
-    """Fit the work to a FLOP budget: local steps first (down to ``min_steps``), then k', then the trainable share.
+    """Fit the work to a FLOP budget: local steps first (down to one), then k', then the trainable share.
 
     k' starts at the most experts that any layer holds, if that is below the model's k: the rest would be empty places.
     At k' = 1 a token meets one expert, so what is trained within a layer no longer changes the bound. The share then
     falls by whole layers, down to one, least total score first (ties: the shallower layer, whose backward is longer).
 
     Raises:
-        ValueError: not even ``min_steps`` steps with k' = 1 and one trainable layer fit, with the number that would do.
+        ValueError: not even one step with k' = 1 and one trainable layer fits, with the number that would do.
     """
-    if not 1 <= min_steps <= local_steps:
-        raise ValueError(f"client {client}: min_steps={min_steps} is outside 1..local_steps={local_steps}")
     most_k = min(model.top_k if top_k is None else top_k, int(permitted_LE.sum(axis=1).max()))
     if budget.flops is None:
         return FlopFit(local_steps, most_k, trainable_LE)
     allowed = "flops budget" if budget.energy_joules is None else "what the budget's energy or operations allow,"
     for k in range(most_k, 0, -1):
         steps = _steps(budget.flops, model.step_flops(permitted_LE, trainable_LE, top_k=k))
-        if steps >= min_steps:
+        if steps:
             return FlopFit(min(local_steps, steps), k, trainable_LE)
     worth_L = np.where(trainable_LE, 0.0 if scores_LE is None else scores_LE, 0.0).sum(axis=1)
     kept_LE = trainable_LE.copy()
@@ -216,11 +205,11 @@ def fit_flops(
     for layer in layers[np.argsort(worth_L[layers], kind="stable")][:-1]:
         kept_LE[layer] = False
         steps = _steps(budget.flops, model.step_flops(permitted_LE, kept_LE, top_k=1))
-        if steps >= min_steps:
+        if steps:
             return FlopFit(min(local_steps, steps), 1, kept_LE)
-    needed = min_steps * model.step_flops(permitted_LE, kept_LE, top_k=1)
+    needed = model.step_flops(permitted_LE, kept_LE, top_k=1)
     raise BudgetError(
-        f"client {client}: {allowed} {show('flops', budget.flops)} cannot pay {min_steps} local step(s) with "
+        f"client {client}: {allowed} {show('flops', budget.flops)} cannot pay one local step with "
         f"one expert per token and one trainable layer; at least {show('flops', needed)} is needed"
     )
 

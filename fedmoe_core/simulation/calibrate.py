@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedmoe_core.base.tensor_key import DENSE, TensorKey
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.peak_memory import mark, resident_bytes, tensor_bytes, trace_memory
 from fedmoe_core.client.step import Stepper, local_optimizer, log_prior
@@ -55,7 +56,7 @@ def calibrate(
     train_dense = train.trunk == "fedavg"
     model = CostModel.of(spec, tokens=batch.tokens_SN.numel(), train_dense=train_dense, lora_rank=lora_rank)
     adapter.configure(params, SubModel(train_dense=train_dense))
-    dense = sum(tensor.numel() for key, tensor in adapter.trained().items() if key.startswith("dense."))
+    dense = sum(tensor.numel() for key, tensor in adapter.trained().items() if TensorKey.parse(key).layer == DENSE)
     model = replace(
         model,
         trunk_trainable=dense,  # a classification head trains also where the trunk does not

@@ -15,7 +15,7 @@ from fedmoe_core.model.spec import model_hash
 from fedmoe_core.server.state import ServerState, unpack_state
 from fedmoe_core.simulation.directory.checkpoint import Checkpoint, load_checkpoint
 from fedmoe_core.simulation.directory.claim import Claim, claimed, held
-from fedmoe_core.simulation.directory.lines import label_of, plan_row
+from fedmoe_core.simulation.directory.lines import plan_row
 from fedmoe_core.simulation.directory.log import RunLog
 from fedmoe_core.simulation.evaluation import evaluate_clients
 from fedmoe_core.simulation.identity import Identity
@@ -166,7 +166,7 @@ def _headline(world: World, state: ServerState) -> dict[str, Any]:
     """What the observer is told at the start."""
     config = world.config
     return {
-        "label": label_of(config),
+        "label": world.algorithm.label(config),
         "algorithm": config.algorithm,
         "model": config.model,
         "data": config.data,

@@ -19,12 +19,13 @@ from fedmoe_bindings.transformers.shared import shared_of
 from fedmoe_bindings.transformers.submodel import stock_model
 from fedmoe_bindings.transformers.token_mask import carry_token_mask
 from fedmoe_core.base.rng import counter_seed
+from fedmoe_core.base.tensor_key import TensorKey, of_layer, to_keys
 from fedmoe_core.config.run_config import ModelConfig
 from fedmoe_core.data.batches import Task
 from fedmoe_core.layer.graft import GraftSpec, fresh_graft
 from fedmoe_core.layer.lora import FACTORS, LayerLora, LoraSpec, lora_of_layer
 from fedmoe_core.layer.moe import MoE
-from fedmoe_core.layer.slots import OwnRows, rows_of_layer
+from fedmoe_core.layer.slots import OwnRows
 from fedmoe_core.layer.state import STEERING, LayerState
 from fedmoe_core.model.spec import Kind, ModelSpec, ParamSpec, lora_specs
 from fedmoe_core.model.submodel import WHOLE, SubModel
@@ -157,9 +158,9 @@ class TransformersAdapter(PlaceMeasures):
                     "configure the adapter with a whole state first"
                 )
             held = layer.global_state()
-            state |= {f"moe.{number}.{name}": tensor for name, tensor in held.tensors.items()}
+            state |= to_keys(number, held.tensors)
             if held.lora is not None and self._lora is not None and self._lora.in_state:
-                state |= {f"moe.{number}.{name}": factor for name, factor in held.lora.factors.items()}
+                state |= to_keys(number, held.lora.factors)
         return state | {key: parameter.detach().clone() for key, parameter in self._dense.items()}
 
     def export(self) -> PreTrainedModel:
@@ -220,7 +221,7 @@ class TransformersAdapter(PlaceMeasures):
             raise ValueError(f"lora_rank={submodel.lora_rank}, but this model has no adapters; call add_lora first")
 
     def _configure_layer(self, layer: MoE, number: int, state: Mapping[str, Tensor], sub: SubModel) -> None:
-        device = layer.w_in.device
+        device, own = layer.w_in.device, of_layer(number, state)
         layer.top_k = self.spec.top_k if sub.top_k is None else sub.top_k
         layer.train_router, layer.frozen_format = sub.train_router, sub.frozen_format
         layer.start_out_scale(None if sub.out_scale_L is None else float(sub.out_scale_L[number]))
@@ -228,10 +229,10 @@ class TransformersAdapter(PlaceMeasures):
         if self._lora is not None and (self._lora.in_state or sub.lora_rank is not None):
             lora = lora_of_layer(state, number, self._lora, rank=sub.lora_rank, seed=sub.lora_seed).to(device)
         layer.load_global(
-            LayerState.of({n: state[f"moe.{number}.{n}"].to(device) for n in layer.names}, lora=lora),
+            LayerState.of({name: own[name].to(device) for name in layer.names}, lora=lora),
             permitted=None if sub.permitted_LE is None else sub.permitted_LE[number],
             trainable=None if sub.trainable_LE is None else sub.trainable_LE[number],
-            rows=rows_of_layer(sub.rows, number),
+            rows=of_layer(number, sub.rows),
             alias=None if sub.alias_LE is None else sub.alias_LE[number],
         )
 
@@ -245,7 +246,7 @@ class TransformersAdapter(PlaceMeasures):
                 drawn = LayerLora.fresh(
                     held.w_in, held.w_out, rank=lora.rank, scale=lora.scale, seed=counter_seed(seed, "adapters", number)
                 )
-                fresh |= {f"moe.{number}.{name}": factor for name, factor in drawn.factors.items()}
+                fresh |= to_keys(number, drawn.factors)
             self.spec = replace(self.spec, params=lora_specs(self.spec.params, lora.rank))
         return fresh
 
@@ -267,11 +268,9 @@ class TransformersAdapter(PlaceMeasures):
 
     def trained(self) -> dict[str, Tensor]:
         """Return detached views of what this configuration trains, keyed and shaped as ``ClientUpdate.deltas``."""
-        views = {
-            f"moe.{number}.{name}": value
-            for number, layer in enumerate(self.moe)
-            for name, value in layer.trained_state().items()
-        }
+        views: dict[str, Tensor] = {}
+        for number, layer in enumerate(self.moe):
+            views |= to_keys(number, layer.trained_state())
         return views | {key: p.detach() for key, p in self._dense.items() if p.requires_grad}
 
     def watch_attention(self) -> AbstractContextManager[list[Tensor | None]]:
@@ -297,7 +296,8 @@ class TransformersAdapter(PlaceMeasures):
         for number, layer in enumerate(self.moe):
             for name, shape in layer.shapes(layer.num_experts).items():
                 kind: Kind = "router" if name in STEERING else "frozen" if name == "correction_bias" else "expert"
-                params.append(ParamSpec(f"moe.{number}.{name}", kind, shape, getattr(layer, name).dtype, number))
+                dtype = getattr(layer, name).dtype
+                params.append(ParamSpec(str(TensorKey(number, name)), kind, shape, dtype, number))
         frozen = {id(parameter) for layer in self.frozen_moe for parameter in layer.parameters()}
         for key, p in self._dense.items():
             params.append(ParamSpec(key, "frozen" if id(p) in frozen else "dense", tuple(p.shape), p.dtype))
@@ -318,7 +318,7 @@ class TransformersAdapter(PlaceMeasures):
     def _check_rows(self, rows: OwnRows) -> None:
         known = {spec.key for spec in self.spec.params if spec.layer >= 0}
         if self._lora is not None:
-            known |= {f"moe.{number}.{name}" for number in range(len(self.moe)) for name in FACTORS}
+            known |= {str(TensorKey(number, name)) for number in range(len(self.moe)) for name in FACTORS}
         if strange := sorted(set(rows) - known):
             raise ValueError(f"rows are given for {strange[0]}; only tensors of MoE layers have rows")
 

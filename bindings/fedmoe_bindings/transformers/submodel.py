@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from fedmoe_bindings.transformers.families import family_of, layer_masks, sparse_blocks
+from fedmoe_core.base.tensor_key import of_layer
 
 KEPT = "fedmoe_kept_experts"  # in config.json: expert ids per MoE layer, in the coordinates of the model cut from
 
@@ -126,7 +127,8 @@ def stock_model(
             raise ValueError(f"transformers has no classifier for {config.model_type!r}; export its trunk") from error
     weights = {key.removeprefix("dense."): value for key, value in state.items() if key.startswith("dense.")}
     for layer, stock in enumerate(names):
-        weights |= {name: state[f"moe.{layer}.{ours}"] for ours, name in stock.items()}
+        own = of_layer(layer, state)
+        weights |= {name: own[ours] for ours, name in stock.items()}
     model = model.to(state["moe.0.router"])
     # Tied tensors are listed once in a state; every other parameter must be there.
     lacking = set(dict(model.named_parameters())) - set(weights)

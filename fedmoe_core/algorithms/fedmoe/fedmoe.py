@@ -195,9 +195,7 @@ class FedMoE(Algorithm):
         least_D = allowance.base_D + (allowance.costs_DLE * prefixes(p_LE, 0.0)).sum(axis=(1, 2))
         if (least_D > np.floor(fill * allowance.limits_D)).any():
             fill = 1.0
-        return prefix_search(
-            p_LE, allowance.costs_DLE, allowance.limits_D, base_D=allowance.base_D, fill=fill
-        ).chosen_LE
+        return prefix_search(p_LE, allowance.costs_DLE, allowance.limits_D, base_D=allowance.base_D, fill=fill)
 
     def _usage(self, known: ClientMap, client: int, profile: ClientProfile) -> np.ndarray:
         """p of the sub-model, a moving average over participations; an expert's first p is taken whole [E]."""

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Prefix:
-    """The chosen experts (L, E) and ``theta``, the smallest share of activations that they cover in any layer."""
-
-    chosen_LE: np.ndarray
-    theta: float
+NARROWEST = 1e-9  # width of theta's last interval
 
 
 def activation_shares(p_LE: np.ndarray) -> np.ndarray:
@@ -54,8 +47,7 @@ def prefix_search(
     *,
     base_D: np.ndarray | None = None,
     fill: float = 1.0,
-    tolerance: float = 1e-9,
-) -> Prefix:
+) -> np.ndarray:
     """Solve FedMoE eq. 3 [P]: the most used experts of every layer, as deep as all limits allow.
 
     That is max theta with sum_j x_ij p_ij >= theta in each layer and min(sum_ij x_ij w_ij + w_d) <= a*M. The search
@@ -71,7 +63,6 @@ def prefix_search(
         limits_D: integers, M.
         base_D: integers, w_d, spent before any expert; None = 0.
         fill: a in (0, 1]; 1 - a of every limit is kept for growth in later rounds.
-        tolerance: width of the last interval of theta.
 
     Raises:
         ValueError: the most used expert of each layer already exceeds a limit; the message names one that would do.
@@ -97,11 +88,10 @@ def prefix_search(
     low, high = 0.0, 1.0
     if fits(prefixes(p_LE, high)):
         low = high
-    while high - low > tolerance:
+    while high - low > NARROWEST:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(prefixes(p_LE, middle)) else (low, middle)
-    chosen_LE = prefixes(p_LE, low)
-    return Prefix(chosen_LE, float((activation_shares(p_LE) * chosen_LE).sum(axis=1).min()))
+    return prefixes(p_LE, low)
 
 
 def _smallest_limit(used: int, fill: float) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import block_array, block_diag, csr_array, eye_array, hstack, kron
+from scipy.sparse import block_array, csr_array, eye_array, hstack, kron
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,14 @@ class Assignment:
     gap: float
 
 
-def quality(
-    accuracy_CE: np.ndarray, loss_CE: np.ndarray, usage_CE: np.ndarray, weights: tuple[float, float, float] = (1, 1, 1)
-) -> np.ndarray:
-    """Compute q = w_a * accuracy + w_l * exp(-loss) + w_u * usage / sum_e usage, from a round's feedback [E].
+def quality(accuracy_CE: np.ndarray, loss_CE: np.ndarray, usage_CE: np.ndarray) -> np.ndarray:
+    """Compute q = accuracy + exp(-loss) + usage / sum_e usage, from a round's feedback [E].
 
     NaN, the loss or accuracy of an expert that served no token, counts as 0.
     """
     total_C1 = usage_CE.sum(axis=-1, keepdims=True)
     share_CE = usage_CE / np.where(total_C1 > 0, total_C1, 1.0)
-    w_a, w_l, w_u = weights
-    return w_a * np.nan_to_num(accuracy_CE) + w_l * np.nan_to_num(np.exp(-loss_CE)) + w_u * share_CE
+    return np.nan_to_num(accuracy_CE) + np.nan_to_num(np.exp(-loss_CE)) + share_CE
 
 
 def observe(fitness: Fitness, quality_CE: np.ndarray, assigned_CE: np.ndarray, *, rate: float) -> Fitness:
@@ -122,15 +119,14 @@ def assign(
     *,
     deficit_E: np.ndarray | None = None,
     program: Program | None = None,
-    rooms: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Assignment:
     """Solve FLEX-MoE's program [E]: the best total fitness with the loads of all experts near their mean.
 
     max sum (Q_ce + eta d_e / lbar) x_ce - M sum_e (s_e^- + s_e^+), where sum_e x_ce = k_c and
-    (1 - delta) lbar - s_e^- <= sum_c n_c x_ce <= (1 + delta) lbar + s_e^+; sum_e cost_ce x_ce <= room_c where given.
+    (1 - delta) lbar - s_e^- <= sum_c n_c x_ce <= (1 + delta) lbar + s_e^+.
     As few experts as possible stay without a client (none if there are enough places).
 
-    With equal n_c and no rooms the matrix is that of a transportation problem, totally unimodular: a vertex of the
+    With equal n_c the matrix is that of a transportation problem, totally unimodular: a vertex of the
     linear program is integral, and HiGHS is done at its root. Otherwise it branches, up to ``node_limit``, and reports
     the gap.
 
@@ -140,13 +136,12 @@ def assign(
         samples_C: n_c > 0.
         deficit_E: d; None = 0.
         program: eta, delta, M.
-        rooms: (cost_CE, room_C), integers: what an expert costs and what a client may spend, bytes or the like.
 
     Raises:
-        ValueError: k_c outside 1..E, a score that is not finite, or k_c experts that do not fit a client's room.
+        ValueError: k_c outside 1..E, or a score that is not finite.
     """
     program = program or Program()
-    _check(scores_CE, counts_C, rooms)
+    _check(scores_CE, counts_C)
     clients, experts = scores_CE.shape
     mean_client = float(samples_C.mean())
     owed_E = np.zeros(experts) if deficit_E is None else deficit_E * experts / float(samples_C @ counts_C)
@@ -168,7 +163,7 @@ def assign(
         cost_V,
         integrality=np.repeat([1, 0], [clients * experts, 3 * experts]),
         bounds=Bounds(0, np.repeat([1.0, np.inf], [clients * experts, 3 * experts])),
-        constraints=_rows(experts, counts_C, samples_C / mean_client, (low, high), rooms),
+        constraints=_rows(experts, counts_C, samples_C / mean_client, (low, high)),
         options={"node_limit": program.node_limit, "mip_rel_gap": 0.0},
     )
     if answer.x is None:
@@ -195,11 +190,7 @@ def assign_layers(
 
 
 def _rows(
-    experts: int,
-    counts_C: np.ndarray,
-    load_C: np.ndarray,
-    bounds: tuple[float, float],
-    rooms: tuple[np.ndarray, np.ndarray] | None,
+    experts: int, counts_C: np.ndarray, load_C: np.ndarray, bounds: tuple[float, float]
 ) -> list[LinearConstraint]:
     """The program's constraints over x (C*E), s^- (E), s^+ (E) and whether an expert is empty (E)."""
     clients, each, nothing = len(counts_C), eye_array(experts), csr_array((len(counts_C), 3 * experts))
@@ -208,14 +199,10 @@ def _rows(
     sides = block_array([[load, each, None, None], [load, None, -each, None], [count, None, None, each]])
     least, most = np.repeat([bounds[0], -np.inf, 1.0], experts), np.repeat([np.inf, bounds[1], np.inf], experts)
     places = hstack([kron(eye_array(clients), np.ones((1, experts))), nothing])
-    rows = [LinearConstraint(sides.tocsr(), least, most), LinearConstraint(places.tocsr(), counts_C, counts_C)]
-    if rooms is not None:
-        spent = hstack([block_diag([cost_E[None, :] for cost_E in rooms[0]]), nothing])
-        rows.append(LinearConstraint(spent.tocsr(), ub=rooms[1]))
-    return rows
+    return [LinearConstraint(sides.tocsr(), least, most), LinearConstraint(places.tocsr(), counts_C, counts_C)]
 
 
-def _check(scores_CE: np.ndarray, counts_C: np.ndarray, rooms: tuple[np.ndarray, np.ndarray] | None) -> None:
+def _check(scores_CE: np.ndarray, counts_C: np.ndarray) -> None:
     experts = scores_CE.shape[1]
     if not np.isfinite(scores_CE).all():
         client, expert = np.argwhere(~np.isfinite(scores_CE))[0]
@@ -223,7 +210,3 @@ def _check(scores_CE: np.ndarray, counts_C: np.ndarray, rooms: tuple[np.ndarray,
     for client, count in enumerate(counts_C):
         if not 1 <= count <= experts:
             raise ValueError(f"client {client}: {count} experts of a layer is outside 1..{experts}; change its budget")
-    for client, (count, cost_E, room) in enumerate(zip(counts_C, *rooms, strict=True) if rooms is not None else ()):
-        least = np.sort(cost_E)[:count].sum()
-        if least > room:
-            raise ValueError(f"client {client}: {count} experts do not fit into {room}; at least {least} is needed")

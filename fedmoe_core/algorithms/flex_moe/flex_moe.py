@@ -210,7 +210,7 @@ class FlexMoE(Algorithm):
         )
         # The nth expert of every layer is worth the same and less than the one before, so layers fill side by side.
         worth_LE = all_LE * np.arange(spec.num_experts, 0.0, -1.0)
-        chosen_LE = knapsack(worth_LE, allowance.costs_DLE, [int(free) for free in allowance.free_D]).chosen_LE
+        chosen_LE = knapsack(worth_LE, allowance.costs_DLE, [int(free) for free in allowance.free_D])
         return np.asarray(chosen_LE.sum(axis=1))
 
     def _extras(self, client: int, held_LE: np.ndarray, *, first_participation: bool) -> Extras:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmoe_core.base.rng import counter_rng
 
+ITERATIONS = 100  # most of K-means; it ends where no label changes
 CHUNK = 1 << 16  # weights projected at once: the projection of a 50 MB expert would not fit in memory whole
 
 
@@ -37,9 +38,7 @@ def expert_features(
     return flat_ND.reshape(len(weights), -1, flat_ND.shape[1])
 
 
-def fused_kmeans(
-    features_ND: np.ndarray, layer_N: np.ndarray, clusters_L: np.ndarray, *, seed: int, iterations: int = 100
-) -> np.ndarray:
+def fused_kmeans(features_ND: np.ndarray, layer_N: np.ndarray, clusters_L: np.ndarray, *, seed: int) -> np.ndarray:
     """Cluster experts by cosine in one K-means for all layers (Flux [N]); no cluster spans layers or is empty.
 
     Every centroid carries the label of its layer, and similarities across layers are masked, so the layers share each
@@ -72,7 +71,7 @@ def fused_kmeans(
     center_KD = unit_ND[np.concatenate(starts).astype(np.int64)]
     foreign_NK = layer_N[:, None] != np.repeat(np.arange(len(clusters_L)), clusters_L)[None, :]
     labels_N = np.full(len(unit_ND), -1)
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         similarity_NK = np.where(foreign_NK, -np.inf, unit_ND @ center_KD.T)
         new_N = _without_empty(similarity_NK.argmax(axis=1), similarity_NK)
         if (new_N == labels_N).all():

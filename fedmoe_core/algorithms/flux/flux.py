@@ -81,8 +81,8 @@ class Flux(Algorithm):
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Plan every client; features are of the global model, so they are made once for all."""
-        layers = range(self.population.spec.num_layers)
-        weights = [(state.params[f"moe.{la}.w_in"], state.params[f"moe.{la}.w_out"]) for la in layers]
+        pairs = zip(*map(self.population.spec.keys_of, ("w_in", "w_out")), strict=True)
+        weights = [(state.params[w_in], state.params[w_out]) for w_in, w_out in pairs]
         features_LED = expert_features(weights, seed=self.population.config.seed)
         return [self._plan(state, client, features_LED) for client in clients]
 

@@ -21,11 +21,11 @@ from fedmoe_core.messages.plan import ProbeContext
 class ForwardEstimates:
     """|grad|^2 of the mean loss on the round's first batch, for each explored expert, (L, E); 0 elsewhere.
 
-    Run after local training, on the trained sub-model, one expert after another; see ``utilities.spsa``.
+    Run after local training, on the trained sub-model, one expert after another; see ``utility.spsa``.
 
     Attributes:
         experts: (layer, expert id), each held and frozen.
-        sigma, probes: of ``utilities.spsa``.
+        sigma, probes: of ``utility.spsa``.
     """
 
     experts: tuple[tuple[int, int], ...]
@@ -54,7 +54,7 @@ class ForwardEstimates:
 
             seed = counter_seed(context.plan.seed, "forward-only", number, expert)
             try:
-                norm_sq_LE[number, expert] = spsa(loss, start, sigma=self.sigma, probes=self.probes, seed=seed).norm_sq
+                norm_sq_LE[number, expert] = spsa(loss, start, sigma=self.sigma, probes=self.probes, seed=seed)
             finally:
                 install(start)
         return {"norm_sq": norm_sq_LE}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.algorithms.flux.clustering import fused_kmeans
+from fedmoe_core.base.tensor_key import TensorKey
 from fedmoe_core.layer.state import BIASES, MATRICES
 
 
@@ -55,7 +56,7 @@ def merge_budgets(freq_LE: np.ndarray, merged_LE: np.ndarray, slots: int) -> np.
         ValueError: fewer slots than layers with an expert to merge.
     """
     depth = len(freq_LE)
-    return _share_out((depth - np.arange(depth)) / (freq_LE.var(axis=1) + 1e-6), merged_LE, slots)
+    return share_out((depth - np.arange(depth)) / (freq_LE.var(axis=1) + 1e-6), merged_LE, slots)
 
 
 def merge_shares(alias_LE: np.ndarray, freq_LE: np.ndarray, attention_LE: np.ndarray) -> np.ndarray:
@@ -129,14 +130,19 @@ def merged_experts(params: Mapping[str, Tensor], merge: Merge) -> dict[str, Mapp
     rows: dict[str, Mapping[int, Tensor]] = {}
     for layer, alias_E in enumerate(merge.alias_LE):
         ids, sizes = np.unique(alias_E, return_counts=True)
-        for key in (key for name in (*MATRICES, *BIASES) if (key := f"moe.{layer}.{name}") in params):
+        keys = (str(TensorKey(layer, name)) for name in (*MATRICES, *BIASES))
+        for key in (key for key in keys if key in params):
             merged = merged_rows(params[key], merge, layer)
             rows[key] = {int(e): row for e, size, row in zip(ids, sizes, merged, strict=True) if size > 1}
     return rows
 
 
-def _share_out(claim_L: np.ndarray, merged_LE: np.ndarray, slots: int) -> np.ndarray:
-    """``slots`` in proportion to the claims, within 1..the layer's experts to merge, by largest remainder."""
+def share_out(claim_L: np.ndarray, merged_LE: np.ndarray, slots: int) -> np.ndarray:
+    """Share ``slots`` out in proportion to the claims, 1..the experts to merge for each layer, by largest remainder.
+
+    Raises:
+        ValueError: fewer slots than layers with something to merge.
+    """
     most_L = merged_LE.sum(axis=1)
     least_L = (most_L > 0).astype(np.int64)
     if slots < least_L.sum():

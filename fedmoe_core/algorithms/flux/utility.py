@@ -26,14 +26,6 @@ class Roles:
     explore_LE: np.ndarray
 
 
-@dataclass(frozen=True)
-class GradientEstimate:
-    """What forward passes tell about a gradient: the estimate itself, and of its squared norm."""
-
-    gradient: Tensor
-    norm_sq: float
-
-
 def utility(tokens_LE: np.ndarray, grad_sq_sum_LE: np.ndarray) -> np.ndarray:
     """Return u_e = |D_e| sqrt((1/|D_e|) sum_{k in D_e} |grad_k|^2): Flux eq. 3 [N], in the norm-square form [E].
 
@@ -86,15 +78,13 @@ def assign_roles(utility_LE: np.ndarray, count: int, epsilon: float, *, rng: np.
     return Roles(exploit_LE, explore_LE)
 
 
-def spsa(
-    loss: Callable[[Tensor], float], weights: Tensor, *, sigma: float = 1e-3, probes: int = 4, seed: int
-) -> GradientEstimate:
-    """Estimate the gradient of ``loss`` at ``weights`` from 2 * probes forward passes, no backward: Flux's exploration.
+def spsa(loss: Callable[[Tensor], float], weights: Tensor, *, sigma: float = 1e-3, probes: int = 4, seed: int) -> float:
+    """Estimate |g|^2 of ``loss`` at ``weights`` from 2 * probes forward passes, no backward: Flux's exploration.
 
-    The paper's estimate is (L(W + xi) - L(W)) / xi with xi ~ N(0, sigma^2) [N]. Here z is unit normal and the
-    difference central: d = (L(W + sigma z) - L(W - sigma z)) / (2 sigma), ghat = d z, mean over the probes [E].
-    E[d z] = g up to O(sigma^2), but |ghat|^2 exceeds |g|^2 by about the dimension; E[d^2] = |g|^2 needs no such
-    correction, so ``norm_sq`` is the mean of d^2 [D], with a relative standard deviation of sqrt(2 / probes).
+    The paper's estimate of g is (L(W + xi) - L(W)) / xi with xi ~ N(0, sigma^2) [N]. Here z is unit normal and the
+    difference central: d = (L(W + sigma z) - L(W - sigma z)) / (2 sigma) [E]. E[d z] = g up to O(sigma^2), but
+    |d z|^2 exceeds |g|^2 by about the dimension; E[d^2] = |g|^2 needs no such correction, so the mean of d^2 is
+    returned [D], with a relative standard deviation of sqrt(2 / probes).
 
     Args:
         loss: mean loss of one fixed batch for given weights; same weights, same number.
@@ -106,7 +96,7 @@ def spsa(
     """
     if not sigma > 0 or probes < 1:
         raise ValueError(f"sigma={sigma}, probes={probes}: both must be positive to measure a slope")
-    total, squares = torch.zeros_like(weights), 0.0
+    squares = 0.0
     for probe in range(probes):
         generator = torch.Generator(device="cpu").manual_seed(counter_seed(seed, "spsa", probe))
         z = torch.randn(weights.shape, generator=generator, dtype=torch.float64).to(weights)
@@ -115,6 +105,5 @@ def spsa(
             raise ValueError(
                 f"probe {probe}: the loss near the weights is not finite; use a smaller sigma than {sigma}"
             )
-        total += slope * z
         squares += slope * slope
-    return GradientEstimate(total / probes, squares / probes)
+    return squares / probes

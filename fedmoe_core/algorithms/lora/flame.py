@@ -82,7 +82,7 @@ class Flame(Algorithm):
             samples=samples,
             temperature=self.population.config.lora.temperature,
         )
-        scale_L = torch.stack([result.kept[f"moe.{layer}.out_scale"] for layer in range(spec.num_layers)])
+        scale_L = torch.stack([result.kept[key] for key in spec.keys_of("out_scale")])
         return Weights(
             experts_LE=active_LE * plan.trainable_LE,
             routers_LE=samples * plan.trainable_LE,

@@ -16,6 +16,7 @@ from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.algorithms.largest_fit import largest_plan
 from fedmoe_core.algorithms.lora.factors import Factors, Spectrum, resize
 from fedmoe_core.algorithms.lora.shared import UNCOUNTED, everything
+from fedmoe_core.base.tensor_key import TensorKey
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.layer.lora import LoraSpec
@@ -111,7 +112,7 @@ class FlexLora(Algorithm):
 
 def expert_keys(population: Population) -> list[str]:
     """Return the keys of the experts' own matrices."""
-    return [f"moe.{layer}.w_{side}" for layer in range(population.spec.num_layers) for side in ("in", "out")]
+    return [str(TensorKey(layer, f"w_{side}")) for layer in range(population.spec.num_layers) for side in ("in", "out")]
 
 
 def factor_key(key: str, letter: str) -> str:

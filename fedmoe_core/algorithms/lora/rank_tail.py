@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.algorithms.lora.factors import Factors, resize, tail_penalty
+from fedmoe_core.base.tensor_key import TensorKey
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.client.traffic import start_of
 from fedmoe_core.layer.lora import FACTORS
@@ -69,8 +70,8 @@ class RankProbe:
         for layer, trains_E in enumerate(plan.trainable_LE):
             experts = torch.from_numpy(np.flatnonzero(trains_E))
             for side in SIDES:
-                keys = [f"moe.{layer}.{letter}_{side}" for letter in "ab"]
-                weight = context.params[f"moe.{layer}.w_{side}"]
+                keys = [str(TensorKey(layer, f"{letter}_{side}")) for letter in "ab"]
+                weight = context.params[str(TensorKey(layer, f"w_{side}"))]
                 base_LE[layer] += torch.linalg.matrix_norm(weight).double().cpu() ** 2
                 if not len(experts):
                     continue
@@ -96,9 +97,9 @@ def padded(deltas: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Pad factors with zeros for the ranks that the client did not have (HetLoRA [N]); other tensors as they are."""
     whole = dict(deltas)
     for key in deltas:
-        prefix, _, name = key.rpartition(".")
-        if name in FACTORS and name.startswith("a_"):
-            other = f"{prefix}.b_{name.removeprefix('a_')}"
+        place = TensorKey.parse(key)
+        if place.name in FACTORS and place.name.startswith("a_"):
+            other = str(TensorKey(place.layer, place.name.replace("a_", "b_")))
             whole[key], whole[other] = resize(Factors(deltas[key], deltas[other]), rank)
     return whole
 
@@ -123,10 +124,9 @@ def without_missing_ranks(
     """
     new = dict(means)
     for spec in sums.specs:
-        name = spec.key.rpartition(".")[2]
-        if name not in FACTORS:
+        if spec.name not in FACTORS:
             continue
-        axis = 0 if name.startswith("a_") else 1
+        axis = 0 if spec.name.startswith("a_") else 1
         ranks = spec.shape[1 + axis]
         missing_ER = torch.zeros(spec.shape[0], ranks, dtype=torch.int64)
         for rank, weight_LE in votes:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedmoe_core.base.files import ensure_writable
+from fedmoe_core.base.wording import another_configuration, differing
 from fedmoe_core.config.systems import RETIRED
 
 FORMAT = "fedmoe-checkpoint"
@@ -168,12 +169,9 @@ def _read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
 def _compare_config(path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     was, now = _flatten(saved), _flatten(_as_json(expected))
     was = {key: value for key, value in was.items() if key not in RETIRED or RETIRED[key] != value}
-    differing = [key for key in sorted({*was, *now}) if was.get(key, "absent") != now.get(key, "absent")]
-    if differing:
-        named = [f"{key} = {was.get(key, 'absent')!r} then, {now.get(key, 'absent')!r} now" for key in differing[:3]]
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    if unlike := differing(was, now):
         raise ValueError(
-            f"{path} was made under another configuration ({'; '.join(named)}{more}); "
+            f"{path} was made under {another_configuration(unlike)}; "
             "resume with the configuration it was made with or start afresh in another directory"
         )
 

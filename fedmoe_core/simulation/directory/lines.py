@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from fedmoe_core.budget.limits import NOTHING, Budget
-from fedmoe_core.config.systems import title_of
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.simulation.evaluation import HeldOut
@@ -25,19 +24,6 @@ def plan_row(world: World, plan: ExpertPlan) -> PlanRow:
         top_k=plan.top_k,
         samples=int(world.population.samples_C[plan.client]),
     )
-
-
-def label_of(config: Any) -> str:
-    """Return what people call this run: the algorithm and the choices that change its meaning."""
-    name = title_of(config.algorithm)
-    if config.algorithm != "hfedmoe":
-        return name
-    parts = [f"score {config.selection.score}"]
-    if config.selection.mode != "compact":
-        parts.append(config.selection.mode)
-    if config.aggregation.experts != "participation":
-        parts.append(f"{config.aggregation.experts} mean")
-    return f"{name} ({', '.join(parts)})"
 
 
 def results_of(held: HeldOut) -> dict[str, Any]:

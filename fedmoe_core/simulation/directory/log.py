@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.base.files import JsonlLog, write_json, write_whole
 from fedmoe_core.budget.limits import Budget
 from fedmoe_core.server.state import ServerState, pack_state
 from fedmoe_core.simulation.directory.checkpoint import save_checkpoint
 from fedmoe_core.simulation.directory.claim import Claim
 from fedmoe_core.simulation.directory.health import kept_budgets, nothing_trained
-from fedmoe_core.simulation.directory.lines import client_record, label_of, ledger_line, results_of
+from fedmoe_core.simulation.directory.lines import client_record, ledger_line, results_of
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.round import Round
 from fedmoe_core.simulation.world import World
@@ -80,7 +79,6 @@ class RunLog:
         trained = [plans[u.client].trainable_LE & (u.expert_weight_LE > 0) for u in played.updates if u.status == "ok"]
         profiles = [update.profile for update in played.updates if update.profile is not None]
         lost = [profile.lost_mass_L / np.maximum(profile.tokens_L, 1) for profile in profiles]
-        scores = HFedMoE(self.world.population).scores(state)
         costs = [update.cost for update in played.updates]
         self.totals = {
             "bytes_down_total": self.totals["bytes_down_total"] + sum(cost.bytes_down for cost in costs),
@@ -97,7 +95,7 @@ class RunLog:
             "engine_seconds": played.engine_seconds + logging,
             "refused": [{"client": u.client, "reason": u.error} for u in played.updates if u.status != "ok"],
             "applied": played.applied,
-            "importance_LE": np.mean(scores, axis=0).tolist(),
+            "importance_LE": self.world.algorithm.importance(state).tolist(),
             "lost_mass": float(np.mean(lost)) if lost else None,
             "load_cv": self._load_cv(played),
             "coverage": float(np.mean(np.any(trained, axis=0))) if trained else 0.0,
@@ -121,7 +119,7 @@ class RunLog:
         held = [int(entry["real"]["experts"]) for entry in entries if entry["real"]["experts"]]
         summary = {
             "algorithm": config.algorithm,
-            "label": label_of(config),
+            "label": self.world.algorithm.label(config),
             "task": data.task,
             "seed": config.seed,
             "rounds": state.round,

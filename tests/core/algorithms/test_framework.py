@@ -121,6 +121,21 @@ def test_inv10_two_ranks_agree_on_private_tensors_bit_for_bit(
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_the_log_shows_a_systems_own_importance_and_label(config: Make, tmp_path: Path) -> None:
+    summary = simulate.run(config("algorithm=toy:Outspoken", "budgets=unlimited"))
+    assert summary["label"] == "outspoken over 2 rounds"
+    shown = [line["importance_LE"] for line in lines(tmp_path / "run") if "importance_LE" in line]
+    assert [{value for row_E in found_LE for value in row_E} for found_LE in shown] == [{1 / 8}, {2 / 8}]
+
+
+def test_importance_is_by_default_the_mean_of_the_clients_scores(config: Make) -> None:
+    world, state, _ = played(toy(config, "selection.score=s", "selection.lam=1"))
+    usual = [known.prob_sum_LE / known.tokens_L[:, None] for known in state.profiles if known is not None]
+    assert len(usual) == 4
+    np.testing.assert_allclose(world.algorithm.importance(state), np.mean(usual, axis=0), rtol=1e-12)
+    assert world.algorithm.label(world.config) == "Toy"
+
+
 def test_inv1_inv2_profiling_and_validation_are_charged_and_memory_is_bounded(config: Make, tmp_path: Path) -> None:
     summary = simulate.run(toy(config, "train.batch_size=4"))
     assert summary["refused_updates"] == 0

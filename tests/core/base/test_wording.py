@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmoe_core.base import show
-from fedmoe_core.base.wording import nearest, unknown, visible
+from fedmoe_core.base.wording import another_configuration, differing, nearest, unknown, visible
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,16 @@ def test_a_size_rounded_up_is_enough(count: float) -> None:
     number, unit = show.size(count, up=True).split()
     shown = float(number) * {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[unit]
     assert count <= shown <= max(1.011 * count, count + 1)
+
+
+def test_two_mappings_differ_where_a_value_does_or_only_one_has_the_key() -> None:
+    was, now = {"lr": 0.1, "gone": 1, "nothing": None}, {"lr": 0.2, "new": [1]}
+    assert differing(was, now) == {"lr": (0.1, 0.2), "gone": (1, None), "nothing": (None, None), "new": (None, [1])}
+    assert differing(was, dict(was)) == {}
+
+
+def test_three_differences_are_named_and_the_others_counted() -> None:
+    now = dict.fromkeys("abcde", 1)
+    text = another_configuration(differing({"a": "x"}, now))
+    assert text.startswith("another configuration (a = 'x' then, 1 now; b = absent then, 1 now; c = absent then, 1 now")
+    assert text.endswith(" and 2 more)")

@@ -182,8 +182,8 @@ def recorded(study: Study, runs: dict[str, list[Path]]) -> Path:
 @pytest.mark.parametrize(
     ("words", "seeds", "message"),
     [
-        (["rounds=3"], "0-2", "has rounds=20 and not 3"),
-        (["rounds=20", "selection.beta=0.5"], "0-2", "has selection.beta=0.1 and not 0.5"),
+        (["rounds=3"], "0-2", "rounds = 20 then, 3 now"),
+        (["rounds=20", "selection.beta=0.5"], "0-2", "another configuration .selection.beta = 0.1 then, 0.5 now.;"),
         (["rounds=20"], "0-3", "lacks seed 3 of random"),
         (None, "0-2", "was not written by this version"),
     ],

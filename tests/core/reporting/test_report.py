@@ -376,3 +376,16 @@ def test_report_is_the_same_bytes_twice(tmp_path: Path) -> None:
 )
 def test_numbers_as_people_read_them(said: str, value: str) -> None:
     assert said == value
+
+
+def test_every_value_of_the_style_sheet_is_set_and_no_class_of_it_is_idle(tmp_path: Path) -> None:
+    _, html, _ = page_of([make_run(tmp_path / "run")], tmp_path / "report.html")
+    style = html.partition("<style>")[2].partition("</style>")[0]
+    assert {"--ink", "--muted", "--line", "--fonts"} == set(re.findall(r"var\((--\w+)\)", style))
+    assert all(re.search(rf"{name}: [^;{{]+;", style) for name in re.findall(r"var\((--\w+)\)", style))
+    assert "&#" not in style
+    source = "".join(
+        file.read_text("utf-8") for file in Path(figures.__file__).parent.glob("*[.]*") if file.suffix != ".css"
+    )
+    named = set(re.findall(r"\.([a-z]+)(?=[ ,{:.])", re.sub(r"{[^}]*}", "{}", style)))
+    assert [name for name in sorted(named) if not re.search(rf"['\" ]{name}['\" ]", source)] == []

@@ -114,6 +114,9 @@ def test_bad_score_and_lambda_are_named() -> None:
         importance.expert_scores(sums_of(router()), "s", lam=1.5, beta=0.0)
 
 
+NO_PRIOR = {"prior_taylor_LE": np.zeros((1, 1)), "prior_prob_sum_LE": np.zeros((1, 1))}
+
+
 def test_absent_estimate_is_own_demand_times_the_fleets_worth_of_it() -> None:
     rng = np.random.default_rng(5)
     demand_CLE = rng.random((3, 2, 4)) + 0.1
@@ -122,32 +125,31 @@ def test_absent_estimate_is_own_demand_times_the_fleets_worth_of_it() -> None:
     held_CLE[0, :, :3] = held_CLE[1, :, 1:] = True
     taylor_CLE = np.where(held_CLE, demand_CLE * worth_LE, 0.0)
     # Where worth per unit of demand really is the same for everybody, the estimate is the truth for all C x L x E.
-    np.testing.assert_allclose(importance.estimate_absent(taylor_CLE, demand_CLE, held_CLE), demand_CLE * worth_LE)
+    filled = importance.estimate_absent(taylor_CLE, demand_CLE, held_CLE, **NO_PRIOR)
+    np.testing.assert_allclose(filled, demand_CLE * worth_LE)
 
 
 def test_absent_estimate_keeps_what_was_measured_and_ignores_what_was_not() -> None:
     rng = np.random.default_rng(6)
     demand_CLE, taylor_CLE = rng.random((2, 3, 2, 4))
     held_CLE = rng.random((3, 2, 4)) < 0.5
-    filled = importance.estimate_absent(taylor_CLE, demand_CLE, held_CLE)
+    filled = importance.estimate_absent(taylor_CLE, demand_CLE, held_CLE, **NO_PRIOR)
     assert (filled[held_CLE] == taylor_CLE[held_CLE]).all()
     garbage = np.where(held_CLE, taylor_CLE, 1e9)
-    np.testing.assert_array_equal(importance.estimate_absent(garbage, demand_CLE, held_CLE), filled)
+    np.testing.assert_array_equal(importance.estimate_absent(garbage, demand_CLE, held_CLE, **NO_PRIOR), filled)
 
 
 def test_absent_estimate_falls_back_to_layer_then_demand_and_uses_the_prior() -> None:
     demand_CLE = np.array([[[2.0, 4.0, 6.0]], [[1.0, 1.0, 3.0]]])
     nobody = np.zeros((2, 1, 3), dtype=bool)
     zeros = np.zeros((2, 1, 3))
-    np.testing.assert_array_equal(importance.estimate_absent(zeros, demand_CLE, nobody), demand_CLE)
+    np.testing.assert_array_equal(importance.estimate_absent(zeros, demand_CLE, nobody, **NO_PRIOR), demand_CLE)
     one = nobody.copy()
     one[0, 0, 0] = True
     taylor_CLE = zeros.copy()
     taylor_CLE[0, 0, 0] = 6.0  # worth 3 a unit of demand: all that is known of the layer
     expected = 3 * demand_CLE
-    np.testing.assert_allclose(importance.estimate_absent(taylor_CLE, demand_CLE, one), expected)
+    np.testing.assert_allclose(importance.estimate_absent(taylor_CLE, demand_CLE, one, **NO_PRIOR), expected)
     prior = {"prior_taylor_LE": np.array([[0.0, 10.0, 2.0]]), "prior_prob_sum_LE": np.array([[0.0, 2.0, 4.0]])}
     seeded = importance.estimate_absent(taylor_CLE, demand_CLE, one, **prior)
     np.testing.assert_allclose(seeded, demand_CLE * np.array([3.0, 5.0, 0.5]))
-    with pytest.raises(ValueError, match="two halves"):
-        importance.estimate_absent(taylor_CLE, demand_CLE, one, prior_taylor_LE=np.ones((1, 3)))

@@ -49,7 +49,7 @@ def test_make_plan_is_plan_of_masks_of_the_best_experts() -> None:
     [
         ("experts=3", r"client 0: the plan exceeds its budget \(experts: 4 experts used, 3 experts allowed\)"),
         ("down=1KiB", r"client 0: the plan exceeds its budget \(down: .* used, 1.00 KiB"),
-        ("flops=10", "client 0: flops budget 10 cannot pay 1 local step"),
+        ("flops=10", "client 0: flops budget 10 cannot pay one local step"),
     ],
 )
 def test_inv1_masks_over_the_budget_are_refused_with_client_need_and_limit(budget: str, said: str) -> None:

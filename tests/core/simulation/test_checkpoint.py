@@ -207,6 +207,6 @@ def test_config_mismatch_names_the_first_differing_keys(tmp_path: Path) -> None:
     assert "and 1 more" in text
     assert "train.clip" not in text
     text = refused(tmp_path, expected_fingerprint={**CONFIG, "seed": 1})
-    assert "seed = 'absent' then, 1 now" in text
+    assert "seed = absent then, 1 now" in text
     same = {**CONFIG, "budgets": tuple(CONFIG["budgets"])}  # type: ignore[arg-type]
     assert load_checkpoint(tmp_path, expected_fingerprint=same).meta == {"round": 1}

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.algorithms.flux.merging import _share_out
+from fedmoe_core.algorithms.flux.merging import share_out
 
 
 def uniform_budgets(merged_LE: np.ndarray, slots: int) -> np.ndarray:
     """Give every layer the same number of slots, as far as it divides: what eq. 1 is measured against."""
-    return _share_out(np.ones(len(merged_LE)), merged_LE, slots)
+    return share_out(np.ones(len(merged_LE)), merged_LE, slots)
 
 
 def reroute(experts_TK: Tensor, weights_TK: Tensor, alias_E: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 
 import numpy as np
 from torch import Tensor
 
-from fedmoe_core.algorithms.flux.four_bit_profile import _group, _is_rounded, _padded
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_kernels.quantized import Quantized
 
@@ -29,11 +29,15 @@ def quantized_copy(
     copy = {}
     for spec in specs:
         tensor = params[spec.key]
-        if not _is_rounded(spec):
+        if spec.kind == "router" or tensor.dim() < 2 or not tensor.is_floating_point():
             copy[spec.key] = tensor.clone()
             continue
-        columns = tensor.shape[-1]
-        rounded = Quantized.of(_padded(tensor), form, (1, _group(columns, group))).dequantize(tensor.dtype)
+        rows, columns = tensor.shape[-2:]
+        wide = 32 * ceil(columns / 32)
+        padded = tensor.new_zeros(tensor.numel() // (rows * columns), rows, wide)
+        padded[..., :columns] = tensor.reshape(-1, rows, columns)
+        shared = max(size for size in range(32, group + 1, 32) if wide % size == 0)
+        rounded = Quantized.of(padded, form, (1, shared)).dequantize(tensor.dtype)
         copy[spec.key] = rounded[..., :columns].reshape(tensor.shape)
     return copy
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.budget.limits import Cost
+from fedmoe_core.config.run_config import Config
 from fedmoe_core.layer.router_loss import SwitchBalance
 from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext
 from fedmoe_core.messages.result import LocalResult
@@ -100,6 +101,17 @@ class Toy(Algorithm):
                 memory[f"rows/{update.client}"] = torch.from_numpy(update.validation_profile.rows_LE)
         params = {**state.params, **expert_mean(sums, state.params)}
         return params, memory
+
+
+class Outspoken(Toy):
+    """The same, with a name and an importance of its own."""
+
+    def importance(self, state: ServerState) -> np.ndarray:
+        return np.full((self.population.spec.num_layers, self.population.spec.num_experts), state.round / 8)
+
+    @classmethod
+    def label(cls, config: Config) -> str:
+        return f"outspoken over {config.rounds} rounds"
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,9 @@ def test_equal_sizes_are_solved_exactly(seed: int, sizes: tuple[int, int]) -> No
     found = prefix_search(p_LE, np.ones((1, *sizes), dtype=np.int64), np.array([count]))
     every = masks(*sizes)
     best = covered(p_LE, every[every.sum(axis=(1, 2)) <= count]).max()
-    assert found.theta == pytest.approx(best, abs=1e-8)
-    assert found.theta == pytest.approx(float(covered(p_LE, found.chosen_LE)), abs=1e-12)
-    assert found.chosen_LE.sum() <= count
-    assert found.chosen_LE.any(axis=1).all()
+    assert covered(p_LE, found) == pytest.approx(best, abs=1e-8)
+    assert found.sum() <= count
+    assert found.any(axis=1).all()
 
 
 @given(SEEDS, SIZES)
@@ -55,34 +54,34 @@ def test_unequal_sizes_give_the_best_of_all_prefixes(seed: int, sizes: tuple[int
     breakpoints = np.cumsum(np.sort(activation_shares(p_LE), axis=1)[:, ::-1], axis=1).ravel()
     ladders = [prefixes(p_LE, theta) for theta in (0.0, *breakpoints)]
     fitting = [x for x in ladders if ((costs * x).sum(axis=(1, 2)) + base <= limits).all()]
-    assert found.theta == pytest.approx(max(float(covered(p_LE, x)) for x in fitting), abs=1e-8)
+    assert covered(p_LE, found) == pytest.approx(max(float(covered(p_LE, x)) for x in fitting), abs=1e-8)
     every = masks(*sizes)
     fits = ((costs[:, None] * every).sum(axis=(2, 3)) + base[:, None] <= limits[:, None]).all(axis=0)
-    assert found.theta <= covered(p_LE, every[fits]).max() + 1e-9
+    assert covered(p_LE, found) <= covered(p_LE, every[fits]).max() + 1e-9
 
 
 def test_the_whole_model_fits_at_theta_one() -> None:
     p_LE = np.array([[3.0, 0.0, 1.0], [0.1, 0.2, 0.7]])
     found = prefix_search(p_LE, np.full((1, 2, 3), 4), np.array([24]))
-    assert found.theta == 1.0
+    assert covered(p_LE, found) == 1.0
     # The expert that was never used adds nothing, so the shortest prefix leaves it out.
-    assert found.chosen_LE.tolist() == [[True, False, True], [True, True, True]]
+    assert found.tolist() == [[True, False, True], [True, True, True]]
 
 
 def test_by_hand_with_ties_and_dense_memory_and_reserve() -> None:
     p_LE = np.array([[4.0, 4.0, 1.0, 1.0], [7.0, 1.0, 1.0, 1.0]])
     # floor(.8 * 100) - 20 = 60 is room for three experts of 20: the tie goes to expert 0, then .7 beats nothing.
     found = prefix_search(p_LE, np.full((1, 2, 4), 20), np.array([100]), base_D=np.array([20]), fill=0.8)
-    assert found.chosen_LE.tolist() == [[True, True, False, False], [True, False, False, False]]
-    assert found.theta == pytest.approx(0.7)
+    assert found.tolist() == [[True, True, False, False], [True, False, False, False]]
+    assert covered(p_LE, found) == pytest.approx(0.7)
 
 
 def test_a_silent_layer_keeps_one_expert_and_top_k_counts_are_shares() -> None:
     assert activation_shares(np.zeros((1, 4))).tolist() == [[0.25] * 4]
     p_LE = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]])  # the second layer sums to k = 2
     found = prefix_search(p_LE, np.ones((1, 2, 3), dtype=np.int64), np.array([2]))
-    assert found.chosen_LE.sum(axis=1).tolist() == [1, 1]
-    assert found.theta == pytest.approx(1 / 3)
+    assert found.sum(axis=1).tolist() == [1, 1]
+    assert (activation_shares(p_LE) * found).sum(axis=1).tolist() == pytest.approx([1 / 3, 1 / 2])
 
 
 @given(SEEDS, st.sampled_from([0.3, 0.5, 0.7, 0.9, 1.0]))
@@ -94,7 +93,7 @@ def test_the_refusal_names_the_number_that_would_do(seed: int, fill: float) -> N
     with pytest.raises(ValueError, match="most used expert of every MoE layer") as caught:
         prefix_search(p_LE, costs, base, base_D=base, fill=fill)
     needed = int(re.findall(r"at least (\d+)", str(caught.value))[0])
-    assert prefix_search(p_LE, costs, np.array([needed]), base_D=base, fill=fill).chosen_LE.sum() >= 3
+    assert prefix_search(p_LE, costs, np.array([needed]), base_D=base, fill=fill).sum() >= 3
     with pytest.raises(ValueError):
         prefix_search(p_LE, costs, np.array([needed - 1]), base_D=base, fill=fill)
 

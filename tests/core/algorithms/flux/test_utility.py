@@ -82,28 +82,20 @@ def test_spsa_by_loops() -> None:
     matrix, vector, weights = quadratic(12)
     gradient = matrix @ weights + vector
     found = spsa(lambda w: float(w @ matrix @ w / 2 + vector @ w), weights, sigma=0.3, probes=5, seed=8)
-    expected, squares = torch.zeros(12).double(), 0.0
+    squares = 0.0
     for probe in range(5):
         generator = torch.Generator().manual_seed(counter_seed(8, "spsa", probe))
         z = torch.randn(12, generator=generator, dtype=torch.float64)
-        slope = float(gradient @ z)
-        expected += slope * z / 5
-        squares += slope**2 / 5
-    assert torch.allclose(found.gradient, expected, atol=1e-12)
-    assert found.norm_sq == pytest.approx(squares, rel=1e-10)
+        squares += float(gradient @ z) ** 2 / 5
+    assert found == pytest.approx(squares, rel=1e-10)
     assert weights.tolist() == [1.0] * 12
 
 
-def test_spsa_is_unbiased_in_gradient_and_squared_norm() -> None:
+def test_spsa_is_unbiased_in_the_squared_norm() -> None:
     matrix, vector, weights = quadratic(12)
     gradient = matrix @ weights + vector
     found = spsa(lambda w: float(w @ matrix @ w / 2 + vector @ w), weights, probes=4000, seed=1)
-    assert float(torch.cosine_similarity(found.gradient, gradient, dim=0)) > 0.99
-    assert found.norm_sq == pytest.approx(float(gradient @ gradient), rel=5 * sqrt(2 / 4000))
-    # The plain |ghat|^2 of one probe overshoots by the dimension plus two: what E[d^2] spares.
-    single = [spsa(lambda w: float(vector @ w), weights, probes=1, seed=s) for s in range(2000)]
-    naive = float(np.mean([float(one.gradient @ one.gradient) for one in single]))
-    assert naive / float(vector @ vector) == pytest.approx(14, rel=0.2)
+    assert found == pytest.approx(float(gradient @ gradient), rel=5 * sqrt(2 / 4000))
 
 
 def test_spsa_ranks_experts_as_their_true_gradients_do() -> None:
@@ -112,7 +104,7 @@ def test_spsa_ranks_experts_as_their_true_gradients_do() -> None:
     hits = 0
     for seed in range(20):
         found = [
-            spsa(lambda w, s=s: float((w * s).sum()), torch.zeros(5, 4), seed=seed * 8 + e).norm_sq
+            spsa(lambda w, s=s: float((w * s).sum()), torch.zeros(5, 4), seed=seed * 8 + e)
             for e, s in enumerate(slopes)
         ]
         hits += set(np.argsort(found)[-4:]) == {0, 1, 2, 3}
