@@ -88,7 +88,6 @@ def _adapter_bytes(adapter: ModelAdapter, plan: ExpertPlan, number: int) -> int:
         beside = len(layer.frozen_experts) * sum(math.prod(f.shape[1:]) * f.itemsize for f in factors)
     if plan.extras.cached_LE is None:
         return beside
-    parts = (getattr(layer, f"w_{end}_{part}") for end in ("in", "out") for part in ("frozen", "scale", "whole"))
-    stored = tensor_bytes([part for part in parts if part is not None])
+    stored = tensor_bytes(layer.frozen_tensors())
     held = int((plan.permitted_LE[number] & plan.extras.cached_LE[number]).sum())
     return beside - held * stored // len(layer.experts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,6 +88,23 @@ class LayerLora:
         side = name.removeprefix("w_")
         a, b = getattr(self, f"a_{side}")[expert], getattr(self, f"b_{side}")[expert]
         return self.scale * (b @ a)
+
+
+class MergedRows(Mapping[int, Tensor]):
+    """Rows of a matrix, those of ``merged`` experts with their adapters; made on reading, one by one."""
+
+    def __init__(self, rows: Mapping[int, Tensor], lora: LayerLora, name: str, merged: frozenset[int]) -> None:
+        self.rows, self.lora, self.name, self.merged = rows, lora, name, merged
+
+    def __getitem__(self, expert: int) -> Tensor:
+        row = self.rows[expert]
+        return row + self.lora.change(self.name, expert) if expert in self.merged else row
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def lora_of_layer(state: Mapping[str, Tensor], layer: int, lora: LoraSpec, *, rank: int | None, seed: int) -> LayerLora:

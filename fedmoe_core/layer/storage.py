@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmoe_core.layer.lora import FACTORS, LayerLora
+from fedmoe_core.layer.lora import FACTORS, LayerLora, MergedRows
 from fedmoe_core.layer.slots import NO_ROWS, OwnRows, check_rows, frozen_stack, slot_map_of, stack
 from fedmoe_core.layer.state import BIASES, MATRICES, STEERING, LayerState
 from fedmoe_kernels.activations import ACTIVATIONS
@@ -19,23 +19,7 @@ from fedmoe_kernels.slot_map import SlotMap
 
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
 _STORED = tuple(f"{name}_{part}" for name in MATRICES for part in ("frozen", "scale", "whole"))
-
-
-class _Merged(Mapping[int, Tensor]):
-    """OwnRows of a matrix, those of ``merged`` experts with their adapters; made on reading, one by one."""
-
-    def __init__(self, rows: Mapping[int, Tensor], lora: LayerLora, name: str, merged: frozenset[int]) -> None:
-        self.rows, self.lora, self.name, self.merged = rows, lora, name, merged
-
-    def __getitem__(self, expert: int) -> Tensor:
-        row = self.rows[expert]
-        return row + self.lora.change(self.name, expert) if expert in self.merged else row
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+_FROZEN_BIASES = tuple(f"{name}_frozen" for name in BIASES)
 
 
 class ExpertStore(nn.Module):
@@ -102,8 +86,7 @@ class ExpertStore(nn.Module):
         self._slotted = (*MATRICES, *(name for name in BIASES if name in biases))
         self._steering = tuple(name for name in STEERING if name == "router" or name in biases)
         self._corrected = "correction_bias" in biases
-        of_biases = tuple(f"{name}_frozen" for name in BIASES)
-        for name in (*_STORED, *of_biases, *(f"{name}_rest" for name in STEERING), "correction_bias"):
+        for name in (*_STORED, *_FROZEN_BIASES, *(f"{name}_rest" for name in STEERING), "correction_bias"):
             self.register_buffer(name, None)
         for name in (*BIASES, "router_bias", *FACTORS):
             self.register_parameter(name, None)
@@ -237,6 +220,10 @@ class ExpertStore(nn.Module):
         """Return parameters and buffers of router and experts, without those of a shared expert."""
         return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
 
+    def frozen_tensors(self) -> list[Tensor]:
+        """Return what the frozen slots are stored in: values, or codes and their scales, and biases."""
+        return [tensor for name in (*_STORED, *_FROZEN_BIASES) if (tensor := getattr(self, name)) is not None]
+
     def check_masks(self, permitted: ExpertMask | None, trainable: ExpertMask | None) -> tuple[np.ndarray, np.ndarray]:
         """Return numpy bool (E,) masks of the permitted and of the trainable experts, None filled in.
 
@@ -304,7 +291,7 @@ class ExpertStore(nn.Module):
                 like_B = getattr(self if keep else source, name)
                 rows, codes = self._collect(name, source, own, keep=keep)
                 matrix = name in MATRICES
-                whole = _Merged(rows, lora, name, frozenset(frozen)) if lora is not None and matrix else rows
+                whole = MergedRows(rows, lora, name, frozenset(frozen)) if lora is not None and matrix else rows
                 setattr(self, name, nn.Parameter(stack(whole, learning, like_B)))
                 form = self.frozen_format if matrix else None
                 self._keep(name, frozen_stack(whole, codes, stored, frozen_format=form, like=like_B))

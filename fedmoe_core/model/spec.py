@@ -110,8 +110,8 @@ def lora_specs(specs: Sequence[ParamSpec], rank: int) -> tuple[ParamSpec, ...]:
         if spec.kind == "expert" and spec.name in MATRICES:
             side = spec.name.removeprefix("w_")
             experts, rows, columns = spec.shape
-            for name, shape in ((f"a_{side}", (experts, rank, columns)), (f"b_{side}", (experts, rows, rank))):
-                found.append(replace(spec, key=str(TensorKey(spec.layer, name)), shape=shape))
+            shapes = {f"a_{side}": (experts, rank, columns), f"b_{side}": (experts, rows, rank)}
+            found += [replace(spec, key=str(TensorKey(spec.layer, n)), shape=shape) for n, shape in shapes.items()]
     return tuple(found)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmoe_core.layer.state import BIASES
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.update import ClientUpdate
@@ -43,8 +44,8 @@ def expected_shapes(specs: Sequence[ParamSpec], plan: ExpertPlan) -> dict[str, t
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for spec in specs:
-        if spec.kind in plan.extras.keeps:
-            continue
+        if spec.kind in plan.extras.keeps or (spec.name in BIASES and plan.extras.lora_rank is not None):
+            continue  # kept by the client; or a bias, which adapters leave as it is
         if spec.kind == "dense":
             shapes[spec.key] = tuple(spec.shape)
         elif plan.trainable_LE[spec.layer].any():

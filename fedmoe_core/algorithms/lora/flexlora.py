@@ -20,6 +20,7 @@ from fedmoe_core.base.tensor_key import TensorKey
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.layer.lora import LoraSpec
+from fedmoe_core.layer.state import MATRICES
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
@@ -97,7 +98,7 @@ class FlexLora(Algorithm):
         memory = dict(state.memory)
         rank, scale = self.population.config.lora.rank, _scale(self.population)
         for spec in sums.specs:
-            if spec.key not in expert_keys(self.population):
+            if spec.kind != "expert" or spec.name not in MATRICES:
                 continue
             base, den_E = state.memory[f"base/{spec.key}"], sums.expert_den_LE[spec.layer]
             summed = sums.mean(spec.key, base, den_E)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmoe_core.budget.cost_model import CostModel, TrunkCost
+from fedmoe_core.budget.passes import coded
+from fedmoe_core.model.spec import Kind, ModelSpec, ParamSpec
+from fedmoe_kernels.formats import FORMATS
 
 # The demo's model: every size different, so that a swapped letter shows.
 DEMO = CostModel(
@@ -239,19 +242,67 @@ def test_the_flop_bound_is_reached(seed: int, top_k: int) -> None:
     )
 
 
+def spec_of(**tensors: tuple[Kind, tuple[int, ...]]) -> ModelSpec:
+    """The facts of a model of DEMO's sizes with a trunk of 408 parameters and a layer of these tensors."""
+    dense: dict[str, tuple[Kind, tuple[int, ...]]] = {"dense.embed": ("dense", (50, 8)), "dense.norm": ("dense", (8,))}
+    params = [ParamSpec(key, kind, shape, torch.float32) for key, (kind, shape) in dense.items()]
+    params += [
+        ParamSpec(f"moe.{layer}.{name}", kind, shape, torch.float32, layer)
+        for layer in range(3)
+        for name, (kind, shape) in tensors.items()
+    ]
+    sizes = {"num_layers": 3, "num_experts": 5, "top_k": 2, "hidden_size": 8, "intermediate_size": 6}
+    return ModelSpec("made up", "causal_lm", **sizes, activation="swiglu", params=tuple(params))
+
+
+PLAIN: dict[str, tuple[Kind, tuple[int, ...]]] = {
+    "router": ("router", (5, 8)),
+    "w_in": ("expert", (5, 12, 8)),
+    "w_out": ("expert", (5, 8, 6)),
+}
+
+
 def test_model_is_read_off_an_adapters_spec() -> None:
-    float32 = SimpleNamespace(itemsize=4)
-    params = (
-        SimpleNamespace(key="dense.embed", kind="dense", shape=(50, 8), dtype=float32),
-        SimpleNamespace(key="dense.norm", kind="dense", shape=(8,), dtype=float32),
-        SimpleNamespace(key="moe.0.router", kind="router", shape=(5, 8), dtype=float32),
-        SimpleNamespace(key="moe.0.w_in", kind="expert", shape=(5, 12, 8), dtype=float32),
-        SimpleNamespace(key="moe.0.w_out", kind="expert", shape=(5, 8, 6), dtype=float32),
-    )
-    spec = SimpleNamespace(num_layers=3, num_experts=5, top_k=2, hidden_size=8, intermediate_size=6, params=params)
-    model = CostModel.of(spec, tokens=7, train_dense=True)  # type: ignore[arg-type]
+    model = CostModel.of(spec_of(**PLAIN), tokens=7, train_dense=True)
     assert model == replace(DEMO, trunk_params=408, trunk_trainable=408, trunk=TrunkCost())
-    assert CostModel.of(spec, tokens=7).trunk_trainable == 0  # type: ignore[arg-type]
+    assert CostModel.of(spec_of(**PLAIN), tokens=7).trunk_trainable == 0
+
+
+def test_biases_are_bytes_of_their_experts_and_routers_and_no_products() -> None:
+    plain = CostModel.of(spec_of(**PLAIN), tokens=7)
+    biased = CostModel.of(
+        spec_of(
+            **PLAIN,
+            bias_in=("expert", (5, 12)),
+            bias_out=("expert", (5, 8)),
+            router_bias=("router", (5,)),
+            correction_bias=("frozen", (5,)),
+        ),
+        tokens=7,
+    )
+    assert (biased.trunk_params, biased.trunk_trainable) == (408 + 3 * 5, 0)
+    assert biased.expert_params - plain.expert_params == 12 + 8
+    assert biased.expert_weights == plain.expert_weights
+    permitted_LE, trainable_LE = np.zeros((2, 3, 5), dtype=bool)
+    permitted_LE[:, :3], trainable_LE[:, :2] = True, True
+    held, learning, routers, corrections = 9 * 20 * 4, 6 * (20 + 1) * 4, 15 * 4, 15 * 4
+    down = biased.bytes_down(permitted_LE) - plain.bytes_down(permitted_LE)
+    assert down == held + routers + corrections
+    again = [model.bytes_down(permitted_LE, first_participation=False) for model in (biased, plain)]
+    assert again[0] - again[1] == held + routers
+    assert biased.bytes_up(trainable_LE) - plain.bytes_up(trainable_LE) == learning
+    memory = [model.memory(permitted_LE, trainable_LE) for model in (biased, plain)]
+    assert memory[0] - memory[1] == held + routers + corrections + 3 * learning  # gradients and two moments
+    for of in (biased, plain):
+        assert of.step_flops(permitted_LE, trainable_LE) == plain.step_flops(permitted_LE, trainable_LE)
+        assert of.forward_flops(permitted_LE, tokens=9) == plain.forward_flops(permitted_LE, tokens=9)
+    frozen = replace(biased, train_router=False)
+    assert biased.bytes_up(trainable_LE) - frozen.bytes_up(trainable_LE) == 6 * (8 + 1) * 4
+    few = coded(replace(biased, hidden_size=32, intermediate_size=64), "int8")
+    assert (
+        few.frozen_bytes - few.slot_bytes
+        == FORMATS["int8"].bytes_of(128, 32) + FORMATS["int8"].bytes_of(32, 64) + (128 + 32) * 4
+    )
 
 
 def test_bad_models_are_refused() -> None:
