@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -130,11 +129,7 @@ class CostModel:
     @property
     def expert_params(self) -> int:
         """Parameters of one expert, without adapters."""
-        return self.expert_weights + self._expert_biases
-
-    @property
-    def _expert_biases(self) -> int:
-        return (self._width_in + self.hidden_size) * self.expert_bias
+        return self.expert_weights + (self._width_in + self.hidden_size) * self.expert_bias
 
     @property
     def router_bytes(self) -> int:
@@ -165,7 +160,8 @@ class CostModel:
     def _base_expert(self) -> int:
         """Bytes of one expert's weights without adapters."""
         per_weight = self.weight_bytes if self.base_bytes is None else self.base_bytes
-        return math.ceil(self.expert_weights * per_weight) + self._expert_biases * self.weight_bytes
+        biases = self.expert_params - self.expert_weights
+        return math.ceil(self.expert_weights * per_weight) + biases * self.weight_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -307,7 +303,7 @@ class CostModel:
         step = base + self.trunk_trainable * self.grad_bytes + self.trunk.step_bytes
         entries = [("memory", step, held + self.gradient_bytes)]
         entries += [
-            ("memory", base + transient, held + self._gradients(stage, of=len(stages)))
+            ("memory", base + transient, held + self.gradients(stage, of=len(stages)))
             for stage, transient in enumerate(stages)
         ]
         entries.append(("down", base_down, np.full(shape, expert_down if compact else 0)))
@@ -318,42 +314,6 @@ class CostModel:
         frozen = {"memory": self.frozen_bytes, "down": expert_down, "up": 0, "experts": 1}
         frozen_D = np.array([frozen[name] * compact for name in names], dtype=np.int64)
         return AdditiveCosts(names, np.array(bases, dtype=np.int64), np.stack(costs).astype(np.int64), frozen_D)
-
-    def calibrated(
-        self, peaks: Mapping[int, Sequence[int]], permitted_LE: np.ndarray, trainable_LE: np.ndarray, **measured: float
-    ) -> CostModel:
-        """Return this model with its transients set from dry steps of one configuration.
-
-        Args:
-            peaks: k' -> peak live bytes in each stage (L + 1 entries, see ``TrunkCost``), or of the whole step (one
-                entry: its own expert gradients are then not subtracted, as it is unknown whether they coincided
-                with the peak; measure with one trainable expert per layer to keep that excess small).
-            permitted_LE, trainable_LE: the configuration measured.
-            measured: further fields of ``TrunkCost``.
-
-        Raises:
-            ValueError: a peak is smaller than the closed-form terms, so it cannot be of this configuration.
-        """
-        base = replace(self, trunk=replace(self.trunk, transients={}, **measured))  # type: ignore[arg-type]
-        # The few bytes kept per slot are not taken off: a plan with fewer slots than this one stays bounded.
-        held = int(permitted_LE.sum()) * (base.frozen_bytes - base.slot_bytes)
-        learning = base.held_bytes - base.frozen_bytes + base.state_bytes
-        fixed = base.resident_bytes + held + int(trainable_LE.sum()) * learning
-        transients = {}
-        for top_k, stages in peaks.items():
-            gradients = [0]
-            if len(stages) > 1:
-                # To take off rows that had no gradient at the height would leave plans short that train fewer of them.
-                sure = [base._gradients(stage, of=len(stages), at_least=True) for stage in range(len(stages))]
-                gradients = [int((each_L1 * trainable_LE).sum()) for each_L1 in sure]
-            left = tuple(peak - fixed - gradient for peak, gradient in zip(stages, gradients, strict=True))
-            if max(left) < 0:
-                raise ValueError(
-                    f"the peak measured at top_k={top_k}, {max(stages)} bytes, is below its weights and optimizer "
-                    f"state, {fixed} bytes; measure a step that has both"
-                )
-            transients[top_k] = left
-        return replace(base, trunk=replace(base.trunk, transients=transients))
 
     def _rescheduled_memory(self, permitted_LE: np.ndarray, *, top_k: int | None) -> int:
         """Return the peak bytes where every batch re-chooses its experts.
@@ -369,11 +329,11 @@ class CostModel:
         gradients = [self.gradient_bytes * min(chosen, self.num_experts * layers) for layers in reached]
         peaks = [transient + gradient for transient, gradient in zip(stages, gradients, strict=True)]
         step = chosen * self.gradient_bytes + self.trunk_trainable * self.grad_bytes + self.trunk.step_bytes
-        layout = self.num_experts * (self.held_bytes + self.hidden_size * self.weight_bytes)  # a layer laid out again
+        layout = self.num_experts * self.held_bytes + self.router_bytes // self.num_layers  # a layer laid out again
         return resident + max(step, layout, *peaks)
 
-    def _gradients(self, stage: int, *, of: int, at_least: bool = False) -> np.ndarray:
-        """Bytes of gradients (L, 1) that a trainable expert of each layer adds in a stage.
+    def gradients(self, stage: int, *, of: int, at_least: bool = False) -> np.ndarray:
+        """Return bytes of gradients (L, 1) that a trainable expert of each layer adds in a stage.
 
         Where one stage stands for the whole step, all gradients are taken to exist at its peak. ``at_least``: what is
         sure to exist then; of the layer that runs its router's rows get theirs after the experts.

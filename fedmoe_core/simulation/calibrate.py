@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmoe_core.base.tensor_key import DENSE, TensorKey
+from fedmoe_core.budget.calibration import calibrated
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.peak_memory import mark, resident_bytes, tensor_bytes, trace_memory
 from fedmoe_core.client.step import Stepper, local_optimizer, log_prior
@@ -97,7 +98,7 @@ def calibrate(
     )
     model = replace(model, trunk=measured)
     transients = {
-        k: model.calibrated({k: peaks}, few_LE, few_LE).trunk.transients[k] for k, (few_LE, peaks) in traced.items()
+        k: calibrated(model, {k: peaks}, few_LE, few_LE).trunk.transients[k] for k, (few_LE, peaks) in traced.items()
     }
     return replace(model, trunk=replace(measured, transients=transients))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from fedmoe_bindings.transformers.families import Block, family_of, layer_masks, sparse_blocks
+from fedmoe_bindings.transformers.families import Block, Family, family_of, layer_masks, sparse_blocks
 from fedmoe_core.layer.routing_rule import RoutingRule
 from fedmoe_kernels.experts.moe_mlp import moe_mlp
 from fedmoe_kernels.routing.record import Routing
@@ -64,7 +64,7 @@ def use_fedmoe(model: PreTrainedModel, *, permitted: np.ndarray | Tensor | None 
     model.set_experts_implementation(NAME)
     for layer, block in enumerate(blocks):
         _remember_slots(block.experts, model.device)
-        _permit(block.gate, None if masks is None else masks[layer], family.rule(model.config))
+        _permit(block.gate, None if masks is None else masks[layer], family, family.rule(model.config))
     return model
 
 
@@ -106,7 +106,7 @@ def _check_layout(block: Block) -> None:
             )
 
 
-def _permit(gate: nn.Module, permitted_E: np.ndarray | None, rule: RoutingRule) -> None:
+def _permit(gate: nn.Module, permitted_E: np.ndarray | None, family: Family, rule: RoutingRule) -> None:
     """Re-route a stock router's answer among the permitted experts; None takes an earlier mask away."""
     earlier = getattr(gate, _HOOK, None)
     if earlier is not None:
@@ -115,6 +115,7 @@ def _permit(gate: nn.Module, permitted_E: np.ndarray | None, rule: RoutingRule) 
     if permitted_E is None:
         return
     slot_map = SlotMap.build(torch.from_numpy(permitted_E.copy()))
+    correction = family.tensors.get("correction_bias", "").removeprefix("gate.")
 
     def reroute(gate: nn.Module, _: tuple[Tensor, ...], answer: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         nonlocal slot_map
@@ -127,6 +128,7 @@ def _permit(gate: nn.Module, permitted_E: np.ndarray | None, rule: RoutingRule) 
             permitted_E=slot_map,
             scoring=rule.scoring,
             renormalize=rule.renormalize,
+            bias_E=getattr(gate, correction) if correction else None,
             groups=rule.groups,
             scale=rule.scale,
         )

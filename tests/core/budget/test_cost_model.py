@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmoe_core.budget.calibration import calibrated
 from fedmoe_core.budget.cost_model import CostModel, TrunkCost
 from fedmoe_core.budget.passes import coded
 from fedmoe_core.model.spec import Kind, ModelSpec, ParamSpec
@@ -178,7 +179,7 @@ def test_inv2_calibrated_on_one_plan_is_exact_on_others(
     seed: int, other: int, transients: tuple[int, ...], copies: int, router_late: bool
 ) -> None:
     step = Step(replace(DEMO, trunk=replace(DEMO.trunk, gradient_copies=copies)), transients, router_late=router_late)
-    model = step.model.calibrated({2: step.peaks(*masks(seed))}, *masks(seed))
+    model = calibrated(step.model, {2: step.peaks(*masks(seed))}, *masks(seed))
     # The bytes kept per slot of the calibration plan stay in the transients, so that smaller plans are bounded too.
     slack = int(masks(seed)[0].sum()) * DEMO.slot_bytes
     # And the router's rows of the layer that runs: it is not known whether they had their gradients at the height.
@@ -193,7 +194,7 @@ def test_inv2_a_single_peak_still_gives_an_upper_bound(
     seed: int, other: int, transients: tuple[int, ...], copies: int
 ) -> None:
     step = Step(replace(DEMO, trunk=replace(DEMO.trunk, gradient_copies=copies)), transients)
-    model = step.model.calibrated({2: [max(step.peaks(*masks(seed)))]}, *masks(seed))
+    model = calibrated(step.model, {2: [max(step.peaks(*masks(seed)))]}, *masks(seed))
     for plan in (masks(seed), masks(other)):
         excess = model.memory(*plan) - max(step.peaks(*plan))
         gradients = sum(int(trainable_LE.sum()) for _, trainable_LE in (masks(seed), plan)) * DEMO.gradient_bytes
@@ -203,11 +204,11 @@ def test_inv2_a_single_peak_still_gives_an_upper_bound(
 
 def test_calibration_keeps_measured_terms_and_refuses_an_impossible_peak() -> None:
     plan = masks(4)
-    model = DEMO.calibrated({1: [10**6], 2: [2 * 10**6]}, *plan, flops_per_token=123.0)
+    model = calibrated(DEMO, {1: [10**6], 2: [2 * 10**6]}, *plan, flops_per_token=123.0)
     assert model.trunk.flops_per_token == 123.0
     assert model.trunk.buffer_bytes == DEMO.trunk.buffer_bytes
     with pytest.raises(ValueError, match="measure a step that has both"):
-        DEMO.calibrated({2: [1000]}, *plan)
+        calibrated(DEMO, {2: [1000]}, *plan)
 
 
 def test_transients_of_an_unmeasured_k_come_from_the_next_larger_one() -> None:
