@@ -10,7 +10,7 @@ from textwrap import fill
 from types import MappingProxyType
 from typing import Any, Literal
 
-from fedmoe_core.config.schema import unknown
+from fedmoe_core.base.wording import unknown
 
 ENTRY_POINTS = "fedmoe.algorithms"  # the group under which a package names its systems, each as MODULE:CLASS
 PLACE = "MODULE:CLASS"  # how a class that no package names is given
