@@ -72,7 +72,7 @@ def test_every_piece_is_encoded_in_place_and_ended() -> None:
 def test_take_gathers_pieces_in_the_order_asked() -> None:
     tokenizer, encoded = encode(PUBLIC, list(range(len(PUBLIC))))
     taken = encoded.take(np.array([2, 0, 2]))
-    assert tokenizer.decode(taken.tokens_N.tolist()) == PUBLIC[2] + PUBLIC[0] + PUBLIC[2]
+    assert tokenizer.model.decode(taken.tokens_N.tolist()) == PUBLIC[2] + PUBLIC[0] + PUBLIC[2]
     assert taken.samples == len(taken.tokens_N)
     assert len(encoded.take(np.array([], dtype=np.int64))) == 0
 
@@ -87,7 +87,7 @@ def test_cache_gives_the_same_bits_and_forgets_damaged_files(tmp_path: Path) -> 
     assert first.to_json() == second.to_json()
     assert torch.equal(encoded.tokens_N, again.tokens_N)
     assert torch.equal(encoded.offsets_P1, again.offsets_P1)
-    assert END in second.decode(second.encode([END])[0])
+    assert END in second.model.decode(second.encode([END])[0])
     path.write_bytes(path.read_bytes()[:-7])
     _, repaired = encode(PUBLIC, [0, 1, 2], cache)
     assert torch.equal(encoded.tokens_N, repaired.tokens_N)
