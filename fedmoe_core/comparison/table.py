@@ -133,9 +133,7 @@ def _judge(
     tests = Comparison.family(known[subject], {label: v for label, v in known.items() if label != subject and v})
     return {
         label: Quality(
-            mean_interval(list(known[label].values())) if known[label] else None,
-            tests.get(label),
-            label == verdict,
+            mean_interval(list(known[label].values())) if known[label] else None, tests.get(label), label == verdict
         )
         for label in runs
     }

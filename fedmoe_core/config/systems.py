@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from textwrap import fill
@@ -147,11 +147,6 @@ class System:
     equations: tuple[Equation, ...]
     approximated: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-
-
-def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
-    """Put the systems into JSON types."""
-    return [asdict(system) for system in systems]
 
 
 def listing(systems: Sequence[System]) -> str:

@@ -103,11 +103,7 @@ def _part(run: Run, gallery: _Gallery, *, alone: bool) -> dict[str, Any]:
         title = "What the rounds, the traffic and the compute bought"
         pictures += draw(title, figures.learning, [run], name="learning")
         pictures += draw(SPREAD, figures.spread, [run], name="clients", caption="Every thin line is one client.")
-    key = (
-        Piece("held and trained", theme.BLUE),
-        Piece("held, frozen", theme.PALE),
-        Piece("not there", theme.EMPTY),
-    )
+    key = (Piece("held and trained", theme.BLUE), Piece("held, frozen", theme.PALE), Piece("not there", theme.EMPTY))
     lines = "Dark lines separate budget tiers." if len(set(run.tiers.values())) > 1 else ""
     title = "Which client holds which expert"
     pictures += draw(title, figures.holdings, run, name=tag + "experts held", caption=lines, key=key)

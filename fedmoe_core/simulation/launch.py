@@ -156,11 +156,7 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _start(command: Sequence[str], line: Lifeline, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then stops all ranks once.
     return subprocess.Popen(
-        command,
-        env=environment,
-        pass_fds=line.pass_fds,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
+        command, env=environment, pass_fds=line.pass_fds, stdin=subprocess.DEVNULL, start_new_session=True
     )
 
 
