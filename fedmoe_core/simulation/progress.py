@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
-from fedmoe_core.simulation.observer import NullObserver, Observer
+from fedmoe_core.simulation.observer import Observer
 
 
 class LineObserver(Observer):
@@ -165,8 +165,6 @@ def client_line(client: int, record: Mapping[str, Any]) -> str:
     return f"{name}: loss {show.number(record.get('loss_first'))} to {show.number(record.get('loss_last'))}"
 
 
-def observer_for(console: Console, *, quiet: bool = False) -> Observer:
-    """Choose silence when quiet, a live view on a terminal, lines elsewhere."""
-    if quiet:
-        return NullObserver()
+def observer_for(console: Console) -> Observer:
+    """Choose a live view on a terminal, lines elsewhere."""
     return LiveObserver(console) if console.is_terminal else LineObserver(console)
