@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
@@ -27,6 +27,11 @@ from fedmoe_core.server.state import Population, ServerState, initial_state
 NextModel = tuple[dict[str, Tensor], Mapping[str, Tensor] | None]
 
 
+def kept(updates: Sequence[ClientUpdate], name: str) -> dict[str, Tensor]:
+    """Return what clients have sent for the memory under one name: ``NAME/CLIENT`` and the tensor."""
+    return {f"{name}/{update.client}": update.private[name] for update in updates if name in update.private}
+
+
 def heard(updates: Sequence[ClientUpdate]) -> dict[int, ClientProfile]:
     """Return what the clients that trained have measured, by client."""
     return {update.client: update.profile for update in updates if update.profile is not None}
@@ -36,9 +41,9 @@ def heard(updates: Sequence[ClientUpdate]) -> dict[int, ClientProfile]:
 class Algorithm(ABC):
     """What the simulator asks of an algorithm: a frozen dataclass that inherits this and adds no field.
 
-    A system writes ``plan``, ``client`` and ``apply``. All methods are pure: same arguments, same answer, on every
-    rank. What an algorithm learns goes into ``ServerState.memory`` by way of ``apply``. What it needs before the first
-    round it declares, by ``lora``, ``graft`` and these:
+    A system writes ``client``, ``apply``, and ``plan_client`` or, where clients share something, ``plan``. All methods
+    are pure: same arguments, same answer, on every rank. What an algorithm learns goes into ``ServerState.memory`` by
+    way of ``apply``. What it needs before the first round it declares, by ``lora``, ``graft`` and these:
 
     Attributes:
         population: the fixed facts of the run.
@@ -48,6 +53,8 @@ class Algorithm(ABC):
             and the run is judged by ``personal`` models.
         settings: of a system that is not part of fedmoe, a frozen dataclass: a section of the configuration, which it
             reads as ``population.config.settings``. None where it has none; ours are fields of ``Config``.
+        adapters: "shared" where the experts carry adapters of the configured rank that are part of the global model,
+            "own" where those live for one round of one client.
         trains_trunk: False where the trunk stays frozen whatever ``train.trunk`` says (a classification head trains).
     """
 
@@ -55,13 +62,16 @@ class Algorithm(ABC):
     card: ClassVar[System]
     needs_validation: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = True
+    adapters: ClassVar[Literal["", "shared", "own"]] = ""
     trains_trunk: ClassVar[bool] = True
     settings: ClassVar[type | None] = None
 
     @classmethod
     def lora(cls, config: Config) -> LoraSpec | None:
-        """Return the adapters that the experts of this run carry; None for a run without adapters."""
-        return None
+        """Return the adapters that the experts of this run carry, by ``adapters``; None for a run without."""
+        return (
+            LoraSpec(config.lora.rank, config.lora.alpha, in_state=cls.adapters == "shared") if cls.adapters else None
+        )
 
     @classmethod
     def graft(cls, config: Config) -> GraftSpec | None:
@@ -72,9 +82,13 @@ class Algorithm(ABC):
         """Return the state before the first round; by default nothing is known about any client."""
         return initial_state(params, len(self.population.budgets))
 
-    @abstractmethod
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """Return one plan per sampled client, each inside that client's budget."""
+        """Return one plan per sampled client, each inside that client's budget; by default each client's alone."""
+        return [self.plan_client(state, client) for client in clients]
+
+    def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
+        """Return the plan of one client, whoever else takes part; a system that writes ``plan`` does without."""
+        raise NotImplementedError(f"{type(self).__name__} plans for no client; write plan_client, or plan")
 
     @abstractmethod
     def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -38,9 +39,9 @@ class FedAvg(Algorithm):
         approximated=("AdamW instead of SGD on the clients, with fresh state each round",),
     )
 
-    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """Give every client all experts, permitted and trainable."""
-        return [plan_everything(self.population, state, client) for client in clients]
+    def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
+        """Give the client all experts, permitted and trainable."""
+        return plan_everything(self.population, state, client)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Weigh every tensor by |D_c|."""
@@ -55,7 +56,28 @@ class FedAvg(Algorithm):
 
 
 @dataclass(frozen=True)
-class RandomExperts(Algorithm):
+class OtherChoice(Algorithm):
+    """HFedMoE in everything but the choice: ``worth`` says which experts a client would get; it never explores."""
+
+    @abstractmethod
+    def worth(self, state: ServerState, client: int) -> np.ndarray:
+        """Return one score per (layer, expert); the largest within the budget are planned."""
+
+    def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
+        """Plan the experts of most worth."""
+        return make_plan(self.population, state, client, self.worth(state, client), explore_absent=False)
+
+    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
+        """Return the weights of HFedMoE."""
+        return HFedMoE(self.population).client(plan, result)
+
+    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
+        """Apply the aggregation of HFedMoE."""
+        return HFedMoE(self.population).apply(state, sums, updates)
+
+
+@dataclass(frozen=True)
+class RandomExperts(OtherChoice):
     """Choose experts uniformly at random in each round, under the same budgets; all else is exactly as in HFedMoE.
 
     Redrawn rather than fixed per client, because a fixed draw was measured worse (global loss +.071 against +.037 nats
@@ -69,23 +91,10 @@ class RandomExperts(Algorithm):
         equations=(Equation("choice", "E", "uniform over experts, redrawn each round, under the same budgets"),),
     )
 
-    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """Plan by random scores instead of importance; they are positive, so that the budget is filled."""
-        plans = []
-        for client in clients:
-            seed, spec = self.population.config.seed, self.population.spec
-            rng = counter_rng(seed, "random-experts", state.round, client)
-            scores_LE = rng.uniform(0.5, 1.0, size=(spec.num_layers, spec.num_experts))
-            plans.append(make_plan(self.population, state, client, scores_LE, explore_absent=False))
-        return plans
-
-    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
-        """Return the weights of HFedMoE."""
-        return HFedMoE(self.population).client(plan, result)
-
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
-        """Apply the aggregation of HFedMoE."""
-        return HFedMoE(self.population).apply(state, sums, updates)
+    def worth(self, state: ServerState, client: int) -> np.ndarray:
+        """Draw the scores; they are positive, so that the budget is filled."""
+        rng = counter_rng(self.population.config.seed, "random-experts", state.round, client)
+        return rng.uniform(0.5, 1.0, size=self.population.every_LE.shape)
 
 
 @dataclass(frozen=True)
@@ -110,9 +119,7 @@ class FedAvgSmallest(FedAvg):
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Plan the common experts for every client; a client of few FLOPs takes fewer steps."""
         scores_LE, held_LE = self.scores(), self.experts()
-        return [
-            plan_of_masks(self.population, state, client, held_LE.copy(), scores_LE=scores_LE) for client in clients
-        ]
+        return [plan_of_masks(self.population, state, c, held_LE.copy(), scores_LE=scores_LE) for c in clients]
 
     def scores(self) -> np.ndarray:
         """Return what the server's own pass over public data says of every expert, (L, E)."""
@@ -132,12 +139,11 @@ class FedAvgSmallest(FedAvg):
 
 
 @dataclass(frozen=True)
-class MostActivated(Algorithm):
+class MostActivated(OtherChoice):
     """FMES: keep the experts that this client's own tokens choose most often, discard the rest.
 
     A baseline of Flux (arXiv 2508.19078), "as FedMoE" [N]. Counts are the top-k choices of the full router, which a
-    compact client measures for absent experts too; before it is heard, those of the server's public data. It never
-    explores, and averages as HFedMoE is told to.
+    compact client measures for absent experts too; before it is heard, those of the server's public data.
     """
 
     card: ClassVar[System] = System(
@@ -151,25 +157,10 @@ class MostActivated(Algorithm):
         approximated=("activations are counted during training, one round stale, not in a separate pass",),
     )
 
-    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """Plan by activation counts instead of importance."""
-        return [
-            make_plan(self.population, state, client, self.counts(state, client), explore_absent=False)
-            for client in clients
-        ]
-
-    def counts(self, state: ServerState, client: int) -> np.ndarray:
+    def worth(self, state: ServerState, client: int) -> np.ndarray:
         """Return the share of the client's tokens that chose each expert, (L, E)."""
         known = state.profiles[client] or self.population.prior
         return cumulative(known.hits_LE, known.tokens_L)
-
-    def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
-        """Return the weights of HFedMoE."""
-        return HFedMoE(self.population).client(plan, result)
-
-    def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
-        """Apply the aggregation of HFedMoE."""
-        return HFedMoE(self.population).apply(state, sums, updates)
 
 
 def least_of(limits: Sequence[float | None]) -> float | None:

@@ -104,8 +104,7 @@ class HFedMoE(Algorithm):
     def per_batch(self, state: ServerState, client: int) -> ExpertPlan:
         """Solve eq. 15 again for every batch, as printed: all experts are resident, the chosen ones learn."""
         spec, chosen = self.population.spec, self.chosen(state.round)
-        budget = self.population.budgets[client]
-        every_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
+        budget, every_LE = self.population.budgets[client], self.population.every_LE
         count = every_LE.size if budget.experts is None else budget.experts
         if count < spec.num_layers:
             raise ValueError(
@@ -170,7 +169,7 @@ class HFedMoE(Algorithm):
         """Apply eq. 17 to experts, eqs. 18-21 to gates, |D_c|-FedAvg to a trained trunk; the untrained stays."""
         rule, tau = self.population.config.aggregation, self.tau(state.round)
         layers = self.population.spec.num_layers
-        s_global_LE = np.zeros((layers, self.population.spec.num_experts), dtype=bool)
+        s_global_LE = np.zeros_like(self.population.every_LE)
         for profile in heard(updates).values():
             s_global_LE |= (usage(profile.prob_sum_LE, profile.tokens_L) >= tau) & profile.held_LE  # eq. 18
         params = {

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedmoe_core.algorithms.base import Algorithm, NextModel
+from fedmoe_core.algorithms.base import Algorithm, NextModel, kept
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.algorithms.own_gates import grown_gate, own_rows
 from fedmoe_core.budget.limits import NOTHING, Cost
@@ -106,9 +106,8 @@ class HFedMoEPlus(Algorithm):
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Apply the aggregation of HFedMoE; a router without weight keeps its bits, and a client its own gate."""
-        grown = {f"gate/{u.client}": u.private["gate"] for u in updates if "gate" in u.private}
         params, _ = self.base.apply(state, sums, updates)
-        return params, {**state.memory, **grown}
+        return params, {**state.memory, **kept(updates, "gate")}
 
 
 def as_hfedmoe(config: Config) -> Config:

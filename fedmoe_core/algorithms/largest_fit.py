@@ -6,8 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fedmoe_core.budget.limits import BudgetError
-from fedmoe_core.messages.plan import ExpertPlan
-from fedmoe_core.server.state import Population
+from fedmoe_core.messages.plan import ExpertPlan, Extras
+from fedmoe_core.server.planning import plan_of_masks
+from fedmoe_core.server.state import Population, ServerState
+
+UNCOUNTED = (
+    "a budget in experts cannot be kept, since every expert is resident; such a client gets its share of the ranks and "
+    "the run is shown as not inside the budgets",
+    "the trunk follows train.trunk, as in every other system",
+)  # what the systems with ranks say of themselves
 
 # Makes the plan of a size, bound by the population's budgets or (False) by no budget.
 MakePlan = Callable[[Population, int, bool], ExpertPlan]
@@ -51,3 +58,29 @@ def largest_plan(population: Population, client: int, largest: int, make: MakePl
             if size == 1 or whole:
                 return plan
     return make(population, 1, False)
+
+
+def resident_plan(
+    population: Population,
+    state: ServerState,
+    client: int,
+    largest: int,
+    extras_of: Callable[[Population, int], Extras],
+    *,
+    by_k: bool = False,
+) -> ExpertPlan:
+    """Return the ``largest_plan`` of all experts; those that the client has from an earlier round do not travel again.
+
+    Args:
+        population, state, client, largest: as ``largest_plan``.
+        extras_of: what the client is asked for at a size, under the population that binds the plan.
+        by_k: the size is k, and not the rank of adapters.
+    """
+    every_LE = population.every_LE
+    cached_LE = every_LE if state.visits[client] else None
+
+    def make(bound: Population, size: int, budgeted: bool) -> ExpertPlan:
+        extras, top_k = replace(extras_of(bound, size), cached_LE=cached_LE), size if by_k else None
+        return plan_of_masks(bound, state, client, every_LE, top_k=top_k, budgeted=budgeted, extras=extras)
+
+    return largest_plan(population, client, largest, make)

@@ -37,12 +37,20 @@ def nearest(word: str, options: Sequence[str]) -> str | None:
     return by_lower[near[0]] if near else None
 
 
-def unknown(kind: str, word: str, options: Sequence[str]) -> ValueError:
-    """Make the error for a name that does not exist: the nearest valid one (by what precedes a colon), then all."""
-    heads = {option.partition(":")[0]: option for option in options}
-    near = nearest(word.partition(":")[0], list(heads))
-    hint = f"did you mean {heads[near]!r}? " if near else ""
-    return ValueError(f"{kind} {word!r} is unknown; {hint}valid: {', '.join(options)}")
+def unknown(what: str, word: str, options: Sequence[str]) -> ValueError:
+    """Make the error for ``what``, which says ``word``: the nearest of ``options`` by what precedes a colon, then all.
+
+    Example:
+        >>> str(unknown("data='cvs:a.csv'", "cvs:a.csv", ["stdlib", "csv:FILE"]))
+        "data='cvs:a.csv' is unknown; did you mean 'csv:a.csv'? valid: stdlib, csv:FILE"
+    """
+    kind, _, rest = word.partition(":")
+    forms = {form.partition(":")[0]: form for form in options}
+    close = forms.get(nearest(kind, list(forms)) or "", "")
+    if rest and ":" in close:
+        close = f"{close.partition(':')[0]}:{rest}"
+    hint = f"did you mean {close!r}? " if close else ""
+    return ValueError(f"{what} is unknown; {hint}valid: {', '.join(options)}")
 
 
 def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -24,7 +24,6 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.simulation import launch
 from fedmoe_core.simulation.directory.claim import refuse_claim
 from fedmoe_core.simulation.observer import NullObserver
-from fedmoe_core.simulation.progress import observer_for
 
 app = typer.Typer(
     name="fedmoe",
@@ -81,14 +80,11 @@ def simulate(
         launch.check_world(config.ranks)
         if launch.rank() == 0:
             refuse_claim(out, force=force)
-        if config.ranks > 1 and not launch.launched():
-            flags = [*_flags(quiet=quiet, debug=debug, json=as_json), *(["--force"] if force else [])]
-            launch.run_ranks(["simulate", *(words or []), *flags], ranks=config.ranks, threads=config.threads)
+        if _many(config, ["simulate", *(words or [])], quiet=quiet, debug=debug, json=as_json, force=force):
             return
         from fedmoe_core.simulation import run as simulator
 
-        with _watching(quiet) as observer:
-            summary = simulator.run(config, observer=observer, force=force)
+        summary = simulator.run(config, observer=NullObserver() if quiet else None, force=force)
         _finish(summary, out, as_json=as_json)
 
 
@@ -110,14 +106,11 @@ def resume(
         _make_importable(run_dir / "config.toml", [])
         config = Config.load(run_dir / "config.toml").resolved()
         launch.check_world(config.ranks)
-        if config.ranks > 1 and not launch.launched():
-            flags = _flags(quiet=quiet, debug=debug, json=as_json, **{"other-code": other_code})
-            launch.run_ranks(["resume", str(run_dir), *flags], ranks=config.ranks, threads=config.threads)
+        if _many(config, ["resume", str(run_dir)], quiet=quiet, debug=debug, json=as_json, other_code=other_code):
             return
         from fedmoe_core.simulation import run as simulator
 
-        with _watching(quiet) as observer:
-            summary = simulator.resume(run_dir, observer=observer, other_code=other_code)
+        summary = simulator.resume(run_dir, observer=NullObserver() if quiet else None, other_code=other_code)
         _finish(summary, run_dir, as_json=as_json)
 
 
@@ -299,18 +292,13 @@ def _make_importable(path: Path | None, overrides: list[str]) -> None:
         sys.path.append(os.getcwd())
 
 
-def _flags(**flags: bool) -> list[str]:
-    return [f"--{name}" for name, on in flags.items() if on]
-
-
-@contextmanager
-def _watching(quiet: bool) -> Iterator[Any]:
-    """The observer of this rank, taken off the screen whatever happens; only rank 0 has something to say."""
-    observer = NullObserver() if launch.rank() else observer_for(Console(stderr=True), quiet=quiet)
-    try:
-        yield observer
-    finally:
-        observer.close()
+def _many(config: Config, arguments: list[str], **flags: bool) -> bool:
+    """Run a configuration of several ranks to its end, each a process; False where this process is the run itself."""
+    if config.ranks == 1 or launch.launched():
+        return False
+    said = [f"--{name.replace('_', '-')}" for name, on in flags.items() if on]
+    launch.run_ranks([*arguments, *said], ranks=config.ranks, threads=config.threads)
+    return True
 
 
 def _finish(summary: dict[str, Any], run_dir: Path, *, as_json: bool) -> None:

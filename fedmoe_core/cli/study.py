@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from fedmoe_core.comparison.study import Study
 
 Words = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="CONFIG.toml|KEY=VALUE", help="What all systems share, as for simulate."),
+    list[str] | None, typer.Argument(metavar="CONFIG.toml|KEY=VALUE", help="What all systems share, as for simulate.")
 ]
 Systems = Annotated[str, typer.Option(help="Names separated by commas, or all; the first is the subject of the tests.")]
 Seeds = Annotated[str, typer.Option(help="Such as 0-7 or 0,3,5.")]
@@ -35,10 +35,7 @@ Beside = Annotated[
     Path | None,
     typer.Option(help="compare.json of an earlier comparison: its other systems stand in the table, not run again."),
 ]
-Force = Annotated[
-    bool,
-    typer.Option("--force", help="Replace runs in out of other settings, data or code."),
-]
+Force = Annotated[bool, typer.Option("--force", help="Replace runs in out of other settings, data or code.")]
 Variants = Annotated[
     Path | None, typer.Option(help='TOML file whose table "systems" has lines: label = ["key=value", ...].')
 ]
@@ -80,7 +77,6 @@ def run(study: Study, console: Console, *, force: bool) -> int:
 
 def show_systems(*, as_json: bool) -> None:
     """Print the card of every system."""
-    from fedmoe_core.config.systems import as_json as plain
     from fedmoe_core.config.systems import installed, listing
 
     cards = []
@@ -88,7 +84,7 @@ def show_systems(*, as_json: bool) -> None:
         module, _, attribute = place.partition(":")
         cards.append(getattr(import_module(module), attribute).card)
     if as_json:
-        typer.echo(json.dumps(plain(cards), indent=2))
+        typer.echo(json.dumps([asdict(card) for card in cards], indent=2))
     else:
         for line in listing(cards).split("\n"):
             say(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from fedmoe_core.budget.cost_model import CostModel
-from fedmoe_core.budget.peak_memory import HasState, resident_bytes, tensor_bytes, trace_memory
+from fedmoe_core.budget.peak_memory import resident_bytes, tensor_bytes, trace_memory
 from fedmoe_core.client.profiling import ProfileSums, validate
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
@@ -19,81 +18,55 @@ from fedmoe_core.messages.plan import BatchRule, ProbeContext
 from fedmoe_core.model.adapter import ModelAdapter
 
 
-@dataclass
-class BatchChooser:
-    """Puts a rule into effect on the live model, batch by batch.
+class PerBatchSteps:
+    """Steps in which every batch has its own experts, chosen by a scoring pass over it; the model holds every expert.
 
     Attributes:
-        adapter, rule, costs, top_k: the model with every expert held, the rule of choice, what operations cost, and k'.
+        optimizer: of experts that come and go.
         chosen_LE: experts that learn from the current batch.
         trained_LE: those that learnt from some batch of the round.
-        flops: operations so far, scoring passes included.
     """
-
-    adapter: ModelAdapter
-    rule: BatchRule
-    costs: CostModel
-    top_k: int
-    chosen_LE: np.ndarray = field(init=False)
-    trained_LE: np.ndarray = field(init=False)
-    flops: float = 0.0
-
-    def __post_init__(self) -> None:
-        spec = self.adapter.spec
-        self.trained_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=bool)
-        self.chosen_LE = self.trained_LE
-
-    def choose(self, batch: Batch, optimizer: HasState) -> int:
-        """Score ``batch`` without gradients and let only the chosen experts learn; return the peak bytes of both."""
-        resident = resident_bytes(self.adapter.model, optimizer)
-        found, trace = trace_memory(partial(validate, self.adapter, [batch]), batch.tokens_SN.device)
-        self.chosen_LE = self.rule(found.profile)
-        self.trained_LE = self.trained_LE | self.chosen_LE
-        for layer, chosen_E in zip(self.adapter.moe, self.chosen_LE, strict=True):
-            layer.set_experts(None, chosen_E)
-        served_LE = np.ones_like(self.chosen_LE)
-        self.flops += self.costs.forward_flops(served_LE, tokens=batch.tokens_SN.numel(), top_k=self.top_k)
-        # A layer's weights exist twice while its slots are laid out again.
-        largest = max(tensor_bytes(layer.own_tensors()) for layer in self.adapter.moe)
-        return max(resident + trace.peak, resident_bytes(self.adapter.model, optimizer) + largest)
-
-    def bill(self, rows_LE: np.ndarray, tokens: int) -> None:
-        """Add the operations of the step that just ran."""
-        self.flops += self.costs.real_flops(rows_LE, self.chosen_LE, tokens=tokens)
-
-    def settle(self, trainable_LE: np.ndarray) -> None:
-        """End the round: select all that the plan trains, so that every delta can be read, mostly zeros."""
-        for layer, trainable_E in zip(self.adapter.moe, trainable_LE, strict=True):
-            layer.set_experts(None, trainable_E)
-
-
-class PerBatchSteps:
-    """Steps in which every batch has its own experts, chosen by a scoring pass over it."""
 
     def __init__(self, context: ProbeContext, costs: CostModel, sums: ProfileSums, rule: BatchRule) -> None:
         self.optimizer = SlotAdamW(context.adapter, context.train)
-        self.chooser = BatchChooser(context.adapter, rule, costs, context.plan.top_k)
-        self._trainable_LE, self._sums = context.plan.trainable_LE, sums
-        self._rows_LE = np.zeros(self._trainable_LE.shape)
+        self._adapter, self._plan, self._costs, self._sums = context.adapter, context.plan, costs, sums
+        self._rule, self._flops = rule, 0.0
+        self._rows_LE = np.zeros(context.plan.trainable_LE.shape)
+        self.chosen_LE = self.trained_LE = np.zeros(self._rows_LE.shape, dtype=bool)
 
     def before(self, batch: Batch) -> int:
-        """Choose the experts of ``batch``; return the peak bytes of that."""
-        return self.chooser.choose(batch, self.optimizer)
+        """Score ``batch`` without gradients and let only the chosen experts learn; return the peak bytes of both."""
+        adapter = self._adapter
+        resident = resident_bytes(adapter.model, self.optimizer)
+        found, trace = trace_memory(partial(validate, adapter, [batch]), batch.tokens_SN.device)
+        self.chosen_LE = self._rule(found.profile)
+        self.trained_LE = self.trained_LE | self.chosen_LE
+        self._select(self.chosen_LE)
+        served_LE, tokens = np.ones_like(self.chosen_LE), batch.tokens_SN.numel()
+        self._flops += self._costs.forward_flops(served_LE, tokens=tokens, top_k=self._plan.top_k)
+        # A layer's weights exist twice while its slots are laid out again.
+        largest = max(tensor_bytes(layer.own_tensors()) for layer in adapter.moe)
+        return max(resident + trace.peak, resident_bytes(adapter.model, self.optimizer) + largest)
 
     def after(self, tokens: int) -> None:
         """Bill the step, and take the importance sums before the layers change their experts and lose them."""
-        self.chooser.bill(self._sums.rows_LE() - self._rows_LE, tokens)
+        rows_LE = self._sums.rows_LE() - self._rows_LE
+        self._flops += self._costs.real_flops(rows_LE, self.chosen_LE, tokens=tokens)
         self._sums.harvest()
         self._rows_LE = self._sums.rows_LE()
 
     def spent(self) -> float:
         """Return the operations of scoring and of steps."""
-        return self.chooser.flops
+        return self._flops
 
     def finish(self) -> np.ndarray:
-        """Select all that the plan trains, so that every delta can be read; return those that learnt."""
-        self.chooser.settle(self._trainable_LE)
-        return self.chooser.trained_LE
+        """Select all that the plan trains, so that every delta can be read, mostly zeros; return those that learnt."""
+        self._select(self._plan.trainable_LE)
+        return self.trained_LE
+
+    def _select(self, trainable_LE: np.ndarray) -> None:
+        for layer, trainable_E in zip(self._adapter.moe, trainable_LE, strict=True):
+            layer.set_experts(None, trainable_E)
 
 
 class SlotAdamW:

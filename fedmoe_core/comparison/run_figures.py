@@ -27,8 +27,30 @@ class Spent:
     seconds: float
 
 
-@dataclass(frozen=True)
-class RunFigures:
+@dataclass(frozen=True, kw_only=True)
+class Burden:
+    """What a run asked of its clients.
+
+    Attributes:
+        spent: at the end.
+        peak_predicted, peak_measured: largest over clients and rounds, bytes.
+        peak_ratio: smallest and largest of predicted / measured.
+        tier_held: mean number of experts held, by tier.
+        load_cv: coefficient of variation of the samples that train an expert, mean over layers and rounds.
+        lost_mass: router mass on experts that the client did not hold, mean.
+    """
+
+    spent: Spent
+    peak_predicted: float
+    peak_measured: float
+    peak_ratio: tuple[float, float]
+    tier_held: Mapping[str, float]
+    load_cv: float
+    lost_mass: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFigures(Burden):
     """One run.
 
     Attributes:
@@ -39,12 +61,6 @@ class RunFigures:
         clients: mean over clients, each with the model that it would deploy (its own sub-model and gate).
         tier_mean, tier_worst: the same by budget tier.
         curve: (spent, mean over clients) of every evaluated round, in order.
-        spent: at the end.
-        peak_predicted, peak_measured: largest over clients and rounds, bytes.
-        peak_ratio: smallest and largest of predicted / measured.
-        tier_held: mean number of experts held, by tier.
-        load_cv: coefficient of variation of the samples that train an expert, mean over layers and rounds.
-        lost_mass: router mass on experts that the client did not hold, mean.
         budgeted: whether every client kept inside its budget; ``violations`` counts where not.
         broken: how often a client used more than the budget that bound it.
         trained: whether any training entered the model.
@@ -59,13 +75,6 @@ class RunFigures:
     tier_mean: Mapping[str, float]
     tier_worst: Mapping[str, float]
     curve: Sequence[tuple[Spent, float]]
-    spent: Spent
-    peak_predicted: float
-    peak_measured: float
-    peak_ratio: tuple[float, float]
-    tier_held: Mapping[str, float]
-    load_cv: float
-    lost_mass: float | None
     budgeted: bool
     violations: int
     broken: int = 0  # records of earlier versions know neither this

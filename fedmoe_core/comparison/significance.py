@@ -80,10 +80,7 @@ def paired(subject: Mapping[int, float], other: Mapping[int, float]) -> Comparis
         rank_p = 1.0 if gaps[0] == 0 else float(stats.wilcoxon(gaps).pvalue)
         return Comparison(float(gaps[0]), len(gaps), p, rank_p)
     return Comparison(
-        float(gaps.mean()),
-        len(gaps),
-        float(stats.ttest_1samp(gaps, 0.0).pvalue),
-        float(stats.wilcoxon(gaps).pvalue),
+        float(gaps.mean()), len(gaps), float(stats.ttest_1samp(gaps, 0.0).pvalue), float(stats.wilcoxon(gaps).pvalue)
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean
 
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
-from fedmoe_core.comparison.run_figures import RunFigures, Spent
+from fedmoe_core.comparison.run_figures import Burden, RunFigures, Spent
 from fedmoe_core.comparison.significance import Comparison, MeanInterval, best_of, mean_interval
 
 
@@ -24,17 +24,15 @@ class Quality:
     best: bool
 
 
-@dataclass(frozen=True)
-class Row:
-    """One system.
+@dataclass(frozen=True, kw_only=True)
+class Row(Burden):
+    """One system; of its burden the means over seeds (ratios: extremes).
 
     Attributes:
         label, seeds, accuracy, budgeted: as in ``RunFigures``.
         qualities: by name: "global", "clients", "lower tiers" (the first half of them, each tier weighing the same),
             and "mean TIER" and "worst TIER" of every tier.
         to_target: seeds that reached the target, and the mean of what those had spent; None = none did.
-        peak_predicted, peak_measured, peak_ratio, load_cv, lost_mass, spent: means over seeds (ratios: extremes).
-        tier_held: experts held per client, by tier.
         violations: times that a client needed more than its device can bear, all seeds together.
         broken: times that a client used more than the budget that bound it, all seeds together.
         idle: seeds in which nothing trained.
@@ -47,13 +45,6 @@ class Row:
     qualities: Mapping[str, Quality]
     reached: int
     to_target: Spent | None
-    spent: Spent
-    peak_predicted: float
-    peak_measured: float
-    peak_ratio: tuple[float, float]
-    tier_held: Mapping[str, float]
-    load_cv: float
-    lost_mass: float | None
     violations: int
     broken: int
     idle: int
@@ -108,14 +99,8 @@ def markdown(rows: Sequence[Row]) -> list[str]:
         lines.append(_line([name, str(len(row.seeds)), *cells]))
     held = list(rows[0].tier_held)
     heads = ["system", "reached target", "rounds", "moved", "FLOPs", "time", "moved in all", "peak predicted"]
-    heads += [
-        "measured",
-        "ratio",
-        *(f"experts, {_name(tier)}" for tier in held),
-        "load CV",
-        "router mass lost",
-        "over budget",
-    ]
+    heads += ["measured", "ratio", *(f"experts, {_name(tier)}" for tier in held)]
+    heads += ["load CV", "router mass lost", "over budget"]
     lines += ["", _line(heads), _line(["---"] * len(heads))]
     for row in rows:
         lines.append(_line(_prices(row, held)))
@@ -123,9 +108,6 @@ def markdown(rows: Sequence[Row]) -> list[str]:
 
 
 def _readers(first: RunFigures) -> dict[str, Callable[[RunFigures], float | None]]:
-    def tier(kind: str, name: str) -> Callable[[RunFigures], float | None]:
-        return lambda run: getattr(run, f"tier_{kind}")[name]
-
     lower = list(first.tier_mean)[: len(first.tier_mean) // 2]
     readers: dict[str, Callable[[RunFigures], float | None]] = {
         "global": lambda run: run.whole,
@@ -133,18 +115,17 @@ def _readers(first: RunFigures) -> dict[str, Callable[[RunFigures], float | None
     }
     if lower:
         readers["lower tiers"] = lambda run: fmean(run.tier_mean[tier] for tier in lower)
-    for kind in ("mean", "worst"):
-        readers |= {f"{kind} {name}": tier(kind, name) for name in first.tier_mean}
+    readers |= {f"mean {name}": lambda run, name=name: run.tier_mean[name] for name in first.tier_mean}  # type: ignore[misc]
+    readers |= {f"worst {name}": lambda run, name=name: run.tier_worst[name] for name in first.tier_mean}  # type: ignore[misc]
     return readers
 
 
 def _judge(
     runs: Mapping[str, Sequence[RunFigures]], read: Callable[[RunFigures], float | None], *, more: bool
 ) -> dict[str, Quality]:
-    values = {label: {run.seed: read(run) for run in of_seed} for label, of_seed in runs.items()}
     known = {
-        label: {seed: value for seed, value in of_seed.items() if value is not None}
-        for label, of_seed in values.items()
+        label: {run.seed: value for run in of_seed if (value := read(run)) is not None}
+        for label, of_seed in runs.items()
     }
     subject = next(iter(runs))
     bound = [label for label, of_seed in runs.items() if known[label] and all(run.fair for run in of_seed)]
@@ -152,9 +133,7 @@ def _judge(
     tests = Comparison.family(known[subject], {label: v for label, v in known.items() if label != subject and v})
     return {
         label: Quality(
-            mean_interval(list(known[label].values())) if known[label] else None,
-            tests.get(label),
-            label == verdict,
+            mean_interval(list(known[label].values())) if known[label] else None, tests.get(label), label == verdict
         )
         for label in runs
     }
@@ -203,12 +182,8 @@ def _row(label: str, runs: Sequence[RunFigures], qualities: Mapping[str, Quality
 
 
 def _mean_spent(spent: Sequence[Spent]) -> Spent:
-    return Spent(
-        rounds=round(fmean(s.rounds for s in spent)),
-        bytes_moved=fmean(s.bytes_moved for s in spent),
-        flops=fmean(s.flops for s in spent),
-        seconds=fmean(s.seconds for s in spent),
-    )
+    means = {field.name: fmean(getattr(one, field.name) for one in spent) for field in fields(Spent)}
+    return Spent(**{**means, "rounds": round(means["rounds"])})  # type: ignore[arg-type]
 
 
 def _name(text: str) -> str:
@@ -237,11 +212,9 @@ def _quality(quality: Quality, scale: float, digits: int) -> str:
 
 def _prices(row: Row, tiers: Sequence[str]) -> list[str]:
     at = row.to_target
-    price = (
-        [show.NONE] * 4
-        if at is None
-        else [str(at.rounds), show.size(at.bytes_moved), show.flops(at.flops), show.seconds(at.seconds)]
-    )
+    price = [show.NONE] * 4
+    if at is not None:
+        price = [str(at.rounds), show.size(at.bytes_moved), show.flops(at.flops), show.seconds(at.seconds)]
     low, high = row.peak_ratio
     return [
         _name(row.label),

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import msgspec
 
-from fedmoe_core.base.wording import nearest
+from fedmoe_core.base.wording import nearest, unknown
 
 T = TypeVar("T")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list of texts"}
@@ -98,19 +98,8 @@ def checked(key: str, value: Any, setting: Setting) -> Any:
             return msgspec.convert(value, setting.hint)
     shown = repr(list(value) if isinstance(value, tuple) else value)
     if setting.words:
-        raise unknown(f"{key}={shown}", value, setting.words)
+        raise unknown(f"{key}={shown}", str(value), setting.words)
     raise ValueError(f"{key}={shown} does not fit; give {setting}{'' if finite else ', and a finite one'}")
-
-
-def unknown(what: str, value: object, words: Collection[str]) -> ValueError:
-    """Make the error for a value that is not one of ``words``, with the nearest that is."""
-    kind, _, rest = str(value).partition(":")
-    forms = {form.partition(":")[0]: form for form in words}
-    close = forms.get(nearest(kind, list(forms)) or "", "")
-    if rest and ":" in close:
-        close = f"{close.partition(':')[0]}:{rest}"
-    hint = f"did you mean {close!r}? " if close else ""
-    return ValueError(f"{what} is unknown; {hint}valid: {', '.join(words)}")
 
 
 def resolve_key(key: str, schema: Schema) -> str:

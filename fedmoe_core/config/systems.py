@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from textwrap import fill
 from types import MappingProxyType
 from typing import Any, Literal
 
-from fedmoe_core.config.schema import unknown
+from fedmoe_core.base.wording import unknown
 
 ENTRY_POINTS = "fedmoe.algorithms"  # the group under which a package names its systems, each as MODULE:CLASS
 PLACE = "MODULE:CLASS"  # how a class that no package names is given
@@ -147,11 +147,6 @@ class System:
     equations: tuple[Equation, ...]
     approximated: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-
-
-def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
-    """Put the systems into JSON types."""
-    return [asdict(system) for system in systems]
 
 
 def listing(systems: Sequence[System]) -> str:

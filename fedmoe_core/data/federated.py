@@ -113,7 +113,7 @@ def corpus_digest(source: str) -> str:
 def _scheme_and_path(source: str) -> tuple[str, Path]:
     scheme, colon, name = source.partition(":")
     if scheme not in ("stdlib", "csv", "jsonl") or (scheme == "stdlib" and colon):
-        raise unknown("data", source, SOURCES)
+        raise unknown(f"data {source!r}", source, SOURCES)
     if scheme == "stdlib":
         return scheme, Path(sysconfig.get_path("stdlib"))
     if not name:
@@ -207,7 +207,7 @@ def _kind(tokenizer: str, task: Task) -> Kind:
     if tokenizer == "auto":
         return "bpe" if task == "causal_lm" else "bpe-lower"
     if tokenizer not in DEFAULT_VOCAB:
-        raise unknown("tokenizer", tokenizer, ("auto", *DEFAULT_VOCAB))
+        raise unknown(f"tokenizer {tokenizer!r}", tokenizer, ("auto", *DEFAULT_VOCAB))
     return cast(Kind, tokenizer)
 
 

@@ -23,7 +23,7 @@ def parse_scheme(text: str) -> tuple[str, float]:
     if name in ("auto", "domain", "iid") and not colon:
         return name, 0.0
     if name != "dirichlet":
-        raise unknown("partition", text, SCHEMES)
+        raise unknown(f"partition {text!r}", text, SCHEMES)
     try:
         alpha = float(value)
     except ValueError:

@@ -52,10 +52,6 @@ class TextTokenizer:
         """Encode each text into ids, without the end token."""
         return [encoding.ids for encoding in self.model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids into text, end tokens left out; exact for ``bpe``, lower-case for the others."""
-        return self.model.decode(list(ids), skip_special_tokens=True)
-
     def to_json(self) -> str:
         return self.model.to_str()
 
@@ -155,7 +151,7 @@ def encode_corpus(
     if pretrained is not None:
         kind, vocab_size = pretrained.kind, pretrained.vocab_size
     elif kind not in DEFAULT_VOCAB:
-        raise unknown("tokenizer", kind, ("auto", *DEFAULT_VOCAB))
+        raise unknown(f"tokenizer {kind!r}", kind, ("auto", *DEFAULT_VOCAB))
     settings: dict[str, Any] = {
         "format": _FORMAT,
         "corpus": corpus_sha256,

@@ -17,7 +17,7 @@ from fedmoe_core.reporting import drawing, figures, theme
 from fedmoe_core.reporting.results import QUALITIES, held, note, quality_of
 from fedmoe_core.reporting.run import Run
 from fedmoe_core.reporting.run_schema import read_text
-from fedmoe_core.reporting.tables import Cell, Piece, Table, exceeded, ledger, plain, refused, runs_table, tiers
+from fedmoe_core.reporting.tables import Cell, Piece, exceeded, ledger, plain, refused, runs_table, tiers
 from fedmoe_core.simulation.directory.health import problems
 
 SPREAD = "Clients: worst, mean and best"
@@ -39,37 +39,6 @@ class Tile:
 
     value: Cell
     text: str
-
-
-@dataclass(frozen=True)
-class Overview:
-    """What stands above the runs of a page with several."""
-
-    heading: str
-    setting: str
-    note: str
-    sorted_by: str
-    table: Table
-    pictures: Sequence[Picture]
-
-
-@dataclass(frozen=True)
-class Part:
-    """What the page shows of one run; None or empty is left out."""
-
-    alone: bool
-    headline: str
-    setting: str
-    problems: Sequence[str]
-    tiles: Sequence[Tile]
-    facts: Sequence[tuple[str, str]]
-    pictures: Sequence[Picture]
-    tiers: Table | None
-    data: Sequence[Picture]
-    last_round: int | None
-    ledger: Table | None
-    refused: Table | None
-    configuration: Sequence[str]
 
 
 class _Gallery:
@@ -109,34 +78,32 @@ def _shown(value: Any) -> Any:
     return value if hasattr(value, "__html__") else visible(str(value))
 
 
-def _overview(runs: Sequence[Run], gallery: _Gallery) -> Overview:
+def _overview(runs: Sequence[Run], gallery: _Gallery) -> dict[str, Any]:
+    """Return what stands above the runs of a page with several, by the template's names."""
     learning = "What each run bought with its rounds, traffic and compute"
     caption = "Every thin line is one client."
-    return Overview(
-        heading=_listing([run.name for run in runs]),
-        setting=_setting(runs[0]),
-        note=note(runs),
-        sorted_by=quality_of(runs).name,
-        table=runs_table(runs),
-        pictures=[
+    return {
+        "heading": _listing([run.name for run in runs]),
+        "setting": _setting(runs[0]),
+        "note": note(runs),
+        "sorted_by": quality_of(runs).name,
+        "table": runs_table(runs),
+        "pictures": [
             *gallery.draw(learning, figures.learning, runs, name="learning"),
             *gallery.draw(SPREAD, figures.spread, runs, name="clients", caption=caption),
         ],
-    )
+    }
 
 
-def _part(run: Run, gallery: _Gallery, *, alone: bool) -> Part:
+def _part(run: Run, gallery: _Gallery, *, alone: bool) -> dict[str, Any]:
+    """Return what the page shows of one run, by the template's names; None or empty is left out."""
     draw, tag = gallery.draw, "" if alone else f"{run.name}: "
     pictures: list[Picture] = []
     if alone:
         title = "What the rounds, the traffic and the compute bought"
         pictures += draw(title, figures.learning, [run], name="learning")
         pictures += draw(SPREAD, figures.spread, [run], name="clients", caption="Every thin line is one client.")
-    key = (
-        Piece("held and trained", theme.BLUE),
-        Piece("held, frozen", theme.PALE),
-        Piece("not there", theme.EMPTY),
-    )
+    key = (Piece("held and trained", theme.BLUE), Piece("held, frozen", theme.PALE), Piece("not there", theme.EMPTY))
     lines = "Dark lines separate budget tiers." if len(set(run.tiers.values())) > 1 else ""
     title = "Which client holds which expert"
     pictures += draw(title, figures.holdings, run, name=tag + "experts held", caption=lines, key=key)
@@ -147,21 +114,21 @@ def _part(run: Run, gallery: _Gallery, *, alone: bool) -> Part:
     )
     pictures += draw("Budget used, against budget given", figures.budgets, run, name=tag + "budgets", caption=caption)
     path = run.path / "config.toml"
-    return Part(
-        alone=alone,
-        headline=_headline(run),
-        setting=_setting(run),
-        problems=problems(run.summary),
-        tiles=_tiles(run),
-        facts=_facts(run),
-        pictures=pictures,
-        tiers=tiers(run),
-        data=draw("Which client holds what data", figures.data_split, run, name=tag + "data"),
-        last_round=max((entry["round"] for entry in run.ledger), default=None),
-        ledger=ledger(run),
-        refused=refused(run),
-        configuration=read_text(path).splitlines() if path.is_file() else (),
-    )
+    return {
+        "alone": alone,
+        "headline": _headline(run),
+        "setting": _setting(run),
+        "problems": problems(run.summary),
+        "tiles": _tiles(run),
+        "facts": _facts(run),
+        "pictures": pictures,
+        "tiers": tiers(run),
+        "data": draw("Which client holds what data", figures.data_split, run, name=tag + "data"),
+        "last_round": max((entry["round"] for entry in run.ledger), default=None),
+        "ledger": ledger(run),
+        "refused": refused(run),
+        "configuration": read_text(path).splitlines() if path.is_file() else (),
+    }
 
 
 def _tiles(run: Run) -> list[Tile]:

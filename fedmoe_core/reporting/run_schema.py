@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
+
+from msgspec import Meta, ValidationError, convert, defstruct
 
 from fedmoe_core.base.files import read_json_lines
 from fedmoe_core.base.wording import visible
@@ -17,79 +19,49 @@ from fedmoe_core.budget.limits import Cost
 WHOLE = 2**53  # above it a JSON reader may round
 LONGEST = 1024  # bits of any whole number; Python refuses to print some thousand digits
 REAL = 1e40  # any figure of a run is below it, and twice a figure is still finite
+Number = Annotated[float, Meta(ge=-REAL, le=REAL)]
+Amount = Annotated[float, Meta(ge=0, le=REAL)]
+Count = Annotated[int, Meta(ge=0, le=WHOLE)]
 
 
 @dataclass(frozen=True)
 class FieldKind:
-    """What a key may hold: in words, and as a test of a value from JSON or TOML. Null stands for "not measured"."""
+    """What a key may hold: in words, and as msgspec's type of a value from JSON or TOML. Null is "not measured"."""
 
     words: str
-    holds: Callable[[Any], bool]
+    hint: Any
+    even: bool = False  # whether rows must be equally long
 
-
-def _list(kind: FieldKind, words: str) -> FieldKind:
-    return FieldKind(words, lambda value: isinstance(value, list) and all(map(kind.holds, value)))
-
-
-def _matrix(kind: FieldKind, words: str) -> FieldKind:
-    def holds(value: Any) -> bool:
-        if not isinstance(value, list) or not all(isinstance(row, list) and row for row in value):
+    def holds(self, value: Any) -> bool:
+        """Tell whether a value is of this kind."""
+        try:
+            convert(value, self.hint)
+        except (ValidationError, OverflowError):  # the latter for a whole number that no float holds
             return False
-        return len(set(map(len, value))) <= 1 and all(kind.holds(entry) for row in value for entry in row)
-
-    return FieldKind(words, holds)
+        return not self.even or len(set(map(len, value))) <= 1
 
 
-def _table(kinds: Mapping[str, FieldKind], words: str) -> FieldKind:
-    def holds(value: Any) -> bool:
-        return isinstance(value, dict) and all(
-            value.get(key) is None or kind.holds(value[key]) for key, kind in kinds.items()
-        )
-
-    return FieldKind(words, holds)
+def _matrix(entry: Any, words: str) -> FieldKind:
+    return FieldKind(words, list[Annotated[list[entry], Meta(min_length=1)]], even=True)
 
 
-def _bits(value: Any) -> bool:
-    # By sets: a run of many clients has millions of these, and to ask each alone takes 12 times as long.
-    try:
-        return (
-            isinstance(value, list)
-            and all(isinstance(row, list) and row and set(row) <= {0, 1} for row in value)
-            and len(set(map(len, value))) <= 1
-        )
-    except TypeError:  # a list or a table among the entries
-        return False
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= REAL  # False for NaN
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= WHOLE
-
-
-TEXT = FieldKind("text", lambda value: isinstance(value, str))
-FLAG = FieldKind("true or false", lambda value: isinstance(value, bool))
-NUMBER = FieldKind("a finite number", _number)
-AMOUNT = FieldKind("a finite number, 0 or more", lambda value: _number(value) and value >= 0)
-INTEGER = FieldKind("a whole number", _whole)
-COUNT = FieldKind("a whole number, 0 or more", lambda value: _whole(value) and value >= 0)
-MAYBE = FieldKind("a finite number or null", lambda value: value is None or _number(value))
-TEXTS = _list(TEXT, "a list of texts")
-PER_CLIENT = _list(MAYBE, "a list of finite numbers or nulls")
-BITS_LE = FieldKind("a list of equally long rows of 0 and 1", _bits)
-COSTS = dict.fromkeys([field.name for field in fields(Cost)], AMOUNT)
-COST = _table(COSTS, f"a table of amounts, 0 or more, such as {', '.join(COSTS)}")
+TEXT = FieldKind("text", str)
+FLAG = FieldKind("true or false", bool)
+NUMBER = FieldKind("a finite number", Number)
+AMOUNT = FieldKind("a finite number, 0 or more", Amount)
+INTEGER = FieldKind("a whole number", Annotated[int, Meta(ge=-WHOLE, le=WHOLE)])
+COUNT = FieldKind("a whole number, 0 or more", Count)
+TEXTS = FieldKind("a list of texts", list[str])
+PER_CLIENT = FieldKind("a list of finite numbers or nulls", list[Number | None])
+BITS_LE = _matrix(Literal[0, 1], "a list of equally long rows of 0 and 1")
+COSTS = [field.name for field in fields(Cost)]
+COST = FieldKind(
+    f"a table of amounts, 0 or more, such as {', '.join(COSTS)}",
+    defstruct("Costs", [(name, Amount | None, None) for name in COSTS]),
+)
 REFUSED = FieldKind(
     'a list of tables with a whole number "client" and a text "reason"',
-    lambda value: (
-        isinstance(value, list)
-        and all(
-            isinstance(item, dict) and COUNT.holds(item.get("client")) and TEXT.holds(item.get("reason"))
-            for item in value
-        )
-    ),
+    list[defstruct("Refused", [("client", Count), ("reason", str)])],  # type: ignore[misc]
 )
 
 CONFIG = {"algorithm": TEXT, "model": TEXT, "data": TEXT, "clients": COUNT, "seed": INTEGER, "budgets": TEXTS}
@@ -114,7 +86,7 @@ ROUND = {
     **dict.fromkeys(("loss_clients", "accuracy_clients", "personal_loss_C", "personal_accuracy_C"), PER_CLIENT),
     **dict.fromkeys(("bytes_down_total", "bytes_up_total", "flops_total", "seconds", "engine_seconds"), AMOUNT),
     "refused": REFUSED,
-    "importance_LE": _matrix(MAYBE, "a list of equally long rows of finite numbers or nulls"),
+    "importance_LE": _matrix(Number | None, "a list of equally long rows of finite numbers or nulls"),
 }
 CLIENT = {
     **dict.fromkeys(("round", "client"), COUNT),
@@ -129,7 +101,7 @@ LEDGER = {
 }
 PARTITION = {
     **dict.fromkeys(("names", "clients"), TEXTS),
-    "counts": _matrix(AMOUNT, "a list of equally long rows of finite numbers, 0 or more"),
+    "counts": _matrix(Amount, "a list of equally long rows of finite numbers, 0 or more"),
 }
 
 

@@ -98,15 +98,8 @@ def tiers(run: Run) -> Table | None:
         elif own:
             cells.append(plain(show.NONE))
         rows.append(tuple(cells))
-    names = [
-        "tier",
-        "clients",
-        *(label for label, _ in figures.resources(run).values()),
-        "mean loss",
-        "change",
-        "worst",
-    ]
-    names += ["own accuracy: mean, worst"] if own else []
+    names = ["tier", "clients", *(label for label, _ in figures.resources(run).values())]
+    names += ["mean loss", "change", "worst", *(["own accuracy: mean, worst"] if own else [])]
     return Table(tuple(names), tuple(rows), left=(0,))
 
 

@@ -215,12 +215,7 @@ def fit_flops(
 
 
 def explore(
-    permitted_LE: np.ndarray,
-    demand_LE: np.ndarray,
-    scores_LE: np.ndarray,
-    *,
-    chance: float,
-    rng: np.random.Generator,
+    permitted_LE: np.ndarray, demand_LE: np.ndarray, scores_LE: np.ndarray, *, chance: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Give absent experts a turn [E]: per layer, with ``chance``, the held expert of least score gives way to one.
 

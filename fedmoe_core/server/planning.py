@@ -139,8 +139,7 @@ def plan_of_masks(
 
 def plan_everything(population: Population, state: ServerState, client: int) -> ExpertPlan:
     """Plan all experts, all steps, without limit: what FedAvg asks of every client, and is charged for."""
-    all_LE = np.ones((population.spec.num_layers, population.spec.num_experts), dtype=bool)
-    return plan_of_masks(population, state, client, all_LE, budgeted=False)
+    return plan_of_masks(population, state, client, population.every_LE, budgeted=False)
 
 
 def client_allowance(
@@ -199,8 +198,7 @@ EVALUATION_BYTES = 3 * 8  # loss sum, count and correct predictions
 
 def _left(population: Population, client: int, extras: Extras, *, served_LE: np.ndarray | None = None) -> Budget:
     """The client's budget once the work besides training is paid; by default at the most that this may be."""
-    if served_LE is None:
-        served_LE = np.ones((population.spec.num_layers, population.spec.num_experts), dtype=bool)
+    served_LE = population.every_LE if served_LE is None else served_LE
     try:
         return population.budgets[client].after(whole_surcharge(population, client, extras, served_LE=served_LE))
     except BudgetError as error:

@@ -46,6 +46,11 @@ class Population:
     validation_tokens_C: np.ndarray | None = None
     lora_costs: CostModel | None = None
 
+    @property
+    def every_LE(self) -> np.ndarray:
+        """The mask of all experts, bool (L, E)."""
+        return np.ones((self.spec.num_layers, self.spec.num_experts), dtype=bool)
+
     def costs_at(self, lora_rank: int | None) -> CostModel:
         """Return the cost model of a client with adapters of this rank; None as ``ExpertPlan.lora_rank``.
 

@@ -70,11 +70,7 @@ def calibrate(
         adapter.configure(
             params,
             SubModel(
-                permitted_LE=few_LE,
-                trainable_LE=few_LE,
-                top_k=top_k,
-                train_dense=train_dense,
-                lora_rank=lora_rank,
+                permitted_LE=few_LE, trainable_LE=few_LE, top_k=top_k, train_dense=train_dense, lora_rank=lora_rank
             ),
         )
         optimizer = local_optimizer(adapter, train)

@@ -21,7 +21,7 @@ EVAL_BATCH = 32
 
 @dataclass(frozen=True)
 class HeldOut:
-    """HeldOut-out results of the global model, and of every client's own where they were asked for.
+    """Held-out results of the global model, and of every client's own where they were asked for.
 
     Attributes:
         loss: mean over clients of their own loss (language modelling), or over the global test split, in nats; None

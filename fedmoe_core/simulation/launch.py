@@ -13,14 +13,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
 from threading import Thread, current_thread, main_thread
+from typing import Any
 
-from fedmoe_core.base.lifeline import Lifeline, follow, lifeline
+from fedmoe_core.base.lifeline import follow, lifeline
 
 LAUNCHED = "FEDMOE_LAUNCHED"  # the directory that ranks of this module share; they leave speaking to their parent
 COMMAND = ("-m", "fedmoe_core.cli")
@@ -90,7 +91,10 @@ def run_ranks(arguments: Sequence[str], *, ranks: int, threads: int, program: Se
         try:
             for number in range(ranks):
                 own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-                processes.append(_start(command, line, {**os.environ, **common, **own}))
+                # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then stops all ranks.
+                streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "pass_fds": line.pass_fds}
+                environment = {**os.environ, **common, **own}
+                processes.append(subprocess.Popen(command, env=environment, start_new_session=True, **streams))
             failure = _first_failure(processes)
         finally:
             stop(processes)
@@ -151,17 +155,6 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         process.kill()
     for process in living:
         process.wait()
-
-
-def _start(command: Sequence[str], line: Lifeline, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then stops all ranks once.
-    return subprocess.Popen(
-        command,
-        env=environment,
-        pass_fds=line.pass_fds,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
 
 
 def _loopback() -> dict[str, str]:

@@ -1,10 +1,10 @@
-"""Who is told how a run goes: the Observer protocol, silence, and the rows of a dry run."""
+"""Who is told how a run goes: the Observer, silence, and the rows of a dry run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from fedmoe_core.budget.limits import RESOURCES, Budget, Cost
 
@@ -71,41 +71,30 @@ class PlanRow:
         }
 
 
-class Observer(Protocol):
-    """Called by the simulator on rank 0; an observer never changes a run."""
+class Observer:
+    """Called by the simulator on rank 0; an observer never changes a run. What a class leaves out says nothing."""
 
     def on_start(self, info: Mapping[str, Any]) -> None:
         """Report the facts of the run: label, algorithm, model, data, rounds, clients_per_round, first_round, out."""
-        ...
 
     def on_stage(self, text: str) -> None:
         """Report that a stage outside the rounds begins, such as the warm-up."""
-        ...
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
         """Report that ``done`` of ``total`` steps of a stage are over."""
-        ...
 
     def on_client(self, round: int, client: int, record: Mapping[str, Any]) -> None:
         """Report that a client of round ``round`` (from 1) answered; ``record`` is its line of metrics.jsonl."""
-        ...
 
     def on_round(self, round: int, rounds: int, record: Mapping[str, Any]) -> None:
         """Report that round ``round`` of ``rounds`` is over (0 = before training), with its line of metrics.jsonl."""
-        ...
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """Report that the run is over; ``summary`` is what summary.json holds."""
-        ...
+
+    def close(self) -> None:
+        """Leave the screen, whatever happened; safe to call twice."""
 
 
-class NullObserver:
+class NullObserver(Observer):
     """An observer that says nothing."""
-
-    def on_start(self, info: Mapping[str, Any]) -> None: ...
-    def on_stage(self, text: str) -> None: ...
-    def on_progress(self, stage: str, done: int, total: int) -> None: ...
-    def on_client(self, round: int, client: int, record: Mapping[str, Any]) -> None: ...
-    def on_round(self, round: int, rounds: int, record: Mapping[str, Any]) -> None: ...
-    def on_end(self, summary: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...

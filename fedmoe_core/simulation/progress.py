@@ -1,4 +1,4 @@
-"""How a run reports its progress: the Observer protocol, a live view, plain lines, silence, rows of a dry run."""
+"""How a run reports its progress: a live view on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rich.text import Text
 
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
-from fedmoe_core.simulation.observer import NullObserver
+from fedmoe_core.simulation.observer import Observer
 
 
-class LineObserver:
+class LineObserver(Observer):
     """An observer that prints one line per event that matters: for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
@@ -36,20 +36,15 @@ class LineObserver:
             self._say(f"{stage}: {done}/{total}")
         self.quarter = quarter
 
-    def on_client(self, round: int, client: int, record: Mapping[str, Any]) -> None: ...
-
     def on_round(self, round: int, rounds: int, record: Mapping[str, Any]) -> None:
         for line in self.rounds.of(round, rounds, record):
             self._say(line)
-
-    def on_end(self, summary: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
 
     def _say(self, text: str) -> None:
         self.console.print(Text(visible(text)), soft_wrap=True)
 
 
-class LiveObserver:
+class LiveObserver(Observer):
     """A live view: a bar over all rounds with an estimate of the time left, one over the clients of the round."""
 
     def __init__(self, console: Console) -> None:
@@ -170,8 +165,6 @@ def client_line(client: int, record: Mapping[str, Any]) -> str:
     return f"{name}: loss {show.number(record.get('loss_first'))} to {show.number(record.get('loss_last'))}"
 
 
-def observer_for(console: Console, *, quiet: bool = False) -> NullObserver | LineObserver | LiveObserver:
-    """Choose silence when quiet, a live view on a terminal, lines elsewhere."""
-    if quiet:
-        return NullObserver()
+def observer_for(console: Console) -> Observer:
+    """Choose a live view on a terminal, lines elsewhere."""
     return LiveObserver(console) if console.is_terminal else LineObserver(console)

@@ -23,9 +23,7 @@ from fedmoe_core.algorithms.fedmoe.similarity import (
     recommended_change,
     weighted_profile,
 )
-from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
-from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.layer.router_loss import SwitchBalance
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.profile import ClientProfile
@@ -68,7 +66,7 @@ class ClientMap:
         if state.memory:
             return recall(cls, state.memory)
         clients = len(population.budgets)
-        shape = (clients, population.spec.num_layers, population.spec.num_experts)
+        shape = (clients, *population.every_LE.shape)
         masks = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
         counts = np.zeros(clients, dtype=np.int64), np.full(clients, NEW, dtype=np.int64)
         return cls(np.zeros(shape), np.zeros(shape), *masks, np.full(clients, -np.inf), *counts)
@@ -117,18 +115,11 @@ class FedMoE(Algorithm):
         ),
     )
 
-    @classmethod
-    def lora(cls, config: Config) -> LoraSpec | None:
-        """Return the adapters of stage one; they are never aggregated."""
-        return LoraSpec(config.lora.rank, config.lora.alpha, in_state=False)
+    adapters = "own"  # those of stage one; they are never aggregated
 
-    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """Plan each client's sub-model by the client-expert map."""
-        known = ClientMap.of(state, self.population)
-        return [self._plan(state, known, client) for client in clients]
-
-    def _plan(self, state: ServerState, known: ClientMap, client: int) -> ExpertPlan:
-        facts, extras = self.population, self._extras()
+    def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
+        """Plan the client's sub-model by the client-expert map; its first with a probe, where it can bear one."""
+        facts, extras, known = self.population, self._extras(), ClientMap.of(state, self.population)
         if known.phase_C[client] != NEW:
             return plan_of_masks(facts, state, client, known.held_CLE[client], extras=extras)
         first = state.visits[client] == 0

@@ -62,7 +62,7 @@ def affordable_probe(
     ``model_rest``; adapters do not travel.
     """
     spec, config = population.spec, population.config
-    all_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
+    all_LE = population.every_LE
     least_LE = all_LE & (np.arange(spec.num_experts) == 0)
     tokens = 0 if population.validation_tokens_C is None else int(population.validation_tokens_C[client])
     costs, tuned = asked_costs(population, extras), population.costs_at(config.lora.rank)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.algorithms.base import Algorithm, NextModel
+from fedmoe_core.algorithms.base import Algorithm, NextModel, kept
 from fedmoe_core.algorithms.flex_moe.assignment import (
     Fitness,
     Program,
@@ -103,8 +103,7 @@ class FlexMoE(Algorithm):
 
     def init(self, params: dict[str, Tensor]) -> ServerState:
         """Start with nothing known of any pair, so that the first assignment is a balanced draw."""
-        layers, experts = self.population.spec.num_layers, self.population.spec.num_experts
-        clients = len(self.population.budgets)
+        (layers, experts), clients = self.population.every_LE.shape, len(self.population.budgets)
         mean_LCE, deficit_LE = np.zeros((layers, clients, experts)), np.zeros((layers, experts))
         next_CLE = np.zeros((clients, layers, experts), dtype=bool)
         known = Feedback(mean_LCE, np.zeros(mean_LCE.shape, dtype=np.int64), deficit_LE, next_CLE)
@@ -130,11 +129,13 @@ class FlexMoE(Algorithm):
     def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """End phase 2: deltas of experts by usage and of the feature extractor go up, with feedback; the gate stays."""
         most = self.population.config.train.local_steps * self.population.costs.tokens  # rows that an expert may get
-        gate = grown_gate(plan, result.kept)
         return Weights(
             experts_LE=np.minimum(result.profile.rows_LE / most, 1.0) * plan.trainable_LE,
             routers_LE=np.zeros(plan.trainable_LE.shape),
-            private={"gate": gate, **result.probed},  # the plan's surcharge holds the feedback's bytes
+            private={
+                "gate": grown_gate(plan, result.kept),
+                **result.probed,
+            },  # the plan's surcharge holds the feedback's bytes
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
@@ -143,13 +144,11 @@ class FlexMoE(Algorithm):
         known = recall(Feedback, state.memory)
         usage_LCE, assigned_LCE = np.zeros(known.mean_LCE.shape), np.zeros(known.mean_LCE.shape, dtype=bool)
         seen_3LCE = np.zeros((3, *known.mean_LCE.shape))
-        gates = {}
         for update in updates:
             if update.profile is None:
                 continue
             usage_LCE[:, update.client] = update.profile.rows_LE
             assigned_LCE[:, update.client] = update.profile.held_LE
-            gates[f"gate/{update.client}"] = update.private["gate"]
             if "feedback" in update.private:
                 seen_3LCE[:, :, update.client] = update.private["feedback"].numpy()
         rows_LCE, loss_LCE, right_LCE = seen_3LCE
@@ -160,7 +159,7 @@ class FlexMoE(Algorithm):
         load_LE = np.tensordot(assigned_LCE, self._loads(), axes=(1, 0))
         deficit_LE = next_deficit(known.deficit_LE, load_LE)
         known = replace(known, mean_LCE=fitness.mean_CE, tried_LCE=fitness.tried_CE, deficit_LE=deficit_LE)
-        return params, {**state.memory, **gates, **remember(known)}
+        return params, {**state.memory, **kept(updates, "gate"), **remember(known)}
 
     def advance(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> ServerState:
         """Do phases 3 and 4, then assign the experts of the next round."""
@@ -200,18 +199,12 @@ class FlexMoE(Algorithm):
 
         The experts of a layer cost the same, so whichever are assigned fit too.
         """
-        spec, first = self.population.spec, state.visits[client] == 0
-        all_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
-        allowance = client_allowance(
-            self.population,
-            client,
-            first_participation=first,
-            extras=self._extras(client, all_LE, first_participation=first),
-        )
+        all_LE, first = self.population.every_LE, state.visits[client] == 0
+        extras = self._extras(client, all_LE, first_participation=first)
+        allowance = client_allowance(self.population, client, first_participation=first, extras=extras)
         # The nth expert of every layer is worth the same and less than the one before, so layers fill side by side.
-        worth_LE = all_LE * np.arange(spec.num_experts, 0.0, -1.0)
-        chosen_LE = knapsack(worth_LE, allowance.costs_DLE, [int(free) for free in allowance.free_D])
-        return np.asarray(chosen_LE.sum(axis=1))
+        worth_LE = all_LE * np.arange(all_LE.shape[1], 0.0, -1.0)
+        return np.asarray(knapsack(worth_LE, allowance.costs_DLE, list(allowance.free_D)).sum(axis=1))
 
     def _extras(self, client: int, held_LE: np.ndarray, *, first_participation: bool) -> Extras:
         """Keep the gate local; measure feedback where the client can pay for it in addition to a training step [E].

@@ -208,10 +208,8 @@ class Flux(Algorithm):
     def _profiling(self, state: ServerState, client: int) -> Cost:
         """What profiling in 4 bits costs the client; nothing where its budget cannot bear that and some training."""
         cost = profile_cost(self.population)
-        least_LE = np.zeros((self.population.spec.num_layers, self.population.spec.num_experts), dtype=bool)
-        least_LE[:, :1] = True
-        masks = (least_LE, least_LE)
-        return cost if cost and bears(self.population, state, client, masks, surcharge=cost) else NOTHING
+        least_LE = self.population.every_LE & (np.arange(self.population.spec.num_experts) == 0)
+        return cost if cost and bears(self.population, state, client, (least_LE, least_LE), surcharge=cost) else NOTHING
 
     def _trainable(self, state: ServerState, client: int, utility_LE: np.ndarray, profiling: Cost) -> np.ndarray:
         """The experts of most utility that the budget could hold and train, if nothing were merged."""

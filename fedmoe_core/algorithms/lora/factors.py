@@ -40,10 +40,6 @@ class Spectrum(NamedTuple):
         """Return the best adapter of ``rank`` (padded with zeros if the sum has less): A = V_r^T, B = U_r diag(s_r)."""
         return resize(Factors(self.v[..., :rank, :], self.u[..., :rank] * self.s[..., None, :rank]), rank)
 
-    def tail(self, rank: int) -> Tensor:
-        """Return ||sum - truncate(rank)||_F = sqrt(sum of the squared singular values after ``rank``), (...) [D]."""
-        return torch.linalg.vector_norm(self.s[..., rank:], dim=-1)
-
 
 def resize(adapter: Factors, rank: int) -> Factors:
     """Keep the first ``rank`` of the adapter's ranks, padded with zeros (HetLoRA's truncation and zero-padding [N]).

@@ -6,20 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 
-from fedmoe_core.algorithms.base import Algorithm, NextModel
-from fedmoe_core.algorithms.largest_fit import largest_plan
+from fedmoe_core.algorithms.base import Algorithm, NextModel, kept
+from fedmoe_core.algorithms.largest_fit import resident_plan
 from fedmoe_core.algorithms.lora.factors import flame_rescale, flame_share
-from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
-from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.server.means import Sums, modular_mean
-from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.server.state import Population, ServerState
 
 
@@ -49,28 +45,17 @@ class Flame(Algorithm):
         ),
     )
 
-    @classmethod
-    def lora(cls, config: Config) -> LoraSpec | None:
-        """Return adapters of one rank for all clients, part of the global model."""
-        return LoraSpec(rank=config.lora.rank, alpha=config.lora.alpha)
+    adapters = "shared"
 
-    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+    def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
         """Plan all experts, k_i per token, each layer's output times s_i."""
-        return [self._plan(state, client) for client in clients]
-
-    def _plan(self, state: ServerState, client: int) -> ExpertPlan:
         spec = self.population.spec
-        all_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
         gain_L = state.memory.get(f"gain/{client}", torch.ones(spec.num_layers))
 
-        def of_size(population: Population, k: int, budgeted: bool) -> ExpertPlan:
-            extras = Extras(
-                cached_LE=all_LE if state.visits[client] else None,
-                out_scale_L=tuple((gain_L * flame_rescale(spec.top_k, k)).tolist()),
-            )
-            return plan_of_masks(population, state, client, all_LE, top_k=k, budgeted=budgeted, extras=extras)
+        def extras_of(_: Population, k: int) -> Extras:
+            return Extras(out_scale_L=tuple((gain_L * flame_rescale(spec.top_k, k)).tolist()))
 
-        return largest_plan(self.population, client, spec.top_k, of_size)
+        return resident_plan(self.population, state, client, spec.top_k, extras_of, by_k=True)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Weigh adapters by |D_i| (a_i^j / S_i)^t; s_i over its start stays with the client."""
@@ -93,6 +78,4 @@ class Flame(Algorithm):
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
         """Average adapters by gamma, routers and trunk by |D_i|; an expert that no client activated stays."""
-        own = {f"gain/{update.client}": update.private["gain"] for update in updates if update.private}
-        params = modular_mean(sums, state.params, "fedavg")
-        return params, {**state.memory, **own}
+        return modular_mean(sums, state.params, "fedavg"), {**state.memory, **kept(updates, "gain")}

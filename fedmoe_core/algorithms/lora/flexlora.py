@@ -13,19 +13,15 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.algorithms.base import Algorithm, NextModel
-from fedmoe_core.algorithms.largest_fit import largest_plan
+from fedmoe_core.algorithms.largest_fit import UNCOUNTED, resident_plan
 from fedmoe_core.algorithms.lora.factors import Factors, Spectrum, resize
-from fedmoe_core.algorithms.lora.shared import UNCOUNTED, everything
 from fedmoe_core.base.tensor_key import TensorKey
-from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
-from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.layer.state import MATRICES
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.server.means import Sums, dense_mean, gate_mean
-from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.server.state import Population, ServerState
 
 
@@ -49,32 +45,20 @@ class FlexLora(Algorithm):
         approximated=UNCOUNTED,
     )
 
-    @classmethod
-    def lora(cls, config: Config) -> LoraSpec | None:
-        """Return adapters that live for one round; the experts move by their products."""
-        return LoraSpec(rank=config.lora.rank, alpha=config.lora.alpha, in_state=False)
+    adapters = "own"
 
     def init(self, params: dict[str, Tensor]) -> ServerState:
         """Remember the frozen experts, since the state holds them with the sum added."""
         frozen = {f"base/{key}": params[key].cpu().clone() for key in expert_keys(self.population)}
         return replace(super().init(params), memory=frozen)
 
-    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+    def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
         """Plan all experts, each the frozen one and the best adapter of rank r_k for the sum."""
-        return [self._plan(state, client) for client in clients]
 
-    def _plan(self, state: ServerState, client: int) -> ExpertPlan:
-        all_LE = everything(self.population)
+        def extras_of(_: Population, rank: int) -> Extras:
+            return Extras(lora_rank=rank, rows=start_rows(state.memory, rank))
 
-        def of_size(population: Population, rank: int, budgeted: bool) -> ExpertPlan:
-            extras = Extras(
-                lora_rank=rank,
-                cached_LE=all_LE if state.visits[client] else None,
-                rows=start_rows(state.memory, rank),
-            )
-            return plan_of_masks(population, state, client, all_LE, budgeted=budgeted, extras=extras)
-
-        return largest_plan(self.population, client, self.population.config.lora.rank, of_size)
+        return resident_plan(self.population, state, client, self.population.config.lora.rank, extras_of)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Return the trained product B_k A_k of every matrix under |D_k|."""

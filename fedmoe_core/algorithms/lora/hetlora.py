@@ -12,18 +12,14 @@ from typing import ClassVar
 import torch
 
 from fedmoe_core.algorithms.base import Algorithm, NextModel
-from fedmoe_core.algorithms.largest_fit import largest_plan
+from fedmoe_core.algorithms.largest_fit import UNCOUNTED, resident_plan
 from fedmoe_core.algorithms.lora.factors import kept_ranks
 from fedmoe_core.algorithms.lora.rank_tail import RankProbe, TailLoss, padded, tail_tables, without_missing_ranks
-from fedmoe_core.algorithms.lora.shared import UNCOUNTED, everything
-from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
-from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.server.means import Sums, dense_mean, expert_mean, gate_mean
-from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.server.state import Population, ServerState
 
 
@@ -48,33 +44,21 @@ class HetLora(Algorithm):
         approximated=(*UNCOUNTED, "all adapters of a client share one rank, and are pruned together"),
     )
 
-    @classmethod
-    def lora(cls, config: Config) -> LoraSpec | None:
-        """Return the server's adapters, part of the global model."""
-        return LoraSpec(rank=config.lora.rank, alpha=config.lora.alpha)
+    adapters = "shared"
 
-    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+    def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
         """Plan all experts at rank r_k, or at what self-pruning has left of it."""
-        return [self._plan(state, client) for client in clients]
-
-    def _plan(self, state: ServerState, client: int) -> ExpertPlan:
         chosen = self.population.config.lora
         left = int(state.memory.get(f"rank/{client}", torch.tensor(chosen.rank)))
-        all_LE = everything(self.population)
 
-        def of_size(population: Population, rank: int, budgeted: bool) -> ExpertPlan:
+        def extras_of(population: Population, rank: int) -> Extras:
             rank = min(rank, left)
             keep = kept_ranks(rank, chosen.keep_share)
             tail = keep < rank and chosen.tail > 0
-            extras = Extras(
-                lora_rank=rank,
-                cached_LE=all_LE if state.visits[client] else None,
-                after=RankProbe(keep),
-                aux=TailLoss(chosen.tail, keep, tail_tables(population.costs_at(rank))) if tail else None,
-            )
-            return plan_of_masks(population, state, client, all_LE, budgeted=budgeted, extras=extras)
+            aux = TailLoss(chosen.tail, keep, tail_tables(population.costs_at(rank))) if tail else None
+            return Extras(lora_rank=rank, after=RankProbe(keep), aux=aux)
 
-        return largest_plan(self.population, client, chosen.rank, of_size)
+        return resident_plan(self.population, state, client, chosen.rank, extras_of)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Weigh padded adapters by the norm of their product; report the rank that is left for the next round."""
@@ -99,6 +83,5 @@ class HetLora(Algorithm):
         votes = [(int(u.private["ranks"][0]), u.expert_weight_LE) for u in ranked.values()]
         experts = without_missing_ranks(expert_mean(sums, state.params), state.params, sums, votes)
         left = {f"rank/{client}": update.private["ranks"][1] for client, update in ranked.items()}
-        params = {**experts, **gate_mean(sums, state.params, "fedavg")}
-        params |= dense_mean(sums, state.params)
-        return params, {**state.memory, **left}
+        others = {**gate_mean(sums, state.params, "fedavg"), **dense_mean(sums, state.params)}
+        return {**experts, **others}, {**state.memory, **left}

@@ -105,10 +105,7 @@ def padded(deltas: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 
 def without_missing_ranks(
-    means: Mapping[str, Tensor],
-    old: Mapping[str, Tensor],
-    sums: Sums,
-    votes: Sequence[tuple[int, np.ndarray]],
+    means: Mapping[str, Tensor], old: Mapping[str, Tensor], sums: Sums, votes: Sequence[tuple[int, np.ndarray]]
 ) -> dict[str, Tensor]:
     """Turn means of deltas into HetLoRA's means of zero-padded factors [N].
 

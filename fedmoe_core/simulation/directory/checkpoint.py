@@ -48,10 +48,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    directory: Path | str,
-    tensors: Mapping[str, Tensor],
-    meta: Mapping[str, Any],
-    config_fingerprint: Mapping[str, Any],
+    directory: Path | str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], config_fingerprint: Mapping[str, Any]
 ) -> None:
     """Replace the checkpoint in ``directory`` in one step; the previous one stays until the new one is complete.
 
@@ -60,7 +57,7 @@ def save_checkpoint(
         tensors: of any shape and dtype that safetensors knows; never changed.
         meta: plain JSON values under string keys: the round, counters, line counts of logs. Floats, NaN included, come
             back as they were, tuples as lists.
-        config_fingerprint: what decides the run, nested mappings of plain values; compared by ``load_checkpoint``.
+        config_fingerprint: what decides the run, plain values by dotted key; compared by ``load_checkpoint``.
 
     Raises:
         OSError: the disk is full or not writable, in one sentence; the previous checkpoint is intact.
@@ -167,21 +164,12 @@ def _read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _compare_config(path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    was, now = _flatten(saved), _flatten(_as_json(expected))
-    was = {key: value for key, value in was.items() if key not in RETIRED or RETIRED[key] != value}
-    if unlike := differing(was, now):
+    was = {key: value for key, value in saved.items() if key not in RETIRED or RETIRED[key] != value}
+    if unlike := differing(was, _as_json(expected)):
         raise ValueError(
             f"{path} was made under {another_configuration(unlike)}; "
             "resume with the configuration it was made with or start afresh in another directory"
         )
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys, as the command line spells them."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:

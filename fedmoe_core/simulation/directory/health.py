@@ -68,20 +68,20 @@ def problems(summary: Mapping[str, Any]) -> list[str]:
 
 def _excess(entry: Mapping[str, Any]) -> list[str]:
     """What a line needs more of than its client's device can bear, predicted first."""
-    budget = _budget(entry.get("budget"))
+    budget = Budget.of(entry.get("budget") or {})
     return [found for kind in ("predicted", "real") for found in budget.violations(_cost(entry, kind))]
 
 
 def _broken(entry: Mapping[str, Any]) -> list[str]:
     """What a client really used more of than the limits that bound its plan: those of its budget, or its own."""
-    return _budget(entry.get("bound_by", entry.get("budget"))).violations(_cost(entry, "real"))
+    return Budget.of(entry.get("bound_by", entry.get("budget")) or {}).violations(_cost(entry, "real"))
 
 
 def _unbound(entry: Mapping[str, Any]) -> bool:
     """Whether a line needs more than the device can bear of something that did not bind its plan."""
     limits = entry.get("budget") or {}
     bound = entry.get("bound_by", limits)
-    loose = _budget({key: limit for key, limit in limits.items() if bound.get(key) != limit})
+    loose = Budget.of({key: limit for key, limit in limits.items() if bound.get(key) != limit})
     return not all(loose.fits(_cost(entry, kind)) for kind in ("predicted", "real"))
 
 
@@ -89,10 +89,6 @@ def _first_of(found: Mapping[int, Sequence[str]], entries: Sequence[Mapping[str,
     """Which clients needed more than their limits and by how much, one line each, at their first time."""
     first = {entries[number]["client"]: found[number][0] for number in reversed(list(found))}
     return [f"client {client}: {first[client]}" for client in sorted(first)]
-
-
-def _budget(limits: Mapping[str, Any] | None) -> Budget:
-    return Budget.of(limits or {})
 
 
 def _cost(entry: Mapping[str, Any], part: str) -> Cost:

@@ -28,22 +28,16 @@ def plan_row(world: World, plan: ExpertPlan) -> PlanRow:
 
 def results_of(held: HeldOut) -> dict[str, Any]:
     """Make the part of a round's line that an evaluation fills."""
-    return {
+    found = {
         "loss": held.loss,
         "accuracy": held.accuracy,
-        "loss_clients": None if held.loss_C is None else list(held.loss_C),
-        "accuracy_clients": None if held.accuracy_C is None else list(held.accuracy_C),
+        "loss_clients": held.loss_C,
+        "accuracy_clients": held.accuracy_C,
         "evaluate_seconds": held.seconds,
-        **({} if held.personal_loss_C is None else _personal_results(held)),
     }
-
-
-def _personal_results(held: HeldOut) -> dict[str, Any]:
-    accuracy_C = held.personal_accuracy_C
-    return {
-        "personal_loss_C": list(held.personal_loss_C or ()),
-        "personal_accuracy_C": None if accuracy_C is None else list(accuracy_C),
-    }
+    if held.personal_loss_C is not None:
+        found |= {"personal_loss_C": held.personal_loss_C, "personal_accuracy_C": held.personal_accuracy_C}
+    return found
 
 
 def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:

@@ -80,11 +80,8 @@ class RunLog:
         profiles = [update.profile for update in played.updates if update.profile is not None]
         lost = [profile.lost_mass_L / np.maximum(profile.tokens_L, 1) for profile in profiles]
         costs = [update.cost for update in played.updates]
-        self.totals = {
-            "bytes_down_total": self.totals["bytes_down_total"] + sum(cost.bytes_down for cost in costs),
-            "bytes_up_total": self.totals["bytes_up_total"] + sum(cost.bytes_up for cost in costs),
-            "flops_total": self.totals["flops_total"] + sum(cost.flops for cost in costs),
-        }
+        for name in ("bytes_down", "bytes_up", "flops"):
+            self.totals[f"{name}_total"] += sum(getattr(cost, name) for cost in costs)
         logging = time.perf_counter() - began + self.unbilled_seconds
         line = {
             "type": "round",

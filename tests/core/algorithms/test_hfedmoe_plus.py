@@ -74,14 +74,14 @@ def test_hits_are_the_clients_own_choices_or_the_priors_before_it_is_heard() -> 
     for client, known in enumerate((profiles()[0], PRIOR, PRIOR)):
         want_LE = known.hits_LE / known.tokens_L[:, None]
         np.testing.assert_array_equal(ours[client], want_LE)
-        np.testing.assert_array_equal(rival.counts(state, client), want_LE)
+        np.testing.assert_array_equal(rival.worth(state, client), want_LE)
 
 
 def test_most_activated_keeps_the_largest_counts() -> None:
     facts = population(budgets=("experts=3", "experts=4", "experts=5"))
     rival = MostActivated(facts)
     for client, plan in enumerate(rival.plan(heard(), range(3))):
-        want_LE = select_top_n(rival.counts(heard(), client), (3, 4, 5)[client])
+        want_LE = select_top_n(rival.worth(heard(), client), (3, 4, 5)[client])
         np.testing.assert_array_equal(plan.permitted_LE, want_LE)
         assert plan.budget.fits(plan.predicted)
 

@@ -46,8 +46,8 @@ def test_visible_text_is_printable_and_stays_as_it_is(text: str) -> None:
 def test_the_nearest_word_whatever_its_case_or_none() -> None:
     assert nearest("mib", ["B", "MiB", "GiB"]) == "MiB"
     assert nearest("xyz", ["stdlib", "csv:FILE"]) is None
-    assert str(unknown("data", "cvs:x", ["stdlib", "csv:FILE"])) == (
-        "data 'cvs:x' is unknown; did you mean 'csv:FILE'? valid: stdlib, csv:FILE"
+    assert str(unknown("data 'cvs:x'", "cvs:x", ["stdlib", "csv:FILE"])) == (
+        "data 'cvs:x' is unknown; did you mean 'csv:x'? valid: stdlib, csv:FILE"
     )
 
 

@@ -337,11 +337,20 @@ def test_observers_tell_the_same_story(terminal: bool) -> None:
         assert said.count("\n") == 9  # start, stage, four quarters of the warm-up, two rounds, one refusal; no bars
 
 
-def test_quiet_is_silent() -> None:
-    out = io.StringIO()
-    observer = observer_for(Console(file=out), quiet=True)
-    assert isinstance(observer, NullObserver)
+def test_quiet_is_silent(simulator: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[Any] = []
+
+    def run(config: Config, *, observer: Any, force: bool) -> dict[str, Any]:
+        seen.append(observer)
+        raise KeyboardInterrupt
+
+    simulator.run = run
+    for words in (["--quiet"], []):
+        invoke("simulate", f"out={tmp_path}/run", *words)
+    quiet, usual = seen
+    assert isinstance(quiet, NullObserver)
+    assert usual is None  # the simulator then shows what it does
     for name, args in records():
-        getattr(observer, name)(*args)
-    observer.close()
-    assert out.getvalue() == ""
+        getattr(quiet, name)(*args)
+    quiet.close()
+    assert capsys.readouterr() == ("", "")

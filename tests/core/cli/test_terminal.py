@@ -74,7 +74,7 @@ def tell(observer: Any) -> None:
 @pytest.mark.parametrize("broken", [2, 0])
 def test_simulate_and_its_observer(simulator: Any, tmp_path: Path, broken: int) -> None:
     def run(config: Any, *, observer: Any, force: bool) -> dict[str, Any]:
-        tell(observer)
+        tell(observer or observer_for(Console(stderr=True)))  # as the simulator does where none is given
         found = {"budget_violations": 2, "budgets_broken": broken, "broken_by": [EVIL]}
         path = hostile_run(Path(config.out), budgeted=bool(broken), **found)
         return json.loads((path / "summary.json").read_text("utf-8"))

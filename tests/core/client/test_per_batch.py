@@ -14,8 +14,8 @@ from hand_made import EXPERTS, LAYERS, G, profiles
 from tiny_corpus import make_config
 
 from fedmoe_core.algorithms.hfedmoe import TopScores
-from fedmoe_core.client import per_batch
-from fedmoe_core.client.per_batch import BatchChooser, SlotAdamW
+from fedmoe_core.client import train
+from fedmoe_core.client.per_batch import PerBatchSteps, SlotAdamW
 from fedmoe_core.config.run_config import Config, TrainConfig
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.selection.importance import expert_scores
@@ -146,20 +146,20 @@ def test_inv9_a_budget_for_everything_changes_nothing_to_rounds(config: Make) ->
 def test_inv1_every_batch_stays_inside_the_budget_and_the_rest_keeps_its_bits(
     config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choosers: list[BatchChooser] = []
+    choosers: list[PerBatchSteps] = []
     masks: list[np.ndarray] = []
 
-    class Watched(BatchChooser):
-        def __post_init__(self) -> None:
-            super().__post_init__()
+    class Watched(PerBatchSteps):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)  # type: ignore[arg-type]
             choosers.append(self)
 
-        def choose(self, batch: object, optimizer: object) -> int:
-            peak = super().choose(batch, optimizer)  # type: ignore[arg-type]
+        def before(self, batch: object) -> int:
+            peak = super().before(batch)  # type: ignore[arg-type]
             masks.append(self.chosen_LE)
             return peak
 
-    monkeypatch.setattr(per_batch, "BatchChooser", Watched)
+    monkeypatch.setattr(train, "PerBatchSteps", Watched)
     world = build_world(config(*BATCH, "budgets=experts=4", "train.local_steps=4").resolved(), Ranks(), NullObserver())
     before = world.algorithm.init(world.params)
     state, round_ = play_round(world, before, NullObserver())

@@ -175,7 +175,7 @@ def test_splits_that_cannot_be_are_refused(corpus: Corpus, settings: dict[str, i
 
 def pieces_of(data: FederatedData, part: Encoded) -> set[str]:
     cuts = part.offsets_P1.tolist()
-    return {data.tokenizer.decode(part.tokens_N[a:b].tolist()) for a, b in pairwise(cuts)}
+    return {data.tokenizer.model.decode(part.tokens_N[a:b].tolist()) for a, b in pairwise(cuts)}
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "text"])

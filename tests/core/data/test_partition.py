@@ -88,7 +88,7 @@ def test_domain_evens_out_the_load() -> None:
         ("dirichlet:nan", "above 0"),
         ("dirichlet:inf", "above 0"),
         ("dirichlet:much", "above 0"),
-        ("dirchlet:1", "did you mean 'dirichlet:ALPHA'"),
+        ("dirchlet:1", "did you mean 'dirichlet:1'"),
         ("iid:3", "did you mean 'iid'"),
     ],
 )

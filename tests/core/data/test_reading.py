@@ -153,8 +153,8 @@ def test_bad_jsonl_is_refused_in_one_sentence(tmp_path: Path, lines: list[object
     ("source", "says"),
     [
         ("stdlb", "did you mean 'stdlib'"),
-        ("cvs:file", "did you mean 'csv:FILE'"),
-        ("json:file", "did you mean 'jsonl:FILE'"),
+        ("cvs:file", "did you mean 'csv:file'"),
+        ("json:file", "did you mean 'jsonl:file'"),
         ("stdlib:x", "did you mean 'stdlib'"),
         ("csv", "names no file"),
         ("jsonl:", "names no file"),

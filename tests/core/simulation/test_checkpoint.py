@@ -199,7 +199,8 @@ def test_directory_of_another_user_is_refused(tmp_path: Path) -> None:
 
 def test_config_mismatch_names_the_first_differing_keys(tmp_path: Path) -> None:
     save_round(tmp_path, 1)
-    now = {"algorithm": "fedavg", "train": {"lr": 0.001, "clip": 1.0, "trunk": "frozen"}, "budgets": ("experts=25%",)}
+    own = {"train.lr": 0.001, "train.clip": 1.0, "train.trunk": "frozen"}
+    now = {"algorithm": "fedavg", **own, "budgets": ("experts=25%",)}
     text = refused(tmp_path, expected_fingerprint=now)
     assert "algorithm = 'hfedmoe' then, 'fedavg' now" in text
     assert "budgets = ['experts=25%', 'experts=50%'] then, ['experts=25%'] now" in text

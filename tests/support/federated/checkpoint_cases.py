@@ -17,7 +17,7 @@ from torch import Tensor
 from fedmoe_core.simulation.directory import checkpoint
 from fedmoe_core.simulation.directory.checkpoint import load_checkpoint, save_checkpoint
 
-CONFIG = {"algorithm": "hfedmoe", "train": {"lr": 0.002, "clip": 1.0}, "budgets": ["experts=25%", "experts=50%"]}
+CONFIG = {"algorithm": "hfedmoe", "train.lr": 0.002, "train.clip": 1.0, "budgets": ["experts=25%", "experts=50%"]}
 
 
 def tensors_of(round_: int, size: int = 64) -> dict[str, Tensor]:
