@@ -87,7 +87,7 @@ class Algorithm(ABC):
         return [self.plan_client(state, client) for client in clients]
 
     def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
-        """Return the plan of one client, which other clients do not change; a system that writes ``plan`` needs none."""
+        """Return one client's plan, which other clients do not change; a system that writes ``plan`` needs none."""
         raise NotImplementedError(f"{type(self).__name__} plans for no client; write plan_client, or plan")
 
     @abstractmethod
