@@ -87,7 +87,7 @@ class Algorithm(ABC):
         return [self.plan_client(state, client) for client in clients]
 
     def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
-        """Return the plan of one client, whoever else takes part; a system that writes ``plan`` does without."""
+        """Return one client's plan, which other clients do not change; a system that writes ``plan`` needs none."""
         raise NotImplementedError(f"{type(self).__name__} plans for no client; write plan_client, or plan")
 
     @abstractmethod
@@ -120,14 +120,14 @@ class Algorithm(ABC):
         """Return the model that this client would deploy, as the plan that makes it: by default its next plan."""
         return self.plan(state, [client])[0]
 
-    def importance(self, state: ServerState) -> np.ndarray:
-        """Return how much each expert matters to the clients, (L, E): what the log of a round shows.
-
-        By default the mean over clients of the score that ``[selection]`` names, by their latest profiles.
-        """
+    def scores(self, state: ServerState) -> list[np.ndarray]:
+        """Return one score per (layer, expert) and client; by default the one that ``[selection]`` names."""
         rule = self.population.config.selection
-        scores = client_scores(state.profiles, self.population.prior, rule.score, lam=rule.lam, beta=rule.beta)
-        return np.asarray(np.mean(scores, axis=0))
+        return client_scores(state.profiles, self.population.prior, rule.score, lam=rule.lam, beta=rule.beta)
+
+    def importance(self, state: ServerState) -> np.ndarray:
+        """Return how much each expert matters, (L, E), which the log of a round shows: by default the mean score."""
+        return np.asarray(np.mean(self.scores(state), axis=0))
 
     @classmethod
     def label(cls, config: Config) -> str:

@@ -118,10 +118,10 @@ class FedAvgSmallest(FedAvg):
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Plan the common experts for every client; a client of few FLOPs takes fewer steps."""
-        scores_LE, held_LE = self.scores(), self.experts()
+        scores_LE, held_LE = self.public_scores(), self.experts()
         return [plan_of_masks(self.population, state, c, held_LE.copy(), scores_LE=scores_LE) for c in clients]
 
-    def scores(self) -> np.ndarray:
+    def public_scores(self) -> np.ndarray:
         """Return what the server's own pass over public data says of every expert, (L, E)."""
         return expert_scores(self.population.prior, "taylor", lam=1.0, beta=0.0)
 
@@ -134,7 +134,7 @@ class FedAvgSmallest(FedAvg):
         powers = [budget.power for budget in budgets if budget.power is not None]
         power = max(powers, key=lambda one: (one.joules_per_flop, one.joules_per_byte), default=None)
         least = Budget(**limits, power=power, name="the least of all clients")  # type: ignore[arg-type]
-        steps, scores_LE = self.population.config.train.local_steps, self.scores()
+        steps, scores_LE = self.population.config.train.local_steps, self.public_scores()
         return choose(least, self.population.costs, scores_LE, client="of the smallest budget", local_steps=steps)[0]
 
 

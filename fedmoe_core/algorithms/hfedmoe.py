@@ -122,10 +122,6 @@ class HFedMoE(Algorithm):
         rule = self.chosen(state.round)
         return client_scores(state.profiles, self.population.prior, rule.score, lam=rule.lam, beta=rule.beta)
 
-    def importance(self, state: ServerState) -> np.ndarray:
-        """Return the mean over clients of the scores that the next plans would go by, (L, E)."""
-        return np.asarray(np.mean(self.scores(state), axis=0))
-
     @classmethod
     def label(cls, config: Config) -> str:
         """Name the system and the choices that change its meaning."""

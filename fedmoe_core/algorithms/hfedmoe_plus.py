@@ -80,10 +80,6 @@ class HFedMoEPlus(Algorithm):
         known = [profile or self.population.prior for profile in state.profiles]
         return [cumulative(profile.hits_LE, profile.tokens_L) for profile in known]
 
-    def importance(self, state: ServerState) -> np.ndarray:
-        """Return the mean over clients of the scores that the next plans would go by, (L, E)."""
-        return np.asarray(np.mean(self.scores(state), axis=0))
-
     def _extras(self, state: ServerState, client: int) -> Extras:
         """A frozen router trains nowhere and travels once, with the trunk; a personal one goes on from its own rows."""
         if self.gate == "personal":

@@ -26,22 +26,17 @@ class JsonlLog:
 
     path: Path
 
-    def append(self, *records: Mapping[str, Any]) -> int:
+    def append(self, *records: Mapping[str, Any]) -> None:
         """Write records in one go and wait until they are on disk; a broken last line is dropped first.
 
         numpy scalars and arrays become numbers and lists; NaN and infinity, unknown to JSON, become null.
-
-        Returns:
-            Bytes in the file afterwards.
         """
         data = "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records).encode()
         with open(self.path, "a+b") as file:
-            end = _end_of_lines(file.fileno())
-            file.truncate(end)
+            file.truncate(_end_of_lines(file.fileno()))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        return end + len(data)
 
     def read(self) -> list[dict[str, Any]]:
         """Read all complete records; [] without a file.

@@ -250,14 +250,9 @@ class Cost:
 
     def with_extra(self, extra: Cost) -> Cost:
         """Return this cost plus that of work before or after it: traffic, operations, time add up, peaks do not."""
+        pairs = {name: (value, getattr(extra, name)) for name, value in vars(self).items()}
         return Cost(
-            memory_bytes=max(self.memory_bytes, extra.memory_bytes),
-            flops=self.flops + extra.flops,
-            bytes_down=self.bytes_down + extra.bytes_down,
-            bytes_up=self.bytes_up + extra.bytes_up,
-            experts=max(self.experts, extra.experts),
-            seconds=self.seconds + extra.seconds,
-            energy_joules=self.energy_joules + extra.energy_joules,
+            **{name: max(pair) if name in ("memory_bytes", "experts") else sum(pair) for name, pair in pairs.items()}
         )
 
 

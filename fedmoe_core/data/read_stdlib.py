@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 
-from fedmoe_core.data.corpus import Corpus, cut, entry_of
+from fedmoe_core.data.corpus import Corpus, cut, entry_of, make_corpus
 
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload", "__pycache__"}
@@ -45,22 +46,13 @@ def read_stdlib(root: Path) -> Corpus:
             packages.add(inside.parts[0])
     if not texts:
         raise ValueError(f"no Python source text under {root}; use data=jsonl:FILE with text of your own")
-    names, domains_P, sizes = np.unique(domains, return_inverse=True, return_counts=True)
+    corpus = make_corpus("stdlib", texts, domains=domains, labels=None, digest=digest.hexdigest())
+    names, sizes = corpus.domain_names, np.bincount(corpus.domains_P)
     order = sorted(
         (index for index, size in enumerate(sizes) if size >= LEAST_PIECES),
         key=lambda index: (names[index] not in FIRST_OWNED, names[index] not in packages, -sizes[index], names[index]),
     )
-    return Corpus(
-        source="stdlib",
-        task="causal_lm",
-        texts=tuple(texts),
-        domains_P=domains_P.astype(np.int64),
-        domain_names=tuple(map(str, names)),
-        ownable=tuple(order),
-        labels_P=None,
-        class_names=(),
-        sha256=digest.hexdigest(),
-    )
+    return replace(corpus, ownable=tuple(order))
 
 
 def stdlib_digest(root: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             twins = [other for other in runs if other.name == name]
             by_seed = len(seeds) > 1 and len({twin.seed for twin in twins}) == len(twins)
             name = f"{name}, seed {run.seed}" if by_seed else f"{name}, {visible(run.path.name)}"
-        unique.append(Run(**{**run.__dict__, "name": name}))
+        unique.append(replace(run, name=name))
     return unique
 
 

@@ -58,8 +58,8 @@ def knapsack(values_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: Sequence[in
         >>> values = np.array([[3.0, 1.0], [2.0, 5.0]])  # two layers of two experts
         >>> bytes_each = np.array([[[4, 1], [1, 4]]])
         >>> knapsack(values, bytes_each, [6])
-        array([[ True, False],
-               [False,  True]])
+        array([[False,  True],
+               [ True,  True]])
     """
     _require_finite(values_LE)
     if not np.issubdtype(costs_DLE.dtype, np.integer) or (costs_DLE < 0).any():

@@ -44,11 +44,6 @@ def cache_directory(config: Config) -> Path:
     return (base if config.cache else base / "fedmoe") / code_version(config.adapter)
 
 
-def is_pretrained(config: Config) -> bool:
-    """Tell whether the model brings its own weights and tokenizer, rather than being built here."""
-    return config.model != "tiny"
-
-
 def pick_device(config: Config) -> torch.device:
     """Choose the device of this process; under torchrun each local rank takes its own GPU."""
     if config.device == "auto":
@@ -119,18 +114,12 @@ def refuse_early(sources: Sources, untrained: dict[str, Tensor]) -> None:
 def found_world(sources: Sources, params: dict[str, Tensor]) -> World:
     """Measure what the model costs, give it the algorithm's form, and hand the algorithm its population."""
     config, data, adapter = sources.config, sources.data, sources.adapter
-    plain = plain_costs(sources, params)
+    shares = any("%" in tier for tier in config.budgets)  # of what the model in its plain form would cost
+    plain = dry_step(sources, params, config.train) if shares else None
     budgets = deal_budgets(config, adapter.spec, plain)
     params = take_form(config, sources.form, adapter, params)
     population = measure_population(sources, params, budgets, plain)
     return World(config, data, adapter, params, population, sources.form(population), sources.ranks, sources.identity)
-
-
-def plain_costs(sources: Sources, params: dict[str, Tensor]) -> CostModel | None:
-    """Calibrate the cost model of the model in its plain form, which tiers in percent are shares of."""
-    if not any("%" in tier for tier in sources.config.budgets):
-        return None
-    return dry_step(sources, params, sources.config.train)
 
 
 def dry_step(
@@ -234,7 +223,7 @@ def read_data(config: Config, ranks: Ranks, *, validation: bool) -> FederatedDat
         vocab_size=config.model_config.vocab_size,
         labels_per_class=config.warmup.labels_per_class,
         validation=validation,
-        pretrained=pretrained_tokenizer(config.model) if is_pretrained(config) else None,
+        pretrained=pretrained_tokenizer(config.model) if config.model != "tiny" else None,
         cache=cache_directory(config),
     )
     if ranks.leads:
@@ -266,7 +255,7 @@ def warm_model(
     the live model configured in any way.
     """
     config, data, adapter, ranks = sources.config, sources.data, sources.adapter, sources.ranks
-    if is_pretrained(config):
+    if config.model != "tiny":
         config = replace(config, warmup=replace(config.warmup, steps=0))
     if config.warmup.steps == 0 and (data.task == "causal_lm" or config.warmup.head_steps == 0):
         return adapter.state()

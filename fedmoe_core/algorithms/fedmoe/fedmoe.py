@@ -30,6 +30,7 @@ from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.model.spec import Evaluation
+from fedmoe_core.selection.importance import cumulative
 from fedmoe_core.selection.within_budget import Allowance
 from fedmoe_core.server.means import Sums, modular_mean
 from fedmoe_core.server.planning import client_allowance, plan_of_masks
@@ -79,7 +80,7 @@ class ClientMap:
         probed = np.flatnonzero(self.probe_CLE.any(axis=(1, 2)))
         if len(probed):
             return pooled_profile(self.probe_CLE[probed], population.samples_C[probed])
-        return shares_of(population.prior, population.prior.hits_LE)
+        return cumulative(population.prior.hits_LE, population.prior.tokens_L)
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class FedMoE(Algorithm):
 
     def _usage(self, known: ClientMap, client: int, profile: ClientProfile) -> np.ndarray:
         """p of the sub-model, a moving average over participations; an expert's first p is taken whole [E]."""
-        old_LE, new_LE = known.usage_CLE[client], shares_of(profile, profile.rows_LE)
+        old_LE, new_LE = known.usage_CLE[client], cumulative(profile.rows_LE, profile.tokens_L)
         step_LE = np.where(old_LE > 0, self.population.config.fedmoe.smoothing, 1.0)
         return np.where(profile.held_LE, old_LE + step_LE * (new_LE - old_LE), 0.0)
 
@@ -228,8 +229,3 @@ class FedMoE(Algorithm):
         return adjust_experts(
             known.held_CLE[client], phat_LE, change, costs_DLE=allowance.costs_DLE, limits_D=allowance.free_D
         )
-
-
-def shares_of(profile: ClientProfile, counts_LE: np.ndarray) -> np.ndarray:
-    """Compute p_ij = n_ij / N of a profile's counts, N its tokens."""
-    return counts_LE / np.maximum(profile.tokens_L, 1)[:, None]

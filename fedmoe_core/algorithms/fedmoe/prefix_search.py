@@ -41,50 +41,29 @@ def prefixes(p_LE: np.ndarray, theta: float) -> np.ndarray:
 
 
 def prefix_search(
-    p_LE: np.ndarray,
-    costs_DLE: np.ndarray,
-    limits_D: np.ndarray,
-    *,
-    base_D: np.ndarray | None = None,
-    fill: float = 1.0,
+    p_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: np.ndarray, *, base_D: np.ndarray, fill: float
 ) -> np.ndarray:
-    """Solve FedMoE eq. 3 [P]: the most used experts of every layer, as deep as all limits allow.
+    """Solve FedMoE eq. 3 [P]: the most used experts of every layer, as deep as all limits allow, bool (L, E).
 
     That is max theta with sum_j x_ij p_ij >= theta in each layer and min(sum_ij x_ij w_ij + w_d) <= a*M. The search
     bisects theta in [0, 1], as the paper does: where the descending-p prefixes of each layer fit, theta may rise.
     Prefixes are nested, so this finds the best theta of all prefixes; with experts of one size no other set does
     better [D]. With unequal sizes another set may, the general problem being NP-hard. The smallest prefix has one
     expert per layer, so routing never runs empty [E]. Memory is one row of D: bytes down and up and a plain count are
-    limits of the same kind.
+    limits of the same kind. Where even the smallest prefix does not fit, it is the answer.
 
     Args:
         p_LE: activations of each expert on validation data, in any unit.
         costs_DLE: integers >= 0, w_ij.
         limits_D: integers, M.
-        base_D: integers, w_d, spent before any expert; None = 0.
+        base_D: integers, w_d, spent before any expert.
         fill: a in (0, 1]; 1 - a of every limit is kept for growth in later rounds.
-
-    Raises:
-        ValueError: the most used expert of each layer already exceeds a limit; the message names one that would do.
     """
-    if not 0 < fill <= 1:
-        raise ValueError(f"fill={fill} is outside (0, 1]; it is the share of the limit that may be used now")
-    limits = np.asarray(limits_D, dtype=np.int64)
-    base = np.zeros_like(limits) if base_D is None else np.asarray(base_D, dtype=np.int64)
-    room_D = np.array([math.floor(fill * int(limit)) for limit in limits], dtype=np.int64) - base
+    room_D = np.array([math.floor(fill * int(limit)) for limit in limits_D], dtype=np.int64) - base_D
 
     def fits(chosen_LE: np.ndarray) -> bool:
         return bool(((costs_DLE * chosen_LE).sum(axis=(1, 2)) <= room_D).all())
 
-    least_LE = prefixes(p_LE, 0.0)
-    if not fits(least_LE):
-        used_D = (costs_DLE * least_LE).sum(axis=(1, 2))
-        row = int(np.flatnonzero(used_D > room_D)[0])
-        needed = _smallest_limit(int(used_D[row] + base[row]), fill)
-        raise ValueError(
-            f"limit {limits[row]}, of which {fill:g} may be used, cannot hold the most used expert of every MoE layer; "
-            f"at least {needed} is needed"
-        )
     low, high = 0.0, 1.0
     if fits(prefixes(p_LE, high)):
         low = high
@@ -92,13 +71,3 @@ def prefix_search(
         middle = (low + high) / 2
         low, high = (middle, high) if fits(prefixes(p_LE, middle)) else (low, middle)
     return prefixes(p_LE, low)
-
-
-def _smallest_limit(used: int, fill: float) -> int:
-    """The smallest limit M with floor(fill * M) >= used, in the same floating point as the check."""
-    limit = math.ceil(used / fill)
-    while math.floor(fill * limit) < used:
-        limit += 1
-    while limit > 0 and math.floor(fill * (limit - 1)) >= used:
-        limit -= 1
-    return limit

@@ -25,6 +25,7 @@ from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
+from fedmoe_core.selection.importance import cumulative
 from fedmoe_core.selection.within_budget import choose
 from fedmoe_core.server.means import Sums, modular_mean
 from fedmoe_core.server.planning import bears, plan_of_masks
@@ -122,7 +123,7 @@ class Flux(Algorithm):
         """Send the trained experts, the profile, and gradient norms measured or estimated."""
         samples = self.population.sample_weight(plan.client)
         profile, no_attention_LE = result.profile, torch.ones(plan.trainable_LE.shape, dtype=torch.float64)
-        own_LE = torch.from_numpy(profile.hits_LE / np.maximum(profile.tokens_L, 1)[:, None])
+        own_LE = torch.from_numpy(cumulative(profile.hits_LE, profile.tokens_L))
         grad_LE = np.where(plan.trainable_LE, np.sqrt(profile.grad_sq_LE / max(len(result.losses), 1)), -1.0)
         if isinstance(plan.extras.after, ForwardEstimates):
             for place in plan.extras.after.experts:
@@ -157,7 +158,7 @@ class Flux(Algorithm):
         if f"freq/{client}" in state.memory:
             return Profile(*(state.memory[f"{name}/{client}"].numpy() for name in ("freq", "attention", "grad")))
         prior = self.population.prior
-        freq_LE = prior.hits_LE / np.maximum(prior.tokens_L, 1)[:, None]
+        freq_LE = cumulative(prior.hits_LE, prior.tokens_L)
         return Profile(freq_LE, np.ones_like(freq_LE), np.full_like(freq_LE, -1.0))
 
     def _roles(

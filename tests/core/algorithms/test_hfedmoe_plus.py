@@ -127,7 +127,7 @@ def test_smallest_gives_every_client_the_same_experts_in_every_round_inside_ever
     algorithm = FedAvgSmallest(facts)
     for state in (initial_state(model(), 3), replace(heard(), round=4, visits=(2, 0, 9))):
         for plan in algorithm.plan(state, range(3)):
-            np.testing.assert_array_equal(plan.permitted_LE, select_top_n(algorithm.scores(), 3))
+            np.testing.assert_array_equal(plan.permitted_LE, select_top_n(algorithm.public_scores(), 3))
             assert all(budget.fits(plan.predicted) for budget in facts.budgets)
 
 

@@ -257,8 +257,8 @@ def test_compare_refuses_runs_of_other_settings_and_foreign_directories(tmp_path
     study = Study.of(["rounds=8"], systems="random", seeds="0", out=tmp_path, workers=1)
     (job,) = study.jobs()
     make_run(job.out, algorithm="random", rounds=5)
-    assert "holds a run with" in other_runs([job])[job.out]
-    with pytest.raises(ValueError, match=r"holds a run with .*replace it with --force"):
+    assert "holds a run of another configuration (" in other_runs([job])[job.out]
+    with pytest.raises(ValueError, match=r"holds a run of another configuration .*replace it with --force"):
         compare(study, unheard)
     (job.out / "fedmoe-run.json").unlink()
     with pytest.raises(ValueError, match="fedmoe did not make it"):
