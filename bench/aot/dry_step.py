@@ -152,7 +152,7 @@ def dry_step(
     fields["x_TH"], dy_TH = new(shape.T, shape.H), new(shape.T, shape.H)
     needs = [True, True, *(bool(learning and name in stacks) for name in DIFFERENTIABLE[2:]), False]
     how = {"activation": shape.activation, "rows_per_slot": max(1, shape.T * shape.K // held), "arch": arch}
-    placed = routing.place(chosen, table, None, None, num_slots=held, execute=execute)
+    placed = routing.place(chosen, routing.Holders(table, None, None), num_slots=held, execute=execute)
     fields |= dict(zip(("rows_TK", "tokens_R", "places_R", "offsets_B1"), placed[2:], strict=True))
     mask_TK = placed[1] >= 0  # kept for the backward of the line below; the rest of the record goes with the forward
     fields["weights_TK"] = given.where(mask_TK, 0.0)

@@ -140,8 +140,9 @@ def _route(case: Case, device: str, execute: Execute) -> None:
     bias_E = torch.randn(case.E, device=device, generator=draw) if case.scoring == "sigmoid" else None
     rule = Rule(case.K, case.scoring, True, *case.groups)
     how: dict[str, Any] = {"num_slots": case.B, "execute": execute}
-    routed = routing.route(logits_TE, table_CE, client_T, None, bias_E, rule=rule, with_stats=True, **how)
-    routing.route_backward(*(routed[0], logits_TE, routed[1], table_CE, client_T), rule=rule, execute=execute)
+    who = routing.Holders(table_CE, client_T, None)
+    routed = routing.route(logits_TE, who, bias_E, rule, with_stats=True, **how)
+    routing.route_backward(routed[0], logits_TE, routed[1], who, rule, execute=execute)
 
 
 def real_inputs(case: Case, device: str) -> tuple[OpInputs, Tensor]:

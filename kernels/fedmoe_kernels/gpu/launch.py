@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
@@ -88,4 +88,11 @@ def row_constants(tile: Tile, dtype: torch.dtype, *, tma: bool) -> dict[str, Any
 Execute = Callable[[Launch], None]
 """What drivers do with each launch: `Launch.run`, or a list's `append` to look at them instead."""
 
-__all__ = ["Execute", "Launch", "TensorDescriptor", "cdiv", "dot_precision", "power_of_2", "row_constants"]
+
+def start(launches: Iterable[Launch], execute: Execute) -> None:
+    """Execute launches in their order."""
+    for launch in launches:
+        execute(launch)
+
+
+__all__ = ["Execute", "Launch", "TensorDescriptor", "cdiv", "dot_precision", "power_of_2", "row_constants", "start"]
