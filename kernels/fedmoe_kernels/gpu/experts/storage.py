@@ -5,14 +5,12 @@ Shapes: B slots, Bt trainable slots, N x K one slot's matrix as it is stored.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fedmoe_kernels.gpu.experts.decode import PLAIN, Codes, decode, in_pairs, within
+from fedmoe_kernels.gpu.experts.decode import PLAIN, Codes, decode, in_pairs
 from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, power_of_2
-from fedmoe_kernels.tiles.lookup import Tile
 
 
 class Part(NamedTuple):
@@ -58,7 +56,7 @@ class Part(NamedTuple):
         scales = 0 if self.codes is None else self.codes.scale.nbytes
         return scales + sum(stack.nbytes for stack in self._stacks)
 
-    def arguments(self, bias: Stored | None, block: tuple[int, int] | None, halves: int = 1) -> dict[str, Any]:
+    def arguments(self, block: tuple[int, int] | None, halves: int = 1) -> dict[str, Any]:
         """Return what a launch gets for its matrix: tensors, where they begin, how to decode them.
 
         With `block` w comes by descriptors of such blocks; a descriptor costs the host 15 us, so there is none for a
@@ -69,16 +67,17 @@ class Part(NamedTuple):
         if block is not None:
             made = [TensorDescriptor.from_tensor(_apart(stack, halves), [halves, *block]) for stack in self._stacks]
             tensors = {"w": made[0], "w_frozen": None if w_frozen is None else made[-1]}
-        biases = dict.fromkeys(("bias", "bias_frozen"))
-        if bias is not None and self.kind == "both":
-            biases = {"bias": _apart(bias.trainable, halves), "bias_frozen": _apart(bias.frozen, halves)}
-        elif bias is not None:
-            first = self.begin if self.kind == "some" else 0
-            biases["bias"] = _apart(bias.some(first, self.stop), halves)
         where = {"bases": self.base_of_slot_B, "begin": self.begin, "stop": self.stop, "PART": self.kind}
-        if self.codes is None:
-            return tensors | biases | where | PLAIN
-        return tensors | biases | where | self.codes.arguments(self.w)
+        return tensors | where | (PLAIN if self.codes is None else self.codes.arguments(self.w))
+
+    def biases(self, bias: Stored | None, halves: int = 1) -> dict[str, Tensor | None]:
+        """Return what a launch gets for the biases of its slots."""
+        if bias is None:
+            return {"bias": None, "bias_frozen": None}
+        if self.kind == "both":
+            return {"bias": _apart(bias.trainable, halves), "bias_frozen": _apart(bias.frozen, halves)}
+        first = self.begin if self.kind == "some" else 0
+        return {"bias": _apart(bias.some(first, self.stop), halves), "bias_frozen": None}
 
 
 class Stored(NamedTuple):
@@ -186,19 +185,6 @@ def term_arguments(term: RankTerm | None) -> dict[str, Any]:
     tensors = {"rank_rows": term.rows_Rr, "factor": term.factor, "adapter_scale": term.scale_B}
     chunk = min(64, max(16, power_of_2(rank)))
     return {**tensors, "adapters": term.factor.shape[0], "RANK": rank, "CHUNK": chunk}
-
-
-def decoding_tile(tile: Tile, part: Part, *, transposed: bool = False) -> Tile:
-    """Return the tile of a launch that reads `part`; for codes a large block is halved: decoding takes registers.
-
-    Along the axis of the codes, n if `transposed` and k otherwise, a block meets whole groups or lies within one.
-    """
-    if part.codes is None:
-        return tile
-    n, k, share = tile.n // 2 if tile.m >= 64 else tile.n, tile.k, part.codes.share(part.w)
-    if transposed:
-        return replace(tile, n=within(n, share), k=min(k, 64))
-    return replace(tile, n=n, k=within(k, share), split=max(1, tile.split // 2))
 
 
 def describable(tensor: Tensor) -> bool:
