@@ -46,7 +46,8 @@ def run_part(run: Run, name: str, until: float) -> int:
 def check(run: Run, until: float) -> int:
     """Run the checks in the order in which they matter; with `--checks bfloat16` the first group alone."""
     jobs = run.options.jobs or (MOST_JOBS if run.options.device == "cuda" else 1)
-    some, large = correct.in_order(_checks(run.options)), _large_checks(run)
+    where, tiny = (run.options.device, run.backend), run.options.tiny
+    some, large = correct.in_order(behave.every(*where, tiny=tiny)), behave.large_checks(*where, tiny=tiny)
     if run.options.checks != "all":
         some, large = {name: one for name, one in some.items() if correct.matters_first(name)}, {}
     _run_checks(run, some, min(jobs, max(1, (os.cpu_count() or 1) - 2)), until)
@@ -74,10 +75,6 @@ def _run_checks(run: Run, checks: Mapping[str, correct.Check], jobs: int, until:
         _replace_checks(run, [record])
         if record["status"] != "passed" or run.options.checks == "all":
             print(f"{record['status']:>8}  {record['name']}: {record['detail']}", flush=True)
-
-
-def _large_checks(run: Run) -> Mapping[str, correct.Check]:
-    return behave.large_checks(run.options.device, run.backend, tiny=run.options.tiny)
 
 
 def _replace_checks(run: Run, records: list[Record]) -> None:
@@ -218,19 +215,13 @@ PARTS: Mapping[str, Callable[[Run, float], int]] = MappingProxyType(
 
 def serve(options: argparse.Namespace) -> None:
     """Serve another process: as a worker of `correct`, or as what compute-sanitizer or ncu watches; no store."""
-    if options.part == "sanitized":
-        sanitize.run_case(_checks(options), options.count)
-        return
+    where, tiny = (options.device, backend_of(options)), options.tiny
     if options.part == "profiled":
         more.profiled(options)
-        return
-    large = behave.large_checks(options.device, backend_of(options), tiny=options.tiny)
-    workers.serve({**_checks(options), **large})
-
-
-def _checks(options: argparse.Namespace) -> Mapping[str, correct.Check]:
-    where, tiny = (options.device, backend_of(options)), options.tiny
-    return {**correct.checks(*where, tiny=tiny), **behave.checks(*where, tiny=tiny)}
+    elif options.part == "sanitized":
+        sanitize.run_case(behave.every(*where, tiny=tiny), options.count)
+    else:
+        workers.serve({**behave.every(*where, tiny=tiny), **behave.large_checks(*where, tiny=tiny)})
 
 
 def _from_file(path: Path) -> Contender:

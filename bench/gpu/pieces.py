@@ -15,9 +15,10 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -27,20 +28,16 @@ from bench.common.cases import CLIENT_CASES, STANDARD, SWEEP_CASES, Case, Shape
 from bench.gpu import plan
 from bench.gpu.measure import behave, correct, sanitize
 
-PARTS = ("kernels", "correct", "time", "routing", "model", "sanitize", "tune", "peers")
 ARCH = "sm_90"
+WHERE = ("cpu", "triton")  # the device and the backend of checks
 TOGETHER = 8  # tiles in a piece
 _DRIVER: list[Any] = []  # of this process, once it has begun
 SEEN = ("truth", "errors", "hold", "poison")
 
 
-def names(parts: Sequence[str]) -> list[str]:
+def names(parts: Iterable[str]) -> list[str]:
     """List the pieces of these parts; those of `first` come first."""
-    found: list[str] = []
-    for part in parts:
-        listed = {"kernels": _kernels, "time": _times, "correct": _checks, "sanitize": _watched, "tune": _tiles}
-        found += {**listed, "peers": _peers, "routing": _routers, "model": _models}[part]()
-    return found
+    return [name for part in parts for name in PARTS[part][0]()]
 
 
 def begin(library: str) -> None:
@@ -77,8 +74,7 @@ def launch(name: str) -> dict[str, Any]:
     with mock.patch.object(knobs.compilation, "listener", listen):
         part, rest = name.split("/", 1)
         try:
-            runs = {"kernels": _kernel, "time": _time, "correct": _check, "sanitize": _watch, "tune": _tile}
-            {**runs, "peers": _peer, "routing": _routed, "model": _modelled}[part](rest)
+            PARTS[part][1](rest)
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return found | {"launches": _DRIVER[0].counts().launches - before}
@@ -173,14 +169,9 @@ def _modelled(name: str) -> None:
         torch.autograd.grad(y_TH, [x_TH, weights_TK, *layer.parameters()], torch.empty_like(y_TH))
 
 
-def _all_checks(*, tiny: bool) -> dict[str, correct.Check]:
-    where: tuple[str, str] = ("cpu", "triton")
-    return {**correct.checks(*where, tiny=tiny), **behave.checks(*where, tiny=tiny)}
-
-
 def _checks() -> list[str]:
-    found = [name for name in correct.in_order(_all_checks(tiny=False)) if "float64 truth" not in name]
-    return [f"correct/{name}" for name in (*found, *behave.large_checks("cpu", "triton", tiny=False))]
+    found = [name for name in correct.in_order(behave.every(*WHERE, tiny=False)) if "float64 truth" not in name]
+    return [f"correct/{name}" for name in (*found, *behave.large_checks(*WHERE, tiny=False))]
 
 
 def _check(name: str) -> None:
@@ -197,7 +188,7 @@ def _check(name: str) -> None:
             behave._layer(dtype, "cpu", "triton").step()
         return
     with _unseen():
-        _all_checks(tiny=False)[name]()
+        behave.every(*WHERE, tiny=False)[name]()
 
 
 def _watched() -> list[str]:
@@ -206,7 +197,7 @@ def _watched() -> list[str]:
 
 def _watch(name: str) -> None:
     with _unseen():
-        _all_checks(tiny=True)[name]()
+        behave.every(*WHERE, tiny=True)[name]()
 
 
 @contextmanager
@@ -303,6 +294,20 @@ def _peer(name: str) -> None:
         y_TH = bound.forward(task, x_TH.requires_grad_(), weights_TK.requires_grad_())
         bound.backward(y_TH, dy_TH)
 
+
+# What lists a part's pieces, and what launches one by the rest of its name; the parts of `first` before the others.
+PARTS: Mapping[str, tuple[Callable[[], list[str]], Callable[[str], None]]] = MappingProxyType(
+    {
+        "kernels": (_kernels, _kernel),
+        "correct": (_checks, _check),
+        "time": (_times, _time),
+        "routing": (_routers, _routed),
+        "model": (_models, _modelled),
+        "sanitize": (_watched, _watch),
+        "tune": (_tiles, _tile),
+        "peers": (_peers, _peer),
+    }
+)
 
 if __name__ == "__main__":
     print(json.dumps(names(PARTS), indent=1))

@@ -19,9 +19,9 @@ from torch import Tensor
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.gpu.blocks import matrix, pieces, position, tile_rows
 from fedmoe_kernels.gpu.experts.activate import slopes
-from fedmoe_kernels.gpu.experts.products import Product, decoding_tile, sums_of_rows
+from fedmoe_kernels.gpu.experts.down import sums_of_rows
 from fedmoe_kernels.gpu.experts.schedule import Schedule
-from fedmoe_kernels.gpu.experts.storage import RankTerm, RowIndex, Stored, term_arguments
+from fedmoe_kernels.gpu.experts.storage import Product, RankTerm, RowIndex, Stored, decoding_tile, term_arguments
 from fedmoe_kernels.gpu.launch import Launch, cdiv
 from fedmoe_kernels.tiles.lookup import Tile
 

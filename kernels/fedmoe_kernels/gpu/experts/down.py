@@ -14,13 +14,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedmoe_kernels.gpu.blocks import bias_block, matrix, position, store_block, tile_rows
+from fedmoe_kernels.gpu.blocks import bias_block, matrix, position, row_block, store_block, tile_rows, weight_block
+from fedmoe_kernels.gpu.experts.decode import decoded_block, scale_block
 from fedmoe_kernels.gpu.experts.persistent import persistent
-from fedmoe_kernels.gpu.experts.products import Product, sums_of_rows
 from fedmoe_kernels.gpu.experts.schedule import Schedule
-from fedmoe_kernels.gpu.experts.storage import Direct, Part, RankTerm, Stored, describable, term_arguments
+from fedmoe_kernels.gpu.experts.storage import Direct, Part, Product, RankTerm, Stored, describable, term_arguments
 from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, cdiv, power_of_2
 from fedmoe_kernels.tiles.lookup import Tile
+
+
+@triton.jit
+def sums_of_rows(
+    a, read, rows, live, first, w, scale, whole, index, n0, steps, rank_rows, factor, adapter_scale, slot, adapters,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    RANK: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr, SHARE: tl.constexpr, TALL: tl.constexpr,
+    TMA: tl.constexpr, TMA_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block (BM, BN) of a @ w^T, w (X, N, K) or (X, K, N), plain or in codes, and of what the slot's adapter adds."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    if RANK > 0 and slot < adapters:
+        # First, not last: the term needs no second block of sums beside the product's.
+        for r0 in tl.static_range(0, RANK, CHUNK):
+            left = row_block(rank_rows, rows, live, first, r0, RANK, CHUNK, False)
+            right = weight_block(factor, slot, n0, r0, N, RANK, BN, CHUNK, TRANSPOSED, False)
+            acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc *= tl.load(adapter_scale + slot).to(tl.float32)
+    if FORMAT != "":
+        stored = scale_block(scale, index, n0, 0, N, K, BN, BK, TRANSPOSED, SHARE, TALL)
+    for step in range(steps):
+        left = row_block(a, read, live, first, step * BK, K, BK, TMA_ROWS)
+        if FORMAT != "":
+            ahead = scale_block(scale, index, n0, (step + 1) * BK, N, K, BN, BK, TRANSPOSED, SHARE, TALL)
+            wide = decoded_block(w, stored, whole, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, SHARE, FORMAT)
+            right, stored = wide.to(left.dtype), ahead
+        else:
+            right = weight_block(w, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, TMA)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit

@@ -25,9 +25,8 @@ from fedmoe_kernels.gpu.blocks import (
 )
 from fedmoe_kernels.gpu.experts.activate import activate
 from fedmoe_kernels.gpu.experts.decode import decoded, scales
-from fedmoe_kernels.gpu.experts.products import Product
 from fedmoe_kernels.gpu.experts.schedule import Schedule
-from fedmoe_kernels.gpu.experts.storage import Part, RankTerm, Stored, term_arguments
+from fedmoe_kernels.gpu.experts.storage import Part, Product, RankTerm, Stored, term_arguments
 from fedmoe_kernels.gpu.launch import Launch
 from fedmoe_kernels.tiles.lookup import Tile
 
