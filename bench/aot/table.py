@@ -37,9 +37,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of the kernel, after its file's where they differ."""
-        file, kernel = self.job.module.rsplit(".", 1)[-1], self.job.kernel.strip("_").removesuffix("_kernel")
-        return kernel if kernel == file else f"{file}.{kernel}"
+        """As of the launch."""
+        return self.launch.name
 
     @property
     def block(self) -> str:

@@ -26,7 +26,8 @@ import torch
 
 from bench.common.cases import CLIENT_CASES, STANDARD, SWEEP_CASES, Case, Shape
 from bench.gpu import plan
-from bench.gpu.measure import behave, correct, sanitize
+from bench.gpu.measure import behave, correct, model, routing, sanitize
+from bench.gpu.measure.store import sentence
 
 ARCH = "sm_90"
 WHERE = ("cpu", "triton")  # the device and the backend of checks
@@ -76,7 +77,7 @@ def launch(name: str) -> dict[str, Any]:
         try:
             PARTS[part][1](rest)
         except Exception as error:
-            found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            found["error"] = sentence(error)
     return found | {"launches": _DRIVER[0].counts().launches - before}
 
 
@@ -129,13 +130,10 @@ def _dry(shape: Shape, case: Case, **how: Any) -> None:
 
 
 def _routers() -> list[str]:
-    from bench.gpu.measure import routing
-
     return [f"routing/{router.name}" for router in routing.ROUTERS]
 
 
 def _routed(name: str) -> None:
-    from bench.gpu.measure import routing
     from bench.stand_in.run import served
 
     router = _named(routing.ROUTERS, name)
@@ -147,25 +145,22 @@ def _routed(name: str) -> None:
 
 
 def _models() -> list[str]:
-    from bench.gpu.measure import model as gpu_model
-
-    return [f"model/{sequences * length}" for sequences, length in gpu_model.REAL.batches]
+    return [f"model/{sequences * length}" for sequences, length in model.REAL.batches]
 
 
 def _modelled(name: str) -> None:
     """Launch what one layer of the model does: its router is transformers' own, and so is all else in it."""
-    from bench.gpu.measure import model as gpu_model
     from bench.stand_in.run import served
     from fedmoe_bindings.transformers.experts import fedmoe_experts
 
-    model, T = gpu_model.REAL, int(name)
+    real_model, T = model.REAL, int(name)
     real = functools.partial(torch.empty, dtype=torch.bfloat16, requires_grad=True)
     layer = torch.nn.Module()
-    layer.gate_up_proj = torch.nn.Parameter(real(model.E, 2 * model.inner, model.H))
-    layer.down_proj = torch.nn.Parameter(real(model.E, model.H, model.inner))
-    x_TH, weights_TK = real(T, model.H), real(T, model.K)
+    layer.gate_up_proj = torch.nn.Parameter(real(real_model.E, 2 * real_model.inner, real_model.H))
+    layer.down_proj = torch.nn.Parameter(real(real_model.E, real_model.H, real_model.inner))
+    x_TH, weights_TK = real(T, real_model.H), real(T, real_model.K)
     with served(ARCH):
-        y_TH = fedmoe_experts(layer, x_TH, torch.zeros(T, model.K, dtype=torch.int64), weights_TK)
+        y_TH = fedmoe_experts(layer, x_TH, torch.zeros(T, real_model.K, dtype=torch.int64), weights_TK)
         torch.autograd.grad(y_TH, [x_TH, weights_TK, *layer.parameters()], torch.empty_like(y_TH))
 
 

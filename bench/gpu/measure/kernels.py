@@ -89,15 +89,8 @@ def steps(
         after(turn)
 
 
-def name_of(launch: Launch) -> str:
-    """Return the kernel's name as the ahead-of-time table has it: after its file's, where they differ."""
-    function = launch.kernel.fn
-    file, kernel = function.__module__.rsplit(".", 1)[-1], function.__qualname__.strip("_").removesuffix("_kernel")
-    return kernel if kernel == file else f"{file}.{kernel}"
-
-
 def _row(place: int, launch: Launch, ms: float, case: Case, gpu: Gpu | None) -> Record:
-    name = name_of(launch)
+    name = launch.name
     least = None if gpu is None else 1e3 * Work(name, launch.flops, launch.bytes).seconds(gpu)
     return {
         "case": case.name,

@@ -25,7 +25,7 @@ from bench.common.peers import Contender, Outcome, errors, leaf, outcome
 from bench.common.roofline import Gpu, Layer, backward, forward, least_seconds
 from bench.common.truth import truth
 from bench.gpu.measure.launch import PASSES, Seat, Times, capture, eager, sustained
-from bench.gpu.measure.store import Record, Store
+from bench.gpu.measure.store import Record, Store, sentence
 from fedmoe_kernels.tiles.lookup import arch_of
 
 ROUNDS, WARM_UP = 25, 5
@@ -132,7 +132,7 @@ def _admit(
                 seat.errors.update(_compare(seat, want))
                 seat.first.append(time.perf_counter() - began)
     except Exception as error:
-        _leave_out(store, named, "failed", _sentence(error))
+        _leave_out(store, named, "failed", sentence(error))
         _check_alive(plan.device)
         return None
     tolerance = (OWN if contender.name.startswith("fedmoe") else PEER)[plan.dtype]
@@ -208,7 +208,7 @@ def _graphs(seats: Sequence[Seat], plan: Plan, store: Store, key: Record) -> Tim
                         lambda seat=seat: seat.backward(seat.forward(0), 0), seat.forget
                     )
         except Exception as error:
-            _leave_out(store, named, "failed", _sentence(error))
+            _leave_out(store, named, "failed", sentence(error))
             _check_alive(plan.device)
     clock, times = Clock(plan.device), {key: [] for key in graphs}
     for turn in range(WARM_UP + plan.rounds):
@@ -292,11 +292,7 @@ def _check_alive(device: str) -> None:
         torch.zeros(1, device=device).add_(1).item()
         torch.cuda.empty_cache()
     except RuntimeError as error:
-        raise DeadDeviceError(_sentence(error)) from error
-
-
-def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise DeadDeviceError(sentence(error)) from error
 
 
 def _number(value: float) -> float | str:

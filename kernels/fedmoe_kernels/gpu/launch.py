@@ -39,6 +39,13 @@ class Launch:
     registers: int = 0
 
     @property
+    def name(self) -> str:
+        """The kernel's name, after its file's where they differ."""
+        function = self.kernel.fn
+        file, kernel = function.__module__.rsplit(".", 1)[-1], function.__qualname__.strip("_").removesuffix("_kernel")
+        return kernel if kernel == file else f"{file}.{kernel}"
+
+    @property
     def options(self) -> dict[str, int]:
         """What Triton is told besides the arguments."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
