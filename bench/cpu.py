@@ -9,24 +9,21 @@ compared. No time is reported before the results of fedmoe and its peer have bee
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
 from bench.common.cases import CASES, SHAPES, Problem, problem
-from bench.common.checkout import RESULTS, ROOT
+from bench.common.checkout import RESULTS
+from bench.common.machine import about
 from bench.common.peers import check, dense, fedmoe, step, transformers_experts
 
 
@@ -87,20 +84,9 @@ def geometric_mean(values: list[float]) -> float:
 
 def machine() -> dict[str, Any]:
     """Describe what a number needs with it to mean anything."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(models),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": git.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
+    known = about("cpu", tiny=False)
+    named = {name: known[name] for name in ("cpu", "torch", "transformers", "python", "commit", "date")}
+    return named | {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 
 def main() -> None:
@@ -111,13 +97,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="default: bench/results/cpu-DATE.json")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    about = machine()
+    measured_on = machine()
     rows = [run_case(problem(shape, case), chosen.repeats) for shape in SHAPES for case in CASES]
     Console(width=130).print(table(rows))
-    out = chosen.out or RESULTS / f"cpu-{about['date']}.json"
+    out = chosen.out or RESULTS / f"cpu-{measured_on['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     means = {key: geometric_mean([row[key] for row in rows]) for key in ("over_grouped_mm", "over_eager")}
-    out.write_text(json.dumps({"machine": about, "geometric_means": means, "rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({"machine": measured_on, "geometric_means": means, "rows": rows}, indent=1) + "\n")
     print(f"written to {out}")
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from bench.aot.cases import PASSES, QWEN, Case, inputs_of, needs_of, step
 from bench.common.checkout import RESULTS
+from bench.common.markdown import table
 from bench.stand_in import driver as stand_in
 from bench.stand_in.run import leaves_of, served, slot_map_of
 from fedmoe_kernels import moe_mlp, route
@@ -39,6 +40,7 @@ from fedmoe_kernels.gpu.launch import Launch
 
 ARCH = "sm_90"
 WARM_UP = 20
+HEADS = ("case", "what", "launches", "descriptors", "us", "quartiles")
 # The kernels of the table's cases of 64 rows a slot, with so few slots that no allocation is a call to the system.
 _CASE = replace(QWEN, name="a quarter trains", T=32, B=4, Bt=1)
 CASES = (
@@ -201,14 +203,10 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """Write the rows as a table, with the versions above it."""
     lines = ["# Host time", "", ", ".join(f"{name} {value}" for name, value in about.items()), ""]
     lines += ["Median and quartiles in microseconds of the thread's own time; the driver's is not in them.", ""]
-    lines += ["| case | what | launches | descriptors | us | quartiles |", "|---|---|---|---|---|---|"]
-    for found in rows:
-        low, high = found["quartiles"]
-        lines.append(
-            f"| {found['case']} | {found['what']} | {found['launches']} | {found.get('descriptors', '')} "
-            f"| {found['us']} | {low} to {high} |"
-        )
-    return "\n".join([*lines, ""])
+    cells = [
+        [*(str(found.get(name, "")) for name in HEADS[:-1]), "{} to {}".format(*found["quartiles"])] for found in rows
+    ]
+    return "\n".join([*lines, *table(HEADS, cells), ""])
 
 
 def main() -> int:
@@ -228,12 +226,10 @@ def main() -> int:
     about = {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
     about |= {"machine": platform.processor() or platform.machine(), "rounds": chosen.rounds, "arch": ARCH}
     about |= {"load": round(os.getloadavg()[0], 1), "cores": os.cpu_count()}
-    table = Table("case", "what", "launches", "descriptors", "us", "quartiles", title="host time")
+    shown = Table(*HEADS, title="host time")
     for found in rows:
-        table.add_row(
-            *(str(found.get(name, "")) for name in ("case", "what", "launches", "descriptors", "us", "quartiles"))
-        )
-    Console(width=140).print(table)
+        shown.add_row(*(str(found.get(name, "")) for name in HEADS))
+    Console(width=140).print(shown)
     if chosen.keep:
         path = chosen.keep / f"host-triton-{triton.__version__}"
         path.with_suffix(path.suffix + ".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

@@ -63,7 +63,9 @@ def first_asked_for(arch: str) -> dict[str, dict[Any, Any]]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_passes_ahead_of_time(arch: str, case: str) -> None:
     """0 spills, shared memory, tensor cores, streaming: all that `make aot` compiles, in as many parts."""
-    from bench.aot.sass import compiled_all, misses, operand_bytes
+    from operand_bytes import operand_bytes
+
+    from bench.aot.sass import compiled_all, misses
     from fedmoe_kernels.tiles.tile import BARRIERS
 
     jobs = first_asked_for(arch)[case]

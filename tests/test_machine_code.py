@@ -38,9 +38,10 @@ def one(case: Any, name: str, arch: str) -> Any:
 def test_every_launch_fits_the_shared_memory_in_closed_form(arch: str) -> None:
     """All rows classes, ranks, element sizes and forms, without a compiler; the test above compares some with one."""
     import torch
+    from operand_bytes import operand_bytes
 
     from bench.aot.cases import CASES, launches
-    from bench.aot.sass import operand_bytes, table_of
+    from bench.aot.sass import table_of
     from fedmoe_kernels.tiles.tile import BARRIERS, SHARED
 
     table, seen = table_of(arch), 0
@@ -63,8 +64,9 @@ def test_every_launch_fits_the_shared_memory_in_closed_form(arch: str) -> None:
 @pytest.mark.usefixtures("bench")
 def test_the_closed_form_sees_a_weight_gradient_that_holds_too_many_steps() -> None:
     """The stages that a gathered operand shares with its row index, given to one in order: 286,720 bytes of 232,448."""
+    from operand_bytes import operand_bytes
+
     from bench.aot.cases import CASES, launches
-    from bench.aot.sass import operand_bytes
 
     case = next(case for case in CASES if case.rank == 64)
     found = [launch for launch in launches(case, "sm_90")["backward"] if "_weight" in launch.kernel.fn.__name__]

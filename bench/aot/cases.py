@@ -15,7 +15,7 @@ from fedmoe_kernels.formats import FORMATS
 from fedmoe_kernels.gpu.experts import driver as experts
 from fedmoe_kernels.gpu.launch import Execute, Launch
 from fedmoe_kernels.gpu.routing import driver as routing
-from fedmoe_kernels.gpu.routing.choose import Rule
+from fedmoe_kernels.gpu.routing.choose import Holders, Rule
 
 
 @dataclass(frozen=True)
@@ -146,22 +146,20 @@ def needs_of(case: Case) -> list[bool]:
 
 def _route(case: Case, execute: Mapping[str, Execute], device: str) -> Callable[[Execute], object]:
     """Run everything of the router but its backward, which is returned."""
-    held = _ids(case.clients, case.E, device=device)
     client_T = _ids(case.T, device=device) if case.clients > 1 else None
+    who = Holders(_ids(case.clients, case.E, device=device), client_T, None)
     rule = Rule(case.K, case.scoring, True, *case.groups)
     logits_TE = torch.empty(case.T, case.E, dtype=torch.float32, device=device)
     bias_E = torch.empty(case.E, dtype=torch.float32, device=device) if case.scoring == "sigmoid" else None
 
     def route(execute: Execute, *, with_stats: bool) -> tuple[Tensor, ...]:
-        how = {"rule": rule, "num_slots": case.B, "with_stats": with_stats, "execute": execute}
-        return routing.route(logits_TE, held, client_T, None, bias_E, **how)
+        how = {"num_slots": case.B, "with_stats": with_stats, "execute": execute}
+        return routing.route(logits_TE, who, bias_E, rule, **how)
 
     weights_TK, experts_TK = route(execute["routing"], with_stats=False)[:2]
     route(execute["more"], with_stats=True)
-    routing.place(experts_TK, held, client_T, None, num_slots=case.B, execute=execute["more"])
-    return lambda execute: routing.route_backward(
-        weights_TK, logits_TE, experts_TK, held, client_T, rule=rule, execute=execute
-    )
+    routing.place(experts_TK, who, num_slots=case.B, execute=execute["more"])
+    return lambda execute: routing.route_backward(weights_TK, logits_TE, experts_TK, who, rule, execute=execute)
 
 
 def inputs_of(case: Case, device: str = "meta") -> OpInputs:

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.common.cases import Case, Shape
-from fedmoe_kernels.experts.op_inputs import DIFFERENTIABLE, OpInputs
 from fedmoe_kernels.gpu.experts import memory
 from fedmoe_kernels.tiles.lookup import tiles_for
 
@@ -130,36 +129,28 @@ def dry_step(
         recompute: keep no z.
         device: where the tensors lie; on "cpu" they have addresses, and take memory once something writes to them.
     """
-    from fedmoe_kernels.gpu.experts import driver as experts  # needs triton, which not every machine has
-    from fedmoe_kernels.gpu.routing import driver as routing  # needs triton, which not every machine has
+    from bench.aot import cases  # needs triton, which not every machine has, as do both below
+    from fedmoe_kernels.gpu.experts import driver as experts
+    from fedmoe_kernels.gpu.routing import driver as routing
 
     shape = case.shaped(shape)
-    held, learning = case.held(shape), case.learning(shape)
-
-    def new(*size: int, of: torch.dtype = dtype) -> Tensor:
-        # From outside the count: weights, x and dy are there before the step.
-        with torch.utils._python_dispatch._disable_current_modes():
-            return torch.empty(*size, dtype=of, device=device)
-
-    given = new(shape.T, shape.K, of=torch.float32)
-    chosen, table = new(shape.T, shape.K, of=torch.int64), new(1, shape.E, of=torch.int64)
-    stacks = {"w_in": (shape.F, shape.H), "w_out": (shape.H, shape.I)}
-    stacks |= {"bias_in": (shape.F,), "bias_out": (shape.H,)} if shape.bias else {}
-    fields: dict[str, Tensor | None] = dict.fromkeys(OpInputs._fields)
-    for name, size in stacks.items():
-        fields[name] = new(learning, *size)
-        fields[f"{name}_frozen"] = new(held - learning, *size)
-    fields["x_TH"], dy_TH = new(shape.T, shape.H), new(shape.T, shape.H)
-    needs = [True, True, *(bool(learning and name in stacks) for name in DIFFERENTIABLE[2:]), False]
-    how = {"activation": shape.activation, "rows_per_slot": max(1, shape.T * shape.K // held), "arch": arch}
-    placed = routing.place(chosen, table, None, None, num_slots=held, execute=execute)
-    fields |= dict(zip(("rows_TK", "tokens_R", "places_R", "offsets_B1"), placed[2:], strict=True))
+    sizes = (shape.T, shape.H, shape.I, case.held(shape), shape.K, case.learning(shape))
+    layer = cases.Case(shape.name, *sizes, shape.activation, shape.bias, dtype)
+    # From outside the count: weights, x and dy are there before the step.
+    with torch.utils._python_dispatch._disable_current_modes():
+        inputs = cases.inputs_of(layer, device)
+        dy_TH = torch.empty_like(inputs.x_TH)
+        ids = {"dtype": torch.int64, "device": device}
+        chosen_TK, table_CE = torch.empty(shape.T, shape.K, **ids), torch.empty(1, shape.E, **ids)
+    needs = [*cases.needs_of(layer)[:-1], False]
+    how = {"activation": shape.activation, "rows_per_slot": layer.rows_per_slot, "arch": arch}
+    placed = routing.place(chosen_TK, routing.Holders(table_CE, None, None), num_slots=layer.B, execute=execute)
     mask_TK = placed[1] >= 0  # kept for the backward of the line below; the rest of the record goes with the forward
-    fields["weights_TK"] = given.where(mask_TK, 0.0)
-    inputs = OpInputs(**fields)
+    index = dict(zip(("rows_TK", "tokens_R", "places_R", "offsets_B1"), placed[2:], strict=True))
+    inputs = inputs._replace(weights_TK=inputs.weights_TK.where(mask_TK, 0.0), **index)
     y_TH, z_RF = experts.forward(inputs, keep_z=not recompute, execute=execute, **how)
     inputs = inputs.kept
-    del placed, fields
+    del placed, index
 
     def backward() -> tuple[Tensor, ...]:
         grads = experts.backward(dy_TH, z_RF, inputs, needs=needs, execute=execute, **how)

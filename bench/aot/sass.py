@@ -29,7 +29,6 @@ from triton.runtime.jit import create_function_from_signature
 from bench.aot.listing import PRODUCTS, Listing, instructions, listings, usage
 from fedmoe_kernels.gpu.launch import Launch
 from fedmoe_kernels.tiles.lookup import SHARED, arch_of_capability
-from fedmoe_kernels.tiles.tile import PIECE, steps_held
 
 # What kernels are compiled for: each architecture that has a table, and those served by another's, see `table_of`.
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -209,29 +208,6 @@ def job_of(launch: Launch, arch: str) -> Job:
         launch.stages,
         launch.registers,
     )
-
-
-def operand_bytes(launch: Launch, arch: str) -> int:
-    """Bytes of shared memory that a launch's operands take in closed form; 0 where it has no product of plain numbers.
-
-    Nothing is compiled. The row index of a weight gradient takes stages of its own and some bytes.
-    """
-    args = launch.args
-    if "left_tokens" in args:
-        gathered = args["left_tokens"] is not None or args["right_tokens"] is not None
-        stages = (launch.stages - 1) // 2 + 1 if gathered else launch.stages
-        rows, columns, depth = args["BP"], args["BQ"], args["BT"]
-        index, element = 8 * depth * launch.stages if gathered else 0, args["left"]
-    elif "BN" in args and "BK" in args and not args.get("FORMAT"):
-        stages, rows, depth, index = launch.stages, args["BM"], args["BK"], 0
-        if "first_tile" in args:  # a result on its way to memory, see `Tile.store_bytes`
-            index = min(rows * args["BN"] * args["out"].element_size(), PIECE)
-        columns = args["BN"] * (args.get("HALVES", 1) if "_up" in launch.kernel.fn.__name__ else 1)
-        element = args.get("x", args.get("dy", args.get("out")))
-    else:
-        return 0
-    step = (rows + columns) * depth * element.element_size()
-    return steps_held(table_of(arch), rows, stages) * step + index
 
 
 def compiled(job: Job) -> Code:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from bench.aot.cases import Case
 from bench.aot.sass import PRODUCTS, Code, Job
+from bench.common import markdown
 from bench.common.roofline import GPUS, Gpu, Layer, Tiling, Work, backward, expected, forward, least_seconds
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.gpu.launch import Launch
@@ -36,9 +37,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of the kernel, after its file's where they differ."""
-        file, kernel = self.job.module.rsplit(".", 1)[-1], self.job.kernel.strip("_").removesuffix("_kernel")
-        return kernel if kernel == file else f"{file}.{kernel}"
+        """As of the launch."""
+        return self.launch.name
 
     @property
     def block(self) -> str:
@@ -233,15 +233,11 @@ def keep(rows: list[Row], steps: list[Step], about: dict[str, Any], to: Path) ->
         "",
         "## Whole steps, predicted",
         "",
-        *_markdown(STEP_HEAD, step_cells(steps)),
+        *markdown.table(STEP_HEAD, step_cells(steps)),
         "",
         "## Kernels",
         "",
-        *_markdown(HEAD, [cells(row) for row in rows]),
+        *markdown.table(HEAD, [cells(row) for row in rows]),
         "",
     ]
     Path(f"{to}.md").write_text("\n".join(text))
-
-
-def _markdown(head: tuple[str, ...], lines: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(line) + " |" for line in (list(head), ["---"] * len(head), *lines)]

@@ -165,10 +165,6 @@ class Problem:
         """What the case has to compute: the weight gradients of frozen experts' rows are not counted."""
         return self.shape.flops * (2 + self.tau) / 3
 
-    @property
-    def label(self) -> str:
-        return f"{self.shape.name}/{self.case.name}"
-
 
 def problem(
     shape: Shape, case: Case, *, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32

@@ -224,14 +224,24 @@ def _module(shape: Shape, implementation: str) -> tuple[Any, dict[str, str]]:
 def _to_gpt_oss(name: str, full: Tensor) -> Tensor:
     """gpt-oss keeps gate and up in turn along its last axis, and both matrices transposed."""
     if name.endswith("_in"):
-        full = torch.stack(full.chunk(2, dim=1), dim=2).flatten(1, 2)
+        full = in_turn(full)
     return full.transpose(-2, -1).contiguous() if full.dim() == 3 else full
 
 
 def _of_gpt_oss(name: str, grad: Tensor) -> Tensor:
     if grad.dim() == 3:
         grad = grad.transpose(-2, -1)
-    return torch.cat([grad[:, ::2], grad[:, 1::2]], dim=1) if name.endswith("_in") else grad
+    return halves(grad) if name.endswith("_in") else grad
+
+
+def in_turn(w_in: Tensor) -> Tensor:
+    """Turn [gate; up] (E, 2I, ...) into gate and up row by row."""
+    return torch.stack(w_in.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+
+def halves(grad: Tensor) -> Tensor:
+    """Turn gate and up row by row back into [gate; up]."""
+    return torch.cat([grad[:, ::2], grad[:, 1::2]], dim=1)
 
 
 def dense() -> Contender:
@@ -307,11 +317,11 @@ def _norm(value: Tensor) -> float:
     return float(torch.linalg.vector_norm(value, dtype=torch.float64))
 
 
-def check(task: Problem, ours: Step, peer: Step, tolerance: float = 1e-4) -> None:
+def check(task: Problem, ours: Step, peer: Step) -> None:
     """Raise unless fedmoe's step gives what the peer's does, in relative L2 norm, tensor by tensor."""
     for name, error in errors(ours(), peer()).items():
-        if not error < tolerance:
-            raise AssertionError(f"{task.label}: {name} is off by {error:.1e}")
+        if not error < 1e-4:
+            raise AssertionError(f"{task.shape.name}/{task.case.name}: {name} is off by {error:.1e}")
 
 
 def trained_only(task: Problem) -> Callable[[Outcome], Outcome]:

@@ -19,7 +19,18 @@ import torch.nn.functional as tnf
 from torch import Tensor
 
 from bench.common.cases import Problem
-from bench.common.peers import Bound, Contender, Outcome, activate, leaf, shared, total_bytes, trained_only
+from bench.common.peers import (
+    Bound,
+    Contender,
+    Outcome,
+    activate,
+    halves,
+    in_turn,
+    leaf,
+    shared,
+    total_bytes,
+    trained_only,
+)
 from bench.common.peers_forward import triton_kernels
 
 
@@ -87,7 +98,7 @@ def sonicmoe() -> Contender:
     def bind(task: Problem) -> Bound:
         gated = task.shape.F == 2 * task.shape.I
         trains = bool(task.trainable_E.any())
-        turned = {"w_in": _in_turn(task.stacks["w_in"])} if gated else {}
+        turned = {"w_in": in_turn(task.stacks["w_in"])} if gated else {}
         leaves = {n: (turned.get(n, full)).detach().requires_grad_(trains) for n, full in task.stacks.items()}
         w_in, w_out = leaves["w_in"].permute(1, 2, 0), leaves["w_out"].permute(1, 2, 0)
         kind = kinds.SWIGLU if gated else kinds.RELU
@@ -102,7 +113,7 @@ def sonicmoe() -> Contender:
             return sonic.moe_general_routing_inputs(*args, **how)[0]
 
         def in_order(grads: Outcome) -> Outcome:
-            unturned = {n: _halves(g) if n in turned else g for n, g in grads.items()}
+            unturned = {n: halves(g) if n in turned else g for n, g in grads.items()}
             return trained_only(task)(unturned)
 
         return Bound(forward, leaves, in_order, total_bytes(leaves))
@@ -177,12 +188,3 @@ def _only(*activations: str) -> Callable[[Problem], str | None]:
         return "takes no biases here" if task.shape.bias else None
 
     return refuses
-
-
-def _in_turn(w_in: Tensor) -> Tensor:
-    """Turn [gate; up] (E, 2I, H) into gate and up row by row."""
-    return torch.stack(w_in.chunk(2, dim=1), dim=2).flatten(1, 2)
-
-
-def _halves(grad: Tensor) -> Tensor:
-    return torch.cat([grad[:, ::2], grad[:, 1::2]], dim=1)

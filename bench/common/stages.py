@@ -21,6 +21,7 @@ from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.backends import can_run_triton
 from fedmoe_kernels.cpu import loops, slot
 from fedmoe_kernels.cpu.gemm import gemm_for
+from fedmoe_kernels.experts import ops
 from fedmoe_kernels.experts.op_inputs import DIFFERENTIABLE, OpInputs
 from fedmoe_kernels.formats import FORMATS
 
@@ -180,10 +181,10 @@ def _launched(task: Problem, inputs: OpInputs) -> Cut:
 def _looped(task: Problem, inputs: OpInputs) -> Cut:
     """Cut by the products that the slot loops make, over buffers of all rows."""
     shape, gemm, act = task.shape, gemm_for(task.x_TH.dtype), ACTIVATIONS[task.shape.activation]
-    rows = loops.HostRows(*inputs[1:5], inputs.offsets_B1.tolist())
+    rows = ops.host_rows(inputs)
     N, like = rows.real, task.x_TH
     tokens_N, spans = rows.tokens_R[:N], [slice(a, b) for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]
-    experts = _experts(inputs)
+    experts = ops.slots_of(inputs, "")
     x_NH, dy_NH = like.new_empty(N, shape.H), like.new_empty(N, shape.H)
     z_NF, dz_NF = like.new_empty(N, shape.F), like.new_empty(N, shape.F)
     h_NI, d_NI = like.new_empty(N, shape.I), like.new_empty(N, shape.I)
@@ -232,17 +233,3 @@ def _looped(task: Problem, inputs: OpInputs) -> Cut:
 
     parts = (up, down, combine, data_gradient, input_gradient, weight_gradient)
     return Cut({part.__name__: part for part in parts}, y_TH, named["w_in"], named["w_out"])
-
-
-def _experts(inputs: OpInputs) -> list[slot.Expert]:
-    """Make one record per slot of a store without adapters."""
-    trainable, frozen = inputs[6:10], inputs[10:14]
-    per_slot = [
-        [None] * (inputs.offsets_B1.shape[0] - 1) if first is None or rest is None else [*first, *rest]
-        for first, rest in zip(trainable, frozen, strict=True)
-    ]
-    count = inputs.w_in.shape[0]
-    return [
-        slot.Expert(*tensors, None, b if b < count else None, None)
-        for b, tensors in enumerate(zip(*per_slot, strict=True))
-    ]

@@ -32,7 +32,6 @@ KEPT, CARRIED = ROOT / "runs" / "gpu", ROOT / ".gpu" / "results"
 AGAIN, NOT_READY = 75, 3
 ATTEMPTS = 3
 LAST = 6.0  # seconds for the summary
-MOST_FILES = 8
 FILL = Part("compile", 600, ("fill",), module=CACHE)
 
 

@@ -71,7 +71,7 @@ class Run:
         gpu = self.options.device == "cuda"
         seconds = (SUSTAINED_SECONDS if gpu else 0.0) if self.options.sustained is None else self.options.sustained
         dtype = torch.bfloat16 if gpu else torch.float32
-        return Plan(self.options.device, dtype, self.peaks(), rounds, sustained=seconds)
+        return Plan(self.options.device, dtype, self.peaks(), rounds, seconds)
 
     def peaks(self) -> Gpu | None:
         """Choose what percentages refer to: the data sheet, or for an unlisted GPU what it reached here."""

@@ -18,8 +18,10 @@ import torch
 from bench.common import checkout, machine
 from bench.gpu import summary
 from bench.gpu.invocation import Run
+from bench.gpu.measure import model as gpu_model
+from bench.gpu.measure import routing as gpu_routing
 from bench.gpu.measure.sanitize import run as run_apart
-from bench.gpu.measure.store import Record
+from bench.gpu.measure.store import Record, sentence
 from bench.gpu.plan import RUN
 from fedmoe_kernels.backends import can_run_triton
 from fedmoe_kernels.tiles.lookup import arch_of
@@ -54,8 +56,6 @@ def ceilings(run: Run) -> None:
 
 def routing(run: Run, until: float) -> int:
     """Time routing alone against torch's operations; red where the two disagree."""
-    from bench.gpu.measure import routing as gpu_routing
-
     wrong, plan = False, run.plan()
     for router in gpu_routing.TINY if run.options.tiny else gpu_routing.ROUTERS:
         if time.monotonic() > until:
@@ -69,8 +69,6 @@ def model(run: Run, until: float) -> int:
     """Time a model of transformers with its own experts and with fedmoe's; red where the two disagree."""
     try:
         import transformers  # noqa: F401
-
-        from bench.gpu.measure import model as gpu_model
     except ImportError as error:
         print(f"skipped: {error}")
         return 0
@@ -79,9 +77,8 @@ def model(run: Run, until: float) -> int:
     try:
         agree = gpu_model.measure(chosen, plan.device, plan.dtype, plan.rounds, run.store, until)
     except Exception as error:  # it would fail again, and the part would begin again three times
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        run.store.add("left_out", [{"peer": "the whole model", "status": "failed", "reason": reason}])
-        print(f"failed: {reason}")
+        run.store.add("left_out", [{"peer": "the whole model", "status": "failed", "reason": sentence(error)}])
+        print(f"failed: {sentence(error)}")
     print("\n".join(summary.models(run.store.find("models"))), flush=True)
     return run.again("model") if agree is None else int(not agree)
 

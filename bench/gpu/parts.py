@@ -18,17 +18,15 @@ from bench.common.cases import Case, Shape
 from bench.common.peers import Contender, dense, fedmoe, grouped_mm, transformers_experts
 from bench.common.peers_graphed import graphed
 from bench.common.peers_optional import OPTIONAL
-from bench.gpu import more, report, workers
-from bench.gpu.goals import summary
+from bench.gpu import goals, more, report, summary, workers
 from bench.gpu.invocation import AGAIN, Run, backend_of, chosen
 from bench.gpu.measure import behave, correct, sanitize
-from bench.gpu.measure.store import NOT_A_GPU, Record
+from bench.gpu.measure.store import NOT_A_GPU, Record, sentence
 from bench.gpu.measure.timing import DeadDeviceError, run_case
 from fedmoe_kernels.backends import can_run_triton
 from fedmoe_kernels.tiles.lookup import arch_of
 
 MOST_JOBS = 14  # of 16 cores; each worker compiles on one
-LOUDEST = 6  # launches that are printed as they come
 
 
 def run_part(run: Run, name: str, until: float) -> int:
@@ -46,7 +44,8 @@ def run_part(run: Run, name: str, until: float) -> int:
 def check(run: Run, until: float) -> int:
     """Run the checks in the order in which they matter; with `--checks bfloat16` the first group alone."""
     jobs = run.options.jobs or (MOST_JOBS if run.options.device == "cuda" else 1)
-    some, large = correct.in_order(_checks(run.options)), _large_checks(run)
+    where, tiny = (run.options.device, run.backend), run.options.tiny
+    some, large = correct.in_order(behave.every(*where, tiny=tiny)), behave.large_checks(*where, tiny=tiny)
     if run.options.checks != "all":
         some, large = {name: one for name, one in some.items() if correct.matters_first(name)}, {}
     _run_checks(run, some, min(jobs, max(1, (os.cpu_count() or 1) - 2)), until)
@@ -74,10 +73,6 @@ def _run_checks(run: Run, checks: Mapping[str, correct.Check], jobs: int, until:
         _replace_checks(run, [record])
         if record["status"] != "passed" or run.options.checks == "all":
             print(f"{record['status']:>8}  {record['name']}: {record['detail']}", flush=True)
-
-
-def _large_checks(run: Run) -> Mapping[str, correct.Check]:
-    return behave.large_checks(run.options.device, run.backend, tiny=run.options.tiny)
 
 
 def _replace_checks(run: Run, records: list[Record]) -> None:
@@ -129,9 +124,7 @@ def time_kernels(run: Run, until: float) -> int:
         rows = kernels.measure(case, run.options.device, run.peaks(), run.plan().rounds)
         run.store.add("kernels", rows)
         print(f"{case.name}: {sum(row['ms'] for row in rows):.2f} ms in {len(rows)} launches", flush=True)
-        for row in sorted(rows, key=lambda row: -row["ms"])[:LOUDEST]:
-            likely = "" if row["expected ms"] is None else f", predicted {row['expected ms']:.3f}"
-            print(f"  {row['kernel']:20}{row['ms']:8.3f} ms{likely}, {row['TFLOP/s']:.0f} TFLOP/s", flush=True)
+        print("\n".join(summary.kernels(rows)), flush=True)
     return 0
 
 
@@ -172,9 +165,9 @@ def _contenders(run: Run) -> list[Contender]:
         try:
             found.append(make())
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if not run.store.find("left_out", peer=name, status="not importable"):
-                run.store.add("left_out", [{"peer": name, "status": "not importable", "reason": reason}])
+            left = {"peer": name, "status": "not importable"}
+            if not run.store.find("left_out", **left):
+                run.store.add("left_out", [left | {"reason": sentence(error)}])
     return [one for one in (*found, dense()) if not wanted or one.name in wanted]
 
 
@@ -195,7 +188,7 @@ def plot(run: Run, until: float) -> int:
     for path in report.write(run.store.data, run.store.path):
         print(f"written: {path}")
     print(f"written: {run.store.path}")
-    print("\n".join(summary(run.store.data)))
+    print("\n".join(goals.summary(run.store.data)))
     return 0
 
 
@@ -218,19 +211,13 @@ PARTS: Mapping[str, Callable[[Run, float], int]] = MappingProxyType(
 
 def serve(options: argparse.Namespace) -> None:
     """Serve another process: as a worker of `correct`, or as what compute-sanitizer or ncu watches; no store."""
-    if options.part == "sanitized":
-        sanitize.run_case(_checks(options), options.count)
-        return
+    where, tiny = (options.device, backend_of(options)), options.tiny
     if options.part == "profiled":
         more.profiled(options)
-        return
-    large = behave.large_checks(options.device, backend_of(options), tiny=options.tiny)
-    workers.serve({**_checks(options), **large})
-
-
-def _checks(options: argparse.Namespace) -> Mapping[str, correct.Check]:
-    where, tiny = (options.device, backend_of(options)), options.tiny
-    return {**correct.checks(*where, tiny=tiny), **behave.checks(*where, tiny=tiny)}
+    elif options.part == "sanitized":
+        sanitize.run_case(behave.every(*where, tiny=tiny), options.count)
+    else:
+        workers.serve({**behave.every(*where, tiny=tiny), **behave.large_checks(*where, tiny=tiny)})
 
 
 def _from_file(path: Path) -> Contender:

@@ -15,9 +15,10 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -25,22 +26,19 @@ import torch
 
 from bench.common.cases import CLIENT_CASES, STANDARD, SWEEP_CASES, Case, Shape
 from bench.gpu import plan
-from bench.gpu.measure import behave, correct, sanitize
+from bench.gpu.measure import behave, correct, model, routing, sanitize
+from bench.gpu.measure.store import sentence
 
-PARTS = ("kernels", "correct", "time", "routing", "model", "sanitize", "tune", "peers")
 ARCH = "sm_90"
+WHERE = ("cpu", "triton")  # the device and the backend of checks
 TOGETHER = 8  # tiles in a piece
 _DRIVER: list[Any] = []  # of this process, once it has begun
 SEEN = ("truth", "errors", "hold", "poison")
 
 
-def names(parts: Sequence[str]) -> list[str]:
+def names(parts: Iterable[str]) -> list[str]:
     """List the pieces of these parts; those of `first` come first."""
-    found: list[str] = []
-    for part in parts:
-        listed = {"kernels": _kernels, "time": _times, "correct": _checks, "sanitize": _watched, "tune": _tiles}
-        found += {**listed, "peers": _peers, "routing": _routers, "model": _models}[part]()
-    return found
+    return [name for part in parts for name in PARTS[part][0]()]
 
 
 def begin(library: str) -> None:
@@ -77,10 +75,9 @@ def launch(name: str) -> dict[str, Any]:
     with mock.patch.object(knobs.compilation, "listener", listen):
         part, rest = name.split("/", 1)
         try:
-            runs = {"kernels": _kernel, "time": _time, "correct": _check, "sanitize": _watch, "tune": _tile}
-            {**runs, "peers": _peer, "routing": _routed, "model": _modelled}[part](rest)
+            PARTS[part][1](rest)
         except Exception as error:
-            found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            found["error"] = sentence(error)
     return found | {"launches": _DRIVER[0].counts().launches - before}
 
 
@@ -133,13 +130,10 @@ def _dry(shape: Shape, case: Case, **how: Any) -> None:
 
 
 def _routers() -> list[str]:
-    from bench.gpu.measure import routing
-
     return [f"routing/{router.name}" for router in routing.ROUTERS]
 
 
 def _routed(name: str) -> None:
-    from bench.gpu.measure import routing
     from bench.stand_in.run import served
 
     router = _named(routing.ROUTERS, name)
@@ -151,36 +145,28 @@ def _routed(name: str) -> None:
 
 
 def _models() -> list[str]:
-    from bench.gpu.measure import model as gpu_model
-
-    return [f"model/{sequences * length}" for sequences, length in gpu_model.REAL.batches]
+    return [f"model/{sequences * length}" for sequences, length in model.REAL.batches]
 
 
 def _modelled(name: str) -> None:
     """Launch what one layer of the model does: its router is transformers' own, and so is all else in it."""
-    from bench.gpu.measure import model as gpu_model
     from bench.stand_in.run import served
     from fedmoe_bindings.transformers.experts import fedmoe_experts
 
-    model, T = gpu_model.REAL, int(name)
+    real_model, T = model.REAL, int(name)
     real = functools.partial(torch.empty, dtype=torch.bfloat16, requires_grad=True)
     layer = torch.nn.Module()
-    layer.gate_up_proj = torch.nn.Parameter(real(model.E, 2 * model.inner, model.H))
-    layer.down_proj = torch.nn.Parameter(real(model.E, model.H, model.inner))
-    x_TH, weights_TK = real(T, model.H), real(T, model.K)
+    layer.gate_up_proj = torch.nn.Parameter(real(real_model.E, 2 * real_model.inner, real_model.H))
+    layer.down_proj = torch.nn.Parameter(real(real_model.E, real_model.H, real_model.inner))
+    x_TH, weights_TK = real(T, real_model.H), real(T, real_model.K)
     with served(ARCH):
-        y_TH = fedmoe_experts(layer, x_TH, torch.zeros(T, model.K, dtype=torch.int64), weights_TK)
+        y_TH = fedmoe_experts(layer, x_TH, torch.zeros(T, real_model.K, dtype=torch.int64), weights_TK)
         torch.autograd.grad(y_TH, [x_TH, weights_TK, *layer.parameters()], torch.empty_like(y_TH))
 
 
-def _all_checks(*, tiny: bool) -> dict[str, correct.Check]:
-    where: tuple[str, str] = ("cpu", "triton")
-    return {**correct.checks(*where, tiny=tiny), **behave.checks(*where, tiny=tiny)}
-
-
 def _checks() -> list[str]:
-    found = [name for name in correct.in_order(_all_checks(tiny=False)) if "float64 truth" not in name]
-    return [f"correct/{name}" for name in (*found, *behave.large_checks("cpu", "triton", tiny=False))]
+    found = [name for name in correct.in_order(behave.every(*WHERE, tiny=False)) if "float64 truth" not in name]
+    return [f"correct/{name}" for name in (*found, *behave.large_checks(*WHERE, tiny=False))]
 
 
 def _check(name: str) -> None:
@@ -197,7 +183,7 @@ def _check(name: str) -> None:
             behave._layer(dtype, "cpu", "triton").step()
         return
     with _unseen():
-        _all_checks(tiny=False)[name]()
+        behave.every(*WHERE, tiny=False)[name]()
 
 
 def _watched() -> list[str]:
@@ -206,7 +192,7 @@ def _watched() -> list[str]:
 
 def _watch(name: str) -> None:
     with _unseen():
-        _all_checks(tiny=True)[name]()
+        behave.every(*WHERE, tiny=True)[name]()
 
 
 @contextmanager
@@ -303,6 +289,20 @@ def _peer(name: str) -> None:
         y_TH = bound.forward(task, x_TH.requires_grad_(), weights_TK.requires_grad_())
         bound.backward(y_TH, dy_TH)
 
+
+# What lists a part's pieces, and what launches one by the rest of its name; the parts of `first` before the others.
+PARTS: Mapping[str, tuple[Callable[[], list[str]], Callable[[str], None]]] = MappingProxyType(
+    {
+        "kernels": (_kernels, _kernel),
+        "correct": (_checks, _check),
+        "time": (_times, _time),
+        "routing": (_routers, _routed),
+        "model": (_models, _modelled),
+        "sanitize": (_watched, _watch),
+        "tune": (_tiles, _tile),
+        "peers": (_peers, _peer),
+    }
+)
 
 if __name__ == "__main__":
     print(json.dumps(names(PARTS), indent=1))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.common.markdown import table
 from bench.gpu.goals import summary
 from bench.gpu.measure.store import LISTS, NOT_A_GPU, Record
 
@@ -30,9 +31,9 @@ def from_file(path: Path) -> list[Path]:
 
 def write(data: Record, path: Path) -> list[Path]:
     """Put the table and the plots next to the JSON file at `path`; return what was written."""
-    table = path.with_suffix(".md")
-    table.write_text(markdown(data))
-    return [table, *_plots(data, path)]
+    text = path.with_suffix(".md")
+    text.write_text(markdown(data))
+    return [text, *_plots(data, path)]
 
 
 def markdown(data: Record) -> str:
@@ -74,56 +75,47 @@ def _shape_table(rows: list[Record], shape: str) -> list[str]:
     if any(row.get("red") for row in rows):
         lines += [f"**Timed although {len(rows[0]['red'])} checks are red; see Checks above.**", ""]
     heads = ["case", "pass", "launch", "contender", *(head for head, _, _ in _COLUMNS)]
-    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * 4 + "---:|" * len(_COLUMNS)]
+    cells = []
     for row in rows:
-        cells = [row["case"], row["pass"], row["launch"], row["peer"] + (" (tuned)" if row.get("tiles") else "")]
-        cells += [_cell(row.get(key), form) for _, key, form in _COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        named = [row["case"], row["pass"], row["launch"], row["peer"] + (" (tuned)" if row.get("tiles") else "")]
+        cells.append([*named, *(_cell(row.get(key), form) for _, key, form in _COLUMNS)])
+    return [*lines, *table(heads, cells, numbers=len(_COLUMNS)), ""]
+
+
+def _section(title: str, heads: tuple[str, ...], rows: list[list[str]], numbers: int) -> list[str]:
+    """Write a title and a table; nothing without rows."""
+    return [f"## {title}", "", *table(heads, rows, numbers=numbers), ""] if rows else []
 
 
 def _routing(data: Record) -> list[str]:
     """List routing alone, device and host beside each other."""
-    if not data["routing"]:
-        return []
-    lines = [
-        "## Routing alone",
-        "",
-        "| router (T, E, K) | pass | contender | us | host us |",
-        "|---|---|---|---:|---:|",
-    ]
+    rows = []
     for row in data["routing"]:
         sizes = ", ".join(map(str, row["sizes"]))
-        cells = [f"{row['router']} ({sizes})", row["pass"], row["peer"], f"{row['us']:.1f}", f"{row['host us']:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        times = [f"{row[key]:.1f}" for key in ("us", "host us")]
+        rows.append([f"{row['router']} ({sizes})", row["pass"], row["peer"], *times])
+    return _section("Routing alone", ("router (T, E, K)", "pass", "contender", "us", "host us"), rows, 2)
 
 
 def _models(data: Record) -> list[str]:
     """List whole models: tokens a second of a forward and backward."""
-    if not data["models"]:
-        return []
-    lines = ["## Whole models, forward and backward", ""]
-    lines += ["| model | sequences x length | experts by | tokens/s | ms | host ms |", "|---|---|---|---:|---:|---:|"]
+    rows = []
     for row in data["models"]:
-        cells = [row["model"], " x ".join(map(str, row["batch"])), row["peer"], f"{row['tokens/s']:.0f}"]
-        cells += [f"{row['ms']:.2f}", f"{row['host ms']:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        times = [f"{row['tokens/s']:.0f}", *(f"{row[key]:.2f}" for key in ("ms", "host ms"))]
+        rows.append([row["model"], " x ".join(map(str, row["batch"])), row["peer"], *times])
+    heads = ("model", "sequences x length", "experts by", "tokens/s", "ms", "host ms")
+    return _section("Whole models, forward and backward", heads, rows, 3)
 
 
 def _kernels(data: Record) -> list[str]:
     """List single launches next to their predictions."""
-    if not data["kernels"]:
-        return []
+    forms = {"ms": "{:.4f}", "expected ms": "{:.4f}", "TFLOP/s": "{:.0f}", "TB/s": "{:.2f}"}
+    forms["percent_of_roofline"] = "{:.0f}"
+    rows = [
+        [row["case"], row["kernel"], *(_cell(row[key], form) for key, form in forms.items())] for row in data["kernels"]
+    ]
     heads = ("case", "kernel", "ms", "predicted ms", "TFLOP/s", "TB/s", "% of roofline")
-    lines = ["## Single launches, cold", "", "| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * 5]
-    for row in data["kernels"]:
-        cells = [row["case"], row["kernel"], _cell(row["ms"], "{:.4f}"), _cell(row["expected ms"], "{:.4f}")]
-        cells += [_cell(row["TFLOP/s"], "{:.0f}"), _cell(row["TB/s"], "{:.2f}")]
-        cells += [_cell(row["percent_of_roofline"], "{:.0f}")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    return _section("Single launches, cold", heads, rows, 5)
 
 
 def _left_out(data: Record) -> list[str]:

@@ -18,7 +18,7 @@ from queue import Empty, Queue
 from bench.common import checkout
 from bench.gpu.measure.behave import Skipped
 from bench.gpu.measure.correct import Check
-from bench.gpu.measure.store import Record
+from bench.gpu.measure.store import Record, sentence
 from bench.gpu.plan import RUN
 
 SECONDS = 240  # for one check, most of it compilation
@@ -34,7 +34,7 @@ def result(name: str, run: Check) -> Record:
     except AssertionError as error:
         status, detail = "failed", str(error)
     except Exception as error:
-        status, detail = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        status, detail = "failed", sentence(error)
     return {"name": name, "part": "correct", "status": status, "detail": detail}
 
 

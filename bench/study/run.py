@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from bench.common.checkout import RESULTS, ROOT, command, environment
+from bench.common.markdown import table
 from bench.study.naive_bayes import naive_bayes_accuracy
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.federated import load_data
@@ -80,17 +81,15 @@ def row_of(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Write the rows as a table."""
     measure, seeds = rows[0]["measure"], "/".join(map(str, SEEDS))
-    lines = [
-        f"| method | {measure} before, seeds {seeds} | after | change, mean ± sd | moved | budgets exceeded |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = ["method", f"{measure} before, seeds {seeds}", "after", "change, mean ± sd", "moved", "budgets exceeded"]
+    lines = []
     for row in rows:
         before, after = (" / ".join(f"{value:.3f}" for value in row[when]) for when in ("before", "after"))
         change = f"{row['mean_change']:+.3f} ± {row['sd_change']:.3f}"
         moved = f"{row['gigabytes']:.2f} GB"
         over = row["budget_violations"] if row["budgeted"] else "not bound"
-        lines.append(f"| {row['method']} | {before} | {after} | {change} | {moved} | {over} |")
-    return "\n".join(lines)
+        lines.append([row["method"], before, after, change, moved, str(over)])
+    return "\n".join(table(heads, lines))
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.common import checkout
+from bench.common.markdown import table
 from fedmoe_core.comparison.significance import Comparison
 
 STUDIES = {
@@ -44,7 +45,7 @@ def lines(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         seeds = len(record["seeds"])
         unit = "accuracy, %" if record["rows"][0]["accuracy"] else "loss, nats"
         heads += [f"{STUDIES[name]} ({unit}, {seeds} seeds): clients", "lower tiers", "MB to target"]
-    table = [heads, ["---"] * len(heads)]
+    rows_of_cells = []
     by_label = [{row["label"]: row for row in record["rows"]} for record in records.values()]
     for label in by_label[0]:
         cells = [label]
@@ -56,8 +57,8 @@ def lines(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
             cells.append(price if reached in (0, seeds) else f"{price} ({reached} of {seeds})")
             if not row["budgeted"]:
                 cells[-3] += " †"
-        table.append(cells)
-    return _markdown(table)
+        rows_of_cells.append(cells)
+    return table(heads, rows_of_cells)
 
 
 def departures(record: Mapping[str, Any]) -> list[str]:
@@ -66,15 +67,11 @@ def departures(record: Mapping[str, Any]) -> list[str]:
     unit = "accuracy, %" if rows[0]["accuracy"] else "loss, nats"
     names = ["global", "clients", *(name for name in rows[0]["qualities"] if name.startswith("mean "))]
     heads = [name.removeprefix("mean ") for name in names]
-    table = [[f"variant ({unit}, {len(record['seeds'])} seeds)", *heads], ["---"] * (1 + len(names))]
+    cells = []
     for row in rows:
         label = row["label"] if row["budgeted"] else f"{row['label']} †"
-        table.append([label, *(cell(row["qualities"][name], accuracy=row["accuracy"]) for name in names)])
-    return _markdown(table)
-
-
-def _markdown(table: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in table]
+        cells.append([label, *(cell(row["qualities"][name], accuracy=row["accuracy"]) for name in names)])
+    return table([f"variant ({unit}, {len(record['seeds'])} seeds)", *heads], cells)
 
 
 def read(name: str) -> dict[str, Any]:

@@ -289,9 +289,7 @@ class Search:
 
 def keep(path: Path, machine: dict[str, Any], lines: Iterable[dict[str, Any]]) -> None:
     """Write the table, after the kernels' own reader has accepted it; lines of shapes not searched now stay."""
-    old = json.loads(path.read_text())["tiles"] if path.exists() else []
-    key = ("arch", "bytes", "below", "hidden", "inner")
-    merged = {tuple(line[name] for name in key): line for line in (*old, *lines)}
+    merged = _by_call(path) | {_call(line): line for line in lines}
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps({"machine": machine, "tiles": list(merged.values())}, indent=1) + "\n")
@@ -301,10 +299,18 @@ def keep(path: Path, machine: dict[str, Any], lines: Iterable[dict[str, Any]]) -
 
 def with_families(path: Path, line: dict[str, Any], families: Iterable[str]) -> dict[str, Any]:
     """Put these families of `line` into the line of the table at `path` for the same calls, if there is one."""
-    key = ("arch", "bytes", "below", "hidden", "inner")
+    same = _by_call(path).get(_call(line))
+    return line if same is None else same | {name: line[name] for name in (*families, "ms")}
+
+
+def _by_call(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Read the lines of the table at `path`, none where there is no file, by the calls that they serve."""
     old = json.loads(path.read_text())["tiles"] if path.exists() else []
-    same = [other for other in old if all(other[name] == line[name] for name in key)]
-    return same[0] | {name: line[name] for name in families} | {"ms": line["ms"]} if same else line
+    return {_call(line): line for line in old}
+
+
+def _call(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[name] for name in ("arch", "bytes", "below", "hidden", "inner"))
 
 
 def main() -> int:

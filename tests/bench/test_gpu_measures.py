@@ -120,12 +120,11 @@ def test_a_dry_step_names_every_launch_once() -> None:
     pytest.importorskip("triton")
     from bench.aot.dry_step import launches_of
     from bench.common.cases import CLIENT_CASES, STANDARD
-    from bench.gpu.measure.kernels import name_of
 
-    names = [name_of(launch) for launch in launches_of(STANDARD[0], CLIENT_CASES[0], "sm_90")]
+    names = [launch.name for launch in launches_of(STANDARD[0], CLIENT_CASES[0], "sm_90")]
     assert names.count("weight_gradient") == 2
     assert names.count("combine") == 2
-    frozen = [name_of(launch) for launch in launches_of(STANDARD[0], CLIENT_CASES[5], "sm_90")]
+    frozen = [launch.name for launch in launches_of(STANDARD[0], CLIENT_CASES[5], "sm_90")]
     assert "weight_gradient" not in frozen
 
 

@@ -279,7 +279,7 @@ def test_a_peer_without_a_backward_is_timed_forward_and_held_against_none(
         install(monkeypatch, f"triton_kernels.{name}", **members)
     about = dict.fromkeys(("gpu", "driver", "torch", "triton", "commit", "kernels", "harness", "tiles"), "none")
     store = Store(about | {"device": "cpu", "rehearsal": True, "date": "2026-01-01"}, tmp_path)
-    plan = timing.Plan("cpu", torch.float32, None, 2, 1, 2, 0.01)
+    plan = timing.Plan("cpu", torch.float32, None, 2, 0.01)
     contenders = [fedmoe(), grouped_mm(), OPTIONAL["triton_kernels"]()]
     timing.run_case(TINY[0], CLIENT_CASES[0], contenders, plan, store)
     assert store.data["left_out"] == []

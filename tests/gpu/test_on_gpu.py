@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu.measure import behave, correct
+from bench.gpu.measure import behave
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,11 +22,7 @@ pytestmark = [
 def checks() -> Mapping[str, Any]:
     """All checks by name, bound to the GPU; none of them touches it before it is called."""
     where = ("cuda", "triton")
-    return {
-        **correct.checks(*where, tiny=False),
-        **behave.checks(*where, tiny=False),
-        **behave.large_checks(*where, tiny=False),
-    }
+    return {**behave.every(*where, tiny=False), **behave.large_checks(*where, tiny=False)}
 
 
 @pytest.mark.parametrize("name", list(checks()))

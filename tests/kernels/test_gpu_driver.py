@@ -185,11 +185,10 @@ def test_routing_reads_nothing_from_the_device(rule: Rule, cohort: bool, tokens:
         valid_T = torch.empty(tokens, dtype=torch.bool)
         launches: list[Launch] = []
         how = {"execute": launches.append}
-        weights_TK, experts_TK, *_ = routing.route(
-            *(logits_TE, table_CE, client_T, valid_T, bias_E), num_slots=12, rule=rule, with_stats=True, **how
-        )
-        routing.route_backward(weights_TK, logits_TE, experts_TK, table_CE, client_T, rule=rule, **how)
-        routing.place(experts_TK, table_CE, client_T, valid_T, num_slots=12, **how)
+        who = routing.Holders(table_CE, client_T, valid_T)
+        weights_TK, experts_TK, *_ = routing.route(logits_TE, who, bias_E, rule, num_slots=12, with_stats=True, **how)
+        routing.route_backward(weights_TK, logits_TE, experts_TK, who, rule, **how)
+        routing.place(experts_TK, who, num_slots=12, **how)
     assert len(launches) > 5
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.common.cases import STANDARD, TINY, Case, Problem, Shape, problem
 from bench.common.peers import Outcome, errors, fedmoe, leaf, step
 from bench.common.truth import truth
+from bench.gpu.measure import correct
 from bench.gpu.measure.correct import Check, hold, poison, small, stored
 from bench.gpu.measure.launch import capture
 from fedmoe_kernels import Routing, SlotMap, moe_mlp, route
@@ -45,6 +46,11 @@ def checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
         found[f"{short}: nothing waits for the device"] = bind(_no_wait, dtype)
     found["torch.compile(fullgraph=True)"] = bind(_compiled)
     return MappingProxyType(found)
+
+
+def every(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:
+    """List the checks of correct.py and of this file by name, but for the large ones."""
+    return {**correct.checks(device, backend, tiny=tiny), **checks(device, backend, tiny=tiny)}
 
 
 def large_checks(device: str, backend: str, *, tiny: bool) -> Mapping[str, Check]:

@@ -145,9 +145,9 @@ def _experts(shape: Shape, case: Case, device: str, backend: str, dtype: torch.d
     return hold(errors(step(fedmoe(backend), task)(), want), TOLERANCE[dtype])
 
 
-def small(dtype: torch.dtype, device: str, *, bias: bool = True) -> Problem:
+def small(dtype: torch.dtype, device: str) -> Problem:
     """Draw a problem that `reference.py` takes a fraction of a second for."""
-    return problem(Shape("small", 24, 64, 32, 6, 2, bias=bias), Case("half", trainable=0.5), device=device, dtype=dtype)
+    return problem(Shape("small", 24, 64, 32, 6, 2, bias=True), Case("half", trainable=0.5), device=device, dtype=dtype)
 
 
 def _scores(device: str, backend: str, dtype: torch.dtype) -> str:

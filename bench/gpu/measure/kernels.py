@@ -89,15 +89,8 @@ def steps(
         after(turn)
 
 
-def name_of(launch: Launch) -> str:
-    """Return the kernel's name as the ahead-of-time table has it: after its file's, where they differ."""
-    function = launch.kernel.fn
-    file, kernel = function.__module__.rsplit(".", 1)[-1], function.__qualname__.strip("_").removesuffix("_kernel")
-    return kernel if kernel == file else f"{file}.{kernel}"
-
-
 def _row(place: int, launch: Launch, ms: float, case: Case, gpu: Gpu | None) -> Record:
-    name = name_of(launch)
+    name = launch.name
     least = None if gpu is None else 1e3 * Work(name, launch.flops, launch.bytes).seconds(gpu)
     return {
         "case": case.name,
@@ -140,8 +133,9 @@ def _route(case: Case, device: str, execute: Execute) -> None:
     bias_E = torch.randn(case.E, device=device, generator=draw) if case.scoring == "sigmoid" else None
     rule = Rule(case.K, case.scoring, True, *case.groups)
     how: dict[str, Any] = {"num_slots": case.B, "execute": execute}
-    routed = routing.route(logits_TE, table_CE, client_T, None, bias_E, rule=rule, with_stats=True, **how)
-    routing.route_backward(*(routed[0], logits_TE, routed[1], table_CE, client_T), rule=rule, execute=execute)
+    who = routing.Holders(table_CE, client_T, None)
+    routed = routing.route(logits_TE, who, bias_E, rule, with_stats=True, **how)
+    routing.route_backward(routed[0], logits_TE, routed[1], who, rule, execute=execute)
 
 
 def real_inputs(case: Case, device: str) -> tuple[OpInputs, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,38 +56,70 @@ class Seat(NamedTuple):
         self.bound.backward(y, self.tasks[turn % len(self.tasks)].dy_TH)
 
 
+class Turn(NamedTuple):
+    """A contender of `in_turn`: what comes before its time is taken, and what it does, which calls `mark` at each end
+    of what is timed; both get the number of the round."""
+
+    before: Callable[[int], object]
+    run: Callable[[int, Callable[[], None]], object]
+
+
 Times = dict[tuple[str, str], list[float]]
 
 
-def eager(seats: Sequence[Seat], device: str, rounds: tuple[int, int], host: Times) -> Times:
-    """Time every pass of every contender, in milliseconds; the one that starts a round starts the next one last.
+def in_turn(
+    contenders: Mapping[str, Turn], device: str, rounds: tuple[int, int], spans: Mapping[str, tuple[int, int]]
+) -> tuple[Times, Times]:
+    """Time contenders cold, with the host ahead; the one that starts a round starts the next one last.
 
-    `rounds` are the untimed and the timed ones; `host` gets the host's own milliseconds for
-    the same calls; while they are below the clock's lead they do not show.
+    Args:
+        contenders: by name.
+        device: "cuda" or "cpu".
+        rounds: the untimed and the timed ones.
+        spans: by name, the marks between which a time is taken.
+
+    Returns:
+        Milliseconds of the device and of the host by contender and span; while the host's are below the clock's lead
+        they do not show in the device's.
     """
-    host |= {(s.contender.name, name): [] for s in seats for name in s.passes}
-    clock, times = Clock(device), {(s.contender.name, name): [] for s in seats for name in s.passes}
+    times, host = ({(name, span): [] for name in contenders for span in spans} for _ in range(2))
+    clock, names = Clock(device), list(contenders)
+    marks: list[tuple[Any, float]] = []
+
+    def mark() -> None:
+        marks.append((clock.mark(), time.perf_counter()))
+
     for turn in range(sum(rounds)):
-        first = turn % len(seats) if seats else 0
-        for seat in (*seats[first:], *seats[:first]):
-            seat.forget()
+        first = turn % len(names) if names else 0
+        for name in (*names[first:], *names[:first]):
+            contenders[name].before(turn)
+            marks.clear()
             clock.start()
-            marks, walls = [clock.mark()], [time.perf_counter()]
+            contenders[name].run(turn, mark)
+            for span, (a, b) in spans.items() if turn >= rounds[0] else ():
+                (begun, wall), (ended, later) = marks[a], marks[b]
+                times[name, span].append(clock.milliseconds(begun, ended))
+                host[name, span].append(1e3 * (later - wall))
+    return times, host
+
+
+def eager(seats: Sequence[Seat], device: str, rounds: tuple[int, int]) -> tuple[Times, Times]:
+    """Time every pass of every contender as `in_turn` does; passes that a contender lacks mean nothing."""
+
+    def turn_of(seat: Seat) -> Turn:
+        def run(turn: int, mark: Callable[[], None]) -> None:
+            mark()
             y = seat.forward(turn)
-            marks.append(clock.mark())
-            walls.append(time.perf_counter())
+            mark()
             seat.backward(y, turn)
-            marks.append(clock.mark())
-            walls.append(time.perf_counter())
-            del y
-            if turn >= rounds[0]:
-                for name in seat.passes:
-                    a, b = MARKS[name]
-                    times[seat.contender.name, name].append(clock.milliseconds(marks[a], marks[b]))
-                    host[seat.contender.name, name].append(1e3 * (walls[b] - walls[a]))
+            mark()
+
+        return Turn(lambda _: seat.forget(), run)
+
+    found = in_turn({seat.contender.name: turn_of(seat) for seat in seats}, device, rounds, MARKS)
     for seat in seats:
         seat.forget()
-    return times
+    return found
 
 
 def sustained(seat: Seat, device: str, seconds: float) -> list[float]:

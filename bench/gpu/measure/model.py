@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common.clock import Clock
+from bench.gpu.measure.launch import Turn, in_turn
 from bench.gpu.measure.store import Record, Store
 
 WARM_UP = 3
@@ -136,19 +136,20 @@ def _times(
     network: Any, modes: dict[str, Callable[[], object]], tokens: Tensor, device: str, rounds: int
 ) -> dict[str, tuple[float, float]]:
     """Return the medians of the device's and the host's milliseconds of a step; the contenders run in turn."""
-    clock, names = Clock(device), list(modes)
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
-    for turn in range(WARM_UP + rounds):
-        first = turn % len(names)
-        for name in (*names[first:], *names[:first]):
-            modes[name]()
+
+    def turn_of(mode: Callable[[], object]) -> Turn:
+        def before(_: int) -> None:
+            mode()
             network.zero_grad(set_to_none=True)
-            clock.start()
-            begin, wall = clock.mark(), time.perf_counter()
+
+        def run(_: int, mark: Callable[[], None]) -> None:
+            mark()
             step(network, tokens)
-            end, host = clock.mark(), 1e3 * (time.perf_counter() - wall)
-            if turn >= WARM_UP:
-                found[name][0].append(clock.milliseconds(begin, end))
-                found[name][1].append(host)
+            mark()
+
+        return Turn(before, run)
+
+    turns = {name: turn_of(mode) for name, mode in modes.items()}
+    times, host = in_turn(turns, device, (WARM_UP, rounds), {"step": (0, 1)})
     network.zero_grad(set_to_none=True)
-    return {name: (statistics.median(ms), statistics.median(host)) for name, (ms, host) in found.items()}
+    return {name: (statistics.median(ms), statistics.median(host[name, span])) for (name, span), ms in times.items()}

@@ -8,7 +8,6 @@ alike.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.common.clock import Clock
+from bench.gpu.measure.launch import MARKS, Times, Turn, in_turn
 from bench.gpu.measure.store import Record, Store
 from fedmoe_kernels import SlotMap, route
 
@@ -128,38 +127,30 @@ def measure(router: Router, device: str, backend: str, rounds: int, store: Store
     times, host = _times(runs, sets, slopes_TK, device, rounds)
     sizes = [router.T, router.E, router.K]
     rows = []
-    for (peer, name), us in times.items():
+    for (peer, name), ms in times.items():
         row: Record = {"router": router.name, "sizes": sizes, "scoring": router.scoring, "peer": peer, "pass": name}
-        row |= {"us": round(statistics.median(us), 2), "host us": round(statistics.median(host[peer, name]), 2)}
+        us, host_us = (round(1e3 * statistics.median(found), 2) for found in (ms, host[peer, name]))
+        row |= {"us": us, "host us": host_us}
         rows.append(row | {"rounds": rounds})
     store.add("routing", rows)
     return True
 
 
-_Times = dict[tuple[str, str], list[float]]
-
-
 def _times(
     runs: dict[str, Route], sets: list[Tensor], slopes_TK: Tensor, device: str, rounds: int
-) -> tuple[_Times, _Times]:
-    """Return the device's and the host's microseconds of the forward and of the backward, contenders in turn."""
-    keys = [(peer, name) for peer in runs for name in ("fwd", "bwd")]
-    clock, times, host = Clock(device), {key: [] for key in keys}, {key: [] for key in keys}
-    names = list(runs)
-    for turn in range(WARM_UP + rounds):
-        logits_TE = sets[turn % len(sets)]
-        first = turn % len(names)
-        for peer in (*names[first:], *names[:first]):
-            clock.start()
-            marks, walls = [clock.mark()], [time.perf_counter()]
-            made = runs[peer](logits_TE)
-            marks.append(clock.mark())
-            walls.append(time.perf_counter())
+) -> tuple[Times, Times]:
+    """Return the device's and the host's milliseconds of the forward and of the backward, contenders in turn."""
+
+    def turn_of(route: Route) -> Turn:
+        def run(turn: int, mark: Callable[[], None]) -> None:
+            logits_TE = sets[turn % len(sets)]
+            mark()
+            made = route(logits_TE)
+            mark()
             torch.autograd.grad(made.weights_TK, logits_TE, slopes_TK)
-            marks.append(clock.mark())
-            walls.append(time.perf_counter())
-            if turn >= WARM_UP:
-                for at, name in enumerate(("fwd", "bwd")):
-                    times[peer, name].append(1e3 * clock.milliseconds(marks[at], marks[at + 1]))
-                    host[peer, name].append(1e6 * (walls[at + 1] - walls[at]))
-    return times, host
+            mark()
+
+        return Turn(lambda _: None, run)
+
+    turns = {peer: turn_of(route) for peer, route in runs.items()}
+    return in_turn(turns, device, (WARM_UP, rounds), {name: MARKS[name] for name in ("fwd", "bwd")})

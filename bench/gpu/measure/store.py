@@ -28,6 +28,11 @@ NOT_A_GPU = "NOT GPU NUMBERS: a rehearsal of the script on tiny shapes; nothing 
 Record = dict[str, Any]
 
 
+def sentence(error: BaseException) -> str:
+    """Say an error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def stem(about: Record) -> str:
     """Name a file: gpu-NAME for a GPU's real shapes, rehearsal-DEVICE for all else; the date follows."""
     return f"rehearsal-{about['device']}" if about["rehearsal"] else f"gpu-{slug(about['gpu'])}"

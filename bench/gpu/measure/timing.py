@@ -25,10 +25,11 @@ from bench.common.peers import Contender, Outcome, errors, leaf, outcome
 from bench.common.roofline import Gpu, Layer, backward, forward, least_seconds
 from bench.common.truth import truth
 from bench.gpu.measure.launch import PASSES, Seat, Times, capture, eager, sustained
-from bench.gpu.measure.store import Record, Store
+from bench.gpu.measure.store import Record, Store, sentence
 from fedmoe_kernels.tiles.lookup import arch_of
 
-ROUNDS, WARM_UP, SETS = 25, 5, 3
+ROUNDS, WARM_UP = 25, 5
+SETS = 3  # of tokens, which the rounds rotate through
 SUSTAINED_SECONDS = 2.0
 # What fedmoe is held to, and what a peer may be off before its time means nothing. Some peers sum gradients of routing
 # weights or of x in half precision.
@@ -47,18 +48,15 @@ class Plan:
     Attributes:
         device, dtype: where and in what.
         gpu: peaks for the rooflines, None = unknown.
-        rounds, warm_up: timed and untimed rounds; in a round every contender runs once.
-        sets: how many sets of tokens the rounds rotate through.
+        rounds: timed rounds; in a round every contender runs once.
         sustained: seconds of steps back to back for each contender, 0 = none.
     """
 
     device: str
     dtype: torch.dtype
     gpu: Gpu | None
-    rounds: int = ROUNDS
-    warm_up: int = WARM_UP
-    sets: int = SETS
-    sustained: float = SUSTAINED_SECONDS
+    rounds: int
+    sustained: float
 
 
 def run_case(shape: Shape, case: Case, contenders: Sequence[Contender], plan: Plan, store: Store) -> None:
@@ -72,7 +70,7 @@ def run_case(shape: Shape, case: Case, contenders: Sequence[Contender], plan: Pl
         return
     began, before = time.perf_counter(), machine.clocks()
     task = problem(shape, case, device=plan.device, dtype=plan.dtype)
-    tasks = [task, *(redrawn(task, seed) for seed in range(1, plan.sets))]
+    tasks = [task, *(redrawn(task, seed) for seed in range(1, SETS))]
     want = truth(task)
     seats = [seat for c in contenders if (seat := _admit(c, tasks, want, store, key, plan))]
     del want
@@ -86,8 +84,9 @@ def run_case(shape: Shape, case: Case, contenders: Sequence[Contender], plan: Pl
 def _measure(seats: list[Seat], task: Problem, plan: Plan, store: Store, key: Record) -> list[Record]:
     """Measure the rows of all contenders that take part."""
     rows = [_row(seat, key, task, plan) for seat in seats]
-    host: Times = {}
-    times = {"eager": eager(seats, plan.device, (plan.warm_up, plan.rounds), host)}
+    cold, host = eager(seats, plan.device, (WARM_UP, plan.rounds))
+    passes = {(seat.contender.name, name) for seat in seats for name in seat.passes}
+    times = {"eager": {key: found for key, found in cold.items() if key in passes}}
     if plan.sustained:
         times["sustained"] = {
             (seat.contender.name, seat.passes[-1]): sustained(seat, plan.device, plan.sustained) for seat in seats
@@ -133,7 +132,7 @@ def _admit(
                 seat.errors.update(_compare(seat, want))
                 seat.first.append(time.perf_counter() - began)
     except Exception as error:
-        _leave_out(store, named, "failed", _sentence(error))
+        _leave_out(store, named, "failed", sentence(error))
         _check_alive(plan.device)
         return None
     tolerance = (OWN if contender.name.startswith("fedmoe") else PEER)[plan.dtype]
@@ -209,16 +208,16 @@ def _graphs(seats: Sequence[Seat], plan: Plan, store: Store, key: Record) -> Tim
                         lambda seat=seat: seat.backward(seat.forward(0), 0), seat.forget
                     )
         except Exception as error:
-            _leave_out(store, named, "failed", _sentence(error))
+            _leave_out(store, named, "failed", sentence(error))
             _check_alive(plan.device)
     clock, times = Clock(plan.device), {key: [] for key in graphs}
-    for turn in range(plan.warm_up + plan.rounds):
+    for turn in range(WARM_UP + plan.rounds):
         for name, graph in graphs.items():
             clock.start()
             first = clock.mark()
             graph.replay()
             last = clock.mark()
-            if turn >= plan.warm_up:
+            if turn >= WARM_UP:
                 times[name].append(clock.milliseconds(first, last))
     return times
 
@@ -293,11 +292,7 @@ def _check_alive(device: str) -> None:
         torch.zeros(1, device=device).add_(1).item()
         torch.cuda.empty_cache()
     except RuntimeError as error:
-        raise DeadDeviceError(_sentence(error)) from error
-
-
-def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise DeadDeviceError(sentence(error)) from error
 
 
 def _number(value: float) -> float | str:

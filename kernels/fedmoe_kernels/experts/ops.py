@@ -28,7 +28,7 @@ _OPTIONAL = ("tokens_R", "places_R", *OpInputs._fields[8:])
 _TENSORS = ", ".join(f"{'Tensor?' if name in _OPTIONAL else 'Tensor'} {name}" for name in OpInputs._fields)
 
 
-def _rows(inputs: OpInputs) -> loops.HostRows:
+def host_rows(inputs: OpInputs) -> loops.HostRows:
     rows_TK, tokens_R, places_R = inputs.rows_TK, inputs.tokens_R, inputs.places_R
     if tokens_R is None or places_R is None:
         row_R, R = rows_TK.flatten(), rows_TK.numel()
@@ -39,7 +39,7 @@ def _rows(inputs: OpInputs) -> loops.HostRows:
     return loops.HostRows(inputs.weights_TK, rows_TK, tokens_R, places_R, [int(n) for n in inputs.offsets_B1.tolist()])
 
 
-def _experts(inputs: OpInputs, frozen_format: str) -> list[Expert]:
+def slots_of(inputs: OpInputs, frozen_format: str) -> list[Expert]:
     """One record per slot; every tensor in it is a view."""
     slots = inputs.offsets_B1.shape[0] - 1
     w_in = _matrices(inputs.w_in, inputs.w_in_frozen, inputs.w_in_scale, inputs.w_in_whole, frozen_format)
@@ -110,8 +110,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
         how = {"activation": activation, "frozen_format": frozen_format, "keep_z": keep_z}
         with torch.cuda.device_of(inputs.x_TH):  # Triton launches on the current device, whatever its arguments
             return experts.forward(inputs, rows_per_slot=inputs.rows_per_slot(rows_per_slot), **how)
-    slots = _experts(inputs, frozen_format)
-    return loops.forward(inputs.x_TH, _rows(inputs), slots, ACTIVATIONS[activation], keep_z=keep_z)
+    slots = slots_of(inputs, frozen_format)
+    return loops.forward(inputs.x_TH, host_rows(inputs), slots, ACTIVATIONS[activation], keep_z=keep_z)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ def _backward(dy_TH: Tensor, z_RF: Tensor, *args: Any) -> tuple[Tensor, ...]:
         how = {"activation": activation, "frozen_format": frozen_format, "needs": needs}
         with torch.cuda.device_of(inputs.x_TH):
             return experts.backward(dy_TH, z_RF, inputs, rows_per_slot=inputs.rows_per_slot(rows_per_slot), **how)
-    return _backward_by_loops((dy_TH, z_RF), inputs, _experts(inputs, frozen_format), activation, needs)
+    return _backward_by_loops((dy_TH, z_RF), inputs, slots_of(inputs, frozen_format), activation, needs)
 
 
 def _backward_by_loops(
@@ -159,7 +159,7 @@ def _backward_by_loops(
         dy_TH,
         inputs.x_TH,
         z_RF,
-        _rows(inputs),
+        host_rows(inputs),
         experts=experts,
         activation=ACTIVATIONS[activation],
         grads=Gradients(*(buffer if need else None for buffer, need in zip(buffers, needs[1:], strict=True))),

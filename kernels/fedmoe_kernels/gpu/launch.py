@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
@@ -37,6 +37,13 @@ class Launch:
     flops: int = 0
     bytes: int = 0
     registers: int = 0
+
+    @property
+    def name(self) -> str:
+        """The kernel's name, after its file's where they differ."""
+        function = self.kernel.fn
+        file, kernel = function.__module__.rsplit(".", 1)[-1], function.__qualname__.strip("_").removesuffix("_kernel")
+        return kernel if kernel == file else f"{file}.{kernel}"
 
     @property
     def options(self) -> dict[str, int]:
@@ -88,4 +95,11 @@ def row_constants(tile: Tile, dtype: torch.dtype, *, tma: bool) -> dict[str, Any
 Execute = Callable[[Launch], None]
 """What drivers do with each launch: `Launch.run`, or a list's `append` to look at them instead."""
 
-__all__ = ["Execute", "Launch", "TensorDescriptor", "cdiv", "dot_precision", "power_of_2", "row_constants"]
+
+def start(launches: Iterable[Launch], execute: Execute) -> None:
+    """Execute launches in their order."""
+    for launch in launches:
+        execute(launch)
+
+
+__all__ = ["Execute", "Launch", "TensorDescriptor", "cdiv", "dot_precision", "power_of_2", "row_constants", "start"]

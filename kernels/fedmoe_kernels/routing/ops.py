@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,8 +188,8 @@ def _route(
         from fedmoe_kernels.gpu.routing import driver as gpu
 
         rule = gpu.Rule(k, scoring, renormalize, n_group, topk_group, scale)
-        who = (table_CE, client_T, valid_T)
-        return gpu.route(logits_TE, *who, bias_E, num_slots=num_slots, rule=rule, with_stats=with_stats)
+        who = gpu.Holders(table_CE, client_T, valid_T)
+        return gpu.route(logits_TE, who, bias_E, rule, num_slots=num_slots, with_stats=with_stats)
     full_TE = _finite(logits_TE)
     # As many slots as (client, expert) pairs: nothing is absent, and the mask and the second choice fall away.
     whole = num_slots == C * E
@@ -242,7 +243,7 @@ def _route_backward(
         from fedmoe_kernels.gpu.routing import driver as gpu
 
         rule = gpu.Rule(k, scoring, renormalize, scale=scale)
-        return gpu.route_backward(grad_TK, logits_TE, experts_TK, table_CE, client_T, rule=rule)
+        return gpu.route_backward(grad_TK, logits_TE, experts_TK, gpu.Holders(table_CE, client_T, None), rule)
     held_TE = _hide_absent(_finite(logits_TE), table_CE, client_T)
     chosen, expert_TK = experts_TK >= 0, experts_TK.clamp(min=0)
     grad_TK = (grad_TK.to(held_TE.dtype) * scale).masked_fill(~chosen, 0.0)
@@ -280,7 +281,7 @@ def _place_rows(
     if use_triton(backend, experts_TK.device, _refusal(*experts_TK.shape), verb="Routing.from_topk"):
         from fedmoe_kernels.gpu.routing import driver as gpu
 
-        return gpu.place(experts_TK, table_CE, client_T, valid_T, num_slots=num_slots)
+        return gpu.place(experts_TK, gpu.Holders(table_CE, client_T, valid_T), num_slots=num_slots)
     here = (experts_TK >= 0) & (experts_TK < table_CE.shape[1])
     here = here if valid_T is None else here & valid_T[:, None]
     slots_TK = _slots(torch.where(here, experts_TK.long(), -1), table_CE, client_T)
@@ -300,24 +301,11 @@ def _fake_places(like_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tenso
     return new(T, K), new(T, K), new(T, K), new(T * K), new(T * K), new(num_slots + 1)
 
 
+# The fakes name only what decides a shape. The others come in the bodies' order, a last one that is its default not at
+# all.
 @route_op.register_fake
-def _(
-    logits_TE: Tensor,
-    table_CE: Tensor,
-    client_T: Tensor | None,
-    valid_T: Tensor | None,
-    bias_E: Tensor | None,
-    num_slots: int,
-    k: int,
-    scoring: str,
-    renormalize: bool,
-    n_group: int,
-    topk_group: int,
-    scale: float,
-    with_stats: bool,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    T, E = logits_TE.shape
+def _(logits_TE: Tensor, table_CE: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    (T, E), num_slots, k, with_stats = logits_TE.shape, rest[3], rest[4], rest[10]
     C = table_CE.shape[0] if with_stats else 0
     weights_TK = logits_TE.new_empty(T, k, dtype=compute_dtype(logits_TE.dtype))
     stats_C4E = logits_TE.new_empty(C, 4, E, dtype=torch.float64)
@@ -325,30 +313,13 @@ def _(
 
 
 @route_backward_op.register_fake
-def _(
-    grad_TK: Tensor,
-    logits_TE: Tensor,
-    experts_TK: Tensor,
-    table_CE: Tensor,
-    client_T: Tensor | None,
-    scoring: str,
-    renormalize: bool,
-    scale: float,
-    backend: str = "auto",
-) -> Tensor:
+def _(_grad_TK: Tensor, logits_TE: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
 
 
 @place_rows_op.register_fake
-def _(
-    experts_TK: Tensor,
-    table_CE: Tensor,
-    client_T: Tensor | None,
-    valid_T: Tensor | None,
-    num_slots: int,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _fake_places(experts_TK, num_slots)
+def _(experts_TK: Tensor, _table_CE: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _fake_places(experts_TK, rest[2])
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:

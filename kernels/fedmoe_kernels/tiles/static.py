@@ -24,64 +24,62 @@ def _few_rows(m: int, stages: int, *, tma: bool) -> TileSet:
     """Make blocks of `m` rows, 16 or 32: weights are streamed once through narrow blocks."""
     gated = Tile(m, 64, 64, 4, stages, group=4, tma=tma)
     plain = Tile(m, 128, 64, 4, stages, group=4, tma=tma)
-    return TileSet(gated, plain, gated, plain, Tile(64, 128, m, 4, 7), gated)
+    return _set(gated, plain, gated, Tile(64, 128, m, 4, 7), gated)
 
 
+def _set(up: Tile, down: Tile, data_gradient: Tile, weight_gradient: Tile, rank: Tile) -> TileSet:
+    """Make a set whose input gradient has the tile of `down`, for both are the same kind of product."""
+    return TileSet(up, down, data_gradient, down, weight_gradient, rank)
+
+
+_MANY_AMPERE = _set(
+    up=Tile(128, 64, 32, 8, 5),
+    down=Tile(128, 128, 64, 8, 4),
+    data_gradient=Tile(128, 128, 64, 8, 4, split=16),
+    weight_gradient=Tile(128, 256, 32, 8, 7),
+    rank=Tile(128, 64, 64, 8, 3),
+)
 _AMPERE = (
     (24, _few_rows(16, 5, tma=False)),
     (48, _few_rows(32, 4, tma=False)),
     (
         96,
-        TileSet(
+        _set(
             up=Tile(64, 64, 64, 4, 4),
             down=Tile(64, 128, 64, 4, 4),
             data_gradient=Tile(64, 128, 64, 4, 3, split=8),
-            input_gradient=Tile(64, 128, 64, 4, 4),
             weight_gradient=Tile(128, 128, 32, 8, 7),
             rank=Tile(64, 64, 64, 4, 4),
         ),
     ),
-    (
-        None,
-        TileSet(
-            up=Tile(128, 64, 32, 8, 5),
-            down=Tile(128, 128, 64, 8, 4),
-            data_gradient=Tile(128, 128, 64, 8, 4, split=16),
-            input_gradient=Tile(128, 128, 64, 8, 4),
-            weight_gradient=Tile(128, 256, 32, 8, 7),
-            rank=Tile(128, 64, 64, 8, 3),
-        ),
-    ),
+    (None, _MANY_AMPERE),
 )
 # 99 KB of shared memory, and the same tensor cores as Ampere's.
 _NARROW = (
     *_AMPERE[:3],
     (
         None,
-        TileSet(
-            up=Tile(128, 64, 32, 8, 5),
+        _set(
+            up=_MANY_AMPERE.up,
             down=Tile(128, 128, 64, 8, 3),
             data_gradient=Tile(128, 128, 64, 8, 3, split=16),
-            input_gradient=Tile(128, 128, 64, 8, 3),
             weight_gradient=Tile(128, 128, 32, 8, 7),
-            rank=Tile(128, 64, 64, 8, 3),
+            rank=_MANY_AMPERE.rank,
         ),
     ),
 )
-_SIXTY_FOUR = TileSet(  # weight-bound still: two programs an SM, so that one loads while the other stores
+_SIXTY_FOUR = _set(  # weight-bound still: two programs an SM, so that one loads while the other stores
     up=Tile(64, 64, 64, 4, 4, tma=True),
     down=Tile(64, 128, 64, 4, 4, tma=True),
     data_gradient=Tile(64, 128, 64, 4, 4, split=8, tma=True),
-    input_gradient=Tile(64, 128, 64, 4, 4, tma=True),
     weight_gradient=Tile(128, 128, 32, 4, 7),
     rank=Tile(64, 64, 64, 4, 4, tma=True),
 )
-_WIDE = TileSet(
+_WIDE = _set(
     up=Tile(128, 128, 64, 8, 4, split=4, tma=True),
     down=Tile(128, 256, 64, 8, 4, tma=True, persistent=True),
     # Two programs an SM, which 128 registers allow; left alone, the compiler takes up to 142.
     data_gradient=Tile(128, 128, 64, 8, 3, split=8, tma=True, registers=128),
-    input_gradient=Tile(128, 256, 64, 8, 4, tma=True, persistent=True),
     weight_gradient=Tile(128, 256, 64, 8, 7),
     rank=Tile(128, 64, 64, 4, 4, tma=True),
 )
@@ -96,30 +94,18 @@ _BLACKWELL = (
     *_HOPPER[:3],
     (None, replace(_WIDE, data_gradient=Tile(128, 256, 64, 8, 4, split=16, tma=True))),
 )
+
+
+def _float(plain: Tile, *, narrow: int, depth: int) -> TileSet:
+    """Make a float32 set: gated blocks `narrow` wide, weight gradients by steps of `depth` rows."""
+    gated = replace(plain, n=narrow)
+    return _set(gated, plain, gated, Tile(64, 64, depth, 4, 3), plain)
+
+
 # float32 runs on the ordinary cores unless torch allows TF32: small blocks, for every product is held in registers.
 _FLOAT = (
-    (
-        24,
-        TileSet(
-            up=Tile(16, 64, 32, 4, 3),
-            down=Tile(16, 64, 32, 4, 3),
-            data_gradient=Tile(16, 64, 32, 4, 3),
-            input_gradient=Tile(16, 64, 32, 4, 3),
-            weight_gradient=Tile(64, 64, 16, 4, 3),
-            rank=Tile(16, 64, 32, 4, 3),
-        ),
-    ),
-    (
-        None,
-        TileSet(
-            up=Tile(64, 32, 32, 4, 3),
-            down=Tile(64, 64, 32, 4, 3),
-            data_gradient=Tile(64, 32, 32, 4, 3),
-            input_gradient=Tile(64, 64, 32, 4, 3),
-            weight_gradient=Tile(64, 64, 32, 4, 3),
-            rank=Tile(64, 64, 32, 4, 3),
-        ),
-    ),
+    (24, _float(Tile(16, 64, 32, 4, 3), narrow=64, depth=16)),
+    (None, _float(Tile(64, 64, 32, 4, 3), narrow=32, depth=32)),
 )
 _SETS = {"sm_80": _AMPERE, "sm_86": _NARROW, "sm_90": _HOPPER, "sm_100": _BLACKWELL}
 TABLE: Table = tuple(

@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import bfloat16_interpreter
 from cohort_cases import assert_clients_keep_their_bits
-from expert_cases import assert_close, leaves, names, problem, restricted, run, solve, truth
+from expert_cases import assert_close, learned, leaves, names, problem, run, sent_back, solve, truth
 
 from bench.gpu.measure import correct
 from fedmoe_kernels import ExpertScores, ExpertWeights, Quantized, moe_mlp
@@ -82,11 +82,8 @@ def test_inv4_frozen_slots_as_codes(form: str, dtype: torch.dtype) -> None:
         for n in ("w_in", "w_out", "bias_in", "bias_out")
     }
     y = moe_mlp(leaf["x"], p.routing(leaf["s"]), **stacks, backend="triton")
-    y.backward(p.dy_TH.to(dtype))
-    mask_B = torch.arange(3) < trainable
-    want = {n: restricted(g, mask_B) if "w_" in n or "bias" in n else g for n, g in truth(p).items()}
-    got = {"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}
-    assert_close(got, want, correct.TOLERANCE[dtype])
+    want = learned(truth(p), torch.arange(3) < trainable)
+    assert_close(sent_back(p, leaf, y), want, correct.TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", HALVES)

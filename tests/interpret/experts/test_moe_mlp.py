@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import expert_checks
 import pytest
 import torch
 from cohort_cases import assert_clients_keep_their_bits
 from expert_cases import (
     FACTORS,
+    SHAPES,
     Problem,
     assert_close,
     importance,
+    learned,
     leaves,
     names,
     operator_calls,
     problem,
-    restricted,
     run,
+    sent_back,
     solve,
     truth,
 )
-from torch.utils.checkpoint import checkpoint
 
 from fedmoe_core.layer.moe import MoE
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, moe_mlp
@@ -30,18 +32,11 @@ from fedmoe_kernels.experts import ops
 from fedmoe_kernels.formats import FORMATS
 
 TOLERANCE = 1e-5  # float32; the routing weights and every product are exact to it on O(1) data
-SHAPES = {
-    "odd sizes, none a multiple of 16": {"T": 23, "H": 19, "I": 13, "B": 5, "K": 2},
+ALL_SHAPES = {
+    **SHAPES,
     "whole blocks": {"T": 32, "H": 32, "I": 16, "B": 2, "K": 2},
-    "one token": {"T": 1, "H": 16, "I": 8, "B": 3, "K": 2},
-    "no token": {"T": 0, "H": 16, "I": 8, "B": 3, "K": 2},
-    "hidden and intermediate of one": {"T": 5, "H": 1, "I": 1, "B": 2, "K": 1},
     "top-1 writes to token order": {"T": 19, "H": 24, "I": 12, "B": 4, "K": 1},
     "top-1 with tokens that have no row": {"T": 19, "H": 24, "I": 12, "B": 4, "K": 1, "routes": "gaps"},
-    "one slot with all rows": {"T": 40, "H": 24, "I": 16, "B": 4, "K": 1, "routes": "one"},
-    "places without a row": {"T": 21, "H": 16, "I": 24, "B": 6, "K": 3, "routes": "gaps"},
-    "empty slots": {"T": 15, "H": 16, "I": 8, "B": 7, "K": 2, "routes": "empty"},
-    "no row at all": {"T": 4, "H": 8, "I": 8, "B": 3, "K": 2, "routes": "none"},
 }
 SMALL = {"T": 13, "H": 18, "I": 12, "B": 4, "K": 2}
 
@@ -64,7 +59,7 @@ def check_scores(p: Problem, scores: ExpertScores, trainable_B: torch.Tensor | N
     assert_close(columns, want, TOLERANCE)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("shape", ALL_SHAPES.values(), ids=ALL_SHAPES.keys())
 def test_inv4_equals_the_reference(shape: dict) -> None:
     check(problem(**shape, biases=True))
 
@@ -81,7 +76,7 @@ def test_inv4_every_activation(activation: str) -> None:
 def test_inv5_frozen_slots_of_expert_weights(trainable: int) -> None:
     p = problem(**SMALL, biases=True).rounded(torch.float32)
     mask_B = torch.arange(4) < trainable
-    want = {n: restricted(g, mask_B) if "w_" in n or "bias" in n else g for n, g in truth(p).items()}
+    want = learned(truth(p), mask_B)
     scores = ExpertScores(4)
     assert_close(by_kernels(p, frozen_from=trainable, scores=scores), want, TOLERANCE)
     check_scores(p, scores, mask_B)
@@ -90,7 +85,7 @@ def test_inv5_frozen_slots_of_expert_weights(trainable: int) -> None:
 def test_inv5_trainable_mask() -> None:
     p = problem(**SMALL, biases=True).rounded(torch.float32)
     mask_B = torch.tensor([False, True, False, True])
-    want = {n: restricted(g, mask_B) if "w_" in n or "bias" in n else g for n, g in truth(p).items()}
+    want = learned(truth(p), mask_B)
     scores = ExpertScores(4)
     assert_close(by_kernels(p, trainable_B=mask_B, scores=scores), want, TOLERANCE)
     check_scores(p, scores, mask_B)
@@ -143,16 +138,7 @@ def test_inv10_a_client_gets_its_bits_whoever_shares_the_cohort() -> None:
 
 
 def test_inv4_a_token_of_nan_stays_in_its_own_experts() -> None:
-    p = problem(37, 16, 12, 4, 1)
-    p.tensors["x"][5] = float("nan")
-    slot_hit = int(p.slots_TK[5, 0])
-    got = solve(p, torch.float32, backend="triton")
-    others = torch.arange(37) != 5
-    assert got["y"][others].isfinite().all()
-    assert got["dx"][others].isfinite().all()
-    for name in ("dw_in", "dw_out"):
-        clean = got[name].flatten(1).isfinite().all(1)
-        assert clean.tolist() == [b != slot_hit for b in range(4)]
+    expert_checks.a_token_of_nan_stays_in_its_own_experts(backend="triton")
 
 
 def test_weights_of_nan_stay_with_their_slot() -> None:
@@ -162,14 +148,13 @@ def test_weights_of_nan_stay_with_their_slot() -> None:
     for name in ("w_in", "w_out", "bias_in", "bias_out"):
         p.tensors[name][1::2] = float("nan")
     assert_close(by_kernels(p), want, TOLERANCE)
-    assert_close(by_kernels(p, frozen_from=3), want | {n: restricted(want[n], torch.arange(6) < 3) for n in want
-                 if "w_" in n or "bias" in n}, TOLERANCE)  # fmt: skip
+    assert_close(by_kernels(p, frozen_from=3), learned(want, torch.arange(6) < 3), TOLERANCE)
 
 
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("shape", ["places without a row", "top-1 writes to token order", "no token"])
 def test_inv4_lora(shape: str, rank: int) -> None:
-    p = problem(**SHAPES[shape], rank=rank, biases=True).rounded(torch.float32)
+    p = problem(**ALL_SHAPES[shape], rank=rank, biases=True).rounded(torch.float32)
     scores = ExpertScores(p.B)
     assert_close(by_kernels(p, scores=scores), truth(p), TOLERANCE)
     check_scores(p, scores)
@@ -183,23 +168,13 @@ def test_inv4_lora_slots_share_base_experts() -> None:
 
 
 def test_inv4_lora_on_some_slots_with_a_scale_each() -> None:
-    """Slots from Bl on run their base alone: as if their adapters were zero."""
-    p = problem(24, 16, 12, 5, 2, rank=2).rounded(torch.float32)
-    leaf, scale_B = leaves(p, torch.float32), torch.tensor([0.5, 2.0, -1.0])
-    some = ExpertLora(*(leaf[n][:3] for n in FACTORS), scale_B)
-    y = moe_mlp(leaf["x"], p.routing(leaf["s"]), leaf["w_in"], leaf["w_out"], lora=some, backend="triton")
-    y.backward(p.dy_TH.float())
-    padded = torch.cat([scale_B, torch.zeros(2)]).view(5, 1, 1)
-    want = truth(replace(p, lora_scale=1.0, tensors=p.tensors | {n: p.tensors[n] * padded for n in ("b_in", "b_out")}))
-    want = want | {n: want[n] * padded for n in ("db_in", "db_out")}
-    want = want | {f"d{n}": restricted(want[f"d{n}"], torch.arange(5) < 3) for n in FACTORS}
-    assert_close({"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}, want, TOLERANCE)
+    expert_checks.adapters_on_some_slots_with_a_scale_each(torch.float32, "triton", TOLERANCE)
 
 
 def test_inv5_mask_picks_the_adapters_that_learn() -> None:
     p = problem(**SMALL, rank=2).rounded(torch.float32)
     mask_B = torch.tensor([False, True, False, True])
-    want = {n: restricted(g, mask_B) if n[1:3] in ("a_", "b_") else g for n, g in truth(p).items()}
+    want = learned(truth(p), mask_B)
     assert_close(by_kernels(p, trainable_B=mask_B), want, TOLERANCE)
 
 
@@ -226,10 +201,8 @@ def test_inv4_quantized_frozen_slots(form: str, trainable: int, rows_per_slot: i
     w_in, w_out = stacks.pop("w_in"), stacks.pop("w_out")
     routing = replace(p.routing(leaf["s"]), rows_per_slot=rows_per_slot)
     y = moe_mlp(leaf["x"], routing, w_in, w_out, **stacks, scores=scores, backend="triton")
-    y.backward(p.dy_TH.float())
     mask_B = torch.arange(4) < trainable
-    want = {n: restricted(g, mask_B) if "w_" in n or "bias" in n else g for n, g in truth(p).items()}
-    assert_close({"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}, want, TOLERANCE)
+    assert_close(sent_back(p, leaf, y), learned(truth(p), mask_B), TOLERANCE)
     check_scores(p, scores, mask_B)
 
 
@@ -242,8 +215,7 @@ def test_inv4_adapters_over_shared_quantized_bases() -> None:
     w_in, w_out = (ExpertWeights(leaf[n][:0].detach(), q) for n, q in codes.items())
     lora = ExpertLora(*(leaf[n] for n in FACTORS), p.lora_scale, p.base_of_slot_B)
     y = moe_mlp(leaf["x"], p.routing(leaf["s"]), w_in, w_out, lora=lora, backend="triton")
-    y.backward(p.dy_TH.float())
-    assert_close({"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}, truth(p), TOLERANCE)
+    assert_close(sent_back(p, leaf, y), truth(p), TOLERANCE)
 
 
 def test_no_choice_at_all() -> None:
@@ -272,28 +244,14 @@ def test_misaligned_and_turned_inputs_are_copied() -> None:
     assert leaf["x"].data_ptr() % 16
     turned = leaf["w_in"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     leaf["w_in"] = turned
-    y = run(p, leaf, backend="triton")
-    y.backward(p.dy_TH.float().t().contiguous().t())
-    got = {"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}
+    turned_dy = replace(p, dy_TH=p.dy_TH.float().t().contiguous().t())
+    got = sent_back(turned_dy, leaf, run(p, leaf, backend="triton"))
     assert all(torch.equal(got[n], want[n]) for n in want)
 
 
 @pytest.mark.parametrize("options", [{"biases": True}, {"rank": 2}])
 def test_compile_fullgraph(options: dict) -> None:
-    p = problem(11, 8, 6, 3, 2, **options)
-    scores, plain = ExpertScores(3), ExpertScores(3)
-    want = by_kernels(p, scores=plain)
-    leaf, slot_map = leaves(p, torch.float32), p.slot_map
-    compiled = torch.compile(
-        lambda values: run(p, values, scores=scores, slot_map=slot_map, backend="triton"),
-        fullgraph=True,
-        backend="aot_eager",
-    )
-    y = compiled(leaf)
-    y.backward(p.dy_TH.float())
-    got = {"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}
-    assert all(torch.equal(got[n], want[n]) for n in want)
-    assert torch.equal(scores.leaf_B6.grad, plain.leaf_B6.grad)
+    expert_checks.compiled_whole_has_the_same_bits(options, torch.float32, "triton")
 
 
 def test_opcheck() -> None:
@@ -305,17 +263,7 @@ def test_opcheck() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_counts_scores_once(reentrant: bool) -> None:
-    p = problem(11, 8, 6, 3, 2)
-    once, again = ExpertScores(3), ExpertScores(3)
-    want = by_kernels(p, scores=once)
-    leaf = leaves(p, torch.float32)
-    y = checkpoint(
-        lambda x: run(p, leaf | {"x": x}, scores=again, backend="triton"), leaf["x"], use_reentrant=reentrant
-    )
-    y.backward(p.dy_TH.float())
-    got = {"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}
-    assert all(torch.equal(got[n], want[n]) for n in want)
-    assert torch.equal(again.leaf_B6.grad, once.leaf_B6.grad)
+    expert_checks.gradient_checkpointing_counts_scores_once(reentrant, torch.float32, "triton")
 
 
 def test_autocast_to_half() -> None:
@@ -324,9 +272,9 @@ def test_autocast_to_half() -> None:
     with torch.autocast("cpu", dtype=torch.float16):
         y = run(p, leaf, backend="triton")
     assert y.dtype == torch.float16
-    y.backward(p.dy_TH.half())
+    got = sent_back(p, leaf, y)
     assert all(leaf[n].grad.dtype == torch.float32 for n in names(p))
-    assert_close({"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}, truth(p), 2e-3)
+    assert_close(got, truth(p), 2e-3)
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "topk_softmax", "sigmoid"])

@@ -90,8 +90,8 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 def test_nothing_waits_for_the_device(T, E, B, C, forward, stats):
     """Meta tensors have no value to read: what is launched follows from the shapes alone, and this is how much."""
     launches: list[Any] = []
-    table_CE = meta(C, E, dtype=torch.int64)
     client_T = meta(T, dtype=torch.int64) if C > 1 else None
+    who = routing.Holders(meta(C, E, dtype=torch.int64), client_T, None)
     logits_TE, rule = meta(T, E, dtype=torch.bfloat16), routing.Rule(2, "softmax", True)
 
     def count() -> int:
@@ -100,17 +100,8 @@ def test_nothing_waits_for_the_device(T, E, B, C, forward, stats):
         return number
 
     def call(*, with_stats: bool) -> tuple[Tensor, ...]:
-        return routing.route(
-            logits_TE,
-            table_CE,
-            client_T,
-            None,
-            None,
-            num_slots=B,
-            rule=rule,
-            with_stats=with_stats,
-            execute=launches.append,
-        )
+        how = {"num_slots": B, "with_stats": with_stats, "execute": launches.append}
+        return routing.route(logits_TE, who, None, rule, **how)
 
     outputs = call(with_stats=False)
     assert count() == forward
@@ -118,11 +109,11 @@ def test_nothing_waits_for_the_device(T, E, B, C, forward, stats):
     assert [tuple(value.shape) for value in outputs[4:7]] == [(2 * T,), (2 * T,), (B + 1,)]
     assert tuple(call(with_stats=True)[7].shape) == (C, 4, E)
     assert count() == forward + stats
-    routing.place(outputs[1], table_CE, client_T, None, num_slots=B, execute=launches.append)
+    routing.place(outputs[1], who, num_slots=B, execute=launches.append)
     assert all(launch.bytes > 0 for launch in launches if T)
     assert count() == forward
     weights_TK = meta(T, 2, dtype=torch.float32)
-    routing.route_backward(weights_TK, logits_TE, outputs[1], table_CE, client_T, rule=rule, execute=launches.append)
+    routing.route_backward(weights_TK, logits_TE, outputs[1], who, rule, execute=launches.append)
     assert count() == 1
 
 

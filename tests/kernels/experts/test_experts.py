@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import expert_checks
 import pytest
 import torch
-from expert_cases import FACTORS, assert_close, leaves, names, operator_calls, problem, restricted, run, solve, truth
+from expert_cases import (
+    SHAPES,
+    assert_close,
+    learned,
+    leaves,
+    names,
+    operator_calls,
+    problem,
+    run,
+    sent_back,
+    solve,
+    truth,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
-from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Routing, SlotMap, moe_mlp
+from fedmoe_kernels import ExpertScores, ExpertWeights, Routing, SlotMap, moe_mlp
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.cpu import gemm
 from fedmoe_kernels.cpu import loops as cpu
@@ -19,18 +31,11 @@ from fedmoe_kernels.experts import ops
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
-SHAPES = {
-    "odd sizes, none a multiple of 16": {"T": 23, "H": 19, "I": 13, "B": 5, "K": 2},
-    "one token": {"T": 1, "H": 16, "I": 8, "B": 3, "K": 2},
-    "no token": {"T": 0, "H": 16, "I": 8, "B": 3, "K": 2},
+ALL_SHAPES = {
+    **SHAPES,
     "one slot": {"T": 9, "H": 7, "I": 5, "B": 1, "K": 1},
     "top-1": {"T": 17, "H": 8, "I": 12, "B": 4, "K": 1},
     "every slot chosen by every token": {"T": 6, "H": 8, "I": 4, "B": 3, "K": 3},
-    "hidden and intermediate of one": {"T": 5, "H": 1, "I": 1, "B": 2, "K": 1},
-    "one slot with all rows": {"T": 40, "H": 24, "I": 16, "B": 4, "K": 1, "routes": "one"},
-    "places without a row": {"T": 21, "H": 16, "I": 24, "B": 6, "K": 3, "routes": "gaps"},
-    "empty slots": {"T": 15, "H": 16, "I": 8, "B": 7, "K": 2, "routes": "empty"},
-    "no row at all": {"T": 4, "H": 8, "I": 8, "B": 3, "K": 2, "routes": "none"},
 }
 
 
@@ -49,14 +54,14 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("shape", ALL_SHAPES.values(), ids=ALL_SHAPES.keys())
 def test_inv4_float32_equals_reference(shape: dict, path: str) -> None:
     p = problem(**shape, biases=True).rounded(torch.float32)
     assert_close(solve(p, torch.float32), truth(p), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("shape", ALL_SHAPES.values(), ids=ALL_SHAPES.keys())
 def test_inv4_other_dtypes_equal_reference(shape: dict, dtype: torch.dtype) -> None:
     p = problem(**shape).rounded(dtype)
     assert_close(solve(p, dtype), truth(p), TOLERANCE[dtype])
@@ -123,18 +128,7 @@ def test_inv4_lora_slots_share_base_experts() -> None:
 
 
 def test_inv4_lora_on_some_slots_with_a_scale_each() -> None:
-    """Slots from Bl on run their base alone: as if their adapters were zero."""
-    p = problem(24, 8, 6, 5, 2, rank=2)
-    leaf, scale_B = leaves(p), torch.tensor([0.5, 2.0, -1.0])
-    some = ExpertLora(*(leaf[n][:3] for n in FACTORS), scale_B)
-    y = moe_mlp(leaf["x"], p.routing(leaf["s"]), leaf["w_in"], leaf["w_out"], lora=some)
-    y.backward(p.dy_TH)
-    padded = torch.cat([scale_B, torch.zeros(2)]).view(5, 1, 1)
-    want = truth(replace(p, lora_scale=1.0, tensors=p.tensors | {n: p.tensors[n] * padded for n in ("b_in", "b_out")}))
-    want = want | {n: want[n] * padded for n in ("db_in", "db_out")}
-    zero = torch.arange(5) < 3
-    want = want | {f"d{n}": restricted(want[f"d{n}"], zero) for n in FACTORS}
-    assert_close({"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}, want, 1e-12)
+    expert_checks.adapters_on_some_slots_with_a_scale_each(torch.float64, "auto", 1e-12)
 
 
 def test_inv4_reference_backend_agrees() -> None:
@@ -147,15 +141,13 @@ def test_inv4_reference_backend_agrees() -> None:
 def test_inv5_trainable_mask_gives_zero_rows_and_changes_nothing_else() -> None:
     p = problem(24, 8, 6, 5, 2, biases=True)
     mask_B = torch.tensor([False, True, False, True, True])
-    want = {n: restricted(g, mask_B) if "w_" in n or "bias" in n else g for n, g in truth(p).items()}
-    assert_close(solve(p, trainable_B=mask_B), want, 1e-12)
+    assert_close(solve(p, trainable_B=mask_B), learned(truth(p), mask_B), 1e-12)
 
 
 def test_inv5_mask_picks_the_adapters_that_learn() -> None:
     p = problem(24, 8, 6, 5, 2, rank=2)
     mask_B = torch.tensor([False, True, False, True, True])
-    want = {n: restricted(g, mask_B) if n[1:3] in ("a_", "b_") else g for n, g in truth(p).items()}
-    assert_close(solve(p, trainable_B=mask_B), want, 1e-12)
+    assert_close(solve(p, trainable_B=mask_B), learned(truth(p), mask_B), 1e-12)
 
 
 @pytest.mark.parametrize("trainable", [0, 2, 5])
@@ -218,9 +210,8 @@ def test_non_contiguous_inputs_are_copied() -> None:
     turned = {n: t.transpose(-1, -2).contiguous().transpose(-1, -2) for n, t in p.tensors.items()}
     assert not turned["w_in"].is_contiguous()
     leaf = {n: t.requires_grad_() for n, t in turned.items()}
-    y = run(p, leaf)
-    y.backward(p.dy_TH.t().contiguous().t())
-    assert_close({"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}, want, 1e-12)
+    turned_dy = replace(p, dy_TH=p.dy_TH.t().contiguous().t())
+    assert_close(sent_back(turned_dy, leaf, run(p, leaf)), want, 1e-12)
 
 
 def test_expanded_upstream_gradient() -> None:
@@ -242,33 +233,12 @@ def test_opcheck(options: dict) -> None:
 
 @pytest.mark.parametrize("options", [{"biases": True}, {"rank": 2}])
 def test_compile_fullgraph(options: dict) -> None:
-    p = problem(11, 8, 6, 3, 2, **options)
-    scores = ExpertScores(3)
-    want = solve(p, scores=scores)
-    sums = scores.leaf_B6.grad.clone()
-    scores.reset()
-    leaf, slot_map = leaves(p), p.slot_map
-    compiled = torch.compile(
-        lambda values: run(p, values, scores=scores, slot_map=slot_map), fullgraph=True, backend="aot_eager"
-    )
-    y = compiled(leaf)
-    y.backward(p.dy_TH)
-    got = {"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}
-    assert all(torch.equal(got[n], want[n]) for n in want)
-    assert torch.equal(scores.leaf_B6.grad, sums)
+    expert_checks.compiled_whole_has_the_same_bits(options, torch.float64, "auto")
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_counts_scores_once(reentrant: bool) -> None:
-    p = problem(11, 8, 6, 3, 2)
-    once, again = ExpertScores(3), ExpertScores(3)
-    want = solve(p, scores=once)
-    leaf = leaves(p)
-    y = checkpoint(lambda x: run(p, leaf | {"x": x}, scores=again), leaf["x"], use_reentrant=reentrant)
-    y.backward(p.dy_TH)
-    got = {"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}
-    assert all(torch.equal(got[n], want[n]) for n in want)
-    assert torch.equal(again.leaf_B6.grad, once.leaf_B6.grad)
+    expert_checks.gradient_checkpointing_counts_scores_once(reentrant, torch.float64, "auto")
 
 
 def test_autocast_runs_in_bf16_and_returns_gradients_in_the_leaves_dtype() -> None:
@@ -277,9 +247,9 @@ def test_autocast_runs_in_bf16_and_returns_gradients_in_the_leaves_dtype() -> No
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = run(p, leaf)
     assert y.dtype == torch.bfloat16
-    y.backward(p.dy_TH.bfloat16())
+    got = sent_back(p, leaf, y)
     assert all(leaf[n].grad.dtype == torch.float32 for n in names(p))
-    assert_close({"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}, truth(p), 1e-2)
+    assert_close(got, truth(p), 1e-2)
 
 
 def test_from_masked_route_to_logits() -> None:

@@ -14,6 +14,17 @@ from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.experts import ops
 
 FACTORS = ("a_in", "b_in", "a_out", "b_out")
+# What every body of moe_mlp is held to; as `problem` takes them.
+SHAPES = {
+    "odd sizes, none a multiple of 16": {"T": 23, "H": 19, "I": 13, "B": 5, "K": 2},
+    "one token": {"T": 1, "H": 16, "I": 8, "B": 3, "K": 2},
+    "no token": {"T": 0, "H": 16, "I": 8, "B": 3, "K": 2},
+    "hidden and intermediate of one": {"T": 5, "H": 1, "I": 1, "B": 2, "K": 1},
+    "one slot with all rows": {"T": 40, "H": 24, "I": 16, "B": 4, "K": 1, "routes": "one"},
+    "places without a row": {"T": 21, "H": 16, "I": 24, "B": 6, "K": 3, "routes": "gaps"},
+    "empty slots": {"T": 15, "H": 16, "I": 8, "B": 7, "K": 2, "routes": "empty"},
+    "no row at all": {"T": 4, "H": 8, "I": 8, "B": 3, "K": 2, "routes": "none"},
+}
 
 
 @dataclass(frozen=True)
@@ -172,8 +183,12 @@ def run(
 def solve(p: Problem, dtype: torch.dtype = torch.float64, **options: object) -> dict[str, Tensor]:
     """y and every gradient, by moe_mlp in `dtype`."""
     leaf = leaves(p, dtype)
-    y = run(p, leaf, **options)
-    y.backward(p.dy_TH.to(dtype))
+    return sent_back(p, leaf, run(p, leaf, **options))
+
+
+def sent_back(p: Problem, leaf: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
+    """y and every gradient, after the upstream one has been sent back through y."""
+    y.backward(p.dy_TH.to(y.dtype))
     return {"y": y.detach(), **{f"d{n}": leaf[n].grad for n in names(p)}}
 
 
@@ -208,6 +223,12 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: flo
         size = float(value.norm())
         error = float((got[name].double() - value).norm())
         assert error <= tolerance * size, f"{name}: relative error {error / size if size else error:.1e}"
+
+
+def learned(want: dict[str, Tensor], mask_B: Tensor) -> dict[str, Tensor]:
+    """The same with zeros for what slots outside the mask have of their own: weights and biases, or adapters."""
+    own = ("dw_", "dbias_", "da_", "db_")
+    return {n: restricted(g, mask_B) if n.startswith(own) else g for n, g in want.items()}
 
 
 def restricted(value: Tensor, mask_B: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from fedmoe_kernels.gpu.experts.memory import decodes, slots_at_once
 from fedmoe_kernels.gpu.experts.schedule import Schedule, schedule
 from fedmoe_kernels.gpu.experts.storage import Direct, RankTerm, RowIndex, Stored
 from fedmoe_kernels.gpu.experts.up import up
-from fedmoe_kernels.gpu.launch import Execute, Launch
+from fedmoe_kernels.gpu.launch import Execute, Launch, start
 from fedmoe_kernels.gpu.routing.place import inverse
 from fedmoe_kernels.tiles.lookup import OVERRIDE, TileSet, arch_of, tiles_for
 
@@ -52,8 +52,7 @@ class Call(NamedTuple):
 
     def run(self, launches: Iterable[Launch]) -> None:
         """Execute them in their order."""
-        for launch in launches:
-            self.execute(launch)
+        start(launches, self.execute)
 
     def rows(self, width: int) -> Tensor:
         """Return room (R, width) of x's dtype; rows from N on are never written."""
@@ -163,8 +162,7 @@ def _row_index(inputs: OpInputs, execute: Execute) -> RowIndex:
     tokens_R, places_R, rows_TK = inputs.tokens_R, inputs.places_R, inputs.rows_TK
     if tokens_R is None or places_R is None:
         tokens_R, places_R = (rows_TK.new_empty(rows_TK.numel()) for _ in range(2))
-        for launch in inverse(rows_TK, tokens_R=tokens_R, places_R=places_R):
-            execute(launch)
+        start(inverse(rows_TK, tokens_R=tokens_R, places_R=places_R), execute)
     return RowIndex(tokens_R, places_R, inputs.weights_TK)
 
 

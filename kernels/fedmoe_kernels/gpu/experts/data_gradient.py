@@ -10,7 +10,6 @@ so neither the experts' outputs nor h are ever stored, and <z, dz> is the row's 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import triton
@@ -18,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fedmoe_kernels.activations import ACTIVATIONS
-from fedmoe_kernels.gpu.blocks import matrix, pieces, position, row_block, tile_rows, weight_block
+from fedmoe_kernels.gpu.blocks import matrix, pieces, position, tile_rows
 from fedmoe_kernels.gpu.experts.activate import slopes
-from fedmoe_kernels.gpu.experts.decode import decoded_block, scale_block
+from fedmoe_kernels.gpu.experts.down import sums_of_rows
 from fedmoe_kernels.gpu.experts.schedule import Schedule
-from fedmoe_kernels.gpu.experts.storage import Part, RankTerm, RowIndex, Stored, decoding_tile, term_arguments
-from fedmoe_kernels.gpu.launch import Launch, cdiv, row_constants
+from fedmoe_kernels.gpu.experts.storage import Product, RankTerm, RowIndex, Stored, decoding_tile, term_arguments
+from fedmoe_kernels.gpu.launch import Launch, cdiv
 from fedmoe_kernels.tiles.lookup import Tile
 
 
@@ -120,25 +119,10 @@ def _data_gradient_kernel(
     token = tl.load(tokens + rows, mask=live, other=0)
     place = tl.load(places + rows, mask=live, other=0)
     s = tl.load(weights + place, mask=live, other=0.0).to(tl.float32)
-    d = tl.zeros((BM, BN), tl.float32)
-    if RANK > 0 and slot < adapters:
-        # First, not last: the term needs no second block of sums beside the product's.
-        for r0 in tl.static_range(0, RANK, CHUNK):
-            left = row_block(rank_rows, rows, live, first, r0, RANK, CHUNK, False)
-            right = weight_block(factor, slot, n0, r0, I, RANK, BN, CHUNK, True, False)
-            d = tl.dot(left, right, d, input_precision=PRECISION)
-        d *= tl.load(adapter_scale + slot).to(tl.float32)
-    if FORMAT != "":
-        stored = scale_block(scale, index, n0, 0, I, H, BN, BK, True, SHARE, TALL)
-    for step in range(steps):
-        left = row_block(dy, token, live, first, step * BK, H, BK, False)
-        if FORMAT != "":
-            ahead = scale_block(scale, index, n0, (step + 1) * BK, I, H, BN, BK, True, SHARE, TALL)
-            wide = decoded_block(source, stored, whole, index, n0, step * BK, I, H, BN, BK, True, SHARE, FORMAT)
-            right, stored = wide.to(left.dtype), ahead
-        else:
-            right = weight_block(source, index, n0, step * BK, I, H, BN, BK, True, TMA)
-        d = tl.dot(left, right, d, input_precision=PRECISION)
+    d = sums_of_rows(
+        dy, token, rows, live, first, source, scale, whole, index, n0, steps, rank_rows, factor, adapter_scale, slot,
+        adapters, I, H, BM, BN, BK, True, RANK, CHUNK, FORMAT, SHARE, TALL, TMA, False, PRECISION,
+    )  # fmt: skip
 
     N: tl.constexpr = BN // SPLIT
     WHOLE: tl.constexpr = I % BN == 0
@@ -181,13 +165,7 @@ def _store_sums(ds, zdz, ds_rows, zdz_rows, rows, live, tile, column, SUMS: tl.c
 
 def column_blocks(intermediate: int, tile: Tile, w_out: Stored) -> int:
     """Return C, the number of partial sums `data_gradient` leaves per row and tile: the most of its launches."""
-    return max(cdiv(intermediate, _cut(tile, part).n) for part in w_out.parts)
-
-
-def _cut(tile: Tile, part: Part) -> Tile:
-    """The tile of the launch that reads `part`."""
-    cut = decoding_tile(tile, part, transposed=True)
-    return cut if cut is tile else replace(cut, split=max(1, min(tile.split, cut.n // 16)))
+    return max(cdiv(intermediate, decoding_tile(tile, part, transposed=True).n) for part in w_out.parts)
 
 
 def data_gradient(
@@ -221,8 +199,6 @@ def data_gradient(
         tile: sizes of the blocks; `tile.split` is a power of two.
         term: what adapters add to d.
     """
-    if schedule.tiles == 0:
-        return []
     halves = 2 if ACTIVATIONS[activation].gated else 1
     rows, hidden, inner = z_RF.shape[0], dy_TH.shape[1], z_RF.shape[1] // halves
     common: dict[str, Any] = {
@@ -245,21 +221,7 @@ def data_gradient(
         **term_arguments(term),
     }
     moved = sum(t.nbytes for t in (dy_TH, z_RF, dz_RF, sh_RI, ds_RC, zdz_MC) if t is not None)
-    launches: list[Launch] = []
-    for part in w_out.parts:
-        cut = _cut(tile, part)
-        tma = cut.tma and part.describable
-        args = {
-            **common,
-            **part.arguments(None, (cut.k, cut.n) if tma else None),
-            **row_constants(cut, dy_TH.dtype, tma=tma),
-            "steps": cdiv(hidden, cut.k),
-            "SPLIT": cut.split,
-        }
-        del args["bias"], args["bias_frozen"]
-        grid = (schedule.tiles * cdiv(inner, cut.n),)
-        share = part.slots / w_out.slots
-        cost = (round(2 * rows * hidden * inner * share), round(moved * share) + part.nbytes)
-        launches += part.before
-        launches.append(Launch(_data_gradient_kernel, grid, args, cut.warps, cut.stages, *cost, cut.registers))
-    return launches
+    product = Product(w_out.parts, rows, inner, hidden, dy_TH.dtype, moved, transposed=True)
+    return product.launches(
+        _data_gradient_kernel, schedule.tiles, tile, common, lambda _part, cut: {"SPLIT": cut.split}
+    )

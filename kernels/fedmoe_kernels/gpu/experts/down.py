@@ -18,17 +18,39 @@ from fedmoe_kernels.gpu.blocks import bias_block, matrix, position, row_block, s
 from fedmoe_kernels.gpu.experts.decode import decoded_block, scale_block
 from fedmoe_kernels.gpu.experts.persistent import persistent
 from fedmoe_kernels.gpu.experts.schedule import Schedule
-from fedmoe_kernels.gpu.experts.storage import (
-    Direct,
-    Part,
-    RankTerm,
-    Stored,
-    decoding_tile,
-    describable,
-    term_arguments,
-)
-from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, cdiv, power_of_2, row_constants
+from fedmoe_kernels.gpu.experts.storage import Direct, Part, Product, RankTerm, Stored, describable, term_arguments
+from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, cdiv, power_of_2
 from fedmoe_kernels.tiles.lookup import Tile
+
+
+@triton.jit
+def sums_of_rows(
+    a, read, rows, live, first, w, scale, whole, index, n0, steps, rank_rows, factor, adapter_scale, slot, adapters,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    RANK: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr, SHARE: tl.constexpr, TALL: tl.constexpr,
+    TMA: tl.constexpr, TMA_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block (BM, BN) of a @ w^T, w (X, N, K) or (X, K, N), plain or in codes, and of what the slot's adapter adds."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    if RANK > 0 and slot < adapters:
+        # First, not last: the term needs no second block of sums beside the product's.
+        for r0 in tl.static_range(0, RANK, CHUNK):
+            left = row_block(rank_rows, rows, live, first, r0, RANK, CHUNK, False)
+            right = weight_block(factor, slot, n0, r0, N, RANK, BN, CHUNK, TRANSPOSED, False)
+            acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc *= tl.load(adapter_scale + slot).to(tl.float32)
+    if FORMAT != "":
+        stored = scale_block(scale, index, n0, 0, N, K, BN, BK, TRANSPOSED, SHARE, TALL)
+    for step in range(steps):
+        left = row_block(a, read, live, first, step * BK, K, BK, TMA_ROWS)
+        if FORMAT != "":
+            ahead = scale_block(scale, index, n0, (step + 1) * BK, N, K, BN, BK, TRANSPOSED, SHARE, TALL)
+            wide = decoded_block(w, stored, whole, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, SHARE, FORMAT)
+            right, stored = wide.to(left.dtype), ahead
+        else:
+            right = weight_block(w, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, TMA)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -80,25 +102,10 @@ def _rows_kernel(
         read = row
         if not TMA_ROWS:
             a += start * K
-    acc = tl.zeros((BM, BN), tl.float32)
-    if RANK > 0 and slot < adapters:
-        # First, not last: the term needs no second block of sums beside the product's.
-        for r0 in tl.static_range(0, RANK, CHUNK):
-            left = row_block(rank_rows, rows, live, first, r0, RANK, CHUNK, False)
-            right = weight_block(factor, slot, n0, r0, N, RANK, BN, CHUNK, TRANSPOSED, False)
-            acc = tl.dot(left, right, acc, input_precision=PRECISION)
-        acc *= tl.load(adapter_scale + slot).to(tl.float32)
-    if FORMAT != "":
-        stored = scale_block(scale, index, n0, 0, N, K, BN, BK, TRANSPOSED, SHARE, TALL)
-    for step in range(steps):
-        left = row_block(a, read, live, first, step * BK, K, BK, TMA_ROWS)
-        if FORMAT != "":
-            ahead = scale_block(scale, index, n0, (step + 1) * BK, N, K, BN, BK, TRANSPOSED, SHARE, TALL)
-            wide = decoded_block(source, stored, whole, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, SHARE, FORMAT)
-            right, stored = wide.to(left.dtype), ahead
-        else:
-            right = weight_block(source, index, n0, step * BK, N, K, BN, BK, TRANSPOSED, TMA)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    acc = sums_of_rows(
+        a, read, rows, live, first, source, scale, whole, index, n0, steps, rank_rows, factor, adapter_scale, slot,
+        adapters, N, K, BM, BN, BK, TRANSPOSED, RANK, CHUNK, FORMAT, SHARE, TALL, TMA, TMA_ROWS, PRECISION,
+    )  # fmt: skip
     if bias is not None:
         acc += bias_block(source_bias, index, n0, N, BN, N % BN == 0)
     if targets is not None:
@@ -134,8 +141,7 @@ def down(
         direct: where every token has at most one row: write weight * row to the token.
         term: what adapters add.
     """
-    product = _Product(h_RI, w_out, bias_out, out_XH, False, direct=direct, term=term)
-    return _launches(product, schedule, tile, w_out.parts)
+    return _launches(_Rows(h_RI, w_out.parts, bias_out, out_XH, False, direct=direct, term=term), schedule, tile)
 
 
 def input_gradient(
@@ -149,8 +155,7 @@ def input_gradient(
     term: RankTerm | None = None,
 ) -> list[Launch]:
     """Write out = dz @ w_in of each row's slot, w_in (B, F, H); the rest as in `down`."""
-    product = _Product(dz_RF, w_in, None, out_XH, True, direct=direct, term=term)
-    return _launches(product, schedule, tile, w_in.parts)
+    return _launches(_Rows(dz_RF, w_in.parts, None, out_XH, True, direct=direct, term=term), schedule, tile)
 
 
 def rank_product(
@@ -168,16 +173,16 @@ def rank_product(
     Rows of slots from Bl on, which have no adapter, are left alone. With `tokens_R` rows_XK is read by token.
     """
     width = max(16, power_of_2(out_Rr.shape[1]))
-    tile = replace(tile, n=min(tile.n, width))
-    product = _Product(rows_XK, Stored(factor), None, out_Rr, transposed, gather=tokens_R)
-    return _launches(product, schedule, tile, [Part("some", 0, factor.shape[0], factor)])
+    parts = [Part("some", 0, factor.shape[0], factor)]
+    product = _Rows(rows_XK, parts, None, out_Rr, transposed, gather=tokens_R)
+    return _launches(product, schedule, replace(tile, n=min(tile.n, width)))
 
 
-class _Product(NamedTuple):
+class _Rows(NamedTuple):
     """rows @ w^T + bias, or rows @ w if `transposed`, into `out`; rows in order or gathered."""
 
     rows_XK: Tensor
-    w: Stored
+    parts: list[Part]
     bias: Stored | None
     out_XN: Tensor
     transposed: bool
@@ -186,52 +191,40 @@ class _Product(NamedTuple):
     term: RankTerm | None = None
 
 
-def _launches(product: _Product, schedule: Schedule, tile: Tile, parts: list[Part]) -> list[Launch]:
-    if schedule.tiles == 0:
-        return []
-    launches: list[Launch] = []
-    for part in parts:
-        launches += part.before
-        launches.append(_launch(product, schedule, tile, part, last=part is parts[-1]))
-    return launches
-
-
-def _launch(product: _Product, schedule: Schedule, tile: Tile, part: Part, *, last: bool) -> Launch:
-    """The launch of the slots of `part`; the last one also clears the tokens without a row."""
-    rows_XK, w, bias, out_XN, transposed, gather, direct, term = product
+def _launches(asked: _Rows, schedule: Schedule, tile: Tile) -> list[Launch]:
+    """Make the launches of all parts; with `direct` the last one also clears the tokens without a row."""
+    rows_XK, parts, bias, out_XN, transposed, gather, direct, term = asked
     rows, K, N = (rows_XK if gather is None else gather).shape[0], rows_XK.shape[1], out_XN.shape[1]
-    tile = decoding_tile(tile, part, transposed=transposed)
-    tma_rows = tile.tma and gather is None and describable(rows_XK)
-    tma = tile.tma and part.describable
-    block = (tile.k, tile.n) if transposed else (tile.n, tile.k)
-    columns = cdiv(N, tile.n)
-    programs = schedule.tiles * columns
-    args: dict[str, Any] = {
-        "a": TensorDescriptor.from_tensor(rows_XK, [tile.m, tile.k]) if tma_rows else rows_XK,
+    described = tile.tma and gather is None and describable(rows_XK)
+    common: dict[str, Any] = {
         "gather": gather,
         "out": out_XN,
         "table": schedule.table_M4,
         "tiles": schedule.tiles,
-        **part.arguments(bias, block if tma else None),
         **term_arguments(term),
         **dict.fromkeys(("targets", "places", "weights", "rows_TK"), None),
-        "steps": cdiv(K, tile.k),
         "num_tokens": 0,
-        "columns": columns,
         "CHOICES": 1,
         "N": N,
         "K": K,
         "TRANSPOSED": transposed,
-        "TMA_ROWS": tma_rows,
-        **row_constants(tile, rows_XK.dtype, tma=tma),
+        "TMA_ROWS": described,
     }
-    share = part.slots / w.slots
-    cost = (round(2 * rows * N * K * share), round((rows_XK.nbytes + out_XN.nbytes) * share) + part.nbytes)
-    if tile.persistent and tma and tma_rows and direct is None and term is None and part.kind != "some":
-        return persistent(args, schedule, tile, cost)
     if direct is not None:
         tokens, choices = direct.rows_TK.shape
-        programs += cdiv(tokens, tile.m) if last else 0
-        args |= {"targets": direct.tokens_R, "places": direct.places_R, "weights": direct.weights_TK}
-        args |= {"rows_TK": direct.rows_TK, "num_tokens": tokens, "CHOICES": choices}
-    return Launch(_rows_kernel, (programs,), args, tile.warps, tile.stages, *cost, tile.registers)
+        common |= {"targets": direct.tokens_R, "places": direct.places_R, "weights": direct.weights_TK}
+        common |= {"rows_TK": direct.rows_TK, "num_tokens": tokens, "CHOICES": choices}
+
+    def own(part: Part, cut: Tile) -> dict[str, Any]:
+        a = TensorDescriptor.from_tensor(rows_XK, [cut.m, cut.k]) if described else rows_XK
+        return {"a": a, **part.biases(bias), "columns": cdiv(N, cut.n)}
+
+    product = Product(parts, rows, N, K, rows_XK.dtype, rows_XK.nbytes + out_XN.nbytes, transposed)
+    found = product.launches(_rows_kernel, schedule.tiles, tile, common, own)
+    if found and direct is not None:
+        found[-1] = replace(found[-1], grid=(found[-1].grid[0] + cdiv(tokens, tile.m),))
+    if tile.persistent and described and direct is None and term is None:
+        return [
+            persistent(one, schedule) if one.args.get("TMA") and one.args["PART"] != "some" else one for one in found
+        ]
+    return found

@@ -9,9 +9,8 @@ their way while the last tile is stored. Each tile's sum is the same as in `down
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -20,7 +19,6 @@ import triton.language as tl
 from fedmoe_kernels.gpu.blocks import bias_block, matrix, position, row_block, store_block, tile_rows, weight_block
 from fedmoe_kernels.gpu.experts.schedule import Schedule
 from fedmoe_kernels.gpu.launch import Launch
-from fedmoe_kernels.tiles.lookup import Tile
 
 # Parameters that this kernel shares with that of `down`.
 _SHARED = (
@@ -59,12 +57,13 @@ def _persistent_kernel(
         store_block(out + start, tl.arange(0, BM), live, n0, acc, N, N, BN, N % BN == 0)
 
 
-def persistent(args: Mapping[str, Any], schedule: Schedule, tile: Tile, cost: tuple[int, int]) -> Launch:
-    """Make the launch from that of `down`: `args` by name, for all slots at once, both operands by descriptor."""
-    programs = min(_processors(args["out"].device), schedule.tiles * args["columns"])
+def persistent(launch: Launch, schedule: Schedule) -> Launch:
+    """Make the launch from that of `down`: for all slots at once, both operands by descriptor."""
+    args = launch.args
+    programs = min(_processors(args["out"].device), launch.grid[0])
     more = {"first_tile": schedule.first_tile_B1, "slots": schedule.first_tile_B1.shape[0] - 1, "programs": programs}
     own = {name: args[name] for name in _SHARED}
-    return Launch(_persistent_kernel, (programs,), own | more, tile.warps, tile.stages, *cost, tile.registers)
+    return replace(launch, kernel=_persistent_kernel, grid=(programs,), args=own | more)
 
 
 @cache

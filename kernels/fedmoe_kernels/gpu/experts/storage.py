@@ -1,17 +1,19 @@
-"""How the kernels see one stacked matrix: the trainable slots in one tensor, the frozen ones in a second.
+"""How the kernels see one stacked matrix, the frozen slots in a second tensor, and the launches of a product with it.
 
 Shapes: B slots, Bt trainable slots, N x K one slot's matrix as it is stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fedmoe_kernels.gpu.experts.decode import PLAIN, Codes, decode, in_pairs, within
-from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, power_of_2
+from fedmoe_kernels.gpu.launch import Launch, TensorDescriptor, cdiv, power_of_2, row_constants
 from fedmoe_kernels.tiles.lookup import Tile
 
 
@@ -58,7 +60,7 @@ class Part(NamedTuple):
         scales = 0 if self.codes is None else self.codes.scale.nbytes
         return scales + sum(stack.nbytes for stack in self._stacks)
 
-    def arguments(self, bias: Stored | None, block: tuple[int, int] | None, halves: int = 1) -> dict[str, Any]:
+    def arguments(self, block: tuple[int, int] | None, halves: int = 1) -> dict[str, Any]:
         """Return what a launch gets for its matrix: tensors, where they begin, how to decode them.
 
         With `block` w comes by descriptors of such blocks; a descriptor costs the host 15 us, so there is none for a
@@ -69,16 +71,17 @@ class Part(NamedTuple):
         if block is not None:
             made = [TensorDescriptor.from_tensor(_apart(stack, halves), [halves, *block]) for stack in self._stacks]
             tensors = {"w": made[0], "w_frozen": None if w_frozen is None else made[-1]}
-        biases = dict.fromkeys(("bias", "bias_frozen"))
-        if bias is not None and self.kind == "both":
-            biases = {"bias": _apart(bias.trainable, halves), "bias_frozen": _apart(bias.frozen, halves)}
-        elif bias is not None:
-            first = self.begin if self.kind == "some" else 0
-            biases["bias"] = _apart(bias.some(first, self.stop), halves)
         where = {"bases": self.base_of_slot_B, "begin": self.begin, "stop": self.stop, "PART": self.kind}
-        if self.codes is None:
-            return tensors | biases | where | PLAIN
-        return tensors | biases | where | self.codes.arguments(self.w)
+        return tensors | where | (PLAIN if self.codes is None else self.codes.arguments(self.w))
+
+    def biases(self, bias: Stored | None, halves: int = 1) -> dict[str, Tensor | None]:
+        """Return what a launch gets for the biases of its slots."""
+        if bias is None:
+            return {"bias": None, "bias_frozen": None}
+        if self.kind == "both":
+            return {"bias": _apart(bias.trainable, halves), "bias_frozen": _apart(bias.frozen, halves)}
+        first = self.begin if self.kind == "some" else 0
+        return {"bias": _apart(bias.some(first, self.stop), halves), "bias_frozen": None}
 
 
 class Stored(NamedTuple):
@@ -188,19 +191,6 @@ def term_arguments(term: RankTerm | None) -> dict[str, Any]:
     return {**tensors, "adapters": term.factor.shape[0], "RANK": rank, "CHUNK": chunk}
 
 
-def decoding_tile(tile: Tile, part: Part, *, transposed: bool = False) -> Tile:
-    """Return the tile of a launch that reads `part`; for codes a large block is halved: decoding takes registers.
-
-    Along the axis of the codes, n if `transposed` and k otherwise, a block meets whole groups or lies within one.
-    """
-    if part.codes is None:
-        return tile
-    n, k, share = tile.n // 2 if tile.m >= 64 else tile.n, tile.k, part.codes.share(part.w)
-    if transposed:
-        return replace(tile, n=within(n, share), k=min(k, 64))
-    return replace(tile, n=n, k=within(k, share), split=max(1, tile.split // 2))
-
-
 def describable(tensor: Tensor) -> bool:
     """Tell whether a tensor descriptor of a contiguous tensor can exist: base and rows at multiples of 16 bytes."""
     return tensor.shape[-1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
@@ -217,3 +207,64 @@ class RowIndex(NamedTuple):
     tokens_R: Tensor
     places_R: Tensor
     weights_TK: Tensor
+
+
+class Product(NamedTuple):
+    """A product as its launches see it: (rows, depth) of `dtype` times a (columns, depth) of each of a slot's halves.
+
+    `moved` are the bytes of rows, read and written; `transposed` says that the matrices are (depth, columns).
+    """
+
+    parts: Sequence[Part]
+    rows: int
+    columns: int
+    depth: int
+    dtype: torch.dtype
+    moved: int
+    transposed: bool = False
+    halves: int = 1
+
+    def launches(
+        self, kernel: Any, tiles: int, tile: Tile, common: dict[str, Any], own: Callable[[Part, Tile], dict[str, Any]]
+    ) -> list[Launch]:
+        """Make the launches, each after what has to run before it: a program for each tile and block of columns.
+
+        Args:
+            kernel: what is launched.
+            tiles: of rows.
+            tile: sizes of the blocks, which each part cuts for itself.
+            common: arguments of all launches.
+            own: those that a part with its tile has besides.
+        """
+        found: list[Launch] = []
+        slots = sum(part.slots for part in self.parts)
+        for part in self.parts if tiles else ():
+            cut = decoding_tile(tile, part, transposed=self.transposed)
+            tma = cut.tma and part.describable
+            block = (cut.k, cut.n) if self.transposed else (cut.n, cut.k)
+            args = {
+                **common,
+                **part.arguments(block if tma else None, self.halves),
+                **row_constants(cut, self.dtype, tma=tma),
+                "steps": cdiv(self.depth, cut.k),
+                **own(part, cut),
+            }
+            grid, share = (tiles * cdiv(self.columns, cut.n),), part.slots / slots
+            flops = round(2 * self.rows * self.halves * self.columns * self.depth * share)
+            cost = (flops, round(self.moved * share) + part.nbytes)
+            found += (*part.before, Launch(kernel, grid, args, cut.warps, cut.stages, *cost, cut.registers))
+        return found
+
+
+def decoding_tile(tile: Tile, part: Part, *, transposed: bool = False) -> Tile:
+    """Return the tile of a launch that reads `part`; for codes a large block is halved: decoding takes registers.
+
+    Along the axis of the codes, n if `transposed` and k otherwise, a block meets whole groups or lies within one.
+    """
+    if part.codes is None:
+        return tile
+    n, k, share = tile.n // 2 if tile.m >= 64 else tile.n, tile.k, part.codes.share(part.w)
+    if transposed:
+        n = within(n, share)
+        return replace(tile, n=n, k=min(k, 64), split=max(1, min(tile.split, n // 16)))
+    return replace(tile, n=n, k=within(k, share), split=max(1, tile.split // 2))

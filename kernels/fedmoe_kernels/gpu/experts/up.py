@@ -6,6 +6,8 @@ F = 2 * I for gated activations and I for the others, r rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,8 +26,8 @@ from fedmoe_kernels.gpu.blocks import (
 from fedmoe_kernels.gpu.experts.activate import activate
 from fedmoe_kernels.gpu.experts.decode import decoded, scales
 from fedmoe_kernels.gpu.experts.schedule import Schedule
-from fedmoe_kernels.gpu.experts.storage import RankTerm, Stored, decoding_tile, term_arguments
-from fedmoe_kernels.gpu.launch import Launch, cdiv, row_constants
+from fedmoe_kernels.gpu.experts.storage import Part, Product, RankTerm, Stored, term_arguments
+from fedmoe_kernels.gpu.launch import Launch
 from fedmoe_kernels.tiles.lookup import Tile
 
 
@@ -161,7 +163,7 @@ def up(
         tile: sizes of the blocks.
         term: what adapters add to z.
     """
-    if (z_RF is None and h_RI is None) or schedule.tiles == 0:
+    if z_RF is None and h_RI is None:
         return []
     halves = 2 if ACTIVATIONS[activation].gated else 1
     (rows,), (_, F, H) = tokens_R.shape, w_in.trainable.shape
@@ -178,21 +180,10 @@ def up(
         "HALVES": halves,
         **term_arguments(term),
     }
+
+    def own(part: Part, cut: Tile) -> dict[str, Any]:
+        return {**part.biases(bias_in, halves), "SPLIT": cut.split}
+
     moved = sum(t.nbytes for t in (x_TH, z_RF, h_RI) if t is not None)
-    launches: list[Launch] = []
-    for part in w_in.parts:
-        cut = decoding_tile(tile, part)
-        tma = tile.tma and part.describable
-        args = {
-            **common,
-            **part.arguments(bias_in, (cut.n, cut.k) if tma else None, halves),
-            **row_constants(cut, x_TH.dtype, tma=tma),
-            "steps": cdiv(H, cut.k),
-            "SPLIT": cut.split,
-        }
-        grid = (schedule.tiles * cdiv(F // halves, cut.n),)
-        share = part.slots / w_in.slots
-        cost = (round(2 * rows * F * H * share), round(moved * share) + part.nbytes)
-        launches += part.before
-        launches.append(Launch(_up_kernel, grid, args, cut.warps, cut.stages, *cost, cut.registers))
-    return launches
+    product = Product(w_in.parts, rows, F // halves, H, x_TH.dtype, moved, halves=halves)
+    return product.launches(_up_kernel, schedule.tiles, tile, common, own)

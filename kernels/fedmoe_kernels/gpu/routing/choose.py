@@ -34,6 +34,11 @@ class Holders(NamedTuple):
     client_T: Tensor | None
     valid_T: Tensor | None
 
+    @property
+    def contiguous(self) -> Holders:
+        """The same as the kernels read them."""
+        return Holders._make(None if tensor is None else tensor.contiguous() for tensor in self)
+
     def args(self, stand_in: Tensor) -> dict[str, Any]:
         """Return the kernel arguments; `stand_in` is passed, and never read, for what is not given."""
         return {

@@ -7,6 +7,8 @@ Shapes: X blocks of `per_block` tokens, B slots, R = T * K places.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -153,55 +155,51 @@ def _inverse_kernel(rows, token_of_row, place_of_row, places, K: tl.constexpr, P
     tl.store(place_of_row + row, place, mask=row >= 0)
 
 
-def slots(
-    given_TK: Tensor,
-    holders: Holders,
-    *,
-    num_slots: int,
-    per_block: int,
-    experts_TK: Tensor,
-    slots_TK: Tensor,
-    counts_XB: Tensor,
-) -> list[Launch]:
-    """Fill experts_TK and slots_TK, int64, -1 where there is no row, and counts_XB, from contiguous integer ids."""
+class Chosen(NamedTuple):
+    """Where choices are written: experts and slots (T, K) int64, -1 = no row, and the rows of each slot in each block.
+
+    counts_XB is (blocks, B) int32, of blocks of `per_block` tokens.
+    """
+
+    experts_TK: Tensor
+    slots_TK: Tensor
+    counts_XB: Tensor
+
+    def args(self) -> dict[str, Any]:
+        """Return the kernel arguments."""
+        experts_TK, slots_TK, counts_XB = self
+        return {"experts": experts_TK, "slots": slots_TK, "counts": counts_XB, "num_slots": counts_XB.shape[1]}
+
+
+def slots(given_TK: Tensor, holders: Holders, per_block: int, *, chosen: Chosen) -> list[Launch]:
+    """Fill `chosen` from contiguous integer ids; an id outside [0, E) and an absent expert have no row."""
     T, K = given_TK.shape
     args = {
         "given": given_TK,
         **holders.args(given_TK),
-        "experts": experts_TK,
-        "slots": slots_TK,
-        "counts": counts_XB,
+        **chosen.args(),
         "tokens": T,
-        "num_slots": num_slots,
         "E": holders.table_CE.shape[1],
         "K": K,
         "KP": power_of_2(K),
         "BT": per_block,
     }
-    moved = T * K * (given_TK.element_size() + 16) + counts_XB.numel() * 4
-    return [Launch(_slots_kernel, (counts_XB.shape[0],), args, 4, 1, bytes=moved)]
+    moved = T * K * (given_TK.element_size() + 16) + chosen.counts_XB.numel() * 4
+    return [Launch(_slots_kernel, (chosen.counts_XB.shape[0],), args, 4, 1, bytes=moved)]
 
 
 def rows(
-    slots_TK: Tensor,
-    counts_XB: Tensor,
-    *,
-    per_block: int,
-    before_XB: Tensor,
-    totals_B: Tensor,
-    rows_TK: Tensor,
-    tokens_R: Tensor,
-    places_R: Tensor,
-    offsets_B1: Tensor,
+    chosen: Chosen, per_block: int, before_XB: Tensor, totals_B: Tensor, out: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> list[Launch]:
     """Fill rows_TK, tokens_R, places_R and offsets_B1 from slots and their counts: 1 launch, 3 for many counts.
 
     Args:
-        slots_TK: int64, -1 = no row.
-        counts_XB: (blocks, B) int32, rows of each slot in each block of `per_block` tokens.
+        chosen: slots and counts, as a kernel left them.
         per_block: tokens of a block.
         before_XB, totals_B: int32 scratch of the shapes (blocks, B) and (B,).
+        out: the four that are filled, int64.
     """
+    (_, slots_TK, counts_XB), (rows_TK, tokens_R, places_R, offsets_B1) = chosen, out
     blocks, num_slots = counts_XB.shape
     K, few = slots_TK.shape[1], counts_XB.numel() <= FEW_COUNTS
     launches = []

@@ -18,7 +18,7 @@ from fedmoe_kernels.gpu.routing.choose import (
     sigmoid,
     tokens_of_block,
 )
-from fedmoe_kernels.gpu.routing.place import count
+from fedmoe_kernels.gpu.routing.place import Chosen, count
 from fedmoe_kernels.routing.rules import SIGMOID_EPS
 
 EPS = tl.constexpr(SIGMOID_EPS)
@@ -71,18 +71,9 @@ def _route_kernel(
 
 
 def route(
-    logits_TE: Tensor,
-    holders: Holders,
-    bias_E: Tensor | None,
-    rule: Rule,
-    *,
-    num_slots: int,
-    weights_TK: Tensor,
-    experts_TK: Tensor,
-    slots_TK: Tensor,
-    counts_XB: Tensor,
+    logits_TE: Tensor, holders: Holders, bias_E: Tensor | None, rule: Rule, *, weights_TK: Tensor, chosen: Chosen
 ) -> list[Launch]:
-    """Fill weights_TK, experts_TK, slots_TK and counts_XB (blocks, B) int32, the rows of each slot in each block.
+    """Fill weights_TK, float32, and `chosen`.
 
     Args:
         logits_TE: contiguous bfloat16, float16 or float32.
@@ -91,25 +82,22 @@ def route(
         rule: what to choose and how to weight it.
     """
     T, E = logits_TE.shape
-    sizes = shape_args(E, rule)
+    sizes, places = shape_args(E, rule), chosen.args()
     args = {
         "logits": logits_TE,
         **holders.args(logits_TE),
         "bias": logits_TE if bias_E is None else bias_E,
         "weights": weights_TK,
-        "experts": experts_TK,
-        "slots": slots_TK,
-        "counts": counts_XB,
+        **places,
         "tokens": T,
-        "num_slots": num_slots,
         "scale": rule.scale,
         **sizes,
         "SCORING": rule.scoring,
         "RENORMALIZE": rule.renormalize,
-        "WHOLE": num_slots == holders.table_CE.numel(),
+        "WHOLE": places["num_slots"] == holders.table_CE.numel(),
         "HAS_BIAS": bias_E is not None,
     }
-    moved = T * E * logits_TE.element_size() + T * rule.k * 20 + counts_XB.numel() * 4
+    moved = T * E * logits_TE.element_size() + T * rule.k * 20 + chosen.counts_XB.numel() * 4
     return [Launch(_route_kernel, (cdiv(T, sizes["BT"]),), args, 8, 1, bytes=moved)]
 
 
