@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.algorithms.base import Algorithm, NextModel, heard
-from fedmoe_core.algorithms.largest_fit import largest_plan
+from fedmoe_core.algorithms.largest_fit import resident_plan
 from fedmoe_core.algorithms.lora.factors import flame_share
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import Equation, System
@@ -25,7 +25,6 @@ from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.server.means import Sums, modular_mean
-from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.server.state import Population, ServerState
 
 TARGET_FLOOR = 1e-6  # least share of an expert in a target, so that the divergence from it stays finite
@@ -66,23 +65,18 @@ class FftMoE(Algorithm):
         chosen = config.fft_moe
         return GraftSpec(num_experts=chosen.experts, width=chosen.width, top_k=chosen.top_k)
 
-    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+    def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
         """Plan the whole mixture, k_n experts per token: clip(floor((F_n - F_FM) / F_expert), 1, k_max) [E]."""
-        return [self._plan(state, client) for client in clients]
-
-    def _plan(self, state: ServerState, client: int) -> ExpertPlan:
-        spec, chosen = self.population.spec, self.population.config.fft_moe
-        all_LE = np.ones((spec.num_layers, spec.num_experts), dtype=bool)
-        skew = label_skew(self.population, client)
+        chosen, skew = self.population.config.fft_moe, label_skew(self.population, client)
         seen = state.memory.get(f"routing/{client}")
-        target_LE = routing_target(None if seen is None else seen.numpy(), skew, shape=all_LE.shape)
+        shape = self.population.every_LE.shape
+        target_LE = routing_target(None if seen is None else seen.numpy(), skew, shape=shape)
 
-        def of_size(population: Population, k: int, budgeted: bool) -> ExpertPlan:
+        def asked(_: Population, k: int) -> Extras:
             weight = chosen.balance * (1 - skew) * k / chosen.top_k  # lambda_n
-            loss = HeterogeneityLoss(balance=weight, pull=chosen.pull, target_LE=target_LE)
-            return plan_of_masks(population, state, client, all_LE, top_k=k, extras=Extras(aux=loss), budgeted=budgeted)
+            return Extras(aux=HeterogeneityLoss(balance=weight, pull=chosen.pull, target_LE=target_LE))
 
-        return largest_plan(self.population, client, chosen.top_k, of_size)
+        return resident_plan(self.population, state, client, chosen.top_k, asked, by_k=True)
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """Weigh every tensor by |D_n|, or experts by FLAME's weights; report where this client's tokens went."""
