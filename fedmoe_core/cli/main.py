@@ -22,7 +22,6 @@ from fedmoe_core.cli import study as cli_study
 from fedmoe_core.cli.plan_table import plan_table
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.simulation import launch
-from fedmoe_core.simulation.directory.claim import refuse_claim
 from fedmoe_core.simulation.observer import NullObserver
 
 app = typer.Typer(
@@ -79,6 +78,8 @@ def simulate(
         out = stop.run_dir = Path(config.out)
         launch.check_world(config.ranks)
         if launch.rank() == 0:
+            from fedmoe_core.simulation.directory.claim import refuse_claim
+
             refuse_claim(out, force=force)
         if _many(config, ["simulate", *(words or [])], quiet=quiet, debug=debug, json=as_json, force=force):
             return
