@@ -118,9 +118,13 @@ class FedMoE(Algorithm):
 
     adapters = "own"  # those of stage one; they are never aggregated
 
-    def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
-        """Plan the client's sub-model by the client-expert map; its first with a probe, where it can bear one."""
-        facts, extras, known = self.population, self._extras(), ClientMap.of(state, self.population)
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """Plan each client's sub-model by the client-expert map; its first with a probe, where it can bear one."""
+        known = ClientMap.of(state, self.population)  # once: it has arrays of all clients
+        return [self._plan(state, known, client) for client in clients]
+
+    def _plan(self, state: ServerState, known: ClientMap, client: int) -> ExpertPlan:
+        facts, extras = self.population, self._extras()
         if known.phase_C[client] != NEW:
             return plan_of_masks(facts, state, client, known.held_CLE[client], extras=extras)
         first = state.visits[client] == 0
