@@ -26,6 +26,7 @@ from expert_cases import (
 )
 
 from fedmoe_core.layer.moe import MoE
+from fedmoe_core.layer.routing_rule import RoutingRule
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, moe_mlp
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.experts import ops
@@ -289,7 +290,8 @@ def test_inv3_layer_from_router_to_experts(scoring: str, trainable: tuple[int, .
     held, trains = ([e in ids for e in range(E)] for ids in ((0, 1, 4), trainable))
     results = []
     for backend, dtype in (("triton", torch.float32), ("cpu", torch.float64)):
-        options = {"permitted": held, "trainable": trains, "scoring": scoring, "with_scores": True, "with_stats": True}
+        masks = {"permitted": held, "trainable": trains}
+        options = {**masks, "rule": RoutingRule(scoring), "with_scores": True, "with_stats": True}
         layer = MoE.from_dense(*(w.to(dtype) for w in dense), 2, backend=backend, **options)
         leaf = x.to(dtype, copy=True).requires_grad_()
         y = layer(leaf, valid)
