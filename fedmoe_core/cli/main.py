@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import json
 import os
 import sys
@@ -11,7 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,10 +18,10 @@ from rich.console import Console
 from fedmoe_core.base import show
 from fedmoe_core.base.say import say
 from fedmoe_core.cli import study as cli_study
-from fedmoe_core.cli.plan_table import plan_table
-from fedmoe_core.config.run_config import Config
 from fedmoe_core.simulation import launch
-from fedmoe_core.simulation.observer import NullObserver
+
+if TYPE_CHECKING:
+    from fedmoe_core.config.run_config import Config
 
 app = typer.Typer(
     name="fedmoe",
@@ -47,9 +46,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 
 def _print_version(asked: bool) -> None:
     if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
         try:
-            number = importlib.metadata.version("fedmoe-core")
-        except importlib.metadata.PackageNotFoundError:
+            number = version("fedmoe-core")
+        except PackageNotFoundError:
             number = "from a source tree that is not installed"
         say(f"fedmoe {number}")
         raise typer.Exit
@@ -84,6 +85,7 @@ def simulate(
         if _many(config, ["simulate", *(words or [])], quiet=quiet, debug=debug, json=as_json, force=force):
             return
         from fedmoe_core.simulation import run as simulator
+        from fedmoe_core.simulation.observer import NullObserver
 
         summary = simulator.run(config, observer=NullObserver() if quiet else None, force=force)
         _finish(summary, out, as_json=as_json)
@@ -105,11 +107,14 @@ def resume(
         if not (run_dir / "config.toml").is_file():
             raise ValueError(f"{run_dir} holds no run (no config.toml); give the directory that a run named as out")
         _make_importable(run_dir / "config.toml", [])
+        from fedmoe_core.config.run_config import Config
+
         config = Config.load(run_dir / "config.toml").resolved()
         launch.check_world(config.ranks)
         if _many(config, ["resume", str(run_dir)], quiet=quiet, debug=debug, json=as_json, other_code=other_code):
             return
         from fedmoe_core.simulation import run as simulator
+        from fedmoe_core.simulation.observer import NullObserver
 
         summary = simulator.resume(run_dir, observer=NullObserver() if quiet else None, other_code=other_code)
         _finish(summary, run_dir, as_json=as_json)
@@ -120,6 +125,7 @@ def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> 
     """Show what each client would hold, move, compute and need in memory, before anything trains (the dry run)."""
     with _errors(debug):
         config = _config(words)
+        from fedmoe_core.cli.plan_table import plan_table
         from fedmoe_core.simulation import run as simulator
 
         rows = simulator.dry_run(config)
@@ -276,6 +282,8 @@ def _config(words: list[str] | None) -> Config:
     overrides = [word for word in words or [] if "=" in word]
     path = Path(paths[0]) if paths else None
     _make_importable(path, overrides)
+    from fedmoe_core.config.run_config import Config
+
     return Config.load(path, overrides).resolved()
 
 
