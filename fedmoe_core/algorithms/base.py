@@ -41,9 +41,10 @@ def heard(updates: Sequence[ClientUpdate]) -> dict[int, ClientProfile]:
 class Algorithm(ABC):
     """What the simulator asks of an algorithm: a frozen dataclass that inherits this and adds no field.
 
-    A system writes ``client``, ``apply``, and ``plan_client`` or, where clients share something, ``plan``. All methods
-    are pure: same arguments, same answer, on every rank. What an algorithm learns goes into ``ServerState.memory`` by
-    way of ``apply``. What it needs before the first round it declares, by ``lora``, ``graft`` and these:
+    A system writes ``plan``, ``client`` and ``apply``; where no client's plan depends on another's it inherits
+    ``EachAlone`` and writes ``plan_client`` instead of ``plan``. All methods are pure: same arguments, same answer, on
+    every rank. What an algorithm learns goes into ``ServerState.memory`` by way of ``apply``. What it needs before the
+    first round it declares, by ``lora``, ``graft`` and these:
 
     Attributes:
         population: the fixed facts of the run.
@@ -82,13 +83,9 @@ class Algorithm(ABC):
         """Return the state before the first round; by default nothing is known about any client."""
         return initial_state(params, len(self.population.budgets))
 
+    @abstractmethod
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
-        """Return one plan per sampled client, each inside that client's budget; by default each client's alone."""
-        return [self.plan_client(state, client) for client in clients]
-
-    def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
-        """Return one client's plan, which other clients do not change; a system that writes ``plan`` needs none."""
-        raise NotImplementedError(f"{type(self).__name__} plans for no client; write plan_client, or plan")
+        """Return one plan per sampled client, each inside that client's budget."""
 
     @abstractmethod
     def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
@@ -135,11 +132,25 @@ class Algorithm(ABC):
         return title_of(config.algorithm)
 
 
+@dataclass(frozen=True)
+class EachAlone(Algorithm):
+    """A system in which a client's plan does not depend on who else takes part."""
+
+    def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
+        """Plan each client alone."""
+        return [self.plan_client(state, client) for client in clients]
+
+    @abstractmethod
+    def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
+        """Return one client's plan, inside its budget."""
+
+
 def algorithm_class(name: str) -> type[Algorithm]:
     """Return the class of a system: ours, one that a package names, or your own as ``MODULE:CLASS``.
 
     Raises:
-        ValueError: no such algorithm (the message names the nearest), or the class is not an ``Algorithm``.
+        ValueError: no such algorithm (the message names the nearest), the class is not an ``Algorithm``, or it lacks a
+            method that every system writes.
     """
     module, _, attribute = place_of(name).partition(":")
     try:
@@ -150,4 +161,6 @@ def algorithm_class(name: str) -> type[Algorithm]:
         raise ValueError(
             f"algorithm {name!r} does not inherit fedmoe_core.algorithms.base.Algorithm; make it a subclass"
         )
+    if found.__abstractmethods__:
+        raise ValueError(f"algorithm {name!r} lacks {', '.join(sorted(found.__abstractmethods__))}; write them")
     return found

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedmoe_core.algorithms.base import Algorithm, NextModel
+from fedmoe_core.algorithms.base import EachAlone, NextModel
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.base.rng import counter_rng
 from fedmoe_core.budget.limits import RESOURCES, Budget
@@ -25,7 +25,7 @@ from fedmoe_core.server.state import ServerState
 
 
 @dataclass(frozen=True)
-class FedAvg(Algorithm):
+class FedAvg(EachAlone):
     """Every client trains every expert, whatever its budget: the oracle that no budget allows (McMahan et al. 2017).
 
     Charged for what it needs; a run whose plans pass some budget is marked ``budgeted: false``.
@@ -56,7 +56,7 @@ class FedAvg(Algorithm):
 
 
 @dataclass(frozen=True)
-class OtherChoice(Algorithm):
+class OtherChoice(EachAlone):
     """HFedMoE in everything but the choice: ``worth`` says which experts a client would get; it never explores."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.algorithms.base import Algorithm, NextModel, heard
+from fedmoe_core.algorithms.base import EachAlone, NextModel, heard
 from fedmoe_core.algorithms.largest_fit import resident_plan
 from fedmoe_core.algorithms.lora.factors import flame_share
 from fedmoe_core.config.run_config import Config
@@ -31,7 +31,7 @@ TARGET_FLOOR = 1e-6  # least share of an expert in a target, so that the diverge
 
 
 @dataclass(frozen=True)
-class FftMoE(Algorithm):
+class FftMoE(EachAlone):
     """Every client holds the whole frozen model and trains the whole grafted mixture; clients differ in k and loss."""
 
     card: ClassVar[System] = System(

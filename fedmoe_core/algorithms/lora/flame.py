@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from fedmoe_core.algorithms.base import Algorithm, NextModel, kept
+from fedmoe_core.algorithms.base import EachAlone, NextModel, kept
 from fedmoe_core.algorithms.largest_fit import resident_plan
 from fedmoe_core.algorithms.lora.factors import flame_rescale, flame_share
 from fedmoe_core.config.systems import Equation, System
@@ -20,7 +20,7 @@ from fedmoe_core.server.state import Population, ServerState
 
 
 @dataclass(frozen=True)
-class Flame(Algorithm):
+class Flame(EachAlone):
     """Every client holds every expert and trains full-rank adapters on all; its budget decides how many a token meets.
 
     It saves arithmetic, but neither memory nor traffic.

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedmoe_core.algorithms.base import Algorithm, NextModel
+from fedmoe_core.algorithms.base import EachAlone, NextModel
 from fedmoe_core.algorithms.largest_fit import UNCOUNTED, resident_plan
 from fedmoe_core.algorithms.lora.factors import Factors, Spectrum, resize
 from fedmoe_core.base.tensor_key import TensorKey
@@ -26,7 +26,7 @@ from fedmoe_core.server.state import Population, ServerState
 
 
 @dataclass(frozen=True)
-class FlexLora(Algorithm):
+class FlexLora(EachAlone):
     """The products of all clients' adapters are summed exactly, and each client gets the best of that at its own rank.
 
     The global model is W + the sum. Clients keep the frozen W, and are sent the first r_k singular directions of it.

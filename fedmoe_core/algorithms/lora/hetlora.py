@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from fedmoe_core.algorithms.base import Algorithm, NextModel
+from fedmoe_core.algorithms.base import EachAlone, NextModel
 from fedmoe_core.algorithms.largest_fit import UNCOUNTED, resident_plan
 from fedmoe_core.algorithms.lora.factors import kept_ranks
 from fedmoe_core.algorithms.lora.rank_tail import RankProbe, TailLoss, padded, tail_tables, without_missing_ranks
@@ -24,7 +24,7 @@ from fedmoe_core.server.state import Population, ServerState
 
 
 @dataclass(frozen=True)
-class HetLora(Algorithm):
+class HetLora(EachAlone):
     """The server's adapters cut to each client's rank, zero-padded on return, averaged by the norm of their product."""
 
     card: ClassVar[System] = System(

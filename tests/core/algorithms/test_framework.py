@@ -177,8 +177,11 @@ def test_a_classification_head_is_averaged_over_a_frozen_trunk(config: Make, tmp
 
 def test_an_algorithm_of_the_users_own_is_named_by_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_class.py").write_text(
+        "from fedmoe_core.algorithms.base import Algorithm, EachAlone\n"
         "from fedmoe_core.algorithms.baselines import RandomExperts\n"
         "class Mine(RandomExperts):\n    'Another name for random experts.'\n"
+        "class Unfinished(Algorithm):\n    def client(self, plan, result): ...\n"
+        "class Alone(EachAlone):\n    def client(self, plan, result): ...\n    apply = client\n"
         "nothing = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -188,6 +191,8 @@ def test_an_algorithm_of_the_users_own_is_named_by_its_module(tmp_path: Path, mo
     assert title_of("flux") == "Flux"
     for name, message in {
         "own_class:nothing": "does not inherit",
+        "own_class:Unfinished": "lacks apply, plan; write them",
+        "own_class:Alone": "lacks plan_client; write them",
         "own_class:Absent": "cannot be loaded",
         "no_such_module:X": "cannot be loaded",
         "fedavgg": "did you mean 'fedavg'",
