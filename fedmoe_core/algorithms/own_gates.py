@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedmoe_core.base.tensor_key import of_layer, to_keys
+from fedmoe_core.base.tensor_key import TensorKey, of_layer, to_keys
 from fedmoe_core.layer.slots import OwnRows
+from fedmoe_core.layer.state import STEERING
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.spec import ModelSpec
 from fedmoe_core.server.state import ServerState
@@ -26,7 +27,8 @@ def own_rows(state: ServerState, spec: ModelSpec, client: int) -> OwnRows:
     kept = state.memory.get(f"gate/{client}")
     rows: dict[str, Mapping[int, Tensor]] = {}
     for layer in range(spec.num_layers):
-        servers = of_layer(layer, state.params)
+        keys = {name: str(TensorKey(layer, name)) for name in STEERING}
+        servers = {name: state.params[key] for name, key in keys.items() if key in state.params}
         gate_E = _joined(servers) if kept is None else kept[layer].to(servers["router"].device)
         own = {"router": gate_E[:, : spec.hidden_size], "router_bias": gate_E[:, spec.hidden_size :].flatten()}
         rows |= to_keys(layer, {name: dict(enumerate(part)) for name, part in own.items() if name in servers})

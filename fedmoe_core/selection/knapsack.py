@@ -9,6 +9,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from fedmoe_core.budget.limits import BudgetError
 
+INFEASIBLE = 2  # scipy's status of a program without a solution
+
 
 def select_top_n(scores_LE: np.ndarray, n: int) -> np.ndarray:
     """Return argmax over |A| <= n of the sum of scores over A: HFedMoE eq. 15 [N], exact.
@@ -108,6 +110,10 @@ def _integer_program(values_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: np.
     goal, exactly = -scale * values_LE.ravel(), {"mip_rel_gap": 0.0}
     while True:
         answer = milp(goal, integrality=1, bounds=Bounds(0, 1), constraints=rows, options=exactly)
+        if (
+            answer.x is None and answer.status != INFEASIBLE
+        ):  # no word of the budget: callers take a BudgetError for one
+            raise RuntimeError(f"the solver gave up ({answer.message}); please report it with the configuration")
         if answer.x is None:
             raise BudgetError("no set with one expert per MoE layer fits all limits together; raise one of them")
         chosen_LE = (answer.x > 0.5).reshape(layers, experts)

@@ -132,10 +132,8 @@ class FlexMoE(Algorithm):
         return Weights(
             experts_LE=np.minimum(result.profile.rows_LE / most, 1.0) * plan.trainable_LE,
             routers_LE=np.zeros(plan.trainable_LE.shape),
-            private={
-                "gate": grown_gate(plan, result.kept),
-                **result.probed,
-            },  # the plan's surcharge holds the feedback's bytes
+            # The plan's surcharge holds the feedback's bytes.
+            private={"gate": grown_gate(plan, result.kept), **result.probed},
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:

@@ -46,8 +46,8 @@ def fused_kmeans(features_ND: np.ndarray, layer_N: np.ndarray, clusters_L: np.nd
     seed of their layer. A cluster that runs empty takes the layer's worst served point of a cluster with company, so
     as many clusters as points are singletons, duplicates or not [E].
 
-    scikit-learn's KMeans does not serve: its centroids are means, not of unit length, so it is not by cosine; and from
-    some 256 points on its bits depend on the number of threads (all of 20 draws of 600 points, version 1.9).
+    scikit-learn's KMeans does not serve: its centroids are means, not of unit length, so it is not by cosine; and where
+    its threads share the points, as 1.9 does from 256 on, its bits depend on how many threads there are.
 
     Args:
         features_ND: the points.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from selection_cases import MODEL, SEEDS, subsets
 
 from fedmoe_core.budget.cost_model import CostModel, TrunkCost
-from fedmoe_core.budget.limits import Budget
+from fedmoe_core.budget.limits import Budget, BudgetError
+from fedmoe_core.selection import knapsack as knapsack_file
 from fedmoe_core.selection.knapsack import knapsack, select_top_n
 from fedmoe_core.selection.within_budget import choose, explore, fit_flops
 
@@ -329,3 +331,15 @@ def test_selection_stays_exact_at_the_size_of_a_real_model() -> None:
     permitted_LE, trainable_LE = choose(budget, model, scores_LE)
     assert budget.fits(model.predict(permitted_LE, trainable_LE, local_steps=1))
     assert scores_LE[permitted_LE].sum() > scores_LE[some_LE].sum()
+
+
+def test_a_solver_that_gives_up_is_not_taken_for_a_budget_that_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems that try sizes go on after a BudgetError; a fault of the solver must not look like one."""
+    values_LE, costs_DLE = np.array([[3.0, 1.0], [2.0, 5.0]]), np.array([[[4, 1], [1, 4]]])
+    gave_up = SimpleNamespace(x=None, status=4, message="numerical trouble")
+    monkeypatch.setattr(knapsack_file, "milp", lambda *_, **__: gave_up)
+    with pytest.raises(RuntimeError, match=r"the solver gave up \(numerical trouble\)"):
+        knapsack(values_LE, costs_DLE, [6])
+    gave_up.status = knapsack_file.INFEASIBLE
+    with pytest.raises(BudgetError, match="no set with one expert per MoE layer fits"):
+        knapsack(values_LE, costs_DLE, [6])
