@@ -110,9 +110,8 @@ def _integer_program(values_LE: np.ndarray, costs_DLE: np.ndarray, limits_D: np.
     goal, exactly = -scale * values_LE.ravel(), {"mip_rel_gap": 0.0}
     while True:
         answer = milp(goal, integrality=1, bounds=Bounds(0, 1), constraints=rows, options=exactly)
-        if (
-            answer.x is None and answer.status != INFEASIBLE
-        ):  # no word of the budget: callers take a BudgetError for one
+        # A fault of the solver must not be a BudgetError: callers would take it for a size that does not fit.
+        if answer.x is None and answer.status != INFEASIBLE:
             raise RuntimeError(f"the solver gave up ({answer.message}); please report it with the configuration")
         if answer.x is None:
             raise BudgetError("no set with one expert per MoE layer fits all limits together; raise one of them")
