@@ -1,7 +1,7 @@
 """The binding to transformers: fedmoe's experts in its models, sub-models of them, and the simulator's live model."""
 
 from fedmoe_bindings.transformers.adapter import TransformersAdapter, load_adapter
-from fedmoe_bindings.transformers.experts import use_fedmoe
+from fedmoe_bindings.transformers.use import use_fedmoe
 from fedmoe_bindings.transformers.submodel import extract_submodel, merge_submodel
 
 __all__ = ["TransformersAdapter", "extract_submodel", "load_adapter", "merge_submodel", "use_fedmoe"]

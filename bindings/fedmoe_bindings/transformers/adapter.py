@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fedmoe_bindings.transformers.attention import attention_received
+from fedmoe_bindings.transformers.export import cast_parameters, stock_model
 from fedmoe_bindings.transformers.families import Family, family_of, sparse_blocks
 from fedmoe_bindings.transformers.load import Pool, SequenceClassifier, load_model, small_model
 from fedmoe_bindings.transformers.places import PlaceMeasures
 from fedmoe_bindings.transformers.shared import shared_of
-from fedmoe_bindings.transformers.submodel import stock_model
 from fedmoe_bindings.transformers.token_mask import carry_token_mask
 from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.base.tensor_key import TensorKey, of_layer, to_keys
@@ -66,7 +66,7 @@ def load_adapter(
     if name == "tiny":
         sizes = model_config or ModelConfig()
         model = small_model(sizes, vocab_size=vocab_size or sizes.vocab_size, task=task, seed=seed)
-        model = cast(PreTrainedModel, cast(nn.Module, model).to(dtype=dtype or torch.float32))
+        model = cast_parameters(model, dtype or torch.float32)
     else:
         model = load_model(name, task=task, num_classes=num_classes, dtype=dtype)
     if vocab_size is not None and model.config.vocab_size < vocab_size:
@@ -176,10 +176,10 @@ class TransformersAdapter(PlaceMeasures):
             raise ValueError("transformers has no model with grafted mixtures; save the state instead")
         names = [self._family.names(name) for name, module in self.model.named_modules() if isinstance(module, MoE)]
         if not isinstance(self.model, SequenceClassifier):
-            return stock_model(type(self.model), self._config, state, names)
+            return stock_model(type(self.model), cast(PreTrainedModel, self.model), state, names)
         if self.model.pool != "last":
             raise ValueError("transformers' classifiers pool the last token; train with pool='last' to export")
-        return stock_model(AutoModelForSequenceClassification, self._config, state, names)
+        return stock_model(AutoModelForSequenceClassification, self.model.model, state, names)
 
     def configure(self, state: Mapping[str, Tensor], submodel: SubModel = WHOLE) -> None:
         """Become ``submodel`` of ``state``, as ``ModelAdapter.configure``.

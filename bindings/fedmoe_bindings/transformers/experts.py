@@ -1,75 +1,33 @@
-"""use_fedmoe: a stock transformers model whose experts run on ``moe_mlp``, through transformers' own interface."""
+"""The experts function that transformers knows as "fedmoe": a stock experts module run on ``moe_mlp``."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from torch._guards import detect_fake_mode
 
-from fedmoe_bindings.transformers.families import Block, Family, family_of, layer_masks, sparse_blocks
-from fedmoe_core.layer.routing_rule import RoutingRule
-from fedmoe_kernels.experts.moe_mlp import moe_mlp
+from fedmoe_bindings.transformers.forms import Form, form_of
+from fedmoe_bindings.transformers.own_gate import by_own_gate
+from fedmoe_kernels.experts.moe_mlp import ExpertLora, moe_mlp
 from fedmoe_kernels.routing.record import Routing
-from fedmoe_kernels.routing.route import route
-from fedmoe_kernels.slot_map import SlotMap
 
 NAME = "fedmoe"
-_HOOK = "_fedmoe_permitted_hook"
-_SLOTS = "_fedmoe_slot_map"
-
-
-def use_fedmoe(model: PreTrainedModel, *, permitted: np.ndarray | Tensor | None = None) -> PreTrainedModel:
-    """Run a stock model's experts on fedmoe, in place; weights, names and saved files stay transformers' own.
-
-    Args:
-        model: a Qwen3-MoE, OLMoE or Mixtral model.
-        permitted: bool (L, E), or (E,) for all layers alike: route among these experts only, exactly as the sub-model
-            that has no others (the mask acts before the scores are normalised). None = all, and lifts an earlier mask.
-            The weights of the others stay in memory; ``extract_submodel`` makes a model that does not even hold them.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: the family is not served, by name, or the mask does not fit. transformers itself accepts an experts
-            implementation on models that never call it and says nothing; here that is an error.
-
-    Example:
-        >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-        >>> heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-        >>> experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-        >>> sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, intermediate_size=32)
-        >>> model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts)).eval()
-        >>> tokens = torch.arange(8)[None]
-        >>> before = model(tokens).logits
-        >>> torch.allclose(use_fedmoe(model)(tokens).logits, before, atol=1e-5)
-        True
-    """
-    # transformers has no public question for this; the method with the underscore is the one its own setter asks.
-    if not isinstance(model, PreTrainedModel) or not model._can_set_experts_implementation():
-        config = getattr(model, "config", None)
-        if config is not None:
-            family_of(config)
-        raise ValueError(f"{type(model).__name__} does not use transformers' experts interface; fedmoe cannot serve it")
-    family = family_of(model.config)
-    blocks = sparse_blocks(model, model.config)
-    for block in blocks:
-        _check_layout(block)
-    masks = None if permitted is None else layer_masks(permitted, blocks)
-    ALL_EXPERTS_FUNCTIONS.register(NAME, fedmoe_experts)
-    model.set_experts_implementation(NAME)
-    for layer, block in enumerate(blocks):
-        _remember_slots(block.experts, model.device)
-        _permit(block.gate, None if masks is None else masks[layer], family, family.rule(model.config))
-    return model
+CHECKED = "_fedmoe_checked"  # on an experts module: it has shown itself equal to eager, or was told not to
+LORA = "_fedmoe_lora"  # on an experts module: a function () -> ExpertLora of its live adapters, slot b = expert b
+_FEW = 8
+# What a right answer may differ by: rounding, and on a GPU TF32. A wrong activation is off by 0.1 and more.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+_ROUGH = 5e-2
 
 
 def fedmoe_experts(self: nn.Module, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Run all experts in expert order, ids outside [0, E) = no row: the experts function registered as "fedmoe".
+    """Run a stock module's experts; ids outside [0, E) = no row. The function registered under the name "fedmoe".
+
+    The first call of each module runs a few of its tokens by transformers' own eager experts, too, and refuses to go
+    on if the two differ. That cannot be done while compiling, on meta, under a CUDA graph, or with adapters.
 
     Args:
         self: the experts module; transformers calls this function instead of its forward.
@@ -79,61 +37,101 @@ def fedmoe_experts(self: nn.Module, hidden_TH: Tensor, experts_TK: Tensor, weigh
 
     Returns:
         (T, H) in the dtype of ``hidden_TH``.
+
+    Raises:
+        RuntimeError: the module computes something else than was made out from it.
     """
-    everyone = getattr(self, _SLOTS, None)
-    if everyone is None or everyone.slot_of_expert.device != hidden_TH.device:
-        everyone = _remember_slots(self, hidden_TH.device)
-    routing = Routing.from_topk(experts_TK, weights_TK, everyone)
-    w_in, w_out = cast(Tensor, self.gate_up_proj), cast(Tensor, self.down_proj)
-    return moe_mlp(hidden_TH, routing, w_in, w_out).to(hidden_TH.dtype)
+    form = form_of(self)
+    lora = cast("Callable[[], ExpertLora] | None", getattr(self, LORA, None))
+    y_TH = _run(self, form, hidden_TH, experts_TK, weights_TK, lora)
+    if not getattr(self, CHECKED, False) and lora is None and _may_look(hidden_TH):
+        _check(self, hidden_TH.detach(), experts_TK, weights_TK.detach(), y_TH.detach())
+    return y_TH
 
 
-def _remember_slots(experts: nn.Module, device: torch.device) -> SlotMap:
-    """Let slot b hold expert b; kept on the module, as making it waits for the device."""
-    num_experts = cast(Tensor, experts.gate_up_proj).shape[0]
-    everyone = SlotMap(torch.arange(num_experts, device=device), num_experts)
-    setattr(experts, _SLOTS, everyone)
-    return everyone
+def _run(
+    experts: nn.Module,
+    form: Form,
+    hidden_TH: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    lora: Callable[[], ExpertLora] | None,
+) -> Tensor:
+    num_experts = cast(Tensor, experts.down_proj).shape[0]
+    routing = Routing.from_topk(experts_TK, weights_TK, num_experts)
+    if not form.fused:
+        if lora is not None:
+            raise ValueError(f"{type(experts).__name__} has an activation of its own; leave its adapters to peft")
+        return by_own_gate(experts, form, hidden_TH, routing)
+    w_in, w_out, bias_in, bias_out = stacked_weights(experts, form)
+    if lora is not None:
+        w_in, w_out = w_in.detach(), w_out.detach()
+        bias_in, bias_out = (None if b is None else b.detach() for b in (bias_in, bias_out))
+    x_TH = hidden_TH if torch.is_autocast_enabled(hidden_TH.device.type) else hidden_TH.to(w_in.dtype)
+    return moe_mlp(
+        x_TH,
+        routing,
+        w_in,
+        w_out,
+        activation=cast(str, form.activation),
+        bias_in=bias_in,
+        bias_out=bias_out,
+        lora=None if lora is None else lora(),
+    ).to(hidden_TH.dtype)
 
 
-def _check_layout(block: Block) -> None:
-    """Refuse a module without the flags that transformers' decorator leaves: it would never call us."""
-    want = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    for flag, value in want.items():
-        if getattr(block.experts, flag, None) is not value:
-            raise ValueError(
-                f"{block.name}.experts has {flag}={getattr(block.experts, flag, 'unset')}; fedmoe needs {flag}={value}"
-            )
+def stacked_weights(experts: nn.Module, form: Form) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return a module's matrices and biases as ``moe_mlp`` takes them: views where its layout is ours, else copies.
+
+    Returns:
+        w_in (E, F, H), w_out (E, H, I), bias_in (E, F) and bias_out (E, H), or None for each bias.
+    """
+    module: Any = experts
+    first = "gate_up_proj" if form.gated else "up_proj"
+    w_in, w_out = getattr(module, first), module.down_proj
+    bias_in = getattr(module, f"{first}_bias") if form.biased else None
+    if form.transposed:
+        w_in, w_out = w_in.mT.contiguous(), w_out.mT.contiguous()
+    if form.interleaved:
+        w_in = halves(w_in)
+        bias_in = None if bias_in is None else halves(bias_in)
+    return w_in, w_out, bias_in, module.down_proj_bias if form.biased else None
 
 
-def _permit(gate: nn.Module, permitted_E: np.ndarray | None, family: Family, rule: RoutingRule) -> None:
-    """Re-route a stock router's answer among the permitted experts; None takes an earlier mask away."""
-    earlier = getattr(gate, _HOOK, None)
-    if earlier is not None:
-        earlier.remove()
-        delattr(gate, _HOOK)
-    if permitted_E is None:
+def halves(values: Tensor) -> Tensor:
+    """Reorder dimension 1 from gate and up in turn to [gate; up]; a copy."""
+    return values.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+
+def in_turn(values: Tensor) -> Tensor:
+    """Reorder dimension 1 from [gate; up] to gate and up in turn, the inverse of ``halves``; a copy."""
+    return values.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def _may_look(hidden_TH: Tensor) -> bool:
+    """Say whether numbers can be read now."""
+    if torch.compiler.is_compiling() or hidden_TH.device.type == "meta" or detect_fake_mode(hidden_TH) is not None:
+        return False
+    return not (hidden_TH.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+@torch.no_grad()
+def _check(experts: nn.Module, hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor, y_TH: Tensor) -> None:
+    eager = getattr(type(experts).forward, "__wrapped__", None)
+    if eager is None or not hidden_TH.shape[0]:
         return
-    slot_map = SlotMap.build(torch.from_numpy(permitted_E.copy()))
-    correction = family.tensors.get("correction_bias", "").removeprefix("gate.")
-
-    def reroute(gate: nn.Module, _: tuple[Tensor, ...], answer: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        nonlocal slot_map
-        logits_TE, stock_weights, _stock_experts = answer
-        if slot_map.slot_of_expert.device != logits_TE.device:
-            slot_map = slot_map.to(logits_TE.device)
-        routing = route(
-            logits_TE,
-            cast(int, gate.top_k),
-            permitted_E=slot_map,
-            scoring=rule.scoring,
-            renormalize=rule.renormalize,
-            bias_E=getattr(gate, correction) if correction else None,
-            groups=rule.groups,
-            scale=rule.scale,
+    few = slice(0, _FEW)
+    # Eager experts of some families cannot skip an id outside [0, E); with weight 0 any id is as good.
+    here_TK = (experts_TK[few] >= 0) & (experts_TK[few] < cast(Tensor, experts.down_proj).shape[0])
+    ids_TK, weights_TK = experts_TK[few].where(here_TK, 0), weights_TK[few].where(here_TK, 0.0)
+    want_TH, found_TH = eager(experts, hidden_TH[few].clone(), ids_TK, weights_TK).double(), y_TH[few].double()
+    size = want_TH.norm()
+    if not size > 0:  # nothing to compare with; the next call looks again
+        return
+    error = float((found_TH - want_TH).norm() / size)
+    if not error <= _TOLERANCE.get(y_TH.dtype, _ROUGH):
+        raise RuntimeError(
+            f"{type(experts).__name__} differs from its eager experts by {error:.1e} of their size in its first call; "
+            "fedmoe misreads this module, so choose another experts implementation, and please report it"
         )
-        # transformers' own mark for "no expert here" is the id E, which its eager experts skip too.
-        experts_TK = torch.where(routing.experts_TK < 0, logits_TE.shape[-1], routing.experts_TK)
-        return logits_TE, routing.weights_TK.to(stock_weights.dtype), experts_TK
-
-    setattr(gate, _HOOK, gate.register_forward_hook(reroute))
+    setattr(experts, CHECKED, True)

@@ -1,69 +1,82 @@
-"""Plain transformers models: cut out a sub-model, put it back, or build one from a state in global coordinates."""
+"""Plain transformers models of fewer experts: cut one out, and put what it learned back."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from fedmoe_bindings.transformers.families import family_of, layer_masks, sparse_blocks
-from fedmoe_core.base.tensor_key import of_layer
+from fedmoe_bindings.transformers.blocks import Mask, StockBlock, layer_masks, stock_blocks
+from fedmoe_bindings.transformers.cut import Cut, cut_like, cut_rows, named_tensors
 
-KEPT = "fedmoe_kept_experts"  # in config.json: expert ids per MoE layer, in the coordinates of the model cut from
+# In config.json: the expert ids of each MoE layer, in the coordinates of the model cut from, and how many that has.
+KEPT, CUT_FROM = "fedmoe_kept_experts", "fedmoe_cut_from"
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def extract_submodel(model: PreTrainedModel, permitted_LE: np.ndarray | Tensor) -> PreTrainedModel:
+def extract_submodel(model: Model, permitted: Mask) -> Model:
     """Cut out a stock model of the same class that has only the permitted experts; copies, never aliases.
 
-    It saves and loads with ``save_pretrained`` and ``from_pretrained`` like any other, and its configuration carries
-    the kept expert ids as ``fedmoe_kept_experts``. Its outputs are those of the full model routed under the mask.
+    It runs, saves and loads like any other, without fedmoe, and its outputs are those of the whole model routed under
+    the mask (``use_fedmoe(permitted=)``). Each tensor keeps its own dtype, device and ``requires_grad``; generation
+    settings come along, and the configuration carries the kept expert ids as ``fedmoe_kept_experts``.
 
     Args:
-        model: a Qwen3-MoE, OLMoE or Mixtral model.
-        permitted_LE: bool (L, E), or (E,) for all layers alike; the same number of experts in every layer, since a
+        model: a model whose experts run through transformers' experts interface.
+        permitted: bool (L, E), or (E,) for all layers alike; the same number of experts in every layer, since a
             transformers configuration has one number for all.
 
     Raises:
-        ValueError: the family is not served, the mask does not fit, or its layers keep different numbers.
+        ValueError: the model has no experts that can be cut, the mask does not fit, or its layers keep different
+            numbers.
+
+    Example:
+        >>> import torch
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_local_experts=4)
+        >>> model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+        >>> small = extract_submodel(model, torch.tensor([True, False, True, False]))
+        >>> small.config.num_local_experts, small.config.fedmoe_kept_experts
+        (2, [[0, 2], [0, 2]])
     """
-    family, blocks = family_of(model.config), sparse_blocks(model, model.config)
-    mask_LE = layer_masks(permitted_LE, blocks)
-    counts = mask_LE.sum(axis=1)
-    if counts.min() != counts.max():
+    blocks = stock_blocks(model)
+    kept = [np.flatnonzero(mask_E) for mask_E in layer_masks(permitted, [block.num_experts for block in blocks])]
+    counts = {len(ids) for ids in kept}
+    if len(counts) > 1:
         raise ValueError(
-            f"the layers keep {counts.min()} to {counts.max()} experts, transformers has one number for all; "
+            f"the layers keep {min(counts)} to {max(counts)} experts, transformers has one number for all; "
             "permit equally many in each, or use fedmoe_core.MoE"
         )
-    kept = [np.flatnonzero(row).tolist() for row in mask_LE]
-    config = copy.deepcopy(model.config)
-    setattr(config, family.experts_key, int(counts[0]))
-    config.num_experts_per_tok = min(config.num_experts_per_tok, int(counts[0]))
-    setattr(config, KEPT, kept)
-    state = model.state_dict()
-    for block, ids in zip(blocks, kept, strict=True):
-        for name in family.names(block.name).values():
-            state[name] = state[name][ids]
-    # The fresh weights are overwritten at once; the fork keeps their draws out of the caller's random stream.
-    with torch.random.fork_rng(devices=[]):
-        sub = cast(nn.Module, type(model)(config)).to(dtype=model.dtype, device=model.device)
-    sub.load_state_dict(state)
-    return cast(PreTrainedModel, sub.train(model.training))
+    cut = cut_like(model, blocks, kept)
+    sub, rows = cast(Model, cut.model), _rows(model, blocks, cut, kept)
+    _fill(sub, model, rows)
+    setattr(sub.config, KEPT, [ids.tolist() for ids in kept])
+    setattr(sub.config, CUT_FROM, blocks[0].num_experts)
+    if getattr(model, "generation_config", None) is not None:
+        sub.generation_config = copy.deepcopy(model.generation_config)
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in sub.named_modules():
+        module.training = modes.get(name, model.training)
+    if getattr(model, "is_gradient_checkpointing", False):
+        sub.gradient_checkpointing_enable()
+    return sub
 
 
-def merge_submodel(
-    full_model: PreTrainedModel, sub_model: PreTrainedModel, permitted_LE: np.ndarray | Tensor | None = None
-) -> PreTrainedModel:
-    """Write a sub-model's weights back into the full model, in place; experts it does not hold keep their bits.
+def merge_submodel(full_model: Model, sub_model: PreTrainedModel, permitted: Mask | None = None) -> Model:
+    """Write what a sub-model changed back into the full model, in place; all else keeps its bits.
+
+    A tensor, or the rows of one expert, is written if it is not what the full model's would be in the sub-model's
+    dtype. So a sub-model that was cast to 16 bits rounds only what it trained.
 
     Args:
         full_model: the model that ``sub_model`` was cut from.
         sub_model: made by ``extract_submodel``, perhaps trained, perhaps saved and loaded since.
-        permitted_LE: the mask it was cut with; None = as its configuration says.
+        permitted: the mask it was cut with; None = as its configuration says.
 
     Returns:
         ``full_model``.
@@ -71,10 +84,26 @@ def merge_submodel(
     Raises:
         ValueError: the sub-model does not say which experts it holds, or not those of the mask, or does not fit.
     """
-    family, blocks = family_of(full_model.config), sparse_blocks(full_model, full_model.config)
+    blocks = stock_blocks(full_model)
+    kept = _kept(blocks, sub_model, permitted)
+    rows = _rows(full_model, blocks, Cut(sub_model, stock_blocks(sub_model)), kept)
+    part_of = named_tensors(sub_model)
+    saved = set(full_model.state_dict())
+    whole_of = {name: value for name, value in named_tensors(full_model).items() if name in saved}
+    if lacking := sorted(set(whole_of) - set(part_of)):
+        raise ValueError(f"the sub-model has no {lacking[0]}; it was not cut from this model")
+    with torch.no_grad():
+        for name, whole in whole_of.items():
+            _write(whole, part_of[name].to(whole.device), rows.get(name))
+    return full_model
+
+
+def _kept(blocks: Sequence[StockBlock], sub_model: PreTrainedModel, permitted: Mask | None) -> list[np.ndarray]:
+    """The expert ids that each layer of the sub-model holds, checked against the full model and the mask."""
+    counts = [block.num_experts for block in blocks]
     kept = getattr(sub_model.config, KEPT, None)
-    if permitted_LE is not None:
-        asked = [np.flatnonzero(row).tolist() for row in layer_masks(permitted_LE, blocks)]
+    if permitted is not None:
+        asked = [np.flatnonzero(mask_E).tolist() for mask_E in layer_masks(permitted, counts)]
         if kept is not None and kept != asked:
             raise ValueError("the sub-model was cut with another mask; pass that mask, or none")
         kept = asked
@@ -82,57 +111,84 @@ def merge_submodel(
         raise ValueError(f"the sub-model's configuration has no {KEPT}; pass the mask it was cut with")
     if len(kept) != len(blocks):
         raise ValueError(f"the sub-model has {len(kept)} MoE layers, the full model {len(blocks)}; they must agree")
-    rows_of = {name: ids for block, ids in zip(blocks, kept, strict=True) for name in family.names(block.name).values()}
-    full_state, sub_state = full_model.state_dict(), sub_model.state_dict()
-    for name, whole in full_state.items():
-        part = sub_state.get(name)
-        want = (len(rows_of[name]), *whole.shape[1:]) if name in rows_of else tuple(whole.shape)
-        if part is None or tuple(part.shape) != want:
-            found = "absent" if part is None else f"of shape {tuple(part.shape)}"
-            raise ValueError(f"{name} is {found} in the sub-model; the full model needs {want}")
-        if name in rows_of and not all(0 <= e < whole.shape[0] for e in rows_of[name]):
-            raise ValueError(f"the sub-model keeps expert {max(rows_of[name])} of {name}, which has {whole.shape[0]}")
-    with torch.no_grad():
-        for name, whole in full_state.items():
-            part = sub_state[name].to(device=whole.device, dtype=whole.dtype)
-            if name in rows_of:
-                whole[rows_of[name]] = part
-            else:
-                whole.copy_(part)
-    return full_model
+    whole = getattr(sub_model.config, CUT_FROM, counts[0])
+    if whole != counts[0]:
+        raise ValueError(f"the sub-model was cut from {whole} experts, the full model has {counts[0]}; pass its own")
+    for layer, (ids, count) in enumerate(zip(kept, counts, strict=True)):
+        if ids != sorted(set(ids)) or not all(0 <= e < count for e in ids):
+            raise ValueError(f"the sub-model keeps experts {ids} in MoE layer {layer}, which has {count}")
+    return [np.asarray(ids, dtype=np.int64) for ids in kept]
 
 
-def stock_model(
-    cls: Any, config: PreTrainedConfig, state: Mapping[str, Tensor], names: Sequence[Mapping[str, str]]
-) -> PreTrainedModel:
-    """Build a stock model from a state in global coordinates; copies, never aliases.
-
-    Args:
-        cls: a model class, or transformers' automatic classifier class.
-        config: of the model; not changed.
-        state: ``moe.{l}.{ours}`` and ``dense.{name}`` with every expert.
-        names: stock names of the tensors of each MoE block by ours, in depth order; see ``Family.names``.
+def _rows(
+    whole: nn.Module, blocks: Sequence[StockBlock], cut: Cut, kept: Sequence[np.ndarray]
+) -> dict[str, tuple[int, Tensor]]:
+    """Which rows of which tensors stay, by name in the model; everything else has one shape in both.
 
     Raises:
-        ValueError: transformers has no classifier for this family.
+        ValueError: a tensor has another shape in the cut model, and not for its experts' sake.
     """
-    config, head = copy.deepcopy(config), state.get("dense.score.weight")
-    if head is not None:
-        config.num_labels = head.shape[0]
-    build = cls.from_config if cls is AutoModelForSequenceClassification else cls
-    with torch.random.fork_rng(devices=[]):
-        try:
-            model = build(config)
-        except ValueError as error:
-            raise ValueError(f"transformers has no classifier for {config.model_type!r}; export its trunk") from error
-    weights = {key.removeprefix("dense."): value for key, value in state.items() if key.startswith("dense.")}
-    for layer, stock in enumerate(names):
-        own = of_layer(layer, state)
-        weights |= {name: own[ours] for ours, name in stock.items()}
-    model = model.to(state["moe.0.router"])
-    # Tied tensors are listed once in a state; every other parameter must be there.
-    lacking = set(dict(model.named_parameters())) - set(weights)
-    if lacking:
-        raise ValueError(f"the state has no {min(lacking)}; it is not a state of this model")
-    model.load_state_dict(weights, strict=False)
-    return model.eval()
+    tensors, parts = named_tensors(whole), named_tensors(cut.model)
+    found: dict[str, tuple[int, Tensor]] = {}
+    for block, ids in zip(blocks, kept, strict=True):
+        inside = {name: value for name, value in tensors.items() if name.startswith(f"{block.name}.")}
+        found |= cut_rows(inside, parts, ids, block.num_experts)
+    for name, value in tensors.items():
+        if name in parts and name not in found and value.shape != parts[name].shape:
+            raise ValueError(
+                f"{name} is {tuple(parts[name].shape)} in the sub-model, {tuple(value.shape)} in the full model; "
+                "they are not one model"
+            )
+    return found
+
+
+def _fill(sub: PreTrainedModel, model: PreTrainedModel, rows: dict[str, tuple[int, Tensor]]) -> None:
+    """Give a model on meta copies of another's tensors, those with experts by their rows; tied ones stay tied."""
+    made: dict[int, Any] = {}
+    places = dict(sub.named_modules())
+    for name, value in named_tensors(model).items():
+        inside, _, own = name.rpartition(".")
+        if inside not in places or not hasattr(places[inside], own):
+            continue
+        if id(value) not in made:
+            dim, kept = rows.get(name, (0, None))
+            part = value.detach().clone() if kept is None else value.detach().index_select(dim, kept.to(value.device))
+            trains = value.requires_grad
+            made[id(value)] = nn.Parameter(part, requires_grad=trains) if isinstance(value, nn.Parameter) else part
+        setattr(places[inside], own, made[id(value)])
+    for name, value in _plain_tensors(model).items():
+        inside, _, own = name.rpartition(".")
+        if inside in places:
+            setattr(places[inside], own, value.clone())
+    left = [name for name, value in (named_tensors(sub) | _plain_tensors(sub)).items() if value.device.type == "meta"]
+    if left and next(iter(named_tensors(model).values())).device.type != "meta":
+        raise ValueError(f"{left[0]} of the cut model has no counterpart in the whole one; use fedmoe_core.MoE")
+
+
+def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors that modules hold as plain attributes, by name."""
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _write(whole: Tensor, part: Tensor, rows: tuple[int, Tensor] | None) -> None:
+    """Write a part into the whole where it differs, one expert's rows at a time."""
+    if rows is None:
+        if not _same(whole, part):
+            whole.copy_(part.to(whole.dtype))
+        return
+    dim, kept = rows
+    for place, row in enumerate(kept.tolist()):
+        old, new = whole.select(dim, row), part.select(dim, place)
+        if not _same(old, new):
+            old.copy_(new.to(whole.dtype))
+
+
+def _same(whole: Tensor, part: Tensor) -> bool:
+    """Whether the part is what the whole becomes in the part's dtype; NaN is the same as NaN."""
+    rounded = whole.to(part.dtype)
+    return bool(((rounded == part) | ((rounded != rounded) & (part != part))).all())

@@ -60,7 +60,7 @@ class Routing:
         cls,
         experts_TK: Tensor,
         weights_TK: Tensor,
-        slot_map: SlotMap,
+        slot_map: SlotMap | int,
         *,
         client_T: Tensor | None = None,
         valid_T: Tensor | None = None,
@@ -71,7 +71,7 @@ class Routing:
         Args:
             experts_TK: integer expert ids, best first. Ids outside [0, E) and absent experts mean "not here": no row.
             weights_TK: their weights, differentiable; cast to float32 unless float64, and 0 where there is no row.
-            slot_map: where the experts lie.
+            slot_map: where the experts lie; a number E = all of them, expert e in slot e.
             client_T, valid_T, backend: as in `route`.
 
         Raises:
@@ -93,13 +93,18 @@ class Routing:
         if weights_TK.device != experts_TK.device:
             raise ValueError(f"weights_TK is on {weights_TK.device}, experts_TK on {experts_TK.device}; move one")
         check_backend(backend)
-        table_CE = table_of(slot_map, experts_TK, client_T, valid_T)
+        if isinstance(slot_map, int):
+            table_CE = table_of(None, experts_TK, client_T, valid_T, num_experts=slot_map)
+            num_slots, tile_rows = slot_map, None
+        else:
+            table_CE = table_of(slot_map, experts_TK, client_T, valid_T)
+            num_slots, tile_rows = slot_map.num_slots, slot_map.tile_rows
         experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1 = ops.place_rows(
-            experts_TK, table_CE, client_T, valid_T, slot_map.num_slots, backend
+            experts_TK, table_CE, client_T, valid_T, num_slots, backend
         )
         weights_TK = weights_TK.to(compute_dtype(weights_TK.dtype)).where(slots_TK >= 0, 0.0)
         index = (experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1)
-        return cls(weights_TK, *index, slot_map.num_slots, rows_per_slot=slot_map.tile_rows)
+        return cls(weights_TK, *index, num_slots, rows_per_slot=tile_rows)
 
 
 def check_backend(backend: str) -> None:
@@ -108,9 +113,19 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
 
-def table_of(slot_map: SlotMap | None, like_T: Tensor, client_T: Tensor | None, valid_T: Tensor | None) -> Tensor:
-    """Return the slot table (C, E) for these tokens, after the checks on the map and the per-token arguments."""
-    T, E, device = like_T.shape[0], like_T.shape[1], like_T.device
+def table_of(
+    slot_map: SlotMap | None,
+    like_T: Tensor,
+    client_T: Tensor | None,
+    valid_T: Tensor | None,
+    *,
+    num_experts: int | None = None,
+) -> Tensor:
+    """Return the slot table (C, E) for these tokens, after the checks on the map and the per-token arguments.
+
+    Without a map every expert is in its own slot; E is then ``num_experts``, or the width of ``like_T``.
+    """
+    T, E, device = like_T.shape[0], num_experts or like_T.shape[1], like_T.device
     for name, per_token, dtype in (("client_T", client_T, torch.int64), ("valid_T", valid_T, torch.bool)):
         if per_token is None:
             continue

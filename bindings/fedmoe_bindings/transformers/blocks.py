@@ -1,0 +1,142 @@
+"""Where the MoE blocks of a stock transformers model are, found by what its modules are and not by the family's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+# Left on every experts module by transformers' own decorator, which makes it ask for an experts function.
+_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+_ROUTERS = ("gate", "router")
+Mask = np.ndarray | Tensor | Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class StockBlock:
+    """One MoE block of a stock model.
+
+    Attributes:
+        name: of the module that holds router and experts; "" for the model itself.
+        experts_name: of the experts within the block, without what peft or others wrapped around them.
+        router_name: of the router within the block.
+        experts, router: the modules themselves.
+    """
+
+    name: str
+    experts_name: str
+    router_name: str
+    experts: nn.Module
+    router: nn.Module
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return cast(Tensor, self.experts.down_proj).shape[0]
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Say whether transformers runs this module by an experts function."""
+    return all(hasattr(module, mark) for mark in _MARKS) and hasattr(type(module), "_apply_gate")
+
+
+def stock_blocks(model: nn.Module) -> tuple[StockBlock, ...]:
+    """List the MoE blocks whose experts run by an experts function, in the order of the model's modules.
+
+    Raises:
+        ValueError: there is none; the sentence says what was looked for.
+    """
+    blocks = []
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if not is_experts(module):
+            continue
+        place = name
+        while place.endswith(".base_layer"):  # peft's wrappers stand between a block and its experts
+            place = place.removesuffix(".base_layer")
+        above, _, child = place.rpartition(".")
+        router = next((r for r in _ROUTERS if isinstance(getattr(modules[above], r, None), nn.Module)), None)
+        if router is None:
+            raise ValueError(
+                f"{above or 'the model'} has experts but no router called {' or '.join(_ROUTERS)}; "
+                "fedmoe cannot tell how its tokens are routed"
+            )
+        blocks.append(StockBlock(above, child, router, module, _unwrapped(getattr(modules[above], router))))
+    if not blocks:
+        raise ValueError(what_is_missing(model))
+    return tuple(blocks)
+
+
+def what_is_missing(model: nn.Module) -> str:
+    """Say in one sentence why a model has no block to serve."""
+    config = getattr(model, "config", None)
+    name = type(model).__name__
+    counts = sorted(key for key in _keys(config) if counts_experts(key)) if config is not None else []
+    if not counts:
+        return (
+            f"{name} is not a Mixture of Experts: no module of it has the marks of transformers' experts, and its "
+            "configuration has no number of experts; use a MoE model"
+        )
+    if len(set(type(m).__name__ for m in model.modules() if "Expert" in type(m).__name__)):
+        return (
+            f"{name} has experts, but they do not run through transformers' experts interface (no module has "
+            f"{', '.join(_MARKS)}); fedmoe cannot reach them"
+        )
+    return f"{name} has {counts[0]} in its configuration but no MoE layer; check which of its layers are sparse"
+
+
+def counts_experts(key: str) -> bool:
+    """Say whether a key of a configuration is a number of routed experts."""
+    words = key.split("_")
+    return words[-1] == "experts" and ("num" in words or "n" in words) and "shared" not in words
+
+
+def configs_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """List a configuration and those inside it, such as the text part of a vision model."""
+    inside = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    return [config, *(found for child in inside for found in configs_of(child))]
+
+
+def layer_masks(permitted: Mask, num_experts: Sequence[int]) -> list[np.ndarray]:
+    """Make one checked bool (E,) mask for each layer.
+
+    Args:
+        permitted: bool (L, E), or (E,) for all layers alike, or one (E_l,) for each layer.
+        num_experts: E of each layer.
+
+    Raises:
+        ValueError: another dtype or shape, or a layer without any expert.
+    """
+    layers, most = len(num_experts), max(num_experts)
+    if isinstance(permitted, Tensor | np.ndarray):
+        mask = permitted.cpu().numpy() if isinstance(permitted, Tensor) else permitted
+        if mask.dtype != np.bool_ or mask.shape not in ((layers, most), (most,)) or set(num_experts) != {most}:
+            raise ValueError(
+                f"permitted is {mask.dtype} of shape {mask.shape}; give a bool mask of shape {(layers, most)}"
+                + ("" if set(num_experts) == {most} else ", one for each layer since their sizes differ")
+            )
+        masks = list(np.broadcast_to(mask, (layers, most)))
+    else:
+        masks = [np.asarray(mask) for mask in permitted]
+        shapes = [(count,) for count in num_experts]
+        if [mask.shape for mask in masks] != shapes or any(mask.dtype != np.bool_ for mask in masks):
+            raise ValueError(f"permitted has {len(masks)} masks; give one bool mask for each layer, of shapes {shapes}")
+    for layer, mask_E in enumerate(masks):
+        if not mask_E.any():
+            raise ValueError(f"MoE layer {layer} has no permitted expert; permit at least one in every layer")
+    return masks
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside peft's wrappers."""
+    while isinstance(inside := getattr(module, "base_layer", None), nn.Module):
+        module = inside
+    return module
+
+
+def _keys(config: PreTrainedConfig) -> set[str]:
+    return {key for part in configs_of(config) for key, value in vars(part).items() if value}
