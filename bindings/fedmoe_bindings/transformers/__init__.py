@@ -2,6 +2,14 @@
 
 from fedmoe_bindings.transformers.adapter import TransformersAdapter, load_adapter
 from fedmoe_bindings.transformers.use import use_fedmoe
+from fedmoe_bindings.transformers.hold_still import hold_still
 from fedmoe_bindings.transformers.submodel import extract_submodel, merge_submodel
 
-__all__ = ["TransformersAdapter", "extract_submodel", "load_adapter", "merge_submodel", "use_fedmoe"]
+__all__ = [
+    "TransformersAdapter",
+    "extract_submodel",
+    "hold_still",
+    "load_adapter",
+    "merge_submodel",
+    "use_fedmoe",
+]

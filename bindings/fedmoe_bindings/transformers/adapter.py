@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fedmoe_bindings.transformers.attention import attention_received
+from fedmoe_bindings.transformers.blocks import stock_blocks
 from fedmoe_bindings.transformers.export import cast_parameters, stock_model
-from fedmoe_bindings.transformers.families import Family, family_of, sparse_blocks
+from fedmoe_bindings.transformers.families import Family, check_layer, family_of
 from fedmoe_bindings.transformers.load import Pool, SequenceClassifier, load_model, small_model
 from fedmoe_bindings.transformers.places import PlaceMeasures
 from fedmoe_bindings.transformers.shared import shared_of
@@ -83,6 +84,11 @@ def load_adapter(
     )
 
 
+def _with_nothing(_: nn.Module, __: object, hidden: Tensor) -> tuple[Tensor, None]:
+    """The answer of a block that its model expects to return two values."""
+    return hidden, None
+
+
 class TransformersAdapter(PlaceMeasures):
     """A transformers model whose MoE blocks are ``fedmoe_core.MoE`` layers; implements ``ModelAdapter``.
 
@@ -108,13 +114,16 @@ class TransformersAdapter(PlaceMeasures):
         Args:
             model: a causal LM; for classification transformers' own classifier, or a bare trunk (a head is added).
             task, num_classes, pool, seed, backend: as ``load_adapter``.
-            family: how its MoE blocks are made; None = the one that is known for its configuration.
+            family: how its MoE blocks are made, taken on trust; None = found out from the blocks, and every layer is
+                compared with the block that it stands for.
 
         Raises:
             ValueError: as ``load_adapter``.
         """
-        config = model.config
-        family, blocks = family or family_of(config), sparse_blocks(model, config)
+        config, blocks = model.config, stock_blocks(model)
+        if len(sizes := {block.num_experts for block in blocks}) > 1:
+            raise ValueError(f"the MoE layers have {min(sizes)} to {max(sizes)} experts; fedmoe serves one number for all")
+        told, family = family is not None, family or family_of(blocks[0])
         if task == "causal_lm" and model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no language-model head; load it as a causal LM")
         root = (
@@ -125,16 +134,20 @@ class TransformersAdapter(PlaceMeasures):
         layers = []
         for block in blocks:
             layer = MoE.of(
-                block.state(family),
-                config.num_experts_per_tok,
-                rule=family.rule(config),
+                family.state(block),
+                family.top_k or config.num_experts_per_tok,
+                rule=family.rule,
                 activation=family.activation,
                 shared=shared_of(block, family),
                 with_stats=True,
                 with_scores=True,
                 backend=backend,
             ).train(model.training)
+            if not told:
+                check_layer(block, layer)
             model.set_submodule(block.name, layer)
+            if family.pair:
+                layer.register_forward_hook(_with_nothing)
             layers.append(layer)
         del blocks, block
         self._carriers = carry_token_mask(root)
@@ -174,12 +187,12 @@ class TransformersAdapter(PlaceMeasures):
         state = self.state()
         if self.frozen_moe:
             raise ValueError("transformers has no model with grafted mixtures; save the state instead")
-        names = [self._family.names(name) for name, module in self.model.named_modules() if isinstance(module, MoE)]
+        blocks = [name for name, module in self.model.named_modules() if isinstance(module, MoE)]
         if not isinstance(self.model, SequenceClassifier):
-            return stock_model(type(self.model), cast(PreTrainedModel, self.model), state, names)
+            return stock_model(type(self.model), cast(PreTrainedModel, self.model), state, self._family, blocks)
         if self.model.pool != "last":
             raise ValueError("transformers' classifiers pool the last token; train with pool='last' to export")
-        return stock_model(AutoModelForSequenceClassification, self.model.model, state, names)
+        return stock_model(AutoModelForSequenceClassification, self.model.model, state, self._family, blocks)
 
     def configure(self, state: Mapping[str, Tensor], submodel: SubModel = WHOLE) -> None:
         """Become ``submodel`` of ``state``, as ``ModelAdapter.configure``.

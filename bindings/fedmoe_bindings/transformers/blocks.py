@@ -13,6 +13,9 @@ from transformers import PreTrainedConfig
 # Left on every experts module by transformers' own decorator, which makes it ask for an experts function.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _ROUTERS = ("gate", "router")
+# In the config.json of a sub-model: the expert ids of each MoE layer, in the coordinates of the model it was cut from,
+# and how many experts that has.
+KEPT, CUT_FROM = "fedmoe_kept_experts", "fedmoe_cut_from"
 Mask = np.ndarray | Tensor | Sequence[np.ndarray]
 
 
@@ -22,12 +25,14 @@ class StockBlock:
 
     Attributes:
         name: of the module that holds router and experts; "" for the model itself.
+        module: that module.
         experts_name: of the experts within the block, without what peft or others wrapped around them.
         router_name: of the router within the block.
         experts, router: the modules themselves.
     """
 
     name: str
+    module: nn.Module
     experts_name: str
     router_name: str
     experts: nn.Module
@@ -65,23 +70,40 @@ def stock_blocks(model: nn.Module) -> tuple[StockBlock, ...]:
                 f"{above or 'the model'} has experts but no router called {' or '.join(_ROUTERS)}; "
                 "fedmoe cannot tell how its tokens are routed"
             )
-        blocks.append(StockBlock(above, child, router, module, _unwrapped(getattr(modules[above], router))))
+        blocks.append(StockBlock(above, modules[above], child, router, module, _unwrapped(getattr(modules[above], router))))
     if not blocks:
         raise ValueError(what_is_missing(model))
     return tuple(blocks)
 
 
+def check_config(config: PreTrainedConfig, name: str) -> None:
+    """Refuse what the configuration of a model already shows that it cannot be served.
+
+    Raises:
+        ValueError: it has no number of experts, or was cut out of a larger model.
+    """
+    if not _counts(config):
+        raise ValueError(
+            f"model {name!r} ({config.model_type}) is not a Mixture of Experts: its configuration has no number of "
+            "experts; use a MoE model"
+        )
+    if getattr(config, KEPT, None) is not None:
+        raise ValueError(
+            f"model {name!r} is a sub-model, cut from one of {getattr(config, CUT_FROM, 'more')} experts; merge it "
+            f"into that model, or take {KEPT} out of its config.json to use it as a model of its own"
+        )
+
+
 def what_is_missing(model: nn.Module) -> str:
     """Say in one sentence why a model has no block to serve."""
-    config = getattr(model, "config", None)
-    name = type(model).__name__
-    counts = sorted(key for key in _keys(config) if counts_experts(key)) if config is not None else []
+    config, name = getattr(model, "config", None), type(model).__name__
+    counts = [] if config is None else _counts(config)
     if not counts:
         return (
             f"{name} is not a Mixture of Experts: no module of it has the marks of transformers' experts, and its "
             "configuration has no number of experts; use a MoE model"
         )
-    if len(set(type(m).__name__ for m in model.modules() if "Expert" in type(m).__name__)):
+    if any("Expert" in type(module).__name__ for module in model.modules()):
         return (
             f"{name} has experts, but they do not run through transformers' experts interface (no module has "
             f"{', '.join(_MARKS)}); fedmoe cannot reach them"
@@ -138,5 +160,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def _keys(config: PreTrainedConfig) -> set[str]:
-    return {key for part in configs_of(config) for key, value in vars(part).items() if value}
+def _counts(config: PreTrainedConfig) -> list[str]:
+    """The keys of a configuration that give a number of routed experts."""
+    keys = {key for part in configs_of(config) for key, value in vars(part).items() if value}
+    return sorted(key for key in keys if counts_experts(key))

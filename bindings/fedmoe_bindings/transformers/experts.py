@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from fedmoe_bindings.transformers.forms import Form, form_of
-from fedmoe_bindings.transformers.own_gate import by_own_gate
+from fedmoe_bindings.transformers.own_gate import autocast_dtype, by_own_gate
 from fedmoe_kernels.experts.moe_mlp import ExpertLora, moe_mlp
 from fedmoe_kernels.routing.record import Routing
 
@@ -67,7 +67,7 @@ def _run(
     if lora is not None:
         w_in, w_out = w_in.detach(), w_out.detach()
         bias_in, bias_out = (None if b is None else b.detach() for b in (bias_in, bias_out))
-    x_TH = hidden_TH if torch.is_autocast_enabled(hidden_TH.device.type) else hidden_TH.to(w_in.dtype)
+    x_TH = hidden_TH if autocast_dtype(hidden_TH) is not None else hidden_TH.to(w_in.dtype)
     return moe_mlp(
         x_TH,
         routing,

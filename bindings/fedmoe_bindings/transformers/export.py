@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from fedmoe_bindings.transformers.families import Family
 from fedmoe_core.base.tensor_key import of_layer
 
 
 def stock_model(
-    cls: Any, like: PreTrainedModel, state: Mapping[str, Tensor], names: Sequence[Mapping[str, str]]
+    cls: Any, like: PreTrainedModel, state: Mapping[str, Tensor], family: Family, blocks: Sequence[str]
 ) -> PreTrainedModel:
     """Build a stock model from a state in global coordinates; copies, never aliases.
 
@@ -24,7 +25,8 @@ def stock_model(
         cls: a model class, or transformers' automatic classifier class.
         like: a model with the same trunk, whose configuration, generation settings and buffers are taken over.
         state: ``moe.{l}.{ours}`` and ``dense.{name}`` with every expert.
-        names: stock names of the tensors of each MoE block by ours, in depth order; see ``Family.names``.
+        family: how its MoE blocks are made.
+        blocks: their names, in depth order.
 
     Raises:
         ValueError: transformers has no classifier for this family.
@@ -39,9 +41,9 @@ def stock_model(
         except ValueError as error:
             raise ValueError(f"transformers has no classifier for {config.model_type!r}; export its trunk") from error
     weights = {key.removeprefix("dense."): value for key, value in state.items() if key.startswith("dense.")}
-    for layer, stock in enumerate(names):
+    for layer, block in enumerate(blocks):
         own = of_layer(layer, state)
-        weights |= {name: own[ours] for ours, name in stock.items()}
+        weights |= {name: family.stock(ours, own[ours]) for ours, name in family.names(block).items()}
     # Tied tensors are listed once in a state; every other parameter must be there.
     lacking = set(dict(model.named_parameters())) - set(weights)
     if lacking:

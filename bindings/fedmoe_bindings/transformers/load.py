@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fedmoe_bindings.transformers.families import family_of
+from fedmoe_bindings.transformers.blocks import check_config
 from fedmoe_core.config.run_config import ModelConfig
 from fedmoe_core.data.batches import Task
 
@@ -141,7 +141,7 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
     with quiet(), torch.random.fork_rng(devices=[]):
         with _one_sentence(name):
             config = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
-        family_of(config)
+        check_config(config, name)
         with _one_sentence(name):
             model, report = _auto_class(config, task).from_pretrained(
                 name,

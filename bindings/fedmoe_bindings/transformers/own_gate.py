@@ -46,8 +46,7 @@ def _expert_of_row(routing: Routing) -> Tensor:
 
 def _product(a_RK: Tensor, weight: Tensor, routing: Routing, form: Form) -> Tensor:
     """a @ w[slot].T for every row, 0 for rows without an expert; the weight in the module's own layout."""
-    if torch.is_autocast_enabled(a_RK.device.type) and a_RK.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(a_RK.device.type)
+    if (dtype := autocast_dtype(a_RK)) is not None:
         a_RK, weight = a_RK.to(dtype), weight.to(dtype)
     a_RK, w_BKN = a_RK.to(weight.dtype), weight if form.transposed else weight.mT
     ends_B = routing.offsets_B1[1:].to(torch.int32)
@@ -56,6 +55,14 @@ def _product(a_RK: Tensor, weight: Tensor, routing: Routing, form: Form) -> Tens
         return grouped_mm(a_RK, w_BKN, offs=ends_B).where(live_R1, 0.0)
     # transformers' operator: a loop over experts that a compiler does not look into.
     return cast(Tensor, torch.ops.transformers.grouped_mm_fallback(a_RK, w_BKN, ends_B))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of a product with ``x`` now; None = nothing."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _torch_can(a_RK: Tensor, w_BKN: Tensor) -> bool:

@@ -108,16 +108,18 @@ def check_router(cut: CutRouter, block: StockBlock) -> None:
     if value.device.type == "meta" or width is None:
         return
     fails = f"the router of {block.name} cannot route among {len(cut.kept)} of {cut.num_experts} experts"
+    bias_E = torch.zeros(cut.num_experts, device=value.device)  # some blocks hand one to their router
     generator = torch.Generator().manual_seed(0)
     x_1TH = torch.randn(1, 4, width, generator=generator).to(value.device, value.dtype)
-    for shape in (x_1TH[0], x_1TH):
+    reasons = []
+    for told in ((x_1TH[0],), (x_1TH,), (x_1TH[0], bias_E), (x_1TH, bias_E)):
         try:
-            _, weights, ids, *_ = cut(shape)
+            _, weights, ids, *_ = cut(*told)
             break
-        except (RuntimeError, IndexError, TypeError) as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            reasons.append(str(error).strip().partition("\n")[0].rstrip("."))
     else:
-        raise ValueError(f"{fails} ({reason}); permit more")
+        raise ValueError(f"{fails} ({reasons[0]}); permit more, or all")
     allowed = torch.cat([cut.kept.to(ids.device), torch.tensor([cut.num_experts], device=ids.device)])
     if not bool(torch.isfinite(weights).all()) or not bool(torch.isin(ids, allowed).all()):
         raise ValueError(f"{fails}; permit more")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fedmoe_bindings.transformers.families import Block, Family
+from fedmoe_bindings.transformers.blocks import StockBlock
+from fedmoe_bindings.transformers.families import Family
 
 
 class Shared(nn.Module):
@@ -27,6 +28,6 @@ class Shared(nn.Module):
         return y_TH
 
 
-def shared_of(block: Block, family: Family) -> Shared | None:
+def shared_of(block: StockBlock, family: Family) -> Shared | None:
     """Return a block's shared expert; None in a family that has none."""
     return Shared(block.module, family.shared) if family.shared else None

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedmoe_bindings.transformers.blocks import Mask, StockBlock, layer_masks, stock_blocks
+from fedmoe_bindings.transformers.blocks import CUT_FROM, KEPT, Mask, StockBlock, layer_masks, stock_blocks
 from fedmoe_bindings.transformers.cut import Cut, cut_like, cut_rows, named_tensors
 
-# In config.json: the expert ids of each MoE layer, in the coordinates of the model cut from, and how many that has.
-KEPT, CUT_FROM = "fedmoe_kept_experts", "fedmoe_cut_from"
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -59,11 +57,7 @@ def extract_submodel(model: Model, permitted: Mask) -> Model:
     setattr(sub.config, CUT_FROM, blocks[0].num_experts)
     if getattr(model, "generation_config", None) is not None:
         sub.generation_config = copy.deepcopy(model.generation_config)
-    modes = {name: module.training for name, module in model.named_modules()}
-    for name, module in sub.named_modules():
-        module.training = modes.get(name, model.training)
-    if getattr(model, "is_gradient_checkpointing", False):
-        sub.gradient_checkpointing_enable()
+    _take_modes(sub, model)
     return sub
 
 
@@ -163,6 +157,17 @@ def _fill(sub: PreTrainedModel, model: PreTrainedModel, rows: dict[str, tuple[in
     left = [name for name, value in (named_tensors(sub) | _plain_tensors(sub)).items() if value.device.type == "meta"]
     if left and next(iter(named_tensors(model).values())).device.type != "meta":
         raise ValueError(f"{left[0]} of the cut model has no counterpart in the whole one; use fedmoe_core.MoE")
+
+
+def _take_modes(sub: nn.Module, model: nn.Module) -> None:
+    """Let every module train or not, and repeat its forward or not, as the one of the same name does."""
+    whole = dict(model.named_modules())
+    for name, module in sub.named_modules():
+        like = whole.get(name, model)
+        module.training = like.training
+        for flag in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            if flag in vars(like):
+                setattr(module, flag, vars(like)[flag])
 
 
 def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:

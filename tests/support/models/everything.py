@@ -21,9 +21,7 @@ TENSORS = {
     "correction_bias": "gate.correction_bias",
 }
 EVERYTHING = Family(
-    "qwen3_moe",
-    "num_experts",
-    lambda config: RoutingRule("sigmoid", groups=(4, 3), scale=1.5),
+    RoutingRule("sigmoid", groups=(4, 3), scale=1.5),
     tensors=TENSORS,
     shared=("shared_expert", "shared_expert_gate"),
 )

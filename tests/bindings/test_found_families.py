@@ -1,4 +1,4 @@
-"""What a `Family` can declare, shown on families that are not served yet: the adapter equals the stock model."""
+"""What the adapter finds out about a family by itself: it equals the stock model, and exports it again."""
 
 from __future__ import annotations
 
@@ -12,27 +12,7 @@ from stock_models import SIZES, VOCAB, E, batch_of
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from fedmoe_bindings.transformers import TransformersAdapter
-from fedmoe_bindings.transformers.families import STOCK, Family, norm_topk_prob
-from fedmoe_core.layer.routing_rule import RoutingRule
 from fedmoe_core.model.submodel import SubModel
-
-QWEN2 = Family("qwen2_moe", "num_experts", norm_topk_prob, shared=("shared_expert", "shared_expert_gate"))
-
-
-def grouped(config: DeepseekV3Config) -> RoutingRule:
-    """DeepSeek-V3's rule."""
-    groups = config.n_group, config.topk_group
-    return RoutingRule("sigmoid", bool(config.norm_topk_prob), groups, config.routed_scaling_factor)
-
-
-DEEPSEEK = Family(
-    "deepseek_v3",
-    "n_routed_experts",
-    grouped,
-    tensors={**STOCK, "correction_bias": "gate.e_score_correction_bias"},
-    shared=("shared_experts",),
-)
-
 
 def qwen2() -> PreTrainedModel:
     more = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "num_experts": E, "use_cache": False}
@@ -64,15 +44,14 @@ def deepseek() -> PreTrainedModel:
     return model
 
 
-FAMILIES = {"qwen2": (qwen2, QWEN2), "deepseek": (deepseek, DEEPSEEK)}
+FAMILIES = {"qwen2": qwen2, "deepseek": deepseek}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_adapter_is_the_stock_model_and_exports_it_again(name: str) -> None:
-    make, family = FAMILIES[name]
     torch.manual_seed(0)
-    stock = make().eval()
-    adapter = TransformersAdapter(copy.deepcopy(stock), family=family)
+    stock = FAMILIES[name]().eval()
+    adapter = TransformersAdapter(copy.deepcopy(stock))
     batch = batch_of()
     inputs = {"input_ids": batch.tokens_SN, "attention_mask": batch.mask_SN.long()}
     with torch.no_grad():
