@@ -14,6 +14,7 @@ from fedmoe_kernels import reference
 from fedmoe_kernels.activations import ACTIVATIONS
 
 _FORM = "_fedmoe_form"
+_SILU = ("SiLU", "SiLUActivation")
 _PROBE_ROWS, _PROBE_WIDTH = 64, 8
 # Half of the rows are of size 1, half go up to 30: past every limit that a family of 2026 clamps at (7 to 20). In
 # float64; gelu by tanh differs from gelu by 5e-4 of a row's size, a module that computes in float32 inside by 1e-7.
@@ -78,7 +79,8 @@ def _can_try(weight: Tensor) -> bool:
 def _is_plain_swiglu(experts: nn.Module) -> bool:
     usual: Any = getattr(stock, "_default_apply_gate", None)
     gate: Any = getattr(type(experts), "_apply_gate", None)
-    return gate is not None and gate is usual and isinstance(getattr(experts, "act_fn", None), nn.SiLU)
+    # By name: some releases of transformers have a class of their own for torch's SiLU.
+    return gate is not None and gate is usual and type(getattr(experts, "act_fn", None)).__name__ in _SILU
 
 
 def _same_activation(experts: nn.Module, *, gated: bool, interleaved: bool) -> str | None:
