@@ -90,9 +90,12 @@ class PlaceMeasures(TaskLosses):
         """Return the attention module next to each MoE block, in depth order."""
         beside: dict[nn.Module, nn.Module] = {}
         for module in self.model.modules():
-            attention, block = getattr(module, "self_attn", None), getattr(module, "mlp", None)
-            if isinstance(attention, nn.Module) and isinstance(block, MoE | Grafted):
-                beside[block.experts if isinstance(block, Grafted) else block] = attention
+            attention = getattr(module, "self_attn", None)
+            for block in module.children():
+                if isinstance(attention, nn.Module) and isinstance(block, MoE | Grafted):
+                    beside[block.experts if isinstance(block, Grafted) else block] = attention
+        if alone := [number for number, layer in enumerate(self.moe) if layer not in beside]:
+            raise ValueError(f"MoE layer {alone[0]} has no self_attn beside it, whose attention could be measured")
         return [beside[layer] for layer in self.moe]
 
 

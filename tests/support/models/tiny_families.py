@@ -72,6 +72,34 @@ MORE: dict[str, dict[str, Any]] = {
 }
 # Families that cannot be cut to fewer experts, with a word of the reason.
 UNCUT: dict[str, str] = {"deepseek_v4": "input_ids"}  # its first layers choose experts by a table of token ids
+# Families whose blocks the simulator's layer cannot stand for, with a word of the reason.
+OWN_ACTIVATION, OWN_RULE = "an activation or a norm that fedmoe's layer does not have", "follows none of the rules"
+OWN_TENSOR, OWN_SUM = "which a router of fedmoe's layer does not have", "computes something else than fedmoe's layer"
+NOT_SIMULATED = {
+    "afmoe": "cannot be tried by itself",
+    "axk1": "shared_experts, post_mlp_layernorm beside its experts",
+    "beam": OWN_SUM,
+    "cohere2_moe": OWN_SUM,
+    "deepseek_v4": OWN_ACTIVATION,
+    "diffusion_gemma": OWN_ACTIVATION,
+    "ernie4_5_moe": OWN_TENSOR,
+    "ernie4_5_vl_moe": OWN_TENSOR,
+    "gemma4": OWN_ACTIVATION,
+    "glm5_next": OWN_ACTIVATION,
+    "hy_v3": OWN_RULE,
+    "hy_v4": OWN_ACTIVATION,
+    "hy_v4_vl": OWN_ACTIVATION,
+    "inkling": OWN_TENSOR,
+    "inkling2": OWN_ACTIVATION,
+    "inkling2_loop": OWN_ACTIVATION,
+    "kolibri1": OWN_RULE,
+    "minimax_m3_vl": OWN_SUM,
+    "muse_spark": OWN_ACTIVATION,
+    "nemotron_h": OWN_ACTIVATION,
+    "openai_privacy_filter": OWN_RULE,
+    "phimoe": "router_jitter_noise",
+    "zaya": OWN_TENSOR,
+}
 
 
 def moe_families() -> list[str]:
