@@ -1,0 +1,83 @@
+"""Print docs/families.md: which MoE families of the installed transformers fedmoe serves, found on tiny models of each.
+
+python docs/families.py > docs/families.md
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+HOUSE = Path(__file__).parents[1]
+sys.path[:0] = [str(HOUSE / folder) for folder in (".", "kernels", "bindings", "tests/support/models")]
+
+import transformers  # noqa: E402
+from tiny_families import FAMILIES, class_of, mask_of, tiny_model  # noqa: E402
+
+from fedmoe_bindings.transformers import TransformersAdapter, use_fedmoe  # noqa: E402
+from fedmoe_bindings.transformers.blocks import stock_blocks  # noqa: E402
+from fedmoe_bindings.transformers.families import family_of  # noqa: E402
+from fedmoe_bindings.transformers.forms import form_of  # noqa: E402
+
+PAGE = HOUSE / "docs" / "families.md"
+HEAD = """# The families that are served
+
+Made by `python docs/families.py` with transformers {version}, on a tiny random model of every family whose experts run through
+transformers' experts interface. The tests hold each of them to its eager experts: logits, every gradient, bfloat16, checkpointing,
+generation with and without a cache, a mask against the sub-model to the bit, files saved and loaded.
+
+- **Experts**: the activation of our kernels that is the same as the module's own, found by trying it on numbers; "own" where none is,
+  so that the module's own function runs between two grouped products.
+- **Layout**: what is not as in most families. Matrices that are transposed, or gate and up in turn, are laid out again at every call.
+- **Mask**: `use_fedmoe(permitted=)` and `extract_submodel`.
+- **Simulator**: whether `fedmoe simulate model=` runs it, on layers that hold only what a client is permitted.
+
+| family | class | experts | layout | mask | simulator |
+| --- | --- | --- | --- | --- | --- |
+"""
+TAIL = """
+Families with experts outside that interface are refused by `use_fedmoe`, with what was looked for: DBRX, Doge, JetMoE, Llama 4,
+LongCat-Flash, NLLB-MoE, Step 3.7 and Switch Transformers.
+"""
+
+
+def yes_or_why(act: object) -> str:
+    """Run what may be refused: yes, or the refusal's own words."""
+    try:
+        act()  # type: ignore[operator]
+        return "yes"
+    except ValueError as error:
+        return "no: " + str(error).partition(";")[0]
+
+
+def row_of(family: str) -> str:
+    """One line of the table."""
+    model = tiny_model(family)
+    block = stock_blocks(model)[0]
+    form = form_of(block.experts)
+    layout = [
+        *["ungated"] * (not form.gated),
+        *["transposed"] * form.transposed,
+        *["in turn"] * form.interleaved,
+        *["biases"] * form.biased,
+        *["norm after"] * form.normed,
+    ]
+    mask = yes_or_why(lambda: use_fedmoe(model, permitted=mask_of(model)))
+    use_fedmoe(model)
+    headless = model.get_output_embeddings() is None
+    lives = yes_or_why(lambda: family_of(block) if headless else TransformersAdapter(tiny_model(family)))
+    cells = (family, class_of(family).__name__, form.activation or "own", ", ".join(layout), mask, lives)
+    return f"| {' | '.join(cells)} |"
+
+
+def page() -> str:
+    """The whole page."""
+    return HEAD.format(version=transformers.__version__) + "\n".join(map(row_of, FAMILIES)) + "\n" + TAIL
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    print(page(), end="")
