@@ -17,29 +17,32 @@ import transformers  # noqa: E402
 from tiny_families import FAMILIES, class_of, mask_of, tiny_model  # noqa: E402
 
 from fedmoe_bindings.transformers import TransformersAdapter, use_fedmoe  # noqa: E402
-from fedmoe_bindings.transformers.blocks import stock_blocks  # noqa: E402
-from fedmoe_bindings.transformers.families import family_of  # noqa: E402
-from fedmoe_bindings.transformers.forms import form_of  # noqa: E402
+from fedmoe_bindings.transformers.live.families import family_of  # noqa: E402
+from fedmoe_bindings.transformers.stock.blocks import stock_blocks  # noqa: E402
+from fedmoe_bindings.transformers.stock.forms import form_of  # noqa: E402
 
 PAGE = HOUSE / "docs" / "families.md"
 HEAD = """# The families that are served
 
-Made by `python docs/families.py` with transformers {version}, on a tiny random model of every family whose experts run through
-transformers' experts interface. The tests hold each of them to its eager experts: logits, every gradient, bfloat16, checkpointing,
-generation with and without a cache, a mask against the sub-model to the bit, files saved and loaded.
+Made by `python docs/families.py` with transformers {version}, on a tiny random model of every family whose experts run
+through transformers' experts interface. The tests hold each of them to its eager experts: logits, every gradient,
+bfloat16, checkpointing, generation with and without a cache, a mask against the sub-model to the bit, files.
 
-- **Experts**: the activation of our kernels that is the same as the module's own, found by trying it on numbers; "own" where none is,
-  so that the module's own function runs between two grouped products.
-- **Layout**: what is not as in most families. Matrices that are transposed, or gate and up in turn, are laid out again at every call.
+- **Experts**: the activation of our kernels that is the same as the module's own, found by trying it on numbers; "own"
+  where none is: the module's own function then runs between two grouped products.
+- **Layout**: what is not as in most families. Matrices that are transposed, or gate and up in turn, are laid out again
+  at every call.
 - **Mask**: `use_fedmoe(permitted=)` and `extract_submodel`.
-- **Simulator**: whether `fedmoe simulate model=` runs it, on layers that hold only what a client is permitted.
+- **Simulator**: whether the simulator runs it, on layers that hold only what a client is permitted.
+
+Mask: {masked} of {families}. Simulator: {simulated} of {families}.
 
 | family | class | experts | layout | mask | simulator |
 | --- | --- | --- | --- | --- | --- |
 """
 TAIL = """
-Families with experts outside that interface are refused by `use_fedmoe`, with what was looked for: DBRX, Doge, JetMoE, Llama 4,
-LongCat-Flash, NLLB-MoE, Step 3.7 and Switch Transformers.
+Families with experts outside that interface are refused by `use_fedmoe`, with what was looked for: DBRX, Doge, JetMoE,
+Llama 4, LongCat-Flash, NLLB-MoE, Step 3.7 and Switch Transformers.
 """
 
 
@@ -74,7 +77,11 @@ def row_of(family: str) -> str:
 
 def page() -> str:
     """The whole page."""
-    return HEAD.format(version=transformers.__version__) + "\n".join(map(row_of, FAMILIES)) + "\n" + TAIL
+    rows = [row_of(family) for family in FAMILIES]
+    served = [[cell.strip() == "yes" for cell in row.split("|")[-3:-1]] for row in rows]
+    masked, simulated = (sum(column) for column in zip(*served, strict=True))
+    head = HEAD.format(version=transformers.__version__, families=len(rows), masked=masked, simulated=simulated)
+    return head + "\n".join(rows) + "\n" + TAIL
 
 
 if __name__ == "__main__":

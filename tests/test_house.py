@@ -170,8 +170,8 @@ def test_imports_go_down_only(path: Path) -> None:
     ("package", "source"),
     [
         ("fedmoe_kernels", "from fedmoe_core.messages.plan import ExpertPlan"),
-        ("fedmoe_kernels", "def late():\n    import fedmoe_bindings.transformers.adapter"),
-        ("fedmoe_core", "import_module('fedmoe_bindings.transformers.adapter')"),
+        ("fedmoe_kernels", "def late():\n    import fedmoe_bindings.transformers.live.adapter"),
+        ("fedmoe_core", "import_module('fedmoe_bindings.transformers.live.adapter')"),
         ("fedmoe_core", "from fedmoe_bindings import transformers"),
     ],
 )

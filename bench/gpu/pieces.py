@@ -151,7 +151,7 @@ def _models() -> list[str]:
 def _modelled(name: str) -> None:
     """Launch what one layer of the model does: its router is transformers' own, and so is all else in it."""
     from bench.stand_in.run import served
-    from fedmoe_bindings.transformers.experts import fedmoe_experts
+    from fedmoe_bindings.transformers.stock.experts import fedmoe_experts
 
     real_model, T = model.REAL, int(name)
     real = functools.partial(torch.empty, dtype=torch.bfloat16, requires_grad=True)

@@ -14,6 +14,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedMode
 from fedmoe_bindings.transformers import TransformersAdapter
 from fedmoe_core.model.submodel import SubModel
 
+
 def qwen2() -> PreTrainedModel:
     more = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "num_experts": E, "use_cache": False}
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(intermediate_size=20, **more, **SIZES))

@@ -13,7 +13,7 @@ from stock_models import E, batch_of, stock_loss, stock_model
 from tiny_families import inputs_of, mask_of, tiny_model
 
 from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, load_adapter, merge_submodel, use_fedmoe
-from fedmoe_bindings.transformers.blocks import stock_blocks
+from fedmoe_bindings.transformers.stock.blocks import stock_blocks
 
 HALF = np.arange(E) % 2 == 0
 
@@ -129,7 +129,7 @@ def test_a_submodel_is_not_taken_for_a_whole_model(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="was cut from 6 experts, the full model has 3"):
         merge_submodel(small, small)
     other = stock_model("mixtral", hidden_size=32)
-    with pytest.raises(ValueError, match="they are not one model|fedmoe cannot tell"):
+    with pytest.raises(ValueError, match=r"they are not one model|fedmoe cannot tell"):
         merge_submodel(other, small)
     with pytest.raises(ValueError, match="it was not cut from this model"):
         merge_submodel(stock_model("olmoe"), small)

@@ -19,8 +19,7 @@ from transformers import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, merge_submodel, use_fedmoe
-from fedmoe_bindings.transformers.experts import fedmoe_experts
-from fedmoe_bindings.transformers.forms import form_of
+from fedmoe_bindings.transformers.stock.experts import fedmoe_experts
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from stock_models import VOCAB, stock_model
 from transformers import LlamaConfig, OlmoeModel, Qwen3MoeForSequenceClassification
 
-from fedmoe_bindings.transformers.adapter import TransformersAdapter, load_adapter
-from fedmoe_bindings.transformers.load import SequenceClassifier
+from fedmoe_bindings.transformers.live.adapter import TransformersAdapter, load_adapter
+from fedmoe_bindings.transformers.live.load import SequenceClassifier
 from fedmoe_core.config.run_config import ModelConfig
 from fedmoe_core.data.batches import Batch
 
@@ -93,7 +93,7 @@ def test_pickled_weights_are_not_read(tmp_path):
 
 def test_a_hub_id_respects_the_offline_switch():
     # HF_HUB_OFFLINE is read when the hub library is imported, hence another process
-    script = "from fedmoe_bindings.transformers.adapter import load_adapter; load_adapter('some-owner/some-model')"
+    script = "from fedmoe_bindings.transformers.live.adapter import load_adapter; load_adapter('some-owner/some-model')"
     run = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""use_fedmoe in the hands of its users: wrong readings, masks, wrappers, optimizers, copies, devices without numbers."""
+"""use_fedmoe in the hands of its users: wrong readings, masks, wrappers, optimizers, copies, meta devices."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tiny_families import EXPERTS, class_of, inputs_of, mask_of, tiny_config, ti
 from torch import nn
 
 from fedmoe_bindings.transformers import extract_submodel, hold_still, use_fedmoe
-from fedmoe_bindings.transformers.blocks import stock_blocks
-from fedmoe_bindings.transformers.experts import CHECKED
-from fedmoe_bindings.transformers.forms import Form, form_of
+from fedmoe_bindings.transformers.stock.blocks import stock_blocks
+from fedmoe_bindings.transformers.stock.experts import CHECKED
+from fedmoe_bindings.transformers.stock.forms import Form, form_of
 
 HALF = np.arange(E) % 2 == 0
 
@@ -232,5 +232,5 @@ def test_quantised_experts_are_refused() -> None:
     model = stock_model("mixtral")
     block = stock_blocks(model)[1]
     block.experts.down_proj.data = block.experts.down_proj.data.to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="are stored as torch.float8_e4m3fn"):
+    with pytest.raises(ValueError, match=r"are stored as torch\.float8_e4m3fn"):
         use_fedmoe(model)

@@ -1,9 +1,9 @@
 """The binding to transformers: fedmoe's experts in its models, sub-models of them, and the simulator's live model."""
 
-from fedmoe_bindings.transformers.adapter import TransformersAdapter, load_adapter
-from fedmoe_bindings.transformers.use import use_fedmoe
-from fedmoe_bindings.transformers.hold_still import hold_still
-from fedmoe_bindings.transformers.submodel import extract_submodel, merge_submodel
+from fedmoe_bindings.transformers.live.adapter import TransformersAdapter, load_adapter
+from fedmoe_bindings.transformers.stock.hold_still import hold_still
+from fedmoe_bindings.transformers.stock.submodel import extract_submodel, merge_submodel
+from fedmoe_bindings.transformers.stock.use import use_fedmoe
 
 __all__ = [
     "TransformersAdapter",

@@ -1,4 +1,4 @@
-"""Every MoE family as the simulator's live model: equal to the stock model, exported again, or refused with a reason."""
+"""Every MoE family as the simulator's live model: equal to the stock model and exported again, or refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from test_every_family import answer, relative
 from tiny_families import FAMILIES, NOT_SIMULATED, inputs_of, tiny_model
 
 from fedmoe_bindings.transformers import TransformersAdapter
-from fedmoe_bindings.transformers.blocks import stock_blocks
-from fedmoe_bindings.transformers.families import family_of
+from fedmoe_bindings.transformers.live.families import family_of
+from fedmoe_bindings.transformers.stock.blocks import stock_blocks
 from fedmoe_core.data.batches import Batch
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)

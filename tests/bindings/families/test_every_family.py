@@ -1,4 +1,4 @@
-"""Every MoE family of the installed transformers: fedmoe equals eager, or refuses with a reason; masks equal sub-models."""
+"""Every MoE family of the installed transformers: fedmoe equals eager, and a mask equals the sub-model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny_families import FAMILIES, UNCUT, inputs_of, mask_of, tiny_model
 from torch import Tensor
 
 from fedmoe_bindings.transformers import extract_submodel, merge_submodel, use_fedmoe
-from fedmoe_bindings.transformers.blocks import stock_blocks
+from fedmoe_bindings.transformers.stock.blocks import stock_blocks
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
@@ -86,7 +86,9 @@ def test_a_mask_equals_the_submodel_to_the_bit(family: str, tmp_path: Any) -> No
             parameter.add_(1.0)
     before = copy.deepcopy(model)
     merge_submodel(model, loaded)
-    for block, old, ids in zip(stock_blocks(model), stock_blocks(before), small.config.fedmoe_kept_experts, strict=True):
+    for block, old, ids in zip(
+        stock_blocks(model), stock_blocks(before), small.config.fedmoe_kept_experts, strict=True
+    ):
         absent = np.setdiff1d(np.arange(block.num_experts), ids)
         assert torch.equal(block.experts.down_proj[absent], old.experts.down_proj[absent])
         assert not torch.equal(block.experts.down_proj[ids], old.experts.down_proj[ids])
@@ -134,4 +136,6 @@ def test_it_generates_what_eager_generates(family: str) -> None:
     ask = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     for cached in (True, False):
         told = {name: value for name, value in inputs.items() if name != "labels"}
-        assert torch.equal(ours.generate(**told, **ask, use_cache=cached), model.generate(**told, **ask, use_cache=cached))
+        assert torch.equal(
+            ours.generate(**told, **ask, use_cache=cached), model.generate(**told, **ask, use_cache=cached)
+        )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe_bindings.transformers import TransformersAdapter
-from fedmoe_bindings.transformers.families import STOCK, Family
-from fedmoe_bindings.transformers.load import small_model
+from fedmoe_bindings.transformers.live.families import STOCK, Family
+from fedmoe_bindings.transformers.live.load import small_model
 from fedmoe_core.config.run_config import ModelConfig
 from fedmoe_core.layer.routing_rule import RoutingRule
 

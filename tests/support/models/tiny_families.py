@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from fedmoe_bindings.transformers.blocks import counts_experts, stock_blocks
+from fedmoe_bindings.transformers.stock.blocks import counts_experts, stock_blocks
 
 VOCAB, EXPERTS = 96, 8
 # What a number of a configuration becomes, by the first pattern that its name has.

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedmoe_bindings.transformers.blocks import StockBlock
-from fedmoe_bindings.transformers.cut import named_tensors
-from fedmoe_bindings.transformers.experts import halves, in_turn
-from fedmoe_bindings.transformers.forms import form_of
+from fedmoe_bindings.transformers.stock.blocks import StockBlock
+from fedmoe_bindings.transformers.stock.cut import named_tensors
+from fedmoe_bindings.transformers.stock.experts import halves, in_turn
+from fedmoe_bindings.transformers.stock.forms import form_of
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.routing_rule import RoutingRule
 from fedmoe_core.layer.state import LayerState
@@ -232,7 +232,9 @@ def _shared(block: StockBlock) -> tuple[str, ...]:
     gates = [n for n, m in others.items() if isinstance(m, nn.Linear) and m.out_features == 1]
     inside = [n for n in others if n not in gates]
     if len(inside) > 1 or len(gates) > len(inside):
-        raise ValueError(f"{block.name} has {', '.join(others)} beside its experts; fedmoe's layer has one shared expert")
+        raise ValueError(
+            f"{block.name} has {', '.join(others)} beside its experts; fedmoe's layer has one shared expert"
+        )
     return (*inside, *gates)
 
 

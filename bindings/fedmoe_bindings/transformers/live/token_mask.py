@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from fedmoe_core.layer.moe import MoE
 
-Args, Options = tuple[Any, ...], dict[str, Any]  # what a module was called with
+Args: TypeAlias = tuple[Any, ...]  # what a module was called with
+Options: TypeAlias = dict[str, Any]
 # The keyword under which a forward's token mask, bool (T,), travels through the model.
 TOKEN_MASK = "fedmoe_token_mask_T"
 

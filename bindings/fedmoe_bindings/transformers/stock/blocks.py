@@ -1,4 +1,4 @@
-"""Where the MoE blocks of a stock transformers model are, found by what its modules are and not by the family's name."""
+"""Where the MoE blocks of a stock transformers model are, found by what its modules are."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def stock_blocks(model: nn.Module) -> tuple[StockBlock, ...]:
                 f"{above or 'the model'} has experts but no router called {' or '.join(_ROUTERS)}; "
                 "fedmoe cannot tell how its tokens are routed"
             )
-        blocks.append(StockBlock(above, modules[above], child, router, module, _unwrapped(getattr(modules[above], router))))
+        blocks.append(
+            StockBlock(above, modules[above], child, router, module, _unwrapped(getattr(modules[above], router)))
+        )
     if not blocks:
         raise ValueError(what_is_missing(model))
     return tuple(blocks)

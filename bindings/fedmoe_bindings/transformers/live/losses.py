@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, pad
 
-from fedmoe_bindings.transformers.load import SequenceClassifier
-from fedmoe_bindings.transformers.token_mask import TOKEN_MASK
+from fedmoe_bindings.transformers.live.load import SequenceClassifier
+from fedmoe_bindings.transformers.live.token_mask import TOKEN_MASK
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.model.adapter import Evaluation

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from fedmoe_bindings.transformers.forms import Form, form_of
-from fedmoe_bindings.transformers.own_gate import autocast_dtype, by_own_gate
+from fedmoe_bindings.transformers.stock.forms import Form, form_of
+from fedmoe_bindings.transformers.stock.own_gate import autocast_dtype, by_own_gate
 from fedmoe_kernels.experts.moe_mlp import ExpertLora, moe_mlp
 from fedmoe_kernels.routing.record import Routing
 

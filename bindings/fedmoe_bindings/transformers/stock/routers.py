@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedmoe_bindings.transformers.blocks import StockBlock
-from fedmoe_bindings.transformers.cut import cut_rows, named_tensors
+from fedmoe_bindings.transformers.stock.blocks import StockBlock
+from fedmoe_bindings.transformers.stock.cut import cut_rows, named_tensors
 
 
 class CutRouter:
@@ -92,7 +92,9 @@ def set_forward(module: nn.Module, forward: CutRouter | None) -> None:
 
 def cut_router_of(module: nn.Module) -> CutRouter | None:
     """Return the mask that is on a router; None if there is none."""
-    return next((f for f in (vars(module).get(n) for n in ("forward", "_old_forward")) if isinstance(f, CutRouter)), None)
+    return next(
+        (f for f in (vars(module).get(n) for n in ("forward", "_old_forward")) if isinstance(f, CutRouter)), None
+    )
 
 
 @torch.no_grad()

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from fedmoe_bindings.transformers.attention import attention_received
-from fedmoe_bindings.transformers.blocks import stock_blocks
-from fedmoe_bindings.transformers.export import cast_parameters, stock_model
-from fedmoe_bindings.transformers.families import Family, check_layer, family_of
-from fedmoe_bindings.transformers.load import Pool, SequenceClassifier, load_model, small_model
-from fedmoe_bindings.transformers.places import PlaceMeasures
-from fedmoe_bindings.transformers.shared import shared_of
-from fedmoe_bindings.transformers.token_mask import carry_token_mask
+from fedmoe_bindings.transformers.live.attention import attention_received
+from fedmoe_bindings.transformers.live.export import cast_parameters, stock_model
+from fedmoe_bindings.transformers.live.families import Family, check_layer, family_of
+from fedmoe_bindings.transformers.live.load import Pool, SequenceClassifier, load_model, small_model
+from fedmoe_bindings.transformers.live.places import PlaceMeasures
+from fedmoe_bindings.transformers.live.shared import shared_of
+from fedmoe_bindings.transformers.live.token_mask import carry_token_mask
+from fedmoe_bindings.transformers.stock.blocks import stock_blocks
 from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.base.tensor_key import TensorKey, of_layer, to_keys
 from fedmoe_core.config.run_config import ModelConfig
@@ -122,7 +122,9 @@ class TransformersAdapter(PlaceMeasures):
         """
         config, blocks = model.config, stock_blocks(model)
         if len(sizes := {block.num_experts for block in blocks}) > 1:
-            raise ValueError(f"the MoE layers have {min(sizes)} to {max(sizes)} experts; fedmoe serves one number for all")
+            raise ValueError(
+                f"the MoE layers have {min(sizes)} to {max(sizes)} experts; fedmoe serves one number for all"
+            )
         told, family = family is not None, family or family_of(blocks[0])
         if task == "causal_lm" and model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no language-model head; load it as a causal LM")

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from fedmoe_bindings.transformers.blocks import Mask, StockBlock, layer_masks, stock_blocks
-from fedmoe_bindings.transformers.cut import Cut, cut_like
-from fedmoe_bindings.transformers.experts import CHECKED, NAME, fedmoe_experts
-from fedmoe_bindings.transformers.forms import form_of
-from fedmoe_bindings.transformers.routers import CutRouter, check_router, set_forward
+from fedmoe_bindings.transformers.stock.blocks import Mask, StockBlock, layer_masks, stock_blocks
+from fedmoe_bindings.transformers.stock.cut import Cut, cut_like
+from fedmoe_bindings.transformers.stock.experts import CHECKED, NAME, fedmoe_experts
+from fedmoe_bindings.transformers.stock.forms import form_of
+from fedmoe_bindings.transformers.stock.routers import CutRouter, check_router, set_forward
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, fedmoe_experts)
 Model = TypeVar("Model", bound=nn.Module)
@@ -100,9 +100,7 @@ def _check_served(block: StockBlock) -> None:
         )
 
 
-def _cut_routers(
-    model: PreTrainedModel, blocks: Sequence[StockBlock], kept: Sequence[np.ndarray]
-) -> list[CutRouter]:
+def _cut_routers(model: PreTrainedModel, blocks: Sequence[StockBlock], kept: Sequence[np.ndarray]) -> list[CutRouter]:
     """Make and try the cut router of every layer; nothing of the model changes."""
     counts = sorted({len(ids) for ids in kept})
     cuts: dict[int, Cut] = {}
@@ -122,5 +120,5 @@ def _count_experts(model: PreTrainedModel, blocks: Sequence[StockBlock], count: 
     """Tell a model, which computes its auxiliary loss from its own count of experts, how many columns logits have."""
     known = {block.num_experts for block in blocks} | {getattr(model, "_fedmoe_count", None)}
     if getattr(model, "num_experts", None) in known - {None}:
-        model.num_experts = count
+        object.__setattr__(model, "num_experts", count)
         object.__setattr__(model, "_fedmoe_count", count)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fedmoe_bindings.transformers.blocks import StockBlock
-from fedmoe_bindings.transformers.families import Family
+from fedmoe_bindings.transformers.live.families import Family
+from fedmoe_bindings.transformers.stock.blocks import StockBlock
 
 
 class Shared(nn.Module):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmoe_bindings.transformers.blocks import stock_blocks
-from fedmoe_bindings.transformers.routers import cut_router_of
-from fedmoe_bindings.transformers.use import stock_model_in
+from fedmoe_bindings.transformers.stock.blocks import stock_blocks
+from fedmoe_bindings.transformers.stock.routers import cut_router_of
+from fedmoe_bindings.transformers.stock.use import stock_model_in
 
 
 class Held:

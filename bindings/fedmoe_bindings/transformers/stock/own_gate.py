@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.nn.functional import grouped_mm
 
-from fedmoe_bindings.transformers.forms import Form
+from fedmoe_bindings.transformers.stock.forms import Form
 from fedmoe_kernels.routing.record import Routing
 
 
@@ -67,7 +67,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _torch_can(a_RK: Tensor, w_BKN: Tensor) -> bool:
-    """Whether torch's grouped product takes these: no float64, rows of whole 16 bytes, without numbers only bfloat16."""
+    """Whether torch's grouped product takes these: rows of 16 bytes, no float64, without numbers bfloat16."""
     hollow = torch.compiler.is_compiling() or a_RK.device.type == "meta" or detect_fake_mode(a_RK) is not None
     if a_RK.dtype == torch.float64 or (hollow and a_RK.dtype != torch.bfloat16):
         return False

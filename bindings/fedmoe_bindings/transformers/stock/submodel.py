@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedmoe_bindings.transformers.blocks import CUT_FROM, KEPT, Mask, StockBlock, layer_masks, stock_blocks
-from fedmoe_bindings.transformers.cut import Cut, cut_like, cut_rows, named_tensors
+from fedmoe_bindings.transformers.stock.blocks import CUT_FROM, KEPT, Mask, StockBlock, layer_masks, stock_blocks
+from fedmoe_bindings.transformers.stock.cut import Cut, cut_like, cut_rows, named_tensors
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

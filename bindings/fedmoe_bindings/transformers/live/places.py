@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
-from fedmoe_bindings.transformers.load import SequenceClassifier
-from fedmoe_bindings.transformers.losses import TaskLosses
-from fedmoe_bindings.transformers.token_mask import TOKEN_MASK
+from fedmoe_bindings.transformers.live.load import SequenceClassifier
+from fedmoe_bindings.transformers.live.losses import TaskLosses
+from fedmoe_bindings.transformers.live.token_mask import TOKEN_MASK
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.graft import Grafted
 from fedmoe_core.layer.moe import MoE

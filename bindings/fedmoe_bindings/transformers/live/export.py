@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from fedmoe_bindings.transformers.families import Family
+from fedmoe_bindings.transformers.live.families import Family
 from fedmoe_core.base.tensor_key import of_layer
 
 

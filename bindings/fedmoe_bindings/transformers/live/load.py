@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fedmoe_bindings.transformers.blocks import check_config
+from fedmoe_bindings.transformers.stock.blocks import check_config
 from fedmoe_core.config.run_config import ModelConfig
 from fedmoe_core.data.batches import Task
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fedmoe_bindings.transformers.blocks import StockBlock, configs_of, counts_experts, stock_blocks
+from fedmoe_bindings.transformers.stock.blocks import StockBlock, configs_of, counts_experts, stock_blocks
 
 _CHOICES = ("per_tok", "per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "num_selected_experts")
 _GROUPS, _BEST_GROUPS = ("n_group", "num_expert_groups"), ("topk_group", "num_limited_groups")

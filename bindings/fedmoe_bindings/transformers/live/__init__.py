@@ -1,0 +1,1 @@
+"""The simulator's live model: a transformers model whose MoE blocks are fedmoe layers."""
