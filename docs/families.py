@@ -14,7 +14,7 @@ HOUSE = Path(__file__).parents[1]
 sys.path[:0] = [str(HOUSE / folder) for folder in (".", "kernels", "bindings", "tests/support/models")]
 
 import transformers  # noqa: E402
-from tiny_families import FAMILIES, class_of, mask_of, tiny_model  # noqa: E402
+from tiny_families import FAMILIES, class_of, inputs_of, mask_of, tiny_model  # noqa: E402
 
 from fedmoe_bindings.transformers import TransformersAdapter, use_fedmoe  # noqa: E402
 from fedmoe_bindings.transformers.live.families import family_of  # noqa: E402
@@ -25,7 +25,7 @@ PAGE = HOUSE / "docs" / "families.md"
 HEAD = """# The families that are served
 
 Made by `python docs/families.py` with transformers {version}, on a tiny random model of every family whose experts run
-through transformers' experts interface. The tests hold each of them to its eager experts: logits, every gradient,
+through transformers' experts interface, and of four whose experts do not. The tests hold each of them to its eager experts: logits, every gradient,
 bfloat16, checkpointing, generation with and without a cache, a mask against the sub-model to the bit, files.
 
 - **Experts**: the activation of our kernels that is the same as the module's own, found by trying it on numbers; "own"
@@ -41,8 +41,8 @@ Mask: {masked} of {families}. Simulator: {simulated} of {families}.
 | --- | --- | --- | --- | --- | --- |
 """
 TAIL = """
-Families with experts outside that interface are refused by `use_fedmoe`, with what was looked for: DBRX, Doge, JetMoE,
-Llama 4, LongCat-Flash, NLLB-MoE, Step 3.7 and Switch Transformers.
+Families with experts outside that interface are refused, with what was looked for: Doge, LongCat-Flash and Step 3.7. So
+is NLLB-MoE: transformers 5 itself runs its experts 0 and 1 only, whichever its router chose.
 """
 
 
@@ -59,19 +59,27 @@ def row_of(family: str) -> str:
     """One line of the table."""
     model = tiny_model(family)
     block = stock_blocks(model)[0]
-    form = form_of(block.experts)
-    layout = [
-        *["ungated"] * (not form.gated),
-        *["transposed"] * form.transposed,
-        *["in turn"] * form.interleaved,
-        *["biases"] * form.biased,
-        *["norm after"] * form.normed,
-    ]
+    if block.outside is None:
+        form = form_of(block.experts)
+        name, layout = (
+            form.activation or "own",
+            [
+                *["ungated"] * (not form.gated),
+                *["transposed"] * form.transposed,
+                *["in turn"] * form.interleaved,
+                *["biases"] * form.biased,
+                *["norm after"] * form.normed,
+            ],
+        )
+    else:
+        use_fedmoe(model)(**inputs_of(family))
+        found = [getattr(m, "_fedmoe_activation", None) for m in block.experts.modules()]
+        name, layout = next(f[0] for f in found if f) or "own", [block.outside.layout]
     mask = yes_or_why(lambda: use_fedmoe(model, permitted=mask_of(model)))
     use_fedmoe(model)
     headless = model.get_output_embeddings() is None
     lives = yes_or_why(lambda: family_of(block) if headless else TransformersAdapter(tiny_model(family)))
-    cells = (family, class_of(family).__name__, form.activation or "own", ", ".join(layout), mask, lives)
+    cells = (family, class_of(family).__name__, name, ", ".join(layout), mask, lives)
     return f"| {' | '.join(cells)} |"
 
 

@@ -24,7 +24,9 @@ VOCAB, EXPERTS = 96, 8
 SIZES = [
     (r"vocab_size", VOCAB),
     (r"^(hidden_size|d_model|moe_hidden_size|n_embd)$", 32),
-    (r"^(num_hidden_layers|num_layers|n_layers)$", 2),
+    (r"^(d_ff|d_kv)$", 24),
+    (r"^(num_hidden_layers|num_layers|n_layers|num_decoder_layers)$", 2),
+    (r"^num_sparse_(en|de)coder_layers$", 1),
     (r"^(num_attention_heads|n_heads)$", 4),
     (r"^num_key_value_heads$", 2),
     (r"head_dim$", 8),
@@ -46,6 +48,10 @@ SPARSE: dict[str, Any] = {"mlp_layer_types": ["sparse"] * 2}
 MORE: dict[str, dict[str, Any]] = {
     "beam": SPARSE,
     "bailing_hybrid": ATTENDING,
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 24, "hidden_size": 32, "moe_num_experts": EXPERTS, "moe_top_k": 2},
+    },
     "deepseek_ocr2": SPARSE,
     "diffusion_gemma": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 24},
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 0},
@@ -59,6 +65,7 @@ MORE: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1, "expert_layer_offset": 0},
     "kimi_linear": ATTENDING | SPARSE,
     "lfm2_moe": ATTENDING,
+    "llama4": {"intermediate_size_mlp": 24, "interleave_moe_layer_step": 1},
     "qwen3_5_moe": ATTENDING,
     "qwen3_next": ATTENDING,
     "qwen4_exp": {
@@ -68,14 +75,19 @@ MORE: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "switch_transformers": {"router_jitter_noise": 0.0, "dropout_rate": 0.0, "decoder_start_token_id": 0},
     "zaya": {"num_experts_per_tok": 1},
 }
 # Families that cannot be cut to fewer experts, with a word of the reason.
-UNCUT: dict[str, str] = {"deepseek_v4": "input_ids"}  # its first layers choose experts by a table of token ids
+UNCUT = {
+    "deepseek_v4": "input_ids",  # its first layers choose experts by a table of token ids
+    "jetmoe": "beside its MoE layers would change",  # its attention has experts, too
+}
 # Families whose blocks the simulator's layer cannot stand for, with a word of the reason.
 OWN_ACTIVATION, OWN_RULE = "an activation or a norm that fedmoe's layer does not have", "follows none of the rules"
 OWN_TENSOR, OWN_SUM = "which a router of fedmoe's layer does not have", "computes something else than fedmoe's layer"
 NOT_SIMULATED = {
+    **dict.fromkeys(("dbrx", "jetmoe", "llama4", "switch_transformers"), "do not run through transformers"),
     "afmoe": "cannot be tried by itself",
     "axk1": "shared_experts, post_mlp_layernorm beside its experts",
     "beam": OWN_SUM,
@@ -191,7 +203,8 @@ def inputs_of(family: str) -> dict[str, Tensor]:
     tokens = torch.randint(2, VOCAB - 4, (2, 9), generator=torch.Generator().manual_seed(3))
     mask = torch.ones(2, 9, dtype=torch.int64)
     mask[1, :3] = 0
-    return {"input_ids": tokens * mask, "attention_mask": mask}
+    inputs = {"input_ids": tokens * mask, "attention_mask": mask}
+    return inputs | {"decoder_input_ids": tokens[:, :5]} if family == "switch_transformers" else inputs
 
 
 def mask_of(model: Any) -> np.ndarray:
@@ -200,4 +213,5 @@ def mask_of(model: Any) -> np.ndarray:
     return np.stack([(np.arange(EXPERTS) + layer) % 2 == 0 for layer in range(layers)])
 
 
-FAMILIES = moe_families()
+OUTSIDE = ["dbrx", "jetmoe", "llama4", "switch_transformers"]  # their experts do not use the experts interface
+FAMILIES = sorted(moe_families() + OUTSIDE)

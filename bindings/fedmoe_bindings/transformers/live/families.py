@@ -78,6 +78,11 @@ def family_of(block: StockBlock) -> Family:
     Raises:
         ValueError: our layer has no such experts, router or shared expert; the sentence says which.
     """
+    if block.outside is not None:
+        raise ValueError(
+            f"the experts of {block.name} do not run through transformers' experts interface; the simulator does not "
+            "serve them, use_fedmoe does"
+        )
     noisy = [n for m in (block.module, block.router) for n, value in vars(m).items() if "jitter" in n and value]
     if noisy:
         raise ValueError(

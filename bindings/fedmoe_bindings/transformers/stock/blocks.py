@@ -10,6 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from fedmoe_bindings.transformers.stock.outside import OUTSIDE, REFUSED, Outside
+
 # Left on every experts module by transformers' own decorator, which makes it ask for an experts function.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _ROUTERS = ("gate", "router")
@@ -29,6 +31,8 @@ class StockBlock:
         experts_name: of the experts within the block, without what peft or others wrapped around them.
         router_name: of the router within the block.
         experts, router: the modules themselves.
+        num_experts: E.
+        outside: what replaces the forward of the experts, or of the whole block, in a family outside the interface.
     """
 
     name: str
@@ -37,11 +41,8 @@ class StockBlock:
     router_name: str
     experts: nn.Module
     router: nn.Module
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return cast(Tensor, self.experts.down_proj).shape[0]
+    num_experts: int
+    outside: type[Outside] | None = None
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -50,7 +51,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def stock_blocks(model: nn.Module) -> tuple[StockBlock, ...]:
-    """List the MoE blocks whose experts run by an experts function, in the order of the model's modules.
+    """List the MoE blocks that fedmoe can reach, in the order of the model's modules.
 
     Raises:
         ValueError: there is none; the sentence says what was looked for.
@@ -58,21 +59,29 @@ def stock_blocks(model: nn.Module) -> tuple[StockBlock, ...]:
     blocks = []
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        if not is_experts(module):
+        kind = type(module).__name__
+        if kind in REFUSED:
+            raise ValueError(f"{name} ({kind}) is refused: {REFUSED[kind]}")
+        outside = OUTSIDE.get(kind)
+        if not is_experts(module) and outside is None:
+            continue
+        if outside is not None and isinstance(getattr(module, "router", None), nn.Module):  # it is the whole block
+            router = cast(nn.Module, module.router)
+            blocks.append(StockBlock(name, module, "", "router", module, router, outside(module).count, outside))
             continue
         place = name
         while place.endswith(".base_layer"):  # peft's wrappers stand between a block and its experts
             place = place.removesuffix(".base_layer")
         above, _, child = place.rpartition(".")
-        router = next((r for r in _ROUTERS if isinstance(getattr(modules[above], r, None), nn.Module)), None)
-        if router is None:
+        router_name = next((r for r in _ROUTERS if isinstance(getattr(modules[above], r, None), nn.Module)), None)
+        if router_name is None:
             raise ValueError(
                 f"{above or 'the model'} has experts but no router called {' or '.join(_ROUTERS)}; "
                 "fedmoe cannot tell how its tokens are routed"
             )
-        blocks.append(
-            StockBlock(above, modules[above], child, router, module, _unwrapped(getattr(modules[above], router)))
-        )
+        count = cast(Tensor, module.down_proj).shape[0] if outside is None else outside(module).count
+        inside = _unwrapped(getattr(modules[above], router_name))
+        blocks.append(StockBlock(above, modules[above], child, router_name, module, inside, count, outside))
     if not blocks:
         raise ValueError(what_is_missing(model))
     return tuple(blocks)

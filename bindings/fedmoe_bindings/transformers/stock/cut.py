@@ -58,6 +58,11 @@ def cut_like(model: PreTrainedModel, blocks: Sequence[StockBlock], kept: Sequenc
         raise ValueError(
             f"{fails}: the number of its experts is not a plain number of its configuration; use fedmoe_core.MoE"
         )
+    inside = tuple(f"{block.name}." if block.name else "" for block in blocks)
+    tensors = named_tensors(cut)
+    for name, value in named_tensors(model).items():
+        if name in tensors and value.shape != tensors[name].shape and not name.startswith(inside):
+            raise ValueError(f"{fails}: {name} beside its MoE layers would change, too; use fedmoe_core.MoE")
     return Cut(cut, found)
 
 
@@ -117,16 +122,33 @@ def rows_of(name: str, whole: Tensor, cut: Tensor, kept: np.ndarray, num_experts
     """
     if whole.shape == cut.shape:
         return None
-    lost = num_experts - len(kept)
+    each, lost = 1, num_experts - len(kept)
     changed = [d for d in range(whole.dim()) if whole.dim() != cut.dim() or whole.shape[d] != cut.shape[d]]
-    if len(changed) != 1 or whole.shape[changed[0]] - cut.shape[changed[0]] != lost or whole.shape[changed[0]] < lost:
+    if len(changed) == 1 and lost and whole.shape[changed[0]] % num_experts == 0:
+        each = whole.shape[changed[0]] // num_experts  # rows of one expert, where experts lie one below the other
+    left = -1 if len(changed) != 1 else whole.shape[changed[0]] - lost * each
+    if len(changed) != 1 or cut.shape[changed[0]] != left or whole.shape[changed[0]] < num_experts:
         raise ValueError(
             f"{name} is {tuple(whole.shape)}, and {tuple(cut.shape)} with {len(kept)} of {num_experts} experts; "
             "fedmoe cannot tell which of it belongs to which expert"
         )
     # Some routers have more rows than experts, such as one for "no expert"; they come last and stay.
-    extra = range(num_experts, whole.shape[changed[0]])
-    return changed[0], torch.tensor([*kept.tolist(), *extra])
+    extra = range(num_experts * each, whole.shape[changed[0]])
+    own = [expert * each + row for expert in kept.tolist() for row in range(each)]
+    return changed[0], torch.tensor([*own, *extra])
+
+
+def whole_names(cut: Mapping[str, Tensor], blocks: Sequence[StockBlock], kept: Sequence[np.ndarray]) -> dict[str, str]:
+    """Return every tensor's name in the whole model by that in the cut one; other ones where experts are modules."""
+    found = {name: name for name in cut}
+    for block, ids in zip(blocks, kept, strict=True):
+        if not isinstance(block.experts, nn.ModuleDict):
+            continue
+        keys, place = list(block.experts), f"{block.name}.{block.experts_name}."
+        for number, expert in enumerate(ids.tolist()):
+            mine, its = f"{place}{keys[number]}.", f"{place}{keys[expert]}."
+            found |= {name: its + name.removeprefix(mine) for name in cut if name.startswith(mine)}
+    return found
 
 
 def cut_rows(

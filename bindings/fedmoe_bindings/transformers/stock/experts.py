@@ -44,7 +44,7 @@ def fedmoe_experts(self: nn.Module, hidden_TH: Tensor, experts_TK: Tensor, weigh
     form = form_of(self)
     lora = cast("Callable[[], ExpertLora] | None", getattr(self, LORA, None))
     y_TH = _run(self, form, hidden_TH, experts_TK, weights_TK, lora)
-    if not getattr(self, CHECKED, False) and lora is None and _may_look(hidden_TH):
+    if not getattr(self, CHECKED, False) and lora is None and may_look(hidden_TH):
         _check(self, hidden_TH.detach(), experts_TK, weights_TK.detach(), y_TH.detach())
     return y_TH
 
@@ -108,7 +108,12 @@ def in_turn(values: Tensor) -> Tensor:
     return values.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
-def _may_look(hidden_TH: Tensor) -> bool:
+def tolerance(dtype: torch.dtype) -> float:
+    """What two right answers may differ by, relative to their size."""
+    return _TOLERANCE.get(dtype, _ROUGH)
+
+
+def may_look(hidden_TH: Tensor) -> bool:
     """Say whether numbers can be read now."""
     if torch.compiler.is_compiling() or hidden_TH.device.type == "meta" or detect_fake_mode(hidden_TH) is not None:
         return False
@@ -129,7 +134,7 @@ def _check(experts: nn.Module, hidden_TH: Tensor, experts_TK: Tensor, weights_TK
     if not size > 0:  # nothing to compare with; the next call looks again
         return
     error = float((found_TH - want_TH).norm() / size)
-    if not error <= _TOLERANCE.get(y_TH.dtype, _ROUGH):
+    if not error <= tolerance(y_TH.dtype):
         raise RuntimeError(
             f"{type(experts).__name__} differs from its eager experts by {error:.1e} of their size in its first call; "
             "fedmoe misreads this module, so choose another experts implementation, and please report it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from transformers.integrations import moe as stock
 from fedmoe_kernels import reference
 from fedmoe_kernels.activations import ACTIVATIONS
 
-_FORM = "_fedmoe_form"
+_FORM, _FOUND = "_fedmoe_form", "_fedmoe_activation"
 _SILU = ("SiLU", "SiLUActivation")
 _PROBE_ROWS, _PROBE_WIDTH = 64, 8
 # Half of the rows are of size 1, half go up to 30: past every limit that a family of 2026 clamps at (7 to 20). In
@@ -67,7 +68,9 @@ def form_of(experts: nn.Module) -> Form:
     )
     if not _can_try(marks.down_proj):
         return Form(*layout, "swiglu" if _is_plain_swiglu(experts) else None)
-    form = Form(*layout, _same_activation(experts, gated=layout[0], interleaved=layout[2]))
+    between = marks._apply_gate if layout[0] else marks.act_fn
+    same = _same_activation(between, marks.down_proj.device, gated=layout[0], interleaved=layout[2])
+    form = Form(*layout, same)
     setattr(experts, _FORM, form)
     return form
 
@@ -83,15 +86,44 @@ def _is_plain_swiglu(experts: nn.Module) -> bool:
     return gate is not None and gate is usual and type(getattr(experts, "act_fn", None)).__name__ in _SILU
 
 
-def _same_activation(experts: nn.Module, *, gated: bool, interleaved: bool) -> str | None:
-    """The activation of ours that gives the module's numbers on wide random inputs; None = none."""
-    module: Any = experts
+def activation_of(
+    owner: nn.Module, act: Callable[[Tensor], Tensor], weight: Tensor, *, gated: bool = False
+) -> str | None:
+    """Find which of our activations a function is, on its own or as the gate; None = none, or not to be tried now.
+
+    Args:
+        owner: the module that remembers the answer.
+        act: the function.
+        weight: where and how it is run.
+        gated: its answer is multiplied by the other half of its input.
+    """
+    known = getattr(owner, _FOUND, None)
+    if known is not None:
+        return cast("str | None", known[0])
+    if not _can_try(weight):
+        return None
+
+    def whole(z_nF: Tensor) -> Tensor:
+        if not gated:
+            return act(z_nF)
+        gate_nI, up_nI = z_nF.chunk(2, dim=-1)
+        return act(gate_nI) * up_nI
+
+    found = _same_activation(whole, weight.device, gated=gated)
+    object.__setattr__(owner, _FOUND, (found,))
+    return found
+
+
+def _same_activation(
+    between: Callable[[Tensor], Tensor], device: torch.device, *, gated: bool, interleaved: bool = False
+) -> str | None:
+    """The activation of ours that gives the function's numbers on wide random inputs; None = none."""
     width = 2 * _PROBE_WIDTH if gated else _PROBE_WIDTH
     drawn = torch.randn(_PROBE_ROWS, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    z_nF = torch.cat([drawn * std for std in _PROBE_STDS]).to(module.down_proj.device)
+    z_nF = torch.cat([drawn * std for std in _PROBE_STDS]).to(device)
     with torch.no_grad(), torch.autocast(z_nF.device.type, enabled=False):
         try:
-            found = module._apply_gate(z_nF) if gated else module.act_fn(z_nF)
+            found = between(z_nF)
         except (RuntimeError, TypeError, AttributeError):  # it wants another width or dtype than it was given
             return None
         if interleaved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,28 +15,59 @@ from fedmoe_kernels.routing.record import Routing
 
 
 def by_own_gate(experts: nn.Module, form: Form, hidden_TH: Tensor, routing: Routing) -> Tensor:
-    """Run the experts on rows sorted by expert, (T, H) in the dtype of ``hidden_TH``.
-
-    The module's gate, and its norm after each expert, see all rows at once, as in transformers' own grouped experts.
-    Rows without an expert are zeros throughout.
-    """
+    """Run a stock experts module, (T, H) in the dtype of ``hidden_TH``."""
     module: Any = experts
     first = "gate_up_proj" if form.gated else "up_proj"
+    w_in, w_out = getattr(module, first), module.down_proj
+    return grouped_experts(
+        hidden_TH,
+        routing,
+        w_in.mT if form.transposed else w_in,
+        w_out.mT if form.transposed else w_out,
+        module._apply_gate if form.gated else module.act_fn,
+        bias_in=getattr(module, f"{first}_bias") if form.biased else None,
+        bias_out=module.down_proj_bias if form.biased else None,
+        after=module.post_expert_norm if form.normed else None,
+    )
+
+
+def grouped_experts(
+    x_TH: Tensor,
+    routing: Routing,
+    w_in: Tensor,
+    w_out: Tensor,
+    between: Callable[[Tensor], Tensor],
+    *,
+    bias_in: Tensor | None = None,
+    bias_out: Tensor | None = None,
+    after: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Run experts on rows sorted by expert, (T, H) in the dtype of x.
+
+    What stands between the products, and after them, sees all rows at once, as in transformers' own grouped experts.
+    Rows without an expert are zeros throughout.
+
+    Args:
+        x_TH: tokens.
+        routing: which of them go to which expert.
+        w_in, w_out: (E, F, H) and (E, H, I), of any strides.
+        between: (R, F) -> (R, I), row by row.
+        bias_in, bias_out: (E, F) and (E, H).
+        after: (R, H) -> (R, H), row by row, before the routing weights.
+    """
     live_R1 = (routing.tokens_R >= 0)[:, None]
     expert_R = _expert_of_row(routing)
-    z_RF = hidden_TH[routing.tokens_R.clamp(min=0)].where(live_R1, 0.0)
-    z_RF = _product(z_RF, getattr(module, first), routing, form)
-    if form.biased:
-        z_RF = z_RF + getattr(module, f"{first}_bias").to(z_RF.dtype)[expert_R]
-    h_RI = (module._apply_gate(z_RF) if form.gated else module.act_fn(z_RF)).where(live_R1, 0.0)
-    y_RH = _product(h_RI, module.down_proj, routing, form)
-    if form.biased:
-        y_RH = y_RH + module.down_proj_bias.to(y_RH.dtype)[expert_R]
-    if form.normed:
-        y_RH = module.post_expert_norm(y_RH)
+    z_RF = _product(x_TH[routing.tokens_R.clamp(min=0)].where(live_R1, 0.0), w_in, routing)
+    if bias_in is not None:
+        z_RF = z_RF + bias_in.to(z_RF.dtype)[expert_R]
+    y_RH = _product(between(z_RF).where(live_R1, 0.0), w_out, routing)
+    if bias_out is not None:
+        y_RH = y_RH + bias_out.to(y_RH.dtype)[expert_R]
+    if after is not None:
+        y_RH = after(y_RH)
     y_RH = y_RH.where(live_R1, 0.0)
     y_TKH = y_RH[routing.rows_TK.clamp(min=0)] * routing.weights_TK[..., None]
-    return y_TKH.sum(dim=1).to(hidden_TH.dtype)
+    return y_TKH.sum(dim=1).to(x_TH.dtype)
 
 
 def _expert_of_row(routing: Routing) -> Tensor:
@@ -45,11 +77,11 @@ def _expert_of_row(routing: Routing) -> Tensor:
     return slots_R.clamp(max=routing.num_slots - 1)
 
 
-def _product(a_RK: Tensor, weight: Tensor, routing: Routing, form: Form) -> Tensor:
-    """a @ w[slot].T for every row, 0 for rows without an expert; the weight in the module's own layout."""
+def _product(a_RK: Tensor, weight: Tensor, routing: Routing) -> Tensor:
+    """a @ w[slot].T for every row, 0 for rows without an expert."""
     if (dtype := autocast_dtype(a_RK)) is not None:
         a_RK, weight = a_RK.to(dtype), weight.to(dtype)
-    a_RK, w_BKN = a_RK.to(weight.dtype), weight if form.transposed else weight.mT
+    a_RK, w_BKN = a_RK.to(weight.dtype), weight.mT
     ends_B = routing.offsets_B1[1:].to(torch.int32)
     live_R1 = (routing.tokens_R >= 0)[:, None]
     if _torch_can(a_RK, w_BKN):

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from fedmoe_bindings.transformers.stock.blocks import StockBlock
 from fedmoe_bindings.transformers.stock.cut import cut_rows, named_tensors
+from fedmoe_bindings.transformers.stock.outside import NONE, Outside
 
 
 class CutRouter:
@@ -32,6 +33,7 @@ class CutRouter:
             ValueError: the router has tensors whose rows cannot be told apart.
         """
         self.router, self.num_experts, self.widen = whole.router, whole.num_experts, widen
+        self.widths = () if whole.outside is None else whole.outside.widths
         self.kept = torch.from_numpy(kept.astype(np.int64))
         # Without hooks and outside the model, which must not save it or move it.
         self.shadow = copy.copy(cut.router)
@@ -46,7 +48,10 @@ class CutRouter:
         }
         args = tuple(self._argument(value) for value in args)
         kwargs = {name: self._argument(value) for name, value in kwargs.items()}
-        logits, weights, ids, *more = functional_call(self.shadow, tensors, args, kwargs)
+        outputs = functional_call(self.shadow, tensors, args, kwargs)
+        if self.widths:
+            return self._filled(outputs)
+        logits, weights, ids, *more = outputs
         kept = self._at(ids.device)
         # An id past the experts means "none", as it does in the whole model.
         here = (ids >= 0) & (ids < len(kept))
@@ -70,14 +75,27 @@ class CutRouter:
             return value[self._at(value.device)]
         return value
 
+    def _filled(self, outputs: Any) -> Any:
+        """The outputs of a router outside the interface, those that have a place for each expert filled up."""
+        alone = isinstance(outputs, Tensor)
+        found = []
+        for value, fill in zip((outputs,) if alone else outputs, self.widths, strict=True):
+            if fill is None or (fill is ... and not self.widen):
+                found.append(value)
+            else:
+                kept = self._at(value.device)
+                wide = value.new_full((*value.shape[:-1], self.num_experts), NONE if fill is ... else fill)
+                found.append(wide.index_copy(-1, kept, value))
+        return found[0] if alone else tuple(found)
+
     def _widened(self, logits: Tensor, kept: Tensor) -> Tensor:
         if logits.shape[-1] != len(kept):
             return logits
-        wide = logits.new_full((*logits.shape[:-1], self.num_experts), float("-inf"))
+        wide = logits.new_full((*logits.shape[:-1], self.num_experts), NONE)
         return wide.index_copy(-1, kept, logits)
 
 
-def set_forward(module: nn.Module, forward: CutRouter | None) -> None:
+def set_forward(module: nn.Module, forward: CutRouter | Outside | None) -> None:
     """Let a module run ``forward``, or its own again with None; accelerate's hooks stay around it."""
     hooked = "_hf_hook" in vars(module)
     name = "_old_forward" if hooked else "forward"
@@ -104,6 +122,8 @@ def check_router(cut: CutRouter, block: StockBlock) -> None:
     Raises:
         ValueError: it fails, chooses an expert that is not permitted, or gives weights that are not numbers.
     """
+    if block.outside is not None:  # softmax or sigmoid of one linear map, which can do with one expert
+        return
     value = next(iter(named_tensors(block.router).values()))
     hidden = getattr(block.router, "hidden_size", None) or getattr(block.router, "hidden_dim", None)
     width = hidden if isinstance(hidden, int) else cut_width(block)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedmoe_bindings.transformers.stock.blocks import CUT_FROM, KEPT, Mask, StockBlock, layer_masks, stock_blocks
-from fedmoe_bindings.transformers.stock.cut import Cut, cut_like, cut_rows, named_tensors
+from fedmoe_bindings.transformers.stock.cut import Cut, cut_like, cut_rows, named_tensors, whole_names
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -52,7 +52,7 @@ def extract_submodel(model: Model, permitted: Mask) -> Model:
         )
     cut = cut_like(model, blocks, kept)
     sub, rows = cast(Model, cut.model), _rows(model, blocks, cut, kept)
-    _fill(sub, model, rows)
+    _fill(sub, model, rows, whole_names(named_tensors(sub), blocks, kept))
     setattr(sub.config, KEPT, [ids.tolist() for ids in kept])
     setattr(sub.config, CUT_FROM, blocks[0].num_experts)
     if getattr(model, "generation_config", None) is not None:
@@ -82,13 +82,15 @@ def merge_submodel(full_model: Model, sub_model: PreTrainedModel, permitted: Mas
     kept = _kept(blocks, sub_model, permitted)
     rows = _rows(full_model, blocks, Cut(sub_model, stock_blocks(sub_model)), kept)
     part_of = named_tensors(sub_model)
-    saved = set(full_model.state_dict())
-    whole_of = {name: value for name, value in named_tensors(full_model).items() if name in saved}
-    if lacking := sorted(set(whole_of) - set(part_of)):
+    names = whole_names(part_of, blocks, kept)
+    saved, whole_of = set(full_model.state_dict()), named_tensors(full_model)
+    absent = _absent(blocks, kept)
+    if lacking := sorted(name for name in saved - set(names.values()) if not name.startswith(absent)):
         raise ValueError(f"the sub-model has no {lacking[0]}; it was not cut from this model")
     with torch.no_grad():
-        for name, whole in whole_of.items():
-            _write(whole, part_of[name].to(whole.device), rows.get(name))
+        for mine, its in names.items():
+            if its in saved:
+                _write(whole_of[its], part_of[mine].to(whole_of[its].device), rows.get(mine))
     return full_model
 
 
@@ -114,15 +116,28 @@ def _kept(blocks: Sequence[StockBlock], sub_model: PreTrainedModel, permitted: M
     return [np.asarray(ids, dtype=np.int64) for ids in kept]
 
 
+def _absent(blocks: Sequence[StockBlock], kept: Sequence[np.ndarray]) -> tuple[str, ...]:
+    """The names, up to their last dot, of experts that are single modules and do not stay."""
+    return tuple(
+        f"{block.name}.{block.experts_name}.{key}."
+        for block, ids in zip(blocks, kept, strict=True)
+        if isinstance(block.experts, nn.ModuleDict)
+        for number, key in enumerate(block.experts)
+        if number not in ids
+    )
+
+
 def _rows(
     whole: nn.Module, blocks: Sequence[StockBlock], cut: Cut, kept: Sequence[np.ndarray]
 ) -> dict[str, tuple[int, Tensor]]:
-    """Which rows of which tensors stay, by name in the model; everything else has one shape in both.
+    """Which rows of which tensors stay, by name in the cut model; everything else has one shape in both.
 
     Raises:
         ValueError: a tensor has another shape in the cut model, and not for its experts' sake.
     """
-    tensors, parts = named_tensors(whole), named_tensors(cut.model)
+    parts = named_tensors(cut.model)
+    names, own = whole_names(parts, blocks, kept), named_tensors(whole)
+    tensors = {mine: own[its] for mine, its in names.items() if its in own}
     found: dict[str, tuple[int, Tensor]] = {}
     for block, ids in zip(blocks, kept, strict=True):
         inside = {name: value for name, value in tensors.items() if name.startswith(f"{block.name}.")}
@@ -136,14 +151,20 @@ def _rows(
     return found
 
 
-def _fill(sub: PreTrainedModel, model: PreTrainedModel, rows: dict[str, tuple[int, Tensor]]) -> None:
-    """Give a model on meta copies of another's tensors, those with experts by their rows; tied ones stay tied."""
+def _fill(
+    sub: PreTrainedModel, model: PreTrainedModel, rows: dict[str, tuple[int, Tensor]], names: dict[str, str]
+) -> None:
+    """Give a model on meta copies of another's tensors, those with experts by their rows; tied ones stay tied.
+
+    ``names`` are those of the whole model by those of the cut one.
+    """
     made: dict[int, Any] = {}
-    places = dict(sub.named_modules())
-    for name, value in named_tensors(model).items():
-        inside, _, own = name.rpartition(".")
-        if inside not in places or not hasattr(places[inside], own):
+    places, whole = dict(sub.named_modules()), named_tensors(model)
+    for name, its in names.items():
+        if its not in whole:
             continue
+        value = whole[its]
+        inside, _, own = name.rpartition(".")
         if id(value) not in made:
             dim, kept = rows.get(name, (0, None))
             part = value.detach().clone() if kept is None else value.detach().index_select(dim, kept.to(value.device))

@@ -24,7 +24,8 @@ def use_fedmoe(model: Model, *, permitted: Mask | None = None, check: bool = Tru
     """Run a stock model's experts on fedmoe, in place; weights, names and saved files stay transformers' own.
 
     Args:
-        model: any model whose experts run through transformers' experts interface, or a peft model of one.
+        model: any model whose experts run through transformers' experts interface; Switch Transformers, DBRX, Llama 4
+            or JetMoE; or a peft model of one.
         permitted: bool (L, E), or (E,) for all layers alike, or one (E_l,) for each layer: route among these experts
             only, exactly as the sub-model that has no others: the family's own router runs on the rows that stay, and
             router logits and auxiliary loss are that sub-model's (where layers keep different numbers there is none;
@@ -60,10 +61,14 @@ def use_fedmoe(model: Model, *, permitted: Mask | None = None, check: bool = Tru
     if permitted is not None:
         masks = layer_masks(permitted, [block.num_experts for block in blocks])
         cuts = _cut_routers(stock, blocks, [np.flatnonzero(mask_E) for mask_E in masks])
-    stock.set_experts_implementation(NAME)
+    if any(block.outside is None for block in blocks):
+        stock.set_experts_implementation(NAME)
     for number, block in enumerate(blocks):
-        form_of(block.experts)
-        setattr(block.experts, CHECKED, not check)
+        if block.outside is None:
+            form_of(block.experts)
+            setattr(block.experts, CHECKED, not check)
+        else:
+            set_forward(block.experts, block.outside(block.experts, check=check))
         set_forward(block.router, None if cuts is None else cuts[number])
     kept = None if cuts is None else {len(cut.kept) for cut in cuts}
     _count_experts(stock, blocks, kept.pop() if kept is not None and len(kept) == 1 else blocks[0].num_experts)
@@ -92,7 +97,7 @@ def stock_model_in(model: nn.Module) -> PreTrainedModel:
 
 def _check_served(block: StockBlock) -> None:
     """Refuse experts that ask another table than ours for their function, or are stored in codes."""
-    weight = block.experts.down_proj
+    weight = next(block.experts.parameters(), None) if block.outside else block.experts.down_proj
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
         raise ValueError(
             f"the experts of {block.name} are stored as {getattr(weight, 'dtype', type(weight).__name__)}; load the "
