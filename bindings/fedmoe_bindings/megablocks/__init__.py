@@ -1,6 +1,7 @@
 """The binding to megablocks: its weights both ways, its dropless layer on our operators, our products in its own."""
 
 from fedmoe_bindings.megablocks.arguments import Arguments
+from fedmoe_bindings.megablocks.backend import install_backend, uninstall_backend
 from fedmoe_bindings.megablocks.layers import dMoE
 from fedmoe_bindings.megablocks.losses import (
     batched_load_balancing_loss,
@@ -21,7 +22,9 @@ __all__ = [
     "dMoE",
     "from_state_dict",
     "get_load_balancing_loss",
+    "install_backend",
     "load_into",
     "state_of",
     "to_state_dict",
+    "uninstall_backend",
 ]
