@@ -43,8 +43,8 @@ def install_backend() -> None:
     """Let `import megablocks` find fedmoe's products, sort, counts and copies; a second call does nothing.
 
     Then `megablocks.dMoE` with `mlp_impl="grouped"` runs on any device and in any floating dtype that `grouped_mm`
-    serves, and so does the dropping `megablocks.MoE`. `mlp_impl="sparse"` does not: megablocks itself refuses it with
-    Triton 3.2 and later. Expert parallelism needs `torch.distributed`, as always, and was not tried.
+    serves, and so does the dropping `megablocks.MoE`. Under expert parallelism each process calls this for itself.
+    `mlp_impl="sparse"` stays out of reach: megablocks refuses it with Triton 3.2 and later.
 
     Raises:
         ModuleNotFoundError: megablocks or stanford-stk is not installed; says how to.
@@ -56,9 +56,8 @@ def install_backend() -> None:
     """
     if installed():
         return
-    for name in (PACKAGE, "stk"):
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f"{name} is not installed; install it with: {INSTALL}", name=name)
+    if (name := missing()) is not None:
+        raise ModuleNotFoundError(f"{name} is not installed; install it with: {INSTALL}", name=name)
     if found := next((name for name in (PACKAGE, "grouped_gemm", "megablocks_ops") if name in sys.modules), None):
         raise RuntimeError(f"{found} is imported already; call install_backend() before the first import of it")
     if (version := importlib.metadata.version(PACKAGE)) != VERSION:
@@ -79,6 +78,16 @@ def uninstall_backend() -> None:
     for name in [name for name, module in sys.modules.items() if isinstance(module, StandIn)]:
         del sys.modules[name]
     forget(PACKAGE)
+
+
+def missing() -> str | None:
+    """Return which of megablocks and stanford-stk is not installed; None = both are."""
+    for name in (PACKAGE, "stk"):
+        if name not in sys.modules:
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is None:  # a folder of that name, which is not a package, has no origin
+                return name
+    return None
 
 
 def installed() -> bool:
