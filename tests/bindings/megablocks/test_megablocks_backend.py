@@ -220,13 +220,11 @@ def test_another_version_is_told(fake: Path) -> None:
 
 def test_without_the_package_the_command_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A folder of its name, such as that of these tests, is not the package."""
-    monkeypatch.setattr(
-        sys, "path", [entry for entry in sys.path if not (Path(entry) / PACKAGE / "__init__.py").exists()]
-    )
+    without = [entry for entry in sys.path if not (Path(entry) / PACKAGE / "__init__.py").exists()]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *without])
     for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
         monkeypatch.delitem(sys.modules, name)
     (tmp_path / PACKAGE).mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps --no-build-isolation"):
         install_backend()
     assert missing() == PACKAGE

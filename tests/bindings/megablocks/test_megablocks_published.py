@@ -23,10 +23,9 @@ from torch.nn.functional import silu
 from fedmoe_bindings import megablocks as ours
 from fedmoe_bindings.megablocks.backend import INSTALL, missing
 
-pytestmark = pytest.mark.skipif(
-    missing() is not None,
-    reason=f"megablocks is not installed; run `make megablocks`, or: {INSTALL}",
-)
+if missing() is not None:
+    pytest.skip(f"{missing()} is not installed; run `make megablocks`, or: {INSTALL}", allow_module_level=True)
+
 SUPPORT = Path(__file__).parents[2] / "support" / "megablocks"
 CHILD = of_a_child()
 # Fewer than 128 rows in all its experts together the package does not take.
