@@ -10,6 +10,7 @@ from fedmoe_bindings.megablocks.losses import (
     clear_router_zloss,
     get_load_balancing_loss,
 )
+from fedmoe_bindings.megablocks.moe import moe_of, weights_of
 from fedmoe_bindings.megablocks.weights import DmoeWeights, from_state_dict, load_into, state_of, to_state_dict
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "get_load_balancing_loss",
     "install_backend",
     "load_into",
+    "moe_of",
     "state_of",
     "to_state_dict",
     "uninstall_backend",
+    "weights_of",
 ]

@@ -144,6 +144,19 @@ def test_state_dicts_and_states_go_both_ways(theirs: Any, setting: str) -> None:
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in published.state_dict().items())
 
 
+@pytest.mark.parametrize("mlp_type", ["glu", "mlp"])
+def test_fedmoes_own_layer_of_a_published_one(theirs: Any, mlp_type: str) -> None:
+    """With its default activation, bias and shared expert, trained a little, and loaded back."""
+    published, x = pair(theirs, dict(mlp_type=mlp_type, shared_expert=True))[0], drawn(9, 12)
+    layer = ours.moe_of(published)
+    assert relative(layer(x), published(x)) < 1e-12
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1)
+    ours.load_into(published, ours.weights_of(layer))
+    assert relative(layer(x), published(x)) < 1e-12
+
+
 def test_return_bias_and_jitter(theirs: Any) -> None:
     published, own = pair(theirs, dict(mlp_type="mlp", return_bias=True, moe_jitter_eps=0.3))
     x, found = drawn(5, 2, 12), []
