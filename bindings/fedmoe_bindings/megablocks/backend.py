@@ -49,10 +49,6 @@ def install_backend() -> None:
     Raises:
         ModuleNotFoundError: megablocks or stanford-stk is not installed; says how to.
         RuntimeError: megablocks or one of its extensions has been imported already, so a stand-in would come too late.
-
-    Example:
-        >>> install_backend()  # doctest: +SKIP
-        >>> import megablocks  # doctest: +SKIP
     """
     if installed():
         return

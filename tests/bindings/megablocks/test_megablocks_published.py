@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -275,3 +276,11 @@ def test_our_copies_are_what_its_own_kernels_do() -> None:
     count, error = done.stdout.split()
     assert int(count) == 15
     assert float(error) < 1e-6
+
+
+def test_the_guide_s_part_that_needs_the_package_runs() -> None:
+    """Blocks of language `python` are run with the pages; this one is `py`, for there the package may be missing."""
+    page = (SUPPORT.parents[2] / "docs" / "guides" / "megablocks.md").read_text("utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", block], env=CHILD, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
