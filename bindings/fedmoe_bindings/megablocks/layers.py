@@ -97,7 +97,8 @@ class GroupedMLP(nn.Module):
         """Return (R, H): each row through its expert; rows of no expert give 0."""
         z = [grouped_mm(x_RH, self._apart(w), offsets_B1) for w in (self.w1, self.v1) if w is not None]
         w2 = self._apart(self.w2).to(z[0].dtype)
-        if self.args.memory_optimized_mlp:
+        # Compiled, the plain form: the compiler cannot follow a backward within a backward, and chooses what to keep.
+        if self.args.memory_optimized_mlp and not torch.compiler.is_compiling():
             return recomputed(self.args.activation_fn, w2, offsets_B1, z)
         return grouped_mm(activated(self.args.activation_fn, z), w2, offsets_B1, transposed=True)
 

@@ -169,6 +169,20 @@ def test_under_autocast_the_layer_runs_in_its_dtype() -> None:
     assert relative(y, truth(layer.router.args, dict(layer.double().named_parameters()), x.double()).out) < 3e-2
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("setting", ["glu, gelu tanh", "memory optimized mlp"])
+def test_the_layer_compiles_whole(setting: str) -> None:
+    layer, x, dy = layer_of(**SETTINGS[setting]), drawn(7, 3, 12), drawn(7, 3, 12, seed=2)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found = []
+    for call in (layer, compiled):
+        layer.zero_grad()
+        y = call(x)
+        y.backward(dy)
+        found.append([y, *(p.grad.clone() for p in layer.parameters())])
+    assert all(map(torch.equal, *found))
+
+
 def test_tokens_none_and_one() -> None:
     layer = layer_of(mlp_type="glu", memory_optimized_mlp=True)
     for tokens in (0, 1):
