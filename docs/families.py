@@ -25,8 +25,9 @@ PAGE = HOUSE / "docs" / "families.md"
 HEAD = """# The families that are served
 
 Made by `python docs/families.py` with transformers {version}, on a tiny random model of every family whose experts run
-through transformers' experts interface, and of four whose experts do not. The tests hold each of them to its eager experts: logits, every gradient,
-bfloat16, checkpointing, generation with and without a cache, a mask against the sub-model to the bit, files.
+through transformers' experts interface, and of four whose experts do not. The tests hold each of them to its eager
+experts: logits, every gradient, bfloat16, checkpointing, generation with and without a cache, a mask against the
+sub-model to the bit, files.
 
 - **Experts**: the activation of our kernels that is the same as the module's own, found by trying it on numbers; "own"
   where none is: the module's own function then runs between two grouped products.

@@ -222,8 +222,9 @@ def check_pip(words: list[str]) -> None:
     parser.add_argument("what", nargs="*")
     for flag in ("-e", "-r", "-c", "--wheel-dir", "-w"):
         parser.add_argument(flag)
-    parser.add_argument("--no-deps", action="store_true")
-    asked = parser.parse_args(words)
+    for flag in ("--no-deps", "--no-build-isolation"):
+        parser.add_argument(flag, action="store_true")
+    asked = parser.parse_intermixed_args(words)
     for what in [*asked.what, asked.e or ""]:
         named = re.fullmatch(r"(\.|fedmoe-core)\[(.+)\]", what)
         assert named is None or set(named[2].split(",")) <= set(extras), what

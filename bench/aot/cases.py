@@ -101,6 +101,8 @@ MORE = (
     replace(QWEN, name="qwen3, nf4, 12 rows a slot", T=192, format="nf4"),
     replace(QWEN, name="qwen3, float16", dtype=torch.float16),
     replace(QWEN, name="qwen3, geglu", activation="geglu", bias=True),
+    replace(QWEN, name="qwen3, geglu_tanh", activation="geglu_tanh"),
+    replace(SWITCH, name="switch, gelu_tanh", activation="gelu_tanh"),
     replace(SWITCH, name="switch, gelu", activation="gelu", bias=True),
     replace(SWITCH, name="switch, silu", activation="silu"),
     Case("mixtral-8x7b", 8192, 4096, 14336, 8, 2, 2, E=8),

@@ -1,5 +1,6 @@
 """Tensors in, tensors out: masked routing and grouped expert products; knows nothing of clients or rounds."""
 
+from fedmoe_kernels.experts.grouped_mm import grouped_mm, grouped_outer
 from fedmoe_kernels.experts.moe_mlp import moe_mlp
 from fedmoe_kernels.experts.scores import ExpertScores
 from fedmoe_kernels.experts.weights import ExpertLora, ExpertWeights
@@ -17,6 +18,8 @@ __all__ = [
     "RouterStats",
     "Routing",
     "SlotMap",
+    "grouped_mm",
+    "grouped_outer",
     "moe_mlp",
     "route",
 ]

@@ -118,6 +118,14 @@ def _gelu_slope(d: Tensor, z: Tensor, out: Tensor) -> None:
     _aten.gelu_backward.grad_input(d, z, approximate="none", grad_input=out)
 
 
+def _gelu_tanh(z: Tensor, out: Tensor) -> None:
+    _aten.gelu.out(z, approximate="tanh", out=out)
+
+
+def _gelu_tanh_slope(d: Tensor, z: Tensor, out: Tensor) -> None:
+    _aten.gelu_backward.grad_input(d, z, approximate="tanh", grad_input=out)
+
+
 def _relu(z: Tensor, out: Tensor) -> None:
     torch.clamp(z, min=0, out=out)
 
@@ -130,9 +138,11 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {
         "swiglu": _gated(_silu, _silu_slope),
         "geglu": _gated(_gelu, _gelu_slope),
+        "geglu_tanh": _gated(_gelu_tanh, _gelu_tanh_slope),
         "swiglu_oai": _swiglu_oai(),
         "relu": _plain(_relu, _relu_slope),
         "gelu": _plain(_gelu, _gelu_slope),
+        "gelu_tanh": _plain(_gelu_tanh, _gelu_tanh_slope),
         "silu": _plain(_silu, _silu_slope),
     }
 )

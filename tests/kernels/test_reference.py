@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from fedmoe_kernels import reference
 
-GATED = ("swiglu", "geglu", "swiglu_oai")
-ACTIVATIONS = (*GATED, "relu", "gelu", "silu")
+GATED = ("swiglu", "geglu", "geglu_tanh", "swiglu_oai")
+ACTIVATIONS = (*GATED, "relu", "gelu", "gelu_tanh", "silu")
 B, HIDDEN, INNER, RANK = 4, 5, 3, 2
 
 # Slot 2 holds no row, slot 3 serves one token twice, the last token has no row at all.
@@ -102,6 +102,7 @@ def test_route_groups_and_bias_choose_but_do_not_weigh():
     [
         ("swiglu", lambda g, u: functional.silu(g) * u),
         ("geglu", lambda g, u: functional.gelu(g) * u),
+        ("geglu_tanh", lambda g, u: functional.gelu(g, approximate="tanh") * u),
         ("swiglu_oai", lambda g, u: (u.clamp(-7, 7) + 1) * g.clamp(max=7) * torch.sigmoid(1.702 * g.clamp(max=7))),
     ],
 )
@@ -111,7 +112,13 @@ def test_gated_activations_read_gate_then_up(activation, expected):
 
 
 @pytest.mark.parametrize(
-    ("activation", "expected"), [("relu", functional.relu), ("gelu", functional.gelu), ("silu", functional.silu)]
+    ("activation", "expected"),
+    [
+        ("relu", functional.relu),
+        ("gelu", functional.gelu),
+        ("gelu_tanh", lambda z: functional.gelu(z, approximate="tanh")),
+        ("silu", functional.silu),
+    ],
 )
 def test_plain_activations(activation, expected):
     torch.testing.assert_close(reference.activate(draw(50), activation), expected(draw(50)))

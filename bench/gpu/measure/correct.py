@@ -18,6 +18,7 @@ from bench.common.cases import STANDARD, TINY, Case, Problem, Shape, problem
 from bench.common.peers import errors, fedmoe, leaf, step
 from bench.common.truth import check_truth, truth
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Routing, SlotMap, moe_mlp, reference, route
+from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.formats import FORMATS
 from fedmoe_kernels.quantized import Quantized
 
@@ -59,7 +60,7 @@ def shapes(*, tiny: bool) -> dict[str, tuple[Shape, Case]]:
         "empty slots": (shape("empty", *few), replace(ALL, routes="empty")),
         "skewed": (shape("zipf", *few), replace(QUARTER, routes="zipf")),
     }
-    for activation in ("swiglu", "geglu", "swiglu_oai", "relu", "gelu", "silu"):
+    for activation in ACTIVATIONS:
         found[f"{activation} with biases"] = (shape(activation, *few, activation=activation, bias=True), QUARTER)
     return found
 
@@ -130,7 +131,7 @@ def poison(device: str) -> None:
 
 def _truth_is_reference(device: str) -> str:
     worst: dict[str, float] = {}
-    for activation in ("swiglu", "geglu", "swiglu_oai", "relu", "gelu", "silu"):
+    for activation in ACTIVATIONS:
         for case in (QUARTER, replace(ALL, routes="gaps")):
             task = problem(Shape("small", 11, 12, 8, 5, 2, activation, bias=True), case, device=device)
             for name, error in check_truth(task).items():

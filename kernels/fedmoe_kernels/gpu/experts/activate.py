@@ -7,6 +7,8 @@ LIMIT = tl.constexpr(7.0)  # gpt-oss clamps both inputs at 7 and sharpens the ga
 SHARPNESS = tl.constexpr(1.702)
 INV_SQRT2 = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+TWICE_SQRT_2_BY_PI = tl.constexpr(1.5957691216057308)  # (1 + tanh u) / 2 is sigmoid(2u)
+CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
@@ -18,6 +20,10 @@ def _value(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         below = 0.5 * (1.0 + tl.erf(z * INV_SQRT2))
         return z * below, below + z * tl.exp(-0.5 * z * z) * INV_SQRT_2PI
+    elif ACTIVATION == "gelu_tanh":
+        square = z * z * CUBIC
+        below = tl.sigmoid(z * TWICE_SQRT_2_BY_PI * (1.0 + square))
+        return z * below, below + z * TWICE_SQRT_2_BY_PI * (1.0 + square * 3.0) * below * (1.0 - below)
     else:
         tl.static_assert(ACTIVATION == "relu")
         return tl.maximum(z, 0.0), tl.where(z > 0.0, 1.0, 0.0)
@@ -30,6 +36,8 @@ def activate(gate, up, ACTIVATION: tl.constexpr):
         return gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "geglu":
         return gate * 0.5 * (1.0 + tl.erf(gate * INV_SQRT2)) * up
+    elif ACTIVATION == "geglu_tanh":
+        return _value(gate, "gelu_tanh")[0] * up
     elif ACTIVATION == "swiglu_oai":
         low = tl.minimum(gate, LIMIT)
         return (tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0) * low * tl.sigmoid(low * SHARPNESS)
@@ -46,6 +54,9 @@ def slopes(gate, up, d, ACTIVATION: tl.constexpr):
         return value * up, d * up * slope, d * value
     elif ACTIVATION == "geglu":
         value, slope = _value(gate, "gelu")
+        return value * up, d * up * slope, d * value
+    elif ACTIVATION == "geglu_tanh":
+        value, slope = _value(gate, "gelu_tanh")
         return value * up, d * up * slope, d * value
     elif ACTIVATION == "swiglu_oai":
         low = tl.minimum(gate, LIMIT)
