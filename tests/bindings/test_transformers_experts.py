@@ -128,7 +128,7 @@ def test_a_family_member_without_moe_layers_or_with_unserved_options_is_refused(
     with pytest.raises(ValueError, match="router_jitter_noise=0"):
         TransformersAdapter(stock_model("mixtral", router_jitter_noise=0.1))
     with pytest.raises(ValueError, match="an activation or a norm that fedmoe's layer does not have"):
-        TransformersAdapter(stock_model("mixtral", hidden_act="gelu_new"))
+        TransformersAdapter(stock_model("mixtral", hidden_act="mish"))
     with pytest.raises(ValueError, match="no language-model head"):
         TransformersAdapter(stock_model("olmoe", cls=OlmoeModel))
 

@@ -31,7 +31,7 @@ HALF = np.arange(E) % 2 == 0
         ("openai_privacy_filter", "swiglu_oai"),
         ("aria", "swiglu"),
         ("beam", "swiglu"),
-        ("gemma4", None),
+        ("gemma4", "geglu_tanh"),
         ("deepseek_v4", None),
         ("minimax_m3_vl", "swiglu_oai"),
         ("nemotron_h", None),
@@ -45,8 +45,10 @@ def test_the_activation_is_found_by_trying(family: str, activation: str | None) 
 def test_gelu_is_not_taken_for_its_tanh_form() -> None:
     exact, tanh = (stock_model("mixtral", hidden_act=name) for name in ("gelu", "gelu_pytorch_tanh"))
     assert form_of(stock_blocks(exact)[0].experts).activation == "geglu"
-    assert form_of(stock_blocks(tanh)[0].experts).activation is None
-    for model in (exact, tanh):
+    assert form_of(stock_blocks(tanh)[0].experts).activation == "geglu_tanh"
+    mish = stock_model("mixtral", hidden_act="mish")
+    assert form_of(stock_blocks(mish)[0].experts).activation is None
+    for model in (exact, tanh, mish):
         want = stock_loss(model, batch_of())
         assert relative(stock_loss(use_fedmoe(copy.deepcopy(model)), batch_of()), want) < 1e-5
 

@@ -95,15 +95,9 @@ def test_a_mask_equals_the_submodel_to_the_bit(family: str, tmp_path: Any) -> No
 
 def experts_of(model: Any) -> dict[str, Tensor]:
     """Every tensor of a model's single experts."""
-    places = {
-        f"{block.name}.{block.experts_name}": block.experts for block in stock_blocks(model) if block.experts_name
-    }
-    return {
-        f"{place}.{name}": p
-        for place, experts in places.items()
-        for name, p in experts.named_parameters()
-        if "norm" not in name
-    }
+    places = {f"{b.name}.{b.experts_name}": b.experts for b in stock_blocks(model) if b.experts_name}
+    found = {f"{place}.{name}": p for place, experts in places.items() for name, p in experts.named_parameters()}
+    return {name: value for name, value in found.items() if "norm" not in name}
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
-from torch.nn.functional import grouped_mm
 
 from fedmoe_bindings.transformers.stock.forms import Form
+from fedmoe_kernels.experts.grouped_mm import grouped_mm
 from fedmoe_kernels.routing.record import Routing
 
 
@@ -78,16 +77,12 @@ def _expert_of_row(routing: Routing) -> Tensor:
 
 
 def _product(a_RK: Tensor, weight: Tensor, routing: Routing) -> Tensor:
-    """a @ w[slot].T for every row, 0 for rows without an expert."""
-    if (dtype := autocast_dtype(a_RK)) is not None:
-        a_RK, weight = a_RK.to(dtype), weight.to(dtype)
-    a_RK, w_BKN = a_RK.to(weight.dtype), weight.mT
-    ends_B = routing.offsets_B1[1:].to(torch.int32)
-    live_R1 = (routing.tokens_R >= 0)[:, None]
-    if _torch_can(a_RK, w_BKN):
-        return grouped_mm(a_RK, w_BKN, offs=ends_B).where(live_R1, 0.0)
-    # transformers' operator: a loop over experts that a compiler does not look into.
-    return cast(Tensor, torch.ops.transformers.grouped_mm_fallback(a_RK, w_BKN, ends_B))
+    """a @ w[slot].T for every row, 0 for rows without an expert; without a copy of either layout."""
+    if autocast_dtype(a_RK) is None:
+        a_RK = a_RK.to(weight.dtype)
+    if weight.mT.is_contiguous() and not weight.is_contiguous():
+        return grouped_mm(a_RK, weight.mT, routing.offsets_B1, transposed=True)
+    return grouped_mm(a_RK, weight, routing.offsets_B1)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -96,11 +91,3 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
-
-
-def _torch_can(a_RK: Tensor, w_BKN: Tensor) -> bool:
-    """Whether torch's grouped product takes these: rows of 16 bytes, no float64, without numbers bfloat16."""
-    hollow = torch.compiler.is_compiling() or a_RK.device.type == "meta" or detect_fake_mode(a_RK) is not None
-    if a_RK.dtype == torch.float64 or (hollow and a_RK.dtype != torch.bfloat16):
-        return False
-    return all(size * a_RK.itemsize % 16 == 0 for size in w_BKN.shape[1:])
