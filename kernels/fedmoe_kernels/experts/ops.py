@@ -21,6 +21,7 @@ from fedmoe_kernels.backends import use_triton
 from fedmoe_kernels.cpu import loops
 from fedmoe_kernels.cpu.slot import Adapter, Expert, Gradients, Packed
 from fedmoe_kernels.experts.op_inputs import DIFFERENTIABLE, OpInputs
+from fedmoe_kernels.experts.scores import finite_only
 from fedmoe_kernels.formats import FORMATS
 from fedmoe_kernels.operator import Operator, function_of
 
@@ -219,6 +220,8 @@ def _differentiate(
         outputs = moe_mlp_backward(dy_TH.contiguous(), z_RF, *tensors, *how)
         for place, output in zip(_PLACES, outputs, strict=True):
             found[place] = output if wanted_of[place] else None
+        if wanted_of[_PLACES[-1]]:
+            found[_PLACES[-1]] = finite_only(outputs[-1])
     return tuple(found)
 
 
