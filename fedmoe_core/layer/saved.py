@@ -133,7 +133,14 @@ def _refusals(given: Mapping[str, Any], own: Mapping[str, Tensor], facts: Facts,
     if said is not None:
         return [f"{here}: {said}"]
     return [
-        f"{here}: {name} of the state dict has shape {tuple(given[name].shape)}, this layer's {tuple(tensor.shape)}"
+        f"{here}: {name} of the state dict is {found.dtype} {tuple(found.shape)}, this layer's {tensor.dtype} "
+        f"{tuple(tensor.shape)}"
         for name, tensor in own.items()
-        if isinstance(given.get(name), Tensor) and given[name].shape != tensor.shape
+        if isinstance(found := given.get(name), Tensor) and not _fits(found, tensor)
     ]
+
+
+def _fits(found: Tensor, tensor: Tensor) -> bool:
+    """Whether it can be copied: numbers into codes cannot, nor codes into numbers."""
+    coded = 1 in (found.itemsize, tensor.itemsize)
+    return found.shape == tensor.shape and (not coded or found.dtype == tensor.dtype)

@@ -10,7 +10,7 @@ Their last arguments: `backend` ("auto", "cpu" or "triton") and `rows_per_slot`,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.backends import use_triton
 from fedmoe_kernels.cpu import loops
 from fedmoe_kernels.cpu.slot import Adapter, Expert, Gradients, Packed
+from fedmoe_kernels.experts.flops import tell_counters
 from fedmoe_kernels.experts.op_inputs import DIFFERENTIABLE, OpInputs
 from fedmoe_kernels.experts.scores import finite_only
 from fedmoe_kernels.formats import FORMATS
@@ -230,5 +231,16 @@ moe_mlp_op.register_autograd(
 )
 
 
-moe_mlp_backward = Operator(moe_mlp_backward_op, _backward)
-moe_mlp = Operator(moe_mlp_op, _forward, function_of("MoeMlp", _forward, _setup_context, _differentiate))
+def _counted(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call, of which torch's FLOP counter knows what it is worth."""
+
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            tell_counters()
+        return op(*args)
+
+    return call
+
+
+moe_mlp_backward = Operator(_counted(moe_mlp_backward_op), _backward)
+moe_mlp = Operator(_counted(moe_mlp_op), _forward, function_of("MoeMlp", _forward, _setup_context, _differentiate))
