@@ -37,9 +37,14 @@ def hold(layer: nn.Module, name: str, rows: Tensor | None, *, same: bool) -> Non
 
 
 def put_in_order(layer: nn.Module) -> None:
-    """Bring a layer's own Parameters into their order."""
+    """Bring a layer's own Parameters into their order, and its buffers that hold nothing behind the others.
+
+    torch.export (2.13) counts those that hold nothing when it looks up the others by their place.
+    """
     for name in [name for name in _ORDER if name in layer._parameters]:
         layer._parameters[name] = layer._parameters.pop(name)
+    for name in [name for name, buffer in layer._buffers.items() if buffer is None]:
+        layer._buffers[name] = layer._buffers.pop(name)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
