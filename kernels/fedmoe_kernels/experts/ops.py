@@ -24,7 +24,7 @@ from fedmoe_kernels.experts.flops import tell_counters
 from fedmoe_kernels.experts.op_inputs import DIFFERENTIABLE, OpInputs
 from fedmoe_kernels.experts.scores import finite_only
 from fedmoe_kernels.formats import FORMATS
-from fedmoe_kernels.operator import Operator, function_of
+from fedmoe_kernels.operator import Operator, function_of, last_derivative, transformed_of
 
 _OPTIONAL = ("tokens_R", "places_R", *OpInputs._fields[8:])
 _TENSORS = ", ".join(f"{'Tensor?' if name in _OPTIONAL else 'Tensor'} {name}" for name in OpInputs._fields)
@@ -242,5 +242,10 @@ def _counted(op: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-moe_mlp_backward = Operator(_counted(moe_mlp_backward_op), _backward)
-moe_mlp = Operator(_counted(moe_mlp_op), _forward, function_of("MoeMlp", _forward, _setup_context, _differentiate))
+moe_mlp_backward = Operator(_counted(moe_mlp_backward_op), _backward, transformed=last_derivative("moe_mlp"))
+moe_mlp = Operator(
+    _counted(moe_mlp_op),
+    _forward,
+    function_of("MoeMlp", _forward, _setup_context, _differentiate),
+    transformed_of("MoeMlpTransformed", _setup_context, _differentiate),
+)
