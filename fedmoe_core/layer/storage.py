@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fedmoe_core.layer import saved
-from fedmoe_core.layer.held import hold, put_in_order
+from fedmoe_core.layer.held import FROZEN_BIASES, STORED, Held, hold, put_in_order
 from fedmoe_core.layer.lora import FACTORS, LayerLora, MergedRows
 from fedmoe_core.layer.slots import (
     NO_ROWS,
@@ -30,11 +30,8 @@ from fedmoe_kernels.formats import format_named
 from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.slot_map import SlotMap, index_beside
 
-_STORED = tuple(f"{name}_{part}" for name in MATRICES for part in ("frozen", "scale", "whole"))
-_FROZEN_BIASES = tuple(f"{name}_frozen" for name in BIASES)
 
-
-class ExpertStore(saved.Described):
+class ExpertStore(Held):
     """The storage of one MoE layer; ``MoE`` adds the forward.
 
     Storage is compact: ``w_in`` and ``w_out`` are Parameters of the trainable experts only, ``w_in_frozen`` and
@@ -104,7 +101,7 @@ class ExpertStore(saved.Described):
         self._slotted = (*MATRICES, *(name for name in BIASES if name in biases))
         self._steering = tuple(name for name in STEERING if name == "router" or name in biases)
         self._corrected = "correction_bias" in biases
-        for name in (*_STORED, *_FROZEN_BIASES, *(f"{name}_rest" for name in STEERING), "correction_bias"):
+        for name in (*STORED, *FROZEN_BIASES, *(f"{name}_rest" for name in STEERING), "correction_bias"):
             self.register_buffer(name, None)
         for name in (*BIASES, "router_bias", *FACTORS):
             self.register_parameter(name, None)
@@ -251,18 +248,6 @@ class ExpertStore(saved.Described):
         names = (*self._steering, *names) if self.train_router else names
         return {name: getattr(self, name).detach() for name in names}
 
-    def own_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of router and experts, without those of a shared expert."""
-        return list(self.parameters(recurse=False))
-
-    def own_tensors(self) -> list[Tensor]:
-        """Return parameters and buffers of router and experts, without those of a shared expert."""
-        return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
-
-    def frozen_tensors(self) -> list[Tensor]:
-        """Return what the frozen slots are stored in: values, or codes and their scales, and biases."""
-        return [tensor for name in (*_STORED, *_FROZEN_BIASES) if (tensor := getattr(self, name)) is not None]
-
     def check_masks(self, permitted: ExpertMask | None, trainable: ExpertMask | None) -> tuple[np.ndarray, np.ndarray]:
         """Return numpy bool (E,) masks of the permitted and of the trainable experts, None filled in.
 
@@ -380,38 +365,3 @@ class ExpertStore(saved.Described):
 
     def _installed(self) -> None:
         """Called whenever the experts have changed."""
-
-    def _rows(self, name: str) -> list[Tensor]:
-        """Every slot's weight, in slot order; views, but for those that are held in few bits."""
-        trainable, frozen = getattr(self, name).detach(), self._frozen(name)
-        return [*trainable, *(frozen.dequantize(trainable.dtype) if isinstance(frozen, Quantized) else frozen)]
-
-    def _frozen(self, name: str) -> Tensor | Quantized:
-        """The frozen slots of a matrix or bias as they are stored."""
-        if name in BIASES:
-            return cast(Tensor, getattr(self, f"{name}_frozen"))
-        values, scale, whole = (getattr(self, f"{name}_{part}") for part in ("frozen", "scale", "whole"))
-        return values if scale is None else Quantized(values, scale, cast(str, self.frozen_format), whole)
-
-    def _keep(self, name: str, held_as: Tensor | Quantized) -> None:
-        """Store the frozen slots of a matrix or bias."""
-        parts: dict[str, Tensor | None] = {"frozen": held_as} if isinstance(held_as, Tensor) else {}
-        if isinstance(held_as, Quantized):
-            parts = {"frozen": held_as.codes, "scale": held_as.scale, "whole": held_as.whole}
-        elif name in MATRICES:
-            parts |= {"scale": None, "whole": None}
-        for part, value in parts.items():
-            setattr(self, f"{name}_{part}", value)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStore:
-        """Cast the layer, but not what quantised experts are stored in: codes may be numbers of 8 bits, too.
-
-        Nor is the correction bias rounded to 16 bits: its steps of 1e-3 decide between scores near 1.
-        """
-        stored = {name: getattr(self, name) for name in (*_STORED * bool(self.frozen_format), "correction_bias")}
-        super()._apply(fn, recurse)
-        for name, value in stored.items():
-            now = getattr(self, name)
-            if value is not None and now.dtype != value.dtype and not (name == "correction_bias" and now.itemsize > 2):
-                setattr(self, name, value.to(now.device))
-        return self

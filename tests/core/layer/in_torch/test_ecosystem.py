@@ -1,6 +1,6 @@
 """The layer where users put it: a plain loop, torch.compile, checkpointing, autocast, torch.export, torch.func, copies.
 
-Two ranks are in test_distributed.py, state dicts in test_saved.py, meta and offloading in test_without_values.py.
+Two ranks are in test_distributed.py, state dicts in ../test_saved.py, meta and offloading in test_without_values.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "support" / "models" / "on_two_ranks.py"
+SCRIPT = Path(__file__).parents[3] / "support" / "models" / "on_two_ranks.py"
 
 
 @pytest.mark.timeout(180)
