@@ -58,8 +58,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x_TH, router_EH, bias_E, valid_T, _ = inputs
-        ctx.save_for_backward(x_TH, router_EH, valid_T)
-        ctx.bias_dtype = None if bias_E is None else bias_E.dtype
+        of_x, of_router, *_ = ctx.needs_input_grad  # each gradient needs the other factor
+        ctx.save_for_backward(x_TH if of_router else None, router_EH if of_x else None, valid_T)
+        ctx.dtypes = x_TH.dtype, router_EH.dtype, None if bias_E is None else bias_E.dtype
 
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,10 +68,10 @@ class _Product(torch.autograd.Function):
         dx_TH = dw_EH = db_E = None
         with without_autocast(grad_TE):
             if ctx.needs_input_grad[0]:
-                dx_TH = (grad_TE @ router_EH.to(grad_TE.dtype)).to(x_TH.dtype)
+                dx_TH = (grad_TE @ router_EH.to(grad_TE.dtype)).to(ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
                 real_TH = x_TH if valid_T is None else x_TH.masked_fill(~valid_T[:, None], 0.0)
-                dw_EH = (grad_TE.t() @ real_TH.to(grad_TE.dtype)).to(router_EH.dtype)
+                dw_EH = (grad_TE.t() @ real_TH.to(grad_TE.dtype)).to(ctx.dtypes[1])
             if ctx.needs_input_grad[2]:
-                db_E = grad_TE.sum(0).to(ctx.bias_dtype)
+                db_E = grad_TE.sum(0).to(ctx.dtypes[2])
         return dx_TH, dw_EH, db_E, None, None

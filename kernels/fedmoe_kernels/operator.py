@@ -29,12 +29,14 @@ class Operator:
         body: what it does, from the same arguments.
         differentiable: the same under autograd, see `function_of`; None = the operator has no derivative.
         transformed: the same under torch.func.grad, see `transformed_of`; None = it has no use there.
+        announce: called before the operator is, where something may watch it; None = nothing to say.
     """
 
     op: Callable[..., Any]
     body: Callable[..., Any]
     differentiable: Callable[..., Any] | None = None
     transformed: Callable[..., Any] | None = None
+    announce: Callable[[], None] | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Call it, whichever way."""
@@ -47,6 +49,8 @@ class Operator:
                 )
             if self.transformed is not None and transform == TransformType.Grad:
                 return self.transformed(self, *args)
+            if self.announce is not None and not torch.compiler.is_compiling():
+                self.announce()
             return self.op(*args)
         graded = False
         for value in args:

@@ -10,7 +10,7 @@ Their last arguments: `backend` ("auto", "cpu" or "triton") and `rows_per_slot`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -231,21 +231,13 @@ moe_mlp_op.register_autograd(
 )
 
 
-def _counted(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The same call, of which torch's FLOP counter knows what it is worth."""
-
-    def call(*args: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            tell_counters()
-        return op(*args)
-
-    return call
-
-
-moe_mlp_backward = Operator(_counted(moe_mlp_backward_op), _backward, transformed=last_derivative("moe_mlp"))
+moe_mlp_backward = Operator(
+    moe_mlp_backward_op, _backward, transformed=last_derivative("moe_mlp"), announce=tell_counters
+)
 moe_mlp = Operator(
-    _counted(moe_mlp_op),
+    moe_mlp_op,
     _forward,
     function_of("MoeMlp", _forward, _setup_context, _differentiate),
     transformed_of("MoeMlpTransformed", _setup_context, _differentiate),
+    tell_counters,
 )
