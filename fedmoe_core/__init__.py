@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fedmoe_core.config.run_config import Config
     from fedmoe_core.config.systems import Equation, System
     from fedmoe_core.layer.moe import MoE
+    from fedmoe_core.layer.optimizer import following
     from fedmoe_core.layer.recording import recording
     from fedmoe_core.layer.routing_rule import RoutingRule
     from fedmoe_core.layer.shared_expert import SharedExpert
@@ -48,6 +49,7 @@ _HOMES = {
     "Sums": "server.means",
     "System": "config.systems",
     "Weights": "messages.update",
+    "following": "layer.optimizer",
     "make_plan": "server.planning",
     "plan_of_masks": "server.planning",
     "recording": "layer.recording",
@@ -70,6 +72,7 @@ __all__ = [
     "Sums",
     "System",
     "Weights",
+    "following",
     "make_plan",
     "plan_of_masks",
     "recording",

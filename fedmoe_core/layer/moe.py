@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import cast
+from dataclasses import asdict, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from fedmoe_core.layer.lora import FACTORS
+from fedmoe_core.layer.router_product import autocasts, router_logits
 from fedmoe_core.layer.routing_rule import RoutingRule
+from fedmoe_core.layer.slots import ExpertMask
 from fedmoe_core.layer.state import BIASES, INIT_STD, LayerState
-from fedmoe_core.layer.storage import ExpertMask, ExpertStore
+from fedmoe_core.layer.storage import ExpertStore
 from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.backends import WORTH_SAYING, warn_once
 from fedmoe_kernels.experts.moe_mlp import ExpertLora, ExpertScores, ExpertWeights, moe_mlp
+from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.routing.route import route
+from fedmoe_kernels.routing.rules import compute_dtype
 from fedmoe_kernels.routing.stats import RouterStats
 
 __all__ = ["ExpertMask", "LayerState", "MoE"]
@@ -41,7 +45,7 @@ class MoE(ExpertStore):
         out_scale: a scalar Parameter that the chosen experts' output is multiplied by (FLAME's s_i), not that of
             ``shared``; None = 1, for good.
         recorder: called in each forward with the router logits of real tokens (T, E), with their graph, and with the
-            choices of all tokens (T, K), -1 = none; see ``fedmoe_core.recording``.
+            choices of all tokens (T, K), -1 = none; see ``fedmoe_core.recording``. A copy of the layer has none.
 
     ``last_stats`` is overwritten by each forward and never summed here, so that a forward repeated by activation
     checkpointing cannot count twice. To sum it, add it once per micro-batch.
@@ -79,6 +83,7 @@ class MoE(ExpertStore):
         with_scores: bool = False,
         recompute: bool = False,
         frozen_format: str | None = None,
+        float32_router: bool = True,
         rows_per_slot: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -105,6 +110,8 @@ class MoE(ExpertStore):
             frozen_format: "int8", "int4", "fp8_e4m3", "mxfp4", "nvfp4" or "nf4" stores the frozen experts so, see
                 ``fedmoe_kernels.Quantized``; None = in ``dtype``. 32 must divide both widths. An expert so stored
                 trains again only from a ``source``.
+            float32_router: compute the router's product in float32, also in a layer of 16 bits and under autocast, as
+                its softmax always is. False: in the dtype of x, or autocast's. (float64 for x of float64.)
             rows_per_slot: rows an expert is expected to get, see ``fedmoe_kernels.SlotMap``.
             dtype, device: of the weights.
             backend: as ``fedmoe_kernels.moe_mlp``.
@@ -138,7 +145,7 @@ class MoE(ExpertStore):
         )
         self.top_k, self.rule, self.shared = top_k, rule, shared
         self.with_stats, self.with_scores = with_stats, with_scores
-        self.recompute, self.backend = recompute, backend
+        self.recompute, self.backend, self.float32_router = recompute, backend, float32_router
         self.token_mask: Tensor | None = None
         self.last_stats: RouterStats | None = None
         self.recorder: Callable[[Tensor, Tensor], None] | None = None
@@ -211,14 +218,25 @@ class MoE(ExpertStore):
         """Route each token of x (..., H) over the permitted experts and sum their weighted outputs; the same shape.
 
         Args:
-            x: activations.
+            x: activations, in the dtype of the experts that train; under autocast in any. Frozen experts of another
+                dtype are converted at every call.
             token_mask_T: bool (T,) in the order of x's leading dimensions; goes before ``token_mask``.
+
+        Raises:
+            ValueError: x or the mask does not fit the layer.
         """
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x is {x.shape[-1]} wide; this MoE layer needs hidden_size={self.hidden_size}")
+        casts = autocasts(x) and x.dtype != torch.float64
+        self._check(x, casts)
         x_TH = x.reshape(-1, self.hidden_size)
-        logits_TE = linear(x_TH, self.router_EH(), self.router_bias_E())
-        valid_T = self.token_mask if token_mask_T is None else token_mask_T
+        valid_T = self._valid(x_TH, token_mask_T)
+        narrow = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+        logits_TE = router_logits(
+            x_TH,
+            self.router_EH(),
+            self.router_bias_E(),
+            valid_T=valid_T,
+            dtype=compute_dtype(x.dtype) if self.float32_router else narrow,
+        )
         routing = route(
             logits_TE,
             self.top_k,
@@ -237,16 +255,16 @@ class MoE(ExpertStore):
             self.recorder(logits_TE if valid_T is None else logits_TE[valid_T], routing.experts_TK)
         if self.out_scale is not None:  # by the weights, because T * k numbers are kept for its gradient and not T * H
             routing = replace(routing, weights_TK=routing.weights_TK * self.out_scale)
-        lora = self._lora()
+        weights = {name: self._weights(name, None if casts else x.dtype) for name in self._slotted}
         y_TH = moe_mlp(
             x_TH,
             routing,
-            self._weights("w_in", lora),
-            self._weights("w_out", lora),
+            weights["w_in"],
+            weights["w_out"],
             activation=self.activation,
-            bias_in=None if self.bias_in is None else self._weights("bias_in", lora),
-            bias_out=None if self.bias_out is None else self._weights("bias_out", lora),
-            lora=lora,
+            bias_in=weights.get("bias_in"),
+            bias_out=weights.get("bias_out"),
+            lora=self._lora(),
             scores=self.scores,
             recompute=self.recompute,
             backend=self.backend,
@@ -255,10 +273,34 @@ class MoE(ExpertStore):
             y_TH = y_TH + self.shared(x_TH)
         return y_TH.reshape(x.shape)
 
+    def _check(self, x: Tensor, casts: bool) -> None:
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x is {x.shape[-1]} wide; this MoE layer needs hidden_size={self.hidden_size}")
+        learning = self.w_in if self.a_in is None else self.a_in
+        if not x.is_floating_point() or (len(learning) and learning.dtype != x.dtype and not casts):
+            raise ValueError(
+                f"x is {x.dtype}, the experts of this MoE layer are {learning.dtype}; convert one of them, or call the "
+                "layer under torch.autocast"
+            )
+        if x.device != self.device:
+            raise ValueError(f"x is on {x.device}, this MoE layer on {self.device}; move one of them")
+
+    def _valid(self, x_TH: Tensor, token_mask_T: Tensor | None) -> Tensor | None:
+        """The mask of this forward, by the name that its giver knows where it does not fit."""
+        name, mask_T = ("token_mask", self.token_mask) if token_mask_T is None else ("token_mask_T", token_mask_T)
+        if mask_T is None:
+            return None
+        if mask_T.dtype != torch.bool or mask_T.shape != x_TH.shape[:1] or mask_T.device != x_TH.device:
+            raise ValueError(
+                f"{name} is {mask_T.dtype} {tuple(mask_T.shape)} on {mask_T.device}; it must be torch.bool "
+                f"({x_TH.shape[0]},) on {x_TH.device}, one entry for each token in the order of x"
+            )
+        return mask_T
+
     def start_out_scale(self, value: float | None) -> None:
         """Give the layer's output a trainable factor that starts at ``value``; None takes it away."""
         dtype = torch.float64 if self.w_in.dtype == torch.float64 else torch.float32
-        start = None if value is None else torch.tensor(value, dtype=dtype, device=self.w_in.device)
+        start = None if value is None else torch.tensor(value, dtype=dtype, device=self.device)
         self.out_scale = None if start is None else nn.Parameter(start)
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -266,10 +308,22 @@ class MoE(ExpertStore):
         found = super().trained_state()
         return found if self.out_scale is None else found | {"out_scale": self.out_scale.detach()}
 
-    def _weights(self, name: str, lora: ExpertLora | None) -> ExpertWeights:
-        """All slots of a matrix or bias; under adapters none of them may ask for a gradient."""
-        trainable: Tensor = getattr(self, name)
-        return ExpertWeights(trainable if lora is None else trainable.detach(), self._frozen(name))
+    def _weights(self, name: str, dtype: torch.dtype | None) -> ExpertWeights:
+        """All slots of a matrix or bias, those that do not train in ``dtype``; None = autocast brings them to its own.
+
+        What trains has the dtype already. FSDP casts it and leaves the buffers, whose values have no gradient to keep.
+        """
+        trainable, frozen = getattr(self, name), self._frozen(name)
+        if dtype is None:
+            return ExpertWeights(trainable, frozen)
+        if isinstance(frozen, Tensor) and frozen.dtype != dtype:
+            if frozen.nbytes >= WORTH_SAYING and not torch.compiler.is_compiling():
+                warn_once(
+                    f"{name}_frozen is {frozen.dtype}, and its {frozen.nbytes} bytes are converted to {dtype} at every "
+                    f"forward; store it so: layer.{name}_frozen = layer.{name}_frozen.to({dtype})"
+                )
+            frozen = frozen.to(dtype)
+        return ExpertWeights(trainable if len(trainable) else trainable.to(dtype), frozen)
 
     def _lora(self) -> ExpertLora | None:
         """The adapters of the trainable slots; None where there are none."""
@@ -283,9 +337,48 @@ class MoE(ExpertStore):
         """Importance sums by slot since the last ``set_experts``, ``load_global`` or ``scores.reset()``."""
         if not self.with_scores:
             return None
-        if self._scores is None or self._scores.leaf_B6.device != self.w_in.device:
-            self._scores = ExpertScores(len(self.experts), device=self.w_in.device)
+        if self._scores is None or self._scores.leaf_B6.device != self.device:
+            self._scores = self._no_scores()
         return self._scores
+
+    def _no_scores(self) -> ExpertScores:
+        """Sums of nothing yet, for the loss scale that was said last."""
+        scores = ExpertScores(len(self.experts), device=self.device)
+        if self._scores is not None and self._scores.unscale_6 is not None:
+            scores.unscale_6 = self._scores.unscale_6.to(self.device)
+        return scores
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a state dict says beside its tensors, see ``Described``."""
+        return super().facts() | {"top_k": self.top_k, "rule": asdict(self.rule)}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give the layer fresh weights where they are, after ``to_empty`` for example; an output factor becomes 1.
+
+        A layer whose experts all train gets the draws of a new one.
+        """
+        for name in self.names:
+            zero = name.endswith("bias") or name in BIASES
+            for part in (name, f"{name}_frozen", f"{name}_rest"):
+                tensor = getattr(self, part, None)
+                if part.endswith("_frozen") and self.frozen_format is not None and not zero and tensor is not None:
+                    stored = cast(Quantized, self._frozen(name))
+                    drawn = torch.empty(stored.shape, dtype=torch.float32, device=self.device).normal_(std=INIT_STD)
+                    self._keep(name, Quantized.of(drawn, self.frozen_format))
+                elif tensor is not None:
+                    tensor.zero_() if zero else tensor.normal_(std=INIT_STD)
+        for name in FACTORS:
+            if (factor := getattr(self, name)) is not None:
+                bound = factor.shape[-1] ** -0.5
+                factor.uniform_(-bound, bound) if name.startswith("a_") else factor.zero_()
+        if self.out_scale is not None:
+            self.out_scale.fill_(1.0)
+        self._installed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the recorder out of copies and pickles: what it heard has a graph, and the copy is not recorded."""
+        return self.__dict__ | {"recorder": None}
 
     def extra_repr(self) -> str:
         return (
@@ -295,5 +388,5 @@ class MoE(ExpertStore):
 
     def _installed(self) -> None:
         # Made here and not at the first forward, because a compiled forward cannot make a leaf.
-        self._scores = ExpertScores(len(self.experts), device=self.w_in.device) if self.with_scores else None
+        self._scores = self._no_scores() if self.with_scores else None
         self.last_stats = None

@@ -30,13 +30,20 @@ class Tape:
         lives for as long as its reader needs it and not until the end of the block.
 
         Raises:
-            ValueError: the layer has not run within the recording, or its logits were taken before.
+            ValueError: the layer has not run within the recording, or its logits were taken before; or the forward kept
+                no graph though the router trains, and the logits are taken where gradients are on: a loss of them would
+                have a value and no gradient. Take them under ``torch.no_grad`` to read values alone.
         """
         heard = self._heard[number]
         logits_TE, heard.logits_TE = heard.logits_TE, None
         if logits_TE is None:
             raise ValueError(
                 f"MoE layer {number} has no logits on the tape; run a forward within `recording` and take them once"
+            )
+        if torch.is_grad_enabled() and not logits_TE.requires_grad and self.layers[number].router.requires_grad:
+            raise ValueError(
+                f"the logits of MoE layer {number} have no graph, so a loss of them would train nothing; its forward "
+                "ran under torch.no_grad, or under checkpoint(use_reentrant=True), for which give use_reentrant=False"
             )
         return logits_TE
 

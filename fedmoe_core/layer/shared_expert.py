@@ -47,6 +47,12 @@ class SharedExpert(nn.Module):
         self.w_out = fresh(hidden_size, intermediate_size)
         self.gate = fresh(1, hidden_size) if gated else None
 
+    def reset_parameters(self) -> None:
+        """Give the shared expert fresh weights where they are, after ``to_empty`` for example."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(std=INIT_STD)
+
     def forward(self, x_TH: Tensor) -> Tensor:
         """Return (T, H)."""
         gate_TI, up_TI = linear(x_TH, self.w_in).chunk(2, dim=-1)

@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fedmoe_core.layer.state import STEERING
 from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.slot_map import SlotMap
+
+ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
+
+
+def check_masks(
+    permitted: ExpertMask | None, trainable: ExpertMask | None, num_experts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return numpy bool (E,) masks of the permitted and of the trainable experts, None filled in.
+
+    Raises:
+        ValueError: an empty permitted set, or masks of the wrong shape, kind or inclusion.
+    """
+    held = _mask("permitted", permitted, np.ones(num_experts, dtype=bool))
+    trains = _mask("trainable", trainable, held)
+    if not held.any():
+        raise ValueError("no expert is permitted; permit at least one of every MoE layer")
+    if (trains & ~held).any():
+        raise ValueError(f"trainable expert {np.flatnonzero(trains & ~held)[0]} is not permitted; permit it or drop it")
+    return held, trains
+
+
+def _mask(name: str, mask: ExpertMask | None, default: np.ndarray) -> np.ndarray:
+    if mask is None:
+        return default
+    array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if array.dtype != np.bool_ or array.shape != default.shape:
+        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}; give a bool mask of shape {default.shape}")
+    return array
 
 
 def stack(rows: Mapping[int, Tensor] | Tensor, ids: Sequence[int], like: Tensor) -> Tensor:
@@ -49,7 +77,7 @@ def frozen_stack(
 
 
 OwnRows = Mapping[str, Mapping[int, Tensor]]  # tensor name -> expert id -> row
-NO_ROWS: OwnRows = MappingProxyType({})
+NO_ROWS: OwnRows = {}
 
 
 def slot_map_of(
@@ -57,14 +85,25 @@ def slot_map_of(
 ) -> SlotMap:
     """Make the map of a layer's masks, bool (E,); with ``alias_E``, int (E,), absent experts are served by held ones.
 
+    It is a real one on the CPU, even where new tensors are on "meta" or fake.
+
     Raises:
         ValueError: as ``SlotMap.shared``.
     """
-    masks = torch.from_numpy(held_E.copy()), torch.from_numpy(trains_E.copy())
-    if alias_E is None:
-        return SlotMap.build(*masks, rows_per_slot=rows_per_slot)
-    alias = torch.from_numpy(np.asarray(alias_E, dtype=np.int64).copy())
-    return SlotMap.shared(*masks, alias_E=alias, rows_per_slot=rows_per_slot)
+    with unset_fake_temporarily(), torch.device("cpu"):
+        masks = torch.from_numpy(held_E.copy()), torch.from_numpy(trains_E.copy())
+        if alias_E is None:
+            return SlotMap.build(*masks, rows_per_slot=rows_per_slot)
+        alias = torch.from_numpy(np.asarray(alias_E, dtype=np.int64).copy())
+        return SlotMap.shared(*masks, alias_E=alias, rows_per_slot=rows_per_slot)
+
+
+def order_of_rows(experts: tuple[int, ...]) -> Tensor | None:
+    """Return the place of each expert's row, (E,) int64, real and on the CPU; None where the rows are in order."""
+    if experts == tuple(range(len(experts))):
+        return None
+    with unset_fake_temporarily():
+        return torch.tensor(experts, device="cpu").argsort()
 
 
 def check_rows(rows: OwnRows, like: Mapping[str, Tensor], held_E: np.ndarray) -> None:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import cast
+from collections.abc import Collection, Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from fedmoe_core.layer import saved
+from fedmoe_core.layer.held import FROZEN_BIASES, STORED, Held, hold, put_in_order
 from fedmoe_core.layer.lora import FACTORS, LayerLora, MergedRows
-from fedmoe_core.layer.slots import NO_ROWS, OwnRows, check_rows, frozen_stack, slot_map_of, stack
+from fedmoe_core.layer.slots import (
+    NO_ROWS,
+    ExpertMask,
+    OwnRows,
+    check_masks,
+    check_rows,
+    frozen_stack,
+    order_of_rows,
+    slot_map_of,
+    stack,
+)
 from fedmoe_core.layer.state import BIASES, MATRICES, STEERING, LayerState
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.formats import format_named
 from fedmoe_kernels.quantized import Quantized
-from fedmoe_kernels.slot_map import SlotMap
-
-ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
-_STORED = tuple(f"{name}_{part}" for name in MATRICES for part in ("frozen", "scale", "whole"))
-_FROZEN_BIASES = tuple(f"{name}_frozen" for name in BIASES)
+from fedmoe_kernels.slot_map import SlotMap, index_beside
 
 
-class ExpertStore(nn.Module):
+class ExpertStore(Held):
     """The storage of one MoE layer; ``MoE`` adds the forward.
 
     Storage is compact: ``w_in`` and ``w_out`` are Parameters of the trainable experts only, ``w_in_frozen`` and
@@ -30,6 +39,10 @@ class ExpertStore(nn.Module):
     Parameter with the rows of the trainable experts, ``router_rest`` a buffer with all other rows. The whole router is
     kept because it is small, and with it the demand for absent experts stays measurable. A frozen or absent expert can
     have neither gradient nor optimizer state, whatever the optimizer (invariant 5).
+
+    A Parameter has at least one row. Where nothing would be in it, the name is a buffer of no rows: gradient norms, DDP
+    and FSDP fail on Parameters without rows. Where the trainable experts stay the same, so do the Parameter objects,
+    and an optimizer goes on with them. Where they change, make the optimizer again: it holds the old objects.
 
     Biases of experts (``bias_in``, ``bias_out``) are stored as their matrices are, and that of the router
     (``router_bias``) as its rows are. ``correction_bias`` is a buffer.
@@ -43,12 +56,12 @@ class ExpertStore(nn.Module):
         biases: names of the biases that the layer has.
     """
 
-    w_in: nn.Parameter
-    w_out: nn.Parameter
-    bias_in: nn.Parameter | None
-    bias_out: nn.Parameter | None
-    router: nn.Parameter
-    router_bias: nn.Parameter | None
+    w_in: Tensor
+    w_out: Tensor
+    bias_in: Tensor | None
+    bias_out: Tensor | None
+    router: Tensor
+    router_bias: Tensor | None
     correction_bias: Tensor | None
     w_in_frozen: Tensor
     w_out_frozen: Tensor
@@ -57,15 +70,17 @@ class ExpertStore(nn.Module):
     w_in_whole: Tensor | None
     w_out_whole: Tensor | None
     router_rest: Tensor
-    a_in: nn.Parameter | None
-    b_in: nn.Parameter | None
-    a_out: nn.Parameter | None
-    b_out: nn.Parameter | None
+    a_in: Tensor | None
+    b_in: Tensor | None
+    a_out: Tensor | None
+    b_out: Tensor | None
     lora_scale: float | None
     trainable_experts: tuple[int, ...]
     frozen_experts: tuple[int, ...]
+    _host_map: SlotMap
     _slot_map: SlotMap
-    _row_of_expert: Tensor
+    _host_order: Tensor | None
+    _row_of_expert: Tensor | None
 
     def __init__(
         self,
@@ -86,11 +101,12 @@ class ExpertStore(nn.Module):
         self._slotted = (*MATRICES, *(name for name in BIASES if name in biases))
         self._steering = tuple(name for name in STEERING if name == "router" or name in biases)
         self._corrected = "correction_bias" in biases
-        for name in (*_STORED, *_FROZEN_BIASES, *(f"{name}_rest" for name in STEERING), "correction_bias"):
+        for name in (*STORED, *FROZEN_BIASES, *(f"{name}_rest" for name in STEERING), "correction_bias"):
             self.register_buffer(name, None)
         for name in (*BIASES, "router_bias", *FACTORS):
             self.register_parameter(name, None)
         self.lora_scale = None
+        self.trainable_experts = self.frozen_experts = ()
         if frozen_format is not None:
             form = format_named(frozen_format)
             form.block_of(self.width, hidden_size), form.block_of(hidden_size, intermediate_size)
@@ -109,19 +125,34 @@ class ExpertStore(nn.Module):
         return None if self.router_bias is None else self._in_order("router_bias")
 
     def _in_order(self, name: str) -> Tensor:
-        rows = torch.cat([getattr(self, name), getattr(self, f"{name}_rest")])
-        if self._router_in_order:
+        learning, rest = getattr(self, name), getattr(self, f"{name}_rest")
+        # FSDP casts parameters and no buffers, so the two may differ in dtype; the one that has rows says which.
+        learning, rest = (learning, rest.to(learning.dtype)) if len(learning) else (learning.to(rest.dtype), rest)
+        rows = torch.cat([learning, rest])
+        if self._host_order is None:
             return rows
-        if self._row_of_expert.device != rows.device:  # once: a copy at every call would wait for the device
-            self._row_of_expert = self._row_of_expert.to(rows.device)
-        return rows[self._row_of_expert]
+        where = self._row_of_expert
+        if where is None or where.device != rows.device or type(where) is not Tensor:
+            where = index_beside(self._host_order, rows)
+            if type(where) is Tensor:  # once: a copy at every call would wait for the device
+                self._row_of_expert = where
+        return rows[where]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the router has rows in every layer."""
+        return (self.router if len(self.router) else self.router_rest).device
 
     @property
     def slot_map(self) -> SlotMap:
         """Expert id to slot, on the device of the weights."""
-        if self._slot_map.slot_of_expert.device != self.w_in.device:
-            self._slot_map = self._slot_map.to(self.w_in.device)
-        return self._slot_map
+        like = self.router if len(self.router) else self.router_rest
+        held = self._slot_map
+        if held.slot_of_expert.device != like.device or isinstance(like, FakeTensor):
+            held = self._host_map.beside(like)
+            if not isinstance(like, FakeTensor):
+                self._slot_map = held
+        return held
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -164,6 +195,9 @@ class ExpertStore(nn.Module):
             rows: rows instead of the state's own, by a tensor's or a factor's name and expert id.
             alias: int (E,), the held expert whose slot serves an absent one, -1 = none; see ``SlotMap.shared``.
 
+        Where the trainable experts change, their Parameters are new objects. Make the optimizer again then. Where they
+        stay, the Parameters do, too, and lose their gradients.
+
         Raises:
             ValueError: as the constructor; a tensor that this layer does not have, or lacks, or of another shape; a row
                 of another shape or of an expert that is not held; a bad alias.
@@ -178,6 +212,8 @@ class ExpertStore(nn.Module):
         Args:
             permitted, trainable: as the constructor.
             source: where experts that are new here come from; it may hold any experts, its router is not read.
+
+        Where the trainable experts change, their Parameters are new objects. Make the optimizer again then.
 
         Raises:
             ValueError: an expert is new and ``source`` does not hold it, or the layer has adapters.
@@ -212,55 +248,27 @@ class ExpertStore(nn.Module):
         names = (*self._steering, *names) if self.train_router else names
         return {name: getattr(self, name).detach() for name in names}
 
-    def own_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of router and experts, without those of a shared expert."""
-        return list(self.parameters(recurse=False))
-
-    def own_tensors(self) -> list[Tensor]:
-        """Return parameters and buffers of router and experts, without those of a shared expert."""
-        return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
-
-    def frozen_tensors(self) -> list[Tensor]:
-        """Return what the frozen slots are stored in: values, or codes and their scales, and biases."""
-        return [tensor for name in (*_STORED, *_FROZEN_BIASES) if (tensor := getattr(self, name)) is not None]
-
     def check_masks(self, permitted: ExpertMask | None, trainable: ExpertMask | None) -> tuple[np.ndarray, np.ndarray]:
         """Return numpy bool (E,) masks of the permitted and of the trainable experts, None filled in.
 
         Raises:
             ValueError: an empty permitted set, or masks of the wrong shape, kind or inclusion.
         """
-        held = self._mask("permitted", permitted, np.ones(self.num_experts, dtype=bool))
-        trains = self._mask("trainable", trainable, held)
-        if not held.any():
-            raise ValueError("no expert is permitted; permit at least one of every MoE layer")
-        if (trains & ~held).any():
-            raise ValueError(
-                f"trainable expert {np.flatnonzero(trains & ~held)[0]} is not permitted; permit it or drop it"
-            )
-        return held, trains
+        return check_masks(permitted, trainable, self.num_experts)
 
-    def get_extra_state(self) -> Tensor:
-        """Save the experts by slot, so that a state dict cannot be read into a layer that holds others."""
-        return torch.tensor([len(self.trainable_experts), *self.experts])
+    def facts(self) -> dict[str, Any]:
+        """Return what a state dict says beside its tensors: JSON values by name."""
+        return {
+            "trainable": list(self.trainable_experts),
+            "frozen": list(self.frozen_experts),
+            "activation": self.activation,
+            "frozen_format": self.frozen_format,
+            "lora_scale": self.lora_scale,
+        }
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Refuse the state dict of a layer with other experts."""
-        if state.tolist() != self.get_extra_state().tolist():
-            raise ValueError(
-                f"the state dict holds experts {state.tolist()[1:]}, this layer {list(self.experts)}; "
-                "call set_experts with its permitted and trainable experts first"
-            )
-
-    def _mask(self, name: str, mask: ExpertMask | None, default: np.ndarray) -> np.ndarray:
-        if mask is None:
-            return default
-        array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-        if array.dtype != np.bool_ or array.shape != (self.num_experts,):
-            raise ValueError(
-                f"{name} is {array.dtype} of shape {array.shape}; give a bool mask of shape ({self.num_experts},)"
-            )
-        return array
+    def take_over(self, facts: saved.Facts) -> None:
+        """Take the scale of the adapters over from a state dict."""
+        self.lora_scale = facts.get("lora_scale", self.lora_scale)
 
     def _install(
         self,
@@ -292,15 +300,18 @@ class ExpertStore(nn.Module):
                 rows, codes = self._collect(name, source, own, keep=keep)
                 matrix = name in MATRICES
                 whole = MergedRows(rows, lora, name, frozenset(frozen)) if lora is not None and matrix else rows
-                setattr(self, name, nn.Parameter(stack(whole, learning, like_B)))
+                # What stays in its place needs no copy; under adapters it is the factors that train.
+                if not (keep and learning and learning == self.trainable_experts):
+                    hold(self, name, stack(whole, learning, like_B), same=learning == self.trainable_experts)
                 form = self.frozen_format if matrix else None
                 self._keep(name, frozen_stack(whole, codes, stored, frozen_format=form, like=like_B))
             self._install_factors(lora, trainable)
-            self._steer(steering, own, trainable)
+            self._steer(steering, own, trainable, keep=keep)
             if not keep and self._corrected:
                 self.correction_bias = cast(Tensor, cast(LayerState, source).correction_bias).clone()
         self.trainable_experts, self.frozen_experts = trainable, frozen
-        self._slot_map = slot_map
+        self._host_map = self._slot_map = slot_map
+        put_in_order(self)
         self._installed()
 
     def _require(
@@ -331,60 +342,26 @@ class ExpertStore(nn.Module):
                 rows |= dict(zip(self.frozen_experts, stored, strict=True))
         return rows | dict(own.get(name, {})), codes
 
-    def _steer(self, steering: Mapping[str, Tensor], own: OwnRows, trainable: tuple[int, ...]) -> None:
+    def _steer(self, steering: Mapping[str, Tensor], own: OwnRows, trainable: tuple[int, ...], *, keep: bool) -> None:
         """Part the router, and its bias, into the rows that learn and the rest."""
         steered = trainable if self.train_router else ()
         rest = tuple(e for e in range(self.num_experts) if e not in steered)
         for name, whole in steering.items():
             rows = dict(enumerate(whole)) | dict(own.get(name, {}))
-            # Without a row it must not learn: its gradient, an empty view, would keep the whole router's alive (8 KB of
-            # the demo's client, and no optimizer would ever clear it).
-            setattr(self, name, nn.Parameter(stack(rows, steered, whole), requires_grad=bool(steered)))
+            learning = stack(rows, steered, whole)
+            stays = trainable == self.trainable_experts
+            if not (keep and stays and len(learning) == len(getattr(self, name)) > 0):
+                hold(self, name, learning, same=stays)
             setattr(self, f"{name}_rest", stack(rows, rest, whole))
-        order = steered + rest
-        self._router_in_order = order == tuple(range(self.num_experts))
-        self._row_of_expert = torch.tensor(order).argsort()
+        self._host_order = order_of_rows(steered + rest)
+        self._row_of_expert = None
 
     def _install_factors(self, lora: LayerLora | None, trainable: tuple[int, ...]) -> None:
+        same = trainable == self.trainable_experts and self.lora_scale is not None
         self.lora_scale = None if lora is None else lora.scale
         for name in FACTORS:
             factor = None if lora is None else getattr(lora, name)
-            setattr(self, name, None if factor is None else nn.Parameter(stack(factor, trainable, factor)))
+            hold(self, name, None if factor is None else stack(factor, trainable, factor), same=same)
 
     def _installed(self) -> None:
         """Called whenever the experts have changed."""
-
-    def _rows(self, name: str) -> list[Tensor]:
-        """Every slot's weight, in slot order; views, but for those that are held in few bits."""
-        trainable, frozen = getattr(self, name).detach(), self._frozen(name)
-        return [*trainable, *(frozen.dequantize(trainable.dtype) if isinstance(frozen, Quantized) else frozen)]
-
-    def _frozen(self, name: str) -> Tensor | Quantized:
-        """The frozen slots of a matrix or bias as they are stored."""
-        if name in BIASES:
-            return cast(Tensor, getattr(self, f"{name}_frozen"))
-        values, scale, whole = (getattr(self, f"{name}_{part}") for part in ("frozen", "scale", "whole"))
-        return values if scale is None else Quantized(values, scale, cast(str, self.frozen_format), whole)
-
-    def _keep(self, name: str, held_as: Tensor | Quantized) -> None:
-        """Store the frozen slots of a matrix or bias."""
-        parts: dict[str, Tensor | None] = {"frozen": held_as} if isinstance(held_as, Tensor) else {}
-        if isinstance(held_as, Quantized):
-            parts = {"frozen": held_as.codes, "scale": held_as.scale, "whole": held_as.whole}
-        elif name in MATRICES:
-            parts |= {"scale": None, "whole": None}
-        for part, value in parts.items():
-            setattr(self, f"{name}_{part}", value)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStore:
-        """Cast the layer, but not what quantised experts are stored in: codes may be numbers of 8 bits, too.
-
-        Nor is the correction bias rounded to 16 bits: its steps of 1e-3 decide between scores near 1.
-        """
-        stored = {name: getattr(self, name) for name in (*_STORED * bool(self.frozen_format), "correction_bias")}
-        super()._apply(fn, recurse)
-        for name, value in stored.items():
-            now = getattr(self, name)
-            if value is not None and now.dtype != value.dtype and not (name == "correction_bias" and now.itemsize > 2):
-                setattr(self, name, value.to(now.device))
-        return self

@@ -80,11 +80,11 @@ def calibrate(
         with FlopCounterMode(display=False) as counted:
             adapter.loss(batches[0]).backward()
         adapter.model.zero_grad(set_to_none=True)
-        flops = max(flops, counted.get_total_flops() / model.tokens - model.router_flops_per_token)
+        flops = max(flops, _trunk_flops(counted) / model.tokens - model.router_flops_per_token)
     with FlopCounterMode(display=False) as counted:
         adapter.evaluate(batches[0])
-    forward = counted.get_total_flops() / model.tokens - 2 * model.total_experts * model.hidden_size
-    # The counter knows no expert products: of frozen blocks the forward and, at most, the gradient of their input.
+    forward = _trunk_flops(counted) / model.tokens - 2 * model.total_experts * model.hidden_size
+    # Without the experts' products: of frozen blocks the forward and, at most, the gradient of their input.
     frozen = 2.0 * sum(layer.top_k * _expert_params(layer) for layer in adapter.frozen_moe)
     measured = replace(
         model.trunk,
@@ -97,6 +97,12 @@ def calibrate(
         k: calibrated(model, {k: peaks}, few_LE, few_LE).trunk.transients[k] for k, (few_LE, peaks) in traced.items()
     }
     return replace(model, trunk=replace(measured, transients=transients))
+
+
+def _trunk_flops(counted: FlopCounterMode) -> int:
+    """What was counted without the experts' operators, whose products the cost model has in closed form."""
+    by_operator = counted.get_flop_counts()["Global"]
+    return sum(count for operator, count in by_operator.items() if not str(operator).startswith("fedmoe."))
 
 
 def _first_experts(adapter: ModelAdapter, count: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -134,15 +133,15 @@ def _relu_slope(d: Tensor, z: Tensor, out: Tensor) -> None:
     _aten.threshold_backward.grad_input(d, z, 0, grad_input=out)
 
 
-ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
-    {
-        "swiglu": _gated(_silu, _silu_slope),
-        "geglu": _gated(_gelu, _gelu_slope),
-        "geglu_tanh": _gated(_gelu_tanh, _gelu_tanh_slope),
-        "swiglu_oai": _swiglu_oai(),
-        "relu": _plain(_relu, _relu_slope),
-        "gelu": _plain(_gelu, _gelu_slope),
-        "gelu_tanh": _plain(_gelu_tanh, _gelu_tanh_slope),
-        "silu": _plain(_silu, _silu_slope),
-    }
-)
+# A plain dict that its type makes read-only: torch.compile refuses a graph that reads a MappingProxyType after it has
+# changed some other dict, as transformers' generation does.
+ACTIVATIONS: Mapping[str, Activation] = {
+    "swiglu": _gated(_silu, _silu_slope),
+    "geglu": _gated(_gelu, _gelu_slope),
+    "geglu_tanh": _gated(_gelu_tanh, _gelu_tanh_slope),
+    "swiglu_oai": _swiglu_oai(),
+    "relu": _plain(_relu, _relu_slope),
+    "gelu": _plain(_gelu, _gelu_slope),
+    "gelu_tanh": _plain(_gelu_tanh, _gelu_tanh_slope),
+    "silu": _plain(_silu, _silu_slope),
+}

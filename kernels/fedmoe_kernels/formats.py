@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
-from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -92,19 +91,18 @@ class Format:
 
 
 _INT4 = tuple(float(code - 8) for code in range(16))
-FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
-    {
-        form.name: form
-        for form in (
-            Format("int8", torch.int8, torch.float32, (1, 128), (), 127.0),
-            Format("int4", torch.uint8, torch.float32, (1, 128), _INT4, 7.0),
-            Format("fp8_e4m3", _E4M3, torch.float32, (128, 128), (), 448.0),
-            Format("mxfp4", torch.uint8, _E8M0, (1, 32), (*_E2M1, *(-value for value in _E2M1)), 6.0),
-            Format("nvfp4", torch.uint8, _E4M3, (1, 16), (*_E2M1, *(-value for value in _E2M1)), 6.0, whole=True),
-            Format("nf4", torch.uint8, torch.float32, (1, 64), NF4, 1.0),
-        )
-    }
-)
+# A plain dict, and not a MappingProxyType, for the reason that `activations.ACTIVATIONS` is one.
+FORMATS: Final[Mapping[str, Format]] = {
+    form.name: form
+    for form in (
+        Format("int8", torch.int8, torch.float32, (1, 128), (), 127.0),
+        Format("int4", torch.uint8, torch.float32, (1, 128), _INT4, 7.0),
+        Format("fp8_e4m3", _E4M3, torch.float32, (128, 128), (), 448.0),
+        Format("mxfp4", torch.uint8, _E8M0, (1, 32), (*_E2M1, *(-value for value in _E2M1)), 6.0),
+        Format("nvfp4", torch.uint8, _E4M3, (1, 16), (*_E2M1, *(-value for value in _E2M1)), 6.0, whole=True),
+        Format("nf4", torch.uint8, torch.float32, (1, 64), NF4, 1.0),
+    )
+}
 
 
 def format_named(name: str) -> Format:

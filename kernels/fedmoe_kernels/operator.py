@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.nn.parameter import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -27,15 +28,29 @@ class Operator:
         op: the operator.
         body: what it does, from the same arguments.
         differentiable: the same under autograd, see `function_of`; None = the operator has no derivative.
+        transformed: the same under torch.func.grad, see `transformed_of`; None = it has no use there.
+        announce: called before the operator is, where something may watch it; None = nothing to say.
     """
 
     op: Callable[..., Any]
     body: Callable[..., Any]
     differentiable: Callable[..., Any] | None = None
+    transformed: Callable[..., Any] | None = None
+    announce: Callable[[], None] | None = None
 
     def __call__(self, *args: Any) -> Any:
         """Call it, whichever way."""
         if _watched():
+            transform = _transform()
+            if transform == TransformType.Jvp and any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
+                raise NotImplementedError(
+                    "routing and experts have no forward-mode derivative, and torch would take it for zero; use "
+                    "torch.func.grad, vjp or jacrev"
+                )
+            if self.transformed is not None and transform == TransformType.Grad:
+                return self.transformed(self, *args)
+            if self.announce is not None and not torch.compiler.is_compiling():
+                self.announce()
             return self.op(*args)
         graded = False
         for value in args:
@@ -58,6 +73,45 @@ def _watched() -> bool:
         or torch.autograd._profiler_enabled()
         or torch.jit.is_tracing()
     )
+
+
+def _transform() -> Any:
+    """The innermost transform of torch.func, None where there is none; a compiled one is the compiler's affair."""
+    inner = None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
+    return None if inner is None else inner.key()
+
+
+def transformed_of(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make what an operator is under torch.func.grad, which the derivative of a custom operator does not serve.
+
+    Args:
+        name, setup, backward: as `function_of`.
+    """
+
+    def derive(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *backward(ctx, ctx.needs_input_grad[1:], *gradients)
+
+    return _transformed(name, lambda ctx, inputs, output: setup(ctx, inputs[1:], output), derive)
+
+
+def last_derivative(name: str) -> Callable[..., Any]:
+    """Make what the backward of an operator is under torch.func.grad: what raises where it is differentiated itself."""
+
+    def refuse(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(f"{name} is differentiable once; take a second derivative by finite differences")
+
+    return _transformed(f"{name}_backward", lambda ctx, inputs, output: None, refuse)
+
+
+def _transformed(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator's own call, one transform further out."""
+    parts = {
+        "forward": staticmethod(lambda operator, *args: operator(*args)),
+        "setup_context": staticmethod(setup),
+        "backward": staticmethod(backward),
+    }
+    function: Any = type(name, (torch.autograd.Function,), parts)
+    return lambda *args: function.apply(*args)
 
 
 def function_of(

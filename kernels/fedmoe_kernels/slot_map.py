@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Rows per slot that a cohort's tiles are chosen for when its plan says nothing: two tiles of the tallest kind.
 _COHORT_ROWS = 256
@@ -28,6 +29,8 @@ class SlotMap:
         owner_B: (B,) int64, the place in the flattened table whose expert each slot stores, where other experts share
             slots (`SlotMap.shared`); None = no slot is shared.
 
+    The values of a table on "meta", or of a fake one, cannot be read, and are not checked.
+
     Raises:
         ValueError: when the table is not a bijection between the present experts and the slots, or, with `owner_B`, not
             onto them; or when a client has no expert.
@@ -46,6 +49,8 @@ class SlotMap:
             raise ValueError(
                 f"slot_of_expert is {table.dtype} {tuple(table.shape)}; it must be int64 of shape (E,) or (C, E)"
             )
+        if has_no_values(table):
+            return
         present = table >= 0
         if not bool(present.any(dim=-1).all()):
             raise ValueError("a client of slot_of_expert has no permitted expert; permit at least one per client")
@@ -165,6 +170,14 @@ class SlotMap:
         owner_B = None if self.owner_B is None else self.owner_B.to(device)
         return SlotMap(self.slot_of_expert.to(device), self.num_slots, self.rows_per_slot, owner_B)
 
+    def beside(self, like: Tensor) -> SlotMap:
+        """Return the same map for use with ``like``, see `index_beside`."""
+        table, owner_B = index_beside(self.slot_of_expert, like), self.owner_B
+        if table is self.slot_of_expert:
+            return self
+        owner_B = None if owner_B is None else index_beside(owner_B, like)
+        return SlotMap(table, self.num_slots, self.rows_per_slot, owner_B)
+
     @property
     def tile_rows(self) -> int | None:
         """The number that chooses the tiles; None = from a call's own shapes."""
@@ -184,3 +197,19 @@ class SlotMap:
                 f"slot_of_expert does not map its owners onto the slots 0..{self.num_slots - 1}; "
                 "build it with SlotMap.shared(permitted_E, trainable_E, alias_E=...)"
             )
+
+
+def has_no_values(tensor: Tensor) -> bool:
+    """Tell whether only the shape of a tensor is known: it is on "meta", or fake."""
+    return tensor.device.type == "meta" or isinstance(tensor, FakeTensor)
+
+
+def index_beside(index: Tensor, like: Tensor) -> Tensor:
+    """Return a real index tensor for use with ``like``: on its device, and fake where it is fake.
+
+    A fake ``like`` whose mode takes real tensors beside it, as that of torch.export, gets the real one.
+    """
+    if isinstance(like, FakeTensor) and not like.fake_mode.allow_non_fake_inputs:
+        fake: Tensor = like.fake_mode.from_tensor(index)
+        return fake
+    return index if index.device == like.device else index.to(like.device)

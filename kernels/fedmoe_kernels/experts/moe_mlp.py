@@ -88,7 +88,7 @@ def moe_mlp(
     if backend == "reference":
         return _by_reference(x_TH, routing, stacks, activation, trainable_B, lora)
     tensors = _tensors(x_TH, routing, stacks, trainable_B, lora)
-    leaf_B6 = None if scores is None else scores.leaf_B6
+    leaf_B6 = None if scores is None else scores.operand()
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, leaf_B6))
     keep_z = differentiable and not recompute
     frozen_format = stacks["w_in"].format or stacks["w_out"].format

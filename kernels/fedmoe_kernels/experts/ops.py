@@ -20,9 +20,11 @@ from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.backends import use_triton
 from fedmoe_kernels.cpu import loops
 from fedmoe_kernels.cpu.slot import Adapter, Expert, Gradients, Packed
+from fedmoe_kernels.experts.flops import tell_counters
 from fedmoe_kernels.experts.op_inputs import DIFFERENTIABLE, OpInputs
+from fedmoe_kernels.experts.scores import finite_only
 from fedmoe_kernels.formats import FORMATS
-from fedmoe_kernels.operator import Operator, function_of
+from fedmoe_kernels.operator import Operator, function_of, last_derivative, transformed_of
 
 _OPTIONAL = ("tokens_R", "places_R", *OpInputs._fields[8:])
 _TENSORS = ", ".join(f"{'Tensor?' if name in _OPTIONAL else 'Tensor'} {name}" for name in OpInputs._fields)
@@ -219,6 +221,8 @@ def _differentiate(
         outputs = moe_mlp_backward(dy_TH.contiguous(), z_RF, *tensors, *how)
         for place, output in zip(_PLACES, outputs, strict=True):
             found[place] = output if wanted_of[place] else None
+        if wanted_of[_PLACES[-1]]:
+            found[_PLACES[-1]] = finite_only(outputs[-1])
     return tuple(found)
 
 
@@ -227,5 +231,13 @@ moe_mlp_op.register_autograd(
 )
 
 
-moe_mlp_backward = Operator(moe_mlp_backward_op, _backward)
-moe_mlp = Operator(moe_mlp_op, _forward, function_of("MoeMlp", _forward, _setup_context, _differentiate))
+moe_mlp_backward = Operator(
+    moe_mlp_backward_op, _backward, transformed=last_derivative("moe_mlp"), announce=tell_counters
+)
+moe_mlp = Operator(
+    moe_mlp_op,
+    _forward,
+    function_of("MoeMlp", _forward, _setup_context, _differentiate),
+    transformed_of("MoeMlpTransformed", _setup_context, _differentiate),
+    tell_counters,
+)

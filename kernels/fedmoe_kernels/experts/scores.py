@@ -10,8 +10,12 @@ absolute value [E].
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+_POWERS = (0, 1, 1, 2, 1, 2)  # of the loss scale in rows, taylor, taylor_abs, fisher, taylor_in, grad_sq
 
 
 class ExpertScores:
@@ -21,8 +25,12 @@ class ExpertScores:
     leaf's gradient. So autograd adds up micro-batches, the operator stays functional, and recomputation under
     gradient checkpointing cannot count twice: only a backward adds.
 
+    A backward whose importance is not finite, such as one that a loss scaler will skip, adds its rows and nothing else.
+    Where the loss is multiplied by a scale, say so before each backward with `set_loss_scale`.
+
     Attributes:
         leaf_B6: (B, 6) float32, zero, requires_grad. Columns: rows, taylor, taylor_abs, fisher, taylor_in, grad_sq.
+        unscale_6: (6,) float32, what a backward's columns are multiplied by; None = ones.
 
     Args:
         num_slots: B.
@@ -44,7 +52,8 @@ class ExpertScores:
     def __init__(self, num_slots: int, *, device: torch.device | str = "cpu") -> None:
         if num_slots < 1:
             raise ValueError(f"num_slots is {num_slots}; importance sums need at least one slot")
-        self.leaf_B6 = torch.zeros(num_slots, 6, device=device, requires_grad=True)
+        self.leaf_B6 = torch.zeros(num_slots, 6, dtype=torch.float32, device=device, requires_grad=True)
+        self.unscale_6: Tensor | None = None
 
     @property
     def num_slots(self) -> int:
@@ -82,6 +91,35 @@ class ExpertScores:
         factors; 0 for slots that get no weight gradient."""
         return self._column(5)
 
+    def set_loss_scale(self, scale: float | Tensor) -> None:
+        """Say what the loss of the next backwards is multiplied by, so that the sums are those of the loss itself.
+
+        It holds until the next call. Three of the sums are linear in the scale, and two grow with its square; each
+        backward's are divided by it before they are added.
+
+        Args:
+            scale: as a loss scaler says, `scaler.get_scale()`; a tensor () is not read on the host.
+
+        Raises:
+            ValueError: a number that is not positive and finite.
+
+        Example:
+            >>> import torch
+            >>> scores = ExpertScores(2)
+            >>> scores.set_loss_scale(1024.0)
+            >>> scores.unscale_6[:3].tolist()  # rows, taylor, taylor_abs
+            [1.0, 0.0009765625, 0.0009765625]
+        """
+        if not isinstance(scale, Tensor) and not 0 < scale < math.inf:
+            raise ValueError(f"scale is {scale}; give the positive number that the loss is multiplied by")
+        place = self.leaf_B6.device
+        factor = torch.as_tensor(scale, dtype=torch.float64, device=place).detach().reshape(()).reciprocal()
+        self.unscale_6 = torch.stack([factor**power for power in _POWERS]).float()
+
+    def operand(self) -> Tensor:
+        """Return the (B, 6) that the operator takes; its gradient reaches the leaf divided by the loss scale."""
+        return self.leaf_B6 if self.unscale_6 is None else self.leaf_B6 * self.unscale_6
+
     def reset(self) -> None:
         """Forget all sums."""
         self.leaf_B6.grad = None
@@ -89,3 +127,9 @@ class ExpertScores:
     def _column(self, index: int) -> Tensor:
         grad_B6 = self.leaf_B6.grad
         return (torch.zeros_like(self.leaf_B6.detach()) if grad_B6 is None else grad_B6.detach())[:, index]
+
+
+def finite_only(sums_B6: Tensor) -> Tensor:
+    """Keep the rows of a backward, and of its importance nothing where any of it is not finite; reads no value."""
+    rows_B1, importance_B5 = sums_B6[:, :1], sums_B6[:, 1:]
+    return torch.cat([rows_B1, torch.where(importance_B5.isfinite().all(), importance_B5, 0.0)], dim=1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_kernels.backends import use_triton
-from fedmoe_kernels.operator import Operator, function_of
+from fedmoe_kernels.operator import Operator, function_of, last_derivative, transformed_of
 from fedmoe_kernels.routing.rules import MOST_CHOICES, MOST_EXPERTS, MOST_TOKENS, SIGMOID_EPS, compute_dtype
 
 
@@ -346,6 +346,11 @@ route_op.register_autograd(
 )
 
 
-route_backward = Operator(route_backward_op, _route_backward)
+route_backward = Operator(route_backward_op, _route_backward, transformed=last_derivative("route"))
 place_rows = Operator(place_rows_op, _place_rows)
-route = Operator(route_op, _route, function_of("Route", _route, _save, _backward))
+route = Operator(
+    route_op,
+    _route,
+    function_of("Route", _route, _save, _backward),
+    transformed_of("RouteTransformed", _save, _backward),
+)

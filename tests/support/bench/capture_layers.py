@@ -5,7 +5,6 @@ As a script it is a child process, called with the folder of the driver, and pri
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections.abc import Callable
@@ -73,8 +72,6 @@ def layer_of(name: str, dtype: torch.dtype = torch.float16, *, sizes: tuple[int,
 def leaves_of(layer: MoE) -> list[Tensor]:
     """What gets a gradient."""
     used = [p for p in layer.parameters() if p.requires_grad]
-    if layer.lora_scale is not None:  # the experts' own stacks are empty, and nothing reads them
-        used = [p for p in used if p is not layer.w_in and p is not layer.w_out]
     return [*used, *([] if layer.scores is None else [layer.scores.leaf_B6])]
 
 
@@ -90,11 +87,7 @@ def step_of(layer: MoE, x: Tensor, mask_T: Tensor | None = None) -> Callable[[],
 
 def without_memory(layer: MoE) -> MoE:
     """The layer on "meta", where every tensor that stays on the CPU is on another device."""
-    layer = layer.to("meta")
-    slots = copy.copy(layer._slot_map)  # made by hand: a SlotMap looks at its values when it is made
-    object.__setattr__(slots, "slot_of_expert", slots.slot_of_expert.to("meta"))
-    layer._slot_map = slots
-    return layer
+    return layer.to("meta")
 
 
 def main(folder: Path) -> None:
