@@ -85,6 +85,8 @@ def fedmoe_experts(self: nn.Module, hidden_TH: Tensor, experts_TK: Tensor, weigh
         everyone = _remember_slots(self, hidden_TH.device)
     routing = Routing.from_topk(experts_TK, weights_TK, everyone)
     w_in, w_out = cast(Tensor, self.gate_up_proj), cast(Tensor, self.down_proj)
+    if (offered := getattr(self, "_fedmoe_lora", None)) is not None:
+        return moe_mlp(hidden_TH, routing, w_in.detach(), w_out.detach(), lora=offered()).to(hidden_TH.dtype)
     return moe_mlp(hidden_TH, routing, w_in, w_out).to(hidden_TH.dtype)
 
 
