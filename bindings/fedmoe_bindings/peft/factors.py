@@ -130,7 +130,8 @@ def paired(
 def expert_lora(w_in: Factors, w_out: Factors) -> ExpertLora:
     """Return what ``moe_mlp`` takes, of a pair that ``paired`` made; slot e holds expert e."""
     # The kernels want rows end to end, and peft's lora_B has the experts innermost: a copy of the factors alone.
-    return ExpertLora(*(factor.contiguous() for factor in (w_in.a, w_in.b, w_out.a, w_out.b)), scale=w_in.scale)
+    a_in, b_in, a_out, b_out = (factor.contiguous() for factor in (w_in.a, w_in.b, w_out.a, w_out.b))
+    return ExpertLora(a_in, b_in, a_out, b_out, scale=w_in.scale)
 
 
 def layer_lora(w_in: Factors, w_out: Factors) -> LayerLora:

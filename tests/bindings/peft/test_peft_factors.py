@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedmoe_bindings.peft.factors import Factors, expert_lora, joined, layer_lora, of_layer_lora, paired
 
-E, H, I = 3, 5, 4
+E, H, WIDE = 3, 5, 4  # WIDE is I, the intermediate size
 MATRICES = ("gate_up_proj", "down_proj")
 
 
@@ -20,7 +20,7 @@ class Experts(nn.Module):
     def __init__(self, transposed: bool) -> None:
         super().__init__()
         self.is_transposed = transposed
-        for name, shape in zip(MATRICES, ((2 * I, H), (H, I)), strict=True):
+        for name, shape in zip(MATRICES, ((2 * WIDE, H), (H, WIDE)), strict=True):
             drawn = torch.randn(E, *(reversed(shape) if transposed else shape), dtype=torch.float64)
             setattr(self, name, nn.Parameter(drawn))
 
@@ -89,7 +89,7 @@ def test_a_pair_has_one_rank_and_one_scale_and_changes_the_same():
     each = [ours(found[name]) for name in MATRICES]
     assert each[0].rank != each[1].rank
     assert each[0].scale != each[1].scale
-    like = dict(like_in=torch.zeros(E, 2 * I, H).double(), like_out=torch.zeros(E, H, I).double())
+    like = dict(like_in=torch.zeros(E, 2 * WIDE, H).double(), like_out=torch.zeros(E, H, WIDE).double())
     pair = paired(*each, **like)
     lora = layer_lora(*pair)
     assert lora.rank == 5
@@ -114,7 +114,7 @@ def test_several_adapters_add_up_and_gradients_reach_pefts_own_parameters():
         w.lora_B["default"].weight for w in (first, second)
     ]
     truth = torch.autograd.grad(want, leaves, upstream)
-    like = dict(like_in=torch.zeros(E, 2 * I, H).double(), like_out=torch.zeros(E, H, I).double())
+    like = dict(like_in=torch.zeros(E, 2 * WIDE, H).double(), like_out=torch.zeros(E, H, WIDE).double())
     lora = expert_lora(*paired(None, both, **like))
     assert all(factor.is_contiguous() for factor in (lora.a_in, lora.b_in, lora.a_out, lora.b_out))
     for got, true in zip(
