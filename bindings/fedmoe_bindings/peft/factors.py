@@ -104,25 +104,30 @@ def joined(adapters: Sequence[Factors]) -> Factors:
 
 
 def paired(
-    w_in: Factors | None, w_out: Factors | None, *, like_in: Tensor, like_out: Tensor
+    w_in: Factors | None, w_out: Factors | None, shape_in: Sequence[int], shape_out: Sequence[int]
 ) -> tuple[Factors, Factors]:
     """Bring the adapters of both matrices to one rank and one scale; one that is missing is zero.
 
     Args:
         w_in, w_out: at least one.
-        like_in, like_out: (E, F, H) and (E, H, I), only asked for shape, dtype and device.
+        shape_in, shape_out: of the matrices, (E, F, H) and (E, H, I).
+
+    Raises:
+        ValueError: both are missing, or one does not fit its matrix.
     """
     one = w_in or w_out
     if one is None:
         raise ValueError("neither w_in nor w_out has adapters; give those of one at least")
     pair = []
-    for factors, like in ((w_in, like_in), (w_out, like_out)):
-        experts, rows, columns = like.shape
-        if factors is None:
-            factors = Factors(
-                like.new_zeros(experts, one.rank, columns), like.new_zeros(experts, rows, one.rank), one.scale
+    for name, factors, (experts, rows, columns) in (("w_in", w_in, shape_in), ("w_out", w_out, shape_out)):
+        shapes = (experts, one.rank, columns), (experts, rows, one.rank)
+        made = factors or Factors(one.a.new_zeros(shapes[0]), one.b.new_zeros(shapes[1]), one.scale)
+        if (made.a.shape[0], made.b.shape[1], made.a.shape[2]) != (experts, rows, columns):
+            raise ValueError(
+                f"the adapters of {name} have a {tuple(made.a.shape)} and b {tuple(made.b.shape)}; it is "
+                f"{(experts, rows, columns)}, so they are of another model"
             )
-        pair.append(factors)
+        pair.append(made)
     rank = max(factors.rank for factors in pair)
     return pair[0].widened(rank), pair[1].widened(rank).rescaled(pair[0].scale)
 

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from fedmoe_bindings.peft.factors import Factors, expert_lora, joined, paired
+from fedmoe_bindings.peft.stacks import interleaved, matrices_of, matrix_shapes
 from fedmoe_bindings.transformers.experts import NAME, use_fedmoe
 from fedmoe_kernels.backends import warn_once
 from fedmoe_kernels.experts.weights import ExpertLora
@@ -61,7 +62,7 @@ def fuse_lora(model: PeftModel) -> PeftModel:
     outermost = [
         wrapper
         for _, wrapper, parent in _wrappers(model)
-        if not isinstance(parent, layer.ParamWrapper) and _experts_parameters(wrapper.get_base_layer())
+        if not isinstance(parent, layer.ParamWrapper) and matrices_of(wrapper.get_base_layer())
     ]
     if not outermost:
         raise ValueError(
@@ -123,34 +124,29 @@ class Offer:
         """Return the sum of all active adapters; slot e holds expert e, and gradients reach peft's parameters."""
         self.taken = True
         experts = self.wrappers[0].get_base_layer()
-        name_in, name_out = _experts_parameters(experts)
-        found = {w.parameter_name: _factors(w, name_in) for w in self.wrappers if _adapters(w)}
-        likes = [getattr(experts, name) for name in (name_in, name_out)]
-        like_in, like_out = (like.mT if getattr(experts, "is_transposed", False) else like for like in likes)
-        return expert_lora(*paired(found.get(name_in), found.get(name_out), like_in=like_in, like_out=like_out))
+        name_in, name_out = matrices_of(experts)
+        found = {w.parameter_name: _factors(w) for w in self.wrappers if _adapters(w)}
+        return expert_lora(*paired(found.get(name_in), found.get(name_out), *matrix_shapes(experts)))
 
 
-def _factors(wrapper: layer.ParamWrapper, name_in: str) -> Factors:
-    experts = wrapper.get_base_layer()
-    in_turn = wrapper.parameter_name == name_in and not getattr(experts, "is_concatenated", True)
-    return joined(
-        [
-            Factors.from_peft(
-                cast(Tensor, wrapper.lora_A[adapter].weight),
-                cast(Tensor, wrapper.lora_B[adapter].weight),
-                wrapper.num_experts,
-                scale=wrapper.scaling[adapter],
-                interleaved=in_turn and getattr(experts, "has_gate", True),
-            ).to(wrapper.get_param())
-            for adapter in _adapters(wrapper)
-        ]
-    )
+def _factors(wrapper: layer.ParamWrapper) -> Factors:
+    adapters = [
+        Factors.from_peft(
+            cast(Tensor, wrapper.lora_A[adapter].weight),
+            cast(Tensor, wrapper.lora_B[adapter].weight),
+            wrapper.num_experts,
+            scale=wrapper.scaling[adapter],
+            interleaved=interleaved(wrapper.get_base_layer(), wrapper.parameter_name),
+        )
+        for adapter in _adapters(wrapper)
+    ]
+    return joined([factors.to(wrapper.get_param()) for factors in adapters])
 
 
 def _unfit(outermost: layer.ParamWrapper) -> str:
     """Say why these experts must run on peft's own forward; "" = they need not."""
     experts = outermost.get_base_layer()
-    kind, known = type(experts).__name__, _experts_parameters(experts)
+    kind, known = type(experts).__name__, matrices_of(experts)
     strange = [w.parameter_name for w in _chain(outermost) if w.parameter_name not in known]
     if strange:
         return f"{kind} has adapters on {strange[0]}, which is neither of its matrices"
@@ -170,15 +166,6 @@ def _unfit(outermost: layer.ParamWrapper) -> str:
 
 def _say(why: str) -> None:
     warn_once(f"LoRA of experts runs on peft's own forward: {why}")
-
-
-def _experts_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of w_in and w_out of stacked experts; () for any other module."""
-    for name in ("gate_up_proj", "up_proj"):
-        both = [getattr(module, each, None) for each in (name, "down_proj")]
-        if all(isinstance(each, Tensor) and each.dim() == 3 for each in both):
-            return name, "down_proj"
-    return ()
 
 
 def _adapters(wrapper: layer.ParamWrapper) -> list[str]:

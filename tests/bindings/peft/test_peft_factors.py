@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedmoe_bindings.peft.factors import Factors, expert_lora, joined, layer_lora, of_layer_lora, paired
 
 E, H, WIDE = 3, 5, 4  # WIDE is I, the intermediate size
+SHAPES = (E, 2 * WIDE, H), (E, H, WIDE)
 MATRICES = ("gate_up_proj", "down_proj")
 
 
@@ -89,19 +90,20 @@ def test_a_pair_has_one_rank_and_one_scale_and_changes_the_same():
     each = [ours(found[name]) for name in MATRICES]
     assert each[0].rank != each[1].rank
     assert each[0].scale != each[1].scale
-    like = dict(like_in=torch.zeros(E, 2 * WIDE, H).double(), like_out=torch.zeros(E, H, WIDE).double())
-    pair = paired(*each, **like)
+    pair = paired(*each, *SHAPES)
     lora = layer_lora(*pair)
     assert lora.rank == 5
     for before, after, name in zip(each, of_layer_lora(lora), ("w_in", "w_out"), strict=True):
         assert (change(after) - change(before)).abs().max() < 1e-12
         assert (lora.change(name, 1) - change(before)[1]).abs().max() < 1e-12
     for missing in (0, 1):
-        half = paired(*(None if side == missing else f for side, f in enumerate(each)), **like)
+        half = paired(*(None if side == missing else f for side, f in enumerate(each)), *SHAPES)
         assert not change(half[missing]).any()
         assert (change(half[1 - missing]) - change(each[1 - missing])).abs().max() < 1e-12
+    with pytest.raises(ValueError, match=r"the adapters of w_out .* are of another model"):
+        paired(*each, SHAPES[0], (E, H, WIDE + 1))
     with pytest.raises(ValueError, match="neither w_in nor w_out"):
-        paired(None, None, **like)
+        paired(None, None, *SHAPES)
 
 
 def test_several_adapters_add_up_and_gradients_reach_pefts_own_parameters():
@@ -114,8 +116,7 @@ def test_several_adapters_add_up_and_gradients_reach_pefts_own_parameters():
         w.lora_B["default"].weight for w in (first, second)
     ]
     truth = torch.autograd.grad(want, leaves, upstream)
-    like = dict(like_in=torch.zeros(E, 2 * WIDE, H).double(), like_out=torch.zeros(E, H, WIDE).double())
-    lora = expert_lora(*paired(None, both, **like))
+    lora = expert_lora(*paired(None, both, *SHAPES))
     assert all(factor.is_contiguous() for factor in (lora.a_in, lora.b_in, lora.a_out, lora.b_out))
     for got, true in zip(
         torch.autograd.grad(lora.scale * lora.b_out @ lora.a_out, leaves, upstream), truth, strict=True
