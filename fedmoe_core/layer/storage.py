@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmoe_core.layer.lora import FACTORS, LayerLora, MergedRows
+from fedmoe_core.layer.lora import FACTORS, LayerLora, MergedRows, end_to_end
 from fedmoe_core.layer.slots import NO_ROWS, OwnRows, check_rows, frozen_stack, slot_map_of, stack
 from fedmoe_core.layer.state import BIASES, MATRICES, STEERING, LayerState
 from fedmoe_kernels.activations import ACTIVATIONS
@@ -20,6 +20,7 @@ from fedmoe_kernels.slot_map import SlotMap
 ExpertMask = Tensor | np.ndarray | Sequence[bool]  # bool (E,)
 _STORED = tuple(f"{name}_{part}" for name in MATRICES for part in ("frozen", "scale", "whole"))
 _FROZEN_BIASES = tuple(f"{name}_frozen" for name in BIASES)
+_FROZEN_OTHERS = (*_FROZEN_BIASES, *(f"{name}_frozen" for name in FACTORS))
 
 
 class ExpertStore(nn.Module):
@@ -36,7 +37,8 @@ class ExpertStore(nn.Module):
 
     With adapters (a ``LayerState`` that has ``lora``) the experts themselves are frozen: ``w_in`` and ``w_out`` have no
     row, and the frozen buffers hold every slot. ``a_in``, ``b_in``, ``a_out``, ``b_out`` are Parameters of the
-    trainable experts' factors. The adapter of an expert that does not train is merged into its weights.
+    trainable experts' factors. The adapter of an expert that does not train is merged into its weights; where those
+    are held in few bits, which would round it away, its factors are buffers (``a_in_frozen``, ...).
 
     Args:
         hidden_size, intermediate_size, num_experts, activation, train_router, frozen_format, rows_per_slot: as ``MoE``.
@@ -61,6 +63,7 @@ class ExpertStore(nn.Module):
     b_in: nn.Parameter | None
     a_out: nn.Parameter | None
     b_out: nn.Parameter | None
+    a_in_frozen: Tensor | None
     lora_scale: float | None
     trainable_experts: tuple[int, ...]
     frozen_experts: tuple[int, ...]
@@ -86,7 +89,7 @@ class ExpertStore(nn.Module):
         self._slotted = (*MATRICES, *(name for name in BIASES if name in biases))
         self._steering = tuple(name for name in STEERING if name == "router" or name in biases)
         self._corrected = "correction_bias" in biases
-        for name in (*_STORED, *_FROZEN_BIASES, *(f"{name}_rest" for name in STEERING), "correction_bias"):
+        for name in (*_STORED, *_FROZEN_OTHERS, *(f"{name}_rest" for name in STEERING), "correction_bias"):
             self.register_buffer(name, None)
         for name in (*BIASES, "router_bias", *FACTORS):
             self.register_parameter(name, None)
@@ -192,7 +195,7 @@ class ExpertStore(nn.Module):
         Raises:
             ValueError: the adapter of a frozen expert is merged into it and cannot be told apart any more.
         """
-        if self.lora_scale is not None and self.frozen_experts:
+        if self.lora_scale is not None and self.frozen_experts and self.a_in_frozen is None:
             raise ValueError("frozen experts of this layer have merged their adapters; let all train to read them back")
         order = sorted(range(len(self.experts)), key=self.experts.__getitem__)
         with torch.no_grad():
@@ -200,8 +203,9 @@ class ExpertStore(nn.Module):
             found |= {name: self._in_order(name).detach().clone() for name in self._steering}
             if self.correction_bias is not None:
                 found["correction_bias"] = self.correction_bias.clone()
-            factors = {n: p.detach().clone() for n in FACTORS if (p := getattr(self, n)) is not None}
-            lora = None if self.lora_scale is None else LayerLora.of(factors, self.lora_scale)
+            lora = None
+            if self.lora_scale is not None:
+                lora = LayerLora.of({name: self._factor(name)[order].detach() for name in FACTORS}, self.lora_scale)
             return LayerState.of(found, experts=tuple(sorted(self.experts)), lora=lora)
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -291,11 +295,12 @@ class ExpertStore(nn.Module):
                 like_B = getattr(self if keep else source, name)
                 rows, codes = self._collect(name, source, own, keep=keep)
                 matrix = name in MATRICES
-                whole = MergedRows(rows, lora, name, frozenset(frozen)) if lora is not None and matrix else rows
+                merging = lora is not None and matrix and self.frozen_format is None
+                whole = MergedRows(rows, lora, name, frozenset(frozen)) if merging and lora is not None else rows
                 setattr(self, name, nn.Parameter(stack(whole, learning, like_B)))
                 form = self.frozen_format if matrix else None
                 self._keep(name, frozen_stack(whole, codes, stored, frozen_format=form, like=like_B))
-            self._install_factors(lora, trainable)
+            self._install_factors(lora, trainable, () if self.frozen_format is None else frozen)
             self._steer(steering, own, trainable)
             if not keep and self._corrected:
                 self.correction_bias = cast(Tensor, cast(LayerState, source).correction_bias).clone()
@@ -345,11 +350,16 @@ class ExpertStore(nn.Module):
         self._router_in_order = order == tuple(range(self.num_experts))
         self._row_of_expert = torch.tensor(order).argsort()
 
-    def _install_factors(self, lora: LayerLora | None, trainable: tuple[int, ...]) -> None:
+    def _install_factors(self, lora: LayerLora | None, trainable: tuple[int, ...], kept: tuple[int, ...]) -> None:
         self.lora_scale = None if lora is None else lora.scale
         for name in FACTORS:
             factor = None if lora is None else getattr(lora, name)
             setattr(self, name, None if factor is None else nn.Parameter(stack(factor, trainable, factor)))
+            setattr(self, f"{name}_frozen", None if factor is None or not kept else stack(factor, kept, factor))
+
+    def _factor(self, name: str) -> Tensor:
+        """A factor of the trainable slots, and of the frozen ones where it is not merged into their weights."""
+        return end_to_end(getattr(self, name), getattr(self, f"{name}_frozen"))
 
     def _installed(self) -> None:
         """Called whenever the experts have changed."""

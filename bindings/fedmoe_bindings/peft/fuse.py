@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from fedmoe_bindings.peft.factors import Factors, expert_lora, joined, paired
 from fedmoe_bindings.peft.stacks import interleaved, matrices_of, matrix_shapes
-from fedmoe_bindings.transformers.experts import NAME, use_fedmoe
+from fedmoe_bindings.transformers import use_fedmoe
+from fedmoe_bindings.transformers.experts import NAME
 from fedmoe_kernels.backends import warn_once
 from fedmoe_kernels.experts.weights import ExpertLora
 
