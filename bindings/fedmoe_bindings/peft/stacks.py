@@ -25,3 +25,15 @@ def interleaved(experts: nn.Module, name: str) -> bool:
     """Tell whether a matrix has its rows of gate and up in turn, as gpt-oss does."""
     gated = name == "gate_up_proj" and getattr(experts, "has_gate", True)
     return gated and not getattr(experts, "is_concatenated", True)
+
+
+def stacks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the stacked experts of a stock model with their names, in depth order.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = [(name, module) for name, module in model.named_modules() if matrices_of(module)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no stacked experts; give a MoE model of transformers")
+    return found

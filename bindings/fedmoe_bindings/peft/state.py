@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from itertools import chain
 from math import sqrt
 from pathlib import Path
+from types import MappingProxyType
 
+import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -16,13 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedmoe_bindings.peft.factors import Factors, layer_lora, of_layer_lora, paired
-from fedmoe_bindings.peft.stacks import interleaved, matrices_of, matrix_shapes
-from fedmoe_core.algorithms.base import algorithm_class
+from fedmoe_bindings.peft.stacks import interleaved, matrices_of, matrix_shapes, stacks_of
 from fedmoe_core.base.tensor_key import of_layer
-from fedmoe_core.config.run_config import Config
 from fedmoe_core.layer.lora import LayerLora
-from fedmoe_core.server.state import unpack_state
-from fedmoe_core.simulation.directory.checkpoint import load_checkpoint
 
 TENSORS = "adapter_model.safetensors"
 _ROOT = "base_model.model."  # what peft puts before the names of the model
@@ -48,15 +46,24 @@ class Place:
         return f"{self.prefix}lora_A.weight", f"{self.prefix}lora_B.weight"
 
 
-def save_adapter(model: PreTrainedModel, layers: Sequence[LayerLora], directory: Path | str, *, base: str = "") -> None:
+def save_adapter(
+    model: PreTrainedModel,
+    layers: Sequence[LayerLora],
+    directory: Path | str,
+    *,
+    routers: Mapping[str, Tensor] = MappingProxyType({}),
+    base: str = "",
+) -> None:
     """Write the adapters of all MoE layers as peft does: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     ``PeftModel.from_pretrained(model, directory)`` then has them on the stock model, on any machine with peft alone.
 
     Args:
         model: the stock model, only asked for names and shapes; it may be on the meta device.
-        layers: of one rank and one scale, in depth order; see ``run_adapter``.
+        layers: of one rank and one scale, in depth order.
         directory: made if it does not exist.
+        routers: changes of routers (E, H) by the names of their parameters, written as adapters of full rank: the
+            change itself times the identity.
         base: the name or path under which others find the model; peft's ``base_model_name_or_path``.
 
     Raises:
@@ -76,13 +83,21 @@ def save_adapter(model: PreTrainedModel, layers: Sequence[LayerLora], directory:
         for place, factors in zip(places(path, experts, names), pair, strict=True):
             both = factors.to_peft(interleaved=place.interleaved)
             tensors |= {key: t.detach().cpu().contiguous() for key, t in zip(place.keys, both, strict=True)}
+    targets = {_short(place.name) for place in _every_place(model)} | {_short(name) for name in routers}
+    own_rank = {_short(name): len(change) for name, change in routers.items()}
+    for name, change in routers.items():
+        path = f"{_ROOT}{name.rpartition('.')[0]}"
+        tensors[f"{path}.lora_A.weight"] = change.detach().cpu().contiguous()
+        tensors[f"{path}.lora_B.weight"] = torch.eye(len(change), dtype=change.dtype)
     ((rank, scale),) = forms
     alpha = round(scale * rank, 9)
     config = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type] # peft only divides it
         target_modules=[],
-        target_parameters=sorted({_short(place.name) for place in _every_place(model)}),
+        target_parameters=sorted(targets),
+        rank_pattern=own_rank,
+        alpha_pattern=own_rank,  # alpha / rank is 1
         base_model_name_or_path=base or None,
         inference_mode=True,
     )
@@ -129,42 +144,12 @@ def read_adapter(model: PreTrainedModel, directory: Path | str) -> tuple[LayerLo
     return _alike(pairs, [matrix_shapes(experts) for _, experts in found], directory)
 
 
-def run_adapter(run: Path | str) -> tuple[LayerLora, ...]:
-    """Return the adapters that a run has trained, one for each MoE layer, from its last checkpoint.
-
-    They sit on the experts that the run started from. With ``model=DIR`` those are DIR's own; routers, and the trunk
-    with ``train.trunk=fedavg``, have been trained beside them and are not part of an adapter.
-
-    Raises:
-        ValueError: the run's system has no adapters in its global model, or its checkpoint is damaged.
-        OSError: the directory cannot be read.
-    """
-    config = Config.load(Path(run) / "config.toml")
-    declared = algorithm_class(config.algorithm).lora(config)
-    if declared is None or not declared.in_state:
-        raise ValueError(f"{config.algorithm} of {run} has no adapters in its global model; run a system that has")
-    state = unpack_state(load_checkpoint(Path(run) / "checkpoint").tensors, round=0).params
-    return lora_of_state(state, declared.scale)
-
-
 def lora_of_state(state: Mapping[str, Tensor], scale: float) -> tuple[LayerLora, ...]:
     """Return the adapters among the tensors of a global model, in depth order; ``to_keys`` undoes it."""
     layers = 0
     while of_layer(layers, state):
         layers += 1
     return tuple(LayerLora.of(of_layer(layer, state), scale) for layer in range(layers))
-
-
-def stacks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """List the stacked experts of a stock model with their names, in depth order.
-
-    Raises:
-        ValueError: it has none.
-    """
-    found = [(name, module) for name, module in model.named_modules() if matrices_of(module)]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no stacked experts; give a MoE model of transformers")
-    return found
 
 
 def places(path: str, experts: nn.Module, targeted: Sequence[str]) -> list[Place]:

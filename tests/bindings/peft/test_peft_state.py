@@ -14,12 +14,10 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from fedmoe_bindings.peft.fuse import fuse_lora
-from fedmoe_bindings.peft.state import lora_of_state, read_adapter, run_adapter, save_adapter
+from fedmoe_bindings.peft.state import lora_of_state, read_adapter, save_adapter
 from fedmoe_bindings.transformers import TransformersAdapter
 from fedmoe_core.base.tensor_key import to_keys
-from fedmoe_core.config.run_config import Config
 from fedmoe_core.layer.lora import FACTORS, LoraSpec
-from fedmoe_core.simulation.run import run as simulate
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -118,36 +116,6 @@ def test_transposed_and_interleaved_experts(tmp_path):
     save_adapter(bare, layers, tmp_path / "ours")
     theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "ours"))
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
-
-
-def test_a_finished_run_gives_its_adapters(tmp_path, tiny_run):
-    run = tiny_run(tmp_path / "run", algorithm="flame", lora_rank=2)
-    layers = run_adapter(run)
-    assert {lora.rank for lora in layers} == {2}
-    assert all(lora.b_in.any() for lora in layers)  # trained: a fresh b is zero
-    other = tiny_run(tmp_path / "other", algorithm="fedavg", lora_rank=2)
-    with pytest.raises(ValueError, match=r"fedavg of .* has no adapters in its global model"):
-        run_adapter(other)
-
-
-@pytest.fixture
-def tiny_run():
-    def ran(out, *, algorithm, lora_rank):
-        sizes = ["hidden_size=16", "layers=2", "heads=2", "kv_heads=1", "head_dim=8", "experts=4", "expert_width=8"]
-        words = [f"model_config.{size}" for size in sizes]
-        words += [f"algorithm={algorithm}", f"lora.rank={lora_rank}", f"out={out}", f"cache={out.parent / 'cache'}"]
-        words += ["clients=2", "rounds=1", "warmup.steps=1", "train.local_steps=2", "budgets=memory=100%"]
-        words += [
-            "train.seq_len=16",
-            "warmup.seq_len=16",
-            "eval.sequences=1",
-            "threads=1",
-            "model_config.vocab_size=300",
-        ]
-        simulate(Config.load(overrides=words))
-        return out
-
-    return ran
 
 
 def test_what_cannot_be_a_runs_adapters_is_refused(tmp_path):
