@@ -100,14 +100,19 @@ class ParamWrapper(layer.ParamWrapper):
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         experts, offer = self.get_base_layer(), Offer(wrappers)
+        why = f"the experts function of {type(experts).__name__} does not take adapters"
         setattr(experts, OFFER, offer)
         try:
             result = experts(x, *args, **kwargs)
+            if offer.taken:
+                return result
+        except ValueError as refusal:
+            if offer.taken:
+                raise
+            why = str(refusal)  # or what was wrong is wrong again below
         finally:
             setattr(experts, OFFER, None)
-        if offer.taken:
-            return result
-        _say(f"the experts function of {type(experts).__name__} does not take adapters")
+        _say(why)
         return super().forward(x, *args, **kwargs)
 
 

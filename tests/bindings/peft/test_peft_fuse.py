@@ -286,11 +286,14 @@ def test_transposed_and_interleaved_experts_are_offered_in_our_order():
     assert relative(lora.scale * lora.b_out @ lora.a_out, truth["down_proj"]) < 1e-12
 
 
-def test_an_experts_function_without_adapters_is_noticed(monkeypatch):
-    """Another version of the experts function must not lose them silently."""
+@pytest.mark.parametrize("manner", ["passes over them", "refuses them"])
+def test_an_experts_function_without_adapters_is_noticed(manner, monkeypatch):
+    """An experts function that cannot serve a module's adapters must not lose them silently."""
 
     def deaf(self, *arguments):
         offered, self._fedmoe_lora = self._fedmoe_lora, None
+        if offered is not None and manner == "refuses them":
+            raise ValueError("these experts have an activation of their own")
         try:
             return fedmoe_experts(self, *arguments)
         finally:
@@ -299,8 +302,16 @@ def test_an_experts_function_without_adapters_is_noticed(monkeypatch):
     peft = adapted()
     ours = fuse_lora(copy.deepcopy(peft))
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "fedmoe", deaf)
-    with pytest.warns(RuntimeWarning, match="does not take adapters"):
+    why = "does not take adapters" if manner == "passes over them" else "an activation of their own"
+    with pytest.warns(RuntimeWarning, match=f"runs on peft's own forward: .*{why}"):
         equal(ours, peft)
+
+
+def test_an_error_of_the_experts_themselves_is_raised(monkeypatch):
+    ours = fuse_lora(adapted())
+    ours.get_base_model().model.layers[0].mlp.experts.get_base_layer().down_proj.data = torch.zeros(6, 16, 11)
+    with pytest.raises(ValueError, match="another model|w_out"):
+        stock_loss(ours, batch_of())
 
 
 def test_one_expert_stays_with_peft():
