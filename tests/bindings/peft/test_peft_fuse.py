@@ -310,7 +310,7 @@ def test_an_experts_function_without_adapters_is_noticed(manner, monkeypatch):
 def test_an_error_of_the_experts_themselves_is_raised(monkeypatch):
     ours = fuse_lora(adapted())
     ours.get_base_model().model.layers[0].mlp.experts.get_base_layer().down_proj.data = torch.zeros(6, 16, 11)
-    with pytest.raises(ValueError, match="another model|w_out"):
+    with pytest.raises(ValueError, match=r"another model|w_out"):
         stock_loss(ours, batch_of())
 
 
