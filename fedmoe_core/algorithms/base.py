@@ -55,7 +55,8 @@ class Algorithm(ABC):
         settings: of a system that is not part of fedmoe, a frozen dataclass: a section of the configuration, which it
             reads as ``population.config.settings``. None where it has none; ours are fields of ``Config``.
         adapters: "shared" where the experts carry adapters of the configured rank that are part of the global model,
-            "own" where those live for one round of one client.
+            "own" where those live for one round of one client, "optional" where ``train.experts=lora`` gives the
+            experts shared ones, and nothing does otherwise. "" where experts always train as a whole.
         trains_trunk: False where the trunk stays frozen whatever ``train.trunk`` says (a classification head trains).
     """
 
@@ -63,16 +64,34 @@ class Algorithm(ABC):
     card: ClassVar[System]
     needs_validation: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = True
-    adapters: ClassVar[Literal["", "shared", "own"]] = ""
+    adapters: ClassVar[Literal["", "shared", "own", "optional"]] = ""
     trains_trunk: ClassVar[bool] = True
     settings: ClassVar[type | None] = None
 
     @classmethod
     def lora(cls, config: Config) -> LoraSpec | None:
-        """Return the adapters that the experts of this run carry, by ``adapters``; None for a run without."""
-        return (
-            LoraSpec(config.lora.rank, config.lora.alpha, in_state=cls.adapters == "shared") if cls.adapters else None
-        )
+        """Return the adapters that the experts of this run carry, by ``adapters``; None for a run without.
+
+        Raises:
+            ValueError: ``train.experts=lora`` for a system that trains whole experts, or few bits for experts that
+                train or are aggregated.
+        """
+        asked, few_bits = config.train.experts == "lora", config.lora.frozen_format
+        if asked and cls.adapters in ("", "own"):
+            raise ValueError(
+                f"train.experts=lora is not for algorithm={config.algorithm!r}, which aggregates whole experts; choose "
+                "hfedmoe, random, most_activated, fedavg or fedavg_smallest, or a system of adapters"
+            )
+        shared = cls.adapters == "shared" or (asked and cls.adapters == "optional")
+        if few_bits != "none" and not shared:
+            raise ValueError(
+                f"lora.frozen_format={few_bits} stores experts in few bits, and those of algorithm="
+                f"{config.algorithm!r} train; set train.experts=lora, or frozen_format=none"
+            )
+        if not shared and cls.adapters != "own":
+            return None
+        frozen_format = None if few_bits == "none" else few_bits
+        return LoraSpec(config.lora.rank, config.lora.alpha, in_state=shared, frozen_format=frozen_format)
 
     @classmethod
     def graft(cls, config: Config) -> GraftSpec | None:

@@ -39,6 +39,8 @@ class FedAvg(EachAlone):
         approximated=("AdamW instead of SGD on the clients, with fresh state each round",),
     )
 
+    adapters = "optional"
+
     def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
         """Give the client all experts, permitted and trainable."""
         return plan_everything(self.population, state, client)
@@ -58,6 +60,8 @@ class FedAvg(EachAlone):
 @dataclass(frozen=True)
 class OtherChoice(EachAlone):
     """HFedMoE in everything but the choice: ``worth`` says which experts a client would get; it never explores."""
+
+    adapters = "optional"
 
     @abstractmethod
     def worth(self, state: ServerState, client: int) -> np.ndarray:

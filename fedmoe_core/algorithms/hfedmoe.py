@@ -80,6 +80,8 @@ class HFedMoE(Algorithm):
         ),
     )
 
+    adapters = "optional"
+
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Solve eq. 15 for each client: the experts of largest score within its budget."""
         if self.chosen(state.round).reschedule == "batch":
@@ -130,6 +132,9 @@ class HFedMoE(Algorithm):
             parts.append(config.selection.mode)
         if config.aggregation.experts != "participation":
             parts.append(f"{config.aggregation.experts} mean")
+        if config.train.experts == "lora":
+            few_bits = "" if config.lora.frozen_format == "none" else f" over {config.lora.frozen_format}"
+            parts.append(f"rank {config.lora.rank}{few_bits}")
         return f"{super().label(config)} ({', '.join(parts)})"
 
     def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:

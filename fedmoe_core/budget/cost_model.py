@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from fedmoe_core.budget.additive import AdditiveCosts
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.budget.trunk_cost import UNMEASURED, TrunkCost
-
-if TYPE_CHECKING:
-    from fedmoe_core.model.spec import ModelSpec
 
 # compact: only permitted experts are stored and run. backward-masked: all are, and only trainable ones get gradients.
 Mode = Literal["compact", "backward-masked"]
@@ -38,7 +35,8 @@ class CostModel:
         expert_bias, router_bias: whether experts have biases, and router rows one. They count as bytes; what they add
             to the arithmetic is element-wise.
         weight_bytes: bytes per weight of trunk, router, adapters and (without ``base_bytes``) experts, stored and sent.
-        base_bytes: bytes per expert weight under LoRA, where it is frozen and may be quantised (0.5 for 4 bits).
+        base_bytes: bytes per expert weight under LoRA where it is stored in few bits, scales included (a little over
+            0.5 for 4 bits); None = as it is. Few bits would round a merged adapter away, so frozen experts keep theirs.
         grad_bytes, optimizer_bytes: bytes per trainable parameter (AdamW: two fp32 moments).
         lora_rank: rank of the experts' adapters; None = the experts themselves train.
         base_experts: experts of the blocks that these layers are grafted on; resident, so they count as held.
@@ -87,34 +85,6 @@ class CostModel:
         bad = [stages for stages in self.trunk.transients.values() if len(stages) not in (1, self.num_layers + 1)]
         if bad:
             raise ValueError(f"a dry step has {len(bad[0])} stages; give 1 or {self.num_layers + 1} (MoE layers + 1)")
-
-    @classmethod
-    def of(cls, spec: ModelSpec, *, tokens: int, train_dense: bool = False, lora_rank: int | None = None) -> CostModel:
-        """Make the cost model behind an adapter, not yet calibrated; ``train_dense`` trains every dense tensor."""
-        w_in = next(p for p in spec.params if p.kind in ("expert", "frozen") and p.name == "w_in")
-        of_layers = {p.name for p in spec.params if p.layer >= 0}
-        # A correction bias is held by every client, is sent once and never trains: frozen trunk, but for its place.
-        corrected = [p for p in spec.params if p.layer >= 0 and p.name == "correction_bias"]
-        of_trunk = [p for p in spec.params if p.kind == "dense" or (p.kind == "frozen" and p.layer < 0)] + corrected
-        trunk = sum(math.prod(param.shape) for param in of_trunk)
-        dense = sum(math.prod(param.shape) for param in spec.params if param.kind == "dense")
-        return cls(
-            num_layers=spec.num_layers,
-            num_experts=spec.num_experts,
-            top_k=spec.top_k,
-            hidden_size=spec.hidden_size,
-            intermediate_size=spec.intermediate_size,
-            tokens=tokens,
-            trunk_params=trunk,
-            trunk_trainable=dense if train_dense else 0,
-            gated=w_in.shape[1] == 2 * spec.intermediate_size,
-            expert_bias="bias_in" in of_layers,
-            router_bias="router_bias" in of_layers,
-            weight_bytes=w_in.dtype.itemsize,
-            grad_bytes=w_in.dtype.itemsize,
-            optimizer_bytes=2 * w_in.dtype.itemsize,
-            lora_rank=lora_rank,
-        )
 
     @property
     def total_experts(self) -> int:
@@ -166,12 +136,21 @@ class CostModel:
     @property
     def held_bytes(self) -> int:
         """Memory of one expert's weights, adapters included."""
-        return self.frozen_bytes + self.adapter_params * self.weight_bytes
+        return self._base_expert + self.slot_bytes + self.adapter_params * self.weight_bytes
 
     @property
     def frozen_bytes(self) -> int:
-        """Memory of one expert that only runs: its adapter is merged into its weights."""
-        return self._base_expert + self.slot_bytes
+        """Memory of one expert that only runs: its adapter is merged into its weights, or beside them in few bits.
+
+        One that is not merged is laid beside those that train at every call, and its gradient is made with theirs.
+        """
+        apart = 0 if self.base_bytes is None else self.adapter_params * (2 * self.weight_bytes + self.grad_bytes)
+        return self._base_expert + self.slot_bytes + apart
+
+    @property
+    def _laid_bytes(self) -> int:
+        """Copy of a trainable expert's adapter in a layer where others only run, beside theirs."""
+        return 0 if self.base_bytes is None else self.adapter_params * self.weight_bytes
 
     @property
     def gradient_bytes(self) -> int:
@@ -202,7 +181,9 @@ class CostModel:
         rows = self.rows("compact", top_k=top_k)
         frozen = int((permitted_LE & ~trainable_LE).sum())
         memory_D = rows.base_D + (rows.costs_DLE * trainable_LE).sum(axis=(1, 2)) + frozen * rows.frozen_D
-        return int(max(memory for name, memory in zip(rows.names, memory_D, strict=True) if name == "memory"))
+        beside_LE = trainable_LE & (permitted_LE & ~trainable_LE).any(axis=1, keepdims=True)
+        laid = int(beside_LE.sum()) * self._laid_bytes
+        return laid + int(max(memory for name, memory in zip(rows.names, memory_D, strict=True) if name == "memory"))
 
     def bytes_down(
         self, permitted_LE: np.ndarray, *, first_participation: bool = True, cached_LE: np.ndarray | None = None
@@ -295,7 +276,8 @@ class CostModel:
         stages = self.trunk.stages(self.top_k if top_k is None else top_k)
         shape = (self.num_layers, self.num_experts)
         compact = mode == "compact"
-        held = np.full(shape, self.held_bytes - (0 if compact else self.frozen_bytes) + self.state_bytes)
+        moved = 0 if compact else self._laid_bytes - self.frozen_bytes
+        held = np.full(shape, self.held_bytes + moved + self.state_bytes)
         base = self.resident_bytes + (0 if compact else self.total_experts * self.frozen_bytes)
         resident_LE = np.full(shape, not compact)
         expert_down = self._base_expert + self._adapter_down

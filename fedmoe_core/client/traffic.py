@@ -75,8 +75,8 @@ def received_bytes(adapter: ModelAdapter, plan: ExpertPlan) -> int:
 def _adapter_bytes(adapter: ModelAdapter, plan: ExpertPlan, number: int) -> int:
     """Count what a layer with adapters is sent in addition to what it stores.
 
-    Fresh adapters are made by the client; those of frozen experts travel too, though the client merges them; base
-    experts that it still has do not travel again.
+    Fresh adapters are made by the client; those of frozen experts travel too, also where the client merges them (else
+    they are among what it stores); base experts that it still has do not travel again.
     """
     layer = adapter.moe[number]
     if layer.lora_scale is None:
@@ -85,7 +85,8 @@ def _adapter_bytes(adapter: ModelAdapter, plan: ExpertPlan, number: int) -> int:
     if not plan.extras.sends_adapters(in_state=str(TensorKey(number, "a_in")) in adapter.spec.keys):
         beside = -tensor_bytes(factors)
     else:
-        beside = len(layer.frozen_experts) * sum(math.prod(f.shape[1:]) * f.itemsize for f in factors)
+        merged = 0 if layer.a_in_frozen is not None else len(layer.frozen_experts)
+        beside = merged * sum(math.prod(f.shape[1:]) * f.itemsize for f in factors)
     if plan.extras.cached_LE is None:
         return beside
     stored = tensor_bytes(layer.frozen_tensors())

@@ -281,5 +281,7 @@ def _check_pairs(values: Mapping[str, Any]) -> None:
         raise ValueError("selection.reschedule=batch needs every expert resident; set selection.mode=backward-masked")
     if values["selection.score"] == "taylor":
         raise ValueError("selection.score=taylor needs a backward pass, which no scoring pass has; choose s or ib")
+    if values["train.experts"] == "lora":
+        raise ValueError("train.experts=lora lays experts out once a round; set selection.reschedule=round with it")
     if values["train.prox"] > 0:
         raise ValueError("train.prox holds experts of a whole round; set selection.reschedule=round with it")

@@ -62,6 +62,8 @@ class TrainConfig:
     label_smoothing: Annotated[float, Meta(ge=0.0, le=0.99)] = 0.0  # share of the target that all classes have alike
     # frozen: only experts and routers learn; fedavg: everything else learns too, averaged by FedAvg
     trunk: Literal["frozen", "fedavg"] = "frozen"
+    # what learns of an expert; whole: all of its weights; lora: adapters of lora.rank, averaged as experts would be
+    experts: Literal["whole", "lora"] = "whole"
     # classification only: chance that a token is hidden in training
     token_dropout: Annotated[float, Meta(ge=0.0, le=0.95)] = 0.0
     logit_adjustment: NaturalReal = 0.0  # classification only: weight of the client's log class shares in its loss
@@ -159,10 +161,12 @@ class FftMoEConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters on the experts: FLAME, HetLoRA, FlexLoRA, FedMoE's stage one, and FLAME's weights wherever used."""
+    """Adapters on the experts: of FLAME, HetLoRA, FlexLoRA, FedMoE's stage one, and wherever ``train.experts=lora``."""
 
     rank: Positive = 8  # rank of the factors of a client without limits
     alpha: PositiveReal = 16.0  # the product counts alpha / rank, for clients of every rank
+    # bits that clients store and receive the experts in under adapters that are aggregated; none: as the model has them
+    frozen_format: Literal["none", "int8", "int4", "fp8_e4m3", "mxfp4", "nvfp4", "nf4"] = "none"
     temperature: NaturalReal = 2.0  # t of FLAME's activation weights; 0 is FedAvg
     keep_share: Annotated[float, Meta(ge=0.01, le=1.0)] = 0.99  # HetLoRA's gamma: share of the ranks that pruning keeps
     tail: NaturalReal = 0.005  # HetLoRA's weight of the tail-rank regulariser

@@ -14,6 +14,7 @@ from fedmoe_kernels.quantized import Quantized
 
 STORED = tuple(f"{name}_{part}" for name in MATRICES for part in ("frozen", "scale", "whole"))
 FROZEN_BIASES = tuple(f"{name}_frozen" for name in BIASES)
+FROZEN_OTHERS = (*FROZEN_BIASES, *(f"{name}_frozen" for name in FACTORS))
 
 # Whatever was stored last: a gradient norm is a sum over them, whose bits depend on the order.
 _ORDER = (*BIASES, "router_bias", *FACTORS, "out_scale", *MATRICES, "router")

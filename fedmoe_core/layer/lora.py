@@ -90,6 +90,13 @@ class LayerLora:
         return self.scale * (b @ a)
 
 
+def end_to_end(trainable: Tensor, frozen: Tensor | None) -> Tensor:
+    """Lay what learns and what only runs end to end; a copy only where there is some of both."""
+    if frozen is None:
+        return trainable
+    return torch.cat([trainable, frozen]) if len(trainable) else frozen
+
+
 class MergedRows(Mapping[int, Tensor]):
     """Rows of a matrix, those of ``merged`` experts with their adapters; made on reading, one by one."""
 
@@ -135,15 +142,23 @@ class LoraSpec:
         in_state: whether the global model has the factors: they are then aggregated like experts, and the experts
             themselves never train. False: only plans with a ``lora_rank`` have adapters, made fresh (or from the plan's
             rows) and gone with the round; the experts remain what is aggregated.
+        frozen_format: few bits that the live model stores the experts in under their adapters, as ``MoE``; None = as
+            they are. Only with ``in_state``: experts that are aggregated change, and cannot be codes.
     """
 
     rank: int
     alpha: float
     in_state: bool = True
+    frozen_format: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.alpha > 0:
             raise ValueError(f"rank={self.rank}, alpha={self.alpha} is out of range; give rank >= 1 and alpha > 0")
+        if self.frozen_format is not None and not self.in_state:
+            raise ValueError(
+                f"frozen_format={self.frozen_format!r} is for experts that stay as they are, and adapters of one round "
+                "change them; leave it out"
+            )
 
     @property
     def scale(self) -> float:

@@ -326,10 +326,12 @@ class MoE(ExpertStore):
         return ExpertWeights(trainable if len(trainable) else trainable.to(dtype), frozen)
 
     def _lora(self) -> ExpertLora | None:
-        """The adapters of the trainable slots; None where there are none."""
-        if self.lora_scale is None or not self.trainable_experts:
+        """The adapters of the slots that have some of their own; None where none has."""
+        if self.lora_scale is None:
             return None
-        a_in, b_in, a_out, b_out = (cast(Tensor, getattr(self, name)) for name in FACTORS)
+        a_in, b_in, a_out, b_out = (self._factor(name) for name in FACTORS)
+        if not len(a_in):
+            return None
         return ExpertLora(a_in, b_in, a_out, b_out, scale=self.lora_scale)
 
     @property

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fedmoe_core.layer import saved
-from fedmoe_core.layer.held import FROZEN_BIASES, STORED, Held, hold, put_in_order
-from fedmoe_core.layer.lora import FACTORS, LayerLora, MergedRows
+from fedmoe_core.layer.held import FROZEN_OTHERS, STORED, Held, hold, put_in_order
+from fedmoe_core.layer.lora import FACTORS, LayerLora, MergedRows, end_to_end
 from fedmoe_core.layer.slots import (
     NO_ROWS,
     ExpertMask,
@@ -49,7 +49,8 @@ class ExpertStore(Held):
 
     With adapters (a ``LayerState`` that has ``lora``) the experts themselves are frozen: ``w_in`` and ``w_out`` have no
     row, and the frozen buffers hold every slot. ``a_in``, ``b_in``, ``a_out``, ``b_out`` are Parameters of the
-    trainable experts' factors. The adapter of an expert that does not train is merged into its weights.
+    trainable experts' factors. The adapter of an expert that does not train is merged into its weights; where those
+    are held in few bits, which would round it away, its factors are buffers (``a_in_frozen``, ...).
 
     Args:
         hidden_size, intermediate_size, num_experts, activation, train_router, frozen_format, rows_per_slot: as ``MoE``.
@@ -74,6 +75,7 @@ class ExpertStore(Held):
     b_in: Tensor | None
     a_out: Tensor | None
     b_out: Tensor | None
+    a_in_frozen: Tensor | None
     lora_scale: float | None
     trainable_experts: tuple[int, ...]
     frozen_experts: tuple[int, ...]
@@ -101,7 +103,7 @@ class ExpertStore(Held):
         self._slotted = (*MATRICES, *(name for name in BIASES if name in biases))
         self._steering = tuple(name for name in STEERING if name == "router" or name in biases)
         self._corrected = "correction_bias" in biases
-        for name in (*STORED, *FROZEN_BIASES, *(f"{name}_rest" for name in STEERING), "correction_bias"):
+        for name in (*STORED, *FROZEN_OTHERS, *(f"{name}_rest" for name in STEERING), "correction_bias"):
             self.register_buffer(name, None)
         for name in (*BIASES, "router_bias", *FACTORS):
             self.register_parameter(name, None)
@@ -228,7 +230,7 @@ class ExpertStore(Held):
         Raises:
             ValueError: the adapter of a frozen expert is merged into it and cannot be told apart any more.
         """
-        if self.lora_scale is not None and self.frozen_experts:
+        if self.lora_scale is not None and self.frozen_experts and self.a_in_frozen is None:
             raise ValueError("frozen experts of this layer have merged their adapters; let all train to read them back")
         order = sorted(range(len(self.experts)), key=self.experts.__getitem__)
         with torch.no_grad():
@@ -236,8 +238,9 @@ class ExpertStore(Held):
             found |= {name: self._in_order(name).detach().clone() for name in self._steering}
             if self.correction_bias is not None:
                 found["correction_bias"] = self.correction_bias.clone()
-            factors = {n: p.detach().clone() for n in FACTORS if (p := getattr(self, n)) is not None}
-            lora = None if self.lora_scale is None else LayerLora.of(factors, self.lora_scale)
+            lora = None
+            if self.lora_scale is not None:
+                lora = LayerLora.of({name: self._factor(name)[order].detach() for name in FACTORS}, self.lora_scale)
             return LayerState.of(found, experts=tuple(sorted(self.experts)), lora=lora)
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -299,13 +302,14 @@ class ExpertStore(Held):
                 like_B = getattr(self if keep else source, name)
                 rows, codes = self._collect(name, source, own, keep=keep)
                 matrix = name in MATRICES
-                whole = MergedRows(rows, lora, name, frozenset(frozen)) if lora is not None and matrix else rows
+                merging = lora is not None and matrix and self.frozen_format is None
+                whole = MergedRows(rows, lora, name, frozenset(frozen)) if merging and lora is not None else rows
                 # What stays in its place needs no copy; under adapters it is the factors that train.
                 if not (keep and learning and learning == self.trainable_experts):
                     hold(self, name, stack(whole, learning, like_B), same=learning == self.trainable_experts)
                 form = self.frozen_format if matrix else None
                 self._keep(name, frozen_stack(whole, codes, stored, frozen_format=form, like=like_B))
-            self._install_factors(lora, trainable)
+            self._install_factors(lora, trainable, () if self.frozen_format is None else frozen)
             self._steer(steering, own, trainable, keep=keep)
             if not keep and self._corrected:
                 self.correction_bias = cast(Tensor, cast(LayerState, source).correction_bias).clone()
@@ -356,12 +360,17 @@ class ExpertStore(Held):
         self._host_order = order_of_rows(steered + rest)
         self._row_of_expert = None
 
-    def _install_factors(self, lora: LayerLora | None, trainable: tuple[int, ...]) -> None:
+    def _install_factors(self, lora: LayerLora | None, trainable: tuple[int, ...], kept: tuple[int, ...]) -> None:
         same = trainable == self.trainable_experts and self.lora_scale is not None
         self.lora_scale = None if lora is None else lora.scale
         for name in FACTORS:
             factor = None if lora is None else getattr(lora, name)
             hold(self, name, None if factor is None else stack(factor, trainable, factor), same=same)
+            setattr(self, f"{name}_frozen", None if factor is None or not kept else stack(factor, kept, factor))
+
+    def _factor(self, name: str) -> Tensor:
+        """A factor of the trainable slots, and of the frozen ones where it is not merged into their weights."""
+        return end_to_end(getattr(self, name), getattr(self, f"{name}_frozen"))
 
     def _installed(self) -> None:
         """Called whenever the experts have changed."""

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedmoe_core.base.tensor_key import DENSE, TensorKey
 from fedmoe_core.budget.calibration import calibrated
 from fedmoe_core.budget.cost_model import CostModel
+from fedmoe_core.budget.from_spec import cost_model_of
 from fedmoe_core.budget.peak_memory import mark, resident_bytes, tensor_bytes, trace_memory
 from fedmoe_core.client.step import Stepper, local_optimizer, log_prior
 from fedmoe_core.config.run_config import TrainConfig
@@ -33,10 +34,12 @@ def calibrate(
     *,
     padding: bool,
     lora_rank: int | None = None,
+    frozen_format: str | None = None,
 ) -> CostModel:
     """Make the cost model of ``adapter`` for local steps on batches shaped like ``batch``, with measured trunk terms.
 
-    With ``lora_rank`` experts carry adapters of that rank, which then train instead of them.
+    With ``lora_rank`` experts carry adapters of that rank, which then train instead of them; ``frozen_format`` is what
+    the adapters' ``LoraSpec`` says.
 
     Each k' from 1 to the model's k is traced once, holding the k' experts of lowest id in every layer. Few experts are
     the worst case for the temporaries of the expert stage. With k' held, each serves every token, and no token can give
@@ -55,7 +58,13 @@ def calibrate(
     batches = [replace(batch, mask_SN=mask_SN) for mask_SN in (whole_SN, padded_SN)[: 1 + padding]]
     spec = adapter.spec
     train_dense = train.trunk == "fedavg"
-    model = CostModel.of(spec, tokens=batch.tokens_SN.numel(), train_dense=train_dense, lora_rank=lora_rank)
+    model = cost_model_of(
+        spec,
+        tokens=batch.tokens_SN.numel(),
+        train_dense=train_dense,
+        lora_rank=lora_rank,
+        frozen_format=frozen_format,
+    )
     adapter.configure(params, SubModel(train_dense=train_dense))
     dense = sum(tensor.numel() for key, tensor in adapter.trained().items() if TensorKey.parse(key).layer == DENSE)
     model = replace(

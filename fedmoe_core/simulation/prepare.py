@@ -22,6 +22,7 @@ from fedmoe_core.config.run_config import Config, TrainConfig
 from fedmoe_core.data.batches import Batch, public_batches
 from fedmoe_core.data.federated import FederatedData, load_data
 from fedmoe_core.data.tokenizing import pretrained_tokenizer
+from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.model.adapter import ModelAdapter, find_adapter
 from fedmoe_core.model.spec import ModelSpec
 from fedmoe_core.server.state import Population
@@ -123,12 +124,20 @@ def found_world(sources: Sources, params: dict[str, Tensor]) -> World:
 
 
 def dry_step(
-    sources: Sources, params: dict[str, Tensor], train: TrainConfig, *, lora_rank: int | None = None
+    sources: Sources, params: dict[str, Tensor], train: TrainConfig, *, lora: LoraSpec | None = None
 ) -> CostModel:
-    """Calibrate the cost model of the model as it is, with the first public batch in the clients' shape."""
+    """Calibrate the cost model of the model with these adapters, with the first public batch in the clients' shape."""
     config, data = sources.config, sources.data
     first = next(iter(local_public_batches(config, data, 1))).to(sources.ranks.device)
-    return calibrate(sources.adapter, params, train, first, padding=may_pad(config, data), lora_rank=lora_rank)
+    return calibrate(
+        sources.adapter,
+        params,
+        train,
+        first,
+        padding=may_pad(config, data),
+        lora_rank=None if lora is None else lora.rank,
+        frozen_format=None if lora is None else lora.frozen_format,
+    )
 
 
 def measure_population(
@@ -142,10 +151,10 @@ def measure_population(
         # One dry step of one shape: a second may find a few bytes more, and a tier would hold an expert less.
         whole = plain
     else:
-        whole = dry_step(sources, params, train, lora_rank=lora.rank if lora is not None and lora.in_state else None)
+        whole = dry_step(sources, params, train, lora=lora if lora is not None and lora.in_state else None)
     of_lora = whole
     if lora is not None and not lora.in_state:
-        of_lora = dry_step(sources, params, train, lora_rank=lora.rank)
+        of_lora = dry_step(sources, params, train, lora=lora)
     return Population(
         config=config,
         spec=sources.adapter.spec,

@@ -31,7 +31,7 @@ from hand_made import (
 
 from fedmoe_core.algorithms.baselines import FedAvg, RandomExperts
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
-from fedmoe_core.budget.cost_model import CostModel
+from fedmoe_core.budget.from_spec import cost_model_of
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.config.systems import ALGORITHMS, PLACES
 from fedmoe_core.messages.profile import profile_arrays
@@ -233,7 +233,7 @@ def test_taylor_scores_estimate_absent_experts_by_own_demand_times_pooled_worth(
             np.testing.assert_allclose(found[client][layer], wanted_E, rtol=1e-9)
 
 
-MEMORY = CostModel.of(population().spec, tokens=64).predict(TRAINED[0], TRAINED[0], local_steps=1).memory_bytes
+MEMORY = cost_model_of(population().spec, tokens=64).predict(TRAINED[0], TRAINED[0], local_steps=1).memory_bytes
 TIERS = ("experts=3", f"memory={MEMORY}", "unlimited")
 
 

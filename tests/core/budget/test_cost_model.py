@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedmoe_core.budget.calibration import calibrated
 from fedmoe_core.budget.cost_model import CostModel, TrunkCost
+from fedmoe_core.budget.from_spec import cost_model_of
 from fedmoe_core.budget.passes import coded
 from fedmoe_core.model.spec import Kind, ModelSpec, ParamSpec
 from fedmoe_kernels.formats import FORMATS
@@ -95,8 +96,17 @@ def test_lora_counts_adapters_per_matrix() -> None:
     nothing, one = np.zeros((2, 3, 5), dtype=bool)
     one[1, 2] = True
     empty = lora.memory(nothing, nothing)
-    assert lora.memory(one, nothing) - empty == DEMO.expert_params // 2  # a frozen expert has merged its adapter
-    assert lora.memory(one, one) - lora.memory(one, nothing) == 16 * per_expert + 12 * 8
+    merged = replace(lora, base_bytes=None)
+    alone = merged.memory(one, nothing) - merged.memory(nothing, nothing)
+    assert alone == 4 * DEMO.expert_params  # a frozen expert has merged its adapter
+    assert merged.memory(one, one) - merged.memory(one, nothing) == 16 * per_expert + 12 * 8
+    # In few bits it keeps it: as stored, as laid beside those that train, and with a gradient that is thrown away.
+    assert lora.memory(one, nothing) - empty == DEMO.expert_params // 2 + 12 * per_expert
+    assert lora.memory(one, one) - empty == DEMO.expert_params // 2 + 16 * per_expert + 12 * 8
+    other = one.copy()
+    other[1, 3] = True
+    beside = lora.memory(other, one) - lora.memory(one, one)
+    assert beside == DEMO.expert_params // 2 + (12 + 4) * per_expert  # the one that trains is laid beside it, too
     assert lora.bytes_up(one) - lora.bytes_up(nothing) == 4 * (per_expert + 8)
     assert lora.bytes_down(one) - lora.bytes_down(nothing) == DEMO.expert_params // 2 + 4 * per_expert
     assert lora.bytes_down(one, cached_LE=one) - lora.bytes_down(nothing) == 4 * per_expert
@@ -264,14 +274,14 @@ PLAIN: dict[str, tuple[Kind, tuple[int, ...]]] = {
 
 
 def test_model_is_read_off_an_adapters_spec() -> None:
-    model = CostModel.of(spec_of(**PLAIN), tokens=7, train_dense=True)
+    model = cost_model_of(spec_of(**PLAIN), tokens=7, train_dense=True)
     assert model == replace(DEMO, trunk_params=408, trunk_trainable=408, trunk=TrunkCost())
-    assert CostModel.of(spec_of(**PLAIN), tokens=7).trunk_trainable == 0
+    assert cost_model_of(spec_of(**PLAIN), tokens=7).trunk_trainable == 0
 
 
 def test_biases_are_bytes_of_their_experts_and_routers_and_no_products() -> None:
-    plain = CostModel.of(spec_of(**PLAIN), tokens=7)
-    biased = CostModel.of(
+    plain = cost_model_of(spec_of(**PLAIN), tokens=7)
+    biased = cost_model_of(
         spec_of(
             **PLAIN,
             bias_in=("expert", (5, 12)),

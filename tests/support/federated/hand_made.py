@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmoe_core.algorithms.base import Algorithm, algorithm_class
 from fedmoe_core.algorithms.baselines import FedAvg
-from fedmoe_core.budget.cost_model import CostModel
+from fedmoe_core.budget.from_spec import cost_model_of
 from fedmoe_core.budget.limits import Budget, Cost
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.messages.plan import ExpertPlan
@@ -102,7 +102,7 @@ def population(*overrides: str, budgets: tuple[str, ...] = ("unlimited",) * 3) -
         config=Config.load(None, [*exact, *overrides]).resolved(),
         spec=spec,
         budgets=tuple(Budget.parse(text, spec_experts=LAYERS * EXPERTS) for text in budgets),
-        costs=CostModel.of(spec, tokens=64),
+        costs=cost_model_of(spec, tokens=64),
         samples_C=SAMPLES,
         prior=PRIOR,
     )

@@ -238,7 +238,8 @@ class TransformersAdapter(PlaceMeasures):
     def _configure_layer(self, layer: MoE, number: int, state: Mapping[str, Tensor], sub: SubModel) -> None:
         device, own = layer.w_in.device, of_layer(number, state)
         layer.top_k = self.spec.top_k if sub.top_k is None else sub.top_k
-        layer.train_router, layer.frozen_format = sub.train_router, sub.frozen_format
+        of_adapters = None if self._lora is None else self._lora.frozen_format
+        layer.train_router, layer.frozen_format = sub.train_router, sub.frozen_format or of_adapters
         layer.start_out_scale(None if sub.out_scale_L is None else float(sub.out_scale_L[number]))
         lora = None
         if self._lora is not None and (self._lora.in_state or sub.lora_rank is not None):

@@ -14,7 +14,7 @@ from hand_made import population as hand_made_population
 
 from fedmoe_core.algorithms.fedmoe.fedmoe import FROZEN, NEW, SETTLED, TRIAL, ClientMap, FedMoE
 from fedmoe_core.algorithms.fedmoe.full_model_probe import WholeModelProbe
-from fedmoe_core.budget.cost_model import CostModel
+from fedmoe_core.budget.from_spec import cost_model_of
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.layer.router_loss import SwitchBalance
 from fedmoe_core.messages.plan import ExpertPlan
@@ -97,7 +97,7 @@ def test_stage_one_goes_by_own_probe_then_the_mean_by_data_volume_then_public_da
 
 
 MEMORY = [
-    CostModel.of(population().spec, tokens=64).predict(some_LE, some_LE, local_steps=1).memory_bytes
+    cost_model_of(population().spec, tokens=64).predict(some_LE, some_LE, local_steps=1).memory_bytes
     for some_LE in (mask("x...", "x..."), mask("xxx.", "xx.."), ALL_LE)
 ]
 
