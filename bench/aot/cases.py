@@ -105,6 +105,7 @@ MORE = (
     replace(SWITCH, name="switch, gelu_tanh", activation="gelu_tanh"),
     replace(SWITCH, name="switch, gelu", activation="gelu", bias=True),
     replace(SWITCH, name="switch, silu", activation="silu"),
+    replace(SWITCH, name="switch, relu2", activation="relu2"),
     Case("mixtral-8x7b", 8192, 4096, 14336, 8, 2, 2, E=8),
     Case("odd", 1000, 200, 120, 5, 3, 2, bias=True, E=5),
     Case("unaligned", 1000, 100, 52, 5, 3, 2, bias=True, E=5),

@@ -133,6 +133,16 @@ def _relu_slope(d: Tensor, z: Tensor, out: Tensor) -> None:
     _aten.threshold_backward.grad_input(d, z, 0, grad_input=out)
 
 
+def _relu2(z: Tensor, out: Tensor) -> None:
+    torch.clamp(z, min=0, out=out)
+    out.mul_(out)
+
+
+def _relu2_slope(d: Tensor, z: Tensor, out: Tensor) -> None:
+    torch.mul(d, z.clamp(min=0), out=out)
+    out.mul_(2)
+
+
 # A plain dict that its type makes read-only: torch.compile refuses a graph that reads a MappingProxyType after it has
 # changed some other dict, as transformers' generation does.
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -141,6 +151,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "geglu_tanh": _gated(_gelu_tanh, _gelu_tanh_slope),
     "swiglu_oai": _swiglu_oai(),
     "relu": _plain(_relu, _relu_slope),
+    "relu2": _plain(_relu2, _relu2_slope),
     "gelu": _plain(_gelu, _gelu_slope),
     "gelu_tanh": _plain(_gelu_tanh, _gelu_tanh_slope),
     "silu": _plain(_silu, _silu_slope),

@@ -217,6 +217,10 @@ def _relu(z: Tensor) -> Tensor:
     return z.clamp(min=0)
 
 
+def _relu2(z: Tensor) -> Tensor:
+    return z.clamp(min=0) ** 2
+
+
 def _swiglu_oai(z_F: Tensor) -> Tensor:
     gate, up = z_F.chunk(2, dim=-1)
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
@@ -228,10 +232,10 @@ def activate(z_F: Tensor, activation: str) -> Tensor:
 
     Gated forms read z as [gate; up], halves of the last axis: "swiglu" silu(gate) * up; "geglu" gelu(gate) * up;
     "swiglu_oai" (up' + 1) * gate' * sigmoid(1.702 * gate') with gate' = min(gate, 7), up' = clamp(up, -7, 7), as in
-    gpt-oss. Plain forms: "relu", "gelu", "silu". gelu is the exact one (erf); "gelu_tanh" and "geglu_tanh" have its
-    tanh approximation, which differs by up to 5e-4.
+    gpt-oss. Plain forms: "relu", "relu2" (relu(z)^2, Nemotron), "gelu", "silu". gelu is the exact one (erf);
+    "gelu_tanh" and "geglu_tanh" have its tanh approximation, which differs by up to 5e-4.
     """
-    plain = {"relu": _relu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu}
+    plain = {"relu": _relu, "relu2": _relu2, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu}
     gated = {"swiglu": _gated(_silu), "geglu": _gated(_gelu), "geglu_tanh": _gated(_gelu_tanh)}
     gated["swiglu_oai"] = _swiglu_oai
     return (plain | gated)[activation](z_F)

@@ -34,7 +34,7 @@ HALF = np.arange(E) % 2 == 0
         ("gemma4", "geglu_tanh"),
         ("deepseek_v4", None),
         ("minimax_m3_vl", "swiglu_oai"),
-        ("nemotron_h", None),
+        ("nemotron_h", "relu2"),
     ],
 )
 def test_the_activation_is_found_by_trying(family: str, activation: str | None) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from fedmoe_kernels import reference
 
 GATED = ("swiglu", "geglu", "geglu_tanh", "swiglu_oai")
-ACTIVATIONS = (*GATED, "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = (*GATED, "relu", "relu2", "gelu", "gelu_tanh", "silu")
 B, HIDDEN, INNER, RANK = 4, 5, 3, 2
 
 # Slot 2 holds no row, slot 3 serves one token twice, the last token has no row at all.
@@ -115,6 +115,7 @@ def test_gated_activations_read_gate_then_up(activation, expected):
     ("activation", "expected"),
     [
         ("relu", functional.relu),
+        ("relu2", lambda z: functional.relu(z).square()),
         ("gelu", functional.gelu),
         ("gelu_tanh", lambda z: functional.gelu(z, approximate="tanh")),
         ("silu", functional.silu),

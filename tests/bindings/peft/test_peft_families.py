@@ -32,9 +32,9 @@ def gradients(model: nn.Module, family: str) -> tuple[Tensor, dict[str, Tensor]]
         ("deepseek_v2", True),  # shared experts
         ("deepseek_v3", True),
         ("minimax_m3_vl", True),
-        ("nemotron_h", False),  # no gate, and an activation that is not ours
+        ("nemotron_h", True),  # no gate, relu2
         ("deepseek_v4", False),  # a gate of its own
-        ("gemma4", False),  # gelu
+        ("gemma4", True),
     ],
 )
 def test_loss_and_gradients_are_pefts(family: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:

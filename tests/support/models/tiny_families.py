@@ -107,7 +107,6 @@ NOT_SIMULATED = {
     "kolibri1": OWN_RULE,
     "minimax_m3_vl": OWN_SUM,
     "muse_spark": OWN_ACTIVATION,
-    "nemotron_h": OWN_ACTIVATION,
     "openai_privacy_filter": OWN_RULE,
     "phimoe": "router_jitter_noise",
     "zaya": OWN_TENSOR,

@@ -24,6 +24,9 @@ def _value(z, ACTIVATION: tl.constexpr):
         square = z * z * CUBIC
         below = tl.sigmoid(z * TWICE_SQRT_2_BY_PI * (1.0 + square))
         return z * below, below + z * TWICE_SQRT_2_BY_PI * (1.0 + square * 3.0) * below * (1.0 - below)
+    elif ACTIVATION == "relu2":
+        above = tl.maximum(z, 0.0)
+        return above * above, 2.0 * above
     else:
         tl.static_assert(ACTIVATION == "relu")
         return tl.maximum(z, 0.0), tl.where(z > 0.0, 1.0, 0.0)
