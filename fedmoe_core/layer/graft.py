@@ -63,7 +63,8 @@ def fresh_graft(base: MoE, graft: GraftSpec, *, seed: int) -> Grafted:
     hidden, like = base.hidden_size, base.w_out
 
     def drawn(*shape: int, std: float) -> Tensor:
-        return torch.empty(shape).normal_(std=std, generator=generator).to(like)
+        drawn_on = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        return drawn_on.normal_(std=std, generator=generator).to(like)
 
     experts = MoE.from_dense(
         drawn(graft.num_experts, hidden, std=INIT_STD),

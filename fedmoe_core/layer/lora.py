@@ -40,7 +40,9 @@ class LayerLora:
         factors = {}
         for side, weight in (("in", w_in), ("out", w_out)):
             experts, rows, columns = weight.shape
-            drawn = torch.rand(experts, rank, columns, generator=generator).mul_(2).sub_(1).mul_(columns**-0.5)
+            # Whatever torch's defaults are.
+            fresh = torch.rand(experts, rank, columns, generator=generator, dtype=torch.float32, device="cpu")
+            drawn = fresh.mul_(2).sub_(1).mul_(columns**-0.5)
             factors[f"a_{side}"], factors[f"b_{side}"] = drawn.to(weight), weight.new_zeros(experts, rows, rank)
         return cls.of(factors, scale)
 

@@ -81,6 +81,6 @@ def balance_loss(tape: Tape, *, served_only: bool = False) -> Tensor:
             top_k = min(top_k, experts)
         prob_E = logits_TE.float().softmax(dim=-1).mean(dim=0)
         chosen = logits_TE.detach().topk(top_k, dim=-1).indices.flatten()
-        share_E = torch.bincount(chosen, minlength=layer.num_experts) / max(chosen.numel(), 1)
+        share_E = torch.bincount(chosen, minlength=layer.num_experts).float() / max(chosen.numel(), 1)
         losses.append(experts * (share_E * prob_E).sum())
     return torch.stack(losses).mean()

@@ -7,8 +7,11 @@ import torch
 from layer_cases import E, H, I, K, dense, mask, relative
 from torch import Tensor
 
+from fedmoe_core.layer.graft import GraftSpec, fresh_graft
+from fedmoe_core.layer.lora import LayerLora
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.recording import recording
+from fedmoe_core.layer.router_loss import balance_loss
 
 HALF = torch.bfloat16
 KINDS = {
@@ -190,3 +193,25 @@ def test_to_casts_what_is_learnt_and_keeps_what_decides(to: torch.dtype) -> None
     layer(x).float().sum().backward()
     assert x.grad.dtype == layer.w_in.grad.dtype == to
     assert I > H
+
+
+@pytest.mark.parametrize("default", [HALF, torch.float64])
+def test_torch_s_default_dtype_changes_no_draw_and_no_sum(default: torch.dtype) -> None:
+    """Sums that follow it stall in bfloat16, and adapters of one seed would differ."""
+    results, weights, x = [], [w.float() for w in dense()], tokens(torch.float32)
+    for now in (torch.float32, default):
+        torch.set_default_dtype(now)
+        try:
+            layer = made(with_scores=True, with_stats=True)
+            with recording(layer) as tape:
+                layer(x).square().sum().backward()
+                loss = balance_loss(tape)
+            lora = LayerLora.fresh(*weights[1:], rank=3, scale=1.0, seed=0)
+            sums, stats = layer.scores.leaf_B6.grad, layer.last_stats.prob_sum_E
+            experts = fresh_graft(layer, GraftSpec(3, 4, 2), seed=0).experts
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append([sums, stats, loss, lora.a_in, experts.w_in])
+    for name, one, other in zip(("sums", "stats", "loss", "adapters", "graft"), *results, strict=True):
+        assert one.dtype == other.dtype, name
+        assert torch.equal(one, other), name

@@ -10,7 +10,7 @@ from torch import nn
 from fedmoe_core import following
 from fedmoe_core.layer.moe import MoE
 
-X = torch.randn(16, H, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+X = torch.randn(64, H, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -25,6 +25,7 @@ def held_by(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)])
 def test_rows_that_stay_keep_their_state_and_new_ones_start_from_zero(kind) -> None:
+    torch.manual_seed(0)
     layer = MoE.from_dense(*dense(), K, trainable=mask(1, 3, 4))
     model = nn.Sequential(nn.Linear(H, H, dtype=torch.float64), layer)
     optimizer = kind(model.parameters())
