@@ -1,6 +1,6 @@
 """A whole small model of transformers whose experts are swapped: time of a step against every stock way, and memory.
 
-    python -m bench.swap [--repeats 9] [--threads 2] [--out FILE]
+    python -m bench.swap [--repeats 5] [--threads 2] [--out FILE]
 
 The contenders change one model's experts between their turns, as a user does it, and take turns in every repeat.
 Before any time is reported their losses and gradients have been compared. Memory is that of one step of AdamW: weights,
@@ -48,7 +48,7 @@ SMALL = SIZES | {
     "num_experts": 8,
 }
 STOCK = ("eager", "grouped_mm", "batched_mm")
-BATCH = (4, 256)
+BATCH = (2, 256)
 # Of the loss, and of the gradients of the first layer's experts, relative: rounding in float32.
 CLOSE = 1e-4
 
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(prog="python -m bench.swap", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="a model of 100 thousand weights, to try the command")
     parser.add_argument("--out", type=Path, default=None, help="default: bench/results/swap-cpu-DATE.json")
     chosen = parser.parse_args(arguments)
