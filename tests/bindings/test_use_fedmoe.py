@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,14 @@ def test_a_module_that_was_misread_says_so_in_its_first_call_however_it_was_chos
             stock_loss(model, batch_of())
     model = use_fedmoe(model, check=False)
     assert stock_loss(model, batch_of()).isfinite(), "the check cannot be switched off"
+
+
+def test_it_can_be_chosen_when_a_model_is_loaded(tmp_path: Path) -> None:
+    model, inputs = tiny_model("qwen3_moe"), inputs_of("qwen3_moe")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, experts_implementation="fedmoe").eval()
+    assert loaded.get_experts_implementation() == {"": "fedmoe"}
+    assert relative(loaded(**inputs).logits, model(**inputs).logits) < 1e-5
 
 
 def test_the_check_is_made_once() -> None:
