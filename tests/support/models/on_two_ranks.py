@@ -1,4 +1,4 @@
-"""What two processes do with layers, for tests/core/layer/test_distributed.py: RANK, FOLDER and what to do."""
+"""What two processes do with layers, for tests/core/layer/in_torch/test_distributed.py: RANK, FOLDER and what to do."""
 
 from __future__ import annotations
 
