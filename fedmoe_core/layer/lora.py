@@ -96,7 +96,8 @@ def end_to_end(trainable: Tensor, frozen: Tensor | None) -> Tensor:
     """Lay what learns and what only runs end to end; a copy only where there is some of both."""
     if frozen is None:
         return trainable
-    return torch.cat([trainable, frozen]) if len(trainable) else frozen
+    # FSDP casts parameters and no buffers, so the two may differ in dtype.
+    return torch.cat([trainable, frozen.to(trainable.dtype)]) if len(trainable) else frozen
 
 
 class MergedRows(Mapping[int, Tensor]):

@@ -264,7 +264,7 @@ class MoE(ExpertStore):
             activation=self.activation,
             bias_in=weights.get("bias_in"),
             bias_out=weights.get("bias_out"),
-            lora=self._lora(),
+            lora=self._lora(None if casts else x.dtype),
             scores=self.scores,
             recompute=self.recompute,
             backend=self.backend,
@@ -325,13 +325,15 @@ class MoE(ExpertStore):
             frozen = frozen.to(dtype)
         return ExpertWeights(trainable if len(trainable) else trainable.to(dtype), frozen)
 
-    def _lora(self) -> ExpertLora | None:
-        """The adapters of the slots that have some of their own; None where none has."""
+    def _lora(self, dtype: torch.dtype | None) -> ExpertLora | None:
+        """The adapters of the slots that have some of their own, as ``_weights``; None where none has."""
         if self.lora_scale is None:
             return None
         a_in, b_in, a_out, b_out = (self._factor(name) for name in FACTORS)
         if not len(a_in):
             return None
+        if dtype is not None and not self.trainable_experts:
+            a_in, b_in, a_out, b_out = (factor.to(dtype) for factor in (a_in, b_in, a_out, b_out))
         return ExpertLora(a_in, b_in, a_out, b_out, scale=self.lora_scale)
 
     @property
@@ -371,9 +373,10 @@ class MoE(ExpertStore):
                 elif tensor is not None:
                     tensor.zero_() if zero else tensor.normal_(std=INIT_STD)
         for name in FACTORS:
-            if (factor := getattr(self, name)) is not None:
-                bound = factor.shape[-1] ** -0.5
-                factor.uniform_(-bound, bound) if name.startswith("a_") else factor.zero_()
+            for factor in (getattr(self, name), getattr(self, f"{name}_frozen")):
+                if factor is not None:
+                    bound = factor.shape[-1] ** -0.5
+                    factor.uniform_(-bound, bound) if name.startswith("a_") else factor.zero_()
         if self.out_scale is not None:
             self.out_scale.fill_(1.0)
         self._installed()

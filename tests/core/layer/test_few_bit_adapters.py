@@ -85,3 +85,27 @@ def test_a_layer_that_leaves_few_bits_or_adapters_keeps_nothing_of_them():
     assert layer.a_in_frozen is None
     want = w_in[2] + lora.change("w_in", 2)
     assert torch.equal(layer.w_in_frozen[2], want)  # merged, as ever: slot 0 trains, 1 and 2 are experts 0 and 2
+
+
+@pytest.mark.parametrize("trains", [(2,), ()])
+def test_parameters_cast_alone_run_beside_the_buffers_of_frozen_adapters(trains):
+    """FSDP casts parameters and no buffers."""
+    router, w_in, w_out, lora = drawn()
+    layer = MoE(H, WIDE, E, K, frozen_format="nf4")
+    layer.load_global(LayerState.whole(router, w_in, w_out, lora=lora), trainable=mask(*trains))
+    x = torch.randn(9, H, generator=torch.Generator().manual_seed(4))
+    want = layer(x)
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.bfloat16()
+    found = layer(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - want).norm() / want.norm() < 0.05
+
+
+def test_reset_parameters_lets_no_adapter_of_a_frozen_expert_be():
+    router, w_in, w_out, lora = drawn()
+    layer = MoE(H, WIDE, E, K, frozen_format="nf4")
+    layer.load_global(LayerState.whole(router, w_in, w_out, lora=lora), trainable=mask(2))
+    layer.reset_parameters()
+    assert not layer.b_in_frozen.any()
+    assert layer.a_in_frozen.abs().max() <= H**-0.5
