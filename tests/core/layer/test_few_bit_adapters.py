@@ -99,7 +99,8 @@ def test_parameters_cast_alone_run_beside_the_buffers_of_frozen_adapters(trains)
         parameter.data = parameter.data.bfloat16()
     found = layer(x.bfloat16())
     assert found.dtype == torch.bfloat16
-    assert (found.float() - want).norm() / want.norm() < 0.05
+    # Of a token: one whose choice of experts is a tie in 16 bits may go elsewhere.
+    assert ((found.float() - want).norm(dim=1) / want.norm(dim=1)).median() < 0.02
 
 
 def test_reset_parameters_lets_no_adapter_of_a_frozen_expert_be():
