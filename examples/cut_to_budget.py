@@ -1,0 +1,60 @@
+"""Cut a model to a budget: the experts that matter most to a text and fit in so many bytes, as a plain model on disk.
+
+python examples/cut_to_budget.py [OUT]
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from fedmoe_bindings.transformers import TransformersAdapter, extract_submodel, use_fedmoe
+from fedmoe_core.base.show import size
+from fedmoe_core.data.batches import Batch
+
+# A fresh model, small enough for any machine. A real one: Qwen3MoeForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B").
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+SIZES = Qwen3MoeConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, **HEADS, **EXPERTS)
+BUDGET = 1_500_000  # bytes of weights
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def main() -> None:
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/cut")
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(SIZES).eval()
+    text = torch.tensor([list(b"Keep what this text needs, and leave the rest on the shelf.")])
+
+    # Scores come from fedmoe's layers. They take the model over, so that a model is made of them afterwards.
+    scored = TransformersAdapter(model)
+    scored.loss(Batch(text, torch.ones_like(text, dtype=torch.bool))).backward()
+    scores_LE = np.stack([layer.scores.taylor_abs_B.numpy() for layer in scored.moe])
+    model = scored.export().eval()
+
+    # Every layer of a transformers model has equally many experts, and one of each layer weighs this much.
+    layers, experts = scores_LE.shape
+    one = weight_bytes(model) - weight_bytes(extract_submodel(model, np.arange(experts) > 0))
+    keep = experts - max(0, -(-(weight_bytes(model) - BUDGET) // one))
+    if keep < SIZES.num_experts_per_tok:
+        raise SystemExit(f"{size(BUDGET)} holds {max(keep, 0)} experts a layer; a token needs {SIZES.num_experts_per_tok}")
+    best_LE = scores_LE.argsort(axis=1).argsort(axis=1) >= experts - keep
+
+    small = extract_submodel(model, best_LE)
+    small.save_pretrained(out)
+    plain = Qwen3MoeForCausalLM.from_pretrained(out).eval()  # needs transformers alone
+    print(f"{size(weight_bytes(model))} -> {size(weight_bytes(plain))}, budget {size(BUDGET)}: {keep} of {experts} experts")
+    print(f"kept: {plain.config.fedmoe_kept_experts}")
+    with torch.no_grad():
+        masked = use_fedmoe(model, permitted=best_LE)(text).logits
+        print(f"from the masked model it differs by {(plain(text).logits - masked).abs().max().item():.1e}")
+        print(f"same to the bit on fedmoe: {torch.equal(use_fedmoe(plain)(text).logits, masked)}")
+
+
+if __name__ == "__main__":
+    main()
