@@ -3,10 +3,10 @@
 python examples/cut_to_budget.py [OUT]
 """
 
+import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -28,32 +28,30 @@ def weight_bytes(model: torch.nn.Module) -> int:
 def main() -> None:
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/cut")
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(SIZES).eval()
     text = torch.tensor([list(b"Keep what this text needs, and leave the rest on the shelf.")])
 
-    # Scores come from fedmoe's layers. They take the model over, so that a model is made of them afterwards.
-    scored = TransformersAdapter(model)
+    # fedmoe's layers score the experts in one pass; the model goes in as a stock model and comes out as one.
+    scored = TransformersAdapter(Qwen3MoeForCausalLM(SIZES))
     scored.loss(Batch(text, torch.ones_like(text, dtype=torch.bool))).backward()
-    scores_LE = np.stack([layer.scores.taylor_abs_B.numpy() for layer in scored.moe])
+    scores_LE = torch.stack([layer.scores.taylor_abs_B for layer in scored.moe])
     model = scored.export().eval()
 
-    # Every layer of a transformers model has equally many experts, and one of each layer weighs this much.
-    layers, experts = scores_LE.shape
-    one = weight_bytes(model) - weight_bytes(extract_submodel(model, np.arange(experts) > 0))
-    keep = experts - max(0, -(-(weight_bytes(model) - BUDGET) // one))
+    # Every layer of a transformers model has equally many experts; `one` is what one of each layer weighs.
+    whole = weight_bytes(model)
+    one = whole - weight_bytes(extract_submodel(model, torch.arange(SIZES.num_experts) > 0))
+    keep = min(SIZES.num_experts, SIZES.num_experts - math.ceil((whole - BUDGET) / one))
     if keep < SIZES.num_experts_per_tok:
-        raise SystemExit(f"{size(BUDGET)} holds {max(keep, 0)} experts a layer; a token needs {SIZES.num_experts_per_tok}")
-    best_LE = scores_LE.argsort(axis=1).argsort(axis=1) >= experts - keep
+        raise SystemExit(f"{size(BUDGET)} holds {max(keep, 0)} experts a layer, fewer than a token needs")
+    best_LE = torch.zeros(scores_LE.shape, dtype=torch.bool).scatter(1, scores_LE.topk(keep).indices, True)
 
-    small = extract_submodel(model, best_LE)
-    small.save_pretrained(out)
-    plain = Qwen3MoeForCausalLM.from_pretrained(out).eval()  # needs transformers alone
-    print(f"{size(weight_bytes(model))} -> {size(weight_bytes(plain))}, budget {size(BUDGET)}: {keep} of {experts} experts")
-    print(f"kept: {plain.config.fedmoe_kept_experts}")
+    extract_submodel(model, best_LE).save_pretrained(out)
+    small = Qwen3MoeForCausalLM.from_pretrained(out).eval()  # needs transformers alone
+    print(f"{size(whole)} -> {size(weight_bytes(small))}, budget {size(BUDGET)}: {keep} experts a layer")
+    print(f"kept: {small.config.fedmoe_kept_experts}")
     with torch.no_grad():
         masked = use_fedmoe(model, permitted=best_LE)(text).logits
-        print(f"from the masked model it differs by {(plain(text).logits - masked).abs().max().item():.1e}")
-        print(f"same to the bit on fedmoe: {torch.equal(use_fedmoe(plain)(text).logits, masked)}")
+        print(f"from the masked model it differs by {(small(text).logits - masked).abs().max().item():.1e}")
+        print(f"same to the bit on fedmoe: {torch.equal(use_fedmoe(small)(text).logits, masked)}")
 
 
 if __name__ == "__main__":

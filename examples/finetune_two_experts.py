@@ -33,7 +33,6 @@ def main() -> None:
     text = torch.tensor(list(b"the two experts learn this sentence by heart. ")).repeat(2, 3)
     batch = Batch(text, torch.ones_like(text, dtype=torch.bool))
     before, whole = model.state(), resident_bytes(model.model)
-
     model.configure(before, SubModel(permitted_LE=mask(RUNS), trainable_LE=mask(TRAINS), train_router=False))
     print(f"weights held: {size(resident_bytes(model.model))} of {size(whole)}")
     optimizer = torch.optim.AdamW([p for p in model.model.parameters() if p.requires_grad], lr=1e-2)
@@ -42,7 +41,7 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 5 == 0 or step == 19:
+        if step % 19 == 0:
             print(f"step {step:2d}: loss {loss.item():.3f}")
     print(f"with gradients and moments: {size(resident_bytes(model.model, optimizer))}")
 

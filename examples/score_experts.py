@@ -18,9 +18,7 @@ from fedmoe_core.selection.importance import cumulative, expert_scores
 # Qwen3MoeForCausalLM.from_pretrained(NAME), AutoTokenizer.from_pretrained(NAME)(text)["input_ids"].
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
-SIZES = Qwen3MoeConfig(
-    vocab_size=256, hidden_size=64, num_hidden_layers=2, initializer_range=0.1, **HEADS, **EXPERTS
-)
+SIZES = Qwen3MoeConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, initializer_range=0.1, **HEADS, **EXPERTS)
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 8
 LENGTH = 128  # tokens of a sequence
 

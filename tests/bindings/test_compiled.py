@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from stock_models import batch_of, stock_loss, stock_model
-from test_every_family import check_same, gradients
+from stock_models import batch_of, relative, stock_loss, stock_model
 from tiny_families import inputs_of, mask_of, tiny_model
 from torch import Tensor, nn
 from transformers import CompileConfig
@@ -32,16 +30,12 @@ def ready(family: str, *, masked: bool) -> Any:
     return model
 
 
-class Compiled(nn.Module):
-    """A model under its own parameter names whose calls are compiled."""
-
-    def __init__(self, model: nn.Module, backend: str) -> None:
-        super().__init__()
-        self.call = torch.compile(model, fullgraph=True, backend=backend)
-        self.named_parameters = model.named_parameters  # type: ignore[method-assign]
-
-    def forward(self, **inputs: Tensor) -> Any:
-        return self.call(**inputs)
+def gradients(model: Any, call: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits of ``call``, and the gradients that a random upstream gives the parameters of ``model``."""
+    model.zero_grad()
+    logits = call(**inputs).logits
+    (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 # Plain SwiGLU, with a dense layer beside it, and experts that are transposed with biases, of another gate, or without.
@@ -51,8 +45,17 @@ def test_a_model_is_one_graph_with_the_same_gradients(family: str, masked: bool)
     if masked and family == "deepseek_v4":
         pytest.skip("its first layers choose experts by token ids, so it takes no mask")
     model, inputs = ready(family, masked=masked), inputs_of(family)
-    want = gradients(copy.deepcopy(model), inputs)
-    check_same(gradients(Compiled(model, "aot_eager"), inputs), want, 1e-5)
+    logits, want = gradients(model, model, inputs)
+    found, grads = gradients(model, torch.compile(model, fullgraph=True, backend="aot_eager"), inputs)
+    assert relative(found, logits) < 1e-5
+    assert any("experts" in name for name in want)
+    # AOT autograd gives zeros where eager gives nothing, such as to DeepSeek-V4's compressor on few tokens.
+    assert grads.keys() >= want.keys()
+    assert not any(grads[name].any() for name in grads.keys() - want.keys())
+    largest = max(float(grad.norm()) for grad in want.values())
+    for name, grad in want.items():
+        # Some gradients are nothing but rounding, such as that of a bias that softmax cannot see.
+        assert float((grads[name] - grad).norm()) < 1e-5 * max(float(grad.norm()), 1e-3 * largest), name
 
 
 def test_a_model_that_never_ran_compiles_as_well() -> None:
@@ -62,13 +65,17 @@ def test_a_model_that_never_ran_compiles_as_well() -> None:
     torch.testing.assert_close(found, use_fedmoe(model)(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_inductor_gives_the_same_loss_under_a_mask() -> None:
-    model, batch = stock_model("mixtral", num_hidden_layers=1), batch_of()
-    use_fedmoe(model, permitted=torch.arange(6) < 4)
-    want = stock_loss(model, batch)
-    with torch.no_grad():
-        found = stock_loss(torch.compile(model, fullgraph=True), batch)
-    torch.testing.assert_close(found, want.detach(), rtol=1e-5, atol=0.0)
+def test_inductor_gives_the_same_numbers_under_a_mask() -> None:
+    """One block; a whole model takes inductor a minute on two cores."""
+    model = use_fedmoe(stock_model("mixtral"), permitted=torch.arange(6) < 4)
+    stock_loss(model, batch_of())
+    block, x = model.model.layers[0].mlp, torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    found = torch.compile(block, fullgraph=True)(x)
+    want = block(x)
+    assert relative(found, want) < 1e-5
+    for parameter in block.parameters():
+        got, expected = (torch.autograd.grad(y.square().sum(), parameter, retain_graph=True)[0] for y in (found, want))
+        assert relative(got, expected) < 1e-5
 
 
 def compiled_generation(model: Any, ids: Tensor, backend: str | Callable[..., Any]) -> Tensor:
@@ -89,9 +96,7 @@ def test_compiled_generation_is_one_graph_and_a_shorter_prompt_compiles_nothing(
         return graph.forward
 
     for length in (9, 9, 5, 3):
-        want = model.generate(
-            ids[:, :length], do_sample=False, pad_token_id=0, eos_token_id=None, max_length=14
-        )
+        want = model.generate(ids[:, :length], do_sample=False, pad_token_id=0, eos_token_id=None, max_length=14)
         assert torch.equal(compiled_generation(model, ids[:, :length], count), want)
     assert len(graphs) == 1
     assert any("moe_mlp" in target for target in graphs[0])

@@ -1,4 +1,4 @@
-"""Models on fedmoe under the trainers that people use, as they are: transformers' Trainer, TRL's SFTTrainer, accelerate."""
+"""Models on fedmoe under unmodified trainers: transformers' Trainer, TRL's SFTTrainer, accelerate."""
 
 from __future__ import annotations
 
