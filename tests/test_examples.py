@@ -20,10 +20,14 @@ SAYS = {
     "compare": r"\| hfedmoe \| 2 \|",
     "custom_algorithm": r"held-out loss \d+\.\d+ -> \d+\.\d+",
     "custom_data": r"accuracy \d+% -> \d+%",
+    "cut_to_budget": r"budget 1\.43 MiB: 8 experts a layer\n(.*\n)*same to the bit on fedmoe: True",
+    "finetune_two_experts": r"(moved: rows \[2, 5\] of moe\.[01]\.w_(in|out)\n){4}$",
     "moe_layer": r"all experts: 6\.\d+ MB, a quarter: 1\.\d+ MB",
-    "patch_transformers": r"largest difference of a logit: \d\.\de-0[67]",
     "plan_budgets": r"cannot hold one expert per MoE layer; at least [\d.]+ MiB is needed",
+    "qlora_on_a_budget": r"LoRA on nf4: 2\d of 32 experts in 9\.\d+ of 10 .*\nstep  0: loss 5(.*\n)*step 20: loss 4",
+    "score_experts": r"layer 1: expert  importance  used  tokens\n( +\d +\d+\.\d% +\d+% +\d+\n){8}",
     "simulate": r"budgets exceeded: 0\nopen .*report\.html",
+    "swap_experts": r"largest difference of a logit: \d\.\de-0[67]\n(.*\n)*swapped back, the same to the bit: True",
 }
 
 

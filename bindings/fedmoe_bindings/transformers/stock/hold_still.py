@@ -18,6 +18,7 @@ class Held:
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self._model = stock_model_in(model)
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        optimizer = _inside(optimizer)
         self._hooks = [optimizer.register_step_pre_hook(self._keep), optimizer.register_step_post_hook(self._restore)]
 
     def remove(self) -> None:
@@ -50,6 +51,13 @@ class Held:
         self._rows = []
 
 
+def _inside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that steps: accelerate's wrapper, which Trainer hands to callbacks, has no hooks of its own."""
+    while isinstance(inner := vars(optimizer).get("optimizer"), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
 def hold_still(optimizer: torch.optim.Optimizer, model: nn.Module) -> Held:
     """Keep experts that a mask leaves out, and their router rows, bit for bit through an optimizer's steps.
 
@@ -58,7 +66,7 @@ def hold_still(optimizer: torch.optim.Optimizer, model: nn.Module) -> Held:
     optimizer will do; ``extract_submodel`` and ``fedmoe_core.MoE`` need neither the copy nor the memory.
 
     Args:
-        optimizer: over the model's parameters.
+        optimizer: over the model's parameters; accelerate's wrapper around one will do.
         model: a model on which ``use_fedmoe`` put a mask, then or later.
 
     Returns:

@@ -1,6 +1,6 @@
-"""Run the experts of a stock transformers model on fedmoe: the same logits, and then only half of the experts.
+"""Swap the experts of a stock transformers model for fedmoe's: the same logits, then half of the experts, then back.
 
-python examples/patch_transformers.py
+python examples/swap_experts.py
 """
 
 import torch
@@ -25,6 +25,7 @@ SIZES = Qwen3MoeConfig(
 def main() -> None:
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(SIZES).eval()
+    model.set_experts_implementation("eager")  # the plain loop over experts; transformers' default is grouped_mm
     tokens = torch.randint(0, SIZES.vocab_size, (2, 24))
     with torch.no_grad():
         before = model(tokens).logits
@@ -36,11 +37,17 @@ def main() -> None:
     print(f"largest difference of a logit: {(after - before).abs().max().item():.1e}")
     print(f"with half of the experts:      {(half - before).abs().max().item():.1e}")
 
-    # It trains as before; saved files keep transformers' own names.
+    # It trains and generates as before; saved files keep transformers' own names.
     use_fedmoe(model)
     loss = model(tokens, labels=tokens).loss
     loss.backward()
     print(f"loss {loss.item():.3f}, gradients in {sum(p.grad is not None for p in model.parameters())} tensors")
+    print(f"goes on with {model.generate(tokens[:1], max_new_tokens=6)[0, 24:].tolist()}")
+
+    # Back to transformers' own experts. Nothing of fedmoe stays in the weights.
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        print(f"swapped back, the same to the bit: {torch.equal(model(tokens).logits, before)}")
 
 
 if __name__ == "__main__":
