@@ -1,5 +1,6 @@
 """Models by name: the small one, directories, hub ids, and files that cannot be read."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stock_models import VOCAB, stock_model
+from stock_models import VOCAB, E, stock_model
 from transformers import LlamaConfig, OlmoeModel, Qwen3MoeForSequenceClassification
 
 from fedmoe_bindings.transformers.live.adapter import TransformersAdapter, load_adapter
@@ -80,6 +81,15 @@ def test_an_incomplete_checkpoint_is_not_filled_with_random_weights(tmp_path):
     tensors.pop("model.layers.1.self_attn.q_proj.weight")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OSError, match=r"lacks the weight model.layers.1.self_attn.q_proj.weight"):
+        load_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize("experts", [E - 1, E + 1])
+def test_a_checkpoint_of_another_number_of_experts_is_refused(tmp_path, experts):
+    stock_model("mixtral").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": experts}))
+    with pytest.raises(OSError, match=rf"of shape \({E}, .*asks for \({experts}, .*get files that belong together"):
         load_adapter(str(tmp_path))
 
 

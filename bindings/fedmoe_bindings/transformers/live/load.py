@@ -133,7 +133,7 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
 
     Raises:
         ValueError: the name is neither of these, or the family is not served.
-        OSError: the checkpoint cannot be read, or lacks weights (which transformers would fill with random ones).
+        OSError: the checkpoint cannot be read, lacks weights or has others (transformers would fill in random ones).
     """
     local = Path(name).is_dir()
     if not local and not _HUB_ID.fullmatch(name):
@@ -150,7 +150,14 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
                 local_files_only=local,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below, in one sentence
             )
+    if report["mismatched_keys"]:
+        key, stored, wanted = min(report["mismatched_keys"])
+        raise OSError(
+            f"model {name!r} has {key} of shape {tuple(stored)}, and its config.json asks for {tuple(wanted)}; "
+            "get files that belong together"
+        )
     if report["missing_keys"]:
         raise OSError(f"model {name!r} lacks the weight {min(report['missing_keys'])}; get a complete checkpoint")
     if task == "classification" and hasattr(model, "score") and model.score.out_features != num_classes:
