@@ -14,7 +14,7 @@ HOUSE = Path(__file__).parents[1]
 sys.path[:0] = [str(HOUSE / folder) for folder in (".", "kernels", "bindings", "tests/support/models")]
 
 import transformers  # noqa: E402
-from tiny_families import FAMILIES, class_of, inputs_of, mask_of, tiny_model  # noqa: E402
+from tiny_families import FAMILIES, inputs_of, mask_of, tiny_model  # noqa: E402
 
 from fedmoe_bindings.transformers import TransformersAdapter, use_fedmoe  # noqa: E402
 from fedmoe_bindings.transformers.live.families import family_of  # noqa: E402
@@ -38,8 +38,14 @@ sub-model to the bit, files.
 
 Mask: {masked} of {families}. Simulator: {simulated} of {families}.
 
-| family | class | experts | layout | mask | simulator |
-| --- | --- | --- | --- | --- | --- |
+| family | experts | layout | mask | simulator |
+| --- | --- | --- | --- | --- |
+"""
+WHY = """
+## Why not
+
+What fedmoe itself answers.
+
 """
 TAIL = """
 Families with experts outside that interface are refused, with what was looked for: Doge, LongCat-Flash and Step 3.7. So
@@ -56,8 +62,8 @@ def yes_or_why(act: object) -> str:
         return "no: " + str(error).partition(";")[0]
 
 
-def row_of(family: str) -> str:
-    """One line of the table."""
+def row_of(family: str) -> tuple[str, list[str]]:
+    """One line of the table, and the reasons for every no in it."""
     model = tiny_model(family)
     block = stock_blocks(model)[0]
     if block.outside is None:
@@ -80,17 +86,20 @@ def row_of(family: str) -> str:
     use_fedmoe(model)
     headless = model.get_output_embeddings() is None
     lives = yes_or_why(lambda: family_of(block) if headless else TransformersAdapter(tiny_model(family)))
-    cells = (family, class_of(family).__name__, name, ", ".join(layout), mask, lives)
-    return f"| {' | '.join(cells)} |"
+    answers = {"mask": mask, "simulator": lives}
+    why = [f"- {family}, {what}: {answer[4:]}" for what, answer in answers.items() if answer != "yes"]
+    cells = (family, name, ", ".join(layout), mask[:3].rstrip(":"), lives[:3].rstrip(":"))
+    return f"| {' | '.join(cells)} |", why
 
 
 def page() -> str:
     """The whole page."""
-    rows = [row_of(family) for family in FAMILIES]
-    served = [[cell.strip() == "yes" for cell in row.split("|")[-3:-1]] for row in rows]
+    found = [row_of(family) for family in FAMILIES]
+    served = [[cell.strip() == "yes" for cell in row.split("|")[-3:-1]] for row, _ in found]
     masked, simulated = (sum(column) for column in zip(*served, strict=True))
-    head = HEAD.format(version=transformers.__version__, families=len(rows), masked=masked, simulated=simulated)
-    return head + "\n".join(rows) + "\n" + TAIL
+    head = HEAD.format(version=transformers.__version__, families=len(found), masked=masked, simulated=simulated)
+    reasons = [reason for _, why in found for reason in why]
+    return head + "\n".join(row for row, _ in found) + "\n" + TAIL + WHY + "\n".join(reasons) + "\n"
 
 
 if __name__ == "__main__":
