@@ -41,11 +41,12 @@ from fedmoe_core.simulation.scoring import Scoring, score_experts
 SEEDS, WORKERS = (0, 1, 2), 2
 STEPS = 300  # of training, of 16 x 128 tokens
 PUBLIC_BATCHES, OWN_BATCHES = 32, 4  # of 4 x 128 tokens to score on: public text; text of each client
-HELD_OUT, HELD_OUT_BATCH = 16, 8  # windows of 128 tokens of each client, in batches
+HELD_OUT, HELD_OUT_BATCH = 32, 16  # windows of 128 tokens of each client, in batches
 RECORD = RESULTS / "ranking-stdlib.json"
 CEILING = "the loss change itself, on other text"
 TEXTS = {"public": "public text", "own": "clients' text"}
 NUMBERS = ("within layers", "all experts")
+VERSIONS = ("cpu", "python", "torch", "transformers", "commit", "date")
 
 
 def held_out_losses(adapter: ModelAdapter, batches: Sequence[Batch]) -> np.ndarray:
@@ -181,7 +182,8 @@ def measure_all() -> dict[str, Any]:
     began = time.perf_counter()
     with ThreadPoolExecutor(WORKERS) as pool:
         parts = list(pool.map(measured_apart, SEEDS))
-    return {"about": about("cpu", tiny=False), "seconds": time.perf_counter() - began, "seeds": parts}
+    kept = {name: about("cpu", tiny=False)[name] for name in VERSIONS}
+    return kept | {"seconds": time.perf_counter() - began, "workers": WORKERS, "seeds": parts}
 
 
 def medians(record: Mapping[str, Any], text: str, name: str) -> dict[str, tuple[float, float, float]]:
