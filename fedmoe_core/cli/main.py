@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fedmoe_core.base import show
 from fedmoe_core.base.say import say
+from fedmoe_core.cli import score as cli_score
 from fedmoe_core.cli import study as cli_study
 from fedmoe_core.simulation import launch
 
@@ -139,6 +140,32 @@ def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> 
         if outside:
             first = outside[0]
             raise ValueError(f"{show.plural(len(outside), 'client')} cannot run; {first.client}: {first.reason}")
+
+
+@app.command()
+def score(
+    words: Words = None,
+    by: cli_score.By = cli_score.DEFAULT_BY,
+    top: cli_score.Top = 0,
+    batches: cli_score.Batches = cli_score.DEFAULT_BATCHES,
+    out: cli_score.Out = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
+) -> None:
+    """Rank the experts of every MoE layer by what they are worth, on public text; nothing is trained beyond warm-up."""
+    with _errors(debug):
+        cli_score.check(by)
+        config = _config(words)
+        from fedmoe_core.simulation.observer import NullObserver
+        from fedmoe_core.simulation.progress import observer_for
+
+        observer = NullObserver() if quiet else observer_for(Console(stderr=True))
+        try:
+            found = cli_score.run(config, observer, by=by, batches=batches, out=out)
+        finally:
+            observer.close()
+        cli_score.show(found, by=by, top=top, as_json=as_json)
 
 
 @app.command()

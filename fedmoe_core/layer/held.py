@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from fedmoe_core.layer.lora import FACTORS
 from fedmoe_core.layer.saved import Described
-from fedmoe_core.layer.state import BIASES, MATRICES
+from fedmoe_core.layer.state import BIASES, INIT_STD, MATRICES
 from fedmoe_kernels.quantized import Quantized
 
 STORED = tuple(f"{name}_{part}" for name in MATRICES for part in ("frozen", "scale", "whole"))
@@ -104,6 +105,26 @@ class Held(Described):
             parts |= {"scale": None, "whole": None}
         for part, value in parts.items():
             setattr(self, f"{name}_{part}", value)
+
+    @torch.no_grad()
+    def draw(self, names: Sequence[str]) -> None:
+        """Give tensors fresh weights where they are: normal ones, and 0 for biases; adapters that change nothing."""
+        for name in names:
+            zero = name.endswith("bias") or name in BIASES
+            for part in (name, f"{name}_frozen", f"{name}_rest"):
+                tensor = getattr(self, part, None)
+                if part.endswith("_frozen") and self.frozen_format is not None and not zero and tensor is not None:
+                    stored = cast(Quantized, self._frozen(name))
+                    drawn = torch.empty(stored.shape, dtype=torch.float32, device=tensor.device)
+                    drawn.normal_(std=INIT_STD)
+                    self._keep(name, Quantized.of(drawn, self.frozen_format))
+                elif tensor is not None:
+                    tensor.zero_() if zero else tensor.normal_(std=INIT_STD)
+        for name in FACTORS:
+            for factor in (getattr(self, name), getattr(self, f"{name}_frozen")):
+                if factor is not None:
+                    bound = factor.shape[-1] ** -0.5
+                    factor.uniform_(-bound, bound) if name.startswith("a_") else factor.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Held:
         """Cast the layer, but not what quantised experts are stored in: codes may be numbers of 8 bits, too.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from fedmoe_core.layer.storage import ExpertStore
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.backends import WORTH_SAYING, warn_once
 from fedmoe_kernels.experts.moe_mlp import ExpertLora, ExpertScores, ExpertWeights, moe_mlp
-from fedmoe_kernels.quantized import Quantized
+from fedmoe_kernels.routing.record import Routing
 from fedmoe_kernels.routing.route import route
 from fedmoe_kernels.routing.rules import compute_dtype
 from fedmoe_kernels.routing.stats import RouterStats
@@ -44,8 +44,8 @@ class MoE(ExpertStore):
         backend: as ``fedmoe_kernels.moe_mlp``.
         out_scale: a scalar Parameter that the chosen experts' output is multiplied by (FLAME's s_i), not that of
             ``shared``; None = 1, for good.
-        recorder: called in each forward with the router logits of real tokens (T, E), with their graph, and with the
-            choices of all tokens (T, K), -1 = none; see ``fedmoe_core.recording``. A copy of the layer has none.
+        recorder: called in each forward with the router logits of real tokens (T, E), with their graph, the ``Routing``
+            of all tokens before ``out_scale``, and x (T, H); see ``recording``. A copy of the layer has none.
 
     ``last_stats`` is overwritten by each forward and never summed here, so that a forward repeated by activation
     checkpointing cannot count twice. To sum it, add it once per micro-batch.
@@ -148,7 +148,7 @@ class MoE(ExpertStore):
         self.recompute, self.backend, self.float32_router = recompute, backend, float32_router
         self.token_mask: Tensor | None = None
         self.last_stats: RouterStats | None = None
-        self.recorder: Callable[[Tensor, Tensor], None] | None = None
+        self.recorder: Callable[[Tensor, Routing, Tensor], None] | None = None
         self.register_parameter("out_scale", None)
         self._scores: ExpertScores | None = None
         held, trains = self.check_masks(permitted, trainable)
@@ -252,11 +252,19 @@ class MoE(ExpertStore):
         )
         self.last_stats = routing.stats
         if self.recorder is not None:
-            self.recorder(logits_TE if valid_T is None else logits_TE[valid_T], routing.experts_TK)
+            self.recorder(logits_TE if valid_T is None else logits_TE[valid_T], routing, x_TH)
         if self.out_scale is not None:  # by the weights, because T * k numbers are kept for its gradient and not T * H
             routing = replace(routing, weights_TK=routing.weights_TK * self.out_scale)
-        weights = {name: self._weights(name, None if casts else x.dtype) for name in self._slotted}
-        y_TH = moe_mlp(
+        y_TH = self.run_experts(x_TH, routing, self.scores)
+        if self.shared is not None:
+            y_TH = y_TH + self.shared(x_TH)
+        return y_TH.reshape(x.shape)
+
+    def run_experts(self, x_TH: Tensor, routing: Routing, scores: ExpertScores | None = None) -> Tensor:
+        """Sum the held experts' outputs by the weights of ``routing``, (T, H), without ``shared``."""
+        dtype = None if autocasts(x_TH) and x_TH.dtype != torch.float64 else x_TH.dtype
+        weights = {name: self._weights(name, dtype) for name in self._slotted}
+        return moe_mlp(
             x_TH,
             routing,
             weights["w_in"],
@@ -264,14 +272,11 @@ class MoE(ExpertStore):
             activation=self.activation,
             bias_in=weights.get("bias_in"),
             bias_out=weights.get("bias_out"),
-            lora=self._lora(None if casts else x.dtype),
-            scores=self.scores,
+            lora=self._lora(dtype),
+            scores=scores,
             recompute=self.recompute,
             backend=self.backend,
         )
-        if self.shared is not None:
-            y_TH = y_TH + self.shared(x_TH)
-        return y_TH.reshape(x.shape)
 
     def _check(self, x: Tensor, casts: bool) -> None:
         if x.shape[-1] != self.hidden_size:
@@ -362,21 +367,7 @@ class MoE(ExpertStore):
 
         A layer whose experts all train gets the draws of a new one.
         """
-        for name in self.names:
-            zero = name.endswith("bias") or name in BIASES
-            for part in (name, f"{name}_frozen", f"{name}_rest"):
-                tensor = getattr(self, part, None)
-                if part.endswith("_frozen") and self.frozen_format is not None and not zero and tensor is not None:
-                    stored = cast(Quantized, self._frozen(name))
-                    drawn = torch.empty(stored.shape, dtype=torch.float32, device=self.device).normal_(std=INIT_STD)
-                    self._keep(name, Quantized.of(drawn, self.frozen_format))
-                elif tensor is not None:
-                    tensor.zero_() if zero else tensor.normal_(std=INIT_STD)
-        for name in FACTORS:
-            for factor in (getattr(self, name), getattr(self, f"{name}_frozen")):
-                if factor is not None:
-                    bound = factor.shape[-1] ** -0.5
-                    factor.uniform_(-bound, bound) if name.startswith("a_") else factor.zero_()
+        self.draw(self.names)
         if self.out_scale is not None:
             self.out_scale.fill_(1.0)
         self._installed()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe_core.layer.moe import MoE
+from fedmoe_kernels.routing.record import Routing
+
+Recorder = Callable[[Tensor, Routing, Tensor], None]  # see MoE.recorder
 
 
 class Tape:
@@ -94,15 +97,25 @@ def recording(layers: nn.Module | Sequence[MoE]) -> Iterator[Tape]:
     """
     found = [m for m in layers.modules() if isinstance(m, MoE)] if isinstance(layers, nn.Module) else layers
     tape = Tape(found)
-    before = [layer.recorder for layer in tape.layers]
-    for layer, heard in zip(tape.layers, tape._heard, strict=True):
-        layer.recorder = heard
+    with listening(tape.layers, tape._heard):
+        try:
+            yield tape
+        finally:
+            for heard in tape._heard:
+                heard.clear()
+
+
+@contextmanager
+def listening(layers: Sequence[MoE], recorders: Sequence[Recorder]) -> Iterator[None]:
+    """Call, within the block, a recorder of each layer in its forwards, see ``MoE.recorder``; then those before it."""
+    before = [layer.recorder for layer in layers]
+    for layer, recorder in zip(layers, recorders, strict=True):
+        layer.recorder = recorder
     try:
-        yield tape
+        yield
     finally:
-        for layer, recorder, heard in zip(tape.layers, before, tape._heard, strict=True):
-            layer.recorder = recorder
-            heard.clear()
+        for layer, earlier in zip(layers, before, strict=True):
+            layer.recorder = earlier
 
 
 class _Heard:
@@ -111,9 +124,9 @@ class _Heard:
     def __init__(self) -> None:
         self.clear()
 
-    def __call__(self, logits_TE: Tensor, experts_TK: Tensor) -> None:
+    def __call__(self, logits_TE: Tensor, routing: Routing, _: Tensor) -> None:
         self.logits_TE: Tensor | None = logits_TE
-        self.experts_TK: Tensor | None = experts_TK
+        self.experts_TK: Tensor | None = routing.experts_TK
 
     def clear(self) -> None:
         self.logits_TE, self.experts_TK = None, None

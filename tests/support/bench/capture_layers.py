@@ -59,7 +59,7 @@ def layer_of(name: str, dtype: torch.dtype = torch.float16, *, sizes: tuple[int,
         options["shared"] = SharedExpert(*sizes, dtype=dtype)
     layer = MoE(*sizes, E, K, dtype=dtype, **options)
     if name == "logits":
-        layer.recorder = lambda logits_TE, experts_TK: None
+        layer.recorder = lambda logits_TE, routing, x_TH: None
     if name == "an output scale":
         layer.start_out_scale(0.5)
     if name == "adapters":
