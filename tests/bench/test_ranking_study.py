@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.study import ranking
-from fedmoe_core.selection.names import BEST, RANKINGS
+from fedmoe_core.selection.names import AGREEMENT, BEST, RANKINGS
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.prepare import Sources, read_sources, warm_model
 from fedmoe_core.simulation.process_group import Ranks
@@ -100,3 +100,4 @@ def test_the_page_shows_the_table_of_the_record_and_the_best_is_the_default() ->
     assert "\n".join(ranking.lines(record)) in DOCS.read_text("utf-8")
     medians = {name: ranking.medians(record, "public", name)["spearman within layers"][0] for name in RANKINGS}
     assert max(medians, key=lambda name: medians[name]) == BEST
+    assert round(medians[BEST], 2) == AGREEMENT
