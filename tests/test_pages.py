@@ -168,7 +168,7 @@ def check_fedmoe(words: list[str]) -> None:
 def check_words(verb: str, parsed: dict[str, Any]) -> None:
     """What stands after the options: a configuration that loads, files that exist, systems that there are."""
     settings = parsed.get("words") or []
-    if verb in ("simulate", "plan"):
+    if verb in ("simulate", "plan", "score"):
         main._config(settings)
     elif verb == "compare":
         variants = parsed["variants"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import mse_loss, silu
 
 from fedmoe_core.client.output_norms import output_norms
 from fedmoe_core.config.sections import SelectionConfig
@@ -53,7 +53,7 @@ class OneLayer:
 
     def loss(self, batch: Rows) -> Tensor:
         y_TH = self.model(batch.x_TH, batch.real_T)
-        return F.mse_loss(y_TH[batch.real_T], batch.target_TH[batch.real_T])
+        return mse_loss(y_TH[batch.real_T], batch.target_TH[batch.real_T])
 
 
 def batches() -> list[Rows]:
@@ -73,9 +73,12 @@ def by_hand(layer: MoE) -> dict[str, Tensor]:
         weights_TK, experts_TK = g_TE.topk(K)
         weights_TK = (weights_TK / weights_TK.sum(1, keepdim=True)).requires_grad_()
         outputs_TKH = torch.stack(
-            [torch.stack([expert(layer, int(e), x_H) for e in experts_K]) for x_H, experts_K in zip(x_TH, experts_TK)]
+            [
+                torch.stack([expert(layer, int(e), x_H) for e in experts_K])
+                for x_H, experts_K in zip(x_TH, experts_TK, strict=True)
+            ]
         )
-        F.mse_loss((weights_TK[..., None] * outputs_TKH).sum(1), target_TH).backward()
+        mse_loss((weights_TK[..., None] * outputs_TKH).sum(1), target_TH).backward()
         assert weights_TK.grad is not None
         taylor_TK = weights_TK.detach() * weights_TK.grad
         for token, experts_K in enumerate(experts_TK):
@@ -100,7 +103,7 @@ def by_hand(layer: MoE) -> dict[str, Tensor]:
 
 def expert(layer: MoE, e: int, x_H: Tensor) -> Tensor:
     gate_I, up_I = (layer.w_in[e].detach() @ x_H).chunk(2)
-    return layer.w_out[e].detach() @ (F.silu(gate_I) * up_I)
+    return layer.w_out[e].detach() @ (silu(gate_I) * up_I)
 
 
 @pytest.fixture(scope="module")
