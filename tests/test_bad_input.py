@@ -121,7 +121,7 @@ def test_a_model_without_moe_layers_is_refused(simulate: Simulate, tmp_path: Pat
     (dense / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     save_file({"model.embed_tokens.weight": np.zeros((320, 16), np.float32)}, dense / "model.safetensors")
     done, out = simulate(f"model={dense}")
-    one_sentence(done, "'llama' model has no MoE layers", "use a model of one of mixtral")
+    one_sentence(done, "(llama) is not a Mixture of Experts", "use a MoE model")
     assert_nothing_written(out)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from bench.study import table as study_table
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECORDED = sorted(path.parent.name for path in study_table.RESULTS.glob("*/compare.json"))
 ABLATIONS = [name for name in RECORDED if name.startswith("ablation-")]
 RECORDS = {name: study_table.read(name) for name in study_table.STUDIES if name in RECORDED}

@@ -18,7 +18,7 @@ from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.prepare import Sources, read_sources, warm_model
 from fedmoe_core.simulation.process_group import Ranks
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "benchmarks.md"
 
 
 @pytest.fixture(scope="module")
