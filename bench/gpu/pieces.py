@@ -150,14 +150,20 @@ def _models() -> list[str]:
 
 def _modelled(name: str) -> None:
     """Launch what one layer of the model does: its router is transformers' own, and so is all else in it."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
     from bench.stand_in.run import served
-    from fedmoe_bindings.transformers.stock.experts import fedmoe_experts
+    from fedmoe_bindings.transformers.stock.experts import CHECKED, fedmoe_experts
+    from fedmoe_bindings.transformers.stock.forms import form_of
 
     real_model, T = model.REAL, int(name)
     real = functools.partial(torch.empty, dtype=torch.bfloat16, requires_grad=True)
-    layer = torch.nn.Module()
+    with torch.device("meta"):
+        layer = Qwen3MoeExperts(real_model.config())
     layer.gate_up_proj = torch.nn.Parameter(real(real_model.E, 2 * real_model.inner, real_model.H))
     layer.down_proj = torch.nn.Parameter(real(real_model.E, real_model.H, real_model.inner))
+    form_of(layer)
+    setattr(layer, CHECKED, True)  # what is launched here computes nothing
     x_TH, weights_TK = real(T, real_model.H), real(T, real_model.K)
     with served(ARCH):
         y_TH = fedmoe_experts(layer, x_TH, torch.zeros(T, real_model.K, dtype=torch.int64), weights_TK)

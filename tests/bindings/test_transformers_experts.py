@@ -8,10 +8,10 @@ import pytest
 import torch
 from stock_models import FAMILIES, LAYERS, E, batch_of, moe_names, relative, stock_loss, stock_model
 from transformers import (
-    DbrxConfig,
-    DbrxForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OlmoeModel,
@@ -90,20 +90,20 @@ def deepseek():
     )
 
 
-def dbrx():
+def doge():
     """A family without transformers' decorator: set_experts_implementation is silently without effect there."""
-    ffn = {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16}
-    attention = {"kv_n_heads": 1, "clip_qkv": 8, "rope_theta": 1e4}
-    return DbrxForCausalLM(
-        DbrxConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=32, ffn_config=ffn, attn_config=attention)
-    )
+    sizes = TINY_OTHERS | {"num_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 16}
+    return DogeForCausalLM(DogeConfig(**sizes, num_key_value_heads=2, is_moe=True))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (llama, "LlamaForCausalLM is not a Mixture of Experts"),
-        (dbrx, "DbrxForCausalLM has experts, but they do not run through transformers' experts interface"),
+        (
+            doge,
+            r"DogeForCausalLM has experts \(DogeCDMoE\), but they do not run through transformers' experts interface",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_served_is_refused_with_what_was_looked_for(make, message):
@@ -114,7 +114,7 @@ def test_a_model_that_cannot_be_served_is_refused_with_what_was_looked_for(make,
 
 
 def test_the_silent_trap_of_transformers_is_there_and_is_refused():
-    model = dbrx()
+    model = doge()
     use_fedmoe(stock_model("mixtral"))  # so that the name is known
     model.set_experts_implementation("fedmoe")  # says nothing, does nothing
     with pytest.raises(ValueError, match="do not run through transformers' experts interface"):

@@ -15,6 +15,7 @@ from fedmoe_bindings.transformers.stock.outside import OUTSIDE, REFUSED, Outside
 # Left on every experts module by transformers' own decorator, which makes it ask for an experts function.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _ROUTERS = ("gate", "router")
+_BLOCKS = ("Experts", "Expert", "MoE", "Moe", "MoeBlock", "SparseMLP")  # how families call modules that have experts
 # In the config.json of a sub-model: the expert ids of each MoE layer, in the coordinates of the model it was cut from,
 # and how many experts that has.
 KEPT, CUT_FROM = "fedmoe_kept_experts", "fedmoe_cut_from"
@@ -114,9 +115,9 @@ def what_is_missing(model: nn.Module) -> str:
             f"{name} is not a Mixture of Experts: no module of it has the marks of transformers' experts, and its "
             "configuration has no number of experts; use a MoE model"
         )
-    if any("Expert" in type(module).__name__ for module in model.modules()):
+    if found := next((kind for m in model.modules() if (kind := type(m).__name__).endswith(_BLOCKS)), None):
         return (
-            f"{name} has experts, but they do not run through transformers' experts interface (no module has "
+            f"{name} has experts ({found}), but they do not run through transformers' experts interface (no module has "
             f"{', '.join(_MARKS)}); fedmoe cannot reach them"
         )
     return f"{name} has {counts[0]} in its configuration but no MoE layer; check which of its layers are sparse"
