@@ -80,6 +80,8 @@ def test_the_check_is_made_once() -> None:
     assert not any(getattr(block.experts, CHECKED) for block in stock_blocks(model))
     stock_loss(model, batch_of())
     assert all(getattr(block.experts, CHECKED) for block in stock_blocks(model))
+    use_fedmoe(model)
+    assert all(getattr(block.experts, CHECKED) for block in stock_blocks(model))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "ernie4_5_moe"])

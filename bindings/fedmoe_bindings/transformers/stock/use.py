@@ -14,6 +14,7 @@ from fedmoe_bindings.transformers.stock.blocks import Mask, StockBlock, layer_ma
 from fedmoe_bindings.transformers.stock.cut import Cut, cut_like
 from fedmoe_bindings.transformers.stock.experts import CHECKED, NAME, fedmoe_experts
 from fedmoe_bindings.transformers.stock.forms import form_of
+from fedmoe_bindings.transformers.stock.outside import Outside
 from fedmoe_bindings.transformers.stock.routers import CutRouter, check_router, set_forward
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, fedmoe_experts)
@@ -66,8 +67,9 @@ def use_fedmoe(model: Model, *, permitted: Mask | None = None, check: bool = Tru
     for number, block in enumerate(blocks):
         if block.outside is None:
             form_of(block.experts)
-            setattr(block.experts, CHECKED, not check)
-        else:
+            # A layer that has shown itself equal need not do so again when the model changes to and fro.
+            setattr(block.experts, CHECKED, not check or getattr(block.experts, CHECKED, False))
+        elif not isinstance(before := vars(block.experts).get("forward"), Outside) or not (before.checked or check):
             set_forward(block.experts, block.outside(block.experts, check=check))
         set_forward(block.router, None if cuts is None else cuts[number])
     kept = None if cuts is None else {len(cut.kept) for cut in cuts}
