@@ -13,7 +13,7 @@ import argparse
 import copy
 import json
 import statistics
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from bench.common.checkout import RESULTS
-from bench.cpu import machine, measure
+from bench.cpu import machine
 from fedmoe_bindings.transformers import extract_submodel, use_fedmoe
 from fedmoe_core.budget.peak_memory import tensor_bytes, trace_memory
 
@@ -73,22 +73,26 @@ def times(model: Any, tokens: Tensor, repeats: int) -> dict[str, Any]:
     def choose(name: str) -> None:
         use_fedmoe(model) if name == "fedmoe" else model.set_experts_implementation(name)
 
-    def run(name: str) -> Callable[[], Tensor]:
-        def act() -> Tensor:
-            choose(name)
-            return step(model, tokens)
+    def run(name: str) -> Tensor:
+        choose(name)
+        return step(model, tokens)
 
-        return act
-
-    steps = {name: run(name) for name in ("fedmoe", *STOCK)}
+    names = ("fedmoe", *STOCK)
     experts = model.model.layers[0].mlp.experts
-    found = {name: (float(act()), experts.down_proj.grad.clone()) for name, act in steps.items()}
+    found = {name: (float(run(name)), experts.down_proj.grad.clone()) for name in names}
     loss, grad = found["eager"]
     for name, (other, its) in found.items():
         apart = max(abs(other - loss) / abs(loss), float((its - grad).norm() / grad.norm()))
         if not apart < CLOSE:
             raise SystemExit(f"{name} is off by {apart:.1e} from eager; no time is worth reporting")
-    seconds = measure(steps, repeats)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats + 1):
+        for name in names:
+            choose(name)
+            start = time.perf_counter()
+            step(model, tokens)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
     median = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     return {
         "median_ms": median,
