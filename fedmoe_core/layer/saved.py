@@ -21,12 +21,11 @@ class Described(nn.Module):
     """A module whose state dict says what it is, and which takes no state dict of another, nor a part of one."""
 
     def facts(self) -> dict[str, Any]:
-        """Return what a state dict says beside its tensors: JSON values by name."""
-        raise NotImplementedError
+        """Return what a state dict says beside its tensors: JSON values by name; here nothing."""
+        return {}
 
     def take_over(self, facts: Facts) -> None:
-        """Change what a load changes beside tensors."""
-        raise NotImplementedError
+        """Change what a load changes beside tensors; here nothing."""
 
     def get_extra_state(self) -> Tensor:
         """Save ``facts``."""

@@ -43,7 +43,7 @@ class Operator:
         if _watched():
             transform = _transform()
             if transform == TransformType.Jvp and any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
-                raise NotImplementedError(
+                raise RuntimeError(
                     "routing and experts have no forward-mode derivative, and torch would take it for zero; use "
                     "torch.func.grad, vjp or jacrev"
                 )
@@ -98,7 +98,7 @@ def last_derivative(name: str) -> Callable[..., Any]:
     """Make what the backward of an operator is under torch.func.grad: what raises where it is differentiated itself."""
 
     def refuse(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(f"{name} is differentiable once; take a second derivative by finite differences")
+        raise RuntimeError(f"{name} is differentiable once; take a second derivative by finite differences")
 
     return _transformed(f"{name}_backward", lambda ctx, inputs, output: None, refuse)
 

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from drawn_adapters import randomised
 from peft import LoraConfig, get_peft_model
 from tiny_families import inputs_of, tiny_model
 from torch import Tensor, nn
@@ -41,11 +42,7 @@ def test_loss_and_gradients_are_pefts(family: str, fused: bool, monkeypatch: pyt
     stock = tiny_model(family)
     targets = [f"experts.{name}" for name in next(matrices_of(m) for m in stock.modules() if matrices_of(m))]
     peft = get_peft_model(stock, LoraConfig(r=3, lora_alpha=4, target_modules=[], target_parameters=targets)).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    randomised(peft, seed=1)
     ours = copy.deepcopy(peft)
     taken: list[fuse.Offer] = []
     asked = fuse.Offer.__call__

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from drawn_adapters import randomised
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import layer as peft_layer
 from stock_models import FAMILIES, batch_of, relative, stock_loss, stock_model
@@ -32,16 +33,6 @@ def said_again():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="LoRA of experts")
         yield
-
-
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The same model with adapters that change something: peft's own B is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
 
 
 def adapted(family: str = "qwen3_moe", *, targets: list[str] = BOTH, **settings: object) -> PeftModel:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from drawn_adapters import randomised
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from safetensors.torch import load_file, save_file
@@ -20,15 +21,6 @@ from fedmoe_core.base.tensor_key import to_keys
 from fedmoe_core.layer.lora import FACTORS, LoraSpec
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-
-
-def drawn(model: nn.Module, seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
 
 
 def live(family: str) -> tuple[TransformersAdapter, dict[str, torch.Tensor]]:
@@ -67,7 +59,7 @@ def test_a_stock_model_with_the_directory_is_the_simulators_model(family, tmp_pa
 
 def test_the_same_file_as_pefts_own(tmp_path):
     config = LoraConfig(r=3, lora_alpha=4, target_modules=[], target_parameters=BOTH)
-    model = drawn(get_peft_model(stock_model("qwen3_moe"), config))
+    model = randomised(get_peft_model(stock_model("qwen3_moe"), config))
     model.save_pretrained(tmp_path / "peft")
     stock = stock_model("qwen3_moe")
     save_adapter(stock, read_adapter(stock, tmp_path / "peft"), tmp_path / "ours")
@@ -88,7 +80,7 @@ def test_the_same_file_as_pefts_own(tmp_path):
     ids=["rslora", "patterns", "one each", "down", "one layer"],
 )
 def test_whatever_peft_saved_changes_the_simulators_model_alike(settings, tmp_path):
-    model = drawn(get_peft_model(stock_model("qwen3_moe"), LoraConfig(r=2, target_modules=[], **settings)))
+    model = randomised(get_peft_model(stock_model("qwen3_moe"), LoraConfig(r=2, target_modules=[], **settings)))
     model.save_pretrained(tmp_path)
     layers = read_adapter(stock_model("qwen3_moe"), tmp_path)
     (form,) = {(lora.rank, lora.scale) for lora in layers}
@@ -106,7 +98,7 @@ def test_transposed_and_interleaved_experts(tmp_path):
     sizes = dict(hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_local_experts=E, vocab_size=61)
     heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8, initializer_range=0.3)
     stock = GptOssForCausalLM(GptOssConfig(**sizes, **heads))
-    model = drawn(get_peft_model(stock, LoraConfig(r=3, target_modules=[], target_parameters=BOTH)))
+    model = randomised(get_peft_model(stock, LoraConfig(r=3, target_modules=[], target_parameters=BOTH)))
     model.save_pretrained(tmp_path / "peft")
     bare = GptOssForCausalLM(GptOssConfig(**sizes, **heads))
     layers = read_adapter(bare, tmp_path / "peft")

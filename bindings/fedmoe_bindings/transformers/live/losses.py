@@ -91,26 +91,33 @@ class TaskLosses:
         self, batch: Batch, log_prior_C: Tensor | None = None, label_smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss sum, number of predictions (at least 1) and correct ones (0 in causal LM)."""
-        mask_SN = batch.mask_SN
-        options: dict[str, Any] = {TOKEN_MASK: mask_SN.reshape(-1)}
         if self.spec.task == "classification":
-            if batch.labels_S is None:
-                raise ValueError("the batch has no labels; classification needs labels_S")
-            logits_SC = self.model(batch.tokens_SN, mask_SN, **options).float()
-            if log_prior_C is not None:
-                logits_SC = logits_SC + log_prior_C
-            correct = (logits_SC.argmax(dim=-1) == batch.labels_S).sum()
-            loss_sum = cross_entropy(logits_SC, batch.labels_S, reduction="sum", label_smoothing=label_smoothing)
+            logits_SC, labels_S = self._class_logits(batch, log_prior_C)
+            correct = (logits_SC.argmax(dim=-1) == labels_S).sum()
+            loss_sum = cross_entropy(logits_SC, labels_S, reduction="sum", label_smoothing=label_smoothing)
             return loss_sum, torch.tensor(max(len(batch), 1), device=loss_sum.device), correct
-        logits_SNV = self.model(
+        loss_sum, count = _next_token_loss(self._token_logits(batch), batch, label_smoothing)
+        return loss_sum, count, loss_sum.new_zeros((), dtype=torch.int64)
+
+    def _class_logits(self, batch: Batch, log_prior_C: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A classifier's logits (S, C) in float32, with the prior added, and the labels (S,)."""
+        if batch.labels_S is None:
+            raise ValueError("the batch has no labels; classification needs labels_S")
+        options: dict[str, Any] = {TOKEN_MASK: batch.mask_SN.reshape(-1)}
+        logits_SC: Tensor = self.model(batch.tokens_SN, batch.mask_SN, **options).float()
+        return logits_SC if log_prior_C is None else logits_SC + log_prior_C, batch.labels_S
+
+    def _token_logits(self, batch: Batch) -> Tensor:
+        """A language model's logits, (S, N, V)."""
+        options: dict[str, Any] = {TOKEN_MASK: batch.mask_SN.reshape(-1)}
+        logits_SNV: Tensor = self.model(
             input_ids=batch.tokens_SN,
-            attention_mask=mask_SN.long(),
+            attention_mask=batch.mask_SN.long(),
             use_cache=False,
             output_router_logits=False,
             **options,
         ).logits
-        loss_sum, count = _next_token_loss(logits_SNV, batch, label_smoothing)
-        return loss_sum, count, loss_sum.new_zeros((), dtype=torch.int64)
+        return logits_SNV
 
 
 @contextmanager

@@ -28,25 +28,14 @@ class PlaceMeasures(TaskLosses):
         """Return losses by place, as the protocol; the layers measure as in training."""
         self.model.eval()
         mask_SN = batch.mask_SN
-        options: dict[str, Any] = {TOKEN_MASK: mask_SN.reshape(-1)}
         if self.spec.task == "classification":
-            if batch.labels_S is None:
-                raise ValueError("the batch has no labels; classification needs labels_S")
-            logits_SC = self.model(batch.tokens_SN, mask_SN, **options).float()
-            if log_prior_C is not None:
-                logits_SC = logits_SC + log_prior_C
-            loss_S = cross_entropy(logits_SC, batch.labels_S, reduction="none")
-            correct_S = logits_SC.argmax(dim=-1) == batch.labels_S
+            logits_SC, labels_S = self._class_logits(batch, log_prior_C)
+            loss_S = cross_entropy(logits_SC, labels_S, reduction="none")
+            correct_S = logits_SC.argmax(dim=-1) == labels_S
             total = Evaluation(float(loss_S.sum()), max(len(batch), 1), int(correct_S.sum()))
             shape = mask_SN.shape
             return PlaceLosses(loss_S[:, None].expand(shape), correct_S[:, None].expand(shape), mask_SN, total)
-        logits_SNV = self.model(
-            input_ids=batch.tokens_SN,
-            attention_mask=mask_SN.long(),
-            use_cache=False,
-            output_router_logits=False,
-            **options,
-        ).logits
+        logits_SNV = self._token_logits(batch)
         counted_SN = pad(mask_SN[:, 1:] & mask_SN[:, :-1], (0, 1))
         targets_SN = pad(batch.tokens_SN[:, 1:], (0, 1)).masked_fill(~counted_SN, -100)
         loss_N = cross_entropy(logits_SNV.flatten(0, 1).float(), targets_SN.flatten(), reduction="none")

@@ -166,9 +166,9 @@ def test_the_gradients_of_torch_func_are_those_of_backward(kind: str) -> None:
 
 def test_derivatives_that_do_not_exist_are_refused_and_not_zero() -> None:
     layer, x = made(torch.float64), tokens(torch.float64)
-    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         jvp(layer, (x,), (x,))
-    with pytest.raises(NotImplementedError, match="differentiable once"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         grad(lambda x: grad(lambda x: layer(x).square().sum())(x).sum())(x)
     leaf = x.clone().requires_grad_()
     (first,) = torch.autograd.grad(layer(leaf).square().sum(), leaf, create_graph=True)
