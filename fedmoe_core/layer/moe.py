@@ -16,7 +16,7 @@ from fedmoe_core.layer.routing_rule import RoutingRule
 from fedmoe_core.layer.slots import ExpertMask
 from fedmoe_core.layer.state import BIASES, INIT_STD, LayerState
 from fedmoe_core.layer.storage import ExpertStore
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import parts
 from fedmoe_kernels.backends import WORTH_SAYING, warn_once
 from fedmoe_kernels.experts.moe_mlp import ExpertLora, ExpertScores, ExpertWeights, moe_mlp
 from fedmoe_kernels.routing.record import Routing
@@ -120,8 +120,7 @@ class MoE(ExpertStore):
             ValueError: k above E, an empty permitted set, or masks of the wrong shape, kind or inclusion; an unknown
                 activation; a rule that does not fit the experts.
         """
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+        parts(activation)  # raises for a name or a limit that does not exist
         rule.check(num_experts)
         if correction_bias and rule.scoring != "sigmoid":
             raise ValueError(f"a correction bias needs scoring='sigmoid', not {rule.scoring!r}; leave it out")

@@ -25,7 +25,7 @@ from fedmoe_core.layer.slots import (
     stack,
 )
 from fedmoe_core.layer.state import BIASES, MATRICES, STEERING, LayerState
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import width
 from fedmoe_kernels.formats import format_named
 from fedmoe_kernels.quantized import Quantized
 from fedmoe_kernels.slot_map import SlotMap, index_beside
@@ -116,7 +116,7 @@ class ExpertStore(Held):
     @property
     def width(self) -> int:
         """F, the rows of a ``w_in``."""
-        return ACTIVATIONS[self.activation].width(self.intermediate_size)
+        return width(self.activation, self.intermediate_size)
 
     def router_EH(self) -> Tensor:
         """Return the whole router in expert order, (E, H); gradients reach the trainable rows only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -73,15 +74,27 @@ def _gated(value: _Value, slope: _Slope) -> Activation:
     return Activation(True, forward, prepare, backward)
 
 
-_LIMIT, _SHARPNESS = 7.0, 1.702  # gpt-oss: both inputs are clamped, and the gate is x * sigmoid(1.702 * x)
+@dataclass(frozen=True)
+class _Clamped:
+    """(up' + lift) * gate' * sigmoid(sharpness * gate'), where gate' <= limit and -limit <= up' <= limit."""
+
+    sharpness: float
+    lift: float
 
 
-def _swiglu_oai() -> Activation:
+_CLAMPED: Mapping[str, _Clamped] = {"swiglu_oai": _Clamped(1.702, 1.0), "swiglu_clamped": _Clamped(1.0, 0.0)}
+# Of the models that brought these forms, gpt-oss and DeepSeek-V4. A name may say another: "swiglu_clamped:12".
+DEFAULT_LIMITS: Mapping[str, float] = {"swiglu_oai": 7.0, "swiglu_clamped": 10.0}
+
+
+def _clamped(form: _Clamped, limit: float) -> Activation:
+    sharpness, lift = form.sharpness, form.lift
+
     def forward(z_nF: Tensor, out_nI: Tensor) -> None:
         gate_nI, up_nI = z_nF.chunk(2, dim=1)
-        gate_nI = gate_nI.clamp(max=_LIMIT)
-        torch.mul(gate_nI, _SHARPNESS, out=out_nI)
-        out_nI.sigmoid_().mul_(gate_nI).mul_(up_nI.clamp(-_LIMIT, _LIMIT).add_(1))
+        gate_nI = gate_nI.clamp(max=limit)
+        torch.mul(gate_nI, sharpness, out=out_nI)
+        out_nI.sigmoid_().mul_(gate_nI).mul_(up_nI.clamp(-limit, limit).add_(lift))
 
     def prepare(z_nF: Tensor, out_nI: Tensor, _: Tensor) -> None:
         forward(z_nF, out_nI)
@@ -89,13 +102,13 @@ def _swiglu_oai() -> Activation:
     def backward(z_nF: Tensor, d_nI: Tensor, dz_nF: Tensor) -> None:
         gate_nI, up_nI = z_nF.chunk(2, dim=1)
         dgate_nI, dup_nI = dz_nF.chunk(2, dim=1)
-        clamped_nI = gate_nI.clamp(max=_LIMIT)
-        open_nI = (clamped_nI * _SHARPNESS).sigmoid_()
+        clamped_nI = gate_nI.clamp(max=limit)
+        open_nI = (clamped_nI * sharpness).sigmoid_()
         torch.mul(d_nI, clamped_nI, out=dup_nI)
-        dup_nI.mul_(open_nI).masked_fill_(up_nI.abs() > _LIMIT, 0)
-        d_nI.mul_(up_nI.clamp(-_LIMIT, _LIMIT).add_(1)).masked_fill_(gate_nI > _LIMIT, 0)
+        dup_nI.mul_(open_nI).masked_fill_(up_nI.abs() > limit, 0)
+        d_nI.mul_(up_nI.clamp(-limit, limit).add_(lift)).masked_fill_(gate_nI > limit, 0)
         # d/dg g*sigmoid(c*g) = o + c*g*o*(1 - o), o = sigmoid(c*g)
-        clamped_nI.mul_(_SHARPNESS).mul_(1 - open_nI).add_(1).mul_(open_nI)
+        clamped_nI.mul_(sharpness).mul_(1 - open_nI).add_(1).mul_(open_nI)
         torch.mul(d_nI, clamped_nI, out=dgate_nI)
 
     return Activation(True, forward, prepare, backward)
@@ -149,10 +162,51 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "swiglu": _gated(_silu, _silu_slope),
     "geglu": _gated(_gelu, _gelu_slope),
     "geglu_tanh": _gated(_gelu_tanh, _gelu_tanh_slope),
-    "swiglu_oai": _swiglu_oai(),
+    **{name: _clamped(form, DEFAULT_LIMITS[name]) for name, form in _CLAMPED.items()},
     "relu": _plain(_relu, _relu_slope),
     "relu2": _plain(_relu2, _relu2_slope),
     "gelu": _plain(_gelu, _gelu_slope),
     "gelu_tanh": _plain(_gelu_tanh, _gelu_tanh_slope),
     "silu": _plain(_silu, _silu_slope),
 }
+
+
+def parts(activation: str) -> tuple[str, float]:
+    """Split an activation's name into that of ``ACTIVATIONS`` and its limit, 0.0 for one that does not clamp.
+
+    Raises:
+        ValueError: an unknown name, a limit where there is none to set, or one that is not a positive number.
+
+    Example:
+        >>> parts("swiglu_oai"), parts("swiglu_clamped:12"), parts("geglu")
+        (('swiglu_oai', 7.0), ('swiglu_clamped', 12.0), ('geglu', 0.0))
+    """
+    name, colon, given = activation.partition(":")
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+    if not colon:
+        return name, DEFAULT_LIMITS.get(name, 0.0)
+    if name not in DEFAULT_LIMITS:
+        raise ValueError(f"activation is {activation!r}; {name} has no limit, only {', '.join(DEFAULT_LIMITS)} have")
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = math.nan
+    if not 0 < limit < math.inf:
+        raise ValueError(f"activation is {activation!r}; its limit must be a positive number, as in '{name}:10'")
+    return name, limit
+
+
+def width(activation: str, intermediate: int) -> int:
+    """Return F, the rows of w_in per expert: twice I if the activation, with or without a limit, is gated."""
+    return ACTIVATIONS[parts(activation)[0]].width(intermediate)
+
+
+def named(activation: str) -> Activation:
+    """Return an activation by its name, with its limit: "swiglu_clamped:12" clamps at 12.
+
+    Raises:
+        ValueError: as ``parts``.
+    """
+    name, limit = parts(activation)
+    return _clamped(_CLAMPED[name], limit) if name in _CLAMPED else ACTIVATIONS[name]

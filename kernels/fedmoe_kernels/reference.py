@@ -221,10 +221,19 @@ def _relu2(z: Tensor) -> Tensor:
     return z.clamp(min=0) ** 2
 
 
-def _swiglu_oai(z_F: Tensor) -> Tensor:
+def _clamped(z_F: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     gate, up = z_F.chunk(2, dim=-1)
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate.clamp(max=limit), up.clamp(-limit, limit)
+
+
+def _swiglu_oai(z_F: Tensor, limit: float) -> Tensor:
+    gate, up = _clamped(z_F, limit)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def _swiglu_clamped(z_F: Tensor, limit: float) -> Tensor:
+    gate, up = _clamped(z_F, limit)
+    return _silu(gate) * up
 
 
 def activate(z_F: Tensor, activation: str) -> Tensor:
@@ -232,12 +241,17 @@ def activate(z_F: Tensor, activation: str) -> Tensor:
 
     Gated forms read z as [gate; up], halves of the last axis: "swiglu" silu(gate) * up; "geglu" gelu(gate) * up;
     "swiglu_oai" (up' + 1) * gate' * sigmoid(1.702 * gate') with gate' = min(gate, 7), up' = clamp(up, -7, 7), as in
-    gpt-oss. Plain forms: "relu", "relu2" (relu(z)^2, Nemotron), "gelu", "silu". gelu is the exact one (erf);
-    "gelu_tanh" and "geglu_tanh" have its tanh approximation, which differs by up to 5e-4.
+    gpt-oss; "swiglu_clamped" silu(gate') * up' with both clamped at 10, as in DeepSeek-V4. Another limit follows the
+    name: "swiglu_clamped:12". Plain forms: "relu", "relu2" (relu(z)^2, Nemotron), "gelu", "silu". gelu is the exact one
+    (erf); "gelu_tanh" and "geglu_tanh" have its tanh approximation, which differs by up to 5e-4.
     """
     plain = {"relu": _relu, "relu2": _relu2, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu}
     gated = {"swiglu": _gated(_silu), "geglu": _gated(_gelu), "geglu_tanh": _gated(_gelu_tanh)}
-    gated["swiglu_oai"] = _swiglu_oai
+    name, _, limit = activation.partition(":")
+    if name == "swiglu_oai":
+        return _swiglu_oai(z_F, float(limit or 7))
+    if name == "swiglu_clamped":
+        return _swiglu_clamped(z_F, float(limit or 10))
     return (plain | gated)[activation](z_F)
 
 

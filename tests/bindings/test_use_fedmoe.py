@@ -33,7 +33,7 @@ HALF = np.arange(E) % 2 == 0
         ("aria", "swiglu"),
         ("beam", "swiglu"),
         ("gemma4", "geglu_tanh"),
-        ("deepseek_v4", None),
+        ("deepseek_v4", "swiglu_clamped"),
         ("minimax_m3_vl", "swiglu_oai"),
         ("nemotron_h", "relu2"),
     ],
@@ -41,6 +41,38 @@ HALF = np.arange(E) % 2 == 0
 def test_the_activation_is_found_by_trying(family: str, activation: str | None) -> None:
     for block in stock_blocks(tiny_model(family)):
         assert form_of(block.experts).activation == activation
+
+
+@pytest.mark.parametrize(
+    ("family", "limit", "activation"),
+    [
+        ("gpt_oss", 0.02, "swiglu_oai:0.02"),
+        ("deepseek_v4", 0.02, "swiglu_clamped:0.02"),
+        ("deepseek_v4", 1e8, "swiglu"),  # a limit that nothing reaches
+        ("glm5_next", 12.5, "swiglu_clamped:12.5"),
+        ("hy_v4", 10.0, "swiglu_clamped"),
+        ("hy_v4_vl", 0.02, "swiglu_clamped:0.02"),
+    ],
+)
+def test_experts_that_clamp_run_with_their_own_limit(family: str, limit: float, activation: str) -> None:
+    model, inputs = tiny_model(family, dtype=torch.float64), inputs_of(family)
+    for block in stock_blocks(model):
+        name = "limit" if hasattr(block.experts, "limit") else "swiglu_limit"
+        setattr(block.experts, name, limit)
+    model.set_experts_implementation("eager")
+    want = model(**inputs)[0]
+    want.square().mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    found = use_fedmoe(model)(**inputs)[0]
+    found.square().mean().backward()
+    assert all(form_of(block.experts).activation == activation for block in stock_blocks(model))
+    assert relative(found, want) < 1e-5
+    again = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert again.keys() == grads.keys()
+    largest = max(float(grad.norm()) for grad in grads.values())  # a router's gradient can be rounding alone, 1e-11
+    for name, grad in grads.items():
+        assert float((again[name] - grad).norm()) < 1e-5 * max(float(grad.norm()), 1e-3 * largest), name
 
 
 def test_gelu_is_not_taken_for_its_tanh_form() -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fedmoe_kernels import reference
 
-GATED = ("swiglu", "geglu", "geglu_tanh", "swiglu_oai")
+GATED = ("swiglu", "geglu", "geglu_tanh", "swiglu_oai", "swiglu_clamped", "swiglu_clamped:2.5")
 ACTIVATIONS = (*GATED, "relu", "relu2", "gelu", "gelu_tanh", "silu")
 B, HIDDEN, INNER, RANK = 4, 5, 3, 2
 
@@ -104,10 +104,13 @@ def test_route_groups_and_bias_choose_but_do_not_weigh():
         ("geglu", lambda g, u: functional.gelu(g) * u),
         ("geglu_tanh", lambda g, u: functional.gelu(g, approximate="tanh") * u),
         ("swiglu_oai", lambda g, u: (u.clamp(-7, 7) + 1) * g.clamp(max=7) * torch.sigmoid(1.702 * g.clamp(max=7))),
+        ("swiglu_oai:3", lambda g, u: (u.clamp(-3, 3) + 1) * g.clamp(max=3) * torch.sigmoid(1.702 * g.clamp(max=3))),
+        ("swiglu_clamped", lambda g, u: functional.silu(g.clamp(max=10)) * u.clamp(-10, 10)),
+        ("swiglu_clamped:2.5", lambda g, u: functional.silu(g.clamp(max=2.5)) * u.clamp(-2.5, 2.5)),
     ],
 )
 def test_gated_activations_read_gate_then_up(activation, expected):
-    gate, up = 6 * draw(200, seed=1), 6 * draw(200, seed=2)  # beyond the clamps at 7
+    gate, up = 6 * draw(200, seed=1), 6 * draw(200, seed=2)  # beyond the clamps, up to 10
     torch.testing.assert_close(reference.activate(torch.cat([gate, up]), activation), expected(gate, up))
 
 

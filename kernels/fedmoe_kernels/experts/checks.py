@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import parts, width
 from fedmoe_kernels.backends import EXPERT_BACKENDS
 from fedmoe_kernels.experts.scores import ExpertScores
 from fedmoe_kernels.experts.weights import ExpertLora, Stack, what
@@ -18,8 +18,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_call(x_TH: Tensor, activation: str, backend: str, scores: ExpertScores | None) -> None:
     if x_TH.dim() != 2 or x_TH.dtype not in _DTYPES:
         raise ValueError(f"x_TH is {what(x_TH)}; it must be a floating (tokens, hidden) matrix")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+    parts(activation)  # raises for a name or a limit that does not exist
     if backend not in EXPERT_BACKENDS:
         raise ValueError(f"backend {backend!r} does not exist; choose one of {', '.join(EXPERT_BACKENDS)}")
     if backend == "reference" and scores is not None:
@@ -57,13 +56,13 @@ def check_stacks(x_TH: Tensor, stacks: dict[str, Stack], activation: str) -> Non
         if stack.trainable.dim() != 3 or stack.rows == 0 or 0 in stack.trainable.shape[1:]:
             raise ValueError(f"{stack.name} is {what(stack.trainable)}; it must be 3-D with at least one slot")
     hidden, inner = w_out.trainable.shape[1:]
-    width = ACTIVATIONS[activation].width(inner)
+    wide = width(activation, inner)
     if w_in.format and w_out.format and w_in.format != w_out.format:
         raise ValueError(f"w_in is stored as {w_in.format}, w_out as {w_out.format}; store both in one format")
     if hidden != x_TH.shape[1]:
         raise ValueError(f"w_out is {what(w_out.trainable)}, x_TH has hidden size {x_TH.shape[1]}; w_out is (B, H, I)")
     trainable, rows = w_in.trainable.shape[0], w_in.rows
-    expected = {"w_in": (width, hidden), "w_out": (hidden, inner), "bias_in": (width,), "bias_out": (hidden,)}
+    expected = {"w_in": (wide, hidden), "w_out": (hidden, inner), "bias_in": (wide,), "bias_out": (hidden,)}
     for name, stack in stacks.items():
         wanted = (trainable, *expected[name])
         if stack.trainable.shape != wanted or stack.rows != rows:

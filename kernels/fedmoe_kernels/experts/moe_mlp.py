@@ -48,8 +48,9 @@ def moe_mlp(
         w_in: (B, F, H), gated forms as [gate; up]. Dtype of x. Weights that are not contiguous, or on a GPU do not
             start at a multiple of 16 bytes, are copied at every call, with one warning that says so.
         w_out: (B, H, I).
-        activation: "swiglu", "geglu", "geglu_tanh", "swiglu_oai", "relu", "relu2", "gelu", "gelu_tanh", "silu";
-            formulas in `reference.activate`.
+        activation: "swiglu", "geglu", "geglu_tanh", "swiglu_oai", "swiglu_clamped", "relu", "relu2", "gelu",
+            "gelu_tanh", "silu"; formulas in `reference.activate`. The two that clamp take a limit of their own, as in
+            "swiglu_clamped:12".
         bias_in, bias_out: (B, F) and (B, H), in the same form (tensor or ExpertWeights) as the weights.
         trainable_B: for plain tensors, bool (B,): slots outside it get no weight gradient; the gradient tensor is
             full-sized and zero there. With `lora` it picks the adapters that learn.

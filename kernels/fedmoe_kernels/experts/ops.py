@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import named
 from fedmoe_kernels.backends import use_triton
 from fedmoe_kernels.cpu import loops
 from fedmoe_kernels.cpu.slot import Adapter, Expert, Gradients, Packed
@@ -113,7 +113,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(inputs.x_TH):  # Triton launches on the current device, whatever its arguments
             return experts.forward(inputs, rows_per_slot=inputs.rows_per_slot(rows_per_slot), **how)
     slots = slots_of(inputs, frozen_format)
-    return loops.forward(inputs.x_TH, host_rows(inputs), slots, ACTIVATIONS[activation], keep_z=keep_z)
+    return loops.forward(inputs.x_TH, host_rows(inputs), slots, named(activation), keep_z=keep_z)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ def _backward_by_loops(
         z_RF,
         host_rows(inputs),
         experts=experts,
-        activation=ACTIVATIONS[activation],
+        activation=named(activation),
         grads=Gradients(*(buffer if need else None for buffer, need in zip(buffers, needs[1:], strict=True))),
         want_x=needs[0],
     )

@@ -28,7 +28,7 @@ from expert_cases import (
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.routing_rule import RoutingRule
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, moe_mlp
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import ACTIVATIONS, DEFAULT_LIMITS
 from fedmoe_kernels.experts import ops
 from fedmoe_kernels.formats import FORMATS
 
@@ -65,11 +65,11 @@ def test_inv4_equals_the_reference(shape: dict) -> None:
     check(problem(**shape, biases=True))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "swiglu_oai:2", "swiglu_clamped:3"])
 def test_inv4_every_activation(activation: str) -> None:
     p = problem(**SMALL, activation=activation, biases=activation in ("swiglu_oai", "relu"))
-    # gpt-oss clamps at 7: scale the gates up so that both sides of the clamps are met.
-    p.tensors["w_in"].mul_(4 if activation == "swiglu_oai" else 1)
+    # Scale the gates up so that both sides of the clamps, at 7 and at 10, are met.
+    p.tensors["w_in"].mul_(4 if activation in DEFAULT_LIMITS else 1)
     check(p)
 
 

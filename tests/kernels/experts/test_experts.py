@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe_kernels import ExpertScores, ExpertWeights, Routing, SlotMap, moe_mlp
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import ACTIVATIONS, DEFAULT_LIMITS
 from fedmoe_kernels.cpu import gemm
 from fedmoe_kernels.cpu import loops as cpu
 from fedmoe_kernels.experts import ops
@@ -71,8 +71,8 @@ def test_inv4_other_dtypes_equal_reference(shape: dict, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_inv4_every_activation(activation: str, biases: bool) -> None:
     p = problem(19, 12, 10, 4, 2, activation=activation, biases=biases)
-    # gpt-oss clamps at 7: scale the gates up so that both sides of the clamps are met.
-    p.tensors["w_in"].mul_(4 if activation == "swiglu_oai" else 1)
+    # Scale the gates up so that both sides of the clamps, at 7 and at 10, are met.
+    p.tensors["w_in"].mul_(4 if activation in DEFAULT_LIMITS else 1)
     assert_close(solve(p), truth(p), 1e-12)
     p = p.rounded(torch.bfloat16)
     assert_close(solve(p, torch.bfloat16), truth(p), 1e-2)

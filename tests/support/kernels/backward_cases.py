@@ -10,7 +10,7 @@ from forward_cases import normal, run, stored, unwritten
 from torch import Tensor
 
 from fedmoe_kernels import Routing, SlotMap, reference
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import width
 from fedmoe_kernels.gpu.experts.data_gradient import column_blocks, data_gradient
 from fedmoe_kernels.gpu.experts.schedule import Schedule, schedule
 from fedmoe_kernels.gpu.experts.storage import RankTerm, RowIndex, Stored
@@ -73,7 +73,7 @@ def case(
     T, K = slots_TK.shape
     s_TK = normal(T, K, seed=seed + 1)
     routing = Routing.from_topk(slots_TK, s_TK, SlotMap(torch.arange(slots), slots))
-    F = ACTIVATIONS[activation].width(inner)
+    F = width(activation, inner)
     dy, z = normal(T, H, seed=seed + 2), 4 * normal(T * K, F, seed=seed + 3)
     w_out, bias = normal(slots, H, inner, seed=seed + 4) / H**0.5, normal(slots, H, seed=seed + 5)
     unused_B = routing.counts_B == 0

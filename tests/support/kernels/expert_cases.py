@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Routing, SlotMap, moe_mlp, reference
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import width
 from fedmoe_kernels.experts import ops
 
 FACTORS = ("a_in", "b_in", "a_out", "b_out")
@@ -83,7 +83,7 @@ def problem(
         slots_TK = slots_TK.masked_fill(torch.rand(slots_TK.shape, generator=g) < 1 / 3, -1)
     if routes == "none":
         slots_TK = torch.full_like(slots_TK, -1)
-    F = ACTIVATIONS[activation].width(I)
+    F = width(activation, I)
     tensors = {
         "x": randn(T, H),
         "s": randn(*slots_TK.shape).where(slots_TK >= 0, 0.0),

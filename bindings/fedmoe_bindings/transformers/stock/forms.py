@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,14 +14,16 @@ from torch._guards import detect_fake_mode
 from transformers.integrations import moe as stock
 
 from fedmoe_kernels import reference
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import ACTIVATIONS, DEFAULT_LIMITS
 
 _FORM, _FOUND = "_fedmoe_form", "_fedmoe_activation"
 _SILU = ("SiLU", "SiLUActivation")
 _PROBE_ROWS, _PROBE_WIDTH = 64, 8
-# Half of the rows are of size 1, half go up to 30: past every limit that a family of 2026 clamps at (7 to 20). In
-# float64; gelu by tanh differs from gelu by 5e-4 of a row's size, a module that computes in float32 inside by 1e-7.
-_PROBE_STDS, _PROBE_TOLERANCE = (1.0, 10.0), 1e-6
+# A third of the rows are of size 1, a third go up to 30, past every limit that a family of 2026 clamps at (7 to 20),
+# and a third up to 3,000, past what a limit can be and still matter. In float64; gelu by tanh differs from gelu by 5e-4
+# of a row's size, a module that computes in float32 inside by 1e-7.
+_PROBE_STDS, _PROBE_TOLERANCE = (1.0, 10.0, 1000.0), 1e-6
+_FAR = 1e6  # an input at which whatever clamps does
 
 
 @dataclass(frozen=True)
@@ -121,17 +125,38 @@ def _same_activation(
     width = 2 * _PROBE_WIDTH if gated else _PROBE_WIDTH
     drawn = torch.randn(_PROBE_ROWS, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     z_nF = torch.cat([drawn * std for std in _PROBE_STDS]).to(device)
+
+    def ask(z_nF: Tensor) -> Tensor:  # z as ours, [gate; up]
+        return between(torch.stack(z_nF.chunk(2, dim=1), dim=2).flatten(1) if interleaved else z_nF)
+
     with torch.no_grad(), torch.autocast(z_nF.device.type, enabled=False):
         try:
-            found = between(z_nF)
+            found = ask(z_nF)
+            limited = _limited(ask, z_nF) if gated else ()
         except (RuntimeError, TypeError, AttributeError):  # it wants another width or dtype than it was given
             return None
-        if interleaved:
-            z_nF = torch.cat([z_nF[:, ::2], z_nF[:, 1::2]], dim=1)
-        for name, ours in ACTIVATIONS.items():
-            if ours.gated == gated and _close(found, reference.activate(z_nF, name)):
-                return name
-    return None
+        plain = (name for name, ours in ACTIVATIONS.items() if ours.gated == gated)
+        return next((name for name in (*plain, *limited) if _close(found, reference.activate(z_nF, name))), None)
+
+
+def _limited(ask: Callable[[Tensor], Tensor], like: Tensor) -> list[str]:
+    """Name the forms that clamp, each with the limit that the function has if it is of that form.
+
+    At a small gate what comes out grows with up as far as the limit, and from 0 to 1 as much as in our form.
+    """
+    gate_nI, up_nI = torch.full_like(like[:1], 1 / 64).chunk(2, dim=1)
+
+    def growth(function: Callable[[Tensor], Tensor], up: float) -> float:
+        low, high = (torch.cat([gate_nI, torch.full_like(up_nI, value)], dim=1) for value in (0.0, up))
+        return float((function(high) - function(low))[0, 0])
+
+    names = []
+    for name, default in DEFAULT_LIMITS.items():
+        limit = growth(ask, _FAR) / growth(partial(reference.activate, activation=name), 1.0)
+        if math.isclose(limit, default, rel_tol=_PROBE_TOLERANCE) or not 0 < limit < 0.9 * _FAR:
+            continue  # as the plain name has it, or none at all
+        names.append(f"{name}:{limit:.7g}")  # 7 digits: a module in float32 answers 7.00000018
+    return names
 
 
 def _close(found: Tensor, ours: Tensor) -> bool:

@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-LIMIT = tl.constexpr(7.0)  # gpt-oss clamps both inputs at 7 and sharpens the gate's sigmoid by 1.702
-SHARPNESS = tl.constexpr(1.702)
+SHARPNESS = tl.constexpr(1.702)  # of the gate's sigmoid in gpt-oss
 INV_SQRT2 = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 TWICE_SQRT_2_BY_PI = tl.constexpr(1.5957691216057308)  # (1 + tanh u) / 2 is sigmoid(2u)
@@ -33,8 +32,25 @@ def _value(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activate(gate, up, ACTIVATION: tl.constexpr):
-    """Compute h of a block. Ungated forms read `gate` alone; pass it twice."""
+def _clamped(gate, up, LIMIT: tl.constexpr, SHARP: tl.constexpr, LIFT: tl.constexpr):
+    """gate', up' + LIFT and sigmoid(SHARP * gate'), gate' and up' being clamped."""
+    low = tl.minimum(gate, LIMIT)
+    return low, tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + LIFT, tl.sigmoid(low * SHARP)
+
+
+@triton.jit
+def _clamped_slopes(gate, up, d, LIMIT: tl.constexpr, SHARP: tl.constexpr, LIFT: tl.constexpr):
+    low, lifted, open_ = _clamped(gate, up, LIMIT, SHARP, LIFT)
+    slope = open_ * (1.0 + low * SHARP * (1.0 - open_))
+    # As torch.clamp: the gradient passes at the limit itself and stops beyond it.
+    dgate = tl.where(gate <= LIMIT, d * lifted * slope, 0.0)
+    dup = tl.where(tl.abs(up) <= LIMIT, d * low * open_, 0.0)
+    return lifted * low * open_, dgate, dup
+
+
+@triton.jit
+def activate(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr):
+    """Compute h of a block. Ungated forms read `gate` alone; pass it twice. LIMIT is of those that clamp."""
     if ACTIVATION == "swiglu":
         return gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "geglu":
@@ -42,14 +58,17 @@ def activate(gate, up, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "geglu_tanh":
         return _value(gate, "gelu_tanh")[0] * up
     elif ACTIVATION == "swiglu_oai":
-        low = tl.minimum(gate, LIMIT)
-        return (tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0) * low * tl.sigmoid(low * SHARPNESS)
+        low, lifted, open_ = _clamped(gate, up, LIMIT, SHARPNESS, 1.0)
+        return lifted * low * open_
+    elif ACTIVATION == "swiglu_clamped":
+        low, lifted, open_ = _clamped(gate, up, LIMIT, 1.0, 0.0)
+        return lifted * low * open_
     else:
         return _value(gate, ACTIVATION)[0]
 
 
 @triton.jit
-def slopes(gate, up, d, ACTIVATION: tl.constexpr):
+def slopes(gate, up, d, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr):
     """(h, dgate, dup): the activation and the gradient d of h sent back to its inputs; dup only means something when
     gated."""
     if ACTIVATION == "swiglu":
@@ -62,14 +81,9 @@ def slopes(gate, up, d, ACTIVATION: tl.constexpr):
         value, slope = _value(gate, "gelu_tanh")
         return value * up, d * up * slope, d * value
     elif ACTIVATION == "swiglu_oai":
-        low = tl.minimum(gate, LIMIT)
-        lift = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
-        open_ = tl.sigmoid(low * SHARPNESS)
-        slope = open_ * (1.0 + low * SHARPNESS * (1.0 - open_))
-        # As torch.clamp: the gradient passes at the limit itself and stops beyond it.
-        dgate = tl.where(gate <= LIMIT, d * lift * slope, 0.0)
-        dup = tl.where(tl.abs(up) <= LIMIT, d * low * open_, 0.0)
-        return lift * low * open_, dgate, dup
+        return _clamped_slopes(gate, up, d, LIMIT, SHARPNESS, 1.0)
+    elif ACTIVATION == "swiglu_clamped":
+        return _clamped_slopes(gate, up, d, LIMIT, 1.0, 0.0)
     else:
         value, slope = _value(gate, ACTIVATION)
         return value, d * slope, d

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import ACTIVATIONS, parts
 from fedmoe_kernels.gpu.blocks import matrix, pieces, position, tile_rows
 from fedmoe_kernels.gpu.experts.activate import slopes
 from fedmoe_kernels.gpu.experts.down import sums_of_rows
@@ -69,7 +69,7 @@ def _row_sum(block, n0, I: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr): 
 @triton.jit
 def _send_back(
     d, s, gate, up, dz, sh, live, n0,
-    I: tl.constexpr, HALVES: tl.constexpr, ACTIVATION: tl.constexpr,  # noqa: E741
+    I: tl.constexpr, HALVES: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,  # noqa: E741
     M: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Columns n0..n0 + N - 1 of a tile: dz and sh are written; its parts of <d, h> and <z, dz> come back by row."""
@@ -77,7 +77,7 @@ def _send_back(
     # dz and sh point at the tile's first row, so that offsets within it fit 32 bits and cost half the registers.
     row, n = tl.arange(0, M)[:, None], (n0 + tl.arange(0, N))[None, :]
     gate, up = gate.to(tl.float32), up.to(tl.float32)
-    h, dgate, dup = slopes(gate, up, d * s[:, None], ACTIVATION)
+    h, dgate, dup = slopes(gate, up, d * s[:, None], ACTIVATION, LIMIT)
     if dz is not None:
         at = dz + row * (HALVES * I) + n
         tl.store(at, dgate.to(dz.dtype.element_ty), mask=kept)
@@ -95,10 +95,10 @@ def _send_back(
 def _data_gradient_kernel(
     dy, tokens, places, weights, w, w_frozen, scale, whole, bases, rank_rows, factor, adapter_scale,
     z, dz, sh, ds, zdz, table, tiles, begin, stop, steps, adapters,
-    H: tl.constexpr, I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, PART: tl.constexpr,  # noqa: E741
-    RANK: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr, SHARE: tl.constexpr, TALL: tl.constexpr,
-    SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, HALVES: tl.constexpr,  # noqa: E741
+    PART: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr, SHARE: tl.constexpr,
+    TALL: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of BM rows by BN columns of d = dy[tokens] @ w, w (X, H, I), sent back through the activation.
 
@@ -141,7 +141,7 @@ def _data_gradient_kernel(
         if i + 1 < SPLIT:
             gate, up = _load_piece(z, live, n0 + (i + 1) * N, I, HALVES, BM, N, WHOLE)
         ds_part, zdz_part = _send_back(
-            parts[i], s, gate_now, up_now, dz, sh, live, n0 + i * N, I, HALVES, ACTIVATION, BM, N, WHOLE
+            parts[i], s, gate_now, up_now, dz, sh, live, n0 + i * N, I, HALVES, ACTIVATION, LIMIT, BM, N, WHOLE
         )
         ds_rows += ds_part
         zdz_rows += zdz_part
@@ -194,12 +194,13 @@ def data_gradient(
         sh_RI: s * h, the right operand of dW_out = dy^T @ sh; None = not wanted.
         ds_RC: float32 partial sums of <d, h> by row and column block; None = not wanted.
         zdz_MC: float32 partial sums of <z, dz>, before rounding, by tile and column block; None = not wanted.
-        activation: a name of `activations.ACTIVATIONS`.
+        activation: a name as `activations.parts` takes it.
         schedule: of these rows, with blocks of `tile.m`.
         tile: sizes of the blocks; `tile.split` is a power of two.
         term: what adapters add to d.
     """
-    halves = 2 if ACTIVATIONS[activation].gated else 1
+    name, limit = parts(activation)
+    halves = 2 if ACTIVATIONS[name].gated else 1
     rows, hidden, inner = z_RF.shape[0], dy_TH.shape[1], z_RF.shape[1] // halves
     common: dict[str, Any] = {
         "dy": dy_TH,
@@ -215,7 +216,8 @@ def data_gradient(
         "tiles": schedule.tiles,
         "H": hidden,
         "I": inner,
-        "ACTIVATION": activation,
+        "ACTIVATION": name,
+        "LIMIT": limit,
         "HALVES": halves,
         "SUMS": column_blocks(inner, tile, w_out),
         **term_arguments(term),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import ACTIVATIONS, parts
 from fedmoe_kernels.gpu.blocks import (
     bias_block,
     load_within,
@@ -50,9 +50,9 @@ def _halves_block(
 def _up_kernel(
     x, tokens, w, w_frozen, scale, whole, bias, bias_frozen, bases, rank_rows, factor, adapter_scale, z, h, table,
     tiles, begin, stop, steps, adapters,
-    H: tl.constexpr, I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, PART: tl.constexpr,  # noqa: E741
-    RANK: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr, SHARE: tl.constexpr, TALL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, HALVES: tl.constexpr,  # noqa: E741
+    PART: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr, SHARE: tl.constexpr,
+    TALL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of BM rows by BN columns of h. Of a gated form, w is a stack (2X, I, H) of gates and ups in turn.
@@ -112,14 +112,17 @@ def _up_kernel(
     gates, ups = pieces(gate, BM, BN, SPLIT), pieces(up, BM, BN, SPLIT)
     for i in tl.static_range(SPLIT):
         at = n0 + i * WIDTH
-        _finish(gates[i], ups[i], source_bias, index, at, z, h, row, live, I, ACTIVATION, HALVES, BIASED, WIDTH, WHOLE)
+        _finish(
+            gates[i], ups[i], source_bias, index, at, z, h, row, live, I, ACTIVATION, LIMIT, HALVES, BIASED, WIDTH,
+            WHOLE,
+        )  # fmt: skip
 
 
 @triton.jit
 def _finish(
     gate, up, bias, index, n0, z, h, row, live,
-    I: tl.constexpr, ACTIVATION: tl.constexpr, HALVES: tl.constexpr, BIASED: tl.constexpr,  # noqa: E741
-    BN: tl.constexpr, WHOLE: tl.constexpr,
+    I: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, HALVES: tl.constexpr,  # noqa: E741
+    BIASED: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Columns n0..n0 + BN - 1 of a tile: add the biases, store z, activate, store h."""
     if BIASED:
@@ -132,9 +135,9 @@ def _finish(
             store_block(z + I, row, live, n0, up, HALVES * I, I, BN, WHOLE)
     if h is not None:
         if HALVES == 2:
-            store_block(h, row, live, n0, activate(gate, up, ACTIVATION), I, I, BN, WHOLE)
+            store_block(h, row, live, n0, activate(gate, up, ACTIVATION, LIMIT), I, I, BN, WHOLE)
         else:
-            store_block(h, row, live, n0, activate(gate, gate, ACTIVATION), I, I, BN, WHOLE)
+            store_block(h, row, live, n0, activate(gate, gate, ACTIVATION, LIMIT), I, I, BN, WHOLE)
 
 
 def up(
@@ -158,14 +161,15 @@ def up(
         w_in: (B, F, H), gated forms as [gate; up].
         bias_in: (B, F).
         z_RF, h_RI: where z and h are written; either may be None. Rows from N on are left alone.
-        activation: a name of `activations.ACTIVATIONS`.
+        activation: a name as `activations.parts` takes it.
         schedule: of these rows, with blocks of `tile.m`.
         tile: sizes of the blocks.
         term: what adapters add to z.
     """
     if z_RF is None and h_RI is None:
         return []
-    halves = 2 if ACTIVATIONS[activation].gated else 1
+    name, limit = parts(activation)
+    halves = 2 if ACTIVATIONS[name].gated else 1
     (rows,), (_, F, H) = tokens_R.shape, w_in.trainable.shape
     common = {
         "x": x_TH,
@@ -176,7 +180,8 @@ def up(
         "tiles": schedule.tiles,
         "H": H,
         "I": F // halves,
-        "ACTIVATION": activation,
+        "ACTIVATION": name,
+        "LIMIT": limit,
         "HALVES": halves,
         **term_arguments(term),
     }
