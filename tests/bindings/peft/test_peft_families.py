@@ -19,8 +19,8 @@ from fedmoe_kernels.backends import warn_once
 
 
 def gradients(model: nn.Module, family: str) -> tuple[Tensor, dict[str, Tensor]]:
-    logits = model(**inputs_of(family)).logits
-    logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)))
+    logits = model(**inputs_of(family))[0]
+    logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.dtype))
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -34,12 +34,16 @@ def gradients(model: nn.Module, family: str) -> tuple[Tensor, dict[str, Tensor]]
         ("deepseek_v3", True),
         ("minimax_m3_vl", True),
         ("nemotron_h", True),  # no gate, relu2
-        ("deepseek_v4", False),  # a gate of its own
+        ("deepseek_v4", True),  # clamps
+        ("inkling2", False),  # a gate of its own
         ("gemma4", True),
     ],
 )
 def test_loss_and_gradients_are_pefts(family: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = tiny_model(family)
+    # In float64, though parts of many families compute in float32 there; inkling2 runs in 32 bits alone.
+    dtype, close = (torch.float64, 1e-5) if fused else (torch.float32, 1e-4)
+    stock = tiny_model(family, dtype=dtype)
+    stock.set_experts_implementation("eager")
     targets = [f"experts.{name}" for name in next(matrices_of(m) for m in stock.modules() if matrices_of(m))]
     peft = get_peft_model(stock, LoraConfig(r=3, lora_alpha=4, target_modules=[], target_parameters=targets)).eval()
     randomised(peft, seed=1)
@@ -52,8 +56,8 @@ def test_loss_and_gradients_are_pefts(family: str, fused: bool, monkeypatch: pyt
         warnings.simplefilter("always")
         logits, got = gradients(fuse_lora(ours), family)
     want_logits, want = gradients(peft, family)
-    assert (logits - want_logits).norm() / want_logits.norm() < 1e-5
+    assert (logits - want_logits).norm() / want_logits.norm() < close
     for name, grad in want.items():
-        assert (got[name] - grad).norm() / grad.norm() < 1e-5, name
+        assert (got[name] - grad).norm() / grad.norm() < close, name
     assert bool(taken) == fused
     assert any("runs on peft's own forward" in str(each.message) for each in said) != fused

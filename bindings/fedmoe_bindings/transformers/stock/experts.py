@@ -108,9 +108,18 @@ def in_turn(values: Tensor) -> Tensor:
     return values.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """What two right answers may differ by, relative to their size."""
-    return _TOLERANCE.get(dtype, _ROUGH)
+def error_over_rounding(found: Tensor, want: Tensor) -> float | None:
+    """By how much two answers differ, relative to their size, if that is more than rounding; 0.0 if not.
+
+    None = there is nothing to tell: all zeros, NaN, or so small that the steps of their dtype are coarser than rounding is
+    allowed to be. In float16 that begins at 1e-6 a value, which models of random small weights reach.
+    """
+    allowed, info = _TOLERANCE.get(found.dtype, _ROUGH), torch.finfo(found.dtype)
+    size, step = float(want.double().norm()), info.smallest_normal * info.eps
+    if not size > step * want.numel() ** 0.5 / allowed:
+        return None
+    error = float((found.double() - want.double()).norm()) / size
+    return 0.0 if error <= allowed else error
 
 
 def may_look(hidden_TH: Tensor) -> bool:
@@ -129,12 +138,10 @@ def _check(experts: nn.Module, hidden_TH: Tensor, experts_TK: Tensor, weights_TK
     # Eager experts of some families cannot skip an id outside [0, E); with weight 0 any id is as good.
     here_TK = (experts_TK[few] >= 0) & (experts_TK[few] < cast(Tensor, experts.down_proj).shape[0])
     ids_TK, weights_TK = experts_TK[few].where(here_TK, 0), weights_TK[few].where(here_TK, 0.0)
-    want_TH, found_TH = eager(experts, hidden_TH[few].clone(), ids_TK, weights_TK).double(), y_TH[few].double()
-    size = want_TH.norm()
-    if not size > 0:  # nothing to compare with; the next call looks again
+    error = error_over_rounding(y_TH[few], eager(experts, hidden_TH[few].clone(), ids_TK, weights_TK))
+    if error is None:  # the next call looks again
         return
-    error = float((found_TH - want_TH).norm() / size)
-    if not error <= tolerance(y_TH.dtype):
+    if error:
         raise RuntimeError(
             f"{type(experts).__name__} differs from its eager experts by {error:.1e} of their size in its first call; "
             "fedmoe misreads this module, so choose another experts implementation, and please report it"
