@@ -48,6 +48,9 @@ What fedmoe itself answers.
 
 """
 TAIL = """
+Of Switch Transformers the simulator trains the encoder, as a classifier. Its layers drop no token: transformers' own drop
+those that find no room, of sequences longer than the capacity.
+
 Families with experts outside that interface are refused, with what was looked for: Doge, LongCat-Flash and Step 3.7. So
 is NLLB-MoE: transformers 5 itself runs its experts 0 and 1 only, whichever its router chose.
 """
@@ -84,7 +87,8 @@ def row_of(family: str) -> tuple[str, list[str]]:
         name, layout = next(f[0] for f in found if f) or "own", [block.outside.layout]
     mask = yes_or_why(lambda: use_fedmoe(model, permitted=mask_of(model)))
     use_fedmoe(model)
-    headless = model.get_output_embeddings() is None
+    # Of a model with an encoder and a decoder the simulator takes the encoder, whose blocks are the same.
+    headless = model.get_output_embeddings() is None or model.config.is_encoder_decoder
     lives = yes_or_why(lambda: family_of(block) if headless else TransformersAdapter(tiny_model(family)))
     answers = {"mask": mask, "simulator": lives}
     why = [f"- {family}, {what}: {answer[4:]}" for what, answer in answers.items() if answer != "yes"]

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from fedmoe_bindings.transformers.live.attention import attention_received
 from fedmoe_bindings.transformers.live.export import cast_parameters, stock_model
 from fedmoe_bindings.transformers.live.families import Family, check_layer, family_of
-from fedmoe_bindings.transformers.live.load import Pool, SequenceClassifier, load_model, small_model
+from fedmoe_bindings.transformers.live.load import Pool, SequenceClassifier, is_encoder, load_model, small_model
 from fedmoe_bindings.transformers.live.places import PlaceMeasures
 from fedmoe_bindings.transformers.live.shared import shared_of
 from fedmoe_bindings.transformers.live.token_mask import carry_token_mask
@@ -54,7 +54,8 @@ def load_adapter(
         vocab_size: of the tokenizer; None = as ``model_config`` or the checkpoint says.
         num_classes: for classification.
         seed: of the fresh weights ("tiny", and a fresh classification head); the global random state is not touched.
-        pool: "mean" over real tokens or the "last" one; None = mean for "tiny", last (transformers' own) otherwise.
+        pool: "mean" over real tokens or the "last" one; None = mean for "tiny" and encoders, last (transformers'
+            own) otherwise.
         dtype: of the weights; None = as stored.
         device: of the weights.
         backend: of the MoE layers, as ``fedmoe_kernels.moe_mlp``.
@@ -78,7 +79,7 @@ def load_adapter(
         cast(PreTrainedModel, cast(nn.Module, model).to(device=device)),
         task=task,
         num_classes=num_classes,
-        pool=pool or ("mean" if name == "tiny" else "last"),
+        pool=pool or ("mean" if name == "tiny" or is_encoder(model) else "last"),
         seed=seed,
         backend=backend,
     )
@@ -121,6 +122,10 @@ class TransformersAdapter(PlaceMeasures):
             ValueError: as ``load_adapter``.
         """
         config, blocks = model.config, stock_blocks(model)
+        if config.is_encoder_decoder and not is_encoder(model):
+            raise ValueError(
+                f"{type(model).__name__} has an encoder and a decoder; give fedmoe the encoder alone, as a classifier"
+            )
         if len(sizes := {block.num_experts for block in blocks}) > 1:
             raise ValueError(
                 f"the MoE layers have {min(sizes)} to {max(sizes)} experts; fedmoe serves one number for all"
@@ -152,7 +157,8 @@ class TransformersAdapter(PlaceMeasures):
                 layer.register_forward_hook(_with_nothing)
             layers.append(layer)
         del blocks, block
-        self._carriers = carry_token_mask(root)
+        trunk = root.model if isinstance(root, SequenceClassifier) else root
+        self._carriers = carry_token_mask(root, trunk)
         self.model, self.moe, self.frozen_moe = root, tuple(layers), ()
         self._lora: LoraSpec | None = None
         self._config, self._family = config, family
@@ -178,10 +184,13 @@ class TransformersAdapter(PlaceMeasures):
                 state |= to_keys(number, held.lora.factors)
         return state | {key: parameter.detach().clone() for key, parameter in self._dense.items()}
 
-    def export(self) -> PreTrainedModel:
+    def export(self, *, head: bool = True) -> PreTrainedModel:
         """Return a stock transformers model with these weights, to save, share or serve without fedmoe.
 
         (The live ``model`` has fedmoe layers, under names that ``from_pretrained`` does not know.)
+
+        Args:
+            head: of a classifier; without it its trunk comes back, whatever it pools.
 
         Raises:
             ValueError: a layer does not hold every expert, or transformers has no model with this head or grafts.
@@ -189,12 +198,18 @@ class TransformersAdapter(PlaceMeasures):
         state = self.state()
         if self.frozen_moe:
             raise ValueError("transformers has no model with grafted mixtures; save the state instead")
-        blocks = [name for name, module in self.model.named_modules() if isinstance(module, MoE)]
-        if not isinstance(self.model, SequenceClassifier):
-            return stock_model(type(self.model), cast(PreTrainedModel, self.model), state, self._family, blocks)
-        if self.model.pool != "last":
-            raise ValueError("transformers' classifiers pool the last token; train with pool='last' to export")
-        return stock_model(AutoModelForSequenceClassification, self.model.model, state, self._family, blocks)
+        live = self.model.model if isinstance(self.model, SequenceClassifier) and not head else self.model
+        blocks = [name for name, module in live.named_modules() if isinstance(module, MoE)]
+        if not isinstance(live, SequenceClassifier):
+            if live is not self.model:
+                state = {key.replace("dense.model.", "dense.", 1): value for key, value in state.items()}
+                del state["dense.score.weight"]
+            return stock_model(type(live), cast(PreTrainedModel, live), state, self._family, blocks)
+        if live.pool != "last":
+            raise ValueError(
+                "transformers' classifiers pool the last token; train with pool='last', or export(head=False)"
+            )
+        return stock_model(AutoModelForSequenceClassification, live.model, state, self._family, blocks)
 
     def configure(self, state: Mapping[str, Tensor], submodel: SubModel = WHOLE) -> None:
         """Become ``submodel`` of ``state``, as ``ModelAdapter.configure``.

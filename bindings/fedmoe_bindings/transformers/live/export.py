@@ -39,11 +39,12 @@ def stock_model(
         try:
             model: PreTrainedModel = build(config)
         except ValueError as error:
-            raise ValueError(f"transformers has no classifier for {config.model_type!r}; export its trunk") from error
+            raise ValueError(
+                f"transformers has no classifier for {config.model_type!r}; export(head=False) gives its trunk"
+            ) from error
     weights = {key.removeprefix("dense."): value for key, value in state.items() if key.startswith("dense.")}
     for layer, block in enumerate(blocks):
-        own = of_layer(layer, state)
-        weights |= {name: family.stock(ours, own[ours]) for ours, name in family.names(block).items()}
+        weights |= family.stock_tensors(block, of_layer(layer, state))
     # Tied tensors are listed once in a state; every other parameter must be there.
     lacking = set(dict(model.named_parameters())) - set(weights)
     if lacking:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedmoe_bindings.transformers.live.switch import RULE, TOP_K, switch_activation, switch_tensors
 from fedmoe_bindings.transformers.stock.blocks import StockBlock
 from fedmoe_bindings.transformers.stock.cut import named_tensors
 from fedmoe_bindings.transformers.stock.experts import halves, in_turn
 from fedmoe_bindings.transformers.stock.forms import form_of
+from fedmoe_bindings.transformers.stock.outside import SwitchExperts
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.routing_rule import RoutingRule
 from fedmoe_core.layer.state import LayerState
@@ -36,7 +38,8 @@ class Family:
         rule: how its router sends tokens to experts.
         top_k: k; None = the configuration's ``num_experts_per_tok``.
         activation: of its experts, as ``fedmoe_kernels.moe_mlp``.
-        tensors: where its block keeps each tensor of a ``LayerState``, by our name.
+        tensors: where its block keeps each tensor of a ``LayerState``, by our name; ``{}`` in a place stands for the
+            number of an expert, where each has a tensor of its own.
         shared: the block's children that are its shared expert: a module, and a sigmoid gate on it if there is one.
         transposed, interleaved: as ``Form``, of the experts' matrices.
         pair: the block returns a second value beside the hidden states.
@@ -51,13 +54,25 @@ class Family:
     interleaved: bool = False
     pair: bool = False
 
-    def names(self, block: str) -> dict[str, str]:
-        """Return the stock names of a block's tensors by ours; all have experts on dimension 0."""
-        return {ours: f"{block}.{place}" for ours, place in self.tensors.items()}
-
     def state(self, block: StockBlock) -> LayerState:
         """Return the block's own tensors under our names and in our layout."""
-        return LayerState.of({ours: self.ours(ours, _at(block.module, place)) for ours, place in self.tensors.items()})
+        held: dict[str, Tensor] = {}
+        for ours, place in self.tensors.items():
+            each = [place.format(n) for n in range(block.num_experts)] if "{}" in place else []
+            stacked = torch.stack([_at(block.module, p) for p in each]) if each else _at(block.module, place)
+            held[ours] = self.ours(ours, stacked)
+        return LayerState.of(held)
+
+    def stock_tensors(self, block: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a layer's tensors, global ones under our names, under the stock names and in the stock layout."""
+        found: dict[str, Tensor] = {}
+        for ours, place in self.tensors.items():
+            value = self.stock(ours, state[ours])
+            if "{}" in place:
+                found |= {f"{block}.{place.format(n)}": own for n, own in enumerate(value)}
+            else:
+                found[f"{block}.{place}"] = value
+        return found
 
     def ours(self, name: str, stock: Tensor) -> Tensor:
         """Lay a stock tensor out as our layer has it."""
@@ -78,7 +93,7 @@ def family_of(block: StockBlock) -> Family:
     Raises:
         ValueError: our layer has no such experts, router or shared expert; the sentence says which.
     """
-    if block.outside is not None:
+    if block.outside not in (None, SwitchExperts):
         raise ValueError(
             f"the experts of {block.name} do not run through transformers' experts interface; the simulator does not "
             "serve them, use_fedmoe does"
@@ -89,6 +104,8 @@ def family_of(block: StockBlock) -> Family:
             f"{block.name} has {noisy[0]}, which fedmoe's layer does not have; set router_jitter_noise=0 and the like "
             "in the model's configuration, or use use_fedmoe"
         )
+    if block.outside is SwitchExperts:
+        return Family(RULE, TOP_K, switch_activation(block), switch_tensors(block))
     form = form_of(block.experts)
     if not form.fused:
         raise ValueError(
@@ -244,13 +261,14 @@ def _shared(block: StockBlock) -> tuple[str, ...]:
 
 
 def _run(block: StockBlock, x_TH: Tensor) -> Any:
-    """What the block gives with transformers' eager experts, in evaluation mode."""
-    config: Any = block.experts.config
-    training, chosen = block.module.training, config._experts_implementation
+    """What the block gives with transformers' eager experts, in evaluation mode; each token a sequence of its own."""
+    config: Any = getattr(block.experts, "config", None)
+    training, chosen = block.module.training, getattr(config, "_experts_implementation", None)
     try:
         block.module.eval()
-        config._experts_implementation = "eager"
-        return block.module(x_TH[None].clone())
+        if config is not None:
+            config._experts_implementation = "eager"
+        return block.module(x_TH[:, None].clone())
     except Exception as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(
@@ -259,13 +277,18 @@ def _run(block: StockBlock, x_TH: Tensor) -> Any:
         ) from error
     finally:
         block.module.train(training)
-        config._experts_implementation = chosen
+        if config is not None:
+            config._experts_implementation = chosen
 
 
 def _tokens(block: StockBlock) -> Tensor:
-    down = cast(Tensor, block.experts.down_proj)
-    form = form_of(block.experts)
-    drawn = torch.randn(8, down.shape[2 if form.transposed else 1], generator=torch.Generator().manual_seed(1))
+    if block.outside is SwitchExperts:
+        down = _at(block.experts, "expert_0.wo.weight")
+        width = down.shape[0]
+    else:
+        down = cast(Tensor, block.experts.down_proj)
+        width = down.shape[2 if form_of(block.experts).transposed else 1]
+    drawn = torch.randn(8, width, generator=torch.Generator().manual_seed(1))
     return drawn.to(down.device, down.dtype)
 
 

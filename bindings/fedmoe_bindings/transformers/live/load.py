@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +22,19 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     Qwen3MoeModel,
+    SwitchTransformersEncoderModel,
 )
 from transformers.utils import logging
 
-from fedmoe_bindings.transformers.stock.blocks import check_config
+from fedmoe_bindings.transformers.stock.blocks import check_config, configs_of
 from fedmoe_core.config.run_config import ModelConfig
 from fedmoe_core.data.batches import Task
+from fedmoe_core.layer.state import INIT_STD
 
 Pool = Literal["mean", "last"]
+# Of models with an encoder and a decoder: the class that has the encoder alone.
+_ENCODERS = {"switch_transformers": SwitchTransformersEncoderModel}
+_CHANCE = re.compile("dropout|jitter|drop_path")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -70,7 +76,9 @@ class SequenceClassifier(nn.Module):
         score = nn.Linear(model.config.hidden_size, num_classes, bias=False, device="meta")
         score = score.to_empty(device=model.device).to(model.dtype)
         generator = torch.Generator().manual_seed(seed)
-        fresh = torch.empty(score.weight.shape).normal_(std=model.config.initializer_range, generator=generator)
+        fresh = torch.empty(score.weight.shape).normal_(
+            std=getattr(model.config, "initializer_range", INIT_STD), generator=generator
+        )
         with torch.no_grad():
             score.weight.copy_(fresh)
         return cls(model, score, pool)
@@ -127,9 +135,12 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
     """Load a stock model from a directory, or from the hub when ``name`` is owner/name and not a directory.
 
     Only safetensors are read and no remote code runs. HF_HUB_OFFLINE is respected; a directory never needs a network.
+    Dropout and router jitter are switched off, with a warning: a step of the simulator does not depend on chance, so
+    that clients may run in any order.
 
     Returns:
-        A causal LM, or for classification a classifier if the checkpoint is one, else the bare trunk.
+        A causal LM, or for classification a classifier if the checkpoint is one, else the bare trunk (of a model with
+        an encoder and a decoder, its encoder).
 
     Raises:
         ValueError: the name is neither of these, or the family is not served.
@@ -142,6 +153,12 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
         with _one_sentence(name):
             config = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
         check_config(config, name)
+        if config.is_encoder_decoder and task == "causal_lm":
+            raise ValueError(
+                f"model {name!r} ({config.model_type}) has an encoder and a decoder; fedmoe trains its encoder, as a "
+                "classifier, so choose data with labels"
+            )
+        _without_chance(config, name)
         with _one_sentence(name):
             model, report = _auto_class(config, task).from_pretrained(
                 name,
@@ -165,11 +182,31 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
     return model
 
 
+def _without_chance(config: PreTrainedConfig, name: str) -> None:
+    """Set what a configuration drops or shakes at random to 0."""
+    parts = configs_of(config)
+    found = {key: value for part in parts for key, value in vars(part).items() if _CHANCE.search(key) and value}
+    found = {key: value for key, value in found.items() if isinstance(value, int | float)}
+    for part in parts:
+        for key in found.keys() & vars(part).keys():
+            setattr(part, key, type(getattr(part, key))(0))
+    if found:
+        told = ", ".join(f"{key}={value}" for key, value in sorted(found.items()))
+        warnings.warn(f"model {name!r} is trained without {told}: a simulated step has no chance in it", stacklevel=3)
+
+
 def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
+    if config.is_encoder_decoder and config.model_type in _ENCODERS and task == "classification":
+        return _ENCODERS[config.model_type]
     if task == "causal_lm":
         return AutoModelForCausalLM
     classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
     return AutoModelForSequenceClassification if classifier else AutoModel
+
+
+def is_encoder(model: PreTrainedModel) -> bool:
+    """Say whether this is the encoder alone of a model with both: its last state is like any other."""
+    return isinstance(model, tuple(_ENCODERS.values()))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, pad
 
-from fedmoe_bindings.transformers.live.load import SequenceClassifier
+from fedmoe_bindings.transformers.live.load import SequenceClassifier, is_encoder
 from fedmoe_bindings.transformers.live.token_mask import TOKEN_MASK
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.moe import MoE
@@ -60,12 +60,20 @@ class TaskLosses:
         return loss_sum / count
 
     def text_loss(self, batch: Batch) -> Tensor:
-        """Return the mean next-token loss in nats; a classifier's trunk uses its own embedding as output layer."""
+        """Return the mean next-token loss in nats; a classifier's trunk uses its own embedding as output layer.
+
+        Raises:
+            ValueError: the trunk is an encoder, which sees the token that it would have to predict.
+        """
         self.model.train()
         if self.spec.task == "causal_lm":
             loss_sum, count, _ = self._sums(batch)
             return loss_sum / count
         trunk = cast(SequenceClassifier, self.model).model
+        if is_encoder(trunk):
+            raise ValueError(
+                f"{type(trunk).__name__} sees the tokens that it would have to predict; set warmup.steps=0"
+            )
         hidden_SNH = trunk(
             input_ids=batch.tokens_SN,
             attention_mask=batch.mask_SN.long(),

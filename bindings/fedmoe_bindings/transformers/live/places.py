@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -11,12 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
-from fedmoe_bindings.transformers.live.load import SequenceClassifier
+from fedmoe_bindings.transformers.live.attention import attention_beside, eager_attention
+from fedmoe_bindings.transformers.live.load import SequenceClassifier, is_encoder
 from fedmoe_bindings.transformers.live.losses import TaskLosses
 from fedmoe_bindings.transformers.live.token_mask import TOKEN_MASK
 from fedmoe_core.data.batches import Batch
-from fedmoe_core.layer.graft import Grafted
-from fedmoe_core.layer.moe import MoE
 from fedmoe_core.model.spec import Evaluation, PlaceLosses
 
 
@@ -49,20 +46,26 @@ class PlaceMeasures(TaskLosses):
         self.model.eval()
         found: dict[int, Tensor] = {}
         mask_SN = batch.mask_SN
-        # A place is seen by itself and the real places after it, so that early ones are not favoured for being early.
+        trunk = cast(PreTrainedModel, self.model.model if isinstance(self.model, SequenceClassifier) else self.model)
+        # A place is seen by itself and the real places after it, so that early ones are not favoured for being early;
+        # in an encoder by all real places.
         seers_SN = mask_SN.flip(1).cumsum(1).flip(1).clamp(min=1)
+        if is_encoder(trunk):
+            seers_SN = mask_SN.sum(dim=1, keepdim=True)
 
         def keep(number: int) -> Any:
-            def hook(_: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> None:
-                assert output[1] is not None  # eager attention returns its maps
-                got_SN = (output[1].mean(dim=1) * mask_SN[:, :, None]).sum(dim=1)
+            def hook(_: nn.Module, __: Any, output: tuple[Tensor | None, ...]) -> None:
+                assert output[-1] is not None  # eager attention returns its maps
+                got_SN = (output[-1].mean(dim=1) * mask_SN[:, :, None]).sum(dim=1)
                 found[number] = (got_SN / seers_SN).masked_fill(~mask_SN, 0.0)
 
             return hook
 
-        trunk = cast(PreTrainedModel, self.model.model if isinstance(self.model, SequenceClassifier) else self.model)
-        with _eager(trunk):
-            hooks = [a.register_forward_hook(keep(number)) for number, a in enumerate(self._attentions())]
+        beside = attention_beside(self.model, self.moe)
+        if None in beside:
+            raise ValueError(f"MoE layer {beside.index(None)} has no attention beside it that could be measured")
+        with eager_attention(trunk):
+            hooks = [cast(nn.Module, a).register_forward_hook(keep(number)) for number, a in enumerate(beside)]
             try:
                 cast(nn.Module, trunk)(
                     input_ids=batch.tokens_SN,
@@ -74,26 +77,3 @@ class PlaceMeasures(TaskLosses):
                 for hook in hooks:
                     hook.remove()
         return torch.stack([found[number] for number in range(len(self.moe))])
-
-    def _attentions(self) -> list[nn.Module]:
-        """Return the attention module next to each MoE block, in depth order."""
-        beside: dict[nn.Module, nn.Module] = {}
-        for module in self.model.modules():
-            attention = getattr(module, "self_attn", None)
-            for block in module.children():
-                if isinstance(attention, nn.Module) and isinstance(block, MoE | Grafted):
-                    beside[block.experts if isinstance(block, Grafted) else block] = attention
-        if alone := [number for number, layer in enumerate(self.moe) if layer not in beside]:
-            raise ValueError(f"MoE layer {alone[0]} has no self_attn beside it, whose attention could be measured")
-        return [beside[layer] for layer in self.moe]
-
-
-@contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block compute attention in full, maps and all; then as it was."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

@@ -15,8 +15,12 @@ Options: TypeAlias = dict[str, Any]
 TOKEN_MASK = "fedmoe_token_mask_T"
 
 
-def carry_token_mask(model: nn.Module) -> dict[MoE, Carrier]:
+def carry_token_mask(model: nn.Module, trunk: nn.Module) -> dict[MoE, Carrier]:
     """Let the token mask ride each forward as a keyword, from the model's call to its MoE layers.
+
+    Args:
+        model: which is called with the mask.
+        trunk: a module inside it that is called with the mask, too, or the model itself.
 
     Returns:
         The carriers that bring it to each of them, so that a layer grafted on later can be given the same mask.
@@ -31,7 +35,8 @@ def carry_token_mask(model: nn.Module) -> dict[MoE, Carrier]:
     places = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     above = {name: name.rpartition(".")[0] for name in places}
     last = _Last()
-    model.register_forward_pre_hook(last.see, with_kwargs=True)
+    for called in {model, trunk}:
+        called.register_forward_pre_hook(last.see, with_kwargs=True)
     # Layers without a MoE layer are called with the same keywords, so the mask is taken off there, too.
     stacks = {parent.rpartition(".")[0] for parent in above.values()}
     for stack in stacks:

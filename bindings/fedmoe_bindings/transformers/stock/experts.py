@@ -111,8 +111,8 @@ def in_turn(values: Tensor) -> Tensor:
 def error_over_rounding(found: Tensor, want: Tensor) -> float | None:
     """By how much two answers differ, relative to their size, if that is more than rounding; 0.0 if not.
 
-    None = there is nothing to tell: all zeros, NaN, or so small that the steps of their dtype are coarser than rounding is
-    allowed to be. In float16 that begins at 1e-6 a value, which models of random small weights reach.
+    None = there is nothing to tell: all zeros, NaN, or so small that the steps of their dtype are coarser than rounding
+    is allowed to be. In float16 that begins at 1e-6 a value, which models of random small weights reach.
     """
     allowed, info = _TOLERANCE.get(found.dtype, _ROUGH), torch.finfo(found.dtype)
     size, step = float(want.double().norm()), info.smallest_normal * info.eps
