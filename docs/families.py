@@ -48,8 +48,8 @@ What fedmoe itself answers.
 
 """
 TAIL = """
-Of Switch Transformers the simulator trains the encoder, as a classifier. Its layers drop no token: transformers' own drop
-those that find no room, of sequences longer than the capacity.
+Of Switch Transformers the simulator trains the encoder, as a classifier. Its layers drop no token: those of
+transformers drop what finds no room, in sequences longer than the capacity.
 
 Families with experts outside that interface are refused, with what was looked for: Doge, LongCat-Flash and Step 3.7. So
 is NLLB-MoE: transformers 5 itself runs its experts 0 and 1 only, whichever its router chose.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from stock_models import relative
-from tiny_corpus import make_config
+from test_pretrained_run import save_checkpoint
+from tiny_corpus import make_config, write_topics
 from transformers import (
     SwitchTransformersConfig,
     SwitchTransformersEncoderModel,
@@ -26,6 +29,7 @@ from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.prepare import build_world
 from fedmoe_core.simulation.process_group import Ranks
 from fedmoe_core.simulation.round import play_round
+from fedmoe_core.simulation.run import run
 
 SIZES = {
     "d_model": 32,
@@ -40,11 +44,13 @@ SIZES = {
 }
 
 
-def save_switch(folder: Path, **options: object) -> Path:
+def save_switch(folder: Path, **options: Any) -> Path:
     """A whole tiny model, encoder and decoder, as its makers save it: with dropout and jitter in its configuration."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(vocab_size=320, **SIZES, **options))
+        model = SwitchTransformersForConditionalGeneration(
+            SwitchTransformersConfig(**{"vocab_size": 320} | SIZES | options)
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
@@ -184,6 +190,29 @@ def test_every_system_trains_it(
         for name in ("memory_bytes", "flops", "bytes_down", "bytes_up"):
             assert getattr(update.cost, name) <= getattr(plan.predicted, name), (name, update.cost, plan.predicted)
     assert any(not torch.equal(old, state.params[key]) for key, old in before.items())
+
+
+def test_a_checkpoint_from_disk_is_fine_tuned_by_budgeted_clients(tmp_path: Path) -> None:
+    tokenizer = save_checkpoint(tmp_path / "other", "mixtral")
+    save_switch(tmp_path / "model", vocab_size=tokenizer.get_vocab_size())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "other" / name, tmp_path / "model")
+    topics = write_topics(tmp_path / "topics.csv")
+    settings = [
+        *(
+            f"data=csv:{topics}",
+            f"model={tmp_path / 'model'}",
+            f"out={tmp_path / 'run'}",
+            f"cache={tmp_path / 'cache'}",
+        ),
+        *("threads=1", "clients=3", "rounds=2", "train.batch_size=4", "train.seq_len=16", "train.local_steps=4"),
+        *("budgets=experts=50%", "train.lr=1e-2", "warmup.head_steps=5"),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        summary = run(Config.load(None, settings))
+    assert summary["loss_after"] < summary["loss_before"]
+    assert summary["budget_violations"] == 0
 
 
 def test_an_encoder_is_not_trained_to_predict_what_it_sees(saved: Path) -> None:

@@ -1,0 +1,55 @@
+"""A pytest plugin for transformers' own tests: a model that names no experts implementation gets the one asked for.
+
+    python -m pytest -p bench.upstream.plugin --experts fedmoe tests/models/mixtral   # in a checkout of transformers
+
+A test that names an implementation itself keeps it. In the report of each test stands how many models it made that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+import fedmoe_bindings.transformers  # noqa: F401 - makes "fedmoe" known to transformers
+
+OPTION = "--experts"
+PROPERTY = "models_with_these_experts"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(OPTION, default="fedmoe", help="experts implementation of every model that names none")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chooser = _Chooser(config.getoption(OPTION))
+    chooser.take_over()
+    config.pluginmanager.register(chooser, "fedmoe-experts-chooser")
+
+
+@dataclass
+class _Chooser:
+    name: str
+    models: int = 0
+
+    def take_over(self) -> None:
+        stock: Any = PreTrainedModel.get_correct_experts_implementation
+
+        def chosen(model: PreTrainedModel, requested: str | None) -> str:
+            if requested is None and model._can_set_experts_implementation():
+                self.models += 1
+                requested = self.name
+            return str(stock(model, requested))
+
+        PreTrainedModel.get_correct_experts_implementation = chosen  # type: ignore[method-assign]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        before = self.models
+        try:
+            return (yield)
+        finally:
+            item.user_properties.append((PROPERTY, self.models - before))
