@@ -1,0 +1,1 @@
+"""The tests of transformers itself, run with fedmoe's experts."""

@@ -42,7 +42,7 @@ FAMILIES = (
         "minimax_m2",
         "lfm2_moe",
     ),
-    *("ernie4_5_moe", "flex_olmo", "dots1", "hunyuan_v1_moe"),
+    *("ernie4_5_moe", "flex_olmo", "dots1", "hunyuan_v1_moe", "switch_transformers", "dbrx", "jetmoe"),
 )
 OTHERS = ("eager", "grouped_mm")
 VERSION = "import transformers; print(transformers.__version__)"

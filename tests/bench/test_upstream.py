@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+FILE = "test_modeling_toy.py"
 TOY = """
 import pytest
 from transformers import MixtralConfig, MixtralModel
@@ -46,7 +47,7 @@ class TestToy:
 def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "tests" / "models" / "toy"
     folder.mkdir(parents=True)
-    (folder / "test_modeling_toy.py").write_text(TOY)
+    (folder / FILE).write_text(TOY)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     return tmp_path
 
@@ -58,7 +59,7 @@ def test_what_fails_because_of_us_is_told_from_what_always_fails(checkout: Path)
     row = family_row(checkout, "toy", workers=0)
     assert (row["passed"], row["failed"], row["skipped"]) == (4, 2, 1)
     assert row["passed_with_our_experts"] == 2, "a model that names its experts, or none at all, is not one of ours"
-    place = "tests/models/toy/test_modeling_toy.py::TestToy"
+    place = f"tests/models/toy/{FILE}::TestToy"
     assert row["because_of_us"] == {f"{place}::test_eager_only": ["eager"]}
     assert row["fail_everywhere"] == [f"{place}::test_never"]
     assert table({"toy": row}).row_count == 1
