@@ -74,6 +74,15 @@ def test_a_checkout_without_the_family_says_what_pytest_said(checkout: Path) -> 
 
 
 @pytest.mark.usefixtures("bench")
+def test_a_file_that_does_not_import_is_no_result(checkout: Path) -> None:
+    from bench.upstream.run import family_row
+
+    (checkout / "tests" / "models" / "toy" / FILE).write_text("import a_package_that_is_not_there")
+    with pytest.raises(RuntimeError, match=r"cannot be collected: .*No module named 'a_package_that_is_not_there'"):
+        family_row(checkout, "toy", workers=1)
+
+
+@pytest.mark.usefixtures("bench")
 def test_a_checkout_that_does_not_import_says_so(checkout: Path) -> None:
     from bench.upstream.run import made_with
 
