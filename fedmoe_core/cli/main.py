@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -228,7 +229,13 @@ def main() -> None:
     # The memory profiler's notes about blocks older than itself are expected: resident bytes are counted apart.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.formatwarning = _warning  # type: ignore[assignment] # of what it is given it needs the message alone
     app(prog_name="fedmoe")
+
+
+def _warning(message: Warning | str, *_: object) -> str:
+    """A warning as one line, without the place in the code, and from one rank."""
+    return f"warning: {message}\n" if launch.rank() == 0 else ""
 
 
 class _Stop:

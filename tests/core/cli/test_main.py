@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -274,6 +275,16 @@ def test_failed_rank_is_one_sentence_of_the_parent(monkeypatch: pytest.MonkeyPat
     assert error.value.code == 2
     assert launch.LAUNCHED not in os.environ
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_warning_is_one_line_of_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", None)
+    monkeypatch.setattr(main, "app", lambda prog_name: None)
+    main.main()
+    told = (UserWarning("weights are copied"), UserWarning, "somewhere.py", 7)
+    assert warnings.formatwarning(*told) == "warning: weights are copied\n"
+    monkeypatch.setenv("RANK", "1")
+    assert warnings.formatwarning(*told) == ""
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch) -> None:

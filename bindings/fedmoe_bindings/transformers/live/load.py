@@ -34,7 +34,7 @@ from fedmoe_core.layer.state import INIT_STD
 Pool = Literal["mean", "last"]
 # Of models with an encoder and a decoder: the class that has the encoder alone.
 _ENCODERS = {"switch_transformers": SwitchTransformersEncoderModel}
-_CHANCE = re.compile("dropout|jitter|drop_path")
+_CHANCE = re.compile("dropout|layerdrop|drop_path|jitter")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
