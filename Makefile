@@ -57,11 +57,13 @@ $(OLDEST)/.ready: setup.py pyproject.toml $(OLDEST_CONSTRAINTS)
 	@touch $@
 
 # What goes through torch's operators, Triton's interpreter or its compiler. Left out are the interpreter's files of one
-# kernel each (70 CPU seconds): the same kernels run within the operator in experts/test_moe_mlp.py.
+# kernel each (70 CPU seconds): the same kernels run within the operator in experts/test_moe_mlp.py; and tests of bench
+# that ask neither (60 CPU seconds).
 OLDEST_PYTEST := $(OLDEST)/bin/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal
+NEITHER := $(foreach name,rooms upstream,--ignore=tests/bench/test_$(name).py)
 ONE_KERNEL := $(foreach name,up down data_gradient,--ignore=tests/interpret/experts/test_$(name).py)
 test-oldest: $(OLDEST)/.ready ## kernels, benchmarks and the interpreter with the oldest torch and triton, .venv-oldest
-	$(OLDEST_PYTEST) tests/kernels tests/bench
+	$(OLDEST_PYTEST) tests/kernels tests/bench $(NEITHER)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(OLDEST_PYTEST) tests/interpret $(ONE_KERNEL)
 
 aot-3.6: $(OLDEST)/.ready ## the same as aot with triton 3.6.0, of .venv-oldest
