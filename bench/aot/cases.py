@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import width
 from fedmoe_kernels.experts.op_inputs import DIFFERENTIABLE, OpInputs
 from fedmoe_kernels.formats import FORMATS
 from fedmoe_kernels.gpu.experts import driver as experts
@@ -168,7 +168,7 @@ def _route(case: Case, execute: Mapping[str, Execute], device: str) -> Callable[
 def inputs_of(case: Case, device: str = "meta") -> OpInputs:
     """Make the operator's tensors, without values; on the CPU their memory is never touched."""
     T, H, I, K = case.T, case.H, case.I, case.K  # noqa: E741
-    F, R = ACTIVATIONS[case.activation].width(I), case.T * case.K
+    F, R = width(case.activation, I), case.T * case.K
     real = lambda *size: torch.empty(*size, dtype=case.dtype, device=device)  # noqa: E731
     held = case.B // case.clients if case.rank else case.B
     trainable, frozen = (held, 0) if case.rank else (case.Bt, case.B - case.Bt)

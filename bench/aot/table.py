@@ -16,7 +16,7 @@ from bench.aot.cases import Case
 from bench.aot.sass import PRODUCTS, Code, Job
 from bench.common import markdown
 from bench.common.roofline import GPUS, Gpu, Layer, Tiling, Work, backward, expected, forward, least_seconds
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import is_gated
 from fedmoe_kernels.gpu.launch import Launch
 
 # The GPU that gives a prediction its peaks; sm_86 stands for many GPUs, so it has none.
@@ -156,7 +156,7 @@ class Step:
         case = self.case
         if case.rank or case.format or not case.keep_z:
             return None
-        gated = ACTIVATIONS[case.activation].gated
+        gated = is_gated(case.activation)
         layer = Layer(case.T, case.H, case.I, case.B, case.K, Bt=case.Bt, gated=gated, itemsize=case.dtype.itemsize)
         stages = (*forward(layer), *(backward(layer) if name != "forward" else ()))
         return 1e3 * least_seconds(stages, GPU_OF[self.arch])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import width
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def F(self) -> int:
-        return ACTIVATIONS[self.activation].width(self.I)
+        return width(self.activation, self.I)
 
     @property
     def flops(self) -> int:

@@ -16,8 +16,17 @@ from torch import Tensor
 
 from bench.common.cases import Problem
 from bench.common.peers import leaf
-from fedmoe_kernels import ExpertLora, ExpertScores, ExpertWeights, Quantized, Routing, SlotMap, moe_mlp, route
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels import (
+    ExpertLora,
+    ExpertScores,
+    ExpertWeights,
+    Quantized,
+    Routing,
+    SlotMap,
+    activations,
+    moe_mlp,
+    route,
+)
 from fedmoe_kernels.backends import can_run_triton
 from fedmoe_kernels.cpu import loops, slot
 from fedmoe_kernels.cpu.gemm import gemm_for
@@ -180,7 +189,7 @@ def _launched(task: Problem, inputs: OpInputs) -> Cut:
 
 def _looped(task: Problem, inputs: OpInputs) -> Cut:
     """Cut by the products that the slot loops make, over buffers of all rows."""
-    shape, gemm, act = task.shape, gemm_for(task.x_TH.dtype), ACTIVATIONS[task.shape.activation]
+    shape, gemm, act = task.shape, gemm_for(task.x_TH.dtype), activations.named(task.shape.activation)
     rows = ops.host_rows(inputs)
     N, like = rows.real, task.x_TH
     tokens_N, spans = rows.tokens_R[:N], [slice(a, b) for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]

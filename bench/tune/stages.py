@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.common.cases import Shape
-from fedmoe_kernels.activations import ACTIVATIONS
+from fedmoe_kernels.activations import is_gated
 from fedmoe_kernels.gpu.experts.data_gradient import column_blocks, data_gradient
 from fedmoe_kernels.gpu.experts.down import down, input_gradient, rank_product
 from fedmoe_kernels.gpu.experts.schedule import schedule
@@ -146,4 +146,4 @@ def scaled(shape: Shape, rows_per_slot: int) -> Shape:
 
 def gated(shape: Shape) -> bool:
     """Tell whether its up-projection has two halves."""
-    return ACTIVATIONS[shape.activation].gated
+    return is_gated(shape.activation)

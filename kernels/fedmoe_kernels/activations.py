@@ -197,8 +197,13 @@ def parts(activation: str) -> tuple[str, float]:
     return name, limit
 
 
+def is_gated(activation: str) -> bool:
+    """Say whether z holds gate and up; the name may have a limit."""
+    return ACTIVATIONS[parts(activation)[0]].gated
+
+
 def width(activation: str, intermediate: int) -> int:
-    """Return F, the rows of w_in per expert: twice I if the activation, with or without a limit, is gated."""
+    """Return F, the rows of w_in per expert; the name may have a limit."""
     return ACTIVATIONS[parts(activation)[0]].width(intermediate)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedmoe_kernels import reference
-from fedmoe_kernels.activations import ACTIVATIONS, DEFAULT_LIMITS, named, parts, width
+from fedmoe_kernels.activations import ACTIVATIONS, DEFAULT_LIMITS, is_gated, named, parts, width
 
 
 @pytest.mark.parametrize("name", ["swiglu_oai:3", "swiglu_clamped:0.5", "swiglu_clamped:12"])
@@ -40,6 +40,8 @@ def test_names_with_and_without_a_limit() -> None:
     assert parts("swiglu_oai:20") == ("swiglu_oai", 20.0)
     assert parts("gelu") == ("gelu", 0.0)
     assert (width("swiglu_oai:20", 5), width("gelu", 5)) == (10, 5)
+    assert is_gated("swiglu_clamped:1e3")
+    assert not is_gated("relu2")
     assert named("gelu") is ACTIVATIONS["gelu"]
 
 
@@ -56,6 +58,6 @@ def test_names_with_and_without_a_limit() -> None:
     ],
 )
 def test_a_name_that_means_nothing_is_refused(name: str, words: str) -> None:
-    for ask in (parts, named, lambda name: width(name, 4)):
+    for ask in (parts, named, is_gated, lambda name: width(name, 4)):
         with pytest.raises(ValueError, match=words):
             ask(name)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmoe_kernels.activations import width
+from fedmoe_kernels.activations import is_gated
 from fedmoe_kernels.backends import WORTH_SAYING, warn_once
 from fedmoe_kernels.experts.op_inputs import WEIGHTS, OpInputs
 from fedmoe_kernels.gpu.experts.decode import Codes
@@ -147,7 +147,7 @@ def call_of(inputs: OpInputs, options: CallOptions) -> Call:
         inputs.x_TH.device,
         inputs.x_TH.dtype,
         *(inputs.x_TH.shape[1], inputs.w_out.shape[2]),
-        gated=width(activation, 1) == 2,
+        gated=is_gated(activation),
         rows_per_slot=rows_per_slot,
         arch=arch,
         override=os.environ.get(OVERRIDE),
