@@ -105,8 +105,10 @@ def made_with(checkout: Path) -> dict[str, Any]:
     """Name the machine, and the version and revision of the transformers that is tested.
 
     Raises:
-        ValueError: that one does not import.
+        ValueError: there is no such clone, or what is in it does not import.
     """
+    if not (checkout / "tests" / "models").is_dir():
+        raise ValueError(f"{checkout} has no tests/models; give a clone of transformers")
     where = environment(PYTHONPATH=str(checkout / "src"))
     asked = subprocess.run([sys.executable, "-c", VERSION], env=where, capture_output=True, text=True, check=False)
     if asked.returncode:

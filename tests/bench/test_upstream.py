@@ -87,6 +87,8 @@ def test_a_checkout_that_does_not_import_says_so(checkout: Path) -> None:
     from bench.upstream.run import made_with
 
     assert made_with(checkout)["transformers"]
+    with pytest.raises(ValueError, match=r"src has no tests/models; give a clone of transformers"):
+        made_with(checkout / "src")
     broken = checkout / "src" / "transformers"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('tokenizers>=99 is required')")
