@@ -213,5 +213,7 @@ def named(activation: str) -> Activation:
     Raises:
         ValueError: as ``parts``.
     """
+    if activation in ACTIVATIONS:
+        return ACTIVATIONS[activation]
     name, limit = parts(activation)
-    return _clamped(_CLAMPED[name], limit) if name in _CLAMPED else ACTIVATIONS[name]
+    return _clamped(_CLAMPED[name], limit)

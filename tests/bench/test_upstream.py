@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_what_fails_because_of_us_is_told_from_what_always_fails(checkout: Path)
     place = f"tests/models/toy/{FILE}::TestToy"
     assert row["because_of_us"] == {f"{place}::test_eager_only": ["eager"]}
     assert row["fail_everywhere"] == [f"{place}::test_never"]
-    assert table({"toy": row}).row_count == 1
+    assert table({"toy": row}).row_count == 2, "a line for the family and one for the sum"
 
 
 @pytest.mark.usefixtures("bench")
@@ -94,3 +95,16 @@ def test_a_checkout_that_does_not_import_says_so(checkout: Path) -> None:
     (broken / "__init__.py").write_text("raise ImportError('tokenizers>=99 is required')")
     with pytest.raises(ValueError, match=r"does not import \(.*tokenizers>=99 is required\); install what it needs"):
         made_with(checkout)
+
+
+@pytest.mark.usefixtures("bench")
+def test_what_the_guide_says_is_what_was_kept() -> None:
+    from bench.common.checkout import RESULTS, ROOT
+    from bench.upstream.run import FAMILIES, total
+
+    rows = json.loads((RESULTS / "upstream-5.16.0.dev0.json").read_text())["families"]
+    passed, ours, _, everywhere, because_of_us = total(rows)
+    assert (rows.keys(), everywhere, because_of_us) == (set(FAMILIES), 2, 0)
+    guide = " ".join((ROOT / "docs/guides/transformers.md").read_text().split())
+    assert f"for {len(rows)} families" in guide
+    assert f"{passed:,} tests, of which {ours:,} build models with our experts. Two need the network" in guide

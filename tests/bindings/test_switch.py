@@ -14,12 +14,14 @@ from stock_models import relative
 from test_pretrained_run import save_checkpoint
 from tiny_corpus import make_config, write_topics
 from transformers import (
+    MixtralConfig,
     SwitchTransformersConfig,
     SwitchTransformersEncoderModel,
     SwitchTransformersForConditionalGeneration,
 )
 
 from fedmoe_bindings.transformers import TransformersAdapter, load_adapter
+from fedmoe_bindings.transformers.live.load import without_chance
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import ALGORITHMS
 from fedmoe_core.data.batches import Batch
@@ -31,6 +33,7 @@ from fedmoe_core.simulation.process_group import Ranks
 from fedmoe_core.simulation.round import play_round
 from fedmoe_core.simulation.run import run
 
+STACKS = (("w_in", "wi"), ("w_out", "wo"))
 SIZES = {
     "d_model": 32,
     "d_kv": 8,
@@ -80,6 +83,15 @@ def stock(saved: Path) -> SwitchTransformersEncoderModel:
     return SwitchTransformersEncoderModel.from_pretrained(saved, dropout_rate=0.0, router_jitter_noise=0.0).eval()
 
 
+def sparse_blocks(model: SwitchTransformersEncoderModel) -> list[Any]:
+    return [block.layer[1].mlp for block in model.encoder.block if hasattr(block.layer[1].mlp, "router")]
+
+
+def grad_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Zeros for an expert that no token chose."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
 def test_its_encoder_under_a_head_is_the_stock_encoder_with_every_gradient(saved: Path) -> None:
     adapter, model, batch = opened(saved), stock(saved), batch_of()
     assert (adapter.spec.num_layers, adapter.spec.num_experts, adapter.spec.top_k) == (2, 8, 1)
@@ -91,18 +103,12 @@ def test_its_encoder_under_a_head_is_the_stock_encoder_with_every_gradient(saved
     found = adapter.loss(batch)
     found.backward()
     assert relative(found, want) < 1e-5
-    sparse = [block.layer[1].mlp for block in model.encoder.block if hasattr(block.layer[1].mlp, "router")]
-    for layer, block in zip(adapter.moe, sparse, strict=True):
-        experts = list(block.experts.values())
+    for layer, block in zip(adapter.moe, sparse_blocks(model), strict=True):
         grads = {
-            "w_in": torch.stack(
-                [torch.zeros_like(e.wi.weight) if e.wi.weight.grad is None else e.wi.weight.grad for e in experts]
-            ),
-            "w_out": torch.stack(
-                [torch.zeros_like(e.wo.weight) if e.wo.weight.grad is None else e.wo.weight.grad for e in experts]
-            ),
-            "router": block.router.classifier.weight.grad,
+            name: torch.stack([grad_of(getattr(e, place).weight) for e in block.experts.values()])
+            for name, place in STACKS
         }
+        grads["router"] = block.router.classifier.weight.grad
         for name, grad in grads.items():
             assert relative(getattr(layer, name).grad, grad) < 1e-4, name
     theirs = dict(model.named_parameters())
@@ -128,14 +134,11 @@ def test_fewer_experts_are_the_stock_encoder_without_the_others(saved: Path) -> 
     adapter.configure(adapter.state(), SubModel(permitted_LE=held))
     found = adapter.evaluate(batch).loss_sum
     model = stock(saved)
-    sparse = [block.layer[1].mlp for block in model.encoder.block if hasattr(block.layer[1].mlp, "router")]
     with torch.no_grad():
-        for mask, block in zip(held, sparse, strict=True):
-            weight = block.router.classifier.weight
+        for mask, block in zip(held, sparse_blocks(model), strict=True):
             block.router.classifier.register_forward_hook(
                 lambda _, __, logits, mask=mask: logits.masked_fill(~torch.from_numpy(mask), -torch.inf)
             )
-            assert weight.shape == (8, 32)
         hidden = model(input_ids=batch.tokens_SN, attention_mask=batch.mask_SN.long()).last_hidden_state
         pooled = (hidden * batch.mask_SN[..., None]).sum(1) / batch.mask_SN.sum(1, keepdim=True)
         want = torch.nn.functional.cross_entropy(pooled @ adapter.model.score.weight.T, batch.labels_S, reduction="sum")
@@ -148,6 +151,7 @@ def test_what_is_left_out_of_it_is_said(saved: Path, tmp_path: Path) -> None:
     ):
         adapter = load_adapter(str(saved), task="classification", num_classes=3)
     assert not any(isinstance(m, torch.nn.Dropout) and m.p for m in adapter.model.modules())
+    assert adapter.export(head=False).config.dropout_rate == 0.0
     with pytest.raises(ValueError, match="has an encoder and a decoder; fedmoe trains its encoder, as a classifier"):
         load_adapter(str(saved), task="causal_lm")
     noisy = SwitchTransformersEncoderModel(SwitchTransformersConfig(vocab_size=320, **SIZES, router_jitter_noise=0.0))
@@ -231,3 +235,16 @@ def test_attention_is_that_of_the_blocks_that_have_experts_whatever_was_run_befo
     maps = [told[number].mean(dim=1) * mask_SN[:, :, None] for number in sparse]
     want_LSN = torch.stack([m.sum(dim=1) / mask_SN.sum(dim=1, keepdim=True) * mask_SN for m in maps])
     assert relative(found_LSN, want_LSN) < 1e-5
+
+
+def test_chance_is_taken_out_of_every_part_of_a_configuration() -> None:
+    """A part may leave open what another sets."""
+    config = MixtralConfig(attention_dropout=0.1, path_dropout=0.2)
+    config.text_config = MixtralConfig(attention_dropout=0.3, path_dropout=None)
+    with pytest.warns(match=r"trained without attention_dropout=0\.3, path_dropout=0\.2: a simulated step"):
+        without_chance(config, "made up")
+    assert (config.attention_dropout, config.path_dropout) == (0.0, 0.0)
+    assert (config.text_config.attention_dropout, config.text_config.path_dropout) == (0.0, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        without_chance(config, "made up")

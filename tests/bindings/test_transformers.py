@@ -334,8 +334,14 @@ def test_classifiers_export_where_transformers_has_the_same_head():
     with pytest.raises(ValueError, match="pool='last'"):
         TransformersAdapter(stock, task="classification", num_classes=3, pool="mean").export()
     trunk = stock_model("olmoe", cls=OlmoeModel)
+    state = trunk.state_dict()
+    adapter = TransformersAdapter(trunk, task="classification", num_classes=3, pool="last")
     with pytest.raises(ValueError, match="no classifier for 'olmoe'"):
-        TransformersAdapter(trunk, task="classification", num_classes=3, pool="last").export()
+        adapter.export()
+    bare = adapter.export(head=False)
+    assert type(bare) is OlmoeModel
+    assert bare.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, bare.state_dict()[name]) for name, value in state.items())
 
 
 def test_generation_is_that_of_the_stock_model():

@@ -2,27 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-_SELF_ATTENTION = ("self_attn", "SelfAttention")
+# How families call the self-attention of a block, and where its maps are in what it returns. Others return more after
+# them (the chosen tokens of GLM's sparse attention), or before them (the position bias of T5's descendants).
+_MAPS_AT = {"self_attn": 1, "SelfAttention": 2}
 
 
-def attention_beside(model: nn.Module, moe: Sequence[nn.Module]) -> list[nn.Module | None]:
-    """Return the self-attention of each MoE layer's block, None where there is none: the nearest that stands alone."""
+@dataclass(frozen=True)
+class Attention:
+    """The self-attention in the block of a MoE layer.
+
+    Attributes:
+        module: which, run eagerly, returns its maps (S, heads, N, N) among other values, unless it is linear.
+        at: their place among these.
+    """
+
+    module: nn.Module
+    at: int
+
+    def watch(self, see: Callable[[Tensor | None], None]) -> RemovableHandle:
+        """Hand the maps of every forward to ``see`` until the handle is removed; None where attention makes none."""
+
+        def hook(_: nn.Module, __: object, output: Any) -> None:
+            length, maps = output[0].shape[1], output[self.at]
+            is_map = maps is not None and maps.shape[-2:] == (
+                length,
+                length,
+            )  # linear attention returns its state there
+            see(maps if is_map else None)
+
+        return self.module.register_forward_hook(hook)
+
+
+def attention_beside(model: nn.Module, moe: Sequence[nn.Module]) -> list[Attention | None]:
+    """Return the self-attention of each MoE layer's block; None where the block has none, as beside a state space."""
     modules = dict(model.named_modules())
     place_of = {module: name for name, module in modules.items()}
-    attentions = [name for name in modules if name.rpartition(".")[2] in _SELF_ATTENTION]
-    found: list[nn.Module | None] = []
+    found: list[Attention | None] = []
     for layer in moe:
-        above, near = place_of[layer], list[str]()
-        while above and not near:
-            above = above.rpartition(".")[0]
-            near = [name for name in attentions if name.startswith(f"{above}." if above else "")]
-        found.append(modules[near[0]] if len(near) == 1 else None)
+        block = place_of[layer]
+        while block and not isinstance(modules[block], GradientCheckpointingLayer):  # what transformers' blocks are
+            block = block.rpartition(".")[0]
+        named = modules[block].named_modules() if block else ()
+        inside = [(name.rpartition(".")[2], module) for name, module in named]
+        near = [Attention(module, _MAPS_AT[kind]) for kind, module in inside if kind in _MAPS_AT]
+        found.append(near[0] if len(near) == 1 else None)
     return found
 
 
@@ -40,16 +73,13 @@ def attention_received(model: nn.Module, moe: Sequence[nn.Module]) -> Iterator[l
         yield found
         return
 
-    def watch(number: int) -> Any:
-        def hook(module: nn.Module, inputs: object, output: Any) -> None:
-            found[number] = None if output[-1] is None else _received(output[-1].detach())
-
-        return hook
+    def keep(number: int, maps: Tensor | None) -> None:
+        found[number] = None if maps is None else _received(maps.detach())
 
     with ExitStack() as hooks:
         for number, attention in enumerate(attention_beside(model, moe)):
             if attention is not None:
-                hooks.callback(attention.register_forward_hook(watch(number)).remove)
+                hooks.callback(attention.watch(partial(keep, number)).remove)
         hooks.enter_context(eager_attention(trunk))
         yield found
 

@@ -120,7 +120,8 @@ def family_of(block: StockBlock) -> Family:
     tensors |= _steering(block)
     rule, top_k = _rule(block, tensors)
     with torch.no_grad():
-        pair = isinstance(_run(block, _tokens(block)[:1]), tuple)
+        width, like = _at(block.module, tensors["router"]).shape[1], _at(block.module, tensors["w_out"])
+        pair = isinstance(_run(block, _tokens(width, like)[:1]), tuple)
     return Family(
         rule,
         top_k,
@@ -140,7 +141,7 @@ def check_layer(block: StockBlock, layer: MoE) -> None:
     Raises:
         ValueError: they differ by more than rounding.
     """
-    x_TH = _tokens(block)
+    x_TH = _tokens(layer.hidden_size, layer.w_in)
     if x_TH.device.type == "meta":
         return
     want = _run(block, x_TH)
@@ -281,15 +282,9 @@ def _run(block: StockBlock, x_TH: Tensor) -> Any:
             config._experts_implementation = chosen
 
 
-def _tokens(block: StockBlock) -> Tensor:
-    if block.outside is SwitchExperts:
-        down = _at(block.experts, "expert_0.wo.weight")
-        width = down.shape[0]
-    else:
-        down = cast(Tensor, block.experts.down_proj)
-        width = down.shape[2 if form_of(block.experts).transposed else 1]
+def _tokens(width: int, like: Tensor) -> Tensor:
     drawn = torch.randn(8, width, generator=torch.Generator().manual_seed(1))
-    return drawn.to(down.device, down.dtype)
+    return drawn.to(like.device, like.dtype)
 
 
 def _at(module: nn.Module, place: str) -> Tensor:

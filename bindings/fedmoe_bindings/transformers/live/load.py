@@ -158,7 +158,7 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
                 f"model {name!r} ({config.model_type}) has an encoder and a decoder; fedmoe trains its encoder, as a "
                 "classifier, so choose data with labels"
             )
-        _without_chance(config, name)
+        without_chance(config, name)
         with _one_sentence(name):
             model, report = _auto_class(config, task).from_pretrained(
                 name,
@@ -182,14 +182,14 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
     return model
 
 
-def _without_chance(config: PreTrainedConfig, name: str) -> None:
+def without_chance(config: PreTrainedConfig, name: str) -> None:
     """Set what a configuration drops or shakes at random to 0."""
-    parts = configs_of(config)
-    found = {key: value for part in parts for key, value in vars(part).items() if _CHANCE.search(key) and value}
-    found = {key: value for key, value in found.items() if isinstance(value, int | float)}
-    for part in parts:
-        for key in found.keys() & vars(part).keys():
-            setattr(part, key, type(getattr(part, key))(0))
+    found: dict[str, float] = {}
+    for part in configs_of(config):
+        for key, value in list(vars(part).items()):
+            if _CHANCE.search(key) and isinstance(value, int | float) and value:
+                found[key] = value
+                setattr(part, key, type(value)(0))
     if found:
         told = ", ".join(f"{key}={value}" for key, value in sorted(found.items()))
         warnings.warn(f"model {name!r} is trained without {told}: a simulated step has no chance in it", stacklevel=3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from contextlib import ExitStack
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -53,27 +55,21 @@ class PlaceMeasures(TaskLosses):
         if is_encoder(trunk):
             seers_SN = mask_SN.sum(dim=1, keepdim=True)
 
-        def keep(number: int) -> Any:
-            def hook(_: nn.Module, __: Any, output: tuple[Tensor | None, ...]) -> None:
-                assert output[-1] is not None  # eager attention returns its maps
-                got_SN = (output[-1].mean(dim=1) * mask_SN[:, :, None]).sum(dim=1)
-                found[number] = (got_SN / seers_SN).masked_fill(~mask_SN, 0.0)
+        def keep(number: int, maps: Tensor | None) -> None:
+            if maps is None:
+                raise ValueError(f"the attention beside MoE layer {number} has no maps that could be measured")
+            got_SN = (maps.mean(dim=1) * mask_SN[:, :, None]).sum(dim=1)
+            found[number] = (got_SN / seers_SN).masked_fill(~mask_SN, 0.0)
 
-            return hook
-
-        beside = attention_beside(self.model, self.moe)
-        if None in beside:
-            raise ValueError(f"MoE layer {beside.index(None)} has no attention beside it that could be measured")
-        with eager_attention(trunk):
-            hooks = [cast(nn.Module, a).register_forward_hook(keep(number)) for number, a in enumerate(beside)]
-            try:
-                cast(nn.Module, trunk)(
-                    input_ids=batch.tokens_SN,
-                    attention_mask=mask_SN.long(),
-                    use_cache=False,
-                    **{TOKEN_MASK: mask_SN.reshape(-1)},
-                )
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        with eager_attention(trunk), ExitStack() as hooks:
+            for number, attention in enumerate(attention_beside(self.model, self.moe)):
+                if attention is None:
+                    raise ValueError(f"MoE layer {number} has no attention beside it that could be measured")
+                hooks.callback(attention.watch(partial(keep, number)).remove)
+            cast(nn.Module, trunk)(
+                input_ids=batch.tokens_SN,
+                attention_mask=mask_SN.long(),
+                use_cache=False,
+                **{TOKEN_MASK: mask_SN.reshape(-1)},
+            )
         return torch.stack([found[number] for number in range(len(self.moe))])
