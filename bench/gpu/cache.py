@@ -183,8 +183,7 @@ def unpack(archive: Path, cache: Path = CACHE) -> int:
                 found = f"{about.get(off[0])}; here {here[off[0]]}"
                 print(f"the carried cache is of another {off[0]} ({found}); kernels are compiled here")
                 return NOT_READY
-            cache.mkdir(parents=True, exist_ok=True)
-            tar.extractall(cache, filter="data")
+            _extract(tar, cache)
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())[:120]  # tarfile writes a line for each way that it tried
         print(f"the carried cache cannot be read ({reason}); kernels are compiled here")
@@ -197,6 +196,17 @@ def unpack(archive: Path, cache: Path = CACHE) -> int:
         return NOT_READY
     print(f"the carried cache is of this triton: {about['variants']} kernels of commit {about['commit']}")
     return 0
+
+
+def _extract(tar: tarfile.TarFile, folder: Path) -> None:
+    """Write an archive's files below a folder, and nothing else; tarfile's own filter is not in Python 3.11.0 to .3."""
+    below = folder.resolve()
+    for member in tar:
+        data, place = tar.extractfile(member) if member.isfile() else None, (below / member.name).resolve()
+        if data is None or not place.is_relative_to(below):
+            raise tarfile.TarError(f"it holds {member.name}, which is no file below its folder")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data.read())
 
 
 def unpack_wheels(box: Path) -> list[str]:

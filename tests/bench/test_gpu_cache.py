@@ -112,6 +112,25 @@ def test_a_cache_of_other_kernels_is_unpacked_and_says_so_in_one_sentence(carrie
     assert list((tmp_path / "cache").glob("*/*.cubin"))
 
 
+@pytest.mark.parametrize(("name", "kind"), [("../outside.txt", tarfile.REGTYPE), ("a_link", tarfile.SYMTYPE)])
+def test_a_cache_writes_files_below_its_folder_alone(carried: Path, tmp_path: Path, name: str, kind: bytes) -> None:
+    archive = changed(carried, tmp_path)
+    with tarfile.open(carried / "box" / "triton.txz") as old, tarfile.open(archive, "w:xz") as new:
+        about = old.extractfile("about.json")
+        assert about is not None
+        raw = about.read()
+        first, bad = tarfile.TarInfo("about.json"), tarfile.TarInfo(name)
+        first.size, bad.type, bad.linkname = len(raw), kind, "/etc/passwd"
+        new.addfile(first, io.BytesIO(raw))
+        new.addfile(bad, io.BytesIO(b""))
+    done = call(tmp_path, "unpack")
+    assert done.returncode == 3, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"the carried cache cannot be read (it holds {name}, which is no file below its folder)")
+    assert not (tmp_path / "outside.txt").exists()
+    assert not (tmp_path / "cache" / "a_link").is_symlink()
+
+
 @pytest.mark.parametrize("harm", ["missing", "cut", "rubbish"])
 def test_a_cache_that_cannot_be_read_is_refused_in_one_sentence(carried: Path, tmp_path: Path, harm: str) -> None:
     (tmp_path / "box").mkdir()
