@@ -29,10 +29,12 @@ test: setup ## the whole test suite
 docs: setup ## build the documentation site into build/site; a broken link or an unknown name is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-check: setup ## lint, format and types
+# The rules of the house take seconds; learned from make test, a wrong word costs a quarter of an hour.
+check: setup ## lint, format, types and the rules of the house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 tests/test_house.py
 
 # Without their dependencies, for megablocks pins an old torch. Both are small source packages; where megablocks finds a
 # CUDA compiler it also builds an extension, which takes minutes and which nothing here uses.

@@ -204,7 +204,7 @@ def _extract(tar: tarfile.TarFile, folder: Path) -> None:
     for member in tar:
         data, place = tar.extractfile(member) if member.isfile() else None, (below / member.name).resolve()
         if data is None or not place.is_relative_to(below):
-            raise tarfile.TarError(f"it holds {member.name}, which is no file below its folder")
+            raise tarfile.TarError(f"it holds {member.name}, which is not a file below its folder")
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(data.read())
 

@@ -126,7 +126,7 @@ def test_a_cache_writes_files_below_its_folder_alone(carried: Path, tmp_path: Pa
     done = call(tmp_path, "unpack")
     assert done.returncode == 3, done.stderr
     (line,) = done.stdout.splitlines()
-    assert line.startswith(f"the carried cache cannot be read (it holds {name}, which is no file below its folder)")
+    assert line.startswith(f"the carried cache cannot be read (it holds {name}, which is not a file below its folder)")
     assert not (tmp_path / "outside.txt").exists()
     assert not (tmp_path / "cache" / "a_link").is_symlink()
 
