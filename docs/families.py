@@ -62,7 +62,8 @@ def yes_or_why(act: object) -> str:
         act()  # type: ignore[operator]
         return "yes"
     except ValueError as error:
-        return "no: " + str(error).partition(";")[0]
+        reason, _, remedy = str(error).rpartition("; ")
+        return "no: " + (reason or remedy)
 
 
 def row_of(family: str) -> tuple[str, list[str]]:

@@ -15,6 +15,7 @@ from test_pretrained_run import save_checkpoint
 from tiny_corpus import make_config, write_topics
 from transformers import (
     MixtralConfig,
+    PhimoeConfig,
     SwitchTransformersConfig,
     SwitchTransformersEncoderModel,
     SwitchTransformersForConditionalGeneration,
@@ -248,3 +249,10 @@ def test_chance_is_taken_out_of_every_part_of_a_configuration() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         without_chance(config, "made up")
+
+
+def test_a_threshold_that_is_called_jitter_is_no_chance() -> None:
+    config = PhimoeConfig(router_jitter_noise=0.02, input_jitter_noise=0.1, resid_pdrop=0.3)
+    with pytest.warns(match=r"trained without input_jitter_noise=0\.1, resid_pdrop=0\.3: a simulated step"):
+        without_chance(config, "made up")
+    assert (config.router_jitter_noise, config.input_jitter_noise, config.resid_pdrop) == (0.02, 0.0, 0.0)

@@ -105,7 +105,7 @@ NOT_SIMULATED = {
     "minimax_m3_vl": OWN_SUM,
     "muse_spark": OWN_ACTIVATION,
     "openai_privacy_filter": OWN_RULE,
-    "phimoe": "router_jitter_noise",
+    "phimoe": OWN_RULE,
     "switch_transformers": "the encoder alone, as a classifier",  # which test_switch.py does
     "zaya": OWN_TENSOR,
 }

@@ -34,10 +34,8 @@ class Attention:
 
         def hook(_: nn.Module, __: object, output: Any) -> None:
             length, maps = output[0].shape[1], output[self.at]
-            is_map = maps is not None and maps.shape[-2:] == (
-                length,
-                length,
-            )  # linear attention returns its state there
+            # Linear attention returns its state there.
+            is_map = maps is not None and maps.shape[-2:] == (length, length)
             see(maps if is_map else None)
 
         return self.module.register_forward_hook(hook)

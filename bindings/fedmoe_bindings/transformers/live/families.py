@@ -98,13 +98,8 @@ def family_of(block: StockBlock) -> Family:
             f"the experts of {block.name} do not run through transformers' experts interface; the simulator does not "
             "serve them, use_fedmoe does"
         )
-    noisy = [n for m in (block.module, block.router) for n, value in vars(m).items() if "jitter" in n and value]
-    if noisy:
-        raise ValueError(
-            f"{block.name} has {noisy[0]}, which fedmoe's layer does not have; set router_jitter_noise=0 and the like "
-            "in the model's configuration, or use use_fedmoe"
-        )
     if block.outside is SwitchExperts:
+        _refuse_noise(block)
         return Family(RULE, TOP_K, switch_activation(block), switch_tensors(block))
     form = form_of(block.experts)
     if not form.fused:
@@ -119,6 +114,7 @@ def family_of(block: StockBlock) -> Family:
         tensors |= {"bias_in": f"{inside}.{first}_bias", "bias_out": f"{inside}.down_proj_bias"}
     tensors |= _steering(block)
     rule, top_k = _rule(block, tensors)
+    _refuse_noise(block)  # after the rule: what PhiMoE calls jitter is a threshold of its rule, no chance
     with torch.no_grad():
         width, like = _at(block.module, tensors["router"]).shape[1], _at(block.module, tensors["w_out"])
         pair = isinstance(_run(block, _tokens(width, like)[:1]), tuple)
@@ -132,6 +128,15 @@ def family_of(block: StockBlock) -> Family:
         form.interleaved,
         pair,
     )
+
+
+def _refuse_noise(block: StockBlock) -> None:
+    noisy = [n for m in (block.module, block.router) for n, value in vars(m).items() if "jitter" in n and value]
+    if noisy:
+        raise ValueError(
+            f"{block.name} has {noisy[0]}, which fedmoe's layer does not have; set router_jitter_noise=0 and the like "
+            "in the model's configuration, or use use_fedmoe"
+        )
 
 
 @torch.no_grad()

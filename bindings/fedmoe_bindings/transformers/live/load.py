@@ -34,7 +34,9 @@ from fedmoe_core.layer.state import INIT_STD
 Pool = Literal["mean", "last"]
 # Of models with an encoder and a decoder: the class that has the encoder alone.
 _ENCODERS = {"switch_transformers": SwitchTransformersEncoderModel}
-_CHANCE = re.compile("dropout|layerdrop|drop_path|jitter")
+_CHANCE = re.compile("dropout|pdrop|layerdrop|drop_path|jitter")
+# Called like chance, yet a threshold: logits that far below the largest do not enter a choice's softmax.
+_NO_CHANCE = {"phimoe": "router_jitter_noise"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -187,7 +189,8 @@ def without_chance(config: PreTrainedConfig, name: str) -> None:
     found: dict[str, float] = {}
     for part in configs_of(config):
         for key, value in list(vars(part).items()):
-            if _CHANCE.search(key) and isinstance(value, int | float) and value:
+            by_chance = _CHANCE.search(key) and _NO_CHANCE.get(part.model_type) != key
+            if by_chance and isinstance(value, int | float) and value:
                 found[key] = value
                 setattr(part, key, type(value)(0))
     if found:
