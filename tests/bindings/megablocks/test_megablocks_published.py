@@ -18,6 +18,7 @@ import pytest
 import torch
 from dmoe_truth import relative, truth
 from processes import of_a_child
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -252,17 +253,8 @@ def test_the_sparse_layers_are_refused_by_the_package_itself(theirs: Any) -> Non
 
 
 def test_its_expert_parallelism_runs_on_two_ranks(tmp_path: Path) -> None:
-    """Every process puts the stand-ins in for itself; the ranks meet at a file."""
-    command = [sys.executable, str(SUPPORT / "two_ranks.py")]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")], env=CHILD, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        said, wrong = rank.communicate(timeout=300)
-        assert rank.returncode == 0, wrong.decode()[-2000:]
+    """Every process puts the stand-ins in for itself; the ranks meet in a folder."""
+    for said in run_ranks(SUPPORT / "two_ranks.py", tmp_path, env=CHILD, limit=300):
         assert float(said.split()[-1]) < 1e-13
 
 

@@ -1,25 +1,25 @@
 """One rank of two: megablocks' expert parallelism on our stand-ins gives what one process with all experts gives.
 
-Called with the rank and a file that both ranks meet at; prints the largest relative error.
+Called with the rank and a folder that both ranks meet in; prints the largest relative error.
 """
 
 from __future__ import annotations
 
-import gc
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from dmoe_truth import relative
+from ranks import RANKS, process_group
 
 from fedmoe_bindings.megablocks import install_backend
 
-RANK, STORE, WORLD = int(sys.argv[1]), sys.argv[2], 2
+RANK, FOLDER = int(sys.argv[1]), Path(sys.argv[2])
 
 
 def main() -> None:
     """Run a whole layer and this rank's part of it on this rank's tokens, and compare."""
-    dist.init_process_group("gloo", init_method=f"file://{STORE}", rank=RANK, world_size=WORLD)
     install_backend()
     import megablocks
 
@@ -31,7 +31,7 @@ def main() -> None:
     part = megablocks.dMoE(megablocks.Arguments(**setting, **parallel)).double()
     for parameter in whole.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
-    own = {name: t if name.startswith("router") else t.chunk(WORLD)[RANK] for name, t in whole.state_dict().items()}
+    own = {name: t if name.startswith("router") else t.chunk(RANKS)[RANK] for name, t in whole.state_dict().items()}
     part.load_state_dict(own)
     torch.manual_seed(10 + RANK)
     x, dy = torch.randn(2, 5 + RANK, 3, 12, dtype=torch.float64)  # the ranks have unlike numbers of tokens
@@ -44,15 +44,11 @@ def main() -> None:
         summed = getattr(whole.experts.mlp, name).grad.clone()
         dist.all_reduce(summed)
         # megablocks divides the gradients of its parts by the number of ranks.
-        errors.append(relative(getattr(part.experts.mlp, name).grad * WORLD, summed.chunk(WORLD)[RANK]))
+        errors.append(relative(getattr(part.experts.mlp, name).grad * RANKS, summed.chunk(RANKS)[RANK]))
     print(max(errors))
     megablocks.layers.moe.clear_load_balancing_loss()  # its list in the module holds graphs, and they hold the group
 
 
 if __name__ == "__main__":
-    main()
-    # A group that anything holds still outlives destroy_process_group, and a thread of gloo that runs while Python ends
-    # aborts the process ("terminate called without an active exception", 4 of 40 before the collection).
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+    with process_group(RANK, FOLDER):
+        main()

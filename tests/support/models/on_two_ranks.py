@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import RANKS, process_group
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,7 +21,6 @@ from fedmoe_core import MoE
 from fedmoe_core.layer.lora import LayerLora
 
 H, I, E, K, T = 64, 32, 8, 2, 12  # noqa: E741
-RANKS = 2
 SOME = [e < 6 for e in range(E)], [e in (1, 3, 4) for e in range(E)]
 
 
@@ -153,11 +152,7 @@ def resume(rank: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS)
-    for what in sys.argv[3:]:
-        {f.__name__: f for f in (ddp, fsdp, mixed, resume)}[what](rank, folder)
-        dist.barrier()
-    # A model that is not collected yet holds the group past destroy_process_group, and a thread of gloo that runs while
-    # Python ends aborts the process ("terminate called without an active exception", 1 of 30 before the collection).
-    gc.collect()
-    dist.destroy_process_group()
+    with process_group(rank, folder):
+        for what in sys.argv[3:]:
+            {f.__name__: f for f in (ddp, fsdp, mixed, resume)}[what](rank, folder)
+            dist.barrier()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
 SCRIPT = Path(__file__).parents[3] / "support" / "models" / "on_two_ranks.py"
 
@@ -15,18 +14,4 @@ SCRIPT = Path(__file__).parents[3] / "support" / "models" / "on_two_ranks.py"
 @pytest.mark.parametrize("what", [("ddp", "fsdp"), ("mixed", "resume")], ids="-".join)
 def test_the_layer_on_two_ranks(what: tuple[str, ...], tmp_path: Path) -> None:
     """Each kind of layer trains as one process does with both ranks' tokens, with adapters and with nothing trained."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(tmp_path), *what],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=150)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(said)[-4000:]
+    run_ranks(SCRIPT, tmp_path, *what)
