@@ -160,11 +160,11 @@ class CostModel:
     @property
     def state_bytes(self) -> int:
         """Memory of the optimizer state, and of the anchor, of one trainable expert and of its router row."""
-        return (self.trained_params + self._router_row) * self._kept_bytes
+        return (self.trained_params + self._router_row) * self.kept_bytes
 
     @property
-    def _kept_bytes(self) -> int:
-        """Bytes per trainable parameter that stay between two steps, in addition to its weight."""
+    def kept_bytes(self) -> int:
+        """Return the bytes per trainable parameter that stay between two steps, in addition to its weight."""
         return self.optimizer_bytes + self.anchored * self.weight_bytes
 
     @property
@@ -172,7 +172,7 @@ class CostModel:
         """Memory that is there whatever experts are held: trunk, its optimizer state, the whole router, buffers."""
         weights = self.trunk_params * self.weight_bytes + self.router_bytes
         aux = self.aux_tables * self.tokens * self.total_experts * 4
-        return weights + self.trunk_trainable * self._kept_bytes + self.trunk.buffer_bytes + aux
+        return weights + self.trunk_trainable * self.kept_bytes + self.trunk.buffer_bytes + aux
 
     def memory(self, permitted_LE: np.ndarray, trainable_LE: np.ndarray, *, top_k: int | None = None) -> int:
         """Return the peak bytes of a local step from the second on (optimizer state exists): its largest stage."""

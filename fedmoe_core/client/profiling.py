@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -22,6 +22,7 @@ from fedmoe_core.model.spec import Evaluation, PlaceLosses
 from fedmoe_core.model.submodel import SubModel
 from fedmoe_kernels import RouterStats
 
+ROUTER_FIELDS = ("tokens", "hits_E", "prob_sum_E", "prob_max_E", "plogp_sum_E", "lost_mass")  # of RouterStats
 IMPORTANCE = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "grad_sq_B")  # of the layers' scores
 
 
@@ -67,28 +68,39 @@ class ProfileSums:
     def finish(self) -> ClientProfile:
         """Return the profile in global coordinates, float64."""
         layers = self._adapter.moe
-        experts = self._adapter.spec.num_experts
-
-        def router(name: str) -> np.ndarray:
-            return np.stack([np.asarray(getattr(stats, name), dtype=np.float64) for stats in self._stats])
-
-        held_LE = np.zeros((len(layers), experts), dtype=bool)
+        held_LE = np.zeros((len(layers), self._adapter.spec.num_experts), dtype=bool)
         for held_E, layer in zip(held_LE, layers, strict=True):
             held_E[list(layer.experts)] = True
-        return ClientProfile(
-            tokens_L=router("tokens"),
-            hits_LE=router("hits_E"),
-            prob_sum_LE=router("prob_sum_E"),
-            prob_max_LE=router("prob_max_E"),
-            plogp_sum_LE=router("plogp_sum_E"),
-            lost_mass_L=router("lost_mass"),
-            rows_LE=self.rows_LE(),
-            taylor_LE=self._scores("taylor_B"),
-            taylor_abs_LE=self._scores("taylor_abs_B"),
-            fisher_LE=self._scores("fisher_B"),
-            grad_sq_LE=self._scores("grad_sq_B"),
-            held_LE=held_LE,
-        )
+        names = ROUTER_FIELDS
+        router = {n: np.stack([np.asarray(getattr(s, n), dtype=np.float64) for s in self._stats]) for n in names}
+        importance = {name: self._scores(name) for name in IMPORTANCE if name != "rows_B"}
+        return profile_of(router, importance | {"rows_B": self.rows_LE()}, held_LE)
+
+
+def profile_of(
+    router: Mapping[str, np.ndarray], importance: Mapping[str, np.ndarray], held_LE: np.ndarray
+) -> ClientProfile:
+    """Make a profile of what was measured.
+
+    Args:
+        router: by the names of ``RouterStats``, a leading L before each shape.
+        importance: by the names of ``IMPORTANCE``, (L, E) in global coordinates.
+        held_LE: experts that were held.
+    """
+    return ClientProfile(
+        tokens_L=router["tokens"],
+        hits_LE=router["hits_E"],
+        prob_sum_LE=router["prob_sum_E"],
+        prob_max_LE=router["prob_max_E"],
+        plogp_sum_LE=router["plogp_sum_E"],
+        lost_mass_L=router["lost_mass"],
+        rows_LE=importance["rows_B"],
+        taylor_LE=importance["taylor_B"],
+        taylor_abs_LE=importance["taylor_abs_B"],
+        fisher_LE=importance["fisher_B"],
+        grad_sq_LE=importance["grad_sq_B"],
+        held_LE=held_LE,
+    )
 
 
 def statistics_bytes(profile: ClientProfile) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,30 @@ def start_of(params: Mapping[str, Tensor], key: str, plan: ExpertPlan) -> Tensor
         if (row := plan.extras.rows.get(key, {}).get(int(expert))) is not None:
             start[slot] = row
     return start
+
+
+class Returned(NamedTuple):
+    """What training changed, sorted by where it goes.
+
+    Attributes:
+        deltas: new minus old of what the server averages.
+        kept: trained rows that stay, or that only this client knows the start of.
+        whole: of ``kept`` those that are sent whole: adapters that the state does not have.
+    """
+
+    deltas: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    whole: list[Tensor]
+
+
+def read_off(trained: Mapping[str, Tensor], params: Mapping[str, Tensor], plan: ExpertPlan) -> Returned:
+    """Read what training changed: ``trained`` as ``ModelAdapter.trained``, against what the client was sent."""
+    staying = plan.extras.keeps | {"scale"}
+    unknown = {key for key in trained if key not in params}
+    kept = {key: new.clone() for key, new in trained.items() if key in unknown or kind_of(key) in staying}
+    whole = [kept[key] for key in unknown if kind_of(key) not in staying]
+    deltas = {key: new - start_of(params, key, plan) for key, new in trained.items() if key not in kept}
+    return Returned(deltas, kept, whole)
 
 
 def returned_bytes(deltas: Mapping[str, Tensor], trained_LE: np.ndarray, plan: ExpertPlan) -> int:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from fedmoe_core.budget.peak_memory import resident_bytes, tensor_bytes, trace_m
 from fedmoe_core.client.per_batch import PerBatchSteps
 from fedmoe_core.client.profiling import ProfileSums, run_probe, statistics_bytes, validate
 from fedmoe_core.client.step import LocalSteps, PlainSteps, Stepper, log_prior
-from fedmoe_core.client.traffic import kind_of, received_bytes, returned_bytes, start_of
+from fedmoe_core.client.traffic import read_off, received_bytes, returned_bytes
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.messages.plan import Batches, ExpertPlan, ProbeContext
@@ -130,7 +130,7 @@ def _train(context: ProbeContext, batches: Iterable[Batch], meter: _Meter, *, co
     )
     trained_LE = steps.finish()
 
-    returned = _read_off(context)
+    returned = read_off(adapter.trained(), context.params, plan)
     profile = sums.finish()
     flops, meter.bytes_down = steps.spent(), received_bytes(adapter, plan)  # choices per batch change what it holds
     answer, peak = run_probe(plan.extras.after, context, device)
@@ -210,28 +210,3 @@ def _run_steps(
         if not np.isfinite(losses[-1]):
             raise ArithmeticError(f"the loss became {losses[-1]} at local step {step + 1}")
     return losses
-
-
-class _Returned(NamedTuple):
-    """What training changed, sorted by where it goes.
-
-    Attributes:
-        deltas: new minus old of what the server averages.
-        kept: trained rows that stay, or that only this client knows the start of.
-        whole: of ``kept`` those that are sent whole: adapters that the state does not have.
-    """
-
-    deltas: dict[str, Tensor]
-    kept: dict[str, Tensor]
-    whole: list[Tensor]
-
-
-def _read_off(context: ProbeContext) -> _Returned:
-    """Read what training changed out of the live model."""
-    plan, trained = context.plan, context.adapter.trained()
-    staying = plan.extras.keeps | {"scale"}
-    unknown = {key for key in trained if key not in context.params}
-    kept = {key: new.clone() for key, new in trained.items() if key in unknown or kind_of(key) in staying}
-    whole = [kept[key] for key in unknown if kind_of(key) not in staying]
-    deltas = {key: new - start_of(context.params, key, plan) for key, new in trained.items() if key not in kept}
-    return _Returned(deltas, kept, whole)

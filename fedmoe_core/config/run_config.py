@@ -29,6 +29,7 @@ from fedmoe_core.config.schema import (
 )
 from fedmoe_core.config.sections import (
     AggregationConfig,
+    CohortConfig,
     EvalConfig,
     FedMoEConfig,
     FftMoEConfig,
@@ -94,6 +95,7 @@ class Config:
     model_config: ModelConfig = field(default_factory=ModelConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    cohort: CohortConfig = field(default_factory=CohortConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     fedmoe: FedMoEConfig = field(default_factory=FedMoEConfig)
@@ -121,6 +123,12 @@ class Config:
         for tier in self.budgets:
             # Its words; what a share of experts comes to is known with the model.
             Budget.parse(tier, spec_experts=1, plain=lambda count: NOTHING)
+        if self.cohort.memory != "auto":
+            try:
+                Budget.parse(f"memory={self.cohort.memory}")
+            except ValueError:
+                given = self.cohort.memory
+                raise ValueError(f"cohort.memory={given!r} is not a size; give one such as 4GiB, or auto") from None
         _check_partition(self.partition)
         _check_pairs(values)
 

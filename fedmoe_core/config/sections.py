@@ -70,6 +70,14 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class CohortConfig:
+    """Several clients trained at once over one frozen trunk: faster, and equal up to rounding."""
+
+    clients: Natural = 1  # most that train at once; 1: one after another, each peak measured; 0: all that memory holds
+    memory: str = "auto"  # most memory of those that train at once, such as 4GiB; auto: 2GiB, of a GPU 80 %
+
+
+@dataclass(frozen=True)
 class SelectionConfig:
     """How experts are scored and chosen under a budget (HFedMoE eqs. 3-5, 10-15)."""
 

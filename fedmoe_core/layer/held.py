@@ -82,6 +82,10 @@ class Held(Described):
         """Return what the frozen slots are stored in: values, or codes and their scales, and biases."""
         return [tensor for name in (*STORED, *FROZEN_BIASES) if (tensor := getattr(self, name)) is not None]
 
+    def stored(self, name: str) -> tuple[Tensor, Tensor | Quantized]:
+        """Return a matrix or bias as it is stored: the rows that train, detached, and those of the frozen slots."""
+        return getattr(self, name).detach(), self._frozen(name)
+
     def _rows(self, name: str) -> list[Tensor]:
         """Every slot's weight, in slot order; views, but for those that are held in few bits."""
         trainable, frozen = getattr(self, name).detach(), self._frozen(name)

@@ -166,6 +166,11 @@ class ExpertStore(Held):
         """What the tensors of this layer are called in a state; factors of adapters are not among them."""
         return (*self._steering, *self._slotted, *["correction_bias"] * self._corrected)
 
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        """What the tensors of this layer are called that have a row for each slot: matrices and their biases."""
+        return self._slotted
+
     def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
         """Return the shape that each tensor of this layer has in a state of so many experts, by name."""
         shapes: dict[str, tuple[int, ...]] = {

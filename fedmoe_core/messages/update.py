@@ -39,6 +39,8 @@ class ClientUpdate:
         private: small tensors that the server simulation keeps for this client and never aggregates (a local gate);
             ``ServerState.memory`` is where they go.
         metrics: numbers of the algorithm's own about this client and round.
+        cohort: clients that trained at once with it, itself included; its ``cost.memory_bytes`` is then the prediction.
+        alone: why it trained by itself.
     """
 
     client: int
@@ -60,6 +62,8 @@ class ClientUpdate:
     validation_profile: ClientProfile | None = None
     private: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    cohort: int = 1
+    alone: str = ""
 
 
 @dataclass(frozen=True)

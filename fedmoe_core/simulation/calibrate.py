@@ -23,7 +23,7 @@ from fedmoe_core.layer.moe import MoE
 from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.model.submodel import SubModel
 
-_NEVER = 1e-9  # a chance of token dropout at which the draw takes its memory and no token
+NEVER = 1e-9  # a chance of token dropout at which the draw takes its memory and no token
 
 
 def calibrate(
@@ -51,7 +51,7 @@ def calibrate(
     the demo's 20). So where clients' batches may have some, a batch with one padded place is traced as well, and the
     larger peak of each stage is kept.
     """
-    train = replace(train, token_dropout=min(train.token_dropout, _NEVER))
+    train = replace(train, token_dropout=min(train.token_dropout, NEVER))
     whole_SN = torch.ones_like(batch.mask_SN)
     padded_SN = whole_SN.clone()
     padded_SN[0, -1] = False
@@ -75,7 +75,7 @@ def calibrate(
     )
     traced, buffers, flops = {}, 0, 0.0
     for top_k in range(1, spec.top_k + 1):
-        few_LE = _first_experts(adapter, top_k)
+        few_LE = first_experts(adapter, top_k)
         adapter.configure(
             params,
             SubModel(
@@ -114,15 +114,15 @@ def _trunk_flops(counted: FlopCounterMode) -> int:
     return sum(count for operator, count in by_operator.items() if not str(operator).startswith("fedmoe."))
 
 
-def _first_experts(adapter: ModelAdapter, count: int) -> np.ndarray:
-    """The ``count`` experts of lowest id in every layer, bool (L, E)."""
+def first_experts(adapter: ModelAdapter, count: int) -> np.ndarray:
+    """Return the ``count`` experts of lowest id in every layer, bool (L, E)."""
     few_LE = np.zeros((adapter.spec.num_layers, adapter.spec.num_experts), dtype=bool)
     few_LE[:, :count] = True
     return few_LE
 
 
-def _even_prior(adapter: ModelAdapter, train: TrainConfig, device: torch.device) -> Tensor | None:
-    """What logit adjustment adds to the logits of a client with as many rows of every class."""
+def even_prior(adapter: ModelAdapter, train: TrainConfig, device: torch.device) -> Tensor | None:
+    """Return what logit adjustment adds to the logits of a client with as many rows of every class."""
     classes = [param.shape[0] for param in adapter.spec.params if param.key in adapter.spec.head]
     return log_prior(np.full(classes[0], 1 / classes[0]), train, device) if classes else None
 
@@ -138,14 +138,14 @@ def _stage_peaks(
     """Peak live bytes of each stage of a step with optimizer state; see ``TrunkCost`` for the stages."""
     layers = adapter.moe
     device = batch.tokens_SN.device
-    stepper = Stepper(adapter, optimizer, train, log_prior_C=_even_prior(adapter, train, device))
+    stepper = Stepper(adapter, optimizer, train, log_prior_C=even_prior(adapter, train, device))
     stepper.step(batch)  # optimizer state exists from here on
     resident = resident_bytes(adapter.model, optimizer) + tensor_bytes(stepper.anchors)
     with ExitStack() as hooks:
         for depth, layer in enumerate(layers):
             stage = f"stage{len(layers) - depth}"
             # A stage begins where the backward of its layer begins: the gradients are made inside it.
-            hooks.callback(layer.register_forward_hook(_marker(stage, device)).remove)
+            hooks.callback(layer.register_forward_hook(stage_marker(stage, device)).remove)
         _, trace = trace_memory(lambda: stepper.step(batch), device)
     if len(trace.phases) == 1:
         return (resident + trace.peak,)
@@ -153,8 +153,8 @@ def _stage_peaks(
     return tuple(resident + trace.phases[stage] for stage in stages)
 
 
-def _marker(stage: str, device: torch.device) -> Callable[[nn.Module, object, Tensor], None]:
-    """A forward hook that marks ``stage`` when the gradient of the layer's output arrives."""
+def stage_marker(stage: str, device: torch.device) -> Callable[[nn.Module, object, Tensor], None]:
+    """Return a forward hook that marks ``stage`` when the gradient of the layer's output arrives."""
 
     def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
         output.register_hook(lambda gradient: mark(stage, device))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedmoe_core.algorithms.base import Algorithm, algorithm_class
 from fedmoe_core.base.rng import counter_seed
+from fedmoe_core.budget.cohort_memory import CohortCosts
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Budget, Cost
 from fedmoe_core.config.run_config import Config, TrainConfig
@@ -24,9 +25,11 @@ from fedmoe_core.data.federated import FederatedData, load_data
 from fedmoe_core.data.tokenizing import pretrained_tokenizer
 from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.model.adapter import ModelAdapter, find_adapter
+from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.model.spec import ModelSpec
 from fedmoe_core.server.state import Population
 from fedmoe_core.simulation.calibrate import calibrate
+from fedmoe_core.simulation.cohorts.dry_step import calibrate_cohorts
 from fedmoe_core.simulation.identity import Identity, code_version
 from fedmoe_core.simulation.observer import Observer
 from fedmoe_core.simulation.process_group import Ranks
@@ -120,7 +123,21 @@ def found_world(sources: Sources, params: dict[str, Tensor]) -> World:
     budgets = deal_budgets(config, adapter.spec, plain)
     params = take_form(config, sources.form, adapter, params)
     population = measure_population(sources, params, budgets, plain)
-    return World(config, data, adapter, params, population, sources.form(population), sources.ranks, sources.identity)
+    cohorts = measure_cohorts(sources, params, population)
+    algorithm = sources.form(population)
+    return World(config, data, adapter, params, population, algorithm, sources.ranks, sources.identity, cohorts)
+
+
+def measure_cohorts(sources: Sources, params: dict[str, Tensor], population: Population) -> CohortCosts | None:
+    """Calibrate the cost model of cohorts; None where clients train one by one: asked so, or their trunk trains."""
+    config, adapter = sources.config, sources.adapter
+    train = local_settings(config, sources.form)
+    if config.cohort.clients == 1 or train.trunk == "fedavg" or not hasattr(adapter, "become_cohort"):
+        return None
+    first = next(iter(local_public_batches(config, sources.data, 1))).to(sources.ranks.device)
+    costs = population.lora_costs or population.costs
+    padding = may_pad(config, sources.data)
+    return calibrate_cohorts(cast(CohortAdapter, adapter), params, train, first, costs=costs, padding=padding)
 
 
 def dry_step(

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from fedmoe_core.base.rng import counter_rng
-from fedmoe_core.client.train import train_client
-from fedmoe_core.config.run_config import Config, TrainConfig
-from fedmoe_core.data.batches import Batch, client_batches
+from fedmoe_core.config.run_config import Config
 from fedmoe_core.messages.codec import report_of, update_of
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate, refused
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
-from fedmoe_core.server.planning import asked_costs
 from fedmoe_core.server.state import ServerState
+from fedmoe_core.simulation.cohorts.grouping import Group, grouped
+from fedmoe_core.simulation.cohorts.training import answers
 from fedmoe_core.simulation.directory.lines import client_record
 from fedmoe_core.simulation.observer import Observer
-from fedmoe_core.simulation.world import World, local_settings, validation_batches
+from fedmoe_core.simulation.world import World, local_settings
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,7 @@ class Round:
     applied: bool
     seconds: float
     engine_seconds: float  # plan, extract, check, aggregate: everything but training
+    cohorts: list[dict[str, Any]]  # of all ranks: who trained at once, the peak predicted and measured
 
 
 def play_round(world: World, state: ServerState, observer: Observer) -> tuple[ServerState, Round]:
@@ -40,31 +39,37 @@ def play_round(world: World, state: ServerState, observer: Observer) -> tuple[Se
     config, ranks, began = world.config, world.ranks, time.perf_counter()
 
     plans = world.algorithm.plan(state, sample_clients(config, state.round))
+    groups = grouped(world, plans)
     sums = _accumulator(world)
     engine = time.perf_counter() - began
-    reports = []
-    for plan in ranks.mine(plans, [plan.predicted.flops for plan in plans]):
-        update, extract_seconds = _train_one(world, state, plan)
-        checking = time.perf_counter()
-        reports.append(report_of(_admit(update, plan, sums)))
-        engine += time.perf_counter() - checking + extract_seconds
-        if config.ranks == 1:
-            record = client_record(state.round + 1, update, plan, world.population.budgets)
-            observer.on_client(state.round + 1, plan.client, record)
+    reports, cohorts = [], []
+    for group in ranks.mine(groups, [group.flops for group in groups]):
+        training, peak = time.perf_counter(), 0
+        for answer in answers(world, state, group):
+            update, plan, peak = answer.update, answer.plan, answer.memory_bytes
+            checking = time.perf_counter()
+            reports.append(report_of(_admit(update, plan, sums)))
+            engine += time.perf_counter() - checking + answer.extract_seconds
+            if config.ranks == 1:
+                record = client_record(state.round + 1, update, plan, world.population.budgets)
+                observer.on_client(state.round + 1, plan.client, record)
+        if peak:
+            cohorts.append(_cohort_record(group, peak, time.perf_counter() - training))
 
     summing = time.perf_counter()
     if ranks.world > 1:
         with ranks.meeting():
             sums.all_reduce()
-    gathered = [report for part in ranks.gather(reports) for report in part]
-    updates = sorted((update_of(report) for report in gathered), key=lambda update: update.client)
+    gathered = ranks.gather([reports, cohorts])
+    updates = sorted((update_of(report) for part, _ in gathered for report in part), key=lambda update: update.client)
+    together = sorted((record for _, part in gathered for record in part), key=lambda record: record["clients"])
     applied = sums.accepted >= config.min_clients
     if applied:
         state = world.algorithm.advance(state, sums.sums(), updates)
     else:
         state = state.advance(state.params, {}, [update.client for update in updates])
     now = time.perf_counter()
-    return state, Round(state.round - 1, plans, updates, applied, now - began, engine + now - summing)
+    return state, Round(state.round - 1, plans, updates, applied, now - began, engine + now - summing, together)
 
 
 def sample_clients(config: Config, round: int) -> list[int]:
@@ -74,43 +79,11 @@ def sample_clients(config: Config, round: int) -> list[int]:
     return sorted(int(client) for client in rng.choice(config.clients, size=count, replace=False))
 
 
-def round_settings(world: World, round: int) -> TrainConfig:
-    """Return local training at this round's learning rate: from lr to lr_final of it along half a cosine."""
-    train = local_settings(world.config, type(world.algorithm))
-    done = round / max(1, world.config.rounds - 1)
-    factor = train.lr_final + (1 - train.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
-    return replace(train, lr=train.lr * factor)
-
-
-def _train_one(world: World, state: ServerState, plan: ExpertPlan) -> tuple[ClientUpdate, float]:
-    """One client's training and the update its algorithm makes of it."""
-    train, device = round_settings(world, plan.round), world.ranks.device
-    data = world.data.clients[plan.client]
-
-    def draw() -> Iterator[Batch]:
-        batches = client_batches(
-            data.private,
-            seed=world.config.seed,
-            round=plan.round,
-            client=plan.client,
-            steps=plan.local_steps,
-            batch_size=train.batch_size,
-            seq_len=train.seq_len,
-        )
-        return (batch.to(device) for batch in batches)
-
-    result = train_client(
-        world.adapter,
-        state.params,
-        plan,
-        draw(),
-        train=train,
-        costs=asked_costs(world.population, plan.extras),
-        class_shares_C=world.data.class_shares(plan.client),
-        redraw=draw,
-        validation=lambda: (batch.to(device) for batch in validation_batches(data, world.config)),
-    )
-    return world.algorithm.answer(plan, result), result.extract_seconds
+def _cohort_record(group: Group, peak: int, seconds: float) -> dict[str, Any]:
+    """What a round's line tells of one cohort."""
+    clients = [plan.client for plan in group.plans]
+    predicted = group.predicted_bytes
+    return {"clients": clients, "predicted_bytes": predicted, "memory_bytes": peak, "seconds": seconds}
 
 
 def _admit(update: ClientUpdate, plan: ExpertPlan, sums: Accumulator) -> ClientUpdate:

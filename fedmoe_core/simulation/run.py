@@ -13,6 +13,7 @@ from rich.console import Console
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.model.spec import model_hash
 from fedmoe_core.server.state import ServerState, unpack_state
+from fedmoe_core.simulation.cohorts.grouping import grouped
 from fedmoe_core.simulation.directory.checkpoint import Checkpoint, load_checkpoint
 from fedmoe_core.simulation.directory.claim import Claim, claimed, held
 from fedmoe_core.simulation.directory.lines import plan_row
@@ -132,8 +133,8 @@ def dry_run(config: Config, *, observer: Observer | None = None) -> list[PlanRow
 
 
 def check_budgets(world: World, state: ServerState) -> None:
-    """Plan every client once, so that a budget that cannot be served is refused before anything trains."""
-    world.algorithm.plan(state, range(world.config.clients))
+    """Plan and group every client once: a budget or a cohort that cannot be served is refused before any training."""
+    grouped(world, world.algorithm.plan(state, range(world.config.clients)))
 
 
 def _play(world: World, state: ServerState, log: RunLog | None, observer: Observer, *, fresh: bool) -> dict[str, Any]:

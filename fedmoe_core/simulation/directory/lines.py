@@ -62,6 +62,8 @@ def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: 
         "top_k": plan.top_k,
         "status": update.status,
         "error": update.error,
+        "cohort": update.cohort,
+        "alone": update.alone,
         **found,
     }
 
@@ -76,5 +78,6 @@ def ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tu
         **({} if plan.budget == budget else {"bound_by": plan.budget.record()}),
         "predicted": budget.record_of(plan.predicted),
         "real": budget.record_of(update.cost),
+        **({} if update.cohort == 1 else {"cohort": update.cohort}),
         **({} if plan.extras.surcharge == NOTHING else {"surcharge": budget.record_of(plan.extras.surcharge)}),
     }

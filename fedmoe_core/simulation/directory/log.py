@@ -92,6 +92,7 @@ class RunLog:
             "engine_seconds": played.engine_seconds + logging,
             "refused": [{"client": u.client, "reason": u.error} for u in played.updates if u.status != "ok"],
             "applied": played.applied,
+            **({"cohorts": played.cohorts} if played.cohorts else {}),
             "importance_LE": self.world.algorithm.importance(state).tolist(),
             "lost_mass": float(np.mean(lost)) if lost else None,
             "load_cv": self._load_cv(played),

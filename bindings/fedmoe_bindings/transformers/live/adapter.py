@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fedmoe_bindings.transformers.live.attention import attention_received
+from fedmoe_bindings.transformers.live.checks import check_form, check_rows, check_state
+from fedmoe_bindings.transformers.live.cohort import TransformersCohort
 from fedmoe_bindings.transformers.live.export import cast_parameters, stock_model
 from fedmoe_bindings.transformers.live.families import Family, check_layer, family_of
 from fedmoe_bindings.transformers.live.load import Pool, SequenceClassifier, is_encoder, load_model, small_model
@@ -23,10 +26,11 @@ from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.base.tensor_key import TensorKey, of_layer, to_keys
 from fedmoe_core.config.run_config import ModelConfig
 from fedmoe_core.data.batches import Task
+from fedmoe_core.layer.cohort.layer import CohortMoE
+from fedmoe_core.layer.cohort.parts import ClientLayer
 from fedmoe_core.layer.graft import GraftSpec, fresh_graft
-from fedmoe_core.layer.lora import FACTORS, LayerLora, LoraSpec, lora_of_layer
+from fedmoe_core.layer.lora import LayerLora, LoraSpec, lora_of_layer
 from fedmoe_core.layer.moe import MoE
-from fedmoe_core.layer.slots import OwnRows
 from fedmoe_core.layer.state import STEERING, LayerState
 from fedmoe_core.model.spec import Kind, ModelSpec, ParamSpec, lora_specs
 from fedmoe_core.model.submodel import WHOLE, SubModel
@@ -159,6 +163,7 @@ class TransformersAdapter(PlaceMeasures):
         del blocks, block
         trunk = root.model if isinstance(root, SequenceClassifier) else root
         self._carriers = carry_token_mask(root, trunk)
+        self._cohort: TransformersCohort | None = None
         self.model, self.moe, self.frozen_moe = root, tuple(layers), ()
         self._lora: LoraSpec | None = None
         self._config, self._family = config, family
@@ -220,9 +225,11 @@ class TransformersAdapter(PlaceMeasures):
             ValueError: a missing, foreign or misshapen tensor, a bad mask, or a top_k that is impossible (nothing of
                 the adapter has changed then); rows or an alias that do not fit.
         """
-        self._check(state)
-        self._check_rows(submodel.rows)
-        self._check_form(submodel)
+        check_state(state, self.spec)
+        self._check(submodel)
+        if self._cohort is not None:
+            self._cohort.leave()
+            self._cohort = None
         for number, layer in enumerate(self.moe):
             self._configure_layer(layer, number, state, submodel)
         head = self.spec.task == "classification" if submodel.train_head is None else submodel.train_head
@@ -234,21 +241,9 @@ class TransformersAdapter(PlaceMeasures):
                 parameter.requires_grad_(key in learning and trains)
                 parameter.grad = None
 
-    def _check_form(self, submodel: SubModel) -> None:
-        if submodel.top_k is not None and not 1 <= submodel.top_k <= self.spec.top_k:
-            raise ValueError(f"top_k={submodel.top_k} is outside 1 to {self.spec.top_k}, the model's own")
-        permitted, trainable = (
-            [None] * len(self.moe) if mask_LE is None else list(mask_LE)
-            for mask_LE in (submodel.permitted_LE, submodel.trainable_LE)
-        )
-        if not len(permitted) == len(trainable) == len(self.moe):
-            raise ValueError(
-                f"the masks have {len(permitted)} and {len(trainable)} rows; this model has {len(self.moe)} MoE layers"
-            )
-        for layer, held_E, trains_E in zip(self.moe, permitted, trainable, strict=True):
-            layer.check_masks(held_E, trains_E)
-        if submodel.lora_rank is not None and self._lora is None:
-            raise ValueError(f"lora_rank={submodel.lora_rank}, but this model has no adapters; call add_lora first")
+    def _check(self, submodel: SubModel) -> None:
+        check_rows(submodel.rows, self.spec, adapters=self._lora is not None)
+        check_form(submodel, self.spec, self.moe, adapters=self._lora is not None)
 
     def _configure_layer(self, layer: MoE, number: int, state: Mapping[str, Tensor], sub: SubModel) -> None:
         device, own = layer.w_in.device, of_layer(number, state)
@@ -291,11 +286,50 @@ class TransformersAdapter(PlaceMeasures):
             grafted = fresh_graft(base, graft, seed=counter_seed(seed, "graft", number))
             self.model.set_submodule(places[base], grafted)
             self._carriers[base].serve(grafted.experts)
+            self._carriers[grafted.experts] = self._carriers[base]
             grown.append(grafted)
         self.moe, self.frozen_moe = tuple(g.experts for g in grown), self.moe
         self._dense = self._dense_parameters()
         self.spec = self._describe(self.spec.task)
         return self.state()
+
+    def become_cohort(
+        self,
+        state: Mapping[str, Tensor],
+        submodels: Sequence[SubModel],
+        *,
+        tokens: int,
+        joined: Callable[[int], None],
+    ) -> TransformersCohort:
+        """Become several sub-models at once, as ``CohortAdapter.become_cohort``."""
+        if any(submodel.train_dense for submodel in submodels):
+            raise ValueError("a client of the cohort trains the trunk, which all share; train it alone")
+        for submodel in submodels:
+            self._check(submodel)
+        parts: list[list[ClientLayer]] = [[] for _ in self.moe]
+        for client, submodel in enumerate(submodels):
+            if client == 0:
+                self.configure(state, submodel)
+            for number, layer in enumerate(self.moe):
+                if client:
+                    self._configure_layer(layer, number, state, submodel)
+                parts[number].append(ClientLayer.of(layer, shares=not of_layer(number, submodel.rows)))
+            joined(client)
+        together = []
+        for number, layer in enumerate(self.moe):
+            slots = sum(len(part.trainable + part.frozen) for part in parts[number])
+            rows = max(1, tokens * layer.top_k * len(submodels) // slots)
+            together.append((layer, CohortMoE(layer, parts[number], rows_per_slot=rows)))
+            parts[number].clear()
+            self._carriers[layer].serve(together[-1][1])
+            if self._family.pair and not self.frozen_moe:
+                together[-1][1].register_forward_hook(_with_nothing)
+        # The layers of one client wait outside with as little as a layer can have.
+        one_LE = np.arange(self.spec.num_experts)[None] == np.zeros((len(self.moe), 1))
+        for number, layer in enumerate(self.moe):
+            self._configure_layer(layer, number, state, SubModel(one_LE, np.zeros_like(one_LE)))
+        self._cohort = TransformersCohort(self.model, together)
+        return self._cohort
 
     def trained(self) -> dict[str, Tensor]:
         """Return detached views of what this configuration trains, keyed and shaped as ``ClientUpdate.deltas``."""
@@ -345,18 +379,3 @@ class TransformersAdapter(PlaceMeasures):
             head=frozenset({"dense.score.weight"} if task == "classification" else ()),
             heads=getattr(self._config, "num_attention_heads", 0),
         )
-
-    def _check_rows(self, rows: OwnRows) -> None:
-        known = {spec.key for spec in self.spec.params if spec.layer >= 0}
-        if self._lora is not None:
-            known |= {str(TensorKey(number, name)) for number in range(len(self.moe)) for name in FACTORS}
-        if strange := sorted(set(rows) - known):
-            raise ValueError(f"rows are given for {strange[0]}; only tensors of MoE layers have rows")
-
-    def _check(self, state: Mapping[str, Tensor]) -> None:
-        for spec in self.spec.params:
-            if spec.key not in state:
-                raise ValueError(f"the state has no {spec.key}; it is not a state of this model")
-            if tuple(state[spec.key].shape) != spec.shape:
-                found = tuple(state[spec.key].shape)
-                raise ValueError(f"the state's {spec.key} has shape {found}; this model needs {spec.shape}")

@@ -55,7 +55,7 @@ class TaskLosses:
         if token_dropout:
             if self.spec.task == "causal_lm":
                 raise ValueError("token_dropout is for classification; set it to 0 for a language model")
-            batch = _drop_tokens(batch, token_dropout, generator)
+            batch = drop_tokens(batch, token_dropout, generator)
         loss_sum, count, _ = self._sums(batch, log_prior_C, label_smoothing)
         return loss_sum / count
 
@@ -143,16 +143,21 @@ def _without_stats(layers: tuple[MoE, ...]) -> Iterator[None]:
 
 def _next_token_loss(logits_SNV: Tensor, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Loss sum in nats and number of predictions (at least 1): a token is predicted where it and the last are real."""
-    mask_SN = batch.mask_SN
-    # The targets are shifted, not the logits: slicing (S, N, V) would copy the largest tensor of the step.
-    predicted_SN = pad(mask_SN[:, 1:] & mask_SN[:, :-1], (0, 1))
-    targets_SN = pad(batch.tokens_SN[:, 1:], (0, 1)).masked_fill(~predicted_SN, -100)
+    targets_SN, predicted_SN = next_tokens(batch)
     logits_TV, targets_T = logits_SNV.flatten(0, 1).float(), targets_SN.flatten()
     loss_sum = cross_entropy(logits_TV, targets_T, reduction="sum", label_smoothing=label_smoothing)
     return loss_sum, predicted_SN.sum().clamp(min=1)
 
 
-def _drop_tokens(batch: Batch, probability: float, generator: torch.Generator | None) -> Batch:
+def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the token that each place predicts, -100 where none, and the places that predict one, both (S, N)."""
+    mask_SN = batch.mask_SN
+    # The targets are shifted, not the logits: slicing (S, N, V) would copy the largest tensor of the step.
+    predicted_SN = pad(mask_SN[:, 1:] & mask_SN[:, :-1], (0, 1))
+    return pad(batch.tokens_SN[:, 1:], (0, 1)).masked_fill(~predicted_SN, -100), predicted_SN
+
+
+def drop_tokens(batch: Batch, probability: float, generator: torch.Generator | None) -> Batch:
     """The batch with each real token made padding with ``probability``; a sequence that would lose all keeps all."""
     mask_SN = batch.mask_SN
     kept_SN = mask_SN & (torch.rand(mask_SN.shape, generator=generator) >= probability).to(mask_SN.device)

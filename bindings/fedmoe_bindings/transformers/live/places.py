@@ -8,12 +8,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from fedmoe_bindings.transformers.live.attention import attention_beside, eager_attention
 from fedmoe_bindings.transformers.live.load import SequenceClassifier, is_encoder
-from fedmoe_bindings.transformers.live.losses import TaskLosses
+from fedmoe_bindings.transformers.live.losses import TaskLosses, next_tokens
 from fedmoe_bindings.transformers.live.token_mask import TOKEN_MASK
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.model.spec import Evaluation, PlaceLosses
@@ -35,8 +35,7 @@ class PlaceMeasures(TaskLosses):
             shape = mask_SN.shape
             return PlaceLosses(loss_S[:, None].expand(shape), correct_S[:, None].expand(shape), mask_SN, total)
         logits_SNV = self._token_logits(batch)
-        counted_SN = pad(mask_SN[:, 1:] & mask_SN[:, :-1], (0, 1))
-        targets_SN = pad(batch.tokens_SN[:, 1:], (0, 1)).masked_fill(~counted_SN, -100)
+        targets_SN, counted_SN = next_tokens(batch)
         loss_N = cross_entropy(logits_SNV.flatten(0, 1).float(), targets_SN.flatten(), reduction="none")
         loss_SN = loss_N.view_as(targets_SN)
         total = Evaluation(float(loss_SN.sum()), max(int(counted_SN.sum()), 1))

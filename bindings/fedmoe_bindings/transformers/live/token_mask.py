@@ -76,7 +76,7 @@ class Carrier:
         self.mask_T: Tensor | None = None
         self._last = last
 
-    def serve(self, layer: MoE) -> None:
+    def serve(self, layer: nn.Module) -> None:
         """Give ``layer`` the mask at each of its forwards."""
         layer.register_forward_pre_hook(self.give, with_kwargs=True)
 

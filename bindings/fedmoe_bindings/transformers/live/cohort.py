@@ -1,0 +1,137 @@
+"""A transformers model as a cohort: every MoE layer is that of several clients, over one frozen trunk.
+
+Shapes: C clients, S sequences of each, N places, V token ids, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedmoe_bindings.transformers.live.load import SequenceClassifier
+from fedmoe_bindings.transformers.live.losses import drop_tokens, next_tokens
+from fedmoe_bindings.transformers.live.token_mask import TOKEN_MASK
+from fedmoe_core.base.tensor_key import TensorKey
+from fedmoe_core.data.batches import Batch
+from fedmoe_core.layer.cohort.layer import CohortMoE
+from fedmoe_core.layer.moe import MoE
+from fedmoe_core.model.cohort import LossTerms, Stacked
+
+HEAD = "dense.score.weight"
+
+
+class CohortHead(nn.Module):
+    """The classification heads of C clients: the first rows of x (C * S, H) meet the first client's, and so on."""
+
+    def __init__(self, weight_KH: Tensor, clients: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_KH.detach().expand(clients, *weight_KH.shape).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.unflatten(0, (len(self.weight), -1)) @ self.weight.mT).flatten(0, 1)
+
+
+class TransformersCohort:
+    """A live model whose MoE layers, and whose head where there is one that trains, are those of several clients.
+
+    Attributes:
+        layers: the MoE layers in depth order.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[tuple[MoE, CohortMoE]]) -> None:
+        """Put the cohort's layers in the places of those that one client has.
+
+        Args:
+            model: a causal LM, or a ``SequenceClassifier``.
+            layers: each layer of the model, in depth order, and the cohort's for its place.
+        """
+        self.model, self.layers = model, tuple(cohort for _, cohort in layers)
+        places = {module: name for name, module in model.named_modules() if isinstance(module, MoE)}
+        self._seats: dict[str, nn.Module] = {places[alone]: alone for alone, _ in layers}
+        for alone, cohort in layers:
+            model.set_submodule(places[alone], cohort)
+        head = model.get_parameter("score.weight") if isinstance(model, SequenceClassifier) else None
+        if head is not None and head.requires_grad:
+            self._seats["score"] = model.get_submodule("score")
+            model.set_submodule("score", CohortHead(head, self.layers[0].clients))
+
+    def leave(self) -> None:
+        """Put the layers of one client back."""
+        for name, module in self._seats.items():
+            self.model.set_submodule(name, module)
+
+    @property
+    def learning(self) -> tuple[Stacked, ...]:
+        """As the protocol."""
+        found = [
+            Stacked(str(TensorKey(number, name)), parameter, layer.bounds(name), single=name == "out_scale")
+            for number, layer in enumerate(self.layers)
+            for name, parameter in layer.learning.items()
+        ]
+        head = getattr(self.model, "score", None)
+        if isinstance(head, CohortHead):
+            found.append(Stacked(HEAD, head.weight, tuple(range(len(head.weight) + 1)), single=True))
+        return tuple(found)
+
+    def resident(self) -> list[Tensor]:
+        """As the protocol: with what waits outside for the cohort's end."""
+        modules = (self.model, *self._seats.values())
+        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+    def losses(self, batches: Sequence[Batch], terms: LossTerms) -> Tensor:
+        """As the protocol.
+
+        Raises:
+            ValueError: labels are missing, or token dropout is asked of a language model.
+        """
+        self.model.train()
+        classifier = isinstance(self.model, SequenceClassifier)
+        if terms.token_dropout:
+            if not classifier:
+                raise ValueError("token_dropout is for classification; set it to 0 for a language model")
+            drawn = zip(batches, terms.generators, strict=True)
+            batches = [drop_tokens(batch, terms.token_dropout, generator) for batch, generator in drawn]
+        together = _together(batches)
+        alive_C = torch.tensor(terms.alive, device=together.mask_SN.device)
+        runs_SN = together.mask_SN & alive_C.repeat_interleave(len(batches[0]))[:, None]
+        options: dict[str, Any] = {TOKEN_MASK: runs_SN.reshape(-1)}
+        if classifier:
+            return self._class_losses(together, options, terms)
+        logits_SNV = self.model(
+            input_ids=together.tokens_SN,
+            attention_mask=together.mask_SN.long(),
+            use_cache=False,
+            output_router_logits=False,
+            **options,
+        ).logits
+        targets_SN, counted_SN = next_tokens(together)
+        loss_T = cross_entropy(
+            logits_SNV.flatten(0, 1).float(),
+            targets_SN.flatten(),
+            reduction="none",
+            label_smoothing=terms.label_smoothing,
+        )
+        count_C = counted_SN.unflatten(0, (len(batches), -1)).sum((1, 2)).clamp(min=1)
+        return loss_T.unflatten(0, (len(batches), -1)).sum(1) / count_C
+
+    def _class_losses(self, batch: Batch, options: dict[str, Any], terms: LossTerms) -> Tensor:
+        if batch.labels_S is None:
+            raise ValueError("the batch has no labels; classification needs labels_S")
+        clients = len(terms.alive)
+        logits_SK: Tensor = self.model(batch.tokens_SN, batch.mask_SN, **options).float()
+        if terms.log_priors is not None:
+            prior_CK = torch.stack(list(terms.log_priors))
+            logits_SK = logits_SK + prior_CK.repeat_interleave(len(batch) // clients, dim=0)
+        loss_S = cross_entropy(logits_SK, batch.labels_S, reduction="none", label_smoothing=terms.label_smoothing)
+        return loss_S.unflatten(0, (clients, -1)).mean(1)
+
+
+def _together(batches: Sequence[Batch]) -> Batch:
+    """The clients' sequences one after another."""
+    labels = [batch.labels_S for batch in batches if batch.labels_S is not None]
+    tokens_SN, mask_SN = (torch.cat([getattr(b, name) for b in batches]) for name in ("tokens_SN", "mask_SN"))
+    return Batch(tokens_SN, mask_SN, torch.cat(labels) if labels else None)

@@ -1,0 +1,1 @@
+"""Local training of several clients at once."""

@@ -1,0 +1,1 @@
+"""MoE layers of several clients at once."""

@@ -1,0 +1,110 @@
+"""Local training of a round's groups: a cohort at once, a client alone, and alone where a cohort's step raised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+from fedmoe_core.client.cohort.train import Member, train_cohort
+from fedmoe_core.client.train import FAILURES, train_client
+from fedmoe_core.config.run_config import TrainConfig
+from fedmoe_core.data.batches import Batch, client_batches
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.model.cohort import CohortAdapter
+from fedmoe_core.server.planning import asked_costs
+from fedmoe_core.server.state import ServerState
+from fedmoe_core.simulation.cohorts.grouping import Group
+from fedmoe_core.simulation.world import World, local_settings, validation_batches
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One client's update and how it came about.
+
+    Attributes:
+        update: what its algorithm made of the result.
+        plan: what it was asked.
+        extract_seconds: part of its time that was not training.
+        memory_bytes: the peak of its cohort, 0 where it trained alone.
+    """
+
+    update: ClientUpdate
+    plan: ExpertPlan
+    extract_seconds: float
+    memory_bytes: int = 0
+
+
+def round_settings(world: World, round: int) -> TrainConfig:
+    """Return local training at this round's learning rate: from lr to lr_final of it along half a cosine."""
+    train = local_settings(world.config, type(world.algorithm))
+    done = round / max(1, world.config.rounds - 1)
+    factor = train.lr_final + (1 - train.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
+    return replace(train, lr=train.lr * factor)
+
+
+def answers(world: World, state: ServerState, group: Group) -> Iterator[Answer]:
+    """Train a group; yield each client's answer as soon as it is read, so that no two clients' deltas are held.
+
+    Where a cohort's joint step raises, nothing is known about its clients. Each then trains alone, and says so.
+    """
+    if group.alone:
+        yield _alone(world, state, group.plans[0], group.alone)
+        return
+    members = [
+        Member(
+            plan,
+            asked_costs(world.population, plan.extras),
+            partial(_batches, world, plan),
+            world.data.class_shares(plan.client),
+        )
+        for plan in group.plans
+    ]
+    train = round_settings(world, group.plans[0].round)
+    try:
+        trained = train_cohort(cast(CohortAdapter, world.adapter), state.params, members, train=train)
+    except FAILURES as error:
+        why = f"its cohort's step raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        for plan in group.plans:
+            yield _alone(world, state, plan, why)
+        return
+    for plan, result in zip(group.plans, trained.results, strict=True):
+        update = replace(world.algorithm.answer(plan, result), cohort=len(group.plans))
+        yield Answer(update, plan, result.extract_seconds, trained.memory_bytes)
+
+
+def _alone(world: World, state: ServerState, plan: ExpertPlan, why: str) -> Answer:
+    """One client's training by itself."""
+    device, data = world.ranks.device, world.data.clients[plan.client]
+    draw = partial(_batches, world, plan)
+    result = train_client(
+        world.adapter,
+        state.params,
+        plan,
+        draw(),
+        train=round_settings(world, plan.round),
+        costs=asked_costs(world.population, plan.extras),
+        class_shares_C=world.data.class_shares(plan.client),
+        redraw=draw,
+        validation=lambda: (batch.to(device) for batch in validation_batches(data, world.config)),
+    )
+    update = replace(world.algorithm.answer(plan, result), alone=why)
+    return Answer(update, plan, result.extract_seconds)
+
+
+def _batches(world: World, plan: ExpertPlan) -> Iterator[Batch]:
+    """The batches of a client's round, from the start."""
+    train = world.config.train
+    batches = client_batches(
+        world.data.clients[plan.client].private,
+        seed=world.config.seed,
+        round=plan.round,
+        client=plan.client,
+        steps=plan.local_steps,
+        batch_size=train.batch_size,
+        seq_len=train.seq_len,
+    )
+    return (batch.to(world.ranks.device) for batch in batches)
