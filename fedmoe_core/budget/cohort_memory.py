@@ -5,8 +5,7 @@ Shapes: L MoE layers, E experts, C clients.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,68 +47,44 @@ class Share:
         return [whole, *(resident + int(each_LE.sum()) for each_LE in running)]
 
 
-@dataclass(frozen=True)
-class CohortCosts:
-    """The cost model of cohorts, measured on two small ones.
+def cohort_memory(costs: CostModel, shares: Sequence[Share], transients: Sequence[int]) -> int:
+    """Predict the peak of a cohort's step, in bytes; at least what is measured.
 
-    Attributes:
+    Args:
         costs: the cost model of a client that is asked for nothing more than training.
-        transients: k' -> for each stage of the backward the bytes that no client owns (activations, temporaries): those
-            of any cohort, and those that each client adds.
+        shares: the clients.
+        transients: bytes that no client owns (activations, temporaries) in each stage of the backward of as many.
+
+    Raises:
+        ValueError: clients of different k'.
     """
+    if any(share.top_k != shares[0].top_k for share in shares):
+        raise ValueError("the clients of a cohort have one top_k; group them by it")
+    own = np.sum([share.bytes() for share in shares], axis=0)
+    # What a plan asks besides may keep buffers, and those are each client's own.
+    buffers = sum(share.costs.trunk.buffer_bytes - costs.trunk.buffer_bytes for share in shares)
+    return _common(costs) + buffers + int((own + np.array([0, *transients])).max()) - _stored_once(shares)
 
-    costs: CostModel
-    transients: Mapping[int, tuple[tuple[int, int], ...]]
 
-    def memory(self, shares: Sequence[Share]) -> int:
-        """Predict the peak of a cohort's step, in bytes; at least what is measured.
+def transients_of(share: Share, clients: int, peaks: Sequence[int]) -> tuple[int, ...]:
+    """Take from measured peaks what the clients own; the rest are the transients of a cohort of that many.
 
-        Raises:
-            ValueError: clients of different k'.
-        """
-        top_k, clients = shares[0].top_k, len(shares)
-        if any(share.top_k != top_k for share in shares):
-            raise ValueError("the clients of a cohort have one top_k; group them by it")
-        own = np.sum([share.bytes() for share in shares], axis=0)
-        transient = [0, *(fixed + each * clients for fixed, each in self.transients[top_k])]
-        # What a plan asks besides may keep buffers, and those are each client's own.
-        buffers = sum(share.costs.trunk.buffer_bytes - self.costs.trunk.buffer_bytes for share in shares)
-        return _common(self.costs) + buffers + int((own + np.array(transient)).max()) - _stored_once(shares)
-
-    @classmethod
-    def measured(cls, peaks: Mapping[int, Mapping[int, Sequence[int]]], share: Mapping[int, Share]) -> CohortCosts:
-        """Take the peaks of two cohorts of equal clients apart.
-
-        Args:
-            peaks: k' -> clients -> peak bytes of each stage.
-            share: k' -> each client of those cohorts.
-        """
-        found = {}
-        for top_k, by_clients in peaks.items():
-            alike = share[top_k]
-            (few, low), (many, high) = (
-                (clients, _transients(alike, clients, stages)) for clients, stages in sorted(by_clients.items())
-            )
-            # Rounded up, and never negative: what a block of the allocator adds must not shrink with the clients.
-            slopes = [max(0, math.ceil((above - below) / (many - few))) for below, above in zip(low, high, strict=True)]
-            tops = zip(low, high, slopes, strict=True)
-            found[top_k] = tuple((max(a - few * slope, b - many * slope), slope) for a, b, slope in tops)
-        return cls(next(iter(share.values())).costs, found)
+    Args:
+        share: each client of the cohort that was measured.
+        clients: how many they were.
+        peaks: bytes in each stage.
+    """
+    # The few bytes kept per slot are not taken off: a cohort with fewer slots than these stays bounded.
+    slots = clients * int(share.permitted_LE.sum()) * share.costs.slot_bytes
+    fixed = _common(share.costs) - _stored_once([share] * clients) - slots
+    own = share.bytes(at_least=True)[1:]
+    return tuple(max(0, peak - fixed - clients * each) for peak, each in zip(peaks, own, strict=True))
 
 
 def _common(costs: CostModel) -> int:
     """Bytes that are there once: trunk, buffers, and the layers of one client that wait outside with one expert."""
     waiting = costs.router_bytes + costs.num_layers * costs.frozen_bytes
     return costs.trunk_params * costs.weight_bytes + costs.trunk.buffer_bytes + waiting
-
-
-def _transients(share: Share, clients: int, stages: Sequence[int]) -> list[int]:
-    # The few bytes kept per slot are not taken off: a cohort with fewer slots than these stays bounded.
-    slots = clients * int(share.permitted_LE.sum()) * share.costs.slot_bytes
-    same = [share] * clients
-    fixed = _common(share.costs) - _stored_once(same) - slots
-    own = share.bytes(at_least=True)[1:]
-    return [peak - fixed - clients * bytes_ for peak, bytes_ in zip(stages, own, strict=True)]
 
 
 def _stored_once(shares: Sequence[Share]) -> int:

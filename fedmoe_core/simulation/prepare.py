@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fedmoe_core.algorithms.base import Algorithm, algorithm_class
 from fedmoe_core.base.rng import counter_seed
-from fedmoe_core.budget.cohort_memory import CohortCosts
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Budget, Cost
 from fedmoe_core.config.run_config import Config, TrainConfig
@@ -29,7 +28,7 @@ from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.model.spec import ModelSpec
 from fedmoe_core.server.state import Population
 from fedmoe_core.simulation.calibrate import calibrate
-from fedmoe_core.simulation.cohorts.dry_step import calibrate_cohorts
+from fedmoe_core.simulation.cohorts.dry_step import CohortMeter
 from fedmoe_core.simulation.identity import Identity, code_version
 from fedmoe_core.simulation.observer import Observer
 from fedmoe_core.simulation.process_group import Ranks
@@ -123,13 +122,13 @@ def found_world(sources: Sources, params: dict[str, Tensor]) -> World:
     budgets = deal_budgets(config, adapter.spec, plain)
     params = take_form(config, sources.form, adapter, params)
     population = measure_population(sources, params, budgets, plain)
-    cohorts = measure_cohorts(sources, params, population)
+    cohorts = meter_of(sources, params, population)
     algorithm = sources.form(population)
     return World(config, data, adapter, params, population, algorithm, sources.ranks, sources.identity, cohorts)
 
 
-def measure_cohorts(sources: Sources, params: dict[str, Tensor], population: Population) -> CohortCosts | None:
-    """Calibrate the cost model of cohorts; None where clients train one by one: asked so, or their trunk trains."""
+def meter_of(sources: Sources, params: dict[str, Tensor], population: Population) -> CohortMeter | None:
+    """Return the cost model of cohorts; None where clients train one by one: asked so, or their trunk trains."""
     config, adapter = sources.config, sources.adapter
     train = local_settings(config, sources.form)
     if config.cohort.clients == 1 or train.trunk == "fedavg" or not hasattr(adapter, "become_cohort"):
@@ -137,7 +136,7 @@ def measure_cohorts(sources: Sources, params: dict[str, Tensor], population: Pop
     first = next(iter(local_public_batches(config, sources.data, 1))).to(sources.ranks.device)
     costs = population.lora_costs or population.costs
     padding = may_pad(config, sources.data)
-    return calibrate_cohorts(cast(CohortAdapter, adapter), params, train, first, costs=costs, padding=padding)
+    return CohortMeter.of(cast(CohortAdapter, adapter), params, train, first, costs=costs, padding=padding)
 
 
 def dry_step(

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fedmoe_core.algorithms.base import Algorithm
-from fedmoe_core.budget.cohort_memory import CohortCosts
 from fedmoe_core.config.run_config import Config, TrainConfig
 from fedmoe_core.data.batches import Batch, eval_batches
 from fedmoe_core.data.federated import ClientData, FederatedData
 from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.server.state import Population
+from fedmoe_core.simulation.cohorts.dry_step import CohortMeter
 from fedmoe_core.simulation.identity import Identity
 from fedmoe_core.simulation.process_group import Ranks
 
@@ -30,7 +30,7 @@ class World:
     algorithm: Algorithm
     ranks: Ranks
     identity: Identity  # of the data and the model as they were read
-    cohort_costs: CohortCosts | None = None  # what clients need that train at once; None where each trains alone
+    cohorts: CohortMeter | None = None  # what clients need that train at once; None where each trains alone
 
 
 def local_settings(config: Config, form: type[Algorithm]) -> TrainConfig:

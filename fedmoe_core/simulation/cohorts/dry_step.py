@@ -1,15 +1,17 @@
-"""Dry steps of two small cohorts: what the closed forms cannot know about many clients over one trunk."""
+"""Dry steps of cohorts: what the closed forms cannot know about many clients over one trunk."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from fedmoe_core.budget.cohort_memory import CohortCosts, Share
+from fedmoe_core.budget.cohort_memory import Share, cohort_memory, transients_of
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.peak_memory import trace_memory
 from fedmoe_core.client.cohort.step import CohortStepper
@@ -19,52 +21,71 @@ from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.simulation.calibrate import NEVER, even_prior, first_experts, stage_marker
 
-SIZES = (2, 6)  # clients of the two; from two points comes a line, and the farther apart the less an error grows
 
+@dataclass(frozen=True)
+class CohortMeter:
+    """The cost model of cohorts: closed forms for what clients own, and a dry step for each size that is asked for.
 
-def calibrate_cohorts(
-    adapter: CohortAdapter,
-    params: dict[str, torch.Tensor],
-    train: TrainConfig,
-    batch: Batch,
-    *,
-    costs: CostModel,
-    padding: bool,
-) -> CohortCosts:
-    """Measure cohorts of clients that hold k' experts in every layer, for each k' from 1 to the model's k.
+    The rest does not grow in a straight line with the clients. The loops of a CPU work in tiles of a bounded size, so it grows by
+    4.5 MB a client up to some size and by 2.7 MB beyond it (16 rows of 64 tokens, width 128). Hence the very size that
+    will run is measured, once.
 
-    Args:
-        adapter, params, train, batch, padding: as ``calibrate``.
+    Attributes:
+        adapter, params, train: the live model, the warm one, and settings of local training.
         costs: the cost model of one client, measured.
+        batches: batches of the clients' shape, one of them with padding where there may be some.
     """
-    train = replace(train, token_dropout=min(train.token_dropout, NEVER))
-    whole_SN = torch.ones_like(batch.mask_SN)
-    padded_SN = whole_SN.clone()
-    padded_SN[0, -1] = False
-    batches = [replace(batch, mask_SN=mask_SN) for mask_SN in (whole_SN, padded_SN)[: 1 + padding]]
-    peaks: dict[int, dict[int, tuple[int, ...]]] = {}
-    shares = {}
-    for top_k in range(1, adapter.spec.top_k + 1):
-        few_LE = first_experts(adapter, top_k)
-        shares[top_k] = Share(costs, few_LE, few_LE, top_k)
-        submodel = SubModel(few_LE, few_LE, top_k=top_k, lora_rank=costs.lora_rank)
-        peaks[top_k] = {}
-        for clients in SIZES:
-            found = [_stage_peaks(adapter, params, train, [submodel] * clients, each) for each in batches]
-            peaks[top_k][clients] = tuple(max(stage) for stage in zip(*found, strict=True))
-    return CohortCosts.measured(peaks, shares)
+
+    adapter: CohortAdapter
+    params: dict[str, Tensor]
+    train: TrainConfig
+    costs: CostModel
+    batches: tuple[Batch, ...]
+    _measured: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        adapter: CohortAdapter,
+        params: dict[str, Tensor],
+        train: TrainConfig,
+        batch: Batch,
+        *,
+        costs: CostModel,
+        padding: bool,
+    ) -> CohortMeter:
+        """Make the meter for batches shaped like ``batch``; ``padding``: whether clients' batches may have some."""
+        whole_SN = torch.ones_like(batch.mask_SN)
+        padded_SN = whole_SN.clone()
+        padded_SN[0, -1] = False
+        batches = tuple(replace(batch, mask_SN=mask_SN) for mask_SN in (whole_SN, padded_SN)[: 1 + padding])
+        return cls(adapter, params, replace(train, token_dropout=min(train.token_dropout, NEVER)), costs, batches)
+
+    def memory(self, shares: Sequence[Share]) -> int:
+        """Predict the peak of a cohort's step, in bytes; at least what is measured, and within a few per cent."""
+        return cohort_memory(self.costs, shares, self._transients(shares[0].top_k, len(shares)))
+
+    def bound(self, shares: Sequence[Share]) -> int:
+        """Bound the same without a dry step of that size: transients grow no faster than the clients."""
+        pair = self._transients(shares[0].top_k, 2)
+        return cohort_memory(self.costs, shares, [math.ceil(each * len(shares) / 2) for each in pair])
+
+    def _transients(self, top_k: int, clients: int) -> tuple[int, ...]:
+        """Measure a cohort of clients that hold k' experts in every layer, the worst case as in ``calibrate``."""
+        if (top_k, clients) not in self._measured:
+            few_LE = first_experts(self.adapter, top_k)
+            submodel = SubModel(few_LE, few_LE, top_k=top_k, lora_rank=self.costs.lora_rank)
+            found = [_stage_peaks(self, [submodel] * clients, batch) for batch in self.batches]
+            peaks = [max(stage) for stage in zip(*found, strict=True)]
+            share = Share(self.costs, few_LE, few_LE, top_k)
+            self._measured[top_k, clients] = transients_of(share, clients, peaks)
+        return self._measured[top_k, clients]
 
 
-def _stage_peaks(
-    adapter: CohortAdapter,
-    params: dict[str, torch.Tensor],
-    train: TrainConfig,
-    submodels: Sequence[SubModel],
-    batch: Batch,
-) -> tuple[int, ...]:
+def _stage_peaks(meter: CohortMeter, submodels: Sequence[SubModel], batch: Batch) -> tuple[int, ...]:
     """Peak live bytes of each stage of a cohort's step with optimizer state."""
-    device, clients = batch.tokens_SN.device, len(submodels)
-    cohort = adapter.become_cohort(params, submodels, tokens=batch.tokens_SN.numel(), joined=lambda client: None)
+    adapter, train, device, clients = meter.adapter, meter.train, batch.tokens_SN.device, len(submodels)
+    cohort = adapter.become_cohort(meter.params, submodels, tokens=batch.tokens_SN.numel(), joined=lambda client: None)
     prior = even_prior(adapter, train, device)
     stepper = CohortStepper(
         cohort, train, seeds=range(clients), log_priors=None if prior is None else [prior] * clients

@@ -10,11 +10,12 @@ import torch
 
 from fedmoe_core.base import show
 from fedmoe_core.base.tensor_key import TensorKey
-from fedmoe_core.budget.cohort_memory import CohortCosts, Share
+from fedmoe_core.budget.cohort_memory import Share
 from fedmoe_core.budget.limits import Budget
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.server.planning import asked_costs
+from fedmoe_core.simulation.cohorts.dry_step import CohortMeter
 from fedmoe_core.simulation.world import World, local_settings
 
 OFF = "cohorts are off"
@@ -59,8 +60,8 @@ def grouped(world: World, plans: Sequence[ExpertPlan]) -> list[Group]:
     Raises:
         ValueError: ``cohort.memory`` cannot hold one of the clients by itself.
     """
-    costs = world.cohort_costs
-    if costs is None:
+    meter = world.cohorts
+    if meter is None:
         why = OFF if world.config.cohort.clients == 1 else _never(world)
         return [Group((plan,), why, plan.predicted.memory_bytes) for plan in plans]
     limit = memory_limit(world.config, world.ranks.device)
@@ -77,9 +78,9 @@ def grouped(world: World, plans: Sequence[ExpertPlan]) -> list[Group]:
         else:
             kinds.setdefault(_kind(plan), []).append(plan)
     for alike in kinds.values():
-        for members in _cut(world, costs, alike, limit):
+        for members in _cut(world, meter, alike, limit):
             if len(members) > 1:
-                predicted = costs.memory([_share(world, plan) for plan in members])
+                predicted = meter.memory([_share(world, plan) for plan in members])
                 groups.append(Group(tuple(members), "", predicted))
             else:
                 why = "memory holds no second client" if len(alike) > 1 else "no other client of its kind in the round"
@@ -112,25 +113,17 @@ def _kind(plan: ExpertPlan) -> tuple[object, ...]:
     return plan.top_k, plan.local_steps, extras.lora_rank, extras.train_router, extras.out_scale_L is None
 
 
-def _cut(world: World, costs: CohortCosts, alike: list[ExpertPlan], limit: int) -> list[list[ExpertPlan]]:
-    """Cut plans of one kind into as few cohorts as memory and ``cohort.clients`` allow, of even size if they fit."""
-    most = world.config.cohort.clients or len(alike)
+def _cut(world: World, meter: CohortMeter, alike: list[ExpertPlan], limit: int) -> list[list[ExpertPlan]]:
+    """Cut plans of one kind into as few cohorts of even size as memory and ``cohort.clients`` allow."""
+    most = min(world.config.cohort.clients or len(alike), len(alike))
     shares = {plan.client: _share(world, plan) for plan in alike}
-
-    def fits(members: Sequence[ExpertPlan]) -> bool:
-        few = len(members) <= most
-        return few and (len(members) == 1 or costs.memory([shares[plan.client] for plan in members]) <= limit)
-
-    full: list[list[ExpertPlan]] = []
-    for plan in alike:
-        if full and fits([*full[-1], plan]):
-            full[-1].append(plan)
-        else:
-            full.append([plan])
-    count = len(full)
-    bounds = [len(alike) * place // count for place in range(count + 1)]
-    even = [alike[begin:end] for begin, end in pairwise(bounds)]
-    return even if all(map(fits, even)) else full
+    for count in range(-(-len(alike) // most), len(alike) + 1):
+        bounds = [len(alike) * place // count for place in range(count + 1)]
+        parts = [alike[begin:end] for begin, end in pairwise(bounds)]
+        members = ([shares[plan.client] for plan in part] for part in parts)
+        if all(len(part) == 1 or meter.bound(part) <= limit for part in members):
+            return parts
+    return [[plan] for plan in alike]
 
 
 def _share(world: World, plan: ExpertPlan) -> Share:

@@ -19,8 +19,8 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.result import LocalResult
-from fedmoe_core.simulation import round as rounds
 from fedmoe_core.simulation import run as simulate
+from fedmoe_core.simulation.cohorts import training
 
 Make = Callable[..., Config]
 
@@ -85,7 +85,7 @@ def test_inv1_a_budget_that_is_broken_is_said_to_be_broken(
 ) -> None:
     """The closed form falls short (here: by what the test adds to the measurement)."""
     trace_memory, who = client.trace_memory, {"client": -1}
-    train_client = rounds.train_client
+    train_client = training.train_client
 
     def more(step: Callable[[], Any], device: torch.device) -> tuple[Any, MemoryTrace]:
         result, trace = trace_memory(step, device)
@@ -96,7 +96,7 @@ def test_inv1_a_budget_that_is_broken_is_said_to_be_broken(
         return train_client(adapter, params, plan, batches, **rest)
 
     monkeypatch.setattr(client, "trace_memory", more)
-    monkeypatch.setattr(rounds, "train_client", train)
+    monkeypatch.setattr(training, "train_client", train)
     budget = max(row.predicted.memory_bytes for row in simulate.dry_run(config("budgets=experts=50%")))
     summary = simulate.run(config(f"budgets=memory={budget}"))
     assert (summary["budgets_broken"], summary["budget_violations"]) == (2 * len(clients), 2 * len(clients))

@@ -14,8 +14,8 @@ import torch
 
 from fedmoe_core.client import train as client
 from fedmoe_core.config.run_config import Config
-from fedmoe_core.simulation import round as rounds
 from fedmoe_core.simulation import run as simulate
+from fedmoe_core.simulation.cohorts import training
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.prepare import build_world
 from fedmoe_core.simulation.process_group import Ranks
@@ -256,14 +256,14 @@ def test_inv11_a_client_with_nan_loss_is_refused_by_name_and_the_run_goes_on(con
         return float("nan") if poison["on"] else loss
 
     poison = {"on": False}
-    train_client = rounds.train_client
+    train_client = training.train_client
 
     def train(adapter, params, plan, batches, **rest):
         poison["on"] = plan.client == 2
         return train_client(adapter, params, plan, batches, **rest)
 
     monkeypatch.setattr(client.Stepper, "step", poisoned)
-    monkeypatch.setattr(rounds, "train_client", train)
+    monkeypatch.setattr(training, "train_client", train)
     summary = simulate.run(config())
     played = lines(tmp_path / "run", kind="round")[1:]
     assert all(line["refused"][0]["client"] == 2 and "nan" in line["refused"][0]["reason"] for line in played)
@@ -272,21 +272,21 @@ def test_inv11_a_client_with_nan_loss_is_refused_by_name_and_the_run_goes_on(con
 
 
 def test_inv11_too_few_clients_left_and_the_round_is_not_applied(config, tmp_path, monkeypatch):
-    train_client = rounds.train_client
+    train_client = training.train_client
 
     def train(adapter, params, plan, batches, **rest):
         result = train_client(adapter, params, plan, batches, **rest)
         broken = {key: torch.full_like(delta, float("inf")) for key, delta in result.deltas.items()}
         return replace(result, deltas=broken) if plan.client else result
 
-    monkeypatch.setattr(rounds, "train_client", train)
+    monkeypatch.setattr(training, "train_client", train)
     summary = simulate.run(config("min_clients=2"))
     assert summary["loss_after"] == summary["loss_before"]
     assert [line["applied"] for line in lines(tmp_path / "run", kind="round")[1:]] == [False, False]
 
 
 def test_a_failing_client_does_not_end_the_run(config, monkeypatch):
-    train_client = rounds.train_client
+    train_client = training.train_client
 
     def train(adapter, params, plan, batches, **rest):
         def broken():
@@ -295,7 +295,7 @@ def test_a_failing_client_does_not_end_the_run(config, monkeypatch):
 
         return train_client(adapter, params, plan, broken(), **rest)
 
-    monkeypatch.setattr(rounds, "train_client", train)
+    monkeypatch.setattr(training, "train_client", train)
     summary = simulate.run(config())
     assert summary["refused_updates"] == 8
     assert summary["loss_after"] == summary["loss_before"]

@@ -1,0 +1,215 @@
+"""Clients that train at once: as each would alone, inside what memory holds, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_corpus import make_config
+from tiny_runs import fedmoe
+
+from fedmoe_core.client.cohort.train import Member, train_cohort
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.result import LocalFailure, LocalResult
+from fedmoe_core.server.state import ServerState
+from fedmoe_core.simulation import run as simulate
+from fedmoe_core.simulation.cohorts import training
+from fedmoe_core.simulation.cohorts.grouping import grouped
+from fedmoe_core.simulation.observer import NullObserver
+from fedmoe_core.simulation.prepare import build_world
+from fedmoe_core.simulation.process_group import Ranks
+from fedmoe_core.simulation.round import Round, play_round
+from fedmoe_core.simulation.world import World
+
+Make = Callable[..., Config]
+BUDGETS = "budgets=['experts=25%', 'experts=50%', 'unlimited']"
+
+
+@pytest.fixture
+def config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    return make_config(tmp_path, tmp_path_factory.getbasetemp() / "tiny")
+
+
+def played(config: Config) -> tuple[World, ServerState, Round]:
+    world = build_world(config.resolved(), Ranks(), NullObserver())
+    state, round_ = play_round(world, world.algorithm.init(world.params), NullObserver())
+    return world, state, round_
+
+
+def members_of(world: World, plans: list[ExpertPlan]) -> list[Member]:
+    return [
+        Member(plan, world.population.costs, lambda plan=plan: training._batches(world, plan))  # type: ignore[misc]
+        for plan in plans
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("algorithm=hfedmoe",),
+        ("algorithm=hfedmoe_plus", "train.prox=0.1", "train.clip=0.05"),
+        (
+            "algorithm=hfedmoe",
+            "train.experts=lora",
+            "lora.rank=4",
+            "lora.frozen_format=nf4",
+            "model_config.expert_width=32",
+        ),
+        ("algorithm=flame", "budgets=unlimited"),
+        ("algorithm=flexlora", "budgets=unlimited", "train.label_smoothing=0.1"),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_a_cohort_gives_what_its_clients_give_alone(config: Make, words: tuple[str, ...]) -> None:
+    world, alone, one_by_one = played(config(BUDGETS, *words))
+    _, together, round_ = played(config(BUDGETS, *words, "cohort.clients=4"))
+    assert [record["clients"] for record in round_.cohorts] == [[0, 1, 2, 3]]
+    moved = 0
+    for key, old in world.params.items():
+        change = (alone.params[key] - old).norm()
+        if change > 0:
+            moved += 1
+            assert (alone.params[key] - together.params[key]).norm() < 1e-4 * change, key
+    assert moved
+    for one, other in zip(one_by_one.updates, round_.updates, strict=True):
+        assert (one.status, other.status, one.cohort, other.cohort) == ("ok", "ok", 1, 4)
+        assert (one.alone, other.alone) == ("cohorts are off", "")
+        for resource in ("flops", "bytes_down", "bytes_up", "experts"):
+            assert getattr(one.cost, resource) == getattr(other.cost, resource), resource
+        assert other.loss_last == pytest.approx(one.loss_last, rel=1e-4)
+        assert one.profile is not None
+        assert other.profile is not None
+        for name, value in vars(one.profile).items():
+            np.testing.assert_allclose(getattr(other.profile, name), value, rtol=1e-3, atol=1e-5)
+
+
+def test_classes_have_a_head_for_each_client(config: Make) -> None:
+    words = ("train.trunk=frozen", "train.token_dropout=0.3", "train.logit_adjustment=1.0", "budgets=unlimited")
+    world, alone, _ = played(config(*words, labeled=True))
+    _, together, round_ = played(config(*words, "cohort.clients=3", labeled=True))
+    assert [len(record["clients"]) for record in round_.cohorts] == [3]
+    for key in ("dense.score.weight", "moe.0.w_in"):
+        change = (alone.params[key] - world.params[key]).norm()
+        assert (alone.params[key] - together.params[key]).norm() < 1e-4 * change, key
+
+
+def test_the_prediction_holds_and_is_near(config: Make) -> None:
+    for labeled in (False, True):
+        frozen = ("train.trunk=frozen",) if labeled else ()
+        for clients in (2, 3):
+            words = (*frozen, f"clients={clients}", "clients_per_round=0", f"cohort.clients={clients}", BUDGETS)
+            _, _, round_ = played(config(*words, labeled=labeled))
+            (record,) = round_.cohorts
+            assert record["memory_bytes"] <= record["predicted_bytes"] <= 1.10 * record["memory_bytes"], (words, record)
+
+
+def test_inv10_the_bits_are_those_of_any_number_of_ranks_and_of_a_resumed_run(config: Make, tmp_path: Path) -> None:
+    words = ("cohort.clients=2", BUDGETS)
+    whole = simulate.run(config(*words, out_name="whole"))
+
+    class Stop(NullObserver):
+        def on_round(self, round: int, rounds: int, record: Any) -> None:
+            if round == 1:
+                raise KeyboardInterrupt
+
+    stopped = config(*words, out_name="stopped")
+    with pytest.raises(KeyboardInterrupt):
+        simulate.run(stopped, observer=Stop())
+    assert simulate.resume(Path(stopped.out))["model_hash"] == whole["model_hash"]
+    (Path(whole_toml := tmp_path / "cohorts.toml")).write_text(config(*words).to_toml())
+    for ranks in (2, 4):
+        out = tmp_path / f"ranks-{ranks}"
+        ended = fedmoe("simulate", whole_toml, f"ranks={ranks}", f"out={out}", "--quiet")
+        assert ended.returncode == 0, ended.stderr
+        assert json.loads((out / "summary.json").read_text())["model_hash"] == whole["model_hash"]
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [line["cohorts"][1]["clients"] for line in lines if "cohorts" in line] == [[2, 3], [2, 3]]
+
+
+def test_one_clients_nan_is_its_own(config: Make) -> None:
+    world = build_world(config("cohort.clients=4", BUDGETS).resolved(), Ranks(), NullObserver())
+    plans = world.algorithm.plan(world.algorithm.init(world.params), range(4))
+    train = training.round_settings(world, 0)
+
+    def trained(plans: list[ExpertPlan]) -> list[LocalResult | LocalFailure]:
+        return list(train_cohort(world.adapter, world.params, members_of(world, plans), train=train).results)  # type: ignore[arg-type]
+
+    well = trained(plans)
+    expert = int(plans[1].permitted_LE[0].nonzero()[0][0])
+    rows = {"moe.0.w_out": {expert: torch.full_like(world.params["moe.0.w_out"][0], torch.nan)}}
+    plans[1] = replace(plans[1], extras=replace(plans[1].extras, rows=rows))
+    ill = trained(plans)
+    assert isinstance(ill[1], LocalFailure)
+    assert ill[1].error == "the loss became nan at local step 1"
+    for client in (0, 2, 3):
+        one, other = well[client], ill[client]
+        assert isinstance(one, LocalResult)
+        assert isinstance(other, LocalResult)
+        for key, delta in one.deltas.items():
+            assert (delta - other.deltas[key]).norm() <= 1e-4 * delta.norm(), key
+        # A backward with a NaN in it would have left no importance for any of them.
+        np.testing.assert_allclose(other.profile.taylor_abs_LE, one.profile.taylor_abs_LE, rtol=1e-3, atol=1e-6)
+
+
+def test_a_joint_step_that_raises_is_made_up_for_one_by_one(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, alone, _ = played(config(BUDGETS))
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory\nand a page of advice")
+
+    monkeypatch.setattr(training, "train_cohort", out_of_memory)
+    _, state, round_ = played(config(BUDGETS, "cohort.clients=4"))
+    assert {u.alone for u in round_.updates} == {"its cohort's step raised RuntimeError: out of memory"}
+    assert round_.cohorts == []
+    assert all(torch.equal(state.params[key], value) for key, value in alone.params.items())
+
+
+def test_it_is_said_why_a_client_trains_alone(config: Make) -> None:
+    def reasons(*words: str, labeled: bool = False) -> list[str]:
+        _, _, round_ = played(config(*words, labeled=labeled))
+        return [update.alone for update in round_.updates]
+
+    assert reasons("cohort.clients=4", labeled=True) == ["its trunk trains"] * 3
+    assert set(reasons("cohort.clients=4", "algorithm=fedmoe")) == {"its routers have an auxiliary loss"}
+    assert set(reasons("cohort.clients=4", "algorithm=flex_moe")) == {"it is measured after training"}
+    batch = ("selection.mode=backward-masked", "selection.reschedule=batch", "selection.score=s", "budgets=experts=25%")
+    assert set(reasons("cohort.clients=4", *batch)) == {"it chooses experts for every batch"}
+    assert reasons("cohort.clients=4", "clients=1") == ["no other client of its kind in the round"]
+
+
+def test_memory_decides_how_many(config: Make) -> None:
+    world = build_world(config("cohort.clients=0", BUDGETS).resolved(), Ranks(), NullObserver())
+    plans = world.algorithm.plan(world.algorithm.init(world.params), range(4))
+    (whole,) = grouped(world, plans)
+    assert len(whole.plans) == 4
+
+    def at(memory: str) -> World:
+        return replace(world, config=replace(world.config, cohort=replace(world.config.cohort, memory=memory)))
+
+    limit = max(plan.predicted.memory_bytes for plan in plans)
+    seen = set()
+    for memory in range(limit, whole.predicted_bytes + limit, limit // 4):
+        groups = grouped(at(f"{memory}B"), plans)
+        assert [plan.client for group in groups for plan in group.plans] == [0, 1, 2, 3]
+        assert all(group.predicted_bytes <= memory for group in groups)
+        seen.add(tuple(len(group.plans) for group in groups))
+        assert {group.alone for group in groups if len(group.plans) == 1} <= {"memory holds no second client"}
+    assert {(1, 1, 1, 1), (2, 2), (4,)} <= seen
+    with pytest.raises(ValueError, match=r"cohort\.memory=1kB is .*, and client 0 alone needs .*; raise it, or set"):
+        grouped(at("1kB"), plans)
+
+
+def test_a_limit_that_holds_nobody_is_refused_before_anything_trains(config: Make) -> None:
+    made = config("cohort.clients=0", "cohort.memory=1kB")
+    with pytest.raises(ValueError, match="alone needs"):
+        simulate.run(made)
+    assert not (Path(made.out) / "metrics.jsonl").exists()
+    with pytest.raises(ValueError, match=r"cohort\.memory='plenty' is not a size; give one such as 4GiB, or auto"):
+        config("cohort.memory=plenty")
