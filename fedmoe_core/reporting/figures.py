@@ -193,7 +193,8 @@ def budgets(run: Run) -> Figure | None:
     order = run.client_ids
     panels: list[tuple[str, list[tuple[float, float] | None]]] = []
     for key, (label, _) in RESOURCES.items():
-        used = [_largest_share(run, client, key) for client in order]
+        shares = largest_shares(run, key)
+        used = [shares.get(client) for client in order]
         if any(used):
             panels.append((label, used))
     if not panels:
@@ -265,14 +266,18 @@ def data_split(run: Run) -> Figure | None:
     return figure
 
 
-def _largest_share(run: Run, client: int, key: str) -> tuple[float, float] | None:
-    """Largest real and predicted use of a limit over the rounds, as parts of one; None without a limit."""
-    pairs = [
-        ((line.get("real") or {}).get(key) or 0, (line.get("predicted") or {}).get(key) or 0, line["budget"][key])
-        for line in run.ledger
-        if line["client"] == client and (line.get("budget") or {}).get(key)
-    ]
-    return (max(r / b for r, _, b in pairs), max(p / b for _, p, b in pairs)) if pairs else None
+def largest_shares(run: Run, key: str) -> dict[int, tuple[float, float]]:
+    """Return each client's largest real and predicted use of a limit over the rounds, as parts of one, by client.
+
+    Clients without a limit are left out.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    for line in run.ledger:
+        if limit := (line.get("budget") or {}).get(key):
+            most_real, most_predicted = found.get(line["client"], (0.0, 0.0))
+            real, predicted = ((line.get(part) or {}).get(key) or 0 for part in ("real", "predicted"))
+            found[line["client"]] = max(most_real, real / limit), max(most_predicted, predicted / limit)
+    return found
 
 
 def _scaled(
