@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedmoe_core.base import show
-from fedmoe_core.reporting import figures
+from fedmoe_core.reporting import crowd, figures
 from fedmoe_core.reporting.results import by_quality, held, quality_of, remarks
 from fedmoe_core.reporting.run import Run
 
@@ -68,16 +68,21 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 
 def tiers(run: Run) -> Table | None:
-    """Return one row a tier: its clients, what they held and used at most, and where their loss ended."""
-    tiers = run.tiers
-    if not tiers:
+    """Return one row a tier: its clients, what they held and used at most, and where their loss ended.
+
+    In a run of many clients those count too that took no part, and tiers that are too many are one row.
+    """
+    if not run.tiers:
         return None
+    tiers: Mapping[int, str] = {client: run.tiers[client] for client in run.client_ids if client in run.tiers}
+    if crowd.crowded(run):
+        tiers = {client: group.name for group in crowd.groups(run) for client in group.members}
     key = "loss_clients" if run.last("loss_clients") else "personal_loss_C"
     final, first = run.last(key) or [], run.last(key, first=True) or []
     own = run.last("personal_accuracy_C") or []
     members_of: dict[str, list[int]] = {}
-    for client in (client for client in run.client_ids if client in tiers):
-        members_of.setdefault(tiers[client], []).append(client)
+    for client, name in tiers.items():
+        members_of.setdefault(name, []).append(client)
     lines_of: dict[str, list[Mapping[str, Any]]] = {}
     for entry in run.ledger:
         if (tier_of := tiers.get(entry["client"])) is not None:
