@@ -66,11 +66,11 @@ def tier_of(run: Run) -> dict[int, str]:
 
 
 def groups(run: Run) -> list[Group]:
-    """Group the clients of a run by tier, in the order in which ``Run.client_ids`` has the tiers.
+    """Group the clients of a run by tier, in the order of the tiers' first clients, which is the configuration's.
 
     Of more than ``MOST_GROUPS`` tiers those with the most clients are shown, and the others as one group at the end.
     """
-    members: dict[str, list[int]] = {run.tiers[client]: [] for client in run.client_ids if client in run.tiers}
+    members: dict[str, list[int]] = {}
     for client, tier in tier_of(run).items():
         members.setdefault(tier, []).append(client)
     shown = set(members)

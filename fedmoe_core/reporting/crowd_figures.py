@@ -82,6 +82,8 @@ def holdings(run: Run) -> Figure | None:
         group_ticks(row[0], [group.name for group in groups])
     for axes in grid[-1]:
         expert_ticks(axes, experts)
+        if experts > 24:  # three panels in a row: twelve numbers of three digits would touch
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axes.set_xlabel("expert")
     figure.tight_layout(w_pad=1.2, h_pad=1.0)
     return figure

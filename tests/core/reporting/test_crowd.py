@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,9 @@ def test_a_tier_counts_its_clients_that_were_never_drawn() -> None:
     assert [(group.name, len(group.members)) for group in crowd.groups(run)] == [("t0", 21), ("t1", 21)]
     assert [row[:3] for row in texts(crowd_tables.losses(run))] == [["t0", "21", "2"], ["t1", "21", "2"]]
     assert [row[:3] for row in texts(tiers(run))] == [["t0", "21", "2.00 MiB 7 %"], ["t1", "21", "2.00 MiB 10 %"]]
+    # The tiers keep the order of the configuration, whichever client was drawn.
+    second = replace(run, clients=[record for record in run.clients if record["client"] == 1])
+    assert [group.name for group in crowd.groups(second)] == ["t0", "t1"]
 
 
 def test_more_tiers_than_have_room_are_the_largest_and_one_group_of_the_others() -> None:
