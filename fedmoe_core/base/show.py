@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeGuard
 
 NONE = "n/a"
+# Clients that are shown one by one; more are grouped by tier. A figure has 3.6 inches for its clients: 40 rows of 6.5
+# points, the smallest print that is read. A terminal shows 24 to 50 lines.
+MANY = 40
 
 
 def known(value: float | None) -> TypeGuard[float]:

@@ -123,7 +123,12 @@ def resume(
 
 
 @app.command()
-def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> None:
+def plan(
+    words: Words = None,
+    every: Annotated[bool, typer.Option("--all", help="One line for each client, however many there are.")] = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
+) -> None:
     """Show what each client would hold, move, compute and need in memory, before anything trains (the dry run)."""
     with _errors(debug):
         config = _config(words)
@@ -137,7 +142,7 @@ def plan(words: Words = None, debug: Debug = False, as_json: AsJson = False) -> 
         else:
             # A pipe has no width; 220 columns keep every row on one line.
             console = Console() if sys.stdout.isatty() else Console(width=220)
-            console.print(plan_table(rows, config))
+            console.print(plan_table(rows, config, every=every))
         if outside:
             first = outside[0]
             raise ValueError(f"{show.plural(len(outside), 'client')} cannot run; {first.client}: {first.reason}")

@@ -17,18 +17,43 @@ HEADS: Mapping[str, str] = {"memory": "peak memory", "down": "down", "up": "up",
 TEXTS: Mapping[str, Callable[[float | None], str]] = {"flops": show.flops, "energy": show.joules}  # others in bytes
 
 
-def plan_table(rows: list[PlanRow], config: Config) -> Table:
-    """Lay out a dry run, one row a client: what it would hold, and what each resource needs beside its limit."""
+SHOWN = 10  # clients that cannot run and are named under the tiers
+
+
+def plan_table(rows: list[PlanRow], config: Config, *, every: bool = False) -> Table:
+    """Lay out a dry run, one row a client: what it would hold, and what each resource needs beside its limit.
+
+    More than ``show.MANY`` clients are one row a tier, with the least and the most of its clients, and below them the
+    first ``SHOWN`` clients that cannot run; ``every`` client has its row if asked for. Tiers past ``show.MANY`` are one
+    row.
+    """
+    many = len(rows) > show.MANY and not every
     title = visible(f"{config.algorithm}: {config.model} on {config.data}, first round")
     table = Table(title=Text(title, style="table.title"), title_justify="left")
     # Experts have columns of their own, and what is counted for some devices only is shown where one limits it.
     words = [word for word in RESOURCES if word != "experts" and (word in HEADS or any(_limited(rows, word)))]
-    for name in ("client", "tier"):
+    for name in ("clients" if many else "client", "tier"):
         table.add_column(name, no_wrap=True)
     for name in ("experts", "trained", *(HEADS.get(word, word) for word in words), "steps", "k", "samples"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fits")
-    for row in rows:
+    shown = rows
+    if many:
+        tiers: dict[str, list[PlanRow]] = {}
+        for row in rows:
+            tiers.setdefault(row.tier, []).append(row)
+        if len(tiers) > show.MANY:
+            kept = dict(list(tiers.items())[: show.MANY - 1])
+            rest = [row for tier, members in tiers.items() if tier not in kept for row in members]
+            tiers = {**kept, f"{len(tiers) - len(kept)} other tiers": rest}
+        for tier, members in tiers.items():
+            table.add_row(str(len(members)), Text(visible(tier)), *_of_tier(members, words))
+        table.add_section()
+        outside = [row for row in rows if not row.fits]
+        shown = outside[:SHOWN]
+        left = f"; {len(outside) - SHOWN} more do not fit" if len(outside) > SHOWN else ""
+        table.caption = f"least–most of each tier{left}; --all shows every client, --json all numbers"
+    for row in shown:
         held = f"{'+'.join(map(str, row.experts_held))} = {row.experts}"
         table.add_row(
             Text(visible(row.client)),  # a Text, because rich reads "[red]" in a plain name as an order
@@ -42,6 +67,39 @@ def plan_table(rows: list[PlanRow], config: Config) -> Table:
             "yes" if row.fits else "[red]no[/red]",
         )
     return table
+
+
+def _of_tier(rows: list[PlanRow], words: list[str]) -> list[str]:
+    """Return the cells of a tier after its name: the least and the most of its clients, and how many cannot run."""
+    outside = sum(not row.fits for row in rows)
+    return [
+        _range([row.experts for row in rows]),
+        _range([row.trainable for row in rows]),
+        *(_against_all(rows, word) for word in words),
+        _range([row.local_steps for row in rows]),
+        _range([row.top_k for row in rows]),
+        _range([row.samples for row in rows]),
+        f"[red]{outside} do not[/red]" if outside else "yes",
+    ]
+
+
+def _range(values: list[float] | list[int], text: Callable[[float], str] = str) -> str:
+    """Least and most, or one where both read the same."""
+    return "–".join(dict.fromkeys((text(min(values)), text(max(values)))))
+
+
+def _against_all(rows: list[PlanRow], word: str) -> str:
+    """What the clients of a tier use of a resource, beside their limits if there are any."""
+    text = TEXTS.get(word, show.size)
+    used = _range([RESOURCES[word].used(row.predicted, row.budget) for row in rows], text)
+    limits = [limit for row in rows if (limit := row.budget.limit(word)) is not None]
+    if not limits:
+        return used
+    over = any(
+        (limit := row.budget.limit(word)) is not None and RESOURCES[word].used(row.predicted, row.budget) > limit
+        for row in rows
+    )
+    return f"[{'red' if over else 'green'}]{used}[/] / {_range(limits, text)}"
 
 
 def _limited(rows: list[PlanRow], word: str) -> list[bool]:

@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedmoe_core.base.wording import visible
+from fedmoe_core.reporting.crowd import percentiles
 from fedmoe_core.reporting.run import Run
-from fedmoe_core.reporting.theme import INK, RC
+from fedmoe_core.reporting.theme import BLUE, INK, RC
 
 
 def svg(draw: Callable[..., Figure | None], *args: Any, name: str, prefix: str) -> Markup | None:
@@ -88,6 +89,43 @@ def tier_lines(axes: Axes, run: Run, order: Sequence[int]) -> None:
 
 def expert_ticks(axes: Axes, experts: int) -> None:
     axes.set_xticks(range(0, experts, 1 if experts <= 10 else 2 if experts <= 24 else -(-experts // 12)))
+
+
+def bands(axes: Axes, x: Sequence[float], value_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw in which bands 90 % and 50 % of the losses lie, round by round; return most, mean and least, each (R,).
+
+    Args:
+        x: the rounds, R.
+        value_RC: NaN where a client has no value; a round without any is left out of the bands.
+    """
+    known = [row[np.isfinite(row)] for row in value_RC]
+    percent_RP = np.array([percentiles(row) for row in known])
+    for low, high, alpha in ((0, 4, 0.16), (1, 3, 0.3)):
+        axes.fill_between(x, percent_RP[:, low], percent_RP[:, high], color=BLUE, alpha=alpha, lw=0)
+    ends = [[pick(row) if row.size else np.nan for row in known] for pick in (np.max, np.mean, np.min)]
+    return np.array(ends[0]), np.array(ends[1]), np.array(ends[2])
+
+
+def spans(axes: Axes, place: float, values: Sequence[float], *, color: str = BLUE) -> None:
+    """Draw the spread of values as a bar at ``place``: pale for 90 % of them, strong for 50 %, a line at the median.
+
+    Without any finite value nothing is drawn.
+    """
+    low, first, middle, third, high = percentiles(values)
+    if np.isfinite(middle):
+        axes.barh(place, high - low, left=low, height=0.5, color=color, alpha=0.25)
+        axes.barh(place, third - first, left=first, height=0.5, color=color, alpha=0.75)
+        axes.plot([middle] * 2, [place - 0.34, place + 0.34], color=INK, lw=1.6)
+
+
+def group_ticks(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a figure by tier."""
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
+
+
+def short(name: str) -> str:
+    """Cut the name of a tier to the 30 signs for which a figure has room."""
+    return name if len(name) <= 30 else f"{name[:29]}…"
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:

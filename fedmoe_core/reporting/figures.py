@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedmoe_core.base import show
-from fedmoe_core.reporting.drawing import cells, client_ticks, expert_ticks, label_ends, tier_lines
+from fedmoe_core.reporting import crowd
+from fedmoe_core.reporting.drawing import bands, cells, client_ticks, expert_ticks, label_ends, tier_lines
 from fedmoe_core.reporting.run import Run
 from fedmoe_core.reporting.theme import BLUE, BLUES, EMPTY, HELD, INK, ORANGE, PALE, PALETTE
 
@@ -84,10 +85,11 @@ def learning(runs: Sequence[Run]) -> Figure | None:
 def spread(runs: Sequence[Run]) -> Figure | None:
     """Draw every client's held-out loss per round, with the worst, the mean and the best named; one panel a run.
 
-    Of the global model, or of each client's own where there is no global one.
+    Many clients are drawn as the bands in which 90 % and 50 % of them lie. The losses are those of the global model, or
+    of each client's own where there is no global one.
     """
-    tables = [[r for r in run.rounds if any(map(show.known, _losses(r)))] for run in runs]
-    if not any(tables):
+    tables = [crowd.loss_table(run) for run in runs]
+    if not any(rounds for rounds, _ in tables):
         return None
     columns = min(len(runs), 3)
     rows = -(-len(runs) // columns)
@@ -95,18 +97,20 @@ def spread(runs: Sequence[Run]) -> Figure | None:
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for axes in grid[len(runs) :]:
         axes.set_visible(False)
-    for axes, run, table in zip(grid, runs, tables, strict=False):
-        if not table:
+    for axes, run, (x, loss_RC) in zip(grid, runs, tables, strict=False):
+        if not x:
             axes.set_visible(False)
             continue
-        x = [r["round"] for r in table]
-        loss_RC = np.array([[np.nan if v is None else v for v in _losses(r)] for r in table], float)
-        axes.plot(x, loss_RC, color="#c3ccd4", lw=0.8 if loss_RC.shape[1] <= 40 else 0.3)
+        if crowd.crowded(run):
+            most_R, mean_R, least_R = bands(axes, x, loss_RC)
+        else:
+            axes.plot(x, loss_RC, color="#c3ccd4", lw=0.8)
+            most_R, mean_R, least_R = np.nanmax(loss_RC, 1), np.nanmean(loss_RC, 1), np.nanmin(loss_RC, 1)
         worst, best = np.nanargmax(loss_RC[-1]), np.nanargmin(loss_RC[-1])
         lines = (
-            (np.nanmax(loss_RC, 1), ORANGE, f"worst: {run.client_name(int(worst))}"),
-            (np.nanmean(loss_RC, 1), INK, "mean"),
-            (np.nanmin(loss_RC, 1), PALETTE[2], f"best: {run.client_name(int(best))}"),
+            (most_R, ORANGE, f"worst: {run.client_name(int(worst))}"),
+            (mean_R, INK, "mean"),
+            (least_R, PALETTE[2], f"best: {run.client_name(int(best))}"),
         )
         for y, color, _ in lines:
             axes.plot(x, y, color=color, lw=2)
@@ -193,7 +197,8 @@ def budgets(run: Run) -> Figure | None:
     order = run.client_ids
     panels: list[tuple[str, list[tuple[float, float] | None]]] = []
     for key, (label, _) in RESOURCES.items():
-        used = [_largest_share(run, client, key) for client in order]
+        shares = largest_shares(run, key)
+        used = [shares.get(client) for client in order]
         if any(used):
             panels.append((label, used))
     if not panels:
@@ -265,14 +270,18 @@ def data_split(run: Run) -> Figure | None:
     return figure
 
 
-def _largest_share(run: Run, client: int, key: str) -> tuple[float, float] | None:
-    """Largest real and predicted use of a limit over the rounds, as parts of one; None without a limit."""
-    pairs = [
-        ((line.get("real") or {}).get(key) or 0, (line.get("predicted") or {}).get(key) or 0, line["budget"][key])
-        for line in run.ledger
-        if line["client"] == client and (line.get("budget") or {}).get(key)
-    ]
-    return (max(r / b for r, _, b in pairs), max(p / b for _, p, b in pairs)) if pairs else None
+def largest_shares(run: Run, key: str) -> dict[int, tuple[float, float]]:
+    """Return each client's largest real and predicted use of a limit over the rounds, as parts of one, by client.
+
+    Clients without a limit are left out.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    for line in run.ledger:
+        if limit := (line.get("budget") or {}).get(key):
+            most_real, most_predicted = found.get(line["client"], (0.0, 0.0))
+            real, predicted = ((line.get(part) or {}).get(key) or 0 for part in ("real", "predicted"))
+            found[line["client"]] = max(most_real, real / limit), max(most_predicted, predicted / limit)
+    return found
 
 
 def _scaled(
@@ -297,11 +306,6 @@ def _mean(key: str) -> Callable[[Mapping[str, Any]], float | None]:
         return float(np.mean(known)) if known else None
 
     return mean
-
-
-def _losses(record: Mapping[str, Any]) -> Sequence[float | None]:
-    """Every client's loss under the global model, or under its own where there is no global one."""
-    return record.get("loss_clients") or record.get("personal_loss_C") or ()
 
 
 def _plus(a: float | None, b: float | None) -> float | None:

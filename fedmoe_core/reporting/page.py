@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.colors import to_hex
 
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
-from fedmoe_core.reporting import drawing, figures, theme
+from fedmoe_core.reporting import crowd, crowd_figures, crowd_tables, drawing, figures, theme
 from fedmoe_core.reporting.results import QUALITIES, held, note, quality_of
 from fedmoe_core.reporting.run import Run
 from fedmoe_core.reporting.run_schema import read_text
@@ -21,6 +22,9 @@ from fedmoe_core.reporting.tables import Cell, Piece, exceeded, ledger, plain, r
 from fedmoe_core.simulation.directory.health import problems
 
 SPREAD = "Clients: worst, mean and best"
+BUDGETS = "Budget used, against budget given"
+_BANDS = "The pale band holds 90 % of the clients, the strong one 50 %."
+_DATA = "The bars hold 90 % and 50 % of a tier's clients, the line in them is the median."
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,6 @@ def _shown(value: Any) -> Any:
 def _overview(runs: Sequence[Run], gallery: _Gallery) -> dict[str, Any]:
     """Return what stands above the runs of a page with several, by the template's names."""
     learning = "What each run bought with its rounds, traffic and compute"
-    caption = "Every thin line is one client."
     return {
         "heading": _listing([run.name for run in runs]),
         "setting": _setting(runs[0]),
@@ -90,7 +93,7 @@ def _overview(runs: Sequence[Run], gallery: _Gallery) -> dict[str, Any]:
         "table": runs_table(runs),
         "pictures": [
             *gallery.draw(learning, figures.learning, runs, name="learning"),
-            *gallery.draw(SPREAD, figures.spread, runs, name="clients", caption=caption),
+            *gallery.draw(SPREAD, figures.spread, runs, name="clients", caption=_spread_caption(runs)),
         ],
     }
 
@@ -102,17 +105,9 @@ def _part(run: Run, gallery: _Gallery, *, alone: bool) -> dict[str, Any]:
     if alone:
         title = "What the rounds, the traffic and the compute bought"
         pictures += draw(title, figures.learning, [run], name="learning")
-        pictures += draw(SPREAD, figures.spread, [run], name="clients", caption="Every thin line is one client.")
-    key = (Piece("held and trained", theme.BLUE), Piece("held, frozen", theme.PALE), Piece("not there", theme.EMPTY))
-    lines = "Dark lines separate budget tiers." if len(set(run.tiers.values())) > 1 else ""
-    title = "Which client holds which expert"
-    pictures += draw(title, figures.holdings, run, name=tag + "experts held", caption=lines, key=key)
-    pictures += draw("Which experts matter", figures.importance, run, name=tag + "importance by layer")
-    caption = (
-        "Most that a client really used of each limit in any round; the light mark is what the plan predicted, "
-        "the black line the limit. A resource without a limit is not drawn."
-    )
-    pictures += draw("Budget used, against budget given", figures.budgets, run, name=tag + "budgets", caption=caption)
+        pictures += draw(SPREAD, figures.spread, [run], name="clients", caption=_spread_caption([run]))
+    many = crowd.crowded(run)
+    pictures += _by_tier(run, draw, tag) if many else _by_client(run, draw, tag)
     path = run.path / "config.toml"
     return {
         "alone": alone,
@@ -123,12 +118,66 @@ def _part(run: Run, gallery: _Gallery, *, alone: bool) -> dict[str, Any]:
         "facts": _facts(run),
         "pictures": pictures,
         "tiers": tiers(run),
-        "data": draw("Which client holds what data", figures.data_split, run, name=tag + "data"),
+        "losses": crowd_tables.losses(run) if many else None,
+        "worst": crowd_tables.worst(run) if many else None,
+        "data": draw(
+            f"Which {'tier' if many else 'client'} holds what data",
+            crowd_figures.data_split if many else figures.data_split,
+            run,
+            name=tag + "data",
+            caption=_DATA if many else "",
+        ),
         "last_round": max((entry["round"] for entry in run.ledger), default=None),
-        "ledger": ledger(run),
-        "refused": refused(run),
+        "grouped": many,
+        "ledger": crowd_tables.ledger(run) if many else ledger(run),
+        "over": crowd_tables.over_budget(run) if many else None,
+        "refused": crowd_tables.refused(run) if many else refused(run),
         "configuration": read_text(path).splitlines() if path.is_file() else (),
     }
+
+
+def _by_client(run: Run, draw: Callable[..., list[Picture]], tag: str) -> list[Picture]:
+    """Draw what each client held and spent, a row for each."""
+    key = (Piece("held and trained", theme.BLUE), Piece("held, frozen", theme.PALE), Piece("not there", theme.EMPTY))
+    lines = "Dark lines separate budget tiers." if len(set(run.tiers.values())) > 1 else ""
+    title = "Which client holds which expert"
+    pictures = draw(title, figures.holdings, run, name=tag + "experts held", caption=lines, key=key)
+    pictures += draw("Which experts matter", figures.importance, run, name=tag + "importance by layer")
+    caption = (
+        "Most that a client really used of each limit in any round; the light mark is what the plan predicted, "
+        "the black line the limit. A resource without a limit is not drawn."
+    )
+    return pictures + draw(BUDGETS, figures.budgets, run, name=tag + "budgets", caption=caption)
+
+
+def _by_tier(run: Run, draw: Callable[..., list[Picture]], tag: str) -> list[Picture]:
+    """Draw what the clients of each tier held and spent, a row or a panel for each tier."""
+    pictures = draw("Losses by tier", crowd_figures.spread, run, name=tag + "losses by tier", caption=_BANDS)
+    caption = (
+        "Share of the tier's clients that held or trained an expert, each counted in every round that it took part in."
+    )
+    key = tuple(Piece(f"{share} %", to_hex(theme.BLUES(share / 100))) for share in (0, 50, 100))
+    title = "Which tier holds which expert"
+    pictures += draw(title, crowd_figures.holdings, run, name=tag + "experts held", caption=caption, key=key)
+    pictures += draw("Which experts matter", figures.importance, run, name=tag + "importance by layer")
+    caption = (
+        "Most that each client really used of each limit in any round: the bars hold 90 % and 50 % of a tier's "
+        "clients, the line in them is the median, the dot the most. The light mark is the most that the plans "
+        "predicted, the black line the limit."
+    )
+    return pictures + draw(BUDGETS, crowd_figures.budgets, run, name=tag + "budgets", caption=caption)
+
+
+def _spread_caption(runs: Sequence[Run]) -> str:
+    """Say what the marks are in a figure of small runs, of large ones, or of both."""
+    many = [crowd.crowded(run) for run in runs]
+    if not any(many):
+        return "Every thin line is one client."
+    return (
+        _BANDS
+        if all(many)
+        else f"Every thin line is one client; of more than {show.MANY}, {_BANDS[0].lower()}{_BANDS[1:]}"
+    )
 
 
 def _tiles(run: Run) -> list[Tile]:

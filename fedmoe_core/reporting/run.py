@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Run:
         down, up = self.summary.get("bytes_down"), self.summary.get("bytes_up")
         return None if down is None or up is None else float(down + up)
 
-    @property
+    @cached_property
     def client_ids(self) -> list[int]:
         """Clients that are known of, grouped by tier (tiers in order of appearance), ascending within a tier."""
         tiers = self.tiers
@@ -85,10 +86,11 @@ class Run:
         known = set(tiers) | set(range(len((self.partition or {}).get("clients", []))))
         return sorted(known, key=lambda c: (order.get(tiers.get(c, ""), len(order)), c))
 
-    @property
-    def tiers(self) -> dict[int, str]:
-        """Tier of each client that took part."""
-        return {r["client"]: r.get("tier") or "" for r in sorted(self.clients, key=lambda r: (r["client"], r["round"]))}
+    @cached_property
+    def tiers(self) -> Mapping[int, str]:
+        """Tier of each client that took part, ascending; where the records differ, that of its last round."""
+        last = {record["client"]: record.get("tier") or "" for record in self.clients}
+        return {client: last[client] for client in sorted(last)}
 
     def client_name(self, client: int) -> str:
         names = (self.partition or {}).get("clients", [])

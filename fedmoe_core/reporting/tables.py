@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fedmoe_core.base import show
-from fedmoe_core.reporting import figures
+from fedmoe_core.reporting import crowd, figures
 from fedmoe_core.reporting.results import by_quality, held, quality_of, remarks
 from fedmoe_core.reporting.run import Run
 
@@ -67,19 +68,31 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 
 def tiers(run: Run) -> Table | None:
-    """Return one row a tier: its clients, what they held and used at most, and where their loss ended."""
-    tiers = run.tiers
-    if not tiers:
+    """Return one row a tier: its clients, what they held and used at most, and where their loss ended.
+
+    In a run of many clients those count too that took no part, and tiers that are too many are one row.
+    """
+    if not run.tiers:
         return None
+    tiers: Mapping[int, str] = {client: run.tiers[client] for client in run.client_ids if client in run.tiers}
+    if crowd.crowded(run):
+        tiers = {client: group.name for group in crowd.groups(run) for client in group.members}
     key = "loss_clients" if run.last("loss_clients") else "personal_loss_C"
     final, first = run.last(key) or [], run.last(key, first=True) or []
     own = run.last("personal_accuracy_C") or []
+    members_of: dict[str, list[int]] = {}
+    for client, name in tiers.items():
+        members_of.setdefault(name, []).append(client)
+    lines_of: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in run.ledger:
+        if (tier_of := tiers.get(entry["client"])) is not None:
+            lines_of.setdefault(tier_of, []).append(entry)
+    resources = figures.resources(run)
     rows = []
-    for tier in dict.fromkeys(tiers[client] for client in run.client_ids if client in tiers):
-        members = [client for client, name in tiers.items() if name == tier]
-        lines = [entry for entry in run.ledger if entry["client"] in members]
+    for tier, members in members_of.items():
+        lines = lines_of.get(tier, [])
         cells = [plain(tier or show.NONE), plain(str(len(members)))]
-        for key, (_, text) in figures.resources(run).items():
+        for key, (_, text) in resources.items():
             used = [value for entry in lines if (value := (entry.get("real") or {}).get(key)) is not None]
             pairs = [((entry.get("real") or {}).get(key), (entry.get("budget") or {}).get(key)) for entry in lines]
             parts = [real / limit for real, limit in pairs if real is not None and limit]
@@ -98,7 +111,7 @@ def tiers(run: Run) -> Table | None:
         elif own:
             cells.append(plain(show.NONE))
         rows.append(tuple(cells))
-    names = ["tier", "clients", *(label for label, _ in figures.resources(run).values())]
+    names = ["tier", "clients", *(label for label, _ in resources.values())]
     names += ["mean loss", "change", "worst", *(["own accuracy: mean, worst"] if own else [])]
     return Table(tuple(names), tuple(rows), left=(0,))
 
@@ -107,12 +120,12 @@ def ledger(run: Run) -> Table | None:
     """Return predicted and real cost of every client in the last round."""
     if not run.ledger:
         return None
-    last = max(entry["round"] for entry in run.ledger)
+    last, resources = max(entry["round"] for entry in run.ledger), figures.resources(run)
     rows = []
     for entry in (e for e in run.ledger if e["round"] == last):
         real, predicted, limit = (entry.get(part) or {} for part in ("real", "predicted", "budget"))
         cells = [plain(run.client_name(entry["client"]))]
-        for key, (_, text) in figures.resources(run).items():
+        for key, (_, text) in resources.items():
             value, bound = real.get(key), limit.get(key)
             over = value is not None and bound is not None and value > bound
             shown = show.NONE if value is None else text(value)
@@ -121,7 +134,7 @@ def ledger(run: Run) -> Table | None:
                 cell += [Piece(" "), Piece(f"({text(predicted[key])})", "muted")]
             cells.append((*cell, Piece(f" over {text(bound)}", "bad")) if over else tuple(cell))
         rows.append((*cells, plain(show.seconds(real.get("seconds")))))
-    names = ("client", *(label for label, _ in figures.resources(run).values()), "time")
+    names = ("client", *(label for label, _ in resources.values()), "time")
     return Table(names, tuple(rows), left=(0,))
 
 

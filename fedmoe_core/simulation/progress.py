@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +13,10 @@ from rich.text import Text
 
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
+from fedmoe_core.simulation.directory.refusals import by_reason
 from fedmoe_core.simulation.observer import Observer
+
+FEW = 5  # refused updates of a round that are told one by one, clients that a line names, and reasons
 
 
 class LineObserver(Observer):
@@ -140,8 +143,25 @@ class RoundLines:
             if record.get("coverage") is not None:
                 parts.append(f"experts trained {show.share(record['coverage'], 0)}")
             parts.append(show.seconds(record.get("seconds")))
-        refused = [f"  refused client {item['client']}: {item['reason']}" for item in record.get("refused") or ()]
-        return ["   ".join(parts), *refused]
+        return ["   ".join(parts), *refusal_lines(round, record.get("refused") or ())]
+
+
+def refusal_lines(round: int, refused: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write one line for each refused update; of more than ``FEW``, one for each of the most frequent reasons."""
+    if len(refused) <= FEW:
+        return [f"  refused client {item['client']}: {item['reason']}" for item in refused]
+    groups = by_reason((round, item) for item in refused)
+    lines = []
+    for group in groups[:FEW]:
+        names = ", ".join(map(str, group.clients[:FEW]))
+        more = f" and {len(group.clients) - FEW} more" if len(group.clients) > FEW else ""
+        whose = f"client {names}" if len(group.clients) == 1 else f"{len(group.clients)} clients ({names}{more})"
+        lines.append(f"  refused {whose}: {group.reason}")
+    if left := groups[FEW:]:
+        lines.append(
+            f"  refused {sum(group.times for group in left)} more, for {show.plural(len(left), 'more reason')}"
+        )
+    return lines
 
 
 def headline(info: Mapping[str, Any]) -> str:

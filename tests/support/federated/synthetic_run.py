@@ -31,6 +31,7 @@ def make_run(
     *,
     algorithm: str = "hfedmoe",
     clients: int = 10,
+    sampled: int = 0,
     layers: int = 2,
     experts: int = 16,
     rounds: int = 8,
@@ -40,7 +41,10 @@ def make_run(
     tiers: tuple[str, ...] = TIERS,
     **summary_changes: Any,
 ) -> Path:
-    """A run whose held-out loss falls by ``gain`` nats; ``summary_changes`` overwrite keys of summary.json."""
+    """A run whose held-out loss falls by ``gain`` nats; ``summary_changes`` overwrite keys of summary.json.
+
+    ``sampled`` clients are drawn in each round; 0 = all of them take part in every round.
+    """
     rng = np.random.default_rng([seed, len(algorithm), clients])
     path.mkdir(parents=True, exist_ok=True)
     data = "csv:news.csv" if classification else "stdlib"
@@ -48,6 +52,7 @@ def make_run(
         Config.load(overrides=[f"data={data}"]),
         algorithm=algorithm,
         clients=clients,
+        clients_per_round=sampled,
         rounds=rounds,
         seed=seed,
         budgets=tiers,
@@ -59,7 +64,7 @@ def make_run(
             claim.begin(IDENTITY)
             (path / "config.toml").write_text(config.to_toml())
     (path / "config.toml").write_text(config.to_toml())
-    writer = _Writer(rng, clients=clients, layers=layers, experts=experts, rounds=rounds)
+    writer = _Writer(rng, clients=clients, layers=layers, experts=experts, rounds=rounds, sampled=sampled or clients)
     metrics, ledger = writer.records(gain=gain, classification=classification, tiers=tiers)
     _write_lines(path / "metrics.jsonl", metrics)
     _write_lines(path / "ledger.jsonl", ledger)
@@ -97,8 +102,11 @@ def make_run(
 
 
 class _Writer:
-    def __init__(self, rng: np.random.Generator, *, clients: int, layers: int, experts: int, rounds: int) -> None:
+    def __init__(
+        self, rng: np.random.Generator, *, clients: int, layers: int, experts: int, rounds: int, sampled: int
+    ) -> None:
         self.rng, self.clients, self.layers, self.experts, self.rounds = rng, clients, layers, experts, rounds
+        self.draw_rng, self.sampled = np.random.default_rng(clients), sampled
         self.importance_CLE = rng.gamma(0.7, 1.0, (1, layers, experts)) + rng.gamma(
             0.5, 0.5, (clients, layers, experts)
         )
@@ -116,9 +124,10 @@ class _Writer:
             losses = level - gain * done * rng.uniform(0.7, 1.3, clients)
             refused: list[Any] = []
             covered = np.zeros((self.layers, self.experts), bool)
-            for client in range(clients if number else 0):
+            drawn_D = np.sort(self.draw_rng.choice(clients, self.sampled if number else 0, replace=False))
+            for client in drawn_D.tolist():
                 record, entry = self._client(number, client, tiers[client % len(tiers)], losses[client])
-                if number == 2 and client == clients - 1:
+                if number == 2 and client == drawn_D[-1]:
                     record |= {"status": "failed", "error": "loss is NaN at step 3", "loss_last": None}
                     refused.append({"client": client, "reason": "loss is NaN at step 3"})
                 covered |= np.array(record["trained_LE"], bool)
