@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
 from fedmoe_core.reporting import crowd, crowd_figures, crowd_tables, drawing, figures, theme
-from fedmoe_core.reporting.results import QUALITIES, held, note, quality_of
+from fedmoe_core.reporting.results import QUALITIES, held, how_clients_ran, note, quality_of
 from fedmoe_core.reporting.run import Run
 from fedmoe_core.reporting.run_schema import read_text
 from fedmoe_core.reporting.tables import Cell, Piece, exceeded, ledger, plain, refused, runs_table, tiers
@@ -222,6 +222,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("model hash", str(s.get("model_hash") or show.NONE)[:16]),
         ("fedmoe", str(s.get("code") or show.NONE)),
         ("updates refused", str(s.get("refused_updates", show.NONE))),
+        *([("trained at once", how_clients_ran(run))] if how_clients_ran(run) else []),
         ("mass lost", f"{show.share(run.last('lost_mass'))} of the router's weight on absent experts"),
         ("experts trained", f"{show.share(run.last('coverage'), 0)} by some client in the last round"),
     ]

@@ -38,6 +38,8 @@ def line(run: Run) -> str:
         parts.append(f"not bound by the budgets{_first(summary.get('over_budget'))}")
     if summary.get("refused_updates"):
         parts.append(f"updates refused: {summary['refused_updates']}")
+    if "cohorts" in summary:
+        parts.append(how_clients_ran(run))
     if not run.finished:
         parts.append(f"unfinished after round {summary.get('rounds')}")
     return ", ".join(parts)
@@ -57,6 +59,19 @@ def held(run: Run) -> str:
     if low is None or high is None:
         return show.NONE
     return f"{low}" if low == high else f"{low}..{high}"
+
+
+def how_clients_ran(run: Run) -> str:
+    """Say how many client rounds ran in cohorts, and how many alone for which reason; empty where none was asked for.
+
+    Such as ``80 client rounds in 16 cohorts, 4 alone (its trunk trains)``.
+    """
+    together, alone = run.summary.get("clients_in_cohorts"), run.summary.get("clients_alone") or {}
+    if together is None:
+        return ""
+    said = f"{show.plural(together, 'client round')} in {show.plural(run.summary.get('cohorts') or 0, 'cohort')}"
+    reasons = ", ".join(f"{reason}: {count}" if len(alone) > 1 else reason for reason, count in alone.items())
+    return f"{said}, {sum(alone.values())} alone ({reasons})" if alone else said
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from fedmoe_core.simulation.calibrate import NEVER, even_prior, first_experts, s
 class CohortMeter:
     """The cost model of cohorts: closed forms for what clients own, and a dry step for each size that is asked for.
 
-    The rest does not grow in a straight line with the clients. The loops of a CPU work in tiles of a bounded size, so it grows by
-    4.5 MB a client up to some size and by 2.7 MB beyond it (16 rows of 64 tokens, width 128). Hence the very size that
-    will run is measured, once.
+    The rest does not grow in a straight line with the clients. The loops of a CPU work in tiles of a bounded size, so
+    it grows by 4.5 MB a client up to some size and by 2.7 MB beyond it (16 rows of 64 tokens, width 128). Hence the
+    very size that will run is measured, once.
 
     Attributes:
         adapter, params, train: the live model, the warm one, and settings of local training.

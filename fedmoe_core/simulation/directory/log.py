@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,7 @@ class RunLog:
             "experts_held_max": max(held, default=0),
             **kept_budgets(entries),
             "refused_updates": sum(len(line["refused"]) for line in rounds),
+            **(how_clients_ran(records) if config.cohort.clients != 1 else {}),
             "nothing_trained": nothing_trained(records, config.min_clients),
             "seconds": math.fsum(line["seconds"] for line in rounds),
             "engine_seconds": math.fsum(line["engine_seconds"] for line in rounds),
@@ -148,6 +150,16 @@ class RunLog:
         }
         write_json(self.out / "summary.json", summary)
         return summary
+
+
+def how_clients_ran(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Count client rounds in cohorts, cohorts, and client rounds alone by the reason for it."""
+    answered = [line for line in records if line["type"] == "client"]
+    return {
+        "clients_in_cohorts": sum(line["cohort"] > 1 for line in answered),
+        "cohorts": sum(len(line.get("cohorts", ())) for line in records),
+        "clients_alone": dict(Counter(line["alone"] for line in answered if line["alone"])),
+    }
 
 
 def _worst(line: Mapping[str, Any], kind: str, pick: Any) -> float | None:
