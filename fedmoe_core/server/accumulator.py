@@ -13,8 +13,9 @@ from torch import Tensor
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec
+from fedmoe_core.server.adding import Adder
 from fedmoe_core.server.admission import Admission, refusal
-from fedmoe_core.server.fixed_point import SumSettings, add_fixed
+from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.means import Sums
 
 SCALARS = ("accepted", "gate_den", "dense_den", "round_den")  # places 0..3 of the flat sums
@@ -134,18 +135,17 @@ class Accumulator:
         self._expert_den_LE += torch.from_numpy(expert_LE).to(device)
         self._router_den_LE += torch.from_numpy(router_LE).to(device)
         self._trained_LE += torch.from_numpy(plan.trainable_LE.astype(np.int64)).to(device)
+        adder = Adder.on(device, self.settings, max((delta.numel() for delta in update.deltas.values()), default=0))
         for spec in self.specs:
             if spec.key not in update.deltas:
                 continue
             total, delta = self._numerators[spec.key], update.deltas[spec.key]
-            if spec.kind == "dense":
-                total, delta = (total, delta) if delta.dim() else (total.view(1), delta.view(1))
-                weight_B, rows_B = torch.full((delta.shape[0],), sample), None
+            if spec.kind == "dense":  # one row: the whole tensor
+                adder.add(total.unsqueeze(0), delta.unsqueeze(0), [sample], [0])
             else:
                 rows = np.flatnonzero(plan.trainable_LE[spec.layer])
                 weight_LE = expert_LE if spec.kind == "expert" else router_LE
-                weight_B, rows_B = torch.from_numpy(weight_LE[spec.layer, rows]), torch.from_numpy(rows).to(device)
-            add_fixed(total, delta, weight_B, rows_B=rows_B, scale_bits=self.settings.scale_bits)
+                adder.add(total, delta, weight_LE[spec.layer, rows].tolist(), rows.tolist())
 
     @property
     def accepted(self) -> int:

@@ -188,7 +188,7 @@ def test_inv13_blocks_do_not_change_the_sums(monkeypatch: pytest.MonkeyPatch) ->
     clients = make_clients(3)
     whole = accumulate(clients).flatten()
     for block in (1, 7, 30):  # below one row, below one tensor, several rows
-        monkeypatch.setattr("fedmoe_core.server.fixed_point.BLOCK_CPU", block)
+        monkeypatch.setattr("fedmoe_core.server.adding.BLOCK_CPU", block)
         assert torch.equal(accumulate(clients).flatten(), whole)
 
 
