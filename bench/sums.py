@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -181,6 +182,8 @@ def contenders(case: Case) -> dict[str, Callable[[], None]]:
 def times(case: Case, threads: int, repeats: int) -> dict[str, Any]:
     """Median milliseconds of every contender on so many threads."""
     torch.set_num_threads(threads)
+    # Of the last minute: where others use the cores, two threads wait for each other at the end of every operation.
+    load = os.getloadavg()[0]
     ways = contenders(case)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
@@ -193,6 +196,7 @@ def times(case: Case, threads: int, repeats: int) -> dict[str, Any]:
     return {
         "case": case.name,
         "threads": threads,
+        "load": load,
         "median_ms": median,
         "quartiles_ms": {n: [1e3 * q for q in statistics.quantiles(v, n=4)] for n, v in seconds.items()},
         "times_as_fast_as_before": (median["check, before"] + median["add, before"])
