@@ -13,8 +13,10 @@ from torch import Tensor
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec
+from fedmoe_core.server.adding import Adder
 from fedmoe_core.server.admission import Admission, refusal
-from fedmoe_core.server.fixed_point import SumSettings, add_fixed
+from fedmoe_core.server.buckets import BUCKET, bucket_plan, reduce_buckets, touched_spans
+from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.means import Sums
 
 SCALARS = ("accepted", "gate_den", "dense_den", "round_den")  # places 0..3 of the flat sums
@@ -23,8 +25,8 @@ SCALARS = ("accepted", "gate_den", "dense_den", "round_den")  # places 0..3 of t
 class Accumulator:
     """Exact fixed-point sums of one round, folded client by client and never holding two clients (invariant 13).
 
-    All sums live in one flat int64 tensor, so that one all-reduce merges ranks; integer addition makes the result
-    the same bits for every order of clients and every placement on ranks.
+    All sums live in one flat int64 tensor, so that ranks are merged by adding spans of it; integer addition makes the
+    result the same bits for every order of clients and every placement on ranks.
 
     Args:
         specs: every tensor of the global model.
@@ -78,7 +80,8 @@ class Accumulator:
         self.num_layers = 1 + max(spec.layer for spec in specs)
         self._clients: set[int] = set()
         self._lent = False  # whether a Sums record looks into the flat tensor
-        size = len(SCALARS) + 3 * self.num_layers * self.num_experts + sum(math.prod(s.shape) for s in self.specs)
+        self._header = len(SCALARS) + 3 * self.num_layers * self.num_experts  # places before the numerators
+        size = self._header + sum(math.prod(spec.shape) for spec in self.specs)
         self._set_flat(torch.zeros(size, dtype=torch.int64, device=device))
 
     def _set_flat(self, flat: Tensor) -> None:
@@ -134,18 +137,17 @@ class Accumulator:
         self._expert_den_LE += torch.from_numpy(expert_LE).to(device)
         self._router_den_LE += torch.from_numpy(router_LE).to(device)
         self._trained_LE += torch.from_numpy(plan.trainable_LE.astype(np.int64)).to(device)
+        adder = Adder.on(device, self.settings, max((delta.numel() for delta in update.deltas.values()), default=0))
         for spec in self.specs:
             if spec.key not in update.deltas:
                 continue
             total, delta = self._numerators[spec.key], update.deltas[spec.key]
-            if spec.kind == "dense":
-                total, delta = (total, delta) if delta.dim() else (total.view(1), delta.view(1))
-                weight_B, rows_B = torch.full((delta.shape[0],), sample), None
+            if spec.kind == "dense":  # one row: the whole tensor
+                adder.add(total.unsqueeze(0), delta.unsqueeze(0), [sample], [0])
             else:
                 rows = np.flatnonzero(plan.trainable_LE[spec.layer])
                 weight_LE = expert_LE if spec.kind == "expert" else router_LE
-                weight_B, rows_B = torch.from_numpy(weight_LE[spec.layer, rows]), torch.from_numpy(rows).to(device)
-            add_fixed(total, delta, weight_B, rows_B=rows_B, scale_bits=self.settings.scale_bits)
+                adder.add(total, delta, weight_LE[spec.layer, rows].tolist(), rows.tolist())
 
     @property
     def accepted(self) -> int:
@@ -189,14 +191,29 @@ class Accumulator:
         self._clients |= other._clients
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up the sums of all ranks: one in-place all-reduce of int64, exact whatever its order.
+        """Add up the sums of all ranks, in place; exact whatever their order, the same bits on every rank.
+
+        Counts and denominators go first, and tell every rank which rows of which tensors any client changed; only those
+        follow. A rank without a client takes part alike.
 
         Raises:
-            ValueError: the ranks together hold more clients than ``max_clients``.
+            ValueError: the ranks together hold more clients than ``max_clients``; the sums are left as they were.
         """
+        header = self._flat[: self._header].clone()
+        dist.all_reduce(header, group=group)
+        numbers = header.cpu()
+        self._check_count(int(numbers[0]))
         self._own()
-        dist.all_reduce(self._flat, group=group)
-        self._check_count(self.accepted)
+        self._flat[: self._header] = header
+        expert_den, router_den, _ = numbers[len(SCALARS) :].view(3, self.num_layers, self.num_experts).tolist()
+        spans = touched_spans(
+            self.specs,
+            self._header,
+            expert_den_LE=expert_den,
+            router_den_LE=router_den,
+            dense_den=int(numbers[SCALARS.index("dense_den")]),
+        )
+        reduce_buckets(self._flat, bucket_plan(spans, BUCKET), group)
 
     def _check_count(self, count: int) -> None:
         if not 0 <= count <= self.settings.max_clients:

@@ -16,7 +16,8 @@ from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec
-from fedmoe_core.server.fixed_point import SumSettings, square_sum
+from fedmoe_core.server.blocks import reach, square_sum
+from fedmoe_core.server.fixed_point import SumSettings
 
 HALF = (torch.float16, torch.bfloat16)
 LONGEST_REASON = 300  # characters; keys and error texts come from the client and may be of any length
@@ -172,16 +173,16 @@ def _tensors(deltas: Any, specs: Mapping[str, ParamSpec], shapes: Mapping[str, t
 
 def _values(deltas: Mapping[str, Tensor], settings: SumSettings) -> str | None:
     """Finite, bounded, and of bounded norm; keys in sorted order so that the verdict has no order either."""
-    squares = []
+    most = []
     for key in sorted(deltas):
-        delta = deltas[key].detach()
-        if delta.numel() == 0:
-            continue
-        low, high = (float(edge) for edge in torch.aminmax(delta))  # NaN propagates
-        if not (math.isfinite(low) and math.isfinite(high)):
+        largest, squares = reach(deltas[key].detach())
+        if not math.isfinite(largest):
             return f"{key} holds NaN or infinity"
-        if max(-low, high) > settings.value_bound:
-            return f"{key} reaches {max(-low, high):.4g}, above value_bound {settings.value_bound:g}"
-        squares.append(square_sum(delta))
-    norm = math.sqrt(math.fsum(squares))
+        if largest > settings.value_bound:
+            return f"{key} reaches {largest:.4g}, above value_bound {settings.value_bound:g}"
+        most.append(squares)
+    if math.fsum(most) <= settings.norm_bound * settings.norm_bound:
+        return None
+    # In doubt, and for the words: in float64.
+    norm = math.sqrt(math.fsum(square_sum(deltas[key].detach()) for key in sorted(deltas)))
     return f"L2 norm {norm:.4g} is above norm_bound {settings.norm_bound:g}" if norm > settings.norm_bound else None

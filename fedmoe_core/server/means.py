@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.model.spec import ParamSpec
-from fedmoe_core.server.fixed_point import SumSettings, row_blocks
+from fedmoe_core.server.blocks import row_blocks
+from fedmoe_core.server.fixed_point import SumSettings
 
 ExpertRule = Literal["participation", "damped"]
 GateRule = Literal["row-wise", "normalized", "literal", "fedavg"]

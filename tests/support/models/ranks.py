@@ -1,4 +1,4 @@
-"""Two ranks of a test: how it starts them and what it learns of them, how they meet and how they part."""
+"""The ranks of a test, mostly two: how it starts them and what it learns of them, how they meet and how they part."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def run_ranks(
 
 
 @contextmanager
-def process_group(rank: int, folder: Path) -> Iterator[None]:
-    """Join the other rank over gloo; at the end leave nothing of the group behind.
+def process_group(rank: int, folder: Path, ranks: int = RANKS) -> Iterator[None]:
+    """Join the other ranks over gloo; at the end leave nothing of the group behind.
 
     Whatever holds a group still lets it outlive ``destroy_process_group``, a model in a reference cycle for one, and a
     thread of gloo that runs while Python ends aborts the process ("terminate called without an active exception"):
     1 of 30 processes of on_two_ranks.py before garbage was collected here, 4 of 40 of megablocks' two_ranks.py.
     """
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks)
     yield
     gc.collect()
     dist.barrier()
