@@ -72,7 +72,7 @@ def compared(clients: int, tokens: int, chosen: argparse.Namespace) -> dict[str,
     together = grouped(world, plans)
     if len(together) != 1:
         raise SystemExit(f"{clients} clients fell into {len(together)} groups; they should be one cohort")
-    alone = [Group((plan,), "to compare") for plan in plans]
+    alone = [Group((plan,)) for plan in plans]
     ways = {"one by one": alone, "together": together}
     found = {name: played(world, state, groups) for name, groups in ways.items()}
     apart = max(

@@ -40,7 +40,7 @@ class ClientUpdate:
             ``ServerState.memory`` is where they go.
         metrics: numbers of the algorithm's own about this client and round.
         cohort: clients that trained at once with it, itself included; its ``cost.memory_bytes`` is then the prediction.
-        alone: why it trained by itself.
+        alone: why it trained by itself though cohorts were asked for.
     """
 
     client: int

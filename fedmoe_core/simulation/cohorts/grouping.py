@@ -18,7 +18,6 @@ from fedmoe_core.server.planning import asked_costs
 from fedmoe_core.simulation.cohorts.dry_step import CohortMeter
 from fedmoe_core.simulation.world import World, local_settings
 
-OFF = "cohorts are off"
 CPU_MEMORY = 2 * 2**30  # a whole number that is the same on every machine, so that its cohorts and bits are, too
 GPU_SHARE = 0.8  # of a GPU's memory; the rest is for the server's sums and the allocator's gaps
 
@@ -29,7 +28,7 @@ class Group:
 
     Attributes:
         plans: theirs, by ascending client.
-        alone: why a client trains on its own; empty for a cohort.
+        alone: why a client trains on its own though cohorts are asked for; else empty.
         predicted_bytes: the peak of the process while they train.
     """
 
@@ -62,7 +61,7 @@ def grouped(world: World, plans: Sequence[ExpertPlan]) -> list[Group]:
     """
     meter = world.cohorts
     if meter is None:
-        why = OFF if world.config.cohort.clients == 1 else _never(world)
+        why = "" if world.config.cohort.clients == 1 else _never(world)
         return [Group((plan,), why, plan.predicted.memory_bytes) for plan in plans]
     limit = memory_limit(world.config, world.ranks.device)
     for plan in plans:
@@ -78,14 +77,23 @@ def grouped(world: World, plans: Sequence[ExpertPlan]) -> list[Group]:
         else:
             kinds.setdefault(_kind(plan), []).append(plan)
     for alike in kinds.values():
-        for members in _cut(world, meter, alike, limit):
+        parts = _cut(world, meter, alike, limit)
+        why = _left_over(len(alike), len(parts), world.config.cohort.clients)
+        for members in parts:
             if len(members) > 1:
                 predicted = meter.memory([_share(world, plan) for plan in members])
                 groups.append(Group(tuple(members), "", predicted))
             else:
-                why = "memory holds no second client" if len(alike) > 1 else "no other client of its kind in the round"
                 groups.append(Group(tuple(members), why, members[0].predicted.memory_bytes))
     return sorted(groups, key=lambda group: group.plans[0].client)
+
+
+def _left_over(clients: int, parts: int, most: int) -> str:
+    """Why a client is by itself in one of so many parts of so many clients of its kind."""
+    if clients == 1:
+        return "no other client of its kind in the round"
+    by_number = -(-clients // (most or clients))
+    return "memory holds no second client" if parts > by_number else "the cohorts of its kind are full"
 
 
 def _never(world: World) -> str:

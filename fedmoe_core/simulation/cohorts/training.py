@@ -51,7 +51,7 @@ def answers(world: World, state: ServerState, group: Group) -> Iterator[Answer]:
 
     Where a cohort's joint step raises, nothing is known about its clients. Each then trains alone, and says so.
     """
-    if group.alone:
+    if len(group.plans) == 1:
         yield _alone(world, state, group.plans[0], group.alone)
         return
     members = [

@@ -62,8 +62,7 @@ def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: 
         "top_k": plan.top_k,
         "status": update.status,
         "error": update.error,
-        "cohort": update.cohort,
-        "alone": update.alone,
+        **({"cohort": update.cohort, "alone": update.alone} if update.cohort > 1 or update.alone else {}),
         **found,
     }
 

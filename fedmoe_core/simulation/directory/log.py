@@ -156,9 +156,9 @@ def how_clients_ran(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Count client rounds in cohorts, cohorts, and client rounds alone by the reason for it."""
     answered = [line for line in records if line["type"] == "client"]
     return {
-        "clients_in_cohorts": sum(line["cohort"] > 1 for line in answered),
+        "clients_in_cohorts": sum(line.get("cohort", 1) > 1 for line in answered),
         "cohorts": sum(len(line.get("cohorts", ())) for line in records),
-        "clients_alone": dict(Counter(line["alone"] for line in answered if line["alone"])),
+        "clients_alone": dict(Counter(line["alone"] for line in answered if line.get("alone"))),
     }
 
 

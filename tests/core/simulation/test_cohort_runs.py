@@ -18,6 +18,9 @@ from fedmoe_core.client.cohort.train import Member, train_cohort
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.result import LocalFailure, LocalResult
+from fedmoe_core.reporting.page import render
+from fedmoe_core.reporting.results import line
+from fedmoe_core.reporting.run import read_runs
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.cohorts import training
@@ -80,7 +83,7 @@ def test_a_cohort_gives_what_its_clients_give_alone(config: Make, words: tuple[s
     assert moved
     for one, other in zip(one_by_one.updates, round_.updates, strict=True):
         assert (one.status, other.status, one.cohort, other.cohort) == ("ok", "ok", 1, 4)
-        assert (one.alone, other.alone) == ("cohorts are off", "")
+        assert (one.alone, other.alone) == ("", "")
         for resource in ("flops", "bytes_down", "bytes_up", "experts"):
             assert getattr(one.cost, resource) == getattr(other.cost, resource), resource
         assert other.loss_last == pytest.approx(one.loss_last, rel=1e-4)
@@ -202,6 +205,11 @@ def test_memory_decides_how_many(config: Make) -> None:
         seen.add(tuple(len(group.plans) for group in groups))
         assert {group.alone for group in groups if len(group.plans) == 1} <= {"memory holds no second client"}
     assert {(1, 1, 1, 1), (2, 2), (4,)} <= seen
+    three = replace(world, config=replace(world.config, cohort=replace(world.config.cohort, clients=3)))
+    assert [len(group.plans) for group in grouped(three, plans)] == [2, 2]
+    assert [group.alone for group in grouped(three, plans[:1])] == ["no other client of its kind in the round"]
+    two = replace(world, config=replace(world.config, cohort=replace(world.config.cohort, clients=2)))
+    assert [group.alone for group in grouped(two, plans[:3])] == ["the cohorts of its kind are full", ""]
     with pytest.raises(ValueError, match=r"cohort\.memory=1kB is .*, and client 0 alone needs .*; raise it, or set"):
         grouped(at("1kB"), plans)
 
@@ -213,3 +221,23 @@ def test_a_limit_that_holds_nobody_is_refused_before_anything_trains(config: Mak
     assert not (Path(made.out) / "metrics.jsonl").exists()
     with pytest.raises(ValueError, match=r"cohort\.memory='plenty' is not a size; give one such as 4GiB, or auto"):
         config("cohort.memory=plenty")
+
+
+def test_the_records_and_the_report_say_how_clients_ran(config: Make) -> None:
+    made = config("cohort.clients=2", "clients=3", BUDGETS, "rounds=1")
+    summary = simulate.run(made)
+    full = {"the cohorts of its kind are full": 1}
+    assert (summary["clients_in_cohorts"], summary["cohorts"], summary["clients_alone"]) == (2, 1, full)
+    said = "2 client rounds in 1 cohort, 1 alone (the cohorts of its kind are full)"
+    (run,) = read_runs([Path(made.out)])
+    assert said in line(run)
+    assert said in render([run])
+    ledger = [json.loads(text) for text in (Path(made.out) / "ledger.jsonl").read_text().splitlines()]
+    assert [entry.get("cohort") for entry in ledger] == [None, 2, 2]
+    lines = [json.loads(text) for text in (Path(made.out) / "metrics.jsonl").read_text().splitlines()]
+    answered = [entry for entry in lines if entry["type"] == "client"]
+    assert [entry["cohort"] for entry in answered] == [1, 2, 2]
+    plain = config("clients=3", "rounds=1", out_name="plain")
+    simulate.run(plain)
+    assert "cohort" not in (Path(plain.out) / "metrics.jsonl").read_text()
+    assert "client rounds in" not in line(read_runs([Path(plain.out)])[0])
