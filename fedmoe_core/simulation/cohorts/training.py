@@ -52,7 +52,7 @@ def answers(world: World, state: ServerState, group: Group) -> Iterator[Answer]:
     Where a cohort's joint step raises, nothing is known about its clients. Each then trains alone, and says so.
     """
     if len(group.plans) == 1:
-        yield _alone(world, state, group.plans[0], group.alone)
+        yield train_alone(world, state, group.plans[0], group.alone)
         return
     members = [
         Member(
@@ -69,15 +69,15 @@ def answers(world: World, state: ServerState, group: Group) -> Iterator[Answer]:
     except FAILURES as error:
         why = f"its cohort's step raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         for plan in group.plans:
-            yield _alone(world, state, plan, why)
+            yield train_alone(world, state, plan, why)
         return
     for plan, result in zip(group.plans, trained.results, strict=True):
         update = replace(world.algorithm.answer(plan, result), cohort=len(group.plans))
         yield Answer(update, plan, result.extract_seconds, trained.memory_bytes)
 
 
-def _alone(world: World, state: ServerState, plan: ExpertPlan, why: str) -> Answer:
-    """One client's training by itself."""
+def train_alone(world: World, state: ServerState, plan: ExpertPlan, why: str = "") -> Answer:
+    """Train one client by itself; ``why``: as ``ClientUpdate.alone``."""
     device, data = world.ranks.device, world.data.clients[plan.client]
     draw = partial(_batches, world, plan)
     result = train_client(

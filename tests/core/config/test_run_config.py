@@ -43,7 +43,7 @@ def values_of(setting: Setting) -> st.SearchStrategy[object]:
 
 
 CROSS_CHECKED = {"clients", "clients_per_round", "min_clients", "ranks", "selection.reschedule"}
-CROSS_CHECKED |= {"fft_moe.top_k", "fft_moe.experts"}
+CROSS_CHECKED |= {"fft_moe.top_k", "fft_moe.experts", "cohort.memory"}
 CROSS_CHECKED |= {"selection.lam_change", "selection.beta_change", "aggregation.tau_change"}
 CROSS_CHECKED |= {k for k in SCHEMA if "model_config" in k}
 FREE = {key: setting for key, setting in SCHEMA.items() if key not in CROSS_CHECKED}

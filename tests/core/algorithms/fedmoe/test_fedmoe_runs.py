@@ -19,11 +19,11 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.messages.plan import Extras
 from fedmoe_core.server.planning import plan_of_masks
 from fedmoe_core.simulation import run as simulate
+from fedmoe_core.simulation.cohorts.training import train_alone
 from fedmoe_core.simulation.directory.checkpoint import load_checkpoint
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.prepare import build_world
 from fedmoe_core.simulation.process_group import Ranks
-from fedmoe_core.simulation.round import _train_one
 
 Make = Callable[..., Config]
 
@@ -73,9 +73,9 @@ def test_inv2_a_probe_is_bounded_by_its_prediction_and_leaves_the_model_alone(co
     state = world.algorithm.init(world.params)
     plan = plan_of_masks(facts, state, 3, least_LE, extras=Extras(before=found[0], surcharge=found[1]))
     assert plan.predicted.memory_bytes == found[1].memory_bytes  # more than training needs
-    update = _train_one(world, state, plan)[0]
+    update = train_alone(world, state, plan).update
     assert 0.9 * found[1].memory_bytes <= update.cost.memory_bytes <= found[1].memory_bytes
-    whole = _train_one(world, state, replace(plan, extras=Extras()))[0]
+    whole = train_alone(world, state, replace(plan, extras=Extras())).update
     assert update.cost.memory_bytes > whole.cost.memory_bytes
     assert all(torch.equal(update.deltas[key], delta) for key, delta in whole.deltas.items())
 
@@ -85,9 +85,9 @@ def test_adapters_move_the_profile_and_are_gone_after_it(config: Make) -> None:
     state, probes = world.algorithm.init(world.params), []
     plan = world.algorithm.plan(state, [3])[0]
     for tunings in (0, 0, 1, 5):
-        update = _train_one(
+        update = train_alone(
             world, state, replace(plan, extras=replace(plan.extras, before=WholeModelProbe(tunings, 8)))
-        )[0]
+        ).update
         probes.append(update.private["probe"])
         assert torch.allclose(probes[-1].sum(dim=1), torch.full((2,), 2.0, dtype=torch.float64))
     assert torch.equal(probes[0], probes[1])

@@ -31,12 +31,12 @@ from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.state import Population, ServerState, recall, remember
 from fedmoe_core.simulation import run as simulate
+from fedmoe_core.simulation.cohorts.training import train_alone
 from fedmoe_core.simulation.directory.checkpoint import load_checkpoint
 from fedmoe_core.simulation.directory.log import coefficient_of_variation
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.prepare import build_world
 from fedmoe_core.simulation.process_group import Ranks
-from fedmoe_core.simulation.round import _train_one
 from fedmoe_core.simulation.world import World
 
 TIERS = ("experts=2", "experts=4", "unlimited")
@@ -291,7 +291,7 @@ def test_a_clients_feedback_is_that_of_its_trained_model_by_expert(config: Make,
     world = build_world(made.resolved(), Ranks(), NullObserver())
     state = world.algorithm.init(world.params)
     for plan in world.algorithm.plan(state, [0, 2]):
-        update = _train_one(world, state, plan)[0]
+        update = train_alone(world, state, plan).update
         rows_LE, loss_LE, right_LE = update.private["feedback"].numpy()
         batch = next(iter(trained_batches(world, plan)))
         prior_C = log_prior(world.data.class_shares(plan.client), world.config.train, torch.device("cpu"))

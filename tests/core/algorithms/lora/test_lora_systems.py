@@ -13,8 +13,8 @@ from tiny_corpus import make_config
 
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.result import LocalFailure
-from fedmoe_core.simulation import round as rounds
 from fedmoe_core.simulation import run as simulate
+from fedmoe_core.simulation.cohorts import training
 from fedmoe_core.simulation.evaluation import evaluate_clients
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.round import play_round
@@ -95,13 +95,13 @@ def test_a_failed_client_changes_nothing_and_is_survived(
     config: Make, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, state = started(config, name, "budgets=unlimited", labeled=True)
-    train = rounds.train_client
+    train = training.train_client
 
     def failing(adapter: Any, params: Any, plan: ExpertPlan, *args: Any, **words: Any) -> Any:
         result = train(adapter, params, plan, *args, **words)
         return LocalFailure(result.cost, "gone") if plan.client == 1 else result
 
-    monkeypatch.setattr(rounds, "train_client", failing)
+    monkeypatch.setattr(training, "train_client", failing)
     after, played = play_round(world, state, NullObserver())
     assert [update.status for update in played.updates] == ["ok", "failed", "ok"]
     assert not any(key.endswith("/1") for key in after.memory)
