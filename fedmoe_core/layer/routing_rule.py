@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from fedmoe_kernels.routing.route import SCORINGS
 
@@ -39,6 +40,15 @@ class RoutingRule:
             raise ValueError(f"groups belong to scoring='sigmoid', not to {self.scoring!r}; leave them out")
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale={self.scale} is out of range; give a positive number")
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the rule as ``fedmoe_kernels.route`` takes it."""
+        return {
+            "scoring": self.scoring,
+            "renormalize": self.renormalize,
+            "groups": self.groups,
+            "scale": self.scale,
+        }
 
     def check(self, num_experts: int) -> None:
         """Refuse groups that do not divide a layer of so many experts.

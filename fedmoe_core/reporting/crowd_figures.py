@@ -13,7 +13,16 @@ from matplotlib.ticker import MaxNLocator
 
 from fedmoe_core.base import show
 from fedmoe_core.reporting import crowd
-from fedmoe_core.reporting.drawing import bands, cells, expert_ticks, group_ticks, label_ends, short, spans
+from fedmoe_core.reporting.drawing import (
+    against_limit,
+    bands,
+    cells,
+    expert_ticks,
+    group_ticks,
+    label_ends,
+    short,
+    spans,
+)
 from fedmoe_core.reporting.figures import RESOURCES, WIDTH, largest_shares
 from fedmoe_core.reporting.run import Run
 from fedmoe_core.reporting.theme import BLUES, INK, ORANGE, PALETTE
@@ -133,12 +142,7 @@ def budgets(run: Run) -> Figure | None:
             predicted, top = max(100 * pair[1] for pair in pairs), max(real)
             axes.plot([predicted] * 2, [place - 0.4, place + 0.4], color=PALETTE[5], lw=2)
             axes.plot([top], [place], "o", ms=4, color=ORANGE if top > 100 else INK)
-        axes.axvline(100, color=INK, lw=1.6)
-        axes.set_xlim(0, max(106.0, 1.05 * most))
-        axes.set_xticks([0, 50, 100])
-        axes.grid(visible=False)
-        axes.spines[["left", "bottom"]].set_visible(False)
-        axes.set_title(label)
+        against_limit(axes, label, most)
     group_ticks(grid[0], [group.name for group in groups])
     grid[0].set_ylim(len(groups) - 0.4, -0.6)
     grid[len(grid) // 2].set_xlabel("% of the limit")

@@ -146,3 +146,13 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
             fontweight="bold",
             annotation_clip=False,
         )
+
+
+def against_limit(axes: Axes, label: str, most: float) -> None:
+    """Finish a panel of shares of a limit, in per cent: a line at 100, and room for the largest share."""
+    axes.axvline(100, color=INK, lw=1.6)
+    axes.set_xlim(0, max(106.0, 1.05 * most))
+    axes.set_xticks([0, 50, 100])
+    axes.grid(visible=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set_title(label)

@@ -12,7 +12,15 @@ from matplotlib.ticker import MaxNLocator
 
 from fedmoe_core.base import show
 from fedmoe_core.reporting import crowd
-from fedmoe_core.reporting.drawing import bands, cells, client_ticks, expert_ticks, label_ends, tier_lines
+from fedmoe_core.reporting.drawing import (
+    against_limit,
+    bands,
+    cells,
+    client_ticks,
+    expert_ticks,
+    label_ends,
+    tier_lines,
+)
 from fedmoe_core.reporting.run import Run
 from fedmoe_core.reporting.theme import BLUE, BLUES, EMPTY, HELD, INK, ORANGE, PALE, PALETTE
 
@@ -222,12 +230,7 @@ def budgets(run: Run) -> Figure | None:
             if few:
                 axes.text(max(real - 3, 14), place, f"{real:.0f}", ha="right", va="center", fontsize=7.5, color="white")
         tier_lines(axes, run, order)
-        axes.axvline(100, color=INK, lw=1.6)
-        axes.set_xlim(0, max(106.0, 1.05 * most))
-        axes.set_xticks([0, 50, 100])
-        axes.grid(visible=False)
-        axes.spines[["left", "bottom"]].set_visible(False)
-        axes.set_title(label)
+        against_limit(axes, label, most)
     client_ticks(grid[0], run, order)
     grid[0].set_ylim(len(order) - 0.4, -0.6)
     grid[len(grid) // 2].set_xlabel("% of the limit")

@@ -58,7 +58,7 @@ def answers(world: World, state: ServerState, group: Group) -> Iterator[Answer]:
         Member(
             plan,
             asked_costs(world.population, plan.extras),
-            partial(_batches, world, plan),
+            partial(round_batches, world, plan),
             world.data.class_shares(plan.client),
         )
         for plan in group.plans
@@ -79,7 +79,7 @@ def answers(world: World, state: ServerState, group: Group) -> Iterator[Answer]:
 def train_alone(world: World, state: ServerState, plan: ExpertPlan, why: str = "") -> Answer:
     """Train one client by itself; ``why``: as ``ClientUpdate.alone``."""
     device, data = world.ranks.device, world.data.clients[plan.client]
-    draw = partial(_batches, world, plan)
+    draw = partial(round_batches, world, plan)
     result = train_client(
         world.adapter,
         state.params,
@@ -95,8 +95,8 @@ def train_alone(world: World, state: ServerState, plan: ExpertPlan, why: str = "
     return Answer(update, plan, result.extract_seconds)
 
 
-def _batches(world: World, plan: ExpertPlan) -> Iterator[Batch]:
-    """The batches of a client's round, from the start."""
+def round_batches(world: World, plan: ExpertPlan) -> Iterator[Batch]:
+    """Draw the batches of a client's round, from the start."""
     train = world.config.train
     batches = client_batches(
         world.data.clients[plan.client].private,

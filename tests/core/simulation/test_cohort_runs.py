@@ -48,7 +48,7 @@ def played(config: Config) -> tuple[World, ServerState, Round]:
 
 def members_of(world: World, plans: list[ExpertPlan]) -> list[Member]:
     return [
-        Member(plan, world.population.costs, lambda plan=plan: training._batches(world, plan))  # type: ignore[misc]
+        Member(plan, world.population.costs, lambda plan=plan: training.round_batches(world, plan))  # type: ignore[misc]
         for plan in plans
     ]
 

@@ -96,8 +96,10 @@ class TransformersCohort:
             drawn = zip(batches, terms.generators, strict=True)
             batches = [drop_tokens(batch, terms.token_dropout, generator) for batch, generator in drawn]
         together = _together(batches)
-        alive_C = torch.tensor(terms.alive, device=together.mask_SN.device)
-        runs_SN = together.mask_SN & alive_C.repeat_interleave(len(batches[0]))[:, None]
+        runs_SN = together.mask_SN
+        if not all(terms.alive):  # else nothing is copied to the device, which would wait for it
+            alive_C = torch.tensor(terms.alive, device=runs_SN.device)
+            runs_SN = runs_SN & alive_C.repeat_interleave(len(batches[0]))[:, None]
         options: dict[str, Any] = {TOKEN_MASK: runs_SN.reshape(-1)}
         if classifier:
             return self._class_losses(together, options, terms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,6 @@ from fedmoe_core.budget.limits import Cost
 from fedmoe_core.client.step import log_prior
 from fedmoe_core.comparison.run_figures import figures_of
 from fedmoe_core.config.run_config import Config
-from fedmoe_core.data.batches import Batch, client_batches
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.messages.update import ClientUpdate
@@ -31,13 +30,12 @@ from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.state import Population, ServerState, recall, remember
 from fedmoe_core.simulation import run as simulate
-from fedmoe_core.simulation.cohorts.training import train_alone
+from fedmoe_core.simulation.cohorts.training import round_batches, train_alone
 from fedmoe_core.simulation.directory.checkpoint import load_checkpoint
 from fedmoe_core.simulation.directory.log import coefficient_of_variation
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.prepare import build_world
 from fedmoe_core.simulation.process_group import Ranks
-from fedmoe_core.simulation.world import World
 
 TIERS = ("experts=2", "experts=4", "unlimited")
 TOKENS = 8 * 64  # local steps x tokens of hand_made
@@ -293,7 +291,7 @@ def test_a_clients_feedback_is_that_of_its_trained_model_by_expert(config: Make,
     for plan in world.algorithm.plan(state, [0, 2]):
         update = train_alone(world, state, plan).update
         rows_LE, loss_LE, right_LE = update.private["feedback"].numpy()
-        batch = next(iter(trained_batches(world, plan)))
+        batch = next(iter(round_batches(world, plan)))
         prior_C = log_prior(world.data.class_shares(plan.client), world.config.train, torch.device("cpu"))
         assert (prior_C is not None) is labeled
         found = world.adapter.evaluate(batch, log_prior_C=prior_C)  # the live model is still the one that trained
@@ -304,19 +302,6 @@ def test_a_clients_feedback_is_that_of_its_trained_model_by_expert(config: Make,
         np.testing.assert_allclose(loss_LE.sum(axis=1), choices_L * count * found.loss_sum / found.count, rtol=1e-4)
         if labeled:
             np.testing.assert_array_equal(right_LE, rows_LE * found.correct)
-
-
-def trained_batches(world: World, plan: ExpertPlan) -> Iterator[Batch]:
-    train, data = world.config.train, world.data.clients[plan.client]
-    return client_batches(
-        data.private,
-        seed=world.config.seed,
-        round=plan.round,
-        client=plan.client,
-        steps=plan.local_steps,
-        batch_size=train.batch_size,
-        seq_len=train.seq_len,
-    )
 
 
 def test_inv1_every_kind_of_budget_holds(config: Make) -> None:
