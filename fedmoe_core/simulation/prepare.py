@@ -33,7 +33,8 @@ from fedmoe_core.simulation.identity import Identity, code_version
 from fedmoe_core.simulation.observer import Observer
 from fedmoe_core.simulation.process_group import Ranks
 from fedmoe_core.simulation.warmup import cached_warmup, measure_profile, warm_up, warmup_key
-from fedmoe_core.simulation.world import World, local_settings, validation_batches
+from fedmoe_core.simulation.world import local_settings, validation_batches
+from fedmoe_core.simulation.worlds.moe import MoEWorld
 
 PRIOR_STEPS = 8  # batches of the server's own pass over public data, as many as a client's round has by default
 
@@ -73,7 +74,7 @@ class Sources:
     ranks: Ranks
 
 
-def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmup: bool = True) -> World:
+def build_world(config: Config, ranks: Ranks, observer: Observer, *, train_warmup: bool = True) -> MoEWorld:
     """Read the sources, make or load the warm model, and found the world on it.
 
     Args:
@@ -114,7 +115,7 @@ def refuse_early(sources: Sources, untrained: dict[str, Tensor]) -> None:
     world.algorithm.plan(world.algorithm.init(world.params), range(config.clients))
 
 
-def found_world(sources: Sources, params: dict[str, Tensor]) -> World:
+def found_world(sources: Sources, params: dict[str, Tensor]) -> MoEWorld:
     """Measure what the model costs, give it the algorithm's form, and hand the algorithm its population."""
     config, data, adapter = sources.config, sources.data, sources.adapter
     shares = any("%" in tier for tier in config.budgets)  # of what the model in its plain form would cost
@@ -124,7 +125,7 @@ def found_world(sources: Sources, params: dict[str, Tensor]) -> World:
     population = measure_population(sources, params, budgets, plain)
     cohorts = meter_of(sources, params, population)
     algorithm = sources.form(population)
-    return World(config, data, adapter, params, population, algorithm, sources.ranks, sources.identity, cohorts)
+    return MoEWorld(config, data, adapter, params, population, algorithm, sources.ranks, sources.identity, cohorts)
 
 
 def meter_of(sources: Sources, params: dict[str, Tensor], population: Population) -> CohortMeter | None:

@@ -14,11 +14,10 @@ from fedmoe_core.messages.update import ClientUpdate, refused
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.state import ServerState
-from fedmoe_core.simulation.cohorts.grouping import Group, grouped
-from fedmoe_core.simulation.cohorts.training import answers
+from fedmoe_core.simulation.cohorts.grouping import Group
 from fedmoe_core.simulation.directory.lines import client_record
 from fedmoe_core.simulation.observer import Observer
-from fedmoe_core.simulation.world import World, local_settings
+from fedmoe_core.simulation.worlds.federation import Federation
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,18 @@ class Round:
     cohorts: list[dict[str, Any]]  # of all ranks: who trained at once, the peak predicted and measured
 
 
-def play_round(world: World, state: ServerState, observer: Observer) -> tuple[ServerState, Round]:
+def play_round(world: Federation, state: ServerState, observer: Observer) -> tuple[ServerState, Round]:
     """Play one round: the server plans, clients train, exact sums meet, the server applies."""
     config, ranks, began = world.config, world.ranks, time.perf_counter()
 
     plans = world.algorithm.plan(state, sample_clients(config, state.round))
-    groups = grouped(world, plans)
+    groups = world.groups(plans)
     sums = _accumulator(world)
     engine = time.perf_counter() - began
     reports, cohorts = [], []
     for group in ranks.mine(groups, [group.flops for group in groups]):
         training, peak = time.perf_counter(), 0
-        for answer in answers(world, state, group):
+        for answer in world.answers(state, group):
             update, plan, peak = answer.update, answer.plan, answer.memory_bytes
             checking = time.perf_counter()
             reports.append(report_of(_admit(update, plan, sums)))
@@ -98,7 +97,7 @@ def _admit(update: ClientUpdate, plan: ExpertPlan, sums: Accumulator) -> ClientU
     return refused(update, outcome.reason)
 
 
-def _accumulator(world: World) -> Accumulator:
+def _accumulator(world: Federation) -> Accumulator:
     """Empty exact sums for one round of this run."""
     rule, config = world.config.aggregation, world.config
     settings = SumSettings(
@@ -108,8 +107,7 @@ def _accumulator(world: World) -> Accumulator:
         norm_bound=rule.norm_bound,
         max_clients=config.clients_per_round or config.clients,
     )
-    train = local_settings(config, type(world.algorithm))
-    specs = world.adapter.spec.trained(train_dense=train.trunk == "fedavg")
+    specs = world.learning
     return Accumulator(
         specs,
         settings,

@@ -13,19 +13,17 @@ from rich.console import Console
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.model.spec import model_hash
 from fedmoe_core.server.state import ServerState, unpack_state
-from fedmoe_core.simulation.cohorts.grouping import grouped
 from fedmoe_core.simulation.directory.checkpoint import Checkpoint, load_checkpoint
 from fedmoe_core.simulation.directory.claim import Claim, claimed, held
 from fedmoe_core.simulation.directory.lines import plan_row
 from fedmoe_core.simulation.directory.log import RunLog
-from fedmoe_core.simulation.evaluation import evaluate_clients
 from fedmoe_core.simulation.identity import Identity
 from fedmoe_core.simulation.observer import NullObserver, Observer, PlanRow
 from fedmoe_core.simulation.prepare import build_world, pick_device
 from fedmoe_core.simulation.process_group import Ranks, open_ranks
 from fedmoe_core.simulation.progress import observer_for
 from fedmoe_core.simulation.round import play_round
-from fedmoe_core.simulation.world import World
+from fedmoe_core.simulation.worlds.federation import Federation
 
 
 def run(config: Config, *, observer: Observer | None = None, force: bool = False) -> dict[str, Any]:
@@ -132,12 +130,14 @@ def dry_run(config: Config, *, observer: Observer | None = None) -> list[PlanRow
         return [plan_row(world, plan) for plan in world.algorithm.plan(state, range(config.clients))]
 
 
-def check_budgets(world: World, state: ServerState) -> None:
+def check_budgets(world: Federation, state: ServerState) -> None:
     """Plan and group every client once: a budget or a cohort that cannot be served is refused before any training."""
-    grouped(world, world.algorithm.plan(state, range(world.config.clients)))
+    world.groups(world.algorithm.plan(state, range(world.config.clients)))
 
 
-def _play(world: World, state: ServerState, log: RunLog | None, observer: Observer, *, fresh: bool) -> dict[str, Any]:
+def _play(
+    world: Federation, state: ServerState, log: RunLog | None, observer: Observer, *, fresh: bool
+) -> dict[str, Any]:
     """Rounds from ``state`` to the last, each evaluated, logged and committed; then the summary.
 
     A ``fresh`` run has the warm model judged first; a resumed one has that line already.
@@ -145,14 +145,14 @@ def _play(world: World, state: ServerState, log: RunLog | None, observer: Observ
     config = world.config
     observer.on_start(_headline(world, state))
     if fresh:
-        warm = evaluate_clients(world, state)
+        warm = world.evaluate(state)
         if log is not None:
             observer.on_round(0, config.rounds, log.before(warm))
             log.commit(state)
     while state.round < config.rounds:
         state, played = play_round(world, state, observer)
         due = state.round % config.eval.every == 0 or state.round == config.rounds
-        held = evaluate_clients(world, state) if due else None
+        held = world.evaluate(state) if due else None
         if log is not None:
             record = log.round(played, held, state)
             log.commit(state)
@@ -163,7 +163,7 @@ def _play(world: World, state: ServerState, log: RunLog | None, observer: Observ
     return summary
 
 
-def _headline(world: World, state: ServerState) -> dict[str, Any]:
+def _headline(world: Federation, state: ServerState) -> dict[str, Any]:
     """What the observer is told at the start."""
     config = world.config
     return {

@@ -9,13 +9,13 @@ from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.observer import PlanRow
-from fedmoe_core.simulation.world import World
+from fedmoe_core.simulation.worlds.federation import Federation
 
 
-def plan_row(world: World, plan: ExpertPlan) -> PlanRow:
+def plan_row(world: Federation, plan: ExpertPlan) -> PlanRow:
     """Make one line of the dry run: the plan and the device's own budget, which FedAvg may pass."""
     return PlanRow(
-        client=world.data.clients[plan.client].name,
+        client=world.holdings.clients[plan.client],
         experts_held=tuple(int(n) for n in plan.permitted_LE.sum(axis=1)),
         trainable=int(plan.trainable_LE.sum()),
         predicted=plan.predicted,

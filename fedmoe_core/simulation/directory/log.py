@@ -19,13 +19,13 @@ from fedmoe_core.simulation.directory.health import kept_budgets, nothing_traine
 from fedmoe_core.simulation.directory.lines import client_record, ledger_line, results_of
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.round import Round
-from fedmoe_core.simulation.world import World
+from fedmoe_core.simulation.worlds.federation import Federation
 
 
 class RunLog:
     """What rank 0 writes. A round is on record once its checkpoint is; later lines are cut off on resume."""
 
-    def __init__(self, claim: Claim, world: World) -> None:
+    def __init__(self, claim: Claim, world: Federation) -> None:
         self.out, self.run, self.world = claim.path, claim.id, world
         out = self.out
         self.totals = {"bytes_down_total": 0, "bytes_up_total": 0, "flops_total": 0.0}
@@ -34,19 +34,18 @@ class RunLog:
         self.ledger = JsonlLog(out / "ledger.jsonl")
 
     @classmethod
-    def create(cls, claim: Claim, world: World) -> RunLog:
+    def create(cls, claim: Claim, world: Federation) -> RunLog:
         """Start a run directory: an earlier run's files go, then the marker, configuration and partition come."""
         claim.begin(world.identity.facts())
         log, out = cls(claim, world), claim.path
         write_whole(out / "config.toml", world.config.to_toml())
-        data = world.data
-        names = list(data.names_D)
-        clients = [client.name for client in data.clients]
-        write_json(out / "partition.json", {"names": names, "clients": clients, "counts": data.counts_CD.tolist()})
+        held = world.holdings
+        counts = {"names": held.names_D, "clients": held.clients, "counts": held.counts_CD.tolist()}
+        write_json(out / "partition.json", counts)
         return log
 
     @classmethod
-    def reopen(cls, claim: Claim, world: World, meta: Mapping[str, Any]) -> RunLog:
+    def reopen(cls, claim: Claim, world: Federation, meta: Mapping[str, Any]) -> RunLog:
         """Continue a run directory: keep the lines that the checkpoint counted, drop any later ones."""
         log = cls(claim, world)
         log.metrics.truncate(int(meta["metrics_lines"]))
@@ -110,7 +109,7 @@ class RunLog:
 
     def finish(self, state: ServerState, model_hash: str) -> dict[str, Any]:
         """Write ``summary.json`` from what the logs hold, so that a resumed run sums up the same."""
-        config, data = self.world.config, self.world.data
+        config, held_data = self.world.config, self.world.holdings
         records, entries = self.metrics.read(), self.ledger.read()
         rounds = [line for line in records if line["type"] == "round"]
         judged = [line for line in rounds if "evaluate_seconds" in line]
@@ -119,7 +118,7 @@ class RunLog:
         summary = {
             "algorithm": config.algorithm,
             "label": self.world.algorithm.label(config),
-            "task": data.task,
+            "task": held_data.task,
             "seed": config.seed,
             "rounds": state.round,
             "loss_before": first["loss"],
@@ -146,7 +145,7 @@ class RunLog:
             **self.world.identity.facts(),
             "model_hash": model_hash,
             "threads": config.threads,
-            "partition": data.partition,
+            "partition": held_data.partition,
         }
         write_json(self.out / "summary.json", summary)
         return summary
