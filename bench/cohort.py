@@ -26,7 +26,8 @@ from bench.common.checkout import RESULTS
 from bench.cpu import machine
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.server.state import ServerState
-from fedmoe_core.simulation.cohorts.grouping import Group, grouped
+from fedmoe_core.simulation.cohorts.cutting import Group
+from fedmoe_core.simulation.cohorts.grouping import grouped
 from fedmoe_core.simulation.cohorts.training import answers
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.prepare import build_world

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedmoe_core.messages.plan import ExpertPlan, Extras
     from fedmoe_core.messages.result import LocalResult
     from fedmoe_core.messages.update import ClientUpdate, Weights
+    from fedmoe_core.model.plain import plain
     from fedmoe_core.server.accumulator import Accumulator
     from fedmoe_core.server.means import Sums
     from fedmoe_core.server.planning import make_plan, plan_of_masks
@@ -51,6 +52,7 @@ _HOMES = {
     "Weights": "messages.update",
     "following": "layer.optimizer",
     "make_plan": "server.planning",
+    "plain": "model.plain",
     "plan_of_masks": "server.planning",
     "recording": "layer.recording",
 }
@@ -74,6 +76,7 @@ __all__ = [
     "Weights",
     "following",
     "make_plan",
+    "plain",
     "plan_of_masks",
     "recording",
     "simulate",

@@ -80,7 +80,7 @@ class CostModel:
     slot_bytes: int = 64
 
     def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
+        if self.num_layers and not 1 <= self.top_k <= self.num_experts:  # without MoE layers, all is trunk
             raise ValueError(f"top_k={self.top_k} is outside 1..{self.num_experts}, the number of experts per layer")
         bad = [stages for stages in self.trunk.transients.values() if len(stages) not in (1, self.num_layers + 1)]
         if bad:

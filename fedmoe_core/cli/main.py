@@ -327,15 +327,17 @@ def _config(words: list[str] | None) -> Config:
 
 
 def _make_importable(path: Path | None, overrides: list[str]) -> None:
-    """Let an algorithm given as MODULE:CLASS be imported from a file in the current folder, after all installed ones.
+    """Let what is given as MODULE:NAME be imported from a file in the current folder, after all installed ones.
 
-    Before the configuration is read, for the class may declare settings. For no other algorithm: packages that are
-    imported only where they exist would be found in a folder of their name.
+    That is an algorithm or a plain model. Before the configuration is read, for the class may declare settings. For
+    nothing else: packages that are imported only where they exist would be found in a folder of their name.
     """
-    said = [word.partition("=")[2] for word in overrides if word.partition("=")[0].strip() == "algorithm"]
+    keys = ("algorithm", "adapter")
+    said = [word.partition("=")[2] for word in overrides if word.partition("=")[0].strip() in keys]
     if path is not None:
         with suppress(OSError, ValueError, RecursionError):  # reading it below says what is wrong
-            said.append(str(tomllib.loads(path.read_text("utf-8")).get("algorithm", "")))
+            tree = tomllib.loads(path.read_text("utf-8"))
+            said += [str(tree.get(key, "")) for key in keys]
     if any(":" in word for word in said) and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 

@@ -116,7 +116,8 @@ class Stepper:
         for parameter, anchor in zip(self.parameters, self.anchors, strict=bool(self.anchors)):
             if parameter.grad is not None:  # in place, so that no copy but the anchor is ever made
                 parameter.grad.add_(parameter.detach(), alpha=self.train.prox).add_(anchor, alpha=-self.train.prox)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.train.clip, foreach=False)
+        if self.train.clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.train.clip, foreach=False)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())

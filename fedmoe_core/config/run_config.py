@@ -46,6 +46,7 @@ from fedmoe_core.config.sections import (
 )
 from fedmoe_core.config.systems import ALGORITHMS, PLACE, RETIRED, section_of, settings_of
 
+OWN = "own"  # what a plain torch model brings itself
 Name = Annotated[str, Meta(min_length=1)]
 Tiers = Annotated[tuple[str, ...], Meta(min_length=1)]
 
@@ -71,12 +72,14 @@ class Config:
 
     # the system that runs: one that `fedmoe systems` lists, one of another package, or a class of your own
     algorithm: Annotated[str, Meta(examples=[*ALGORITHMS, PLACE])] = "hfedmoe"
-    # stdlib: the text of this Python's standard library; a CSV of labelled rows; a JSON Lines file
-    data: Annotated[str, one_of("stdlib", "csv:FILE", "jsonl:FILE")] = "stdlib"
+    # stdlib: text of this Python's standard library; a CSV of labelled rows; a JSON Lines file; own: a plain model's
+    data: Annotated[str, one_of("stdlib", "csv:FILE", "jsonl:FILE", OWN)] = "stdlib"
     # trained on public text; auto: bpe, or bpe-lower for labelled data; a saved model brings its own
     tokenizer: Annotated[str, one_of("auto", "bpe", "bpe-lower", "word")] = "auto"
-    model: Name = "tiny"  # tiny = built from [model_config]; else a directory, or a hub id of the form owner/name
-    adapter: Name = "transformers"  # entry point that opens the model; a binding of your own has its own name
+    # tiny: built from [model_config]; else a directory, or a hub id of the form owner/name; own: a plain model
+    model: Name = "tiny"
+    # entry point that opens the model; for a plain torch model MODULE:NAME, or own where it is handed over in Python
+    adapter: Name = "transformers"
     clients: Positive = 10  # number of clients
     clients_per_round: Natural = 0  # clients drawn in each round; 0 = all
     rounds: Positive = 8  # number of rounds
@@ -158,13 +161,16 @@ class Config:
             given = {key.partition(".")[2]: chosen.pop(key) for key in list(chosen) if key not in common}
             chosen["settings"] = own(**given)
         preset = CLASSIFICATION_DEFAULTS if is_labeled(chosen.get("data", Config.data)) else {}
+        if is_plain(chosen.get("adapter", Config.adapter)):
+            preset = PLAIN_DEFAULTS
         return build(Config, {**preset, **chosen})
 
     def resolved(self) -> Config:
         """Return the same run with this machine's ``threads`` and absolute paths, so that it can go on anywhere."""
         kind, _, file = self.data.partition(":")
         data = f"{kind}:{Path(file).absolute()}" if file else self.data
-        model = str(Path(self.model).absolute()) if Path(self.model).is_dir() and self.model != "tiny" else self.model
+        directory = self.model not in ("tiny", OWN) and Path(self.model).is_dir()
+        model = str(Path(self.model).absolute()) if directory else self.model
         asked = os.environ.get("OMP_NUM_THREADS", "")  # of each process, as launchers and batch systems set it
         threads = self.threads or (int(asked) if asked.isdigit() else 0) or max(1, usable_cores() // self.ranks)
         return replace(self, threads=threads, data=data, model=model)
@@ -207,6 +213,21 @@ CLASSIFICATION_DEFAULTS: Mapping[str, object] = {
     "train.token_dropout": 0.3,
     "train.logit_adjustment": 1.0,
 }
+
+# What a plain torch model starts from: it brings its data, and there is no public text to warm up on.
+PLAIN_DEFAULTS: Mapping[str, object] = {
+    "data": OWN,
+    "model": OWN,
+    "algorithm": "fedavg",
+    "budgets": ("unlimited",),
+    "train.trunk": "fedavg",
+    "train.batch_size": 32,
+}
+
+
+def is_plain(adapter: str) -> bool:
+    """Tell whether ``Config.adapter`` is a plain torch model, named or handed over."""
+    return adapter == OWN or ":" in adapter
 
 
 def usable_cores() -> int:
@@ -264,6 +285,20 @@ def _check_partition(partition: str) -> None:
     raise ValueError(f"partition={partition!r} needs a number greater than 0, such as dirichlet:0.5")
 
 
+def _check_plain(values: Mapping[str, Any]) -> None:
+    """A plain torch model brings its data and its module, and nothing else does."""
+    adapter = values["adapter"]
+    for key in ("data", "model"):
+        if (values[key] == OWN) != is_plain(adapter):
+            kind = "brings its own" if is_plain(adapter) else "opens a language model"
+            raise ValueError(
+                f"adapter={adapter} {kind} and {key}={values[key]}; set {key}=own for a plain torch model alone, as "
+                'Config.load(overrides=["adapter=own"]) does'
+            )
+    if values["train.local_epochs"] and not is_plain(adapter):
+        raise ValueError("train.local_epochs is for plain torch models; set train.local_steps")
+
+
 def _check_pairs(values: Mapping[str, Any]) -> None:
     sampled = "clients_per_round" if values["clients_per_round"] else "clients"
     for key, most in (
@@ -274,6 +309,7 @@ def _check_pairs(values: Mapping[str, Any]) -> None:
     ):
         if values[key] > values[most]:
             raise ValueError(f"{key}={values[key]} exceeds {most}={values[most]}; lower it, or raise {most}")
+    _check_plain(values)
     heads, kv_heads = values["model_config.heads"], values["model_config.kv_heads"]
     if heads % kv_heads:
         raise ValueError(

@@ -54,10 +54,11 @@ class TrainConfig:
     batch_size: Positive = 4  # sequences of a local step
     seq_len: Annotated[int, Meta(ge=2)] = 128  # tokens of a sequence
     local_steps: Positive = 8  # optimizer steps of a client in a round; a FLOP budget may lower them
+    local_epochs: Natural = 0  # plain torch models only: passes over a client's rows, instead of local_steps; 0 = off
     lr: PositiveReal = 2e-3  # learning rate in the first round
     lr_final: Share = 1.0  # share of lr left in the last round; the rate falls between them along a cosine
     weight_decay: NaturalReal = 0.0  # weight decay of AdamW; frozen experts feel none of it
-    clip: PositiveReal = 1.0  # largest L2 norm of a step's gradient; a larger one is scaled down
+    clip: NaturalReal = 1.0  # largest L2 norm of a step's gradient; a larger one is scaled down; 0 = never
     prox: NaturalReal = 0.0  # mu of FedProx (arXiv 1812.06127): mu/2 ||w - w0||^2 over what trains, w0 as received
     label_smoothing: Annotated[float, Meta(ge=0.0, le=0.99)] = 0.0  # share of the target that all classes have alike
     # frozen: only experts and routers learn; fedavg: everything else learns too, averaged by FedAvg

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedmoe_core.base.rng import counter_rng
 
-Task = Literal["causal_lm", "classification"]
+Task = Literal["causal_lm", "classification", "plain"]  # plain: a torch module with a loss of its own
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,14 @@ class ClientProfile:
     held_LE: np.ndarray
 
 
+def empty_profile(layers: int, experts: int) -> ClientProfile:
+    """Return what a client saw that saw nothing; with 0 layers, all that a model without MoE layers can show."""
+    shapes = {f.name: (layers, experts) if f.name.endswith("_LE") else (layers,) for f in fields(ClientProfile)}
+    return ClientProfile(
+        **{name: np.zeros(s, dtype=bool if name == "held_LE" else float) for name, s in shapes.items()}
+    )
+
+
 def profile_arrays(profile: ClientProfile) -> dict[str, np.ndarray]:
     """Return the profile's arrays by field name."""
     return {f.name: getattr(profile, f.name) for f in fields(profile)}

@@ -191,11 +191,11 @@ def fit_flops(
     Raises:
         ValueError: not even one step with k' = 1 and one trainable layer fits, with the number that would do.
     """
-    most_k = min(model.top_k if top_k is None else top_k, int(permitted_LE.sum(axis=1).max()))
+    most_k = min(model.top_k if top_k is None else top_k, int(permitted_LE.sum(axis=1).max(initial=0)))
     if budget.flops is None:
         return FlopFit(local_steps, most_k, trainable_LE)
     allowed = "flops budget" if budget.energy_joules is None else "what the budget's energy or operations allow,"
-    for k in range(most_k, 0, -1):
+    for k in range(most_k, 0, -1) if most_k else (0,):  # 0: a model without MoE layers
         steps = _steps(budget.flops, model.step_flops(permitted_LE, trainable_LE, top_k=k))
         if steps:
             return FlopFit(min(local_steps, steps), k, trainable_LE)
@@ -208,9 +208,10 @@ def fit_flops(
         if steps:
             return FlopFit(min(local_steps, steps), 1, kept_LE)
     needed = model.step_flops(permitted_LE, kept_LE, top_k=1)
+    least = " with one expert per token and one trainable layer" if most_k else ""
     raise BudgetError(
-        f"client {client}: {allowed} {show('flops', budget.flops)} cannot pay one local step with "
-        f"one expert per token and one trainable layer; at least {show('flops', needed)} is needed"
+        f"client {client}: {allowed} {show('flops', budget.flops)} cannot pay one local step{least}; "
+        f"at least {show('flops', needed)} is needed"
     )
 
 

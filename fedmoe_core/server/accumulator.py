@@ -37,7 +37,7 @@ class Accumulator:
         device: where the sums live.
 
     Raises:
-        ValueError: no expert tensor, a repeated key, layers that differ in their number of experts, or a resolution too
+        ValueError: nothing to sum, a repeated key, layers that differ in their number of experts, or a resolution too
             coarse for ``lr``.
 
     Example:
@@ -74,9 +74,11 @@ class Accumulator:
         if len({spec.key for spec in specs}) != len(specs):
             raise ValueError("two tensors of the model share a key; give each ParamSpec its own")
         heights = {spec.shape[0] for spec in specs if spec.kind in ("expert", "router")}
-        if len(heights) != 1:
+        if not self.specs:
+            raise ValueError("no tensor of the model trains, so there is nothing to sum; let some of them train")
+        if len(heights) > 1:
             raise ValueError(f"MoE layers have {sorted(heights)} experts; give all layers the same number")
-        self.num_experts = heights.pop()
+        self.num_experts = max(heights, default=0)  # none: a model whose tensors are all dense
         self.num_layers = 1 + max(spec.layer for spec in specs)
         self._clients: set[int] = set()
         self._lent = False  # whether a Sums record looks into the flat tensor

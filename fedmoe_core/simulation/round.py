@@ -14,7 +14,7 @@ from fedmoe_core.messages.update import ClientUpdate, refused
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.state import ServerState
-from fedmoe_core.simulation.cohorts.grouping import Group
+from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.directory.lines import client_record
 from fedmoe_core.simulation.observer import Observer
 from fedmoe_core.simulation.worlds.federation import Federation

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from fedmoe_core.config.run_config import Config
+from fedmoe_core.model.plain import PlainModel
 from fedmoe_core.model.spec import model_hash
 from fedmoe_core.server.state import ServerState, unpack_state
 from fedmoe_core.simulation.directory.checkpoint import Checkpoint, load_checkpoint
@@ -24,13 +25,17 @@ from fedmoe_core.simulation.process_group import Ranks, open_ranks
 from fedmoe_core.simulation.progress import observer_for
 from fedmoe_core.simulation.round import play_round
 from fedmoe_core.simulation.worlds.federation import Federation
+from fedmoe_core.simulation.worlds.found_plain import found_plain, plain_of
 
 
-def run(config: Config, *, observer: Observer | None = None, force: bool = False) -> dict[str, Any]:
+def run(
+    config: Config, *, adapter: PlainModel | None = None, observer: Observer | None = None, force: bool = False
+) -> dict[str, Any]:
     """Train ``config`` from its warm-up to its last round and return what ``summary.json`` holds.
 
     Args:
         config: what to run; ``config.out`` is the run directory.
+        adapter: the plain torch model to train, for a configuration with ``adapter=own``.
         observer: told of every stage, client and round; None shows progress on stderr, ``NullObserver()`` nothing.
         force: replace a run that lies in ``config.out``.
 
@@ -44,7 +49,7 @@ def run(config: Config, *, observer: Observer | None = None, force: bool = False
     Raises:
         ValueError, OSError: one sentence that names the offender and the remedy; nothing half-written is left.
     """
-    config = config.resolved()
+    config, plain = config.resolved(), plain_of(config, adapter)
     out = Path(config.out)
     with (
         open_ranks(config.ranks, pick_device(config)) as ranks,
@@ -52,7 +57,7 @@ def run(config: Config, *, observer: Observer | None = None, force: bool = False
         _watching(observer, ranks) as observer,
     ):
         ranks.wait()
-        world = build_world(config, ranks, observer)
+        world = _found(config, plain, ranks, observer)
         state = world.algorithm.init(world.params)
         check_budgets(world, state)
         # Only now does an earlier run in this directory go: whatever is wrong with the words has been refused.
@@ -60,11 +65,14 @@ def run(config: Config, *, observer: Observer | None = None, force: bool = False
         return _play(world, state, log, observer, fresh=True)
 
 
-def resume(run_dir: Path, *, observer: Observer | None = None, other_code: bool = False) -> dict[str, Any]:
+def resume(
+    run_dir: Path, *, adapter: PlainModel | None = None, observer: Observer | None = None, other_code: bool = False
+) -> dict[str, Any]:
     """Continue an interrupted run after its last committed round; the result is that of a run never interrupted.
 
     Args:
         run_dir: the directory of the run.
+        adapter: the plain torch model that the run was given, where it was.
         observer: as for ``run``.
         other_code: go on although other code, or another torch, began the run; its bits may then differ.
 
@@ -73,6 +81,7 @@ def resume(run_dir: Path, *, observer: Observer | None = None, other_code: bool 
             or another process is using the directory.
     """
     config = Config.load(run_dir / "config.toml")
+    plain = plain_of(config, adapter)
     with (
         open_ranks(config.ranks, pick_device(config)) as ranks,
         held(run_dir) if ranks.leads else nullcontext() as claim,
@@ -80,12 +89,23 @@ def resume(run_dir: Path, *, observer: Observer | None = None, other_code: bool 
     ):
         saved = load_checkpoint(run_dir / "checkpoint", expected_fingerprint=config.decisive())
         config = replace(config, out=str(run_dir))
-        if claim is not None:
-            _refuse_other_sources(claim, saved, config, other_code=other_code)
-        world = build_world(config, ranks, observer)
+        if claim is not None and plain is None:  # before anything is read; what a plain model brings is in memory
+            _refuse_other_sources(claim, saved, Identity.of(config), config, other_code=other_code)
+        world = _found(config, plain, ranks, observer)
+        if claim is not None and plain is not None:
+            _refuse_other_sources(claim, saved, world.identity, config, other_code=other_code)
         state = unpack_state(saved.tensors, round=int(saved.meta["round"]), device=ranks.device)
         log = RunLog.reopen(claim, world, saved.meta) if claim is not None else None
         return _play(world, state, log, observer, fresh=False)
+
+
+def _found(
+    config: Config, plain: PlainModel | None, ranks: Ranks, observer: Observer, *, train_warmup: bool = True
+) -> Federation:
+    """Found a run of a plain model, or of a language model."""
+    if plain is not None:
+        return found_plain(config, plain, ranks, observer)
+    return build_world(config, ranks, observer, train_warmup=train_warmup)
 
 
 @contextmanager
@@ -103,14 +123,14 @@ def _watching(observer: Observer | None, ranks: Ranks) -> Iterator[Observer]:
             shown.close()
 
 
-def _refuse_other_sources(claim: Claim, saved: Checkpoint, config: Config, *, other_code: bool) -> None:
+def _refuse_other_sources(claim: Claim, saved: Checkpoint, now: Identity, config: Config, *, other_code: bool) -> None:
     """Refuse a checkpoint of another run, or one whose corpus, model or code is not what is here now."""
     place = f"{claim.path}/checkpoint"
     if saved.meta.get("run") != claim.id:
         raise ValueError(
             f"{place} belongs to another run than {claim.path}/config.toml; restore the run's own checkpoint"
         )
-    then, now = Identity.read(saved.meta.get("identity") or {}), Identity.of(config)
+    then = Identity.read(saved.meta.get("identity") or {})
     if then is None:
         raise ValueError(f"{place} does not say which data and model it was made from; start the run afresh")
     then.require_same_sources(now, str(claim.path), config)
@@ -118,14 +138,15 @@ def _refuse_other_sources(claim: Claim, saved: Checkpoint, config: Config, *, ot
         then.require_same_code(now, str(claim.path))
 
 
-def dry_run(config: Config, *, observer: Observer | None = None) -> list[PlanRow]:
+def dry_run(config: Config, *, adapter: PlainModel | None = None, observer: Observer | None = None) -> list[PlanRow]:
     """Plan the first round for each client, before anything trains: what it would hold, and what that would cost.
 
     Without a cached warm-up the untrained model stands in: the numbers are the same, the chosen experts may differ.
     """
-    config = config.resolved()
+    config, plain = config.resolved(), plain_of(config, adapter)
     with open_ranks(config.ranks, pick_device(config)) as ranks:
-        world = build_world(config, ranks, observer or NullObserver(), train_warmup=False)
+        observer = observer or NullObserver()
+        world = _found(config, plain, ranks, observer, train_warmup=False)
         state = world.algorithm.init(world.params)
         return [plan_row(world, plan) for plan in world.algorithm.plan(state, range(config.clients))]
 

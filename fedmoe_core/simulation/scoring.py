@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmoe_core.client.output_norms import output_norms
-from fedmoe_core.config.run_config import Config, SelectionConfig
+from fedmoe_core.config.run_config import Config, SelectionConfig, is_plain
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.selection.ranking import all_scores, ranked
@@ -69,6 +69,8 @@ def score_model(config: Config, *, batches: int, observer: Observer) -> Scoring:
     Raises:
         ValueError, OSError: as ``prepare.build_world``.
     """
+    if is_plain(config.adapter):
+        raise ValueError(f"adapter={config.adapter} is a plain model, which has no experts to score; name a MoE model")
     config = replace(config.resolved(), ranks=1)
     torch.set_num_threads(config.threads)
     with open_ranks(1, pick_device(config)) as ranks:

@@ -112,7 +112,7 @@ class CohortStepper:
     def _move(self, norm_C: Tensor) -> None:
         """Scale each client's gradient down to the clip norm, as ``torch.nn.utils.clip_grad_norm_``, and step."""
         factor_C = (self._train.clip / (norm_C + 1e-6)).clamp(max=1.0)
-        for each in self._learning:
+        for each in self._learning if self._train.clip else ():
             if (gradient := each.parameter.grad) is not None:
                 factor_B = factor_C.repeat_interleave(self._lengths[each.key], output_size=len(gradient))
                 gradient.mul_(factor_B.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1)))

@@ -17,7 +17,7 @@ from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.server.planning import asked_costs
 from fedmoe_core.server.state import ServerState
-from fedmoe_core.simulation.cohorts.grouping import Group
+from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.world import World, local_settings, validation_batches
 
 
@@ -40,8 +40,12 @@ class Answer:
 
 def round_settings(world: World, round: int) -> TrainConfig:
     """Return local training at this round's learning rate: from lr to lr_final of it along half a cosine."""
-    train = local_settings(world.config, type(world.algorithm))
-    done = round / max(1, world.config.rounds - 1)
+    return at_round(local_settings(world.config, type(world.algorithm)), round, rounds=world.config.rounds)
+
+
+def at_round(train: TrainConfig, round: int, *, rounds: int) -> TrainConfig:
+    """Return settings at the learning rate of a round, counted from 0."""
+    done = round / max(1, rounds - 1)
     factor = train.lr_final + (1 - train.lr_final) * 0.5 * (1 + math.cos(math.pi * done))
     return replace(train, lr=train.lr * factor)
 

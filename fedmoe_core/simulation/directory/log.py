@@ -93,11 +93,14 @@ class RunLog:
             "refused": [{"client": u.client, "reason": u.error} for u in played.updates if u.status != "ok"],
             "applied": played.applied,
             **({"cohorts": played.cohorts} if played.cohorts else {}),
-            "importance_LE": self.world.algorithm.importance(state).tolist(),
-            "lost_mass": float(np.mean(lost)) if lost else None,
-            "load_cv": self._load_cv(played),
-            "coverage": float(np.mean(np.any(trained, axis=0))) if trained else 0.0,
         }
+        if self.world.population.spec.num_layers:
+            line |= {
+                "importance_LE": self.world.algorithm.importance(state).tolist(),
+                "lost_mass": float(np.mean(lost)) if lost else None,
+                "load_cv": self._load_cv(played),
+                "coverage": float(np.mean(np.any(trained, axis=0))) if trained else 0.0,
+            }
         self.metrics.append(*[client_record(number, u, plans[u.client], budgets) for u in played.updates], line)
         return line
 

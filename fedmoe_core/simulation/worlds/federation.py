@@ -14,7 +14,7 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.state import Population, ServerState
-from fedmoe_core.simulation.cohorts.grouping import Group
+from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.cohorts.training import Answer
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.identity import Identity

@@ -9,7 +9,8 @@ from functools import cached_property
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.state import ServerState
-from fedmoe_core.simulation.cohorts.grouping import Group, grouped
+from fedmoe_core.simulation.cohorts.cutting import Group
+from fedmoe_core.simulation.cohorts.grouping import grouped
 from fedmoe_core.simulation.cohorts.training import Answer, answers
 from fedmoe_core.simulation.evaluation import HeldOut, evaluate_clients
 from fedmoe_core.simulation.world import World, local_settings
