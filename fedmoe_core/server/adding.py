@@ -44,10 +44,13 @@ class Adder:
     buffer: Tensor
 
     @classmethod
-    def on(cls, device: torch.device, settings: SumSettings, longest: int) -> Adder:
-        """Make an adder for sums on ``device`` of tensors with at most ``longest`` values."""
+    def on(cls, device: torch.device, settings: SumSettings, longest: int, *, like: Adder | None = None) -> Adder:
+        """Make an adder for sums on ``device`` of tensors of at most ``longest`` values; ``like`` where that is one."""
         block = BLOCK_CPU * min(torch.get_num_threads(), MOST_THREADS) if device.type == "cpu" else BLOCK_GPU
-        return cls(settings, torch.empty(max(1, min(block, longest)), dtype=torch.float64, device=device))
+        size = max(1, min(block, longest))
+        if like is not None and len(like.buffer) == size:
+            return like
+        return cls(settings, torch.empty(size, dtype=torch.float64, device=device))
 
     def add(self, total: Tensor, delta: Tensor, weights: Sequence[int], rows: Sequence[int]) -> None:
         """Add rows of ``delta`` to rows of ``total``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,23 @@ def cut(block: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         rows = max(1, block * len(first) // first.numel())
         for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
             yield from cut(block, *parts)
+
+
+def end_to_end(tensors: Sequence[Tensor]) -> Tensor | None:
+    """View tensors as one flat tensor where they lie end to end in one storage, in this order; else None.
+
+    A model of many small tensors is then handled at once: of 6 tensors with 85 thousand values together, starting the
+    operations took longer than the arithmetic.
+    """
+    first = tensors[0]
+    place = first.storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        alike = tensor.dtype == first.dtype and tensor.is_contiguous() and tensor.storage_offset() == place
+        if not alike or tensor.untyped_storage().data_ptr() != storage:
+            return None
+        place += tensor.numel()
+    return first.detach().as_strided((place - first.storage_offset(),), (1,))
 
 
 def square_sum(values: Tensor) -> float:

@@ -95,6 +95,10 @@ class SumSettings:
                 f"learning rate {lr:g}; raise scale_bits to at least {math.floor(-math.log2(lr / 1000)) + 1}"
             )
 
+    def quantize_one(self, weight: float) -> int:
+        """Turn one weight, as ``quantize``."""
+        return max(round(float(weight) * self.top_weight), 1) if weight > 0 else 0
+
     def quantize(self, weight: Any) -> np.ndarray:
         """Turn real weights in [0, 1] into int64 in [0, top_weight]: 0 stays 0, anything above 0 becomes at least 1."""
         real = np.asarray(weight, dtype=np.float64)
