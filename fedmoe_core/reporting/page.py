@@ -196,13 +196,15 @@ def _tiles(run: Run) -> list[Tile]:
     bound = run.broken or run.budgeted
     engine = _ratio(s.get("engine_seconds"), s.get("seconds"))
     down, up = show.size(s.get("bytes_down")), show.size(s.get("bytes_up"))
+    if not run.plain:
+        tiles.append(Tile(plain(show.number(s.get("worst_client_loss"))), "loss of the worst client"))
+        experts = f"experts held by a client, of {_experts(run) or show.NONE}"
+        tiles.append(Tile(plain(held(run).replace("..", "–")), experts))
     tiles += [
-        Tile(plain(show.number(s.get("worst_client_loss"))), "loss of the worst client"),
         Tile(
             exceeded(run, Piece("not bound", "bad")),
             "budgets exceeded" if bound else "needs more than its clients can bear",
         ),
-        Tile(plain(held(run).replace("..", "–")), f"experts held by a client, of {_experts(run) or show.NONE}"),
         Tile(plain(show.size(run.traffic)), f"moved: {down} down, {up} up"),
         Tile(plain(show.size(s.get("peak_memory_bytes"))), "largest peak memory of a client"),
         Tile(plain(show.seconds(s.get("seconds"))), f"wall-clock, {show.share(engine, 0)} of it the engine's own"),
@@ -215,6 +217,10 @@ def _tiles(run: Run) -> list[Tile]:
 def _facts(run: Run) -> list[tuple[str, str]]:
     s = run.summary
     facts = [("computed", f"{show.flops(s.get('flops'))} by the clients")] if run.has_accuracy else []
+    of_experts = [
+        ("mass lost", f"{show.share(run.last('lost_mass'))} of the router's weight on absent experts"),
+        ("experts trained", f"{show.share(run.last('coverage'), 0)} by some client in the last round"),
+    ]
     return [
         *facts,
         ("partition", str(s.get("partition", show.NONE))),
@@ -223,8 +229,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("fedmoe", str(s.get("code") or show.NONE)),
         ("updates refused", str(s.get("refused_updates", show.NONE))),
         *([("trained at once", how_clients_ran(run))] if how_clients_ran(run) else []),
-        ("mass lost", f"{show.share(run.last('lost_mass'))} of the router's weight on absent experts"),
-        ("experts trained", f"{show.share(run.last('coverage'), 0)} by some client in the last round"),
+        *([] if run.plain else of_experts),
     ]
 
 
@@ -245,7 +250,9 @@ def _headline(run: Run) -> str:
 
 def _setting(run: Run) -> str:
     config = run.config
-    parts = [f"Model {config.get('model', show.NONE)}", f"data {config.get('data', show.NONE)}"]
+    own = f"Plain model {config.get('adapter')}", "its own data"
+    named = f"Model {config.get('model', show.NONE)}", f"data {config.get('data', show.NONE)}"
+    parts = list(own if run.plain else named)
     clients = show.plural(len(run.client_ids) or int(config.get("clients", 0)), "client")
     parts.append(f"{clients} in {show.plural(len(set(run.tiers.values())) or 1, 'budget tier')}")
     parts.append(show.plural(int(run.summary.get("rounds") or 0), "round"))

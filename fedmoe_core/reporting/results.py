@@ -28,10 +28,12 @@ def line(run: Run) -> str:
     if run.has_accuracy:
         accuracy = summary.get("accuracy_before"), summary.get("accuracy_after")
         parts.append(f"accuracy {show.share(accuracy[0])} -> {show.share(accuracy[1])}")
-    parts.append(f"worst client {show.number(summary.get('worst_client_loss'))}")
+    if not run.plain:  # which is judged on test rows of all
+        parts.append(f"worst client {show.number(summary.get('worst_client_loss'))}")
     down, up = show.size(summary.get("bytes_down")), show.size(summary.get("bytes_up"))
     parts.append(f"moved {show.size(run.traffic)} (down {down}, up {up})")
-    parts.append(f"experts held {held(run)}")
+    if not run.plain:
+        parts.append(f"experts held {held(run)}")
     if run.broken or run.budgeted:
         parts.append(f"budgets exceeded: {run.broken}{_first(summary.get('broken_by'))}")
     if not run.budgeted:

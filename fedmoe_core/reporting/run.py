@@ -64,6 +64,11 @@ class Run:
     def has_accuracy(self) -> bool:
         return show.known(self.summary.get("accuracy_after"))
 
+    @property
+    def plain(self) -> bool:
+        """Whether the run trained a plain torch model, which has no experts."""
+        return bool(self.summary.get("task") == "plain")
+
     def personal(self, kind: str, *, first: bool = False) -> list[float]:
         """Return ``loss`` or ``accuracy`` of every client's own model, last evaluated (or first); empty if never."""
         return [value for value in self.last(f"personal_{kind}_C", first=first) or () if show.known(value)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.run_config import Config, is_plain
 from fedmoe_core.model.plain import PlainModel
 from fedmoe_core.model.spec import model_hash
 from fedmoe_core.server.state import ServerState, unpack_state
@@ -190,8 +190,8 @@ def _headline(world: Federation, state: ServerState) -> dict[str, Any]:
     return {
         "label": world.algorithm.label(config),
         "algorithm": config.algorithm,
-        "model": config.model,
-        "data": config.data,
+        "model": config.adapter if is_plain(config.adapter) else config.model,
+        "data": "its own data" if is_plain(config.adapter) else config.data,
         "rounds": config.rounds,
         "clients_per_round": config.clients_per_round or config.clients,
         "first_round": state.round,
