@@ -1,4 +1,4 @@
-"""A bare loop under torchrun: the floor. No checks, no checkpoint, no log; one flat all-reduce a round."""
+"""A bare loop under torchrun, the floor: it checks, saves and logs nothing, and reduces one flat tensor a round."""
 
 from __future__ import annotations
 

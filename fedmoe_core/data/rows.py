@@ -65,6 +65,8 @@ def deal_rows(train: Rows | Sequence[Rows], test: Rows, *, clients: int, scheme:
     whole = bool(train) and all(isinstance(part, Tensor) for part in train)
     parts: list[Rows] = [_checked("train", tuple(train))] if whole else [_checked("train", tuple(p)) for p in train]  # type: ignore[arg-type]
     test = _checked("test", tuple(test))
+    if not parts:
+        raise ValueError("train holds nothing; give for example train=(inputs, labels)")
     if not whole and len(parts) != clients:
         raise ValueError(f"train has the rows of {len(parts)} clients and clients={clients}; set clients={len(parts)}")
     tensors = parts[0] if whole else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))

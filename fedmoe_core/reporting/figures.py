@@ -36,9 +36,10 @@ RESOURCES: dict[str, tuple[str, Callable[[float | None], str]]] = {
 
 
 def resources(run: Run) -> dict[str, tuple[str, Callable[[float | None], str]]]:
-    """Return what the tables of a run show of its resources: all, energy only where some device limits it."""
+    """Return what a run's tables show of its resources: energy if some device limits it, experts if there are any."""
     limited = any((entry.get("budget") or {}).get("energy_joules") is not None for entry in run.ledger)
-    return {key: shown for key, shown in RESOURCES.items() if key != "energy_joules" or limited}
+    shown = {"energy_joules": limited, "experts": not run.plain}
+    return {key: words for key, words in RESOURCES.items() if shown.get(key, True)}
 
 
 def learning(runs: Sequence[Run]) -> Figure | None:
