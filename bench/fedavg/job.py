@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedmoe_core.data.rows import Rows, draw_places
-from fedmoe_core.model.plain import plain
 
 ENVIRONMENT = "FEDAVG_JOB"
 FEATURES, CLASSES, TEST_ROWS, ALPHA, LR, BATCH = 64, 10, 2000, 0.5, 0.05, 32
@@ -127,6 +126,8 @@ def judge(model: nn.Module, test: Rows) -> tuple[float, float]:
 
 def adapter_of() -> object:
     """Make what fedmoe runs."""
+    from fedmoe_core.model.plain import plain  # here, so that an environment of another engine needs none of it
+
     train, test = make_data()
     return plain(make_model, loss_of, train=train, test=test, correct_fn=correct_of, optimizer_fn=sgd)
 
