@@ -14,7 +14,7 @@ from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.adding import Adder
-from fedmoe_core.server.admission import Admission, refusal
+from fedmoe_core.server.admission import Admission, examined
 from fedmoe_core.server.blocks import end_to_end
 from fedmoe_core.server.buckets import BUCKET, bucket_plan, reduce_buckets, touched_spans
 from fedmoe_core.server.fixed_point import SumSettings
@@ -119,33 +119,34 @@ class Accumulator:
                 f"plan of client {plan.client} is for (layers, experts) {plan.trainable_LE.shape}, the model has "
                 f"{(self.num_layers, self.num_experts)}; plan with the same model"
             )
+        largest = math.inf
         if plan.client in self._clients:
             reason: str | None = f"client {plan.client} is already in the sums of this round"
         elif self.accepted >= self.settings.max_clients:
             reason = f"the sums are full: max_clients is {self.settings.max_clients}"
         else:
-            reason = refusal(update, plan, self.specs, self.settings)
+            reason, largest = examined(update, plan, self.specs, self.settings)
         if reason is None:
             self._own()
-            self._fold(update, plan)
+            self._fold(update, plan, largest)
             self._clients.add(plan.client)
         return Admission(plan.client, plan.round, reason is None, reason or "")
 
-    def _fold(self, update: ClientUpdate, plan: ExpertPlan) -> None:
-        """Sum a checked update."""
+    def _fold(self, update: ClientUpdate, plan: ExpertPlan, largest: float) -> None:
+        """Sum a checked update, no |delta| of which is above ``largest``."""
         device, quantize = self._flat.device, self.settings.quantize
         gate, sample = self.settings.quantize_one(update.gate_weight), self.settings.quantize_one(update.sample_weight)
         sends_dense = any(spec.kind == "dense" for spec in self.specs)
         self._scalars += torch.tensor([1, gate, sample * sends_dense, sample], device=device)
         if (whole := self._whole(update)) is not None:
-            adder = self._adder(whole.numel())
+            adder = self._adder(whole.numel(), largest)
             adder.add(self._flat[self._header :].unsqueeze(0), whole.unsqueeze(0), [sample], [0])
             return
         expert_LE, router_LE = quantize(update.expert_weight_LE), quantize(update.router_weight_LE)
         self._expert_den_LE += torch.from_numpy(expert_LE).to(device)
         self._router_den_LE += torch.from_numpy(router_LE).to(device)
         self._trained_LE += torch.from_numpy(plan.trainable_LE.astype(np.int64)).to(device)
-        adder = self._adder(max((delta.numel() for delta in update.deltas.values()), default=0))
+        adder = self._adder(max((delta.numel() for delta in update.deltas.values()), default=0), largest)
         for spec in self.specs:
             if spec.key not in update.deltas:
                 continue
@@ -157,9 +158,9 @@ class Accumulator:
                 weight_LE = expert_LE if spec.kind == "expert" else router_LE
                 adder.add(total, delta, weight_LE[spec.layer, rows].tolist(), rows.tolist())
 
-    def _adder(self, longest: int) -> Adder:
+    def _adder(self, longest: int, largest: float) -> Adder:
         """The adder of the last client where its buffer is as long as this one's: fresh pages cost 0.1 ms."""
-        made = Adder.on(self._flat.device, self.settings, longest, like=self._last_adder)
+        made = Adder.on(self._flat.device, self.settings, longest, largest=largest, like=self._last_adder)
         self._last_adder = made
         return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,19 +39,39 @@ class Adder:
     Attributes:
         settings: the number format.
         buffer: (block,) float64, on the device of the sums; its content means nothing between calls.
+        shifts: whether every term is at most SHIFTABLE.
     """
 
     settings: SumSettings
     buffer: Tensor
+    shifts: bool
 
     @classmethod
-    def on(cls, device: torch.device, settings: SumSettings, longest: int, *, like: Adder | None = None) -> Adder:
-        """Make an adder for sums on ``device`` of tensors of at most ``longest`` values; ``like`` where that is one."""
+    def on(
+        cls,
+        device: torch.device,
+        settings: SumSettings,
+        longest: int,
+        *,
+        largest: float | None = None,
+        like: Adder | None = None,
+    ) -> Adder:
+        """Make an adder.
+
+        Args:
+            device: of the sums.
+            settings: the number format.
+            longest: values of the longest tensor.
+            largest: no |delta| is above it; None = ``settings.value_bound``.
+            like: an earlier one, whose buffer is taken where it has the size.
+        """
         block = BLOCK_CPU * min(torch.get_num_threads(), MOST_THREADS) if device.type == "cpu" else BLOCK_GPU
         size = max(1, min(block, longest))
+        reaches = settings.value_bound if largest is None else largest
+        shifts = math.ceil(reaches * 2.0**settings.scale_bits) * settings.top_weight <= SHIFTABLE
         if like is not None and len(like.buffer) == size:
-            return like
-        return cls(settings, torch.empty(size, dtype=torch.float64, device=device))
+            return cls(settings, like.buffer, shifts)
+        return cls(settings, torch.empty(size, dtype=torch.float64, device=device), shifts)
 
     def add(self, total: Tensor, delta: Tensor, weights: Sequence[int], rows: Sequence[int]) -> None:
         """Add rows of ``delta`` to rows of ``total``.
@@ -93,6 +114,6 @@ class Adder:
     def _whole(self, delta: Tensor, factor: float | Tensor) -> Tensor:
         """Return round(delta * factor) as int64 of ``delta``'s shape, in the buffer until the next call."""
         scaled = self.buffer[: delta.numel()].view(delta.shape).copy_(delta).mul_(factor)
-        if self.settings.largest_term <= SHIFTABLE:
+        if self.shifts:
             return scaled.add_(SHIFT).view(torch.int64).sub_(SHIFT_BITS)
         return scaled.round_().to(torch.int64)

@@ -55,14 +55,25 @@ def expected_shapes(specs: Sequence[ParamSpec], plan: ExpertPlan) -> dict[str, t
 
 
 def refusal(update: ClientUpdate, plan: ExpertPlan, specs: Sequence[ParamSpec], settings: SumSettings) -> str | None:
-    """Return the first reason to refuse ``update``, None = it may be summed. Reads only; never raises on bad content.
+    """Return the first reason to refuse ``update``, None = it may be summed; as ``examined``."""
+    return examined(update, plan, specs, settings)[0]
+
+
+def examined(
+    update: ClientUpdate, plan: ExpertPlan, specs: Sequence[ParamSpec], settings: SumSettings
+) -> tuple[str | None, float]:
+    """Return the first reason to refuse ``update``, and its largest |delta|. Reads only; never raises on bad content.
 
     Args:
         update: what the client sent; not trusted in any field.
         plan: what the server asked for; trusted.
         specs: the tensors that may train in this run.
         settings: bounds of values and norms.
+
+    Returns:
+        None where it may be summed, and then the largest |delta|, else infinity.
     """
+    largest = math.inf
     try:
         reason = (
             _header(update, plan)
@@ -71,11 +82,12 @@ def refusal(update: ClientUpdate, plan: ExpertPlan, specs: Sequence[ParamSpec], 
             or _profile("validation_profile", update.validation_profile, plan)
             or _reported(update)
             or _tensors(update.deltas, {spec.key: spec for spec in specs}, expected_shapes(specs, plan))
-            or _values(update.deltas, settings)
         )
+        if reason is None:
+            reason, largest = _values(update.deltas, settings)
     except Exception as error:  # a hostile object may raise anything from anywhere; all of it means "malformed"
         reason = f"malformed update ({type(error).__name__}: {error})"
-    return None if reason is None else reason[:LONGEST_REASON]
+    return (None, largest) if reason is None else (reason[:LONGEST_REASON], math.inf)
 
 
 def _header(update: ClientUpdate, plan: ExpertPlan) -> str | None:
@@ -173,22 +185,25 @@ def _tensors(deltas: Any, specs: Mapping[str, ParamSpec], shapes: Mapping[str, t
     return None
 
 
-def _values(deltas: Mapping[str, Tensor], settings: SumSettings) -> str | None:
+def _values(deltas: Mapping[str, Tensor], settings: SumSettings) -> tuple[str | None, float]:
     """Finite, bounded, and of bounded norm; keys in sorted order so that the verdict has no order either."""
     if len(deltas) > 1 and (whole := end_to_end(list(deltas.values()))) is not None:
         largest, squares = reach(whole)
         if largest <= settings.value_bound and squares <= settings.norm_bound * settings.norm_bound:
-            return None  # else tensor by tensor, for the words and for what is in doubt
-    most = []
+            return None, largest  # else tensor by tensor, for the words and for what is in doubt
+    most, farthest = [], 0.0
     for key in sorted(deltas):
         largest, squares = reach(deltas[key].detach())
         if not math.isfinite(largest):
-            return f"{key} holds NaN or infinity"
+            return f"{key} holds NaN or infinity", math.inf
         if largest > settings.value_bound:
-            return f"{key} reaches {largest:.4g}, above value_bound {settings.value_bound:g}"
+            return f"{key} reaches {largest:.4g}, above value_bound {settings.value_bound:g}", math.inf
         most.append(squares)
+        farthest = max(farthest, largest)
     if math.fsum(most) <= settings.norm_bound * settings.norm_bound:
-        return None
+        return None, farthest
     # In doubt, and for the words: in float64.
     norm = math.sqrt(math.fsum(square_sum(deltas[key].detach()) for key in sorted(deltas)))
-    return f"L2 norm {norm:.4g} is above norm_bound {settings.norm_bound:g}" if norm > settings.norm_bound else None
+    if norm > settings.norm_bound:
+        return f"L2 norm {norm:.4g} is above norm_bound {settings.norm_bound:g}", math.inf
+    return None, farthest
