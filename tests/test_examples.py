@@ -24,6 +24,7 @@ SAYS = {
     "finetune_two_experts": r"(moved: rows \[2, 5\] of moe\.[01]\.w_(in|out)\n){4}$",
     "moe_layer": r"all experts: 6\.\d+ MB, a quarter: 1\.\d+ MB",
     "plan_budgets": r"cannot hold one expert per MoE layer; at least [\d.]+ MiB is needed",
+    "plain_model": r"accuracy [\d.]+% -> \d\d\.\d%\n$",
     "qlora_on_a_budget": r"LoRA on nf4: 2\d of 32 experts in 9\.\d+ of 10 .*\nstep  0: loss 5(.*\n)*step 20: loss 4",
     "score_experts": r"layer 1: expert  importance  used  tokens\n( +\d +\d+\.\d% +\d+% +\d+\n){8}",
     "simulate": r"budgets exceeded: 0\nopen .*report\.html",

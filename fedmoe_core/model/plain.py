@@ -86,6 +86,8 @@ def plain(
         ...     test=(inputs[500:], labels[500:]),
         ... )
         >>> config = Config.load(overrides=["adapter=own", "clients=5", "rounds=3"])
+        >>> config.algorithm, config.budgets
+        ('fedavg', ('unlimited',))
         >>> summary = simulate.run(config, adapter=adapter)  # doctest: +SKIP
 
     Raises:
