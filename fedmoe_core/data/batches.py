@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,6 +25,13 @@ class Batch:
 
     def __len__(self) -> int:
         return self.tokens_SN.shape[0]
+
+    @classmethod
+    def end_to_end(cls, batches: Sequence[Batch]) -> Batch:
+        """Join batches of one sequence length."""
+        labels = [batch.labels_S for batch in batches if batch.labels_S is not None]
+        tokens_SN, mask_SN = (torch.cat([getattr(b, name) for b in batches]) for name in ("tokens_SN", "mask_SN"))
+        return cls(tokens_SN, mask_SN, torch.cat(labels) if labels else None)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on ``device``."""
@@ -99,16 +106,21 @@ def eval_batches(data: Encoded, *, batch_size: int, seq_len: int, sequences: int
     Args:
         sequences: most windows or rows; 0 = all.
     """
+    count = eval_sequences(data, seq_len, sequences=sequences)
     if data.labels_P is None:
         whole = max(1, len(data.tokens_N) // seq_len)
-        count = min(sequences or whole, whole)
         starts = np.arange(count) * whole // count * seq_len
         for first in range(0, count, batch_size):
             yield _windows(data, starts[first : first + batch_size], seq_len)
         return
-    count = min(sequences or len(data), len(data))
     for first in range(0, count, batch_size):
         yield _rows(data, np.arange(first, min(first + batch_size, count)), seq_len)
+
+
+def eval_sequences(data: Encoded, seq_len: int, *, sequences: int = 0) -> int:
+    """Count the windows or rows of ``eval_batches``."""
+    whole = max(1, len(data.tokens_N) // seq_len) if data.labels_P is None else len(data)
+    return min(sequences or whole, whole)
 
 
 def _draw(data: Encoded, rng: np.random.Generator, steps: int, shape: tuple[int, int]) -> Iterator[Batch]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.cohort.layer import CohortMoE
 from fedmoe_core.model.adapter import ModelAdapter
+from fedmoe_core.model.spec import Evaluation
 from fedmoe_core.model.submodel import SubModel
 
 
@@ -80,7 +81,11 @@ class LiveCohort(Protocol):
 
 
 class CohortAdapter(ModelAdapter, Protocol):
-    """A ``ModelAdapter`` that can be several clients at once. One that lacks the method trains them one by one."""
+    """A ``ModelAdapter`` that serves several clients at once. One that lacks a method serves them one by one."""
+
+    def evaluate_parts(self, batch: Batch, sizes: Sequence[int]) -> list[Evaluation]:
+        """Return what ``evaluate`` gives for each stretch of ``sizes`` sequences of a batch, up to rounding."""
+        ...
 
     def become_cohort(
         self,

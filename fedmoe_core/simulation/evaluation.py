@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import Tensor
 
 from fedmoe_core.client.step import log_prior
-from fedmoe_core.data.batches import Batch, Encoded, eval_batches
+from fedmoe_core.data.batches import Batch, Encoded, eval_batches, eval_sequences
 from fedmoe_core.model.adapter import Evaluation, ModelAdapter
+from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation.world import World
 
@@ -63,8 +65,8 @@ def _evaluate_global(world: World, state: ServerState) -> HeldOut:
     data, clients = world.data, len(world.data.clients)
     world.adapter.configure(state.params)
     parts = [client.test for client in data.clients] + ([] if data.test is None else [data.test])
-    limits = [world.config.eval.sequences] * clients + [0]
-    losses, shares = _evaluate_parts(world, parts, limits, lambda index: None)
+    limits = [world.config.eval.sequences] * clients + [0] * (len(parts) - clients)
+    losses, shares = _evaluate_parts(world, parts, limits, None)
     labeled = data.test is not None
     return HeldOut(
         loss=losses[clients] if labeled else math.fsum(losses) / clients,
@@ -90,24 +92,52 @@ def _evaluate_personal(world: World, state: ServerState) -> tuple[tuple[float, .
 
 
 def _evaluate_parts(
-    world: World, parts: Sequence[Encoded], limits: Sequence[int], become: Callable[[int], Tensor | None]
+    world: World, parts: Sequence[Encoded], limits: Sequence[int], become: Callable[[int], Tensor | None] | None
 ) -> tuple[list[float], list[float]]:
     """Mean loss and share of correct predictions on each part, after the live model became what belongs to it.
 
-    ``become`` returns what is added to the logits of that part, if anything.
+    ``become`` returns what is added to the logits of that part, if anything. None: one model for all, which judges
+    small parts together.
     """
-    found = {}
-    for index in world.ranks.mine(range(len(parts)), [float(len(part)) for part in parts]):
-        prior_C = become(index)
-        batches = eval_batches(
-            parts[index], batch_size=EVAL_BATCH, seq_len=world.config.train.seq_len, sequences=limits[index]
-        )
-        result = evaluate(world.adapter, (batch.to(world.ranks.device) for batch in batches), log_prior_C=prior_C)
-        found[str(index)] = [result.loss_sum, result.count, result.correct]
+    device, seq_len, found = world.ranks.device, world.config.train.seq_len, {}
+    sizes = [eval_sequences(part, seq_len, sequences=limit) for part, limit in zip(parts, limits, strict=True)]
+    together = become is None and hasattr(world.adapter, "evaluate_parts")
+    packs = packed(sizes, EVAL_BATCH) if together else [[index] for index in range(len(parts))]
+    for pack in world.ranks.mine(packs, [float(sum(sizes[index] for index in pack)) for pack in packs]):
+        drawn = [
+            eval_batches(parts[index], batch_size=EVAL_BATCH, seq_len=seq_len, sequences=limits[index])
+            for index in pack
+        ]
+        if len(pack) == 1:
+            prior_C = None if become is None else become(pack[0])
+            results = [evaluate(world.adapter, (batch.to(device) for batch in drawn[0]), log_prior_C=prior_C)]
+        else:
+            whole = Batch.end_to_end([next(batches) for batches in drawn]).to(device)
+            results = cast(CohortAdapter, world.adapter).evaluate_parts(whole, [sizes[index] for index in pack])
+        for index, result in zip(pack, results, strict=True):
+            found[str(index)] = [result.loss_sum, result.count, result.correct]
     merged = {int(index): value for part in world.ranks.gather(found) for index, value in part.items()}
     counts = [max(merged[index][1], 1) for index in range(len(parts))]
     losses = [merged[index][0] / count for index, count in enumerate(counts)]
     return losses, [merged[index][2] / count for index, count in enumerate(counts)]
+
+
+def packed(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Put neighbours together until they hold ``most`` sequences; a larger one stays by itself.
+
+    Example:
+        >>> packed([3, 4, 1, 9, 2], 8)
+        [[0, 1, 2], [3], [4]]
+    """
+    packs: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(sizes):
+        if size > room:
+            packs.append([])
+            room = most
+        packs[-1].append(index)
+        room -= size
+    return packs
 
 
 def evaluate(adapter: ModelAdapter, batches: Iterable[Batch], *, log_prior_C: Tensor | None = None) -> Evaluation:

@@ -14,7 +14,8 @@ import torch
 from tiny_corpus import make_config
 
 from fedmoe_core.config.run_config import Config
-from fedmoe_core.data.batches import eval_batches
+from fedmoe_core.data.batches import Batch, eval_batches
+from fedmoe_core.model.spec import Evaluation
 from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.reporting.report import report
 from fedmoe_core.reporting.results import line, quality_of
@@ -53,7 +54,35 @@ def test_each_clients_model_is_its_next_plan_on_its_own_data(config: Make) -> No
         batches = eval_batches(test, batch_size=32, seq_len=32, sequences=2)
         found = evaluate(world.adapter, batches)
         assert loss == found.loss_sum / found.count
-        assert (loss == held.loss_C[client]) == plan.permitted_LE.all()  # the whole model is the global one
+        # The whole model is the global one, which judges the clients' windows together.
+        assert (loss == pytest.approx(held.loss_C[client], rel=1e-6)) == plan.permitted_LE.all()
+
+
+@pytest.mark.parametrize("labeled", [False, True], ids=["text", "classes"])
+def test_clients_judged_together_get_what_each_gets_alone(config: Make, labeled: bool) -> None:
+    """Three clients of a few sequences in one forward."""
+    made = config("clients=3", labeled=labeled).resolved()
+    world = build_world(made, Ranks(), NullObserver())
+    state, calls = world.algorithm.init(world.params), list[tuple[int, ...]]()
+    parts = world.adapter.evaluate_parts  # type: ignore[attr-defined]
+
+    def counted(batch: Batch, sizes: list[int]) -> list[Evaluation]:
+        calls.append(tuple(sizes))
+        return parts(batch, sizes)  # type: ignore[no-any-return]
+
+    world.adapter.evaluate_parts = counted  # type: ignore[attr-defined]
+    together = evaluate_clients(world, state)
+    assert [len(sizes) for sizes in calls] == [3]
+    world.adapter.configure(world.params)
+    for client, data in enumerate(world.data.clients):
+        found = evaluate(
+            world.adapter, eval_batches(data.test, batch_size=32, seq_len=32, sequences=made.eval.sequences)
+        )
+        assert together.loss_C is not None
+        assert together.loss_C[client] == pytest.approx(found.loss_sum / found.count, rel=1e-6)
+        if labeled:
+            assert together.accuracy_C is not None
+            assert together.accuracy_C[client] == found.correct / found.count
 
 
 def test_a_clients_own_classifier_keeps_the_class_shares_that_its_training_assumed(config: Make) -> None:
@@ -78,13 +107,13 @@ def test_a_clients_own_classifier_keeps_the_class_shares_that_its_training_assum
         assert held.personal_accuracy_C[client] == pytest.approx(float(right))
     plain = build_world(config(*words, "train.logit_adjustment=0", labeled=True).resolved(), Ranks(), NullObserver())
     held = evaluate_clients(plain, plain.algorithm.init(plain.params))
-    assert held.personal_loss_C == held.loss_C
+    assert held.personal_loss_C == pytest.approx(held.loss_C, rel=1e-6)
 
 
 def test_fedavg_deploys_everything_to_everybody(config: Make) -> None:
     world = build_world(config("algorithm=fedavg", TIERS, "eval.personal=true").resolved(), Ranks(), NullObserver())
     held = evaluate_clients(world, world.algorithm.init(world.params))
-    assert held.personal_loss_C == held.loss_C
+    assert held.personal_loss_C == pytest.approx(held.loss_C, rel=1e-6)
 
 
 @pytest.mark.parametrize("labeled", [True, False])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -94,6 +94,31 @@ class TaskLosses:
         with nullcontext() if with_stats else _without_stats(self.moe):
             loss_sum, count, correct = self._sums(batch, log_prior_C)
         return Evaluation(float(loss_sum), int(count), int(correct))
+
+    @torch.no_grad()
+    def evaluate_parts(self, batch: Batch, sizes: Sequence[int]) -> list[Evaluation]:
+        """Return what ``evaluate`` gives for each stretch of sequences of a batch, up to rounding; nothing measures.
+
+        Args:
+            batch: of several owners, end to end.
+            sizes: sequences of each; their sum is the batch's.
+        """
+        self.model.eval()
+        with _without_stats(self.moe):
+            if self.spec.task == "classification":
+                logits_SC, labels_S = self._class_logits(batch, None)
+                loss_S = cross_entropy(logits_SC, labels_S, reduction="none")
+                count_S, correct_S = torch.ones_like(labels_S), logits_SC.argmax(dim=-1) == labels_S
+            else:
+                targets_SN, predicted_SN = next_tokens(batch)
+                logits_TV = self._token_logits(batch).flatten(0, 1).float()
+                loss_T = cross_entropy(logits_TV, targets_SN.flatten(), reduction="none")
+                loss_S, count_S = loss_T.view_as(targets_SN).sum(1), predicted_SN.sum(1)
+                correct_S = torch.zeros_like(count_S)
+        each = zip(*(rows.split(list(sizes)) for rows in (loss_S, count_S, correct_S)), strict=True)
+        return [
+            Evaluation(float(loss.sum()), max(int(count.sum()), 1), int(right.sum())) for loss, count, right in each
+        ]
 
     def _sums(
         self, batch: Batch, log_prior_C: Tensor | None = None, label_smoothing: float = 0.0
