@@ -97,13 +97,14 @@ def _evaluate_parts(
     ``become`` returns what is added to the logits of that part, if anything.
     """
     found = {}
-    for index in world.ranks.mine(range(len(parts)), [float(len(part)) for part in parts]):
-        prior_C = become(index)
-        batches = eval_batches(
-            parts[index], batch_size=EVAL_BATCH, seq_len=world.config.train.seq_len, sequences=limits[index]
-        )
-        result = evaluate(world.adapter, (batch.to(world.ranks.device) for batch in batches), log_prior_C=prior_C)
-        found[str(index)] = [result.loss_sum, result.count, result.correct]
+    with world.ranks.together("evaluating"):
+        for index in world.ranks.mine(range(len(parts)), [float(len(part)) for part in parts]):
+            prior_C = become(index)
+            batches = eval_batches(
+                parts[index], batch_size=EVAL_BATCH, seq_len=world.config.train.seq_len, sequences=limits[index]
+            )
+            result = evaluate(world.adapter, (batch.to(world.ranks.device) for batch in batches), log_prior_C=prior_C)
+            found[str(index)] = [result.loss_sum, result.count, result.correct]
     merged = {int(index): value for part in world.ranks.gather(found) for index, value in part.items()}
     counts = [max(merged[index][1], 1) for index in range(len(parts))]
     losses = [merged[index][0] / count for index, count in enumerate(counts)]
