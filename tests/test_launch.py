@@ -8,13 +8,13 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_processes import descendants, ended, popen, rank_of
 from tiny_runs import HOUSE, TINY, fedmoe_here, write_notes
 
 from fedmoe_core.simulation import launch
@@ -95,29 +95,6 @@ def watch(tmp_path: Path, environment: Callable[..., dict[str, str]]) -> dict[st
     return environment(str(tmp_path / "hook"), HEARD=str(tmp_path / "heard"))
 
 
-def descendants(parent: int) -> list[int]:
-    """Processes below ``parent``, itself included."""
-    below: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            below.setdefault(int(fields[1]), []).append(int(entry.name))
-    found = [parent]
-    for process in found:
-        found += below.get(process, [])
-    return found
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 def listening(process: int) -> set[str]:
     """Local addresses, in the kernel's hexadecimal, on which TCP sockets of a process listen."""
     found: set[str] = set()
@@ -143,17 +120,6 @@ def addresses_of(started: subprocess.Popen[str]) -> set[str]:
             found |= listening(process)
         time.sleep(0.02)
     return found
-
-
-def popen(*words: str, env: dict[str, str]) -> subprocess.Popen[str]:
-    command, pipe = [sys.executable, *words], subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, preexec_fn=hearing)
-
-
-def hearing() -> None:
-    """Listen to the signals of a terminal again, which these tests inherit as ignored under nohup or in a job of CI."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 @LINUX
@@ -212,18 +178,6 @@ def test_inv12_torchrun_across_nodes_with_a_static_rendezvous_reads_no_pickle(
     heard = (tmp_path / "heard").read_text().splitlines()
     assert len(heard) == 4
     assert all(line.startswith("start ") for line in heard)
-
-
-def rank_of(process: int) -> int:
-    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    return int(next(value for name, _, value in (v.partition(b"=") for v in variables) if name == b"RANK"))
-
-
-def ended(processes: list[int]) -> bool:
-    deadline = time.monotonic() + 20
-    while any(map(alive, processes)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not any(map(alive, processes))
 
 
 def begun(words: list[str], out: Path, env: dict[str, str]) -> tuple[subprocess.Popen[str], list[int]]:

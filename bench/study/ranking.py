@@ -34,8 +34,9 @@ from fedmoe_core.data.federated import FederatedData
 from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.simulation.observer import NullObserver
-from fedmoe_core.simulation.prepare import Sources, local_public_batches, pick_device, read_sources, warm_model
+from fedmoe_core.simulation.prepare import Sources, local_public_batches, read_sources, warm_model
 from fedmoe_core.simulation.process_group import open_ranks
+from fedmoe_core.simulation.ranks.devices import pick_device
 from fedmoe_core.simulation.scoring import Scoring, score_experts
 
 SEEDS, WORKERS = (0, 1, 2), 2

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Thread
+from threading import enumerate as threads
 
+BY_NUMBER = "parent"  # name of the thread that watches a parent without a lifeline
+LOOK = 0.5  # seconds between its looks
 LIFELINE = "FEDMOE_LIFELINE"  # number of the descriptor that a child watches
 
 
@@ -52,6 +56,21 @@ def follow(last: Callable[[], None]) -> None:
     with suppress(OSError):
         if stat.S_ISFIFO(os.fstat(int(number)).st_mode):
             Thread(target=_watch, args=(int(number), last), name="lifeline", daemon=True).start()
+
+
+def follow_by_number(last: Callable[[], None]) -> None:
+    """End this process as ``follow`` does, where the parent is another program's: by its number, which then changes."""
+    if not any(thread.name == BY_NUMBER for thread in threads()):
+        Thread(target=_look, args=(os.getppid(), last), name=BY_NUMBER, daemon=True).start()
+
+
+def _look(parent: int, last: Callable[[], None]) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK)
+    try:
+        last()
+    finally:
+        os._exit(1)
 
 
 def _watch(descriptor: int, last: Callable[[], None]) -> None:

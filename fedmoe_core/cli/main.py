@@ -80,7 +80,7 @@ def simulate(
         config = _config(words)
         out = stop.run_dir = Path(config.out)
         launch.check_world(config.ranks)
-        if launch.rank() == 0:
+        if launch.rank() == 0 and not launch.restarted():  # a restart goes on with what the first attempt left
             from fedmoe_core.simulation.directory.claim import refuse_claim
 
             refuse_claim(out, force=force)
@@ -302,7 +302,8 @@ def _sentence(error: Exception) -> str:
 
 def _stopped(run_dir: Path | None) -> str:
     if _resumable(run_dir):
-        return f"stopped; go on with: fedmoe resume {run_dir}"
+        under = " (under torchrun again)" if launch.launched() else ""
+        return f"stopped; go on with: fedmoe resume {run_dir}{under}"
     return "stopped before the first checkpoint; there is nothing to resume yet, start again"
 
 

@@ -70,9 +70,10 @@ class Encoded:
     def take(self, rows: np.ndarray) -> Encoded:
         """Return the given pieces, in the given order."""
         rows_P = torch.from_numpy(np.asarray(rows, dtype=np.int64))
-        lengths_P = self.offsets_P1.diff()[rows_P]
+        begins_P = self.offsets_P1[rows_P]  # of these rows alone: a client must not cost what all others hold
+        lengths_P = self.offsets_P1[rows_P + 1] - begins_P
         offsets_P1 = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_P.cumsum(0)])
-        shift_P = self.offsets_P1[:-1][rows_P] - offsets_P1[:-1]
+        shift_P = begins_P - offsets_P1[:-1]
         place_N = torch.arange(int(offsets_P1[-1])) + shift_P.repeat_interleave(lengths_P)
         labels_P = None if self.labels_P is None else self.labels_P[rows_P]
         return Encoded(self.tokens_N[place_N], offsets_P1, self.end, labels_P)

@@ -104,10 +104,15 @@ class ServerState:
 
         ``memory`` replaces the algorithm's own state as a whole; None keeps it.
         """
-        profiles = tuple(reports.get(client, profile) for client, profile in enumerate(self.profiles))
-        visits = tuple(count + (client in set(planned)) for client, count in enumerate(self.visits))
+        profiles, visits = list(self.profiles), list(self.visits)
+        for client, profile in reports.items():
+            profiles[client] = profile
+        for client in set(planned):
+            visits[client] += 1
         kept = self.memory if memory is None else memory
-        return replace(self, round=self.round + 1, params=params, profiles=profiles, visits=visits, memory=kept)
+        return replace(
+            self, round=self.round + 1, params=params, profiles=tuple(profiles), visits=tuple(visits), memory=kept
+        )
 
 
 def initial_state(params: dict[str, Tensor], clients: int) -> ServerState:
@@ -130,10 +135,13 @@ def pack_state(state: ServerState) -> dict[str, Tensor]:
     packed = {f"params/{key}": tensor for key, tensor in state.params.items()}
     packed |= {f"memory/{key}": tensor for key, tensor in state.memory.items()}
     packed["visits"] = torch.tensor(state.visits, dtype=torch.int64)
-    for client, profile in enumerate(state.profiles):
-        if profile is not None:
-            for name, array in profile_arrays(profile).items():
-                packed[f"profiles/{client}/{name}"] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64))
+    heard = {client: profile for client, profile in enumerate(state.profiles) if profile is not None}
+    if heard:
+        # One tensor a field: with one for each client and field, names and offsets took longer to write than numbers.
+        packed["profiles/clients"] = torch.tensor(list(heard), dtype=torch.int64)
+        arrays = [profile_arrays(profile) for profile in heard.values()]
+        for name in arrays[0]:
+            packed[f"profiles/{name}"] = torch.from_numpy(np.stack([each[name] for each in arrays], dtype=np.float64))
     return packed
 
 
@@ -147,12 +155,26 @@ def unpack_state(packed: dict[str, Tensor], *, round: int, device: torch.device 
         raise ValueError("the checkpoint holds no fedmoe server state; start the run again with --force")
     visits = tuple(packed["visits"].tolist())
     params = {key.removeprefix("params/"): t.to(device) for key, t in packed.items() if key.startswith("params/")}
-    profiles: list[ClientProfile | None] = []
-    for client in range(len(visits)):
-        prefix = f"profiles/{client}/"
-        arrays = {k.removeprefix(prefix): t.numpy() for k, t in packed.items() if k.startswith(prefix)}
-        if arrays:
-            arrays["held_LE"] = arrays["held_LE"].astype(bool)
-        profiles.append(ClientProfile(**arrays) if arrays else None)
+    profiles: list[ClientProfile | None] = [None] * len(visits)
+    for client, arrays in _profiles(packed).items():
+        arrays["held_LE"] = arrays["held_LE"].astype(bool)
+        profiles[client] = ClientProfile(**arrays)
     memory = {key.removeprefix("memory/"): tensor for key, tensor in packed.items() if key.startswith("memory/")}
     return ServerState(round, params, tuple(profiles), visits, memory)
+
+
+def _profiles(packed: dict[str, Tensor]) -> dict[int, dict[str, np.ndarray]]:
+    """Find each heard client's arrays: rows of a tensor for each field, or a tensor for each client as once written."""
+    found: dict[int, dict[str, np.ndarray]] = {}
+    heard = packed["profiles/clients"].tolist() if "profiles/clients" in packed else None
+    for key, tensor in packed.items():
+        kind, _, rest = key.partition("/")
+        if kind != "profiles" or rest == "clients":
+            continue
+        if heard is None:
+            client, _, name = rest.partition("/")
+            found.setdefault(int(client), {})[name] = tensor.numpy()
+        else:
+            for client, array in zip(heard, tensor.numpy(), strict=True):
+                found.setdefault(client, {})[rest] = array
+    return found

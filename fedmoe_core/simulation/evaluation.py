@@ -103,19 +103,20 @@ def _evaluate_parts(
     sizes = [eval_sequences(part, seq_len, sequences=limit) for part, limit in zip(parts, limits, strict=True)]
     together = become is None and hasattr(world.adapter, "evaluate_parts")
     packs = packed(sizes, EVAL_BATCH) if together else [[index] for index in range(len(parts))]
-    for pack in world.ranks.mine(packs, [float(sum(sizes[index] for index in pack)) for pack in packs]):
-        drawn = [
-            eval_batches(parts[index], batch_size=EVAL_BATCH, seq_len=seq_len, sequences=limits[index])
-            for index in pack
-        ]
-        if len(pack) == 1:
-            prior_C = None if become is None else become(pack[0])
-            results = [evaluate(world.adapter, (batch.to(device) for batch in drawn[0]), log_prior_C=prior_C)]
-        else:
-            whole = Batch.end_to_end([next(batches) for batches in drawn]).to(device)
-            results = cast(CohortAdapter, world.adapter).evaluate_parts(whole, [sizes[index] for index in pack])
-        for index, result in zip(pack, results, strict=True):
-            found[str(index)] = [result.loss_sum, result.count, result.correct]
+    with world.ranks.together("evaluating"):
+        for pack in world.ranks.mine(packs, [float(sum(sizes[index] for index in pack)) for pack in packs]):
+            drawn = [
+                eval_batches(parts[index], batch_size=EVAL_BATCH, seq_len=seq_len, sequences=limits[index])
+                for index in pack
+            ]
+            if len(pack) == 1:
+                prior_C = None if become is None else become(pack[0])
+                results = [evaluate(world.adapter, (batch.to(device) for batch in drawn[0]), log_prior_C=prior_C)]
+            else:
+                whole = Batch.end_to_end([next(batches) for batches in drawn]).to(device)
+                results = cast(CohortAdapter, world.adapter).evaluate_parts(whole, [sizes[index] for index in pack])
+            for index, result in zip(pack, results, strict=True):
+                found[str(index)] = [result.loss_sum, result.count, result.correct]
     merged = {int(index): value for part in world.ranks.gather(found) for index, value in part.items()}
     counts = [max(merged[index][1], 1) for index in range(len(parts))]
     losses = [merged[index][0] / count for index, count in enumerate(counts)]

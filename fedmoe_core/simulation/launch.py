@@ -21,9 +21,11 @@ from tempfile import TemporaryDirectory
 from threading import Thread, current_thread, main_thread
 from typing import Any
 
-from fedmoe_core.base.lifeline import follow, lifeline
+from fedmoe_core.base.lifeline import follow, follow_by_number, lifeline
 
 LAUNCHED = "FEDMOE_LAUNCHED"  # the directory that ranks of this module share; they leave speaking to their parent
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has started this run again
+REQUEUED = "SLURM_RESTART_COUNT"  # how often Slurm has
 COMMAND = ("-m", "fedmoe_core.cli")
 PEER_LOST = 3  # exit status of a rank that ended only because another one did
 SETTLE = 5.0  # seconds after the first failure in which the others may find out by themselves
@@ -50,6 +52,11 @@ def rank() -> int:
 def launched() -> bool:
     """Tell whether this process is a rank, no matter which launcher started it."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def restarted() -> bool:
+    """Tell whether a launcher started this command before and starts it again after a failure."""
+    return any(os.environ.get(name, "0").strip("0 ") for name in (ATTEMPT, REQUEUED))
 
 
 def speaks() -> bool:
@@ -116,16 +123,17 @@ def tell_parent(sentence: str) -> bool:
 
 def follow_parent() -> None:
     """End with the launcher or the comparison that started this process, should that be killed."""
-    shared = os.environ.get(LAUNCHED)
+    follow(_last_words)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun holds no lifeline
+        follow_by_number(_last_words)
 
-    def last() -> None:
-        if shared:  # the launcher could not remove it
-            shutil.rmtree(shared, ignore_errors=True)
-        if rank() == 0:
-            with suppress(OSError):
-                os.write(2, b"error: the process that started this run is gone, so the run stops; resume it\n")
 
-    follow(last)
+def _last_words() -> None:
+    if shared := os.environ.get(LAUNCHED):  # the launcher could not remove it
+        shutil.rmtree(shared, ignore_errors=True)
+    if rank() == 0:
+        with suppress(OSError):
+            os.write(2, b"error: the process that started this run is gone, so the run stops; resume it\n")
 
 
 @contextmanager

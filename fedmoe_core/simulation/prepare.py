@@ -48,14 +48,6 @@ def cache_directory(config: Config) -> Path:
     return (base if config.cache else base / "fedmoe") / code_version(config.adapter)
 
 
-def pick_device(config: Config) -> torch.device:
-    """Choose the device of this process; under torchrun each local rank takes its own GPU."""
-    if config.device == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-        return torch.device(name)
-    return torch.device(config.device)
-
-
 @dataclass(frozen=True)
 class Sources:
     """What a run is made from, before anything has been trained or measured.

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from fedmoe_core.simulation import launch
+from fedmoe_core.simulation.ranks.joining import WAIT, meet, patience
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ class Ranks:
             parts = [torch.empty_like(padded) for _ in range(self.world)]
             dist.all_gather(parts, padded)
         return [
-            json.loads(bytes(part[:size].cpu().tolist()).decode())
+            json.loads(part[:size].cpu().numpy().tobytes().decode())
             for part, size in zip(parts, sizes.tolist(), strict=True)
         ]
 
@@ -73,14 +73,43 @@ class Ranks:
         """Turn the error of a collective into one that says what it means: backends raise a bare RuntimeError.
 
         Raises:
-            launch.PeerLostError: another rank ended, or did not come within 30 minutes.
+            launch.PeerLostError: another rank ended, or did not come in time.
         """
         try:
             yield
         except RuntimeError as error:
             raise launch.PeerLostError(
-                f"rank {self.rank} {trouble} ({str(error).splitlines()[0]}); mend that, then start or resume again"
+                f"rank {self.rank} {trouble} ({_words(error)}); mend that, then start or resume again"
             ) from error
+
+    @contextmanager
+    def together(self, stage: str) -> Iterator[None]:
+        """Leave the block only if every rank did: what one raises ends all of them at once, and the others name it.
+
+        The block holds no collective. Without this the others would wait in the next one for a rank that is gone, over
+        NCCL until its time is up.
+
+        Args:
+            stage: what the block does, such as "training round 3".
+
+        Raises:
+            launch.PeerLostError: another rank raised.
+        """
+        if self.world == 1:
+            yield
+            return
+        try:
+            yield
+        except Exception as error:
+            with suppress(launch.PeerLostError):  # what happened here is the cause, and says more
+                self.gather(f"{type(error).__name__}: {_words(error)}")
+            raise
+        for rank, trouble in enumerate(self.gather("")):
+            if trouble:
+                raise launch.PeerLostError(
+                    f"rank {rank} failed while {stage} ({trouble}), so rank {self.rank} stops; mend that, then start "
+                    "or resume again"
+                )
 
 
 @contextmanager
@@ -92,7 +121,7 @@ def open_ranks(ranks: int, device: torch.device) -> Iterator[Ranks]:
 
     Raises:
         ValueError: ``ranks`` is not the number of processes started.
-        launch.PeerLostError: another rank did not come within 30 minutes.
+        launch.PeerLostError: another rank did not come in time.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != ranks:
@@ -105,18 +134,24 @@ def open_ranks(ranks: int, device: torch.device) -> Iterator[Ranks]:
         yield Ranks(device=device)
         return
     mine = Ranks(launch.rank(), world, device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     with mine.meeting("could not join the others"):
-        _join(mine, launch.meeting_place())
+        store = meet(mine.rank, world, launch.meeting_place())
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=mine.rank,
+            world_size=world,
+            timeout=patience(WAIT),
+            device_id=device if backend == "nccl" else None,
+        )
     try:
         yield mine
     finally:
         dist.destroy_process_group()
 
 
-def _join(mine: Ranks, place: Path | None) -> None:
-    backend, limit = "nccl" if mine.device.type == "cuda" else "gloo", timedelta(minutes=30)
-    if place is None:
-        dist.init_process_group(backend, timeout=limit)
-    else:
-        store = dist.FileStore(str(place), mine.world)
-        dist.init_process_group(backend, store=store, rank=mine.rank, world_size=mine.world, timeout=limit)
+def _words(error: Exception) -> str:
+    """The first line of an error, without the place in the source that gloo puts first and the advice it adds."""
+    first = (str(error).splitlines() or [""])[0]
+    return re.sub(r"^\[\S+:\d+\] |\. This is typically caused.*$", "", first)

@@ -37,23 +37,24 @@ def play_round(world: Federation, state: ServerState, observer: Observer) -> tup
     """Play one round: the server plans, clients train, exact sums meet, the server applies."""
     config, ranks, began = world.config, world.ranks, time.perf_counter()
 
-    plans = world.algorithm.plan(state, sample_clients(config, state.round))
-    groups = world.groups(plans)
-    sums = _accumulator(world)
-    engine = time.perf_counter() - began
     reports, cohorts = [], []
-    for group in ranks.mine(groups, [group.flops for group in groups]):
-        training, peak = time.perf_counter(), 0
-        for answer in world.answers(state, group):
-            update, plan, peak = answer.update, answer.plan, answer.memory_bytes
-            checking = time.perf_counter()
-            reports.append(report_of(_admit(update, plan, sums)))
-            engine += time.perf_counter() - checking + answer.extract_seconds
-            if config.ranks == 1:
-                record = client_record(state.round + 1, update, plan, world.population.budgets)
-                observer.on_client(state.round + 1, plan.client, record)
-        if peak:
-            cohorts.append(_cohort_record(group, peak, time.perf_counter() - training))
+    with ranks.together(f"training round {state.round + 1}"):
+        plans = world.algorithm.plan(state, sample_clients(config, state.round))
+        groups = world.groups(plans)
+        sums = _accumulator(world)
+        engine = time.perf_counter() - began
+        for group in ranks.mine(groups, [group.flops for group in groups]):
+            training, peak = time.perf_counter(), 0
+            for answer in world.answers(state, group):
+                update, plan, peak = answer.update, answer.plan, answer.memory_bytes
+                checking = time.perf_counter()
+                reports.append(report_of(_admit(update, plan, sums)))
+                engine += time.perf_counter() - checking + answer.extract_seconds
+                if config.ranks == 1:
+                    record = client_record(state.round + 1, update, plan, world.population.budgets)
+                    observer.on_client(state.round + 1, plan.client, record)
+            if peak:
+                cohorts.append(_cohort_record(group, peak, time.perf_counter() - training))
 
     summing = time.perf_counter()
     if ranks.world > 1:

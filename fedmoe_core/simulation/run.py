@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from fedmoe_core.config.run_config import Config, is_plain
 from fedmoe_core.model.plain import PlainModel
@@ -20,12 +22,15 @@ from fedmoe_core.simulation.directory.lines import plan_row
 from fedmoe_core.simulation.directory.log import RunLog
 from fedmoe_core.simulation.identity import Identity
 from fedmoe_core.simulation.observer import NullObserver, Observer, PlanRow
-from fedmoe_core.simulation.prepare import build_world, pick_device
+from fedmoe_core.simulation.prepare import build_world
 from fedmoe_core.simulation.process_group import Ranks, open_ranks
 from fedmoe_core.simulation.progress import observer_for
+from fedmoe_core.simulation.ranks.agreement import agree_on_sources, agree_on_world
+from fedmoe_core.simulation.ranks.devices import crowded, pick_device
+from fedmoe_core.simulation.ranks.restart import kind_of_start, share
 from fedmoe_core.simulation.round import play_round
 from fedmoe_core.simulation.worlds.federation import Federation
-from fedmoe_core.simulation.worlds.found_plain import found_plain, plain_of
+from fedmoe_core.simulation.worlds.found_plain import found_plain, plain_of, sources_of
 
 
 def run(
@@ -51,17 +56,22 @@ def run(
     """
     config, plain = config.resolved(), plain_of(config, adapter)
     out = Path(config.out)
-    with (
-        open_ranks(config.ranks, pick_device(config)) as ranks,
-        claimed(out, force=force) if ranks.leads else nullcontext() as claim,
-        _watching(observer, ranks) as observer,
-    ):
-        ranks.wait()
+    with _among_ranks(config, plain, observer) as (ranks, observer, held_open):
+        start = kind_of_start(ranks, config, out, sources=partial(sources_of, config, plain), force=force)
+        if start == "go on":
+            return _go_on(config, plain, (ranks, observer, held_open))
+        claim = None
+        with ranks.together("taking the run directory"):
+            if ranks.leads:
+                claim = held_open.enter_context(claimed(out, force=force or start == "begin again"))
         world = _found(config, plain, ranks, observer)
+        agree_on_world(ranks, world)
         state = world.algorithm.init(world.params)
         check_budgets(world, state)
         # Only now does an earlier run in this directory go: whatever is wrong with the words has been refused.
-        log = RunLog.create(claim, world) if claim is not None else None
+        log = None
+        with ranks.together("writing the configuration"):
+            log = RunLog.create(claim, world) if claim is not None else None
         return _play(world, state, log, observer, fresh=True)
 
 
@@ -80,23 +90,49 @@ def resume(
         ValueError: no checkpoint, a damaged one, or one that belongs to another configuration, corpus, model or code;
             or another process is using the directory.
     """
-    config = Config.load(run_dir / "config.toml")
+    config = replace(Config.load(run_dir / "config.toml"), out=str(run_dir))
     plain = plain_of(config, adapter)
+    with _among_ranks(config, plain, observer) as among:
+        return _go_on(config, plain, among, other_code=other_code)
+
+
+def _go_on(
+    config: Config, plain: PlainModel | None, among: tuple[Ranks, Observer, ExitStack], *, other_code: bool = False
+) -> dict[str, Any]:
+    """Play from the last checkpoint, which rank 0 reads; the stack keeps the directory until the run ends."""
+    ranks, observer, held_open = among
+    run_dir = Path(config.out)
+    claim, meta, tensors = None, dict[str, Any](), dict[str, Tensor]()
+    with ranks.together("reading the checkpoint"):
+        if ranks.leads:
+            claim = held_open.enter_context(held(run_dir))
+            saved = load_checkpoint(run_dir / "checkpoint", expected_fingerprint=config.decisive())
+            _refuse_other_sources(claim, saved, sources_of(config, plain), config, other_code=other_code)
+            meta, tensors = saved.meta, saved.tensors
+    round, tensors = int(ranks.gather(meta.get("round"))[0]), share(ranks, tensors)
+    world = _found(config, plain, ranks, observer)
+    agree_on_world(ranks, world)
+    state = unpack_state(tensors, round=round, device=ranks.device)
+    log = None
+    with ranks.together("reading the logs"):
+        log = RunLog.reopen(claim, world, meta) if claim is not None else None
+    return _play(world, state, log, observer, fresh=False)
+
+
+@contextmanager
+def _among_ranks(
+    config: Config, plain: PlainModel | None, observer: Observer | None
+) -> Iterator[tuple[Ranks, Observer, ExitStack]]:
+    """Join the other ranks, which must be about to do the same, and watch; the stack ends before the ranks part."""
     with (
         open_ranks(config.ranks, pick_device(config)) as ranks,
-        held(run_dir) if ranks.leads else nullcontext() as claim,
-        _watching(observer, ranks) as observer,
+        ExitStack() as held_open,
+        _watching(observer, ranks) as shown,
     ):
-        saved = load_checkpoint(run_dir / "checkpoint", expected_fingerprint=config.decisive())
-        config = replace(config, out=str(run_dir))
-        if claim is not None and plain is None:  # before anything is read; what a plain model brings is in memory
-            _refuse_other_sources(claim, saved, Identity.of(config), config, other_code=other_code)
-        world = _found(config, plain, ranks, observer)
-        if claim is not None and plain is not None:
-            _refuse_other_sources(claim, saved, world.identity, config, other_code=other_code)
-        state = unpack_state(saved.tensors, round=int(saved.meta["round"]), device=ranks.device)
-        log = RunLog.reopen(claim, world, saved.meta) if claim is not None else None
-        return _play(world, state, log, observer, fresh=False)
+        agree_on_sources(ranks, config, partial(sources_of, config, plain))
+        if why := crowded(config, ranks.device):
+            shown.on_stage(why)
+        yield ranks, shown, held_open
 
 
 def _found(
@@ -167,17 +203,19 @@ def _play(
     observer.on_start(_headline(world, state))
     if fresh:
         warm = world.evaluate(state)
-        if log is not None:
-            observer.on_round(0, config.rounds, log.before(warm))
-            log.commit(state)
+        with world.ranks.together("writing the logs"):
+            if log is not None:
+                observer.on_round(0, config.rounds, log.before(warm))
+                log.commit(state)
     while state.round < config.rounds:
         state, played = play_round(world, state, observer)
         due = state.round % config.eval.every == 0 or state.round == config.rounds
         held = world.evaluate(state) if due else None
-        if log is not None:
-            record = log.round(played, held, state)
-            log.commit(state)
-            observer.on_round(state.round, config.rounds, record)
+        with world.ranks.together(f"writing round {state.round}"):
+            if log is not None:
+                record = log.round(played, held, state)
+                log.commit(state)
+                observer.on_round(state.round, config.rounds, record)
     summary = log.finish(state, model_hash(state.params)) if log is not None else {}
     world.ranks.wait()
     observer.on_end(summary)

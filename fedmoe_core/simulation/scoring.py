@@ -16,8 +16,9 @@ from fedmoe_core.data.batches import Batch
 from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.selection.ranking import all_scores, ranked
 from fedmoe_core.simulation.observer import Observer
-from fedmoe_core.simulation.prepare import local_public_batches, pick_device, read_sources, warm_model
+from fedmoe_core.simulation.prepare import local_public_batches, read_sources, warm_model
 from fedmoe_core.simulation.process_group import open_ranks
+from fedmoe_core.simulation.ranks.devices import pick_device
 from fedmoe_core.simulation.warmup import measure_profile
 
 

@@ -32,6 +32,10 @@ class RunLog:
         self.unbilled_seconds = 0.0  # of the last commit; its round's line was written before it
         self.metrics = JsonlLog(out / "metrics.jsonl")
         self.ledger = JsonlLog(out / "ledger.jsonl")
+        self.lines = {
+            self.metrics.path: 0,
+            self.ledger.path: 0,
+        }  # on record; a count of the files would take longer every round
 
     @classmethod
     def create(cls, claim: Claim, world: Federation) -> RunLog:
@@ -48,8 +52,9 @@ class RunLog:
     def reopen(cls, claim: Claim, world: Federation, meta: Mapping[str, Any]) -> RunLog:
         """Continue a run directory: keep the lines that the checkpoint counted, drop any later ones."""
         log = cls(claim, world)
-        log.metrics.truncate(int(meta["metrics_lines"]))
-        log.ledger.truncate(int(meta["ledger_lines"]))
+        for file, name in ((log.metrics, "metrics_lines"), (log.ledger, "ledger_lines")):
+            file.truncate(int(meta[name]))
+            log.lines[file.path] = int(meta[name])
         for line in log.metrics.read():
             if line["type"] == "round":
                 log.totals = {name: line[name] for name in log.totals}
@@ -58,7 +63,7 @@ class RunLog:
     def commit(self, state: ServerState) -> None:
         """Write the checkpoint atomically; from here on the round counts as played."""
         began, config = time.perf_counter(), self.world.config
-        lines = {"metrics_lines": self.metrics.count(), "ledger_lines": self.ledger.count()}
+        lines = {"metrics_lines": self.lines[self.metrics.path], "ledger_lines": self.lines[self.ledger.path]}
         meta = {"round": state.round, **lines, "run": self.run, "identity": self.world.identity.facts()}
         save_checkpoint(self.out / "checkpoint", pack_state(state), meta, config.decisive())
         self.unbilled_seconds = time.perf_counter() - began
@@ -67,7 +72,7 @@ class RunLog:
         """Write the line of the warm model, round 0."""
         line = {"type": "round", "round": 0, **results_of(held), **self.totals}
         line |= {"seconds": held.seconds, "engine_seconds": 0.0, "refused": []}
-        self.metrics.append(line)
+        self._append(self.metrics, line)
         return line
 
     def round(self, played: Round, held: HeldOut | None, state: ServerState) -> dict[str, Any]:
@@ -75,7 +80,7 @@ class RunLog:
         began, number = time.perf_counter(), played.index + 1
         plans = {plan.client: plan for plan in played.plans}
         budgets = self.world.population.budgets
-        self.ledger.append(*[ledger_line(number, u, plans[u.client], budgets) for u in played.updates])
+        self._append(self.ledger, *[ledger_line(number, u, plans[u.client], budgets) for u in played.updates])
         trained = [plans[u.client].trainable_LE & (u.expert_weight_LE > 0) for u in played.updates if u.status == "ok"]
         profiles = [update.profile for update in played.updates if update.profile is not None]
         lost = [profile.lost_mass_L / np.maximum(profile.tokens_L, 1) for profile in profiles]
@@ -101,8 +106,12 @@ class RunLog:
                 "load_cv": self._load_cv(played),
                 "coverage": float(np.mean(np.any(trained, axis=0))) if trained else 0.0,
             }
-        self.metrics.append(*[client_record(number, u, plans[u.client], budgets) for u in played.updates], line)
+        self._append(self.metrics, *[client_record(number, u, plans[u.client], budgets) for u in played.updates], line)
         return line
+
+    def _append(self, file: JsonlLog, *records: Mapping[str, Any]) -> None:
+        file.append(*records)
+        self.lines[file.path] += len(records)
 
     def _load_cv(self, played: Round) -> float | None:
         """Coefficient of variation of the load, the data of the clients that trained an expert; mean over layers."""
@@ -174,8 +183,10 @@ def _personal_summary(line: Mapping[str, Any], budgets: tuple[Budget, ...]) -> d
     """Each client's own model after the last round, and by tier (the budget's own words) its mean and its worst."""
     loss_C, accuracy_C = line.get("personal_loss_C"), line.get("personal_accuracy_C")
     tiers: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(budget.name for budget in budgets if loss_C):
-        members = [client for client, budget in enumerate(budgets) if budget.name == name]
+    members_of: dict[str, list[int]] = {}
+    for client, budget in enumerate(budgets if loss_C else ()):
+        members_of.setdefault(budget.name, []).append(client)
+    for name, members in members_of.items():
         tiers[name] = {"clients": len(members)}
         for kind, values, pick in (("loss", loss_C, max), ("accuracy", accuracy_C, min)):
             own = [values[client] for client in members] if values else []

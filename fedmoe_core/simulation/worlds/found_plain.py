@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedmoe_core.algorithms.base import Algorithm, algorithm_class
 from fedmoe_core.algorithms.plain_fedavg import PlainFedAvg
 from fedmoe_core.budget.limits import Budget
 from fedmoe_core.client.plain.trainer import PlainTrainer
 from fedmoe_core.config.run_config import OWN, Config
-from fedmoe_core.data.rows import deal_rows
+from fedmoe_core.data.rows import RowData, deal_rows
 from fedmoe_core.messages.profile import empty_profile
 from fedmoe_core.model.plain import PlainModel, find_plain, plain_spec, plain_tensors
 from fedmoe_core.model.spec import model_hash
@@ -47,6 +48,17 @@ def plain_of(config: Config, given: PlainModel | None) -> PlainModel | None:
     return find_plain(config.adapter) if ":" in config.adapter else given
 
 
+def sources_of(config: Config, plain: PlainModel | None) -> Identity:
+    """Digest what a run of these words would stand on, before it is founded.
+
+    Raises:
+        ValueError, OSError: data or model cannot be used.
+    """
+    if plain is None:
+        return Identity.of(config)
+    return _identity(config, plain, _dealt(config, plain), plain.build(config.seed))
+
+
 def found_plain(config: Config, plain: PlainModel, ranks: Ranks, observer: Observer) -> PlainWorld:
     """Deal the rows, make the model, measure one client's round, and found the run on them.
 
@@ -56,12 +68,12 @@ def found_plain(config: Config, plain: PlainModel, ranks: Ranks, observer: Obser
     torch.set_num_threads(config.threads)
     observer.on_stage("dealing rows, and measuring one client's step")
     form = _form(config)
-    data = deal_rows(plain.train, plain.test, clients=config.clients, scheme=config.partition, seed=config.seed)
-    model = plain.build(config.seed).to(ranks.device)
+    data, model = _dealt(config, plain), plain.build(config.seed)
+    identity = _identity(config, plain, data, model)
+    model.to(ranks.device)
     spec = plain_spec(model)
     moving = frozenset(param.key for param in spec.trained(train_dense=True))
     params = {key: tensor.clone() for key, tensor in plain_tensors(model).items()}
-    identity = Identity(data.sha256, model_hash(params), _code(config, plain), version("torch"))
     trainer, data = PlainTrainer(plain, model, moving), data.to(ranks.device)
     meter = PlainMeter(trainer, params, config.train, data)
     population = Population(
@@ -75,6 +87,15 @@ def found_plain(config: Config, plain: PlainModel, ranks: Ranks, observer: Obser
     )
     apart = "" if config.cohort.clients == 1 else meter.trouble()
     return PlainWorld(config, data, trainer, params, population, form(population), ranks, identity, meter, apart)
+
+
+def _dealt(config: Config, plain: PlainModel) -> RowData:
+    return deal_rows(plain.train, plain.test, clients=config.clients, scheme=config.partition, seed=config.seed)
+
+
+def _identity(config: Config, plain: PlainModel, data: RowData, model: nn.Module) -> Identity:
+    """Digests of the rows, the first weights, and the code."""
+    return Identity(data.sha256, model_hash(plain_tensors(model)), _code(config, plain), version("torch"))
 
 
 def _form(config: Config) -> type[Algorithm]:

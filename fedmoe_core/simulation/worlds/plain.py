@@ -102,7 +102,7 @@ class PlainWorld:
         mine = self.ranks.mine(starts, [float(min(EVAL_ROWS, height - start)) for start in starts])
         if mine:
             self.trainer.become(state.params)
-        with self.trainer.judging():
+        with self.ranks.together("evaluating"), self.trainer.judging():
             rows = [(start, tuple(tensor[start : start + EVAL_ROWS] for tensor in test)) for start in mine]
             found = [[start, *self._judge(batch)] for start, batch in rows]
         parts = sorted(part for each in self.ranks.gather(found) for part in each)

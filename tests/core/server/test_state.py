@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hand_made import model
 
+from fedmoe_core.messages.profile import ClientProfile, profile_arrays
 from fedmoe_core.server.state import initial_state, pack_state, unpack_state
 from fedmoe_core.simulation.directory.checkpoint import load_checkpoint, save_checkpoint
 
@@ -47,6 +50,40 @@ def test_a_key_of_memory_cannot_be_taken_for_a_parameter() -> None:
     back = unpack_state(pack_state(state), round=1)
     assert set(back.params) == set(model())
     assert list(back.memory) == ["params/moe.0.router"]
+
+
+def drawn_profile(seed: int) -> ClientProfile:
+    draw = np.random.default_rng(seed)
+    arrays = {f.name: draw.random((2, 4) if f.name.endswith("_LE") else 2) for f in fields(ClientProfile)}
+    return ClientProfile(**arrays | {"held_LE": arrays["held_LE"] > 0.5})
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["as written now", "a tensor for each client, as once written"])
+def test_inv10_profiles_come_back_to_their_clients(once: bool) -> None:
+    state = initial_state(model(), 5).advance(model(), {3: drawn_profile(3), 1: drawn_profile(1)}, [1, 3, 3])
+    assert state.visits == (0, 1, 0, 1, 0)
+    packed = pack_state(state)
+    if once:
+        packed = {key: tensor for key, tensor in packed.items() if not key.startswith("profiles/")}
+        for client in (1, 3):
+            for name, array in profile_arrays(drawn_profile(client)).items():
+                packed[f"profiles/{client}/{name}"] = torch.from_numpy(np.asarray(array, dtype=np.float64))
+    back = unpack_state(packed, round=1)
+    assert [profile is None for profile in back.profiles] == [True, False, True, False, True]
+    for client in (1, 3):
+        found = back.profiles[client]
+        assert found is not None
+        for name, array in profile_arrays(drawn_profile(client)).items():
+            assert np.array_equal(getattr(found, name), array), name
+            assert getattr(found, name).dtype == array.dtype
+
+
+def test_a_checkpoint_has_as_many_tensors_however_many_clients_were_heard() -> None:
+    few, many = (
+        initial_state(model(), 50).advance(model(), {client: drawn_profile(client) for client in range(heard)}, [])
+        for heard in (1, 50)
+    )
+    assert pack_state(few).keys() == pack_state(many).keys()
 
 
 def test_an_empty_checkpoint_is_refused() -> None:
