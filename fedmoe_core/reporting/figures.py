@@ -32,13 +32,15 @@ RESOURCES: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "bytes_up": ("bytes up", show.size),
     "experts": ("experts", lambda count: show.NONE if count is None else f"{count:.0f}"),
     "energy_joules": ("energy", show.joules),
+    "virtual_seconds": ("virtual time", show.seconds),
 }
+COUNTED = ("energy_joules", "virtual_seconds")  # by what some devices alone say of themselves
 
 
 def resources(run: Run) -> dict[str, tuple[str, Callable[[float | None], str]]]:
-    """Return what the tables of a run show of its resources: all, energy only where some device limits it."""
-    limited = any((entry.get("budget") or {}).get("energy_joules") is not None for entry in run.ledger)
-    return {key: shown for key, shown in RESOURCES.items() if key != "energy_joules" or limited}
+    """Return what the tables of a run show of its resources: energy and time only where some device counts them."""
+    counted = {key for key in COUNTED if any((entry.get("real") or {}).get(key) for entry in run.ledger)}
+    return {key: shown for key, shown in RESOURCES.items() if key not in COUNTED or key in counted}
 
 
 def learning(runs: Sequence[Run]) -> Figure | None:
