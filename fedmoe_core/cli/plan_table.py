@@ -75,14 +75,14 @@ def plan_table(rows: list[PlanRow], config: Config, *, every: bool = False, widt
             str(row.local_steps),
             str(row.top_k),
             str(row.samples),
-            "yes" if row.fits else "[red]no[/red]",
+            "[red]no[/red]" if not row.fits else "[yellow]late[/yellow]" if row.late else "yes",
         )
     return table
 
 
 def _of_tier(rows: list[PlanRow], words: list[str]) -> list[str]:
     """Return the cells of a tier after its name: the least and the most of its clients, and how many cannot run."""
-    outside = sum(not row.fits for row in rows)
+    outside, late = sum(not row.fits for row in rows), sum(row.late for row in rows)
     return [
         _range([row.experts for row in rows]),
         _range([row.trainable for row in rows]),
@@ -90,7 +90,7 @@ def _of_tier(rows: list[PlanRow], words: list[str]) -> list[str]:
         _range([row.local_steps for row in rows]),
         _range([row.top_k for row in rows]),
         _range([row.samples for row in rows]),
-        f"[red]{outside} do not[/red]" if outside else "yes",
+        f"[red]{outside} do not[/red]" if outside else f"[yellow]{late} late[/yellow]" if late else "yes",
     ]
 
 

@@ -44,7 +44,7 @@ def resources(run: Run) -> dict[str, tuple[str, Callable[[float | None], str]]]:
 
 
 def learning(runs: Sequence[Run]) -> Figure | None:
-    """Draw held-out loss, and accuracy if there is one, against rounds, bytes moved and FLOPs; one line per run.
+    """Draw held-out loss, and accuracy if there is one, against rounds, bytes, FLOPs and time; one line per run.
 
     Of the global model where some run has one, and of the clients' own models, on average, where those were evaluated.
     """
@@ -67,6 +67,7 @@ def learning(runs: Sequence[Run]) -> Figure | None:
             "moved, both ways", runs, lambda r: _plus(r.get("bytes_down_total"), r.get("bytes_up_total")), 1024, "B"
         ),
         *_scaled("computed by clients", runs, lambda r: r.get("flops_total"), 1000, "FLOP"),
+        *([("virtual hours", _value("virtual_seconds_total"), 3600.0)] if timed(runs) else []),
     ]
     figure = Figure(figsize=(WIDTH, 2.9 * len(metrics)))
     grid = figure.subplots(len(metrics), len(axes_of), sharey="row", squeeze=False)
@@ -90,6 +91,11 @@ def learning(runs: Sequence[Run]) -> Figure | None:
         row[0].set_title(label)
     figure.tight_layout(w_pad=2.0, h_pad=1.6)
     return figure
+
+
+def timed(runs: Sequence[Run]) -> bool:
+    """Tell whether some of these runs have a virtual clock."""
+    return any(run.virtual_seconds is not None for run in runs)
 
 
 def spread(runs: Sequence[Run]) -> Figure | None:

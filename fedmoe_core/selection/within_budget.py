@@ -63,8 +63,8 @@ def choose(
     holds every expert, so it takes a budget with an expert count, and any other limit has to hold the whole model.
     A budget that holds the whole model leaves nothing to choose: all experts are in, whatever their scores (eq. 15
     would drop negative ones; invariant 9 asks that a full budget be FedAvg for every lambda and beta).
-    FLOPs do not depend on the experts held; ``fit_flops`` meets them. Of a budget of energy or time, ``local_steps``
-    steps are set aside before traffic is paid from it, or the least step where these leave too little.
+    FLOPs do not depend on the experts held; ``fit_flops`` meets them. Of an energy budget, ``local_steps`` steps are
+    set aside before traffic is paid from it, or the least step where these leave too little; of time the least step.
 
     Raises:
         ValueError: a limit is too small for one expert per MoE layer, with the number that would do; or the mode
@@ -128,7 +128,8 @@ def _with_priced(
     frozen = byte_down * int(rows.frozen_D[down]) + byte_up * int(rows.frozen_D[up])
     whole, least = local_steps * model.step_flops(every_LE, every_LE), model.step_flops(every_LE, every_LE, top_k=1)
     traffic = sent + float(costs_LE.min(axis=1).sum())
-    work = whole if flop * whole + traffic <= NANO * limit else least
+    # Of time the least step is set aside: a deadline shortens training and leaves a client its experts.
+    work = whole if word != "time" and flop * whole + traffic <= NANO * limit else least
     return AdditiveCosts(
         (*rows.names, word),
         np.append(rows.base_D, math.ceil(sent + flop * work)),

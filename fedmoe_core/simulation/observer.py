@@ -23,6 +23,7 @@ class PlanRow:
         budget: the device's own, which FedAvg's plan may pass; its name is the tier.
         local_steps, top_k: the work that is left inside the budget.
         samples: private training rows of the client.
+        deadline: ``time.deadline``; 0 = none.
     """
 
     client: str
@@ -33,6 +34,7 @@ class PlanRow:
     local_steps: int
     top_k: int
     samples: int
+    deadline: float = 0.0
 
     @property
     def tier(self) -> str:
@@ -59,6 +61,11 @@ class PlanRow:
         """Virtual seconds of the round, without straggling; None where the tier states no speed."""
         return None if self.budget.pace is None else self.budget.pace.seconds(self.predicted)
 
+    @property
+    def late(self) -> bool:
+        """Whether its update would come after the deadline and not count."""
+        return bool(self.deadline) and RESOURCES["time"].used(self.predicted, self.budget) > self.deadline
+
     def facts(self) -> dict[str, Any]:
         """Return the row in JSON's types: of every resource what is used (None = not known) and allowed (no limit)."""
         used = {
@@ -78,6 +85,7 @@ class PlanRow:
             "top_k": self.top_k,
             "samples": self.samples,
             "fits": self.fits,
+            "late": self.late,
             "reason": self.reason,
         }
 
