@@ -150,8 +150,12 @@ def devices_page() -> str:
         "A profile that knows its power counts energy too: operations at that rate, and the link's joules per byte. ",
         "Write a limit behind its name: `phone-8gb,energy=30J`. Orders of magnitude: measure yours.",
         "",
-        "| name | memory | FLOPs a round | bytes down | bytes up | power | energy of 1 GFLOP | of 1 MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "The same rates predict the virtual seconds of a client's round: bytes down, operations, bytes up, each by its",
+        "rate. The peak of the `tiny` devices is there for that alone. See [Time](guides/time.md).",
+        "",
+        "| name | memory | FLOPs a round | bytes down | bytes up | time of 1 GFLOP | of 1 MB down | of 1 MB up |"
+        " power | energy of 1 GFLOP | of 1 MB |",
+        f"|{' --- |' * 11}",
     ]
     for device in DEVICES:
         limits = (
@@ -159,6 +163,10 @@ def devices_page() -> str:
             "no limit" if device.round_flops is None else show.flops(device.round_flops),
             "no limit" if device.round_down is None else show.size(device.round_down),
             "no limit" if device.round_up is None else show.size(device.round_up),
+            *(
+                "none" if rate is None else f"{work / rate:.2g} s"
+                for work, rate in ((1e9, device.reached_flops), (8e6, device.down_bits), (8e6, device.up_bits))
+            ),
             *(
                 ("not known",) * 3
                 if device.watts is None

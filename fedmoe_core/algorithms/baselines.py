@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +12,9 @@ import numpy as np
 from fedmoe_core.algorithms.base import EachAlone, NextModel
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.base.rng import counter_rng
-from fedmoe_core.budget.limits import RESOURCES, Budget
+from fedmoe_core.budget.limits import Budget
+from fedmoe_core.budget.rates import Pace
+from fedmoe_core.budget.resources import RESOURCES
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.result import LocalResult
@@ -137,7 +139,10 @@ class FedAvgSmallest(FedAvg):
         }
         powers = [budget.power for budget in budgets if budget.power is not None]
         power = max(powers, key=lambda one: (one.joules_per_flop, one.joules_per_byte), default=None)
-        least = Budget(**limits, power=power, name="the least of all clients")  # type: ignore[arg-type]
+        paces = [budget.pace for budget in budgets if budget.pace is not None and budget.virtual_seconds is not None]
+        rates = {field.name: least_of([getattr(pace, field.name) for pace in paces]) for field in fields(Pace)}
+        pace = Pace(**rates) if paces else None
+        least = Budget(**limits, power=power, pace=pace, name="the least of all clients")  # type: ignore[arg-type]
         steps, scores_LE = self.population.config.train.local_steps, self.public_scores()
         return choose(least, self.population.costs, scores_LE, client="of the smallest budget", local_steps=steps)[0]
 

@@ -24,10 +24,11 @@ class Device:
         name: how a budget refers to it.
         memory_bytes: memory of the device, or the limit simulated on it.
         memory_share: the part of it that training may use; the rest is the system's.
-        flops_per_second: peak rate; None = not limited by this profile.
-        down_mbit, up_mbit: link rates in 10^6 bits a second; None = not limited by this profile.
+        flops_per_second: peak rate; None = not known, so its arithmetic is not limited and takes no time.
+        down_mbit, up_mbit: link rates in 10^6 bits a second; None = not limited by this profile, and takes no time.
         watts: power of the whole device while it trains; None = its energy is not known.
         joules_per_byte: of its link, each way.
+        limits_flops: whether the peak rate limits a round's operations; else time alone is predicted from it.
         source: where the hardware facts come from.
         assumed: what no source states.
     """
@@ -42,6 +43,7 @@ class Device:
     assumed: str
     watts: float | None = None
     joules_per_byte: float = 0.0
+    limits_flops: bool = True
 
     @property
     def joules_per_flop(self) -> float:
@@ -51,14 +53,31 @@ class Device:
         return self.watts / (self.flops_per_second * COMPUTE_SHARE)
 
     @property
+    def reached_flops(self) -> float | None:
+        """Floating-point operations a second that training is taken to reach."""
+        return None if self.flops_per_second is None else self.flops_per_second * COMPUTE_SHARE
+
+    @property
+    def down_bits(self) -> float | None:
+        """Bits a second to the device."""
+        return None if self.down_mbit is None else self.down_mbit * 1e6
+
+    @property
+    def up_bits(self) -> float | None:
+        """Bits a second from the device."""
+        return None if self.up_mbit is None else self.up_mbit * 1e6
+
+    @property
     def usable_bytes(self) -> int:
         """Memory for weights, gradients, optimizer state and activations."""
         return int(self.memory_bytes * self.memory_share)
 
     @property
     def round_flops(self) -> float | None:
-        """Floating-point operations of one round."""
-        return None if self.flops_per_second is None else self.flops_per_second * COMPUTE_SECONDS * COMPUTE_SHARE
+        """Most floating-point operations of one round."""
+        if self.flops_per_second is None or not self.limits_flops:
+            return None
+        return self.flops_per_second * COMPUTE_SECONDS * COMPUTE_SHARE
 
     @property
     def round_down(self) -> int | None:
@@ -89,17 +108,21 @@ def _jetson(gib: int) -> Device:
     )
 
 
-def _tiny(mib: int, down_mb: float, up_mb: float) -> Device:
-    """An invented device, small enough that a demo-sized model (about 1 M parameters) does not fit whole."""
+def _tiny(mib: int, down_mb: float, up_mb: float, gflops: float) -> Device:
+    """An invented device, small enough that a demo-sized model (about 1 M parameters) does not fit whole.
+
+    Its peak of 10^9 operations a second limits nothing; it is there for the clock, on which such devices shall differ.
+    """
     return Device(
         f"tiny-{mib}mib",
         mib * MIB,
         1.0,
-        None,
+        gflops * 1e9,
         down_mb * 8 / LINK_SECONDS,
         up_mb * 8 / LINK_SECONDS,
         "none: invented so that a small model meets hard limits",
         "everything",
+        limits_flops=False,
     )
 
 
@@ -154,11 +177,11 @@ DEVICES: tuple[Device, ...] = (
         watts=8.0,
         joules_per_byte=5e-8,
     ),
-    _tiny(19, 2.2, 0.7),
-    _tiny(20, 2.5, 1.0),
-    _tiny(22, 3.2, 1.2),
-    _tiny(26, 4.6, 3.2),
-    _tiny(40, 8.0, 6.0),
+    _tiny(19, 2.2, 0.7, 0.5),
+    _tiny(20, 2.5, 1.0, 1.0),
+    _tiny(22, 3.2, 1.2, 1.0),
+    _tiny(26, 4.6, 3.2, 2.0),
+    _tiny(40, 8.0, 6.0, 4.0),
 )
 
 

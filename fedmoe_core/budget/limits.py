@@ -7,89 +7,20 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from types import MappingProxyType
 from typing import Any
 
 from fedmoe_core.base.show import size as shown_size
 from fedmoe_core.base.wording import nearest
 from fedmoe_core.budget.devices import DEVICES, Device, find_device
+from fedmoe_core.budget.rates import Pace, Power
+from fedmoe_core.budget.resources import BINARY, DECIMAL, RATES, RESOURCES, Resource
 
-_BINARY = {"TiB": 1024**4, "GiB": 1024**3, "MiB": 1024**2, "KiB": 1024}
-_DECIMAL = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3}
-_BYTES = {**_BINARY, **_DECIMAL, "B": 1}
-_FLOPS = {"PFLOP": 10**15, "TFLOP": 10**12, "GFLOP": 10**9, "MFLOP": 10**6}
-_JOULES = {"MJ": 10**6, "kJ": 10**3, "J": 1}
-_MOST = 2**60  # bytes or experts: 1 EiB; solvers add such numbers up in int64
-_MOST_FLOPS = 1e300  # what floats hold, with room to be rounded up
 _DIGITS = 80  # of an amount; an exponent has at most three: to write 1e999999999 out takes hours
 _NUMBER = re.compile(r"(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)\s*([A-Za-z%]*)")
 
 
 class BudgetError(ValueError):
     """A budget cannot bear what is asked of it; the sentence names the resource, the need and the limit."""
-
-
-@dataclass(frozen=True)
-class Resource:
-    """One kind of limit: a row of ``RESOURCES``, over which plans, tables, logs and searches loop.
-
-    Attributes:
-        word: its name in a budget's text.
-        attribute: field of ``Budget`` that holds the limit.
-        units: what may follow a number, and how much that is.
-        exact: whether amounts are whole numbers (bytes, experts), and a limit at most 2^60.
-        spent: whether work besides training takes of it what training cannot have then; a peak or a count is not spent.
-        shares: whether ``25%`` is understood, as what a share of the experts needs.
-        example: an amount, for error messages.
-    """
-
-    word: str
-    attribute: str
-    units: Mapping[str, int]
-    exact: bool = True
-    spent: bool = False
-    shares: bool = True
-    example: str = "40MiB"
-
-    @property
-    def most(self) -> float:
-        """The largest limit that can be given."""
-        return _MOST if self.exact else _MOST_FLOPS
-
-    def used(self, cost: Cost, budget: Budget) -> float:
-        """Return how much of it a client of that budget has used."""
-        if self.attribute == "energy_joules" and budget.power is not None:
-            return budget.power.joules(cost)
-        found: float = getattr(cost, self.attribute)
-        return found
-
-
-_ROWS = (
-    Resource("memory", "memory_bytes", _BYTES),
-    Resource("down", "bytes_down", _BYTES, spent=True),
-    Resource("up", "bytes_up", _BYTES, spent=True),
-    Resource("flops", "flops", _FLOPS, exact=False, spent=True, shares=False, example="3e12"),
-    Resource("experts", "experts", {}, example="25% or experts=8"),
-    Resource("energy", "energy_joules", _JOULES, exact=False, spent=True, shares=False, example="500J"),
-)
-RESOURCES: Mapping[str, Resource] = MappingProxyType({row.word: row for row in _ROWS})
-
-
-@dataclass(frozen=True)
-class Power:
-    """What a device's work costs in energy, while it trains and while it talks.
-
-    Attributes:
-        joules_per_flop: per floating-point operation.
-        joules_per_byte: per byte that arrives or leaves.
-    """
-
-    joules_per_flop: float
-    joules_per_byte: float
-
-    def joules(self, cost: Cost) -> float:
-        """Return the energy of a round's operations and traffic."""
-        return self.joules_per_flop * cost.flops + self.joules_per_byte * (cost.bytes_down + cost.bytes_up)
 
 
 @dataclass(frozen=True)
@@ -102,7 +33,9 @@ class Budget:
         bytes_down, bytes_up: traffic a round.
         experts: total number of experts over all MoE layers (HFedMoE eq. 15's cardinality budget [N]).
         energy_joules: energy of a round's operations and traffic, by ``power``.
+        virtual_seconds: predicted time of a round's traffic and operations, by ``pace``.
         power: of a device profile; energy is counted with it.
+        pace: of a device profile or of the text; time is counted with it. None = not known.
         name: label for people; two budgets with the same limits are equal whatever they are called.
     """
 
@@ -112,7 +45,9 @@ class Budget:
     bytes_up: int | None = None
     experts: int | None = None
     energy_joules: float | None = None
+    virtual_seconds: float | None = None
     power: Power | None = None
+    pace: Pace | None = None
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -136,8 +71,9 @@ class Budget:
         return {row.attribute: self.limit(word) for word, row in RESOURCES.items()}
 
     def record_of(self, cost: Cost) -> dict[str, Any]:
-        """Return a cost by attribute, as ledgers keep it, with the energy that this budget's power counts."""
-        return asdict(cost) | {"energy_joules": RESOURCES["energy"].used(cost, self)}
+        """Return a cost by attribute, as ledgers keep it, with energy and time as far as this budget can count them."""
+        counted = {row.attribute: row.used(cost, self) for row in RESOURCES.values() if row.known(self)}
+        return asdict(cost) | {row.attribute: None for row in RESOURCES.values()} | counted
 
     def limit(self, word: str) -> float | None:
         """Return the limit of a resource by its word; None = no limit."""
@@ -150,8 +86,10 @@ class Budget:
 
         A profile may be followed by limits that replace its own (``raspberry-pi-5-8gb,experts=8``). MB is 10^6 and
         MiB 2^20 bytes, case does not matter, a bare number counts bytes, operations or experts. Amounts are rounded
-        down, because a limit may not grow. ``memory=25%`` (or down, up) is what a client needs that holds and trains
-        that share of the experts and nothing else: a tier of experts that systems without absent experts can meet too.
+        down, because a limit may not grow. ``speed=2e9,downlink=20Mbit,uplink=5Mbit`` state operations and bits a
+        second, from which time is predicted; they limit nothing. ``memory=25%`` (or down, up) is what a client needs
+        that holds and trains that share of the experts and nothing else: a tier of experts that systems without absent
+        experts can meet too.
 
         Args:
             text: the budget; it becomes ``name``.
@@ -168,23 +106,29 @@ class Budget:
             >>> Budget.parse("raspberry-pi-5-8gb").memory_bytes == 6 * 2**30  # three quarters of its 8 GiB
             True
         """
-        limits: dict[str, int | float | Power | None] = {}
+        limits: dict[str, Any] = {}
         for place, part in enumerate(text.split(",")):
             word, equals, amount = (piece.strip() for piece in part.partition("="))
             if not equals and place == 0:
                 limits.update(_profile_limits(word, text))
                 continue
-            if word not in RESOURCES:
-                raise ValueError(f"budget {text!r}: {word!r} is not a resource; {_nearest(word, list(RESOURCES))}")
+            row = RESOURCES.get(word) or RATES.get(word)
+            if row is None:
+                known = [*RESOURCES, *RATES]
+                raise ValueError(f"budget {text!r}: {word!r} is not a resource; {_nearest(word, known)}")
             if _count(text, word) > 1:
                 raise ValueError(f"budget {text!r}: {word} is given twice; give it once")
-            limits[RESOURCES[word].attribute] = _amount(word, amount, text=text, spec_experts=spec_experts, plain=plain)
-        if limits.get("energy_joules") is not None and limits.get("power") is None:
-            raise ValueError(
-                f"budget {text!r}: energy is counted by a device profile; write one before it, for example "
-                "raspberry-pi-5-8gb,energy=500J"
-            )
-        return cls(**limits, name=text.strip())  # type: ignore[arg-type]
+            found = _amount(row, amount, text=text, spec_experts=spec_experts, plain=plain)
+            if word in RESOURCES:
+                limits[row.attribute] = found
+            elif not found:
+                raise ValueError(f"budget {text!r}: a {word} of 0 ends no round; give more, or leave {word} out")
+            else:
+                limits["pace"] = replace(limits.get("pace") or Pace(), **{row.attribute: float(found)})
+        for row in RESOURCES.values():
+            if row.counted_by and limits.get(row.attribute) is not None and limits.get(row.counted_by) is None:
+                raise ValueError(f"budget {text!r}: {row.without}")
+        return cls(**limits, name=text.strip())
 
     def __str__(self) -> str:
         """Return text that ``parse`` reads back to an equal budget."""
@@ -192,8 +136,11 @@ class Budget:
             return device.name
         if find_device(self.name.partition(",")[0].strip()) is not None and Budget.parse(self.name) == self:
             return self.name  # only a profile's name can say the rates of its power
-        given = {word: limit for word in RESOURCES if (limit := self.limit(word)) is not None}
-        return ",".join(f"{word}={_text(word, limit)}" for word, limit in given.items()) or "unlimited"
+        given = [(row, self.limit(word)) for word, row in RESOURCES.items()]
+        given += [(row, getattr(self.pace, row.attribute, None)) for row in RATES.values()]
+        return (
+            ",".join(f"{row.word}={_text(row, amount)}" for row, amount in given if amount is not None) or "unlimited"
+        )
 
     def violations(self, cost: Cost) -> list[str]:
         """Return one line for every resource of which ``cost`` needs more than is allowed; empty = it fits.
@@ -213,12 +160,17 @@ class Budget:
         """Return whether ``cost`` stays within every limit."""
         return not self.violations(cost)
 
-    def with_flops_of_energy(self, traffic: Cost) -> Budget:
-        """Return this budget with a FLOP limit that keeps the energy limit too, once ``traffic`` is paid from it."""
-        if self.energy_joules is None or self.power is None or not self.power.joules_per_flop:
-            return self
-        flops = max(0.0, (self.energy_joules - self.power.joules(traffic)) / self.power.joules_per_flop)
-        return replace(self, flops=flops if self.flops is None else min(flops, self.flops))
+    def with_flops_of(self, traffic: Cost) -> Budget:
+        """Return this budget with a FLOP limit that keeps those of energy and time too, once ``traffic`` is paid."""
+        bounds = [] if self.flops is None else [self.flops]
+        for word, row in RESOURCES.items():
+            limit, prices = self.limit(word), row.prices(self)
+            if limit is not None and prices is not None and prices.flop:
+                flops = max(0.0, (limit - prices.of(traffic)) / prices.flop)
+                while flops and prices.of(replace(traffic, flops=flops)) > limit:  # by rounding
+                    flops = math.nextafter(flops, 0.0)
+                bounds.append(flops)
+        return replace(self, flops=min(bounds)) if bounds else self
 
     def after(self, extra: Cost) -> Budget:
         """Return what is left of what is spent (traffic, operations, energy) once ``extra`` is paid.
@@ -247,6 +199,7 @@ class Cost:
     experts: int = 0
     seconds: float = 0.0
     energy_joules: float = 0.0  # as a ledger has it; elsewhere a budget's power counts it
+    virtual_seconds: float = 0.0  # as a ledger has it; elsewhere a budget's pace counts it
 
     def with_extra(self, extra: Cost) -> Cost:
         """Return this cost plus that of work before or after it: traffic, operations, time add up, peaks do not."""
@@ -267,6 +220,7 @@ def device_budget(device: Device) -> Budget:
         bytes_down=device.round_down,
         bytes_up=device.round_up,
         power=None if device.watts is None else Power(device.joules_per_flop, device.joules_per_byte),
+        pace=Pace(device.reached_flops, device.down_bits, device.up_bits),
         name=device.name,
     )
 
@@ -282,8 +236,11 @@ def show(resource: str, amount: float, *, exact: bool = False) -> str:
         return f"{math.ceil(amount)} experts" if amount != 1 else "1 expert"
     if resource == "flops":
         return f"{_show_flops(amount)} ({amount!r})" if exact else _show_flops(amount)
-    if resource == "energy":
-        return f"{_show_flops(amount)} J ({amount!r} J)" if exact else f"{_show_flops(amount)} J"
+    if resource in ("energy", "time"):
+        unit = "J" if resource == "energy" else "s"
+        return f"{_show_flops(amount)} {unit} ({amount!r} {unit})" if exact else f"{_show_flops(amount)} {unit}"
+    if resource in RATES:
+        return f"{_show_flops(amount)} a second"
     text = shown_size(amount, up=True)
     return f"{text} ({int(amount)} B)" if exact and amount >= 1024 else text
 
@@ -296,7 +253,7 @@ def _show_flops(amount: float) -> str:
     return f"{float(math.ceil(Fraction(amount) / step) * step):.3g}"
 
 
-def _profile_limits(word: str, text: str) -> dict[str, int | float | Power | None]:
+def _profile_limits(word: str, text: str) -> dict[str, Any]:
     """Limits behind a bare word: a device profile or ``unlimited``."""
     if word == "unlimited":
         return {}
@@ -307,7 +264,8 @@ def _profile_limits(word: str, text: str) -> dict[str, int | float | Power | Non
             f"budget {text!r}: {word!r} is neither a device profile nor resource=amount; {_nearest(word, names)}"
         )
     budget = device_budget(device)
-    return {"power": budget.power} | {row.attribute: budget.limit(word) for word, row in RESOURCES.items()}
+    limits = {row.attribute: budget.limit(word) for word, row in RESOURCES.items()}
+    return {"power": budget.power, "pace": budget.pace} | limits
 
 
 def _count(text: str, word: str) -> int:
@@ -316,14 +274,15 @@ def _count(text: str, word: str) -> int:
 
 
 def _amount(
-    word: str, amount: str, *, text: str, spec_experts: int | None, plain: Callable[[int], Cost] | None
+    resource: Resource, amount: str, *, text: str, spec_experts: int | None, plain: Callable[[int], Cost] | None
 ) -> int | float:
     """One amount of a budget's text, as an exact integer of bytes or experts, or a float of operations."""
-    match = _NUMBER.fullmatch(amount)
+    word, match = resource.word, _NUMBER.fullmatch(amount)
     if match is None:
-        raise ValueError(f"budget {text!r}: {amount!r} is not an amount of {word}; write for example {_example(word)}")
-    number, unit = _exact(match[1], text=text, word=word), match[2]
-    resource = RESOURCES[word]
+        raise ValueError(
+            f"budget {text!r}: {amount!r} is not an amount of {word}; write for example {_example(resource)}"
+        )
+    number, unit = _exact(match[1], text=text, resource=resource), match[2]
     if unit == "%" and resource.shares:
         if spec_experts is None or (word != "experts" and plain is None):
             raise ValueError(f"budget {text!r}: {amount!r} can only be resolved once the model is known; give a number")
@@ -343,19 +302,20 @@ def _amount(
     return math.floor(number * size) if resource.exact else float(number * size)
 
 
-def _exact(digits: str, *, text: str, word: str) -> Fraction:
+def _exact(digits: str, *, text: str, resource: Resource) -> Fraction:
     """A number of a budget's text; only one of a sensible length is ever written out."""
     exponent = digits.lower().partition("e")[2].lstrip("+-0")
     if len(digits) > _DIGITS or len(exponent) > 3:
         shown = digits if len(digits) <= 20 else f"{digits[:17]}..."
         raise ValueError(
-            f"budget {text[:60]!r}: {shown!r} is too long a number for {word}; write for example {_example(word)}"
+            f"budget {text[:60]!r}: {shown!r} is too long a number for {resource.word}; write for example "
+            f"{_example(resource)}"
         )
     return Fraction(digits)
 
 
-def _example(word: str) -> str:
-    return f"{word}={RESOURCES[word].example}"
+def _example(resource: Resource) -> str:
+    return f"{resource.word}={resource.example}"
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -364,11 +324,11 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"did you mean {near!r}?" if near else f"valid: {', '.join(known)}"
 
 
-def _text(word: str, limit: float) -> str:
+def _text(resource: Resource, limit: float) -> str:
     """An amount that ``_amount`` reads back: bytes in the largest unit that divides them."""
-    if not RESOURCES[word].exact:
+    if not resource.exact:
         return repr(limit)
-    for unit, size in (*_BINARY.items(), *_DECIMAL.items()) if RESOURCES[word].units else ():
+    for unit, size in (*BINARY.items(), *DECIMAL.items()) if resource.units else ():
         if limit and limit % size == 0:
             return f"{int(limit) // size}{unit}"
-    return f"{int(limit)}{'B' if RESOURCES[word].units else ''}"
+    return f"{int(limit)}{'B' if resource.units else ''}"

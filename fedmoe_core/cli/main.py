@@ -140,9 +140,9 @@ def plan(
         if as_json:
             typer.echo(json.dumps({"fits": not outside, "clients": [row.facts() for row in rows]}, indent=2))
         else:
-            # A pipe has no width; 220 columns keep every row on one line.
-            console = Console() if sys.stdout.isatty() else Console(width=220)
-            console.print(plan_table(rows, config, every=every))
+            # A pipe has no width; 260 columns keep every row on one line.
+            console = Console() if sys.stdout.isatty() else Console(width=260)
+            console.print(plan_table(rows, config, every=every, width=console.width))
         if outside:
             first = outside[0]
             raise ValueError(f"{show.plural(len(outside), 'client')} cannot run; {first.client}: {first.reason}")

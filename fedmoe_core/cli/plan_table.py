@@ -9,33 +9,48 @@ from rich.text import Text
 
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
-from fedmoe_core.budget.limits import RESOURCES
+from fedmoe_core.budget.resources import RESOURCES
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.simulation.observer import PlanRow
 
 HEADS: Mapping[str, str] = {"memory": "peak memory", "down": "down", "up": "up", "flops": "FLOPs"}
-TEXTS: Mapping[str, Callable[[float | None], str]] = {"flops": show.flops, "energy": show.joules}  # others in bytes
+TEXTS: Mapping[str, Callable[[float | None], str]] = {
+    "flops": show.flops,
+    "energy": show.joules,
+    "time": show.seconds,
+}  # others in bytes
+SPLIT = 240  # columns of a screen that has room for what a client's time is made of
 
 
 SHOWN = 10  # clients that cannot run and are named under the tiers
 
 
-def plan_table(rows: list[PlanRow], config: Config, *, every: bool = False) -> Table:
+def plan_table(rows: list[PlanRow], config: Config, *, every: bool = False, width: int = 0) -> Table:
     """Lay out a dry run, one row a client: what it would hold, and what each resource needs beside its limit.
+
+    Energy and time are there where some tier says what they are counted by; from ``SPLIT`` columns of ``width`` on,
+    each client's time is split into down + compute + up.
 
     More than ``show.MANY`` clients are one row a tier, with the least and the most of its clients, and below them the
     first ``SHOWN`` clients that cannot run; ``every`` client has its row if asked for. Tiers past ``show.MANY`` are one
     row.
     """
     many = len(rows) > show.MANY and not every
-    title = visible(f"{config.algorithm}: {config.model} on {config.data}, first round")
+    plain = not any(row.experts_held for row in rows)  # a plain torch model: no experts, and no k
+    what = config.adapter if plain else f"{config.model} on {config.data}"
+    title = visible(f"{config.algorithm}: {what}, first round")
     table = Table(title=Text(title, style="table.title"), title_justify="left")
-    # Experts have columns of their own, and what is counted for some devices only is shown where one limits it.
-    words = [word for word in RESOURCES if word != "experts" and (word in HEADS or any(_limited(rows, word)))]
+    # Experts have columns of their own, and what is counted for some devices only is shown where one counts it.
+    words = [w for w, row in RESOURCES.items() if w != "experts" and any(row.known(plan.budget) for plan in rows)]
+    split = width >= SPLIT and not many
     for name in ("clients" if many else "client", "tier"):
         table.add_column(name, no_wrap=True)
-    for name in ("experts", "trained", *(HEADS.get(word, word) for word in words), "steps", "k", "samples"):
-        table.add_column(name, justify="right", no_wrap=True)
+    heads = ["experts", "trained", *(HEADS.get(word, word) for word in words), "steps", "k", "samples"]
+    if split and "time" in heads:
+        heads.insert(heads.index("time") + 1, "= down + compute + up")
+    places = [place for place, head in enumerate(heads) if not (plain and head in ("experts", "trained", "k"))]
+    for place in places:
+        table.add_column(heads[place], justify="right", no_wrap=True)
     table.add_column("fits")
     shown = rows
     if many:
@@ -47,7 +62,8 @@ def plan_table(rows: list[PlanRow], config: Config, *, every: bool = False) -> T
             rest = [row for tier, members in tiers.items() if tier not in kept for row in members]
             tiers = {**kept, f"{len(tiers) - len(kept)} other tiers": rest}
         for tier, members in tiers.items():
-            table.add_row(str(len(members)), Text(visible(tier)), *_of_tier(members, words))
+            *cells, fits = _of_tier(members, words)
+            table.add_row(str(len(members)), Text(visible(tier)), *(cells[place] for place in places), fits)
         table.add_section()
         outside = [row for row in rows if not row.fits]
         shown = outside[:SHOWN]
@@ -55,23 +71,26 @@ def plan_table(rows: list[PlanRow], config: Config, *, every: bool = False) -> T
         table.caption = f"least–most of each tier{left}; --all shows every client, --json all numbers"
     for row in shown:
         held = f"{'+'.join(map(str, row.experts_held))} = {row.experts}"
-        table.add_row(
-            Text(visible(row.client)),  # a Text, because rich reads "[red]" in a plain name as an order
-            Text(visible(row.tier)),
+        cells = [
             held if len(row.experts_held) <= 4 else str(row.experts),
             str(row.trainable),
-            *(_against(row, word) for word in words),
+            *(cell for word in words for cell in _cells(row, word, split=split)),
             str(row.local_steps),
             str(row.top_k),
             str(row.samples),
-            "yes" if row.fits else "[red]no[/red]",
+        ]
+        table.add_row(
+            Text(visible(row.client)),  # a Text, because rich reads "[red]" in a plain name as an order
+            Text(visible(row.tier)),
+            *(cells[place] for place in places),
+            "[red]no[/red]" if not row.fits else "[yellow]late[/yellow]" if row.late else "yes",
         )
     return table
 
 
 def _of_tier(rows: list[PlanRow], words: list[str]) -> list[str]:
     """Return the cells of a tier after its name: the least and the most of its clients, and how many cannot run."""
-    outside = sum(not row.fits for row in rows)
+    outside, late = sum(not row.fits for row in rows), sum(row.late for row in rows)
     return [
         _range([row.experts for row in rows]),
         _range([row.trainable for row in rows]),
@@ -79,7 +98,7 @@ def _of_tier(rows: list[PlanRow], words: list[str]) -> list[str]:
         _range([row.local_steps for row in rows]),
         _range([row.top_k for row in rows]),
         _range([row.samples for row in rows]),
-        f"[red]{outside} do not[/red]" if outside else "yes",
+        f"[red]{outside} do not[/red]" if outside else f"[yellow]{late} late[/yellow]" if late else "yes",
     ]
 
 
@@ -91,7 +110,8 @@ def _range(values: list[float] | list[int], text: Callable[[float], str] = str) 
 def _against_all(rows: list[PlanRow], word: str) -> str:
     """What the clients of a tier use of a resource, beside their limits if there are any."""
     text = TEXTS.get(word, show.size)
-    used = _range([RESOURCES[word].used(row.predicted, row.budget) for row in rows], text)
+    known = [RESOURCES[word].used(row.predicted, row.budget) for row in rows if RESOURCES[word].known(row.budget)]
+    used = _range(known, text) if known else show.NONE
     limits = [limit for row in rows if (limit := row.budget.limit(word)) is not None]
     if not limits:
         return used
@@ -102,13 +122,17 @@ def _against_all(rows: list[PlanRow], word: str) -> str:
     return f"[{'red' if over else 'green'}]{used}[/] / {_range(limits, text)}"
 
 
-def _limited(rows: list[PlanRow], word: str) -> list[bool]:
-    """Tell of every row whether its device limits a resource."""
-    return [row.budget.limit(word) is not None for row in rows]
+def _cells(row: PlanRow, word: str, *, split: bool) -> list[str]:
+    """Return the cell of a resource, and behind that of time its parts if they are shown."""
+    if word != "time" or not split:
+        return [_against(row, word)]
+    return [_against(row, word), "" if row.seconds is None else " + ".join(f"{part:.1f}" for part in row.seconds)]
 
 
 def _against(row: PlanRow, word: str) -> str:
     """What a resource's use is, beside its limit if there is one."""
+    if not RESOURCES[word].known(row.budget):
+        return show.NONE
     used, limit = RESOURCES[word].used(row.predicted, row.budget), row.budget.limit(word)
     text = TEXTS.get(word, show.size)
     if limit is None:

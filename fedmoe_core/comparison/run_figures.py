@@ -25,6 +25,7 @@ class Spent:
     bytes_moved: float
     flops: float
     seconds: float
+    virtual_seconds: float | None = None  # by the clock of the devices; None where the run has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ def figures_of(run: Run, label: str) -> RunFigures:
     if len(judged) < 2:
         raise ValueError(f"{run.path} holds no evaluated round after the first; let it finish")
     last_C = _clients(judged[-1], kind)
-    spent = [Spent(r["round"], _moved(r), r["flops_total"], _seconds(run, r["round"])) for r in judged]
+    spent = [Spent(r["round"], _moved(r), r["flops_total"], _seconds(run, r["round"]), _virtual(r)) for r in judged]
     qualities = [fmean(_clients(r, kind)) for r in judged]
     tiers = _tiers(run, len(last_C))
     worst = min if accuracy else max
@@ -166,6 +167,11 @@ def _mean(run: Run, key: str) -> float | None:
 
 def _moved(record: Mapping[str, Any]) -> float:
     return float(record["bytes_down_total"] + record["bytes_up_total"])
+
+
+def _virtual(record: Mapping[str, Any]) -> float | None:
+    seconds = record.get("virtual_seconds_total")
+    return None if seconds is None else float(seconds)
 
 
 def _seconds(run: Run, number: int) -> float:

@@ -98,12 +98,13 @@ def markdown(rows: Sequence[Row]) -> list[str]:
         cells = [_quality(row.qualities[n], scale, digits) for n in names]
         lines.append(_line([name, str(len(row.seeds)), *cells]))
     held = list(rows[0].tier_held)
-    heads = ["system", "reached target", "rounds", "moved", "FLOPs", "time", "moved in all", "peak predicted"]
-    heads += ["measured", "ratio", *(f"experts, {_name(tier)}" for tier in held)]
+    timed = any(row.spent.virtual_seconds is not None for row in rows)
+    heads = ["system", "reached target", "rounds", "moved", "FLOPs", "time", *(["virtual time"] if timed else [])]
+    heads += ["moved in all", "peak predicted", "measured", "ratio", *(f"experts, {_name(tier)}" for tier in held)]
     heads += ["load CV", "router mass lost", "over budget"]
     lines += ["", _line(heads), _line(["---"] * len(heads))]
     for row in rows:
-        lines.append(_line(_prices(row, held)))
+        lines.append(_line(_prices(row, held, timed=timed)))
     return lines
 
 
@@ -182,8 +183,9 @@ def _row(label: str, runs: Sequence[RunFigures], qualities: Mapping[str, Quality
 
 
 def _mean_spent(spent: Sequence[Spent]) -> Spent:
-    means = {field.name: fmean(getattr(one, field.name) for one in spent) for field in fields(Spent)}
-    return Spent(**{**means, "rounds": round(means["rounds"])})  # type: ignore[arg-type]
+    told = {field.name: [getattr(one, field.name) for one in spent] for field in fields(Spent)}
+    means = {name: None if None in values else fmean(values) for name, values in told.items()}
+    return Spent(**{**means, "rounds": round(means["rounds"] or 0)})  # type: ignore[arg-type]
 
 
 def _name(text: str) -> str:
@@ -210,11 +212,12 @@ def _quality(quality: Quality, scale: float, digits: int) -> str:
     return f"**{text}**" if quality.best else text
 
 
-def _prices(row: Row, tiers: Sequence[str]) -> list[str]:
+def _prices(row: Row, tiers: Sequence[str], *, timed: bool) -> list[str]:
     at = row.to_target
-    price = [show.NONE] * 4
+    price = [show.NONE] * (5 if timed else 4)
     if at is not None:
         price = [str(at.rounds), show.size(at.bytes_moved), show.flops(at.flops), show.seconds(at.seconds)]
+        price += [show.seconds(at.virtual_seconds)] if timed else []
     low, high = row.peak_ratio
     return [
         _name(row.label),

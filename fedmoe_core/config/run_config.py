@@ -41,6 +41,7 @@ from fedmoe_core.config.sections import (
     PlusConfig,
     Positive,
     SelectionConfig,
+    TimeConfig,
     TrainConfig,
     WarmupConfig,
 )
@@ -99,6 +100,7 @@ class Config:
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     cohort: CohortConfig = field(default_factory=CohortConfig)
+    time: TimeConfig = field(default_factory=TimeConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     fedmoe: FedMoEConfig = field(default_factory=FedMoEConfig)
@@ -125,7 +127,13 @@ class Config:
             checked(key, values[key], setting)
         for tier in self.budgets:
             # Its words; what a share of experts comes to is known with the model.
-            Budget.parse(tier, spec_experts=1, plain=lambda count: NOTHING)
+            budget = Budget.parse(tier, spec_experts=1, plain=lambda count: NOTHING)
+            asked = [key for key in ("deadline", "straggle", "target") if getattr(self.time, key)]
+            if asked and budget.pace is None:
+                raise ValueError(
+                    f"time.{asked[0]} needs the speed of every device, and budget {tier!r} states none; add for "
+                    "example speed=2e9,downlink=10Mbit,uplink=5Mbit, or name a device profile"
+                )
         if self.cohort.memory != "auto":
             try:
                 Budget.parse(f"memory={self.cohort.memory}")

@@ -79,6 +79,18 @@ class CohortConfig:
 
 
 @dataclass(frozen=True)
+class TimeConfig:
+    """A virtual clock by the speeds that the budgets state, and what it decides; a model, not a measurement."""
+
+    # sigma of the log-normal factor, of median 1, by which a client's time in a round strays; 0 = none
+    straggle: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.0
+    deadline: NaturalReal = 0.0  # virtual seconds after which a round takes no update; 0 = none
+    # shorten: plans fit the deadline, by fewer local steps; drop: plans do not know it. An update after it never counts
+    late: Literal["shorten", "drop"] = "shorten"
+    target: NaturalReal = 0.0  # held-out loss, or accuracy of labelled data, whose virtual time is told; 0 = none
+
+
+@dataclass(frozen=True)
 class SelectionConfig:
     """How experts are scored and chosen under a budget (HFedMoE eqs. 3-5, 10-15)."""
 

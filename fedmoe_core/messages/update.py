@@ -32,7 +32,7 @@ class ClientUpdate:
         cost: what the round really cost.
         samples: |D_c|.
         loss_first, loss_last: mean loss of the first and of the last local step (nats).
-        status: "ok"; "failed" by the client or "refused" by the server, with the reason in ``error``.
+        status: "ok"; "failed" by the client, or "refused" by the server, or "late", with the reason in ``error``.
         steps: optimizer steps taken.
         validation, validation_profile: of the trained sub-model on the client's validation data; None where the plan
             did not ask.
@@ -55,7 +55,7 @@ class ClientUpdate:
     samples: int
     loss_first: float = float("nan")
     loss_last: float = float("nan")
-    status: Literal["ok", "failed", "refused"] = "ok"
+    status: Literal["ok", "failed", "refused", "late"] = "ok"
     error: str = ""
     steps: int = 0
     validation: Evaluation | None = None
@@ -133,7 +133,7 @@ def failed_update(plan: ExpertPlan, failure: LocalFailure, *, sample_weight: flo
     )
 
 
-def refused(update: ClientUpdate, reason: str) -> ClientUpdate:
+def refused(update: ClientUpdate, reason: str, *, status: Literal["refused", "late"] = "refused") -> ClientUpdate:
     """Return the same report with nothing in it that could enter the model or the server's memory."""
     return replace(
         update,
@@ -146,6 +146,6 @@ def refused(update: ClientUpdate, reason: str) -> ClientUpdate:
         validation_profile=None,
         private={},
         metrics={},
-        status="refused",
+        status=status,
         error=reason,
     )

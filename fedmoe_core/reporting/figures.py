@@ -32,18 +32,20 @@ RESOURCES: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "bytes_up": ("bytes up", show.size),
     "experts": ("experts", lambda count: show.NONE if count is None else f"{count:.0f}"),
     "energy_joules": ("energy", show.joules),
+    "virtual_seconds": ("virtual time", show.seconds),
 }
+COUNTED = ("energy_joules", "virtual_seconds")  # by what some devices alone say of themselves
 
 
 def resources(run: Run) -> dict[str, tuple[str, Callable[[float | None], str]]]:
-    """Return what a run's tables show of its resources: energy if some device limits it, experts if there are any."""
-    limited = any((entry.get("budget") or {}).get("energy_joules") is not None for entry in run.ledger)
-    shown = {"energy_joules": limited, "experts": not run.plain}
+    """Return what a run's tables show of its resources: what some device counts, and experts where there are any."""
+    counted = {key for key in COUNTED if any((entry.get("real") or {}).get(key) for entry in run.ledger)}
+    shown = dict.fromkeys(COUNTED, False) | dict.fromkeys(counted, True) | {"experts": not run.plain}
     return {key: words for key, words in RESOURCES.items() if shown.get(key, True)}
 
 
 def learning(runs: Sequence[Run]) -> Figure | None:
-    """Draw held-out loss, and accuracy if there is one, against rounds, bytes moved and FLOPs; one line per run.
+    """Draw held-out loss, and accuracy if there is one, against rounds, bytes, FLOPs and time; one line per run.
 
     Of the global model where some run has one, and of the clients' own models, on average, where those were evaluated.
     """
@@ -66,6 +68,7 @@ def learning(runs: Sequence[Run]) -> Figure | None:
             "moved, both ways", runs, lambda r: _plus(r.get("bytes_down_total"), r.get("bytes_up_total")), 1024, "B"
         ),
         *_scaled("computed by clients", runs, lambda r: r.get("flops_total"), 1000, "FLOP"),
+        *([("virtual hours", _value("virtual_seconds_total"), 3600.0)] if timed(runs) else []),
     ]
     figure = Figure(figsize=(WIDTH, 2.9 * len(metrics)))
     grid = figure.subplots(len(metrics), len(axes_of), sharey="row", squeeze=False)
@@ -89,6 +92,11 @@ def learning(runs: Sequence[Run]) -> Figure | None:
         row[0].set_title(label)
     figure.tight_layout(w_pad=2.0, h_pad=1.6)
     return figure
+
+
+def timed(runs: Sequence[Run]) -> bool:
+    """Tell whether some of these runs have a virtual clock."""
+    return any(run.virtual_seconds is not None for run in runs)
 
 
 def spread(runs: Sequence[Run]) -> Figure | None:

@@ -18,9 +18,10 @@ from fedmoe_core.reporting import crowd, crowd_figures, crowd_tables, drawing, f
 from fedmoe_core.reporting.results import QUALITIES, held, how_clients_ran, note, quality_of
 from fedmoe_core.reporting.run import Run
 from fedmoe_core.reporting.run_schema import read_text
-from fedmoe_core.reporting.tables import Cell, Piece, exceeded, ledger, plain, refused, runs_table, tiers
+from fedmoe_core.reporting.tables import Cell, Piece, exceeded, late, ledger, plain, refused, runs_table, tiers
 from fedmoe_core.simulation.directory.health import problems
 
+SHOWN = 10  # names of clients in one line
 SPREAD = "Clients: worst, mean and best"
 BUDGETS = "Budget used, against budget given"
 _BANDS = "The pale band holds 90 % of the clients, the strong one 50 %."
@@ -131,6 +132,7 @@ def _part(run: Run, gallery: _Gallery, *, alone: bool) -> dict[str, Any]:
         "grouped": many,
         "ledger": crowd_tables.ledger(run) if many else ledger(run),
         "over": crowd_tables.over_budget(run) if many else None,
+        "late": late(run),
         "refused": crowd_tables.refused(run) if many else refused(run),
         "configuration": read_text(path).splitlines() if path.is_file() else (),
     }
@@ -223,6 +225,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     ]
     return [
         *facts,
+        *_times(run),
         ("partition", str(s.get("partition", show.NONE))),
         ("corpus sha256", str(s.get("corpus_sha256") or show.NONE)[:16]),
         ("model hash", str(s.get("model_hash") or show.NONE)[:16]),
@@ -231,6 +234,21 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         *([("trained at once", how_clients_ran(run))] if how_clients_ran(run) else []),
         *([] if run.plain else of_experts),
     ]
+
+
+def _times(run: Run) -> list[tuple[str, str]]:
+    """What the virtual clock of a run says; nothing where it has none."""
+    if run.virtual_seconds is None:
+        return []
+    said, s = [("virtual time", show.seconds(run.virtual_seconds))], run.summary
+    if "late_updates" in s:
+        absent = s.get("absent_clients") or ()
+        never = f"; never drawn: {', '.join(absent[:SHOWN])}{' ...' if len(absent) > SHOWN else ''}" if absent else ""
+        said.append(("updates too late", f"{s['late_updates']}{never}"))
+    if (target := (run.config.get("time") or {}).get("target")) and run.finished:
+        there = s.get("virtual_seconds_to_target")
+        said.append((f"time to {target:g}", "not reached" if there is None else show.seconds(there)))
+    return said
 
 
 def _headline(run: Run) -> str:

@@ -38,6 +38,10 @@ def line(run: Run) -> str:
         parts.append(f"budgets exceeded: {run.broken}{_first(summary.get('broken_by'))}")
     if not run.budgeted:
         parts.append(f"not bound by the budgets{_first(summary.get('over_budget'))}")
+    if run.virtual_seconds is not None:
+        parts.append(f"virtual time {show.seconds(run.virtual_seconds)}")
+    if run.late:
+        parts.append(f"updates too late: {len(run.late)}")
     if summary.get("refused_updates"):
         parts.append(f"updates refused: {summary['refused_updates']}")
     if "cohorts" in summary:

@@ -83,6 +83,17 @@ class Run:
         down, up = self.summary.get("bytes_down"), self.summary.get("bytes_up")
         return None if down is None or up is None else float(down + up)
 
+    @property
+    def virtual_seconds(self) -> float | None:
+        """Virtual time of the whole run; None where it has no clock."""
+        seconds = self.summary.get("virtual_seconds", self.last("virtual_seconds_total"))
+        return seconds if show.known(seconds) else None
+
+    @property
+    def late(self) -> list[tuple[int, int, float]]:
+        """Round, client and virtual seconds of every update that came after the deadline."""
+        return [(r["round"], item["client"], item["seconds"]) for r in self.rounds for item in r.get("late") or ()]
+
     @cached_property
     def client_ids(self) -> list[int]:
         """Clients that are known of, grouped by tier (tiers in order of appearance), ascending within a tier."""

@@ -64,6 +64,14 @@ REFUSED = FieldKind(
     list[defstruct("Refused", [("client", Count), ("reason", str)])],  # type: ignore[misc]
 )
 
+LATE = FieldKind(
+    'a list of tables with a whole number "client" and an amount "seconds"',
+    list[defstruct("Late", [("client", Count), ("seconds", Amount)])],  # type: ignore[misc]
+)
+CLOCK = FieldKind(
+    "a table of amounts straggle and seconds", defstruct("Clock", [("straggle", Amount), ("seconds", Amount)])
+)
+
 CONFIG = {"algorithm": TEXT, "model": TEXT, "data": TEXT, "clients": COUNT, "seed": INTEGER, "budgets": TEXTS}
 SUMMARY = {
     **dict.fromkeys(("algorithm", "label", "task", "partition"), TEXT),
@@ -78,7 +86,9 @@ SUMMARY = {
     **dict.fromkeys(("personal_loss_C", "personal_accuracy_C"), PER_CLIENT),
     "seed": INTEGER,
     "budgeted": FLAG,
-    **dict.fromkeys(("over_budget", "broken_by"), TEXTS),
+    **dict.fromkeys(("virtual_seconds", "virtual_seconds_to_target"), AMOUNT),
+    "late_updates": COUNT,
+    **dict.fromkeys(("over_budget", "broken_by", "absent_clients"), TEXTS),
     "nothing_trained": TEXT,
 }
 ROUND = {
@@ -86,6 +96,8 @@ ROUND = {
     **dict.fromkeys(("loss", "accuracy", "lost_mass", "coverage", "load_cv"), NUMBER),
     **dict.fromkeys(("loss_clients", "accuracy_clients", "personal_loss_C", "personal_accuracy_C"), PER_CLIENT),
     **dict.fromkeys(("bytes_down_total", "bytes_up_total", "flops_total", "seconds", "engine_seconds"), AMOUNT),
+    **dict.fromkeys(("virtual_seconds", "virtual_seconds_total"), AMOUNT),
+    "late": LATE,
     "refused": REFUSED,
     "importance_LE": _matrix(Number | None, "a list of equally long rows of finite numbers or nulls"),
 }
@@ -99,6 +111,7 @@ LEDGER = {
     **dict.fromkeys(("round", "client"), COUNT),
     **dict.fromkeys(("budget", "bound_by"), COST),
     **dict.fromkeys(("predicted", "real"), COST),
+    "clock": CLOCK,
 }
 PARTITION = {
     **dict.fromkeys(("names", "clients"), TEXTS),

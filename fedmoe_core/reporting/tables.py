@@ -48,6 +48,7 @@ def exceeded(run: Run, unbound: Piece) -> Cell:
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """Return one row a run, sorted by how it ended, with what sets it apart from the first under its name."""
+    timed = figures.timed(runs)
     accurate, quality = any(run.has_accuracy for run in runs), quality_of(runs)
     seeds = len({run.seed for run in runs}) > 1
     rows = []
@@ -58,12 +59,14 @@ def runs_table(runs: Sequence[Run]) -> Table:
         texts += [quality.text(quality.of(run))] if quality.personal else []
         texts += [show.change(s, "loss", show.number), show.number(s.get("worst_client_loss")), show.size(run.traffic)]
         texts += [show.flops(s.get("flops")), show.size(s.get("peak_memory_bytes")), held(run).replace("..", "–")]
+        texts += [show.seconds(run.virtual_seconds)] if timed else []
         name = (Piece(run.name), Piece(apart, "label")) if apart else plain(run.name)
         broken = exceeded(run, Piece(show.NONE))
         rows.append((name, *map(plain, texts), broken, plain(show.seconds(s.get("seconds")))))
     names = ["run", *(["seed"] if seeds else []), *(["accuracy"] if accurate else [])]
     names += ["clients' own models"] if quality.personal else []
     names += ["held-out loss", "worst client", "moved", "computed", "peak memory", "experts held"]
+    names += ["virtual time"] if timed else []
     return Table((*names, "budgets exceeded", "time"), tuple(rows), left=(0,))
 
 
@@ -136,6 +139,18 @@ def ledger(run: Run) -> Table | None:
         rows.append((*cells, plain(show.seconds(real.get("seconds")))))
     names = ("client", *(label for label, _ in resources.values()), "time")
     return Table(names, tuple(rows), left=(0,))
+
+
+def late(run: Run) -> Table | None:
+    """Return one row a client whose updates came after the deadline: how many, and the least and most it took."""
+    took: dict[int, list[float]] = {}
+    for _, client, seconds in run.late:
+        took.setdefault(client, []).append(seconds)
+    rows = [
+        (plain(run.client_name(client)), *map(plain, (str(len(each)), *map(show.seconds, (min(each), max(each))))))
+        for client, each in sorted(took.items(), key=lambda item: (-len(item[1]), item[0]))[: show.MANY]
+    ]
+    return Table(("client", "too late", "least time", "most time"), tuple(rows), left=(0,)) if rows else None
 
 
 def refused(run: Run) -> Table | None:

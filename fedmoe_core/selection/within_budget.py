@@ -9,14 +9,17 @@ import numpy as np
 
 from fedmoe_core.budget.additive import AdditiveCosts
 from fedmoe_core.budget.cost_model import CostModel, Mode
-from fedmoe_core.budget.limits import RESOURCES, Budget, BudgetError, show
+from fedmoe_core.budget.limits import Budget, BudgetError, show
+from fedmoe_core.budget.rates import Prices
+from fedmoe_core.budget.resources import RESOURCES
 from fedmoe_core.selection.knapsack import knapsack, respects
 
-NANO = 1e9  # the row of energy counts nanojoules, for solvers add whole numbers up
+NANO = 1e9  # the rows of energy and time count nanojoules and nanoseconds, for solvers add whole numbers up
 
 
 class Allowance(NamedTuple):
-    """What a budget's additive limits leave for experts: rows of (memory, down, up, experts, energy) that it limits.
+    """What a budget's additive limits leave for experts: rows of (memory, down, up, experts, energy, time) that
+    it limits.
 
     Attributes:
         costs_DLE: int64, what each expert that trains takes of it.
@@ -61,7 +64,7 @@ def choose(
     A budget that holds the whole model leaves nothing to choose: all experts are in, whatever their scores (eq. 15
     would drop negative ones; invariant 9 asks that a full budget be FedAvg for every lambda and beta).
     FLOPs do not depend on the experts held; ``fit_flops`` meets them. Of an energy budget, ``local_steps`` steps are
-    set aside before traffic is paid from it, or the least step where these leave too little.
+    set aside before traffic is paid from it, or the least step where these leave too little; of time the least step.
 
     Raises:
         ValueError: a limit is too small for one expert per MoE layer, with the number that would do; or the mode
@@ -95,8 +98,10 @@ def allowance_of(
         ValueError: as ``choose``.
     """
     rows = model.rows(mode, first_participation=first_participation)
-    if budget.energy_joules is not None:
-        rows = _with_energy(rows, model, budget, local_steps=local_steps)
+    for resource in RESOURCES.values():
+        amount, prices = budget.limit(resource.word), resource.prices(budget)
+        if amount is not None and prices is not None:
+            rows = _with_priced(rows, resource.word, prices, model, limit=amount, local_steps=local_steps)
     limited = {
         name: _whole(name, limit) for name in dict.fromkeys(rows.names) if (limit := budget.limit(name)) is not None
     }
@@ -111,22 +116,25 @@ def allowance_of(
     return Allowance(rows.costs_DLE[kept], rows.base_D[kept], limits_D, rows.frozen_D[kept])
 
 
-def _with_energy(rows: AdditiveCosts, model: CostModel, budget: Budget, *, local_steps: int) -> AdditiveCosts:
-    """Add the row of energy, in nanojoules: the work that is set aside, and the traffic of every expert."""
-    assert budget.power is not None
+def _with_priced(
+    rows: AdditiveCosts, word: str, prices: Prices, model: CostModel, *, limit: float, local_steps: int
+) -> AdditiveCosts:
+    """Add the row of energy or time, in billionths: the work that is set aside, and the traffic of every expert."""
     every_LE = np.ones(rows.costs_DLE.shape[1:], dtype=bool)
-    moved = [rows.names.index(word) for word in ("down", "up")]
-    byte, flop = NANO * budget.power.joules_per_byte, NANO * budget.power.joules_per_flop
-    costs_LE, frozen = rows.costs_DLE[moved].sum(axis=0), int(rows.frozen_D[moved].sum())
+    down, up = rows.names.index("down"), rows.names.index("up")
+    flop, byte_down, byte_up = (NANO * price for price in prices)
+    costs_LE = byte_down * rows.costs_DLE[down] + byte_up * rows.costs_DLE[up]
+    sent = byte_down * int(rows.base_D[down]) + byte_up * int(rows.base_D[up])
+    frozen = byte_down * int(rows.frozen_D[down]) + byte_up * int(rows.frozen_D[up])
     whole, least = local_steps * model.step_flops(every_LE, every_LE), model.step_flops(every_LE, every_LE, top_k=1)
-    traffic = byte * (int(rows.base_D[moved].sum()) + int(costs_LE.min(axis=1).sum()))
-    work = whole if flop * whole + traffic <= NANO * float(budget.energy_joules or 0) else least
-    base = math.ceil(byte * int(rows.base_D[moved].sum()) + flop * work)
+    traffic = sent + float(costs_LE.min(axis=1).sum())
+    # Of time the least step is set aside: a deadline shortens training and leaves a client its experts.
+    work = whole if word != "time" and flop * whole + traffic <= NANO * limit else least
     return AdditiveCosts(
-        (*rows.names, "energy"),
-        np.append(rows.base_D, base),
-        np.concatenate([rows.costs_DLE, np.ceil(byte * costs_LE).astype(np.int64)[None]]),
-        np.append(rows.frozen_D, math.ceil(byte * frozen)),
+        (*rows.names, word),
+        np.append(rows.base_D, math.ceil(sent + flop * work)),
+        np.concatenate([rows.costs_DLE, np.ceil(costs_LE).astype(np.int64)[None]]),
+        np.append(rows.frozen_D, math.ceil(frozen)),
     )
 
 
@@ -194,7 +202,8 @@ def fit_flops(
     most_k = min(model.top_k if top_k is None else top_k, int(permitted_LE.sum(axis=1).max(initial=0)))
     if budget.flops is None:
         return FlopFit(local_steps, most_k, trainable_LE)
-    allowed = "flops budget" if budget.energy_joules is None else "what the budget's energy or operations allow,"
+    counted = [row.word for row in RESOURCES.values() if row.counted_by and budget.limit(row.word) is not None]
+    allowed = f"what the budget's {' or '.join([*counted, 'operations'])} allow," if counted else "flops budget"
     for k in range(most_k, 0, -1) if most_k else (0,):  # 0: a model without MoE layers
         steps = _steps(budget.flops, model.step_flops(permitted_LE, trainable_LE, top_k=k))
         if steps:

@@ -100,7 +100,7 @@ def plan_of_masks(
     )
     left = _left(population, client, extras, served_LE=served_LE) if budgeted else budget
     fit = fit_flops(
-        left.with_flops_of_energy(traffic),
+        left.with_flops_of(traffic),
         costs,
         served_LE,
         extras.taught(trainable_LE),

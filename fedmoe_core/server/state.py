@@ -33,6 +33,7 @@ class Population:
         counts_CD: what each holds: private rows by class (classification) or tokens by domain; None = unknown.
         validation_tokens_C: tokens, padding included, of each client's validation pass; None where no algorithm of
             this run needs validation.
+        absent: clients that no plan brings inside ``time.deadline``; they are never drawn.
         lora_costs: the cost model under adapters of the declared rank, where ``costs`` is not that one already.
     """
 
@@ -45,6 +46,7 @@ class Population:
     counts_CD: np.ndarray | None = None
     validation_tokens_C: np.ndarray | None = None
     lora_costs: CostModel | None = None
+    absent: frozenset[int] = frozenset()
 
     @property
     def every_LE(self) -> np.ndarray:

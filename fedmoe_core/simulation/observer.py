@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedmoe_core.budget.limits import RESOURCES, Budget, Cost
+from fedmoe_core.budget.limits import Budget, Cost
+from fedmoe_core.budget.rates import Seconds
+from fedmoe_core.budget.resources import RESOURCES
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class PlanRow:
         budget: the device's own, which FedAvg's plan may pass; its name is the tier.
         local_steps, top_k: the work that is left inside the budget.
         samples: private training rows of the client.
+        deadline: ``time.deadline``; 0 = none.
     """
 
     client: str
@@ -31,6 +34,7 @@ class PlanRow:
     local_steps: int
     top_k: int
     samples: int
+    deadline: float = 0.0
 
     @property
     def tier(self) -> str:
@@ -52,9 +56,22 @@ class PlanRow:
         """What passes which limit; empty where the plan fits."""
         return "; ".join(self.budget.violations(self.predicted))
 
+    @property
+    def seconds(self) -> Seconds | None:
+        """Virtual seconds of the round, without straggling; None where the tier states no speed."""
+        return None if self.budget.pace is None else self.budget.pace.seconds(self.predicted)
+
+    @property
+    def late(self) -> bool:
+        """Whether its update would come after the deadline and not count."""
+        return bool(self.deadline) and RESOURCES["time"].used(self.predicted, self.budget) > self.deadline
+
     def facts(self) -> dict[str, Any]:
-        """Return the row in JSON's types: for every resource what is used and what is allowed (None = no limit)."""
-        used = {word: resource.used(self.predicted, self.budget) for word, resource in RESOURCES.items()}
+        """Return the row in JSON's types: of every resource what is used (None = not known) and allowed (no limit)."""
+        used = {
+            word: resource.used(self.predicted, self.budget) if resource.known(self.budget) else None
+            for word, resource in RESOURCES.items()
+        }
         return {
             "client": self.client,
             "tier": self.tier,
@@ -63,10 +80,12 @@ class PlanRow:
             "trainable": self.trainable,
             "used": used,
             "allowed": {word: self.budget.limit(word) for word in RESOURCES},
+            "seconds": None if self.seconds is None else self.seconds._asdict(),
             "local_steps": self.local_steps,
             "top_k": self.top_k,
             "samples": self.samples,
             "fits": self.fits,
+            "late": self.late,
             "reason": self.reason,
         }
 

@@ -28,6 +28,7 @@ from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.model.spec import ModelSpec
 from fedmoe_core.server.state import Population
 from fedmoe_core.simulation.calibrate import calibrate
+from fedmoe_core.simulation.clock.deadline import keep_deadline
 from fedmoe_core.simulation.cohorts.dry_step import CohortMeter
 from fedmoe_core.simulation.identity import Identity, code_version
 from fedmoe_core.simulation.observer import Observer
@@ -114,7 +115,7 @@ def found_world(sources: Sources, params: dict[str, Tensor]) -> MoEWorld:
     plain = dry_step(sources, params, config.train) if shares else None
     budgets = deal_budgets(config, adapter.spec, plain)
     params = take_form(config, sources.form, adapter, params)
-    population = measure_population(sources, params, budgets, plain)
+    population = keep_deadline(measure_population(sources, params, budgets, plain), sources.form, params)
     cohorts = meter_of(sources, params, population)
     algorithm = sources.form(population)
     return MoEWorld(config, data, adapter, params, population, algorithm, sources.ranks, sources.identity, cohorts)

@@ -180,6 +180,8 @@ def headline(info: Mapping[str, Any]) -> str:
 def client_line(client: int, record: Mapping[str, Any]) -> str:
     """Write one line for one client of a round."""
     name = f"client {client}" + (f" ({record['tier']})" if record.get("tier") else "")
+    if record.get("status") == "late":
+        return f"{name} {record.get('error')}"
     if record.get("status", "ok") != "ok":
         return f"{name} failed: {record.get('error') or 'no reason given'}"
     return f"{name}: loss {show.number(record.get('loss_first'))} to {show.number(record.get('loss_last'))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedmoe_core.messages.update import ClientUpdate, refused
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.state import ServerState
+from fedmoe_core.simulation.clock.times import RoundTime, lateness, round_time
 from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.directory.lines import client_record
 from fedmoe_core.simulation.observer import Observer
@@ -31,6 +33,7 @@ class Round:
     seconds: float
     engine_seconds: float  # plan, extract, check, aggregate: everything but training
     cohorts: list[dict[str, Any]]  # of all ranks: who trained at once, the peak predicted and measured
+    time: RoundTime | None = None  # virtual; None where the run has no clock
 
 
 def play_round(world: Federation, state: ServerState, observer: Observer) -> tuple[ServerState, Round]:
@@ -39,7 +42,7 @@ def play_round(world: Federation, state: ServerState, observer: Observer) -> tup
 
     reports, cohorts = [], []
     with ranks.together(f"training round {state.round + 1}"):
-        plans = world.algorithm.plan(state, sample_clients(config, state.round))
+        plans = world.algorithm.plan(state, sample_clients(config, state.round, absent=world.population.absent))
         groups = world.groups(plans)
         sums = _accumulator(world)
         engine = time.perf_counter() - began
@@ -48,7 +51,7 @@ def play_round(world: Federation, state: ServerState, observer: Observer) -> tup
             for answer in world.answers(state, group):
                 update, plan, peak = answer.update, answer.plan, answer.memory_bytes
                 checking = time.perf_counter()
-                reports.append(report_of(_admit(update, plan, sums)))
+                reports.append(report_of(_admit(world, update, plan, sums)))
                 engine += time.perf_counter() - checking + answer.extract_seconds
                 if config.ranks == 1:
                     record = client_record(state.round + 1, update, plan, world.population.budgets)
@@ -68,15 +71,17 @@ def play_round(world: Federation, state: ServerState, observer: Observer) -> tup
         state = world.algorithm.advance(state, sums.sums(), updates)
     else:
         state = state.advance(state.params, {}, [update.client for update in updates])
-    now = time.perf_counter()
-    return state, Round(state.round - 1, plans, updates, applied, now - began, engine + now - summing, together)
+    virtual, now = round_time(world.population, updates), time.perf_counter()
+    spent = now - began, engine + now - summing
+    return state, Round(state.round - 1, plans, updates, applied, *spent, together, virtual)
 
 
-def sample_clients(config: Config, round: int) -> list[int]:
-    """Draw the clients of a round, ascending; every rank draws the same."""
-    count = config.clients_per_round or config.clients
+def sample_clients(config: Config, round: int, *, absent: Collection[int] = ()) -> list[int]:
+    """Draw the clients of a round from those that are not ``absent``, ascending; every rank draws the same."""
+    present = [client for client in range(config.clients) if client not in absent]
+    count = min(config.clients_per_round or config.clients, len(present))
     rng = counter_rng(config.seed, "sample", round)
-    return sorted(int(client) for client in rng.choice(config.clients, size=count, replace=False))
+    return sorted(present[int(place)] for place in rng.choice(len(present), size=count, replace=False))
 
 
 def _cohort_record(group: Group, peak: int, seconds: float) -> dict[str, Any]:
@@ -86,12 +91,14 @@ def _cohort_record(group: Group, peak: int, seconds: float) -> dict[str, Any]:
     return {"clients": clients, "predicted_bytes": predicted, "memory_bytes": peak, "seconds": seconds}
 
 
-def _admit(update: ClientUpdate, plan: ExpertPlan, sums: Accumulator) -> ClientUpdate:
-    """Sum the update, or refuse it by name: it broke its budget, or it is not what was asked for."""
+def _admit(world: Federation, update: ClientUpdate, plan: ExpertPlan, sums: Accumulator) -> ClientUpdate:
+    """Sum the update, or refuse it by name: it broke its budget, came late, or is not what was asked for."""
     if over := plan.budget.violations(update.cost):
         # Without a plan that fits, no client trains: so what was predicted was wrong, and the log says that.
         before = f"{update.error}; " if update.status == "failed" else ""
         return refused(update, f"{before}over budget, though its plan fits: {over[0]}")
+    if update.status == "ok" and (late := lateness(world.population, update)):
+        return refused(update, late, status="late")
     outcome = sums.add(update, plan)
     if outcome.accepted or update.status == "failed":
         return update

@@ -47,7 +47,10 @@ def nothing_trained(records: Sequence[Mapping[str, Any]], min_clients: int) -> s
     if not accepted:
         first = answers[0]
         why = f"client {first['client']} in round {first['round']}: {first['error']}"
-        return f"all {len(answers)} updates failed or were refused; {why}"
+        late = any(line["status"] == "late" for line in answers)
+        return (
+            f"all {len(answers)} updates failed{', were refused or came late' if late else ' or were refused'}; {why}"
+        )
     if not any(line.get("applied") for line in records):
         return f"no round had min_clients={min_clients} accepted updates ({len(accepted)} of {len(answers)} in all)"
     if not any(line["steps"] for line in accepted):

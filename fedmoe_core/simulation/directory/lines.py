@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fedmoe_core.budget.limits import NOTHING, Budget
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.simulation.clock.times import RoundTime
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.observer import PlanRow
 from fedmoe_core.simulation.worlds.federation import Federation
@@ -23,6 +25,7 @@ def plan_row(world: Federation, plan: ExpertPlan) -> PlanRow:
         local_steps=plan.local_steps,
         top_k=plan.top_k,
         samples=int(world.population.samples_C[plan.client]),
+        deadline=world.config.time.deadline,
     )
 
 
@@ -67,8 +70,13 @@ def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: 
     }
 
 
-def ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:
-    """Make one client's line of ledger.jsonl; ``bound_by`` is there where other limits bound the plan."""
+def ledger_line(
+    number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...], time: RoundTime | None = None
+) -> dict[str, Any]:
+    """Make one client's line of ledger.jsonl; ``bound_by`` is there where other limits bound the plan.
+
+    ``real.virtual_seconds`` is what its device takes for what it did; ``clock`` has the straggling and what came of it.
+    """
     budget = budgets[update.client]
     return {
         "round": number,
@@ -77,6 +85,7 @@ def ledger_line(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tu
         **({} if plan.budget == budget else {"bound_by": plan.budget.record()}),
         "predicted": budget.record_of(plan.predicted),
         "real": budget.record_of(update.cost),
+        **({} if time is None else {"clock": asdict(time.clients[update.client])}),
         **({} if update.cohort == 1 else {"cohort": update.cohort}),
         **({} if plan.extras.surcharge == NOTHING else {"surcharge": budget.record_of(plan.extras.surcharge)}),
     }

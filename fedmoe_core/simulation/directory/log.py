@@ -13,6 +13,7 @@ import numpy as np
 from fedmoe_core.base.files import JsonlLog, write_json, write_whole
 from fedmoe_core.budget.limits import Budget
 from fedmoe_core.server.state import ServerState, pack_state
+from fedmoe_core.simulation.clock.times import has_clock, time_facts, time_summary
 from fedmoe_core.simulation.directory.checkpoint import save_checkpoint
 from fedmoe_core.simulation.directory.claim import Claim
 from fedmoe_core.simulation.directory.health import kept_budgets, nothing_trained
@@ -21,6 +22,8 @@ from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.round import Round
 from fedmoe_core.simulation.worlds.federation import Federation
 
+REFUSED = ("failed", "refused")  # an update that came late is on record as that
+
 
 class RunLog:
     """What rank 0 writes. A round is on record once its checkpoint is; later lines are cut off on resume."""
@@ -28,7 +31,9 @@ class RunLog:
     def __init__(self, claim: Claim, world: Federation) -> None:
         self.out, self.run, self.world = claim.path, claim.id, world
         out = self.out
-        self.totals = {"bytes_down_total": 0, "bytes_up_total": 0, "flops_total": 0.0}
+        self.totals: dict[str, float] = {"bytes_down_total": 0, "bytes_up_total": 0, "flops_total": 0.0}
+        if has_clock(world.population):
+            self.totals["virtual_seconds_total"] = 0.0
         self.unbilled_seconds = 0.0  # of the last commit; its round's line was written before it
         self.metrics = JsonlLog(out / "metrics.jsonl")
         self.ledger = JsonlLog(out / "ledger.jsonl")
@@ -80,13 +85,17 @@ class RunLog:
         began, number = time.perf_counter(), played.index + 1
         plans = {plan.client: plan for plan in played.plans}
         budgets = self.world.population.budgets
-        self._append(self.ledger, *[ledger_line(number, u, plans[u.client], budgets) for u in played.updates])
+        self._append(
+            self.ledger, *[ledger_line(number, u, plans[u.client], budgets, played.time) for u in played.updates]
+        )
         trained = [plans[u.client].trainable_LE & (u.expert_weight_LE > 0) for u in played.updates if u.status == "ok"]
         profiles = [update.profile for update in played.updates if update.profile is not None]
         lost = [profile.lost_mass_L / np.maximum(profile.tokens_L, 1) for profile in profiles]
         costs = [update.cost for update in played.updates]
         for name in ("bytes_down", "bytes_up", "flops"):
             self.totals[f"{name}_total"] += sum(getattr(cost, name) for cost in costs)
+        if played.time is not None:
+            self.totals["virtual_seconds_total"] += played.time.seconds
         logging = time.perf_counter() - began + self.unbilled_seconds
         line = {
             "type": "round",
@@ -95,7 +104,8 @@ class RunLog:
             **self.totals,
             "seconds": played.seconds + logging + (0.0 if held is None else held.seconds),
             "engine_seconds": played.engine_seconds + logging,
-            "refused": [{"client": u.client, "reason": u.error} for u in played.updates if u.status != "ok"],
+            "refused": [{"client": u.client, "reason": u.error} for u in played.updates if u.status in REFUSED],
+            **time_facts(played.time, played.updates),
             "applied": played.applied,
             **({"cohorts": played.cohorts} if played.cohorts else {}),
         }
@@ -148,6 +158,7 @@ class RunLog:
             "experts_held_min": min(held, default=0),
             "experts_held_max": max(held, default=0),
             **kept_budgets(entries),
+            **time_summary(self.world.population, self.world.holdings.clients, rounds),
             "refused_updates": sum(len(line["refused"]) for line in rounds),
             **(how_clients_ran(records) if config.cohort.clients != 1 else {}),
             "nothing_trained": nothing_trained(records, config.min_clients),

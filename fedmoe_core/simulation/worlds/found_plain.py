@@ -22,6 +22,7 @@ from fedmoe_core.messages.profile import empty_profile
 from fedmoe_core.model.plain import PlainModel, find_plain, plain_spec, plain_tensors
 from fedmoe_core.model.spec import model_hash
 from fedmoe_core.server.state import Population
+from fedmoe_core.simulation.clock.deadline import keep_deadline
 from fedmoe_core.simulation.identity import Identity, code_version
 from fedmoe_core.simulation.observer import Observer
 from fedmoe_core.simulation.process_group import Ranks
@@ -85,6 +86,7 @@ def found_plain(config: Config, plain: PlainModel, ranks: Ranks, observer: Obser
         prior=empty_profile(0, 0),
         counts_CD=data.counts_CD,
     )
+    population = keep_deadline(population, form, params)
     apart = "" if config.cohort.clients == 1 else meter.trouble()
     return PlainWorld(config, data, trainer, params, population, form(population), ranks, identity, meter, apart)
 

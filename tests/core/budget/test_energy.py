@@ -7,7 +7,9 @@ import pytest
 from hand_made import TRAINED, model, plan_for, population
 
 from fedmoe_core.algorithms.baselines import FedAvgSmallest
-from fedmoe_core.budget.limits import RESOURCES, Budget, BudgetError, Cost, Power
+from fedmoe_core.budget.limits import Budget, BudgetError, Cost
+from fedmoe_core.budget.rates import Power
+from fedmoe_core.budget.resources import RESOURCES
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.server.planning import make_plan, plan_of_masks
 from fedmoe_core.server.state import Population, initial_state

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import make_run
 
-from fedmoe_core.budget.limits import RESOURCES
+from fedmoe_core.budget.resources import RESOURCES
 from fedmoe_core.reporting.report import report
 from fedmoe_core.reporting.results import remarks
 from fedmoe_core.reporting.run import read_runs

@@ -1,0 +1,1 @@
+"""Virtual time of a run: what clients take, who comes late, and when a round ends."""
