@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_core.config.run_config import CLASSIFICATION_DEFAULTS, INDIFFERENT, Config, TrainConfig, flatten
+from fedmoe_core.config.run_config import (
+    CLASSIFICATION_DEFAULTS,
+    INDIFFERENT,
+    OWN,
+    Config,
+    TrainConfig,
+    flatten,
+    is_plain,
+)
 from fedmoe_core.config.schema import Setting, schema_of
 from fedmoe_core.config.sections import EvalConfig
 from fedmoe_core.config.systems import ALGORITHMS
@@ -47,8 +55,19 @@ CROSS_CHECKED |= {"fft_moe.top_k", "fft_moe.experts", "cohort.memory"}
 CROSS_CHECKED |= {"time.deadline", "time.straggle", "time.target"}  # they need budgets that state a speed
 CROSS_CHECKED |= {"selection.lam_change", "selection.beta_change", "aggregation.tau_change"}
 CROSS_CHECKED |= {k for k in SCHEMA if "model_config" in k}
+CROSS_CHECKED |= {"train.local_epochs"}  # it needs a plain model
 FREE = {key: setting for key, setting in SCHEMA.items() if key not in CROSS_CHECKED}
 SECTIONS = sorted({key.partition(".")[0] for key in FREE if "." in key})
+
+
+def drawn(key: str) -> st.SearchStrategy[object]:
+    """Values of a key that need no other: a plain model brings adapter, data and model together."""
+    bound = {"adapter": is_plain, "data": is_plain_word, "model": is_plain_word}.get(key)
+    return values_of(FREE[key]) if bound is None else values_of(FREE[key]).filter(lambda value: not bound(str(value)))
+
+
+def is_plain_word(value: str) -> bool:
+    return value == OWN
 
 
 def replaced(values: dict[str, object]) -> Config:
@@ -61,7 +80,7 @@ def replaced(values: dict[str, object]) -> Config:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.fixed_dictionaries({}, optional={key: values_of(setting) for key, setting in FREE.items()}))
+@given(st.fixed_dictionaries({}, optional={key: drawn(key) for key in FREE}))
 def test_toml_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, values: dict[str, object]) -> None:
     config = replaced(values)
     path = tmp_path_factory.mktemp("config") / "config.toml"
@@ -71,6 +90,14 @@ def test_toml_round_trip_is_exact(tmp_path_factory: pytest.TempPathFactory, valu
     assert again.decisive() == config.decisive()
     assert again.to_toml() == config.to_toml()
     assert not config.diff(again)
+
+
+def test_a_plain_models_configuration_survives_its_file(tmp_path: Path) -> None:
+    config = Config.load(overrides=["adapter=my.module:model", "train.local_epochs=2", "clients=3"])
+    assert (config.data, config.model, config.algorithm, config.budgets) == (OWN, OWN, "fedavg", ("unlimited",))
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert Config.load(path) == config
 
 
 def test_saved_text_holds_every_key() -> None:
@@ -311,7 +338,7 @@ def test_preset_is_itself_valid() -> None:
 @settings(max_examples=150, deadline=None)
 def test_fingerprint_changes_exactly_with_what_decides_results(key: str, data: st.DataObject) -> None:
     config = Config()
-    value = data.draw(values_of(FREE[key]))
+    value = data.draw(drawn(key))
     other = replaced({key: value})
     changed = value != flatten(config)[key]
     by_content = key in ("data", "model")  # only their kind counts, never a path
