@@ -209,6 +209,7 @@ def compare(
         stop.again = "fedmoe compare with the same words"
         from fedmoe_core.comparison.study import Study
 
+        _make_importable(next((Path(w) for w in words or [] if "=" not in w), None), words or [])
         study = Study.of(
             words or [],
             systems=systems,

@@ -21,8 +21,9 @@ from fedmoe_core.base.wording import another_configuration
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import concerns
 from fedmoe_core.simulation.directory.claim import read_facts, refuse_claim
-from fedmoe_core.simulation.identity import Identity, code_version
+from fedmoe_core.simulation.identity import Identity
 from fedmoe_core.simulation.launch import stop
+from fedmoe_core.simulation.worlds.found_plain import code_of, plain_of, sources_of
 
 KEPT = 2000  # characters of a failed run's last words that are worth keeping
 
@@ -78,7 +79,7 @@ class Job:
     def other_code(self) -> str:
         """Name the code that made the run on disk; empty where no run began, or where it is what would run now."""
         made = str((read_facts(self.out) or {}).get("code", ""))
-        return "" if made == code_version(self.config.adapter, self.config.algorithm) else made
+        return "" if made == code_of(self.config, plain_of(self.config, None)) else made
 
     def _same(self) -> bool:
         return read_facts(self.out) is not None and not self.differs()
@@ -199,7 +200,7 @@ def other_runs(jobs: Sequence[Job]) -> dict[Path, str]:
         OSError: data or model cannot be read.
     """
     found: dict[Path, str] = {}
-    today: dict[tuple[str, str], Identity] = {}
+    today: dict[tuple[str, str, str], Identity] = {}
     for job in jobs:
         refuse_claim(job.out, force=True)
         facts = read_facts(job.out)
@@ -208,9 +209,9 @@ def other_runs(jobs: Sequence[Job]) -> dict[Path, str]:
         if differs := job.differs():
             found[job.out] = f"{job.out} holds a run of {differs}"
             continue
-        sources = (job.config.data, job.config.model)
+        sources = (job.config.adapter, job.config.data, job.config.model)
         if sources not in today:
-            today[sources] = Identity.of(job.config)
+            today[sources] = sources_of(job.config, plain_of(job.config, None))
         then = Identity.read(facts)
         try:
             if then is None:

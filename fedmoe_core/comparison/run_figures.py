@@ -124,7 +124,7 @@ def figures_of(run: Run, label: str) -> RunFigures:
     last_C = _clients(judged[-1], kind)
     spent = [Spent(r["round"], _moved(r), r["flops_total"], _seconds(run, r["round"]), _virtual(r)) for r in judged]
     qualities = [fmean(_clients(r, kind)) for r in judged]
-    tiers = _tiers(run, len(last_C))
+    tiers = {"test rows": [0]} if run.plain else _tiers(run, len(last_C))
     worst = min if accuracy else max
     peaks = [(line["predicted"]["memory_bytes"], line["real"]["memory_bytes"]) for line in run.ledger]
     peaks = [(predicted, real) for predicted, real in peaks if real]
@@ -154,8 +154,12 @@ def figures_of(run: Run, label: str) -> RunFigures:
 
 
 def _clients(record: Mapping[str, Any], kind: str) -> list[float]:
-    """Each client's quality by its own model where the run measured it, else by the global model."""
-    values = record.get(f"personal_{kind}_C") or record.get(f"{kind}_clients") or []
+    """Each client's quality by its own model where the run measured it, else by the global model.
+
+    A plain torch model is judged on test rows of all clients: one quality.
+    """
+    of_all = [record[kind]] if show.known(record.get(kind)) else []
+    values = record.get(f"personal_{kind}_C") or record.get(f"{kind}_clients") or of_all
     return [float(value) for value in values]
 
 

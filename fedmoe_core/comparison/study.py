@@ -21,6 +21,7 @@ from fedmoe_core.comparison.table import Row
 from fedmoe_core.config.run_config import usable_cores
 from fedmoe_core.config.systems import ALGORITHMS, RETIRED, concerns
 from fedmoe_core.simulation.identity import Identity
+from fedmoe_core.simulation.worlds.found_plain import plain_of, sources_of
 
 ALGORITHM = "algorithm="
 OWN = frozenset({"algorithm", "seed", "threads"})  # a system's, a run's; and threads are told apart below
@@ -103,7 +104,8 @@ class Study:
     @cached_property
     def identity(self) -> Identity:
         """Digests of the data, the model and the code that all systems share, as they are now."""
-        return Identity.of(config_of(self.words))
+        config = config_of(self.words)
+        return sources_of(config, plain_of(config, None))
 
     def jobs(self) -> list[Job]:
         """List all runs of the study."""

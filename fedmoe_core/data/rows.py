@@ -26,7 +26,6 @@ class RowData:
         test: held-out rows.
         names_D, counts_CD: classes and how many rows of each a client owns; one class "rows" where there are no labels.
         partition: how the rows were dealt; "given" where each client came with its own.
-        sha256: of every row and of who owns it.
     """
 
     tensors: Rows
@@ -35,12 +34,11 @@ class RowData:
     names_D: tuple[str, ...]
     counts_CD: np.ndarray
     partition: str
-    sha256: str
 
     def to(self, device: torch.device) -> RowData:
         """Return the same data with rows on ``device``; who owns which stays where it is."""
         tensors, test = (tuple(tensor.to(device) for tensor in rows) for rows in (self.tensors, self.test))
-        return RowData(tensors, self.rows_C, test, self.names_D, self.counts_CD, self.partition, self.sha256)
+        return RowData(tensors, self.rows_C, test, self.names_D, self.counts_CD, self.partition)
 
     def batch(self, places: Tensor) -> Rows:
         """Return the training rows at ``places``, in the shape of ``places``."""
@@ -86,7 +84,17 @@ def deal_rows(train: Rows | Sequence[Rows], test: Rows, *, clients: int, scheme:
     order = np.argsort(owner_N, kind="stable")
     rows_C = torch.from_numpy(order).split(np.bincount(owner_N, minlength=clients).tolist())
     names_D = ("rows",) if labels_N is None else tuple(f"class {name}" for name in names)
-    return RowData(tensors, rows_C, test, names_D, counts_CD, dealt, _digest((*tensors, *test), owner_N))
+    return RowData(tensors, rows_C, test, names_D, counts_CD, dealt)
+
+
+def rows_digest(train: Rows | Sequence[Rows], test: Rows) -> str:
+    """Return the hex sha256 of all rows, and of whose they are where each client came with its own."""
+    digest = sha256()
+    for part in (train, test):
+        for tensor in (tensor for rows in part for tensor in ([rows] if isinstance(rows, Tensor) else rows)):
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def epoch_steps(rows: int, batch_size: int, epochs: int) -> int:
@@ -142,11 +150,3 @@ def _labels(last: Tensor) -> np.ndarray | None:
     if last.dim() != 1 or last.is_floating_point() or last.is_complex():
         return None
     return last.cpu().numpy().astype(np.int64)
-
-
-def _digest(tensors: Rows, owner_N: np.ndarray) -> str:
-    digest = sha256(owner_N.astype(np.int64).tobytes())
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fedmoe_core.algorithms.base import Algorithm, algorithm_class
 from fedmoe_core.algorithms.plain_fedavg import PlainFedAvg
 from fedmoe_core.budget.limits import Budget
 from fedmoe_core.client.plain.trainer import PlainTrainer
 from fedmoe_core.config.run_config import OWN, Config
-from fedmoe_core.data.rows import RowData, deal_rows
+from fedmoe_core.data.rows import deal_rows, rows_digest
 from fedmoe_core.messages.profile import empty_profile
 from fedmoe_core.model.plain import PlainModel, find_plain, plain_spec, plain_tensors
-from fedmoe_core.model.spec import model_hash
 from fedmoe_core.server.state import Population
 from fedmoe_core.simulation.clock.deadline import keep_deadline
 from fedmoe_core.simulation.identity import Identity, code_version
@@ -50,14 +48,16 @@ def plain_of(config: Config, given: PlainModel | None) -> PlainModel | None:
 
 
 def sources_of(config: Config, plain: PlainModel | None) -> Identity:
-    """Digest what a run of these words would stand on, before it is founded.
+    """Digest what a run of these words stands on, before it is founded.
+
+    Of a plain model that is its rows and its code; its weights come from the code and the seed.
 
     Raises:
         ValueError, OSError: data or model cannot be used.
     """
     if plain is None:
         return Identity.of(config)
-    return _identity(config, plain, _dealt(config, plain), plain.build(config.seed))
+    return Identity(rows_digest(plain.train, plain.test), "", code_of(config, plain), version("torch"))
 
 
 def found_plain(config: Config, plain: PlainModel, ranks: Ranks, observer: Observer) -> PlainWorld:
@@ -69,9 +69,8 @@ def found_plain(config: Config, plain: PlainModel, ranks: Ranks, observer: Obser
     torch.set_num_threads(config.threads)
     observer.on_stage("dealing rows, and measuring one client's step")
     form = _form(config)
-    data, model = _dealt(config, plain), plain.build(config.seed)
-    identity = _identity(config, plain, data, model)
-    model.to(ranks.device)
+    data = deal_rows(plain.train, plain.test, clients=config.clients, scheme=config.partition, seed=config.seed)
+    identity, model = sources_of(config, plain), plain.build(config.seed).to(ranks.device)
     spec = plain_spec(model)
     moving = frozenset(param.key for param in spec.trained(train_dense=True))
     params = {key: tensor.clone() for key, tensor in plain_tensors(model).items()}
@@ -89,15 +88,6 @@ def found_plain(config: Config, plain: PlainModel, ranks: Ranks, observer: Obser
     population = keep_deadline(population, form, params)
     apart = "" if config.cohort.clients == 1 else meter.trouble()
     return PlainWorld(config, data, trainer, params, population, form(population), ranks, identity, meter, apart)
-
-
-def _dealt(config: Config, plain: PlainModel) -> RowData:
-    return deal_rows(plain.train, plain.test, clients=config.clients, scheme=config.partition, seed=config.seed)
-
-
-def _identity(config: Config, plain: PlainModel, data: RowData, model: nn.Module) -> Identity:
-    """Digests of the rows, the first weights, and the code."""
-    return Identity(data.sha256, model_hash(plain_tensors(model)), _code(config, plain), version("torch"))
 
 
 def _form(config: Config) -> type[Algorithm]:
@@ -125,8 +115,10 @@ def _budgets(config: Config) -> tuple[Budget, ...]:
     return tuple(tiers[client % len(tiers)] for client in range(config.clients))
 
 
-def _code(config: Config, plain: PlainModel) -> str:
-    """The version of fedmoe, and digits over its source and that of the functions given, where Python finds it."""
+def code_of(config: Config, plain: PlainModel | None) -> str:
+    """Name the code that runs: fedmoe's, and 12 hex digits over the files of the functions that a plain model is."""
+    if plain is None:
+        return code_version(config.adapter, config.algorithm)
     digest = sha256()
     for function in (plain.model_fn, plain.loss_fn, plain.correct_fn, plain.optimizer_fn):
         digest.update(_source(function))

@@ -278,3 +278,15 @@ def test_a_system_of_ones_own_takes_the_servers_step(config: Make) -> None:
     start: dict[str, Tensor] = world_of(config(), made()).params
     for key, old in start.items():
         torch.testing.assert_close(halved.params[key], old + (whole[key] - old) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_models_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "support" / "federated"))
+    words = ("adapter=small_plain:adapter", "clients=3", "rounds=2", "train.batch_size=6", "threads=1")
+    options = ("--systems", "fedavg,halving:Halving", "--seeds", "0-1", "--out", tmp_path, "-q")
+    done = fedmoe("compare", *words, *options)
+    assert done.returncode == 0, done.stderr
+    assert "| system | seeds | global | clients | mean test rows |" in done.stdout
+    again = fedmoe("compare", *words, *options)  # what is there is found to be of this code and these rows
+    assert again.returncode == 0, again.stderr
+    assert "came from fedmoe" not in again.stdout + again.stderr
