@@ -199,7 +199,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(config: Make, mo
 
 
 def test_the_same_bits_on_any_number_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "support" / "federated"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "support" / "plain"))
     hashes = set()
     for ranks in (1, 2, 4):
         words = ("adapter=small_plain:adapter", "clients=5", "rounds=2", "cohort.clients=2", "train.batch_size=6")
@@ -281,7 +281,7 @@ def test_a_system_of_ones_own_takes_the_servers_step(config: Make) -> None:
 
 
 def test_plain_models_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "support" / "federated"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "support" / "plain"))
     words = ("adapter=small_plain:adapter", "clients=3", "rounds=2", "train.batch_size=6", "threads=1")
     options = ("--systems", "fedavg,halving:Halving", "--seeds", "0-1", "--out", tmp_path, "-q")
     done = fedmoe("compare", *words, *options)
