@@ -24,11 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.common.checkout import RESULTS, environment
-from bench.cpu import machine
+from bench.common.machine import about
 from bench.fedavg.job import JOBS, LR, Job
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 SETTLED = 2  # rounds left out of the median: the first pays for lazy imports
+FACTS = ("cpu", "torch", "python", "commit", "date")  # of the machine, for the record
 PEERS = ("pfl", "flower", "blazefl")
 
 
@@ -200,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"a Python that has {peer}")
     parser.add_argument("--out", type=Path, default=None, help="default: bench/results/fedavg-DATE.json")
     chosen = parser.parse_args(arguments)
-    known = machine()
+    known = {name: fact for name, fact in about("cpu", tiny=False).items() if name in FACTS}
     jobs = {name: JOBS[name] for name in chosen.jobs}
     if chosen.rounds:
         jobs = {name: Job(**{**asdict(job), "rounds": chosen.rounds}) for name, job in jobs.items()}
