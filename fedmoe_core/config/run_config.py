@@ -222,6 +222,9 @@ CLASSIFICATION_DEFAULTS: Mapping[str, object] = {
     "train.logit_adjustment": 1.0,
 }
 
+# What only language models have; a plain torch model's own loss may have the like.
+OF_TEXT = ("train.label_smoothing", "train.token_dropout", "train.logit_adjustment", "train.experts", "eval.personal")
+
 # What a plain torch model starts from: it brings its data, and there is no public text to warm up on.
 PLAIN_DEFAULTS: Mapping[str, object] = {
     "data": OWN,
@@ -305,6 +308,10 @@ def _check_plain(values: Mapping[str, Any]) -> None:
             )
     if values["train.local_epochs"] and not is_plain(adapter):
         raise ValueError("train.local_epochs is for plain torch models; set train.local_steps")
+    for key in OF_TEXT if is_plain(adapter) else ():
+        section, _, name = key.partition(".")
+        if values[key] != (usual := getattr({"train": TrainConfig, "eval": EvalConfig}[section], name)):
+            raise ValueError(f"{key}={values[key]} means nothing to a plain torch model; leave it at {usual}")
 
 
 def _check_pairs(values: Mapping[str, Any]) -> None:

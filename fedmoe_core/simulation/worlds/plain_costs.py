@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,6 +35,7 @@ def dense_costs(
         moving: keys of what training moves, and of what returns.
     """
     device = batch[0].device
+    _try(trainer, params, batch)
     _, trace = trace_memory(partial(trainer.train, params, iter([batch] * STEPS), train), device)
     weights = sum(tensor.nbytes for tensor in params.values())
     count = sum(tensor.numel() for tensor in params.values())
@@ -64,6 +66,29 @@ def dense_costs(
             forward_flops_per_token=forward.get_total_flops() / rows,
         ),
     )
+
+
+def _try(trainer: PlainTrainer, params: Mapping[str, Tensor], batch: Rows) -> None:
+    """Call what the user wrote once, for its faults are told best before a run begins.
+
+    Raises:
+        ValueError: it raised, or returned what the engine cannot use.
+    """
+    plain, rows = trainer.plain, [tuple(tensor.shape) for tensor in batch]
+    trainer.become(params)
+    for name, function in (("loss_fn", plain.loss_fn), ("correct_fn", plain.correct_fn)):
+        if function is None:
+            continue
+        try:
+            with trainer.judging():
+                found = torch.as_tensor(function(trainer.model, batch))
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"{name} raised {type(error).__name__}: {first}, on a batch of shapes {rows}; mend it (--debug: where)"
+            ) from error
+        if found.numel() != 1:
+            raise ValueError(f"{name} returned a tensor of shape {tuple(found.shape)}; return one number for the batch")
 
 
 @dataclass(frozen=True)

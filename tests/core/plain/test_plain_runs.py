@@ -236,6 +236,11 @@ def test_a_plain_model_is_planned(config: Make) -> None:
         (("adapter=own", "model=tiny"), "adapter=own brings its own and model=tiny"),
         (("data=own",), "adapter=transformers opens a language model and data=own"),
         (("train.local_epochs=2",), "train.local_epochs is for plain torch models"),
+        (
+            ("adapter=own", "train.label_smoothing=0.1"),
+            "train.label_smoothing=0.1 means nothing to a plain",
+        ),
+        (("adapter=own", "eval.personal=true"), "eval.personal=True means nothing to a plain torch model"),
     ],
 )
 def test_configurations_that_mix_both_kinds_are_refused(words: tuple[str, ...], match: str) -> None:
@@ -256,6 +261,12 @@ def test_what_cannot_be_a_plain_run_is_refused_before_training(config: Make, tmp
         attempt(adapter=made(lambda: 3))  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         attempt(adapter=made(nn.Tanh))
+    with pytest.raises(ValueError, match=r"loss_fn returned a tensor of shape \(6,\); return one number"):
+        attempt(adapter=plain(network, lambda model, batch: model(batch[0]).sum(1), train=blobs(30), test=blobs(5)))
+    with pytest.raises(
+        ValueError, match=r"correct_fn raised KeyError: 'labels', on a batch of shapes \[\(6, 5\), \(6,\)\]"
+    ):
+        attempt(adapter=made(correct_fn=lambda model, batch: {}["labels"]))
     with pytest.raises(ValueError, match="a plain model was given and adapter='transformers'"):
         simulate.run(Config(), adapter=made())
     with pytest.raises(ValueError, match="loss_fn is a int; give a function"):
