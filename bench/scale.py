@@ -119,6 +119,11 @@ def show(title: str, rows: list[dict[str, Any]], first: str) -> Table:
     return table
 
 
+def keep(report: dict[str, Any], out: Path) -> None:
+    """Write what is known so far: the tables take half an hour, and an end midway should not cost them all."""
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__)
@@ -132,6 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     sparse = (f"rounds={ROUNDS}", f"eval.every={ROUNDS}")
     report: dict[str, Any] = {"machine": known | {"cores": cores}, "clients_a_round": A_ROUND}
     console = Console(width=130)
+    out = chosen.out or RESULTS / f"scale-cpu-{known['date']}.json"
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         own = {"small": chosen.small, "cores": cores}
@@ -139,6 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
             run(count, place, *sparse, f"clients_per_round={min(A_ROUND, count)}", **own) for count in chosen.clients
         ]
         console.print(show(f"clients known, {A_ROUND} of them in a round, one rank", report["clients"], "clients"))
+        keep(report, out)
         share = (*sparse, "clients_per_round=16", "threads=1")
         report["ranks"] = [
             run(100, place, *share, f"ranks={count}", **own) | {"ranks": count} for count in chosen.ranks
@@ -146,6 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
         if len({row["model_hash"] for row in report["ranks"]}) > 1:
             raise SystemExit("the ranks came to different models; no time is worth reporting")
         console.print(show("ranks, 16 of 100 clients in a round, one thread each", report["ranks"], "ranks"))
+        keep(report, out)
         if chosen.long:
             clients, rounds, a_round = chosen.long
             words = (f"rounds={rounds}", f"clients_per_round={a_round}", "cohort.clients=8", "eval.every=10")
@@ -154,8 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{clients:,} clients x {rounds} rounds, {a_round} in a round: {report['long']['wall_seconds']:.0f} s"
             )
             console.print(show(title, [report["long"]], "clients"))
-    out = chosen.out or RESULTS / f"scale-cpu-{known['date']}.json"
-    out.write_text(json.dumps(report, indent=1) + "\n")
+            keep(report, out)
     print(f"kept in {out}")
 
 
