@@ -37,5 +37,5 @@ def test_an_engine_with_other_losses_has_no_row(monkeypatch: pytest.MonkeyPatch)
         return run.Outcome(losses, [0.0] * 3, [1.0] * 3, 1.0, 1)
 
     monkeypatch.setattr(run, "play", played)
-    with pytest.raises(SystemExit, match=r"fedmoe ends 1\.0e-04 from the bare loop on small"):
+    with pytest.raises(SystemExit, match=r"fedmoe is 1\.0e-04 from the bare loop on small"):
         run.main(["--jobs", "small", "--repeats", "1"])

@@ -273,7 +273,7 @@ def test_compare_says_which_runs_other_code_made(tmp_path: Path, monkeypatch: py
         (job.out / "config.toml").write_text(text)
     assert compare(study, unheard).notes == []
     own = study.identity.code
-    for room in ("simulation.identity", "comparison.jobs"):
+    for room in ("simulation.identity", "simulation.worlds.found_plain"):
         monkeypatch.setattr(f"fedmoe_core.{room}.code_version", lambda *of: "9.9+edited")
     later = Study.of([], systems="random", seeds="0-1", out=tmp_path, workers=1)
     assert compare(later, unheard).notes == [
