@@ -41,7 +41,7 @@ def test_one_client_is_the_loop_that_one_would_write() -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(by_hand.parameters(), 0.5)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     kept = {key: tensor.clone() for key, tensor in params.items()}
     found = trainer.train(params, iter(batches_of(0)), TrainConfig(lr=0.1, clip=0.5))
     assert list(found.losses) == losses
