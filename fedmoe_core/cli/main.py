@@ -348,6 +348,10 @@ def _many(config: Config, arguments: list[str], **flags: bool) -> bool:
     """Run a configuration of several ranks to its end, each a process; False where this process is the run itself."""
     if config.ranks == 1 or launch.launched():
         return False
+    if config.device.startswith("cuda"):
+        from fedmoe_core.simulation.ranks.devices import check_devices
+
+        check_devices(config)
     said = [f"--{name.replace('_', '-')}" for name, on in flags.items() if on]
     launch.run_ranks([*arguments, *said], ranks=config.ranks, threads=config.threads)
     return True

@@ -34,6 +34,22 @@ def pick_device(config: Config) -> torch.device:
     return torch.device(f"cuda:{local}")
 
 
+def check_devices(config: Config) -> None:
+    """Refuse what ``pick_device`` would refuse on some rank, before any of them is started.
+
+    Raises:
+        ValueError: more ranks than GPUs, or several on one.
+    """
+    found = torch.cuda.device_count()
+    if config.device == "cuda" and config.ranks > found:
+        raise ValueError(
+            f"ranks={config.ranks} with device=cuda needs as many GPUs, and torch sees {found}; set ranks={found}"
+            if found
+            else f"device=cuda needs a GPU for each of ranks={config.ranks}, and torch sees none; set device=cpu"
+        )
+    pick_device(config)
+
+
 def crowded(config: Config, device: torch.device) -> str:
     """Say that this machine has fewer cores than its ranks compute with; empty where it has enough."""
     ranks, cores = _ranks_here(config), usable_cores()

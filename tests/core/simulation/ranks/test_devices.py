@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_runs import fedmoe_here
 
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.simulation.ranks import devices
@@ -53,3 +54,20 @@ def test_more_ranks_than_cores_are_told_and_allowed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # the other six run elsewhere
     assert crowded(Config(ranks=8, threads=2), CPU) == ""
     assert crowded(Config(ranks=8, threads=3), CPU).startswith("2 ranks of 3 threads share the 4 cores")
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "match"),
+    [
+        ("cuda", 0, "device=cuda needs a GPU for each of ranks=3, and torch sees none; set device=cpu"),
+        ("cuda", 2, "ranks=3 with device=cuda needs as many GPUs, and torch sees 2; set ranks=2"),
+        ("cuda:1", 2, "would put all 3 ranks of this machine on one GPU"),
+    ],
+)
+def test_ranks_without_a_gpu_of_their_own_are_refused_before_they_start(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, match: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    done = fedmoe_here("simulate", "ranks=3", f"device={device}")
+    assert done.returncode == 2
+    assert match in done.stderr
