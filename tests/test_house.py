@@ -240,6 +240,17 @@ def test_every_room_is_listed_and_says_what_it_is() -> None:
     assert listed == list(reversed(ROOMS))
 
 
+def test_no_file_says_where_packages_are_fetched_from() -> None:
+    """Who installs has chosen that already, in the settings of pip or of the image."""
+    names = ("Dockerfile", "Makefile", "*.py", "*.sh", "*.toml", "*.md", "*.yml", "*.ipynb", "run")
+    hosts = re.compile(
+        "(extra-)?index" + "-url|find" + "-links|pypi" + r"\.org|download\.py" + r"torch\.org", re.IGNORECASE
+    )
+    files = {path for name in names for path in HOUSE.rglob(name) if not set(path.relative_to(HOUSE).parts) & NOT_OURS}
+    assert HOUSE / "examples" / "cluster" / "Dockerfile" in files
+    assert [named(path) for path in sorted(files) if path.is_file() and hosts.search(path.read_text("utf-8"))] == []
+
+
 def test_no_folder_is_crowded() -> None:
     folders = Counter(path.parent for path in HOUSE.rglob("*.py") if path.name != "__init__.py")
     own = {path: count for path, count in folders.items() if not set(path.relative_to(HOUSE).parts) & NOT_OURS}
