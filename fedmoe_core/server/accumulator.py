@@ -82,7 +82,6 @@ class Accumulator:
         self.num_experts = max(heights, default=0)  # none: a model whose tensors are all dense
         self.num_layers = 1 + max(spec.layer for spec in specs)
         self._clients: set[int] = set()
-        self._last_adder: Adder | None = None
         self._lent = False  # whether a Sums record looks into the flat tensor
         self._header = len(SCALARS) + 3 * self.num_layers * self.num_experts  # places before the numerators
         size = self._header + sum(math.prod(spec.shape) for spec in self.specs)
@@ -139,14 +138,15 @@ class Accumulator:
         sends_dense = any(spec.kind == "dense" for spec in self.specs)
         self._scalars += torch.tensor([1, gate, sample * sends_dense, sample], device=device)
         if (whole := self._whole(update)) is not None:
-            adder = self._adder(whole.numel(), largest)
+            adder = Adder.on(device, self.settings, whole.numel(), largest=largest)
             adder.add(self._flat[self._header :].unsqueeze(0), whole.unsqueeze(0), [sample], [0])
             return
         expert_LE, router_LE = quantize(update.expert_weight_LE), quantize(update.router_weight_LE)
         self._expert_den_LE += torch.from_numpy(expert_LE).to(device)
         self._router_den_LE += torch.from_numpy(router_LE).to(device)
         self._trained_LE += torch.from_numpy(plan.trainable_LE.astype(np.int64)).to(device)
-        adder = self._adder(max((delta.numel() for delta in update.deltas.values()), default=0), largest)
+        longest = max((delta.numel() for delta in update.deltas.values()), default=0)
+        adder = Adder.on(device, self.settings, longest, largest=largest)
         for spec in self.specs:
             if spec.key not in update.deltas:
                 continue
@@ -157,12 +157,6 @@ class Accumulator:
                 rows = np.flatnonzero(plan.trainable_LE[spec.layer])
                 weight_LE = expert_LE if spec.kind == "expert" else router_LE
                 adder.add(total, delta, weight_LE[spec.layer, rows].tolist(), rows.tolist())
-
-    def _adder(self, longest: int, largest: float) -> Adder:
-        """The adder of the last client where its buffer is as long as this one's: fresh pages cost 0.1 ms."""
-        made = Adder.on(self._flat.device, self.settings, longest, largest=largest, like=self._last_adder)
-        self._last_adder = made
-        return made
 
     def _whole(self, update: ClientUpdate) -> Tensor | None:
         """All deltas of a model of dense tensors as one, in the order of the sums; None where they lie apart."""

@@ -47,15 +47,7 @@ class Adder:
     shifts: bool
 
     @classmethod
-    def on(
-        cls,
-        device: torch.device,
-        settings: SumSettings,
-        longest: int,
-        *,
-        largest: float | None = None,
-        like: Adder | None = None,
-    ) -> Adder:
+    def on(cls, device: torch.device, settings: SumSettings, longest: int, *, largest: float | None = None) -> Adder:
         """Make an adder.
 
         Args:
@@ -63,14 +55,11 @@ class Adder:
             settings: the number format.
             longest: values of the longest tensor.
             largest: no |delta| is above it; None = ``settings.value_bound``.
-            like: an earlier one, whose buffer is taken where it has the size.
         """
         block = BLOCK_CPU * min(torch.get_num_threads(), MOST_THREADS) if device.type == "cpu" else BLOCK_GPU
         size = max(1, min(block, longest))
         reaches = settings.value_bound if largest is None else largest
         shifts = math.ceil(reaches * 2.0**settings.scale_bits) * settings.top_weight <= SHIFTABLE
-        if like is not None and len(like.buffer) == size:
-            return cls(settings, like.buffer, shifts)
         return cls(settings, torch.empty(size, dtype=torch.float64, device=device), shifts)
 
     def add(self, total: Tensor, delta: Tensor, weights: Sequence[int], rows: Sequence[int]) -> None:

@@ -224,7 +224,7 @@ def _clip_each(grads: Sequence[Tensor], most: float) -> None:
 @contextmanager
 def _drawing(seed: int, device: torch.device) -> Iterator[None]:
     """Let what is drawn within the block come from ``seed``, and leave the generators outside as they were."""
-    # Not torch.manual_seed: it notes the caller's stack for CUDA, which takes 0.3 ms.
+    # Not torch.manual_seed: it formats the caller's stack for CUDA, which takes longer than to seed.
     sources = [torch.default_generator]
     if device.type == "cuda":
         sources.append(torch.cuda.default_generators[device.index or 0])

@@ -225,3 +225,16 @@ def test_checking_and_adding_take_a_small_buffer(way: str, dtype: torch.dtype) -
         torch.set_num_threads(threads)
     assert outcome.accepted, outcome.reason
     assert 8 * adding.BLOCK_CPU <= trace.peak <= 8 * adding.BLOCK_CPU + 100_000
+
+
+def test_what_is_known_of_the_deltas_decides_the_rounding_and_changes_no_bit() -> None:
+    """With weights of 16 bits a delta of 1 is past what can be shifted, and one of 0.4 is not."""
+    format_ = SumSettings(scale_bits=36, weight_bits=16)
+    delta = torch.linspace(-0.4, 0.4, 4097).unsqueeze(0)
+    known, unknown = (Adder.on(CPU, format_, delta.numel(), largest=largest) for largest in (0.4, None))
+    assert (known.shifts, unknown.shifts) == (True, False)
+    totals = [torch.zeros(1, delta.numel(), dtype=torch.int64) for _ in range(2)]
+    for adder, total in zip((known, unknown), totals, strict=True):
+        adder.add(total, delta, [format_.top_weight], [0])
+    exact = [round(float(value) * format_.top_weight * 2.0**36) for value in delta[0]]
+    assert totals[0].tolist() == totals[1].tolist() == [exact]
