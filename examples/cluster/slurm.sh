@@ -17,9 +17,11 @@ set -euo pipefail
 RANKS_PER_NODE="${RANKS_PER_NODE:-4}" # at most the GPUs of a node, where it has any
 RESTARTS="${RESTARTS:-2}"             # how often torchrun starts the ranks again after a failure
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# sed reads to the end: with head, a scontrol that still writes dies of a closed pipe, and the job with it (status 141).
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MASTER_ADDR="$first" RANKS_PER_NODE RESTARTS
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))  # two jobs on one node must not meet
+# Two jobs on one node must not meet; from 32768 on Linux hands ports to outgoing connections.
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-$RANKS_PER_NODE} / RANKS_PER_NODE))}"
 # Set these to the interface of the private network, where a node has several.
 # export GLOO_SOCKET_IFNAME=eth1 NCCL_SOCKET_IFNAME=eth1

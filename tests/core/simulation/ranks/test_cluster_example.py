@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,27 @@ def test_the_batch_script_is_bash_and_the_image_copies_what_is_here() -> None:
     assert all((HOUSE / word).exists() for word in copied)
 
 
+def test_the_first_of_many_nodes_is_found(tmp_path: Path) -> None:
+    """A list too long for a pipe's buffer: a reader that stops early ends the program that still writes it."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    bodies = {"scontrol": "seq -f node%06g 1 20000\n", "srun": 'echo "$MASTER_ADDR"\n'}
+    for name, body in bodies.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}")
+        (tools / name).chmod(0o755)
+    env = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "1"}
+    done = subprocess.run(["bash", str(SCRIPT)], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "node000001\n"), done.stderr
+
+
+def free_port() -> int:
+    """A free port of those that the script takes."""
+    for port in range(20000 + os.getpid() % 5000, 30000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port - 20000
+    raise AssertionError("no port from 20000 to 29999 is free")
+
+
 def test_two_nodes_of_the_batch_script_give_the_bits_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,8 +67,7 @@ def test_two_nodes_of_the_batch_script_give_the_bits_of_one_process(
     for name, body in STAND_INS.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}")
         (tools / name).chmod(0o755)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     env = {
         **os.environ,
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
@@ -54,7 +75,7 @@ def test_two_nodes_of_the_batch_script_give_the_bits_of_one_process(
         "GLOO_SOCKET_IFNAME": "lo",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NNODES": "2",
-        "SLURM_JOB_ID": str(port % 20000),  # of which the script makes its port
+        "SLURM_JOB_ID": str(port),  # of which the script makes its port
         "SLURM_CPUS_PER_TASK": "1",
         "RANKS_PER_NODE": "1",
     }
