@@ -9,6 +9,9 @@ import time
 import torch
 import torch.distributed as dist
 
+# Imported later, by the first optimizer, it would keep the group beyond its end: now and then a rank then aborts.
+import torch.distributed.nn.functional
+
 from bench.fedavg.job import CURRENT, judge, make_data, make_model, train_client
 
 

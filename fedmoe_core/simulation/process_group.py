@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,6 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the group of the moment of import as a default value. If that moment comes later (the first
+# optimizer brings it), the group outlives destroy_process_group, and a thread of gloo that lets go of a tensor while
+# Python ends aborts the process: seen in 1 of about 100 ranks on two busy cores.
+import torch.distributed.nn.functional
 
 from fedmoe_core.simulation import launch
 from fedmoe_core.simulation.ranks.joining import WAIT, meet, patience
@@ -78,6 +84,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            traceback.clear_frames(error.__traceback__)  # those of torch hold the group, which must end with the run
             raise launch.PeerLostError(
                 f"rank {self.rank} {trouble} ({_words(error)}); mend that, then start or resume again"
             ) from error

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401
 
 RANKS = 2
 
@@ -53,9 +54,9 @@ def run_ranks(
 def process_group(rank: int, folder: Path, ranks: int = RANKS) -> Iterator[None]:
     """Join the other ranks over gloo; at the end leave nothing of the group behind.
 
-    Whatever holds a group still lets it outlive ``destroy_process_group``, a model in a reference cycle for one, and a
-    thread of gloo that runs while Python ends aborts the process ("terminate called without an active exception"):
-    1 of 30 processes of on_two_ranks.py before garbage was collected here, 4 of 40 of megablocks' two_ranks.py.
+    Whatever holds a group lets it outlive ``destroy_process_group``, and a thread of gloo that runs while Python ends
+    aborts the process ("terminate called without an active exception"). A model in a reference cycle holds one, and so
+    do the default values of torch.distributed.nn.functional where it is imported later than here.
     """
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks)
     yield
