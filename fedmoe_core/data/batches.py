@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from fedmoe_core.base.rng import counter_rng
 
 Task = Literal["causal_lm", "classification", "plain"]  # plain: a torch module with a loss of its own
+# Drawn at once, because most of a small draw is Python's time; 1.2 MB.
+BLOCK_TOKENS = 2**17
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,22 @@ class Batch:
         tokens_SN, mask_SN = (torch.cat([getattr(b, name) for b in batches]) for name in ("tokens_SN", "mask_SN"))
         return cls(tokens_SN, mask_SN, torch.cat(labels) if labels else None)
 
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the same batch on ``device``."""
-        labels_S = None if self.labels_S is None else self.labels_S.to(device)
-        return Batch(self.tokens_SN.to(device), self.mask_SN.to(device), labels_S)
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Return the same batch on ``device``; without waiting for it, where ``non_blocking`` and it is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pinned(self) -> Batch:
+        """Return the same batch in memory that a GPU reads by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Return views of so many sequences each; the last may be smaller."""
+        for first in range(0, len(self), size):
+            yield self._each(lambda tensor, first=first: tensor[first : first + size])  # type: ignore[misc]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        labels_S = None if self.labels_S is None else change(self.labels_S)
+        return Batch(change(self.tokens_SN), change(self.mask_SN), labels_S)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +102,17 @@ def client_batches(
     rows in random order, each once before any comes twice. Every batch has the shape (batch_size, seq_len); padding
     appears in rows shorter than that and in a stream shorter than one window.
     """
+    blocks = client_blocks(
+        data, seed=seed, round=round, client=client, steps=steps, batch_size=batch_size, seq_len=seq_len
+    )
+    for block in blocks:
+        yield from block.split(batch_size)
+
+
+def client_blocks(
+    data: Encoded, *, seed: int, round: int, client: int, steps: int, batch_size: int, seq_len: int
+) -> Iterator[Batch]:
+    """Draw ``client_batches``, the sequences of several steps end to end: as many as make up ``BLOCK_TOKENS``."""
     yield from _draw(data, counter_rng(seed, "client batches", round, client), steps, (batch_size, seq_len))
 
 
@@ -95,7 +120,8 @@ def public_batches(
     data: Encoded, *, seed: int, steps: int, batch_size: int, seq_len: int, purpose: str = "warm-up"
 ) -> Iterator[Batch]:
     """Draw the batches of central training on public data, as in ``client_batches``; one stream per ``purpose``."""
-    yield from _draw(data, counter_rng(seed, f"public {purpose}"), steps, (batch_size, seq_len))
+    for block in _draw(data, counter_rng(seed, f"public {purpose}"), steps, (batch_size, seq_len)):
+        yield from block.split(batch_size)
 
 
 def eval_batches(data: Encoded, *, batch_size: int, seq_len: int, sequences: int = 0) -> Iterator[Batch]:
@@ -126,15 +152,18 @@ def eval_sequences(data: Encoded, seq_len: int, *, sequences: int = 0) -> int:
 
 def _draw(data: Encoded, rng: np.random.Generator, steps: int, shape: tuple[int, int]) -> Iterator[Batch]:
     batch_size, seq_len = shape
+    at_once = max(1, BLOCK_TOKENS // (batch_size * seq_len))  # steps of a block
     if data.labels_P is None:
         last = max(0, len(data.tokens_N) - seq_len)
-        for _ in range(steps):
-            yield _windows(data, rng.integers(0, last + 1, size=batch_size), seq_len)
+        for done in range(0, steps, at_once):
+            # Drawn step by step, so that a batch depends neither on the steps after it nor on the size of a block.
+            starts = [rng.integers(0, last + 1, size=batch_size) for _ in range(min(at_once, steps - done))]
+            yield _windows(data, np.concatenate(starts), seq_len)
         return
     passes = -(-steps * batch_size // len(data))
     order = np.concatenate([rng.permutation(len(data)) for _ in range(passes)]) if passes else np.zeros(0, np.int64)
-    for step in range(steps):
-        yield _rows(data, order[step * batch_size : (step + 1) * batch_size], seq_len)
+    for done in range(0, steps, at_once):
+        yield _rows(data, order[done * batch_size : min(done + at_once, steps) * batch_size], seq_len)
 
 
 def _windows(data: Encoded, starts_S: np.ndarray, seq_len: int) -> Batch:

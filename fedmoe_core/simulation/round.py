@@ -46,18 +46,19 @@ def play_round(world: Federation, state: ServerState, observer: Observer) -> tup
         groups = world.groups(plans)
         sums = _accumulator(world)
         engine = time.perf_counter() - began
-        for group in ranks.mine(groups, [group.flops for group in groups]):
-            training, peak = time.perf_counter(), 0
-            for answer in world.answers(state, group):
-                update, plan, peak = answer.update, answer.plan, answer.memory_bytes
-                checking = time.perf_counter()
-                reports.append(report_of(_admit(world, update, plan, sums)))
-                engine += time.perf_counter() - checking + answer.extract_seconds
-                if config.ranks == 1:
-                    record = client_record(state.round + 1, update, plan, world.population.budgets)
-                    observer.on_client(state.round + 1, plan.client, record)
-            if peak:
-                cohorts.append(_cohort_record(group, peak, time.perf_counter() - training))
+        with world.training(state, ranks.mine(groups, [group.flops for group in groups])) as in_turn:
+            for group, answers in in_turn:
+                training, peak = time.perf_counter(), 0
+                for answer in answers:
+                    update, plan, peak = answer.update, answer.plan, answer.memory_bytes
+                    checking = time.perf_counter()
+                    reports.append(report_of(_admit(world, update, plan, sums)))
+                    engine += time.perf_counter() - checking + answer.extract_seconds
+                    if config.ranks == 1:
+                        record = client_record(state.round + 1, update, plan, world.population.budgets)
+                        observer.on_client(state.round + 1, plan.client, record)
+                if peak:
+                    cohorts.append(_cohort_record(group, peak, time.perf_counter() - training))
 
     summing = time.perf_counter()
     if ranks.world > 1:

@@ -11,13 +11,13 @@ from typing import cast
 from fedmoe_core.client.cohort.train import Member, train_cohort
 from fedmoe_core.client.train import FAILURES, train_client
 from fedmoe_core.config.run_config import TrainConfig
-from fedmoe_core.data.batches import Batch, client_batches
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.server.planning import asked_costs
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group
+from fedmoe_core.simulation.cohorts.drawing import NONE_DRAWN, Drawn, round_batches
 from fedmoe_core.simulation.world import World, local_settings, validation_batches
 
 
@@ -38,6 +38,9 @@ class Answer:
     memory_bytes: int = 0
 
 
+InTurn = Iterator[tuple[Group, Iterator[Answer]]]  # each group as its turn comes, with its clients' answers
+
+
 def round_settings(world: World, round: int) -> TrainConfig:
     """Return local training at this round's learning rate: from lr to lr_final of it along half a cosine."""
     return at_round(local_settings(world.config, type(world.algorithm)), round, rounds=world.config.rounds)
@@ -50,19 +53,19 @@ def at_round(train: TrainConfig, round: int, *, rounds: int) -> TrainConfig:
     return replace(train, lr=train.lr * factor)
 
 
-def answers(world: World, state: ServerState, group: Group) -> Iterator[Answer]:
+def answers(world: World, state: ServerState, group: Group, drawn: Drawn = NONE_DRAWN) -> Iterator[Answer]:
     """Train a group; yield each client's answer as soon as it is read, so that no two clients' deltas are held.
 
     Where a cohort's joint step raises, nothing is known about its clients. Each then trains alone, and says so.
     """
     if len(group.plans) == 1:
-        yield train_alone(world, state, group.plans[0], group.alone)
+        yield train_alone(world, state, group.plans[0], group.alone, drawn=drawn)
         return
     members = [
         Member(
             plan,
             asked_costs(world.population, plan.extras),
-            partial(round_batches, world, plan),
+            partial(round_batches, world, plan, drawn),
             world.data.class_shares(plan.client),
         )
         for plan in group.plans
@@ -73,17 +76,19 @@ def answers(world: World, state: ServerState, group: Group) -> Iterator[Answer]:
     except FAILURES as error:
         why = f"its cohort's step raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         for plan in group.plans:
-            yield train_alone(world, state, plan, why)
+            yield train_alone(world, state, plan, why, drawn=drawn)
         return
     for plan, result in zip(group.plans, trained.results, strict=True):
         update = replace(world.algorithm.answer(plan, result), cohort=len(group.plans))
         yield Answer(update, plan, result.extract_seconds, trained.memory_bytes)
 
 
-def train_alone(world: World, state: ServerState, plan: ExpertPlan, why: str = "") -> Answer:
+def train_alone(
+    world: World, state: ServerState, plan: ExpertPlan, why: str = "", *, drawn: Drawn = NONE_DRAWN
+) -> Answer:
     """Train one client by itself; ``why``: as ``ClientUpdate.alone``."""
     device, data = world.ranks.device, world.data.clients[plan.client]
-    draw = partial(round_batches, world, plan)
+    draw = partial(round_batches, world, plan, drawn)
     result = train_client(
         world.adapter,
         state.params,
@@ -97,18 +102,3 @@ def train_alone(world: World, state: ServerState, plan: ExpertPlan, why: str = "
     )
     update = replace(world.algorithm.answer(plan, result), alone=why)
     return Answer(update, plan, result.extract_seconds)
-
-
-def round_batches(world: World, plan: ExpertPlan) -> Iterator[Batch]:
-    """Draw the batches of a client's round, from the start."""
-    train = world.config.train
-    batches = client_batches(
-        world.data.clients[plan.client].private,
-        seed=world.config.seed,
-        round=plan.round,
-        client=plan.client,
-        steps=plan.local_steps,
-        batch_size=train.batch_size,
-        seq_len=train.seq_len,
-    )
-    return (batch.to(world.ranks.device) for batch in batches)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.state import Population, ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group
-from fedmoe_core.simulation.cohorts.training import Answer
+from fedmoe_core.simulation.cohorts.training import InTurn
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.identity import Identity
 from fedmoe_core.simulation.process_group import Ranks
@@ -90,8 +91,8 @@ class Federation(Protocol):
         """
         ...
 
-    def answers(self, state: ServerState, group: Group) -> Iterator[Answer]:
-        """Train a group; yield each client's answer as soon as it is read."""
+    def training(self, state: ServerState, groups: Sequence[Group]) -> AbstractContextManager[InTurn]:
+        """Train groups in turn within the block; each client's answer comes as soon as it is read."""
         ...
 
     def evaluate(self, state: ServerState) -> HeldOut:

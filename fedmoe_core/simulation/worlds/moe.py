@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
+from fedmoe_core.base.ahead import ahead
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group
+from fedmoe_core.simulation.cohorts.drawing import draw
 from fedmoe_core.simulation.cohorts.grouping import grouped
-from fedmoe_core.simulation.cohorts.training import Answer, answers
+from fedmoe_core.simulation.cohorts.training import InTurn, answers
 from fedmoe_core.simulation.evaluation import HeldOut, evaluate_clients
 from fedmoe_core.simulation.world import World, local_settings
 from fedmoe_core.simulation.worlds.federation import Holdings
@@ -38,9 +41,11 @@ class MoEWorld(World):
         """Put clients of one kind into cohorts."""
         return grouped(self, plans)
 
-    def answers(self, state: ServerState, group: Group) -> Iterator[Answer]:
-        """Train a group."""
-        return answers(self, state, group)
+    @contextmanager
+    def training(self, state: ServerState, groups: Sequence[Group]) -> Iterator[InTurn]:
+        """Train groups; while one does, the batches of the next are drawn."""
+        with ahead(groups, partial(draw, self)) as ready:
+            yield ((group, answers(self, state, group, drawn)) for group, drawn in ready)
 
     def evaluate(self, state: ServerState) -> HeldOut:
         """Judge the global model, and each client's own where that was asked for."""

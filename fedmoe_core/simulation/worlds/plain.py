@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,7 +24,7 @@ from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.state import Population, ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group, each_alone, in_cohorts
-from fedmoe_core.simulation.cohorts.training import Answer, at_round
+from fedmoe_core.simulation.cohorts.training import Answer, InTurn, at_round
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.identity import Identity
 from fedmoe_core.simulation.process_group import Ranks
@@ -73,7 +74,12 @@ class PlainWorld:
             return each_alone(plans, self.apart)
         return in_cohorts(plans, self.meter, self._kind, lambda plan: "", limits=(self.config, self.ranks.device))
 
-    def answers(self, state: ServerState, group: Group) -> Iterator[Answer]:
+    @contextmanager
+    def training(self, state: ServerState, groups: Sequence[Group]) -> Iterator[InTurn]:
+        """Train groups. Nothing is drawn ahead: rows lie on the device, and a draw is a permutation of some places."""
+        yield ((group, self._answers(state, group)) for group in groups)
+
+    def _answers(self, state: ServerState, group: Group) -> Iterator[Answer]:
         """Train a group; where a joint step raises, each client then trains alone, and says so."""
         if len(group.plans) == 1:
             yield self._alone(state, group.plans[0], group.alone)

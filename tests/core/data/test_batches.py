@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedmoe_core.data.batches import Batch, Encoded, client_batches, eval_batches, public_batches
+from fedmoe_core.data import batches
+from fedmoe_core.data.batches import Batch, Encoded, client_batches, client_blocks, eval_batches, public_batches
 
 END = 0
 
@@ -123,3 +124,18 @@ def test_labeled_rows_can_be_read_as_text() -> None:
     (batch,) = public_batches(data.as_text(), seed=0, steps=1, batch_size=2, seq_len=8)
     assert batch.labels_S is None
     assert batch.mask_SN.all()
+
+
+@pytest.mark.parametrize("data", [stream(1000), rows([5] * 40), rows([3] * 7)], ids=["text", "rows", "few rows"])
+def test_batches_do_not_depend_on_how_many_are_drawn_at_once(data: Encoded, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = {"seed": 0, "round": 0, "client": 0, "steps": 7, "batch_size": 4, "seq_len": 8}
+    blocks = list(client_blocks(data, **where))
+    assert [len(block) for block in blocks] == [28]
+    at_once = list(client_batches(data, **where))
+    for steps, sizes in ((1, [4] * 7), (3, [12, 12, 4])):
+        monkeypatch.setattr(batches, "BLOCK_TOKENS", steps * 4 * 8)
+        assert [len(block) for block in client_blocks(data, **where)] == sizes
+        assert same(iter(at_once), client_batches(data, **where))
+        if data.labels_P is not None:
+            labels = [batch.labels_S.tolist() for batch in client_batches(data, **where)]
+            assert labels == [batch.labels_S.tolist() for batch in at_once]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedmoe_core.reporting.run import read_runs
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.cohorts import training
+from fedmoe_core.simulation.cohorts.drawing import round_batches
 from fedmoe_core.simulation.cohorts.grouping import grouped
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.prepare import build_world
@@ -47,10 +49,7 @@ def played(config: Config) -> tuple[World, ServerState, Round]:
 
 
 def members_of(world: World, plans: list[ExpertPlan]) -> list[Member]:
-    return [
-        Member(plan, world.population.costs, lambda plan=plan: training.round_batches(world, plan))  # type: ignore[misc]
-        for plan in plans
-    ]
+    return [Member(plan, world.population.costs, partial(round_batches, world, plan)) for plan in plans]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.state import Population, ServerState, recall, remember
 from fedmoe_core.simulation import run as simulate
-from fedmoe_core.simulation.cohorts.training import round_batches, train_alone
+from fedmoe_core.simulation.cohorts.drawing import round_batches
+from fedmoe_core.simulation.cohorts.training import train_alone
 from fedmoe_core.simulation.directory.checkpoint import load_checkpoint
 from fedmoe_core.simulation.directory.log import coefficient_of_variation
 from fedmoe_core.simulation.observer import NullObserver
