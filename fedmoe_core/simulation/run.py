@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from fedmoe_core.base.garbage import grown_up
 from fedmoe_core.config.run_config import Config, is_plain
 from fedmoe_core.model.plain import PlainModel
 from fedmoe_core.model.spec import model_hash
@@ -207,15 +208,16 @@ def _play(
             if log is not None:
                 observer.on_round(0, config.rounds, log.before(warm))
                 log.commit(state)
-    while state.round < config.rounds:
-        state, played = play_round(world, state, observer)
-        due = state.round % config.eval.every == 0 or state.round == config.rounds
-        held = world.evaluate(state) if due else None
-        with world.ranks.together(f"writing round {state.round}"):
-            if log is not None:
-                record = log.round(played, held, state)
-                log.commit(state)
-                observer.on_round(state.round, config.rounds, record)
+    with grown_up():
+        while state.round < config.rounds:
+            state, played = play_round(world, state, observer)
+            due = state.round % config.eval.every == 0 or state.round == config.rounds
+            held = world.evaluate(state) if due else None
+            with world.ranks.together(f"writing round {state.round}"):
+                if log is not None:
+                    record = log.round(played, held, state)
+                    log.commit(state)
+                    observer.on_round(state.round, config.rounds, record)
     summary = log.finish(state, model_hash(state.params)) if log is not None else {}
     world.ranks.wait()
     observer.on_end(summary)
