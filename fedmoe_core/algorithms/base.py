@@ -57,6 +57,9 @@ class Algorithm(ABC):
         adapters: "shared" where the experts carry adapters of the configured rank that are part of the global model,
             "own" where those live for one round of one client, "optional" where ``train.experts=lora`` gives the
             experts shared ones, and nothing does otherwise. "" where experts always train as a whole.
+        asynchronous: True where clients may train on models of different age (``time.mode=buffered``): a client's plan
+            is the same with any others planned for in one call, and ``apply`` moves the current model by means of
+            deltas. A subclass inherits it, so one that plans or applies otherwise sets it False.
         trains_trunk: False where the trunk stays frozen whatever ``train.trunk`` says (a classification head trains).
     """
 
@@ -65,6 +68,7 @@ class Algorithm(ABC):
     needs_validation: ClassVar[bool] = False
     has_global_model: ClassVar[bool] = True
     adapters: ClassVar[Literal["", "shared", "own", "optional"]] = ""
+    asynchronous: ClassVar[bool] = False
     trains_trunk: ClassVar[bool] = True
     settings: ClassVar[type | None] = None
 

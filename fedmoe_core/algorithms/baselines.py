@@ -42,6 +42,7 @@ class FedAvg(EachAlone):
     )
 
     adapters = "optional"
+    asynchronous = True
 
     def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
         """Give the client all experts, permitted and trainable."""
@@ -64,6 +65,7 @@ class OtherChoice(EachAlone):
     """HFedMoE in everything but the choice: ``worth`` says which experts a client would get; it never explores."""
 
     adapters = "optional"
+    asynchronous = True
 
     @abstractmethod
     def worth(self, state: ServerState, client: int) -> np.ndarray:

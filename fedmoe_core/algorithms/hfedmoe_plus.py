@@ -52,6 +52,8 @@ class HFedMoEPlus(Algorithm):
         ),
     )
 
+    asynchronous = True
+
     @property
     def base(self) -> HFedMoE:
         """The HFedMoE that does everything else."""

@@ -41,6 +41,8 @@ class PlainFedAvg(EachAlone):
         equations=(Equation("algorithm 1", "P", "each tensor moves by the |D_c|-weighted mean of its deltas"),),
     )
 
+    asynchronous = True
+
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Plan each client alone; what clients of one budget and as many steps are asked is worked out once."""
         seed, known = self.population.config.seed, dict[object, ExpertPlan]()

@@ -128,7 +128,8 @@ class Config:
         for tier in self.budgets:
             # Its words; what a share of experts comes to is known with the model.
             budget = Budget.parse(tier, spec_experts=1, plain=lambda count: NOTHING)
-            asked = [key for key in ("deadline", "straggle", "target") if getattr(self.time, key)]
+            asked = ["mode=buffered"] if self.time.mode == "buffered" else []
+            asked += [key for key in ("deadline", "straggle", "target") if getattr(self.time, key)]
             if asked and budget.pace is None:
                 raise ValueError(
                     f"time.{asked[0]} needs the speed of every device, and budget {tier!r} states none; add for "
@@ -314,17 +315,41 @@ def _check_plain(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={values[key]} means nothing to a plain torch model; leave it at {usual}")
 
 
+def _check_buffer(values: Mapping[str, Any]) -> None:
+    """Buffered runs have a buffer and no rounds; what only rounds have is refused with them."""
+    buffer, deadline = values["time.buffer"], values["time.deadline"]
+    if values["time.mode"] != "buffered":
+        if buffer:
+            raise ValueError(f"time.buffer={buffer} is for buffered runs; set time.mode=buffered, or leave it out")
+        return
+    if not buffer:
+        raise ValueError("time.mode=buffered needs time.buffer, the answers that make a server step; set 1 or more")
+    if deadline:
+        raise ValueError(
+            f"time.deadline={deadline:g} ends a round, and a buffered run waits for none; leave it out, or set "
+            "time.mode=rounds"
+        )
+    if values["aggregation.gate"] == "literal":
+        raise ValueError(
+            "aggregation.gate=literal rescales whole routers by the clients of a round, and a buffered run has no "
+            "rounds; choose row-wise, normalized or fedavg"
+        )
+
+
 def _check_pairs(values: Mapping[str, Any]) -> None:
     sampled = "clients_per_round" if values["clients_per_round"] else "clients"
+    buffered = values["time.mode"] == "buffered"
     for key, most in (
         ("model_config.top_k", "model_config.experts"),
         ("fft_moe.top_k", "fft_moe.experts"),
         ("clients_per_round", "clients"),
         ("min_clients", sampled),
+        *([("time.buffer", sampled), ("min_clients", "time.buffer")] if buffered and values["time.buffer"] else []),
     ):
         if values[key] > values[most]:
             raise ValueError(f"{key}={values[key]} exceeds {most}={values[most]}; lower it, or raise {most}")
     _check_plain(values)
+    _check_buffer(values)
     heads, kv_heads = values["model_config.heads"], values["model_config.kv_heads"]
     if heads % kv_heads:
         raise ValueError(

@@ -82,6 +82,12 @@ class CohortConfig:
 class TimeConfig:
     """A virtual clock by the speeds that the budgets state, and what it decides; a model, not a measurement."""
 
+    # rounds: the server waits for all clients of a round; buffered: it applies the first `buffer` answers that arrive,
+    # while the other clients train on (FedBuff, arXiv 2106.06639)
+    mode: Literal["rounds", "buffered"] = "rounds"
+    buffer: Natural = 0  # buffered only: answers that make one server step; clients_per_round are in flight
+    # buffered only: a in (1 + tau)^-a, which scales a change that was trained tau server steps ago; 0 = not at all
+    staleness: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.5
     # sigma of the log-normal factor, of median 1, by which a client's time in a round strays; 0 = none
     straggle: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.0
     deadline: NaturalReal = 0.0  # virtual seconds after which a round takes no update; 0 = none

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
 from fedmoe_core.reporting import crowd, crowd_figures, crowd_tables, drawing, figures, theme
-from fedmoe_core.reporting.results import QUALITIES, held, how_clients_ran, note, quality_of
+from fedmoe_core.reporting.results import QUALITIES, held, how_clients_ran, note, quality_of, staleness
 from fedmoe_core.reporting.run import Run
 from fedmoe_core.reporting.run_schema import read_text
 from fedmoe_core.reporting.tables import Cell, Piece, exceeded, late, ledger, plain, refused, runs_table, tiers
@@ -245,6 +245,8 @@ def _times(run: Run) -> list[tuple[str, str]]:
         absent = s.get("absent_clients") or ()
         never = f"; never drawn: {', '.join(absent[:SHOWN])}{' ...' if len(absent) > SHOWN else ''}" if absent else ""
         said.append(("updates too late", f"{s['late_updates']}{never}"))
+    if "staleness_mean" in s:
+        said.append(("server steps behind", staleness(run)))
     if (target := (run.config.get("time") or {}).get("target")) and run.finished:
         there = s.get("virtual_seconds_to_target")
         said.append((f"time to {target:g}", "not reached" if there is None else show.seconds(there)))

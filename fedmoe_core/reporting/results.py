@@ -40,6 +40,8 @@ def line(run: Run) -> str:
         parts.append(f"not bound by the budgets{_first(summary.get('over_budget'))}")
     if run.virtual_seconds is not None:
         parts.append(f"virtual time {show.seconds(run.virtual_seconds)}")
+    if "staleness_mean" in summary:
+        parts.append(f"staleness of updates {staleness(run)}")
     if run.late:
         parts.append(f"updates too late: {len(run.late)}")
     if summary.get("refused_updates"):
@@ -57,6 +59,12 @@ def _first(over: Sequence[str] | None) -> str:
         return ""
     others = f"; {show.plural(len(over) - 1, 'more client')}" if len(over) > 1 else ""
     return f" ({over[0]}{others})"
+
+
+def staleness(run: Run) -> str:
+    """Say how many server steps old the models of a buffered run were, such as ``1.25 on average, 4 at most``."""
+    summary = run.summary
+    return f"{show.number(summary.get('staleness_mean'), 2)} on average, {summary.get('staleness_max')} at most"
 
 
 def held(run: Run) -> str:

@@ -71,6 +71,10 @@ LATE = FieldKind(
 CLOCK = FieldKind(
     "a table of amounts straggle and seconds", defstruct("Clock", [("straggle", Amount), ("seconds", Amount)])
 )
+FLIGHT = FieldKind(
+    "a table of whole numbers version and staleness, and amounts dispatched and arrived",
+    defstruct("Flight", [("version", Count), ("staleness", Count), ("dispatched", Amount), ("arrived", Amount)]),
+)
 
 CONFIG = {"algorithm": TEXT, "model": TEXT, "data": TEXT, "clients": COUNT, "seed": INTEGER, "budgets": TEXTS}
 SUMMARY = {
@@ -86,8 +90,8 @@ SUMMARY = {
     **dict.fromkeys(("personal_loss_C", "personal_accuracy_C"), PER_CLIENT),
     "seed": INTEGER,
     "budgeted": FLAG,
-    **dict.fromkeys(("virtual_seconds", "virtual_seconds_to_target"), AMOUNT),
-    "late_updates": COUNT,
+    **dict.fromkeys(("virtual_seconds", "virtual_seconds_to_target", "staleness_mean"), AMOUNT),
+    **dict.fromkeys(("late_updates", "staleness_max"), COUNT),
     **dict.fromkeys(("over_budget", "broken_by", "absent_clients"), TEXTS),
     "nothing_trained": TEXT,
 }
@@ -96,7 +100,8 @@ ROUND = {
     **dict.fromkeys(("loss", "accuracy", "lost_mass", "coverage", "load_cv"), NUMBER),
     **dict.fromkeys(("loss_clients", "accuracy_clients", "personal_loss_C", "personal_accuracy_C"), PER_CLIENT),
     **dict.fromkeys(("bytes_down_total", "bytes_up_total", "flops_total", "seconds", "engine_seconds"), AMOUNT),
-    **dict.fromkeys(("virtual_seconds", "virtual_seconds_total"), AMOUNT),
+    **dict.fromkeys(("virtual_seconds", "virtual_seconds_total", "staleness_mean"), AMOUNT),
+    **dict.fromkeys(("staleness_max", "in_flight"), COUNT),
     "late": LATE,
     "refused": REFUSED,
     "importance_LE": _matrix(Number | None, "a list of equally long rows of finite numbers or nulls"),
@@ -112,6 +117,7 @@ LEDGER = {
     **dict.fromkeys(("budget", "bound_by"), COST),
     **dict.fromkeys(("predicted", "real"), COST),
     "clock": CLOCK,
+    "flight": FLIGHT,
 }
 PARTITION = {
     **dict.fromkeys(("names", "clients"), TEXTS),

@@ -103,16 +103,21 @@ class Accumulator:
         if self._lent:
             self._set_flat(self._flat.clone())
 
-    def add(self, update: ClientUpdate, plan: ExpertPlan) -> Admission:
+    def add(self, update: ClientUpdate, plan: ExpertPlan, *, share: float = 1.0) -> Admission:
         """Sum one update, or refuse it whole with a reason. Never raises on a bad update, never changes its inputs.
 
         Args:
             update: what the client sent; deltas of experts and routers as (Bt, ...) rows in ascending expert id.
             plan: what the server asked of that client.
+            share: what its deltas are multiplied by before they are summed, in (0, 1]: s(tau) of a stale update. Its
+                weights stay, so that a lone stale trainer of an expert moves it by s(tau) of its delta, as FedBuff
+                has it, and not by all of it. Bounds are those of the whole delta.
 
         Raises:
-            ValueError: the plan itself does not fit the model.
+            ValueError: the plan itself does not fit the model, or such a share does not exist.
         """
+        if not 0 < share <= 1:
+            raise ValueError(f"share = {share!r} of client {plan.client}'s deltas is not above 0 and at most 1; give 1")
         if plan.trainable_LE.shape != (self.num_layers, self.num_experts):
             raise ValueError(
                 f"plan of client {plan.client} is for (layers, experts) {plan.trainable_LE.shape}, the model has "
@@ -127,18 +132,18 @@ class Accumulator:
             reason, largest = examined(update, plan, self.specs, self.settings)
         if reason is None:
             self._own()
-            self._fold(update, plan, largest)
+            self._fold(update, plan, largest, share)
             self._clients.add(plan.client)
         return Admission(plan.client, plan.round, reason is None, reason or "")
 
-    def _fold(self, update: ClientUpdate, plan: ExpertPlan, largest: float) -> None:
-        """Sum a checked update, no |delta| of which is above ``largest``."""
+    def _fold(self, update: ClientUpdate, plan: ExpertPlan, largest: float, share: float) -> None:
+        """Sum ``share`` of a checked update, no |delta| of which is above ``largest``."""
         device, quantize = self._flat.device, self.settings.quantize
         gate, sample = self.settings.quantize_one(update.gate_weight), self.settings.quantize_one(update.sample_weight)
         sends_dense = any(spec.kind == "dense" for spec in self.specs)
         self._scalars += torch.tensor([1, gate, sample * sends_dense, sample], device=device)
         if (whole := self._whole(update)) is not None:
-            adder = Adder.on(device, self.settings, whole.numel(), largest=largest)
+            adder = Adder.on(device, self.settings, whole.numel(), largest=largest, share=share)
             adder.add(self._flat[self._header :].unsqueeze(0), whole.unsqueeze(0), [sample], [0])
             return
         expert_LE, router_LE = quantize(update.expert_weight_LE), quantize(update.router_weight_LE)
@@ -146,7 +151,7 @@ class Accumulator:
         self._router_den_LE += torch.from_numpy(router_LE).to(device)
         self._trained_LE += torch.from_numpy(plan.trainable_LE.astype(np.int64)).to(device)
         longest = max((delta.numel() for delta in update.deltas.values()), default=0)
-        adder = Adder.on(device, self.settings, longest, largest=largest)
+        adder = Adder.on(device, self.settings, longest, largest=largest, share=share)
         for spec in self.specs:
             if spec.key not in update.deltas:
                 continue

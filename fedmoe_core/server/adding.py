@@ -31,23 +31,34 @@ SHIFTABLE = 1 << 51
 
 @dataclass(frozen=True)
 class Adder:
-    """Adds ``round(weight * delta * 2**scale_bits)`` to int64 sums, with one buffer for everything it adds.
+    """Adds ``round(weight * share * delta * 2**scale_bits)`` to int64 sums, with one buffer for everything it adds.
 
     A float32 delta (24 significant bits) times a 12-bit weight is exact in float64, so only the rounding to the
-    fixed-point grid is inexact, by half a unit of the sum. The sums do not depend on the blocks.
+    fixed-point grid is inexact, by half a unit of the sum. A share other than 1 is rounded to float64 before that. The
+    sums do not depend on the blocks.
 
     Attributes:
         settings: the number format.
         buffer: (block,) float64, on the device of the sums; its content means nothing between calls.
         shifts: whether every term is at most SHIFTABLE.
+        share: what every delta is multiplied by, in (0, 1].
     """
 
     settings: SumSettings
     buffer: Tensor
     shifts: bool
+    share: float = 1.0
 
     @classmethod
-    def on(cls, device: torch.device, settings: SumSettings, longest: int, *, largest: float | None = None) -> Adder:
+    def on(
+        cls,
+        device: torch.device,
+        settings: SumSettings,
+        longest: int,
+        *,
+        largest: float | None = None,
+        share: float = 1.0,
+    ) -> Adder:
         """Make an adder.
 
         Args:
@@ -55,12 +66,13 @@ class Adder:
             settings: the number format.
             longest: values of the longest tensor.
             largest: no |delta| is above it; None = ``settings.value_bound``.
+            share: as the attribute.
         """
         block = BLOCK_CPU * min(torch.get_num_threads(), MOST_THREADS) if device.type == "cpu" else BLOCK_GPU
         size = max(1, min(block, longest))
         reaches = settings.value_bound if largest is None else largest
         shifts = math.ceil(reaches * 2.0**settings.scale_bits) * settings.top_weight <= SHIFTABLE
-        return cls(settings, torch.empty(size, dtype=torch.float64, device=device), shifts)
+        return cls(settings, torch.empty(size, dtype=torch.float64, device=device), shifts, share)
 
     def add(self, total: Tensor, delta: Tensor, weights: Sequence[int], rows: Sequence[int]) -> None:
         """Add rows of ``delta`` to rows of ``total``.
@@ -76,7 +88,7 @@ class Adder:
         delta = delta.detach()
         for start, stop in self._blocks(weights, rows, delta.numel() // len(rows)):
             place, part = rows[start:stop], delta[start:stop]
-            factors = [weight * 2.0**self.settings.scale_bits for weight in weights[start:stop]]
+            factors = [weight * 2.0**self.settings.scale_bits * self.share for weight in weights[start:stop]]
             factor: float | Tensor = factors[0]
             if len(set(factors)) > 1:
                 factor = torch.tensor(factors, dtype=torch.float64, device=total.device)

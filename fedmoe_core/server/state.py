@@ -155,6 +155,48 @@ def unpack_state(packed: dict[str, Tensor], *, round: int, device: torch.device 
     """
     if "visits" not in packed or not any(key.startswith("params/") for key in packed):
         raise ValueError("the checkpoint holds no fedmoe server state; start the run again with --force")
+    return _unpacked(packed, round=round, device=device)
+
+
+def pack_older(state: ServerState, newer: ServerState) -> dict[str, Tensor]:
+    """Pack what ``state`` does not share with ``newer``; ``unpack_older`` is the inverse.
+
+    States share objects: a tensor that did not train, the profile of a client that was not heard in between.
+    """
+    heard = zip(state.profiles, newer.profiles, strict=True)
+    changed = replace(
+        state,
+        params=_unlike(state.params, newer.params),
+        profiles=tuple(None if profile is known else profile for profile, known in heard),
+        memory=_unlike(state.memory, newer.memory),
+    )
+    packed = pack_state(changed)
+    unheard = [c for c, profile in enumerate(state.profiles) if profile is None and newer.profiles[c] is not None]
+    if unheard:
+        packed["unheard"] = torch.tensor(unheard, dtype=torch.int64)
+    # A checkpoint has names for tensors alone: what the older state does not remember is named by an empty one.
+    return packed | {f"unknown/{key}": torch.empty(0) for key in newer.memory if key not in state.memory}
+
+
+def unpack_older(
+    packed: dict[str, Tensor], newer: ServerState, *, round: int, device: torch.device | str = "cpu"
+) -> ServerState:
+    """Rebuild what ``pack_older`` took apart; what it shares with ``newer`` is shared again."""
+    own = _unpacked(packed, round=round, device=device)
+    unheard = set(packed["unheard"].tolist()) if "unheard" in packed else set()
+    profiles = [
+        None if client in unheard else profile or newer.profiles[client] for client, profile in enumerate(own.profiles)
+    ]
+    remembered = {key: tensor for key, tensor in newer.memory.items() if f"unknown/{key}" not in packed}
+    params, memory = {**newer.params, **own.params}, {**remembered, **own.memory}
+    return replace(own, params=params, profiles=tuple(profiles), memory=memory)
+
+
+def _unlike(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if tensor is not others.get(key)}
+
+
+def _unpacked(packed: dict[str, Tensor], *, round: int, device: torch.device | str) -> ServerState:
     visits = tuple(packed["visits"].tolist())
     params = {key.removeprefix("params/"): t.to(device) for key, t in packed.items() if key.startswith("params/")}
     profiles: list[ClientProfile | None] = [None] * len(visits)

@@ -94,7 +94,10 @@ class Observer:
     """Called by the simulator on rank 0; an observer never changes a run. What a class leaves out says nothing."""
 
     def on_start(self, info: Mapping[str, Any]) -> None:
-        """Report the facts of the run: label, algorithm, model, data, rounds, clients_per_round, first_round, out."""
+        """Report the facts of the run: label, algorithm, model, data, rounds, clients_per_round, first_round, out.
+
+        Of a buffered run, clients_per_round are the answers of a server step, and in_flight says how many train.
+        """
 
     def on_stage(self, text: str) -> None:
         """Report that a stage outside the rounds begins, such as the warm-up."""

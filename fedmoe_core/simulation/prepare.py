@@ -27,6 +27,7 @@ from fedmoe_core.model.adapter import ModelAdapter, find_adapter
 from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.model.spec import ModelSpec
 from fedmoe_core.server.state import Population
+from fedmoe_core.simulation.buffered import refuse_rounds_only
 from fedmoe_core.simulation.calibrate import calibrate
 from fedmoe_core.simulation.clock.deadline import keep_deadline
 from fedmoe_core.simulation.cohorts.dry_step import CohortMeter
@@ -90,6 +91,7 @@ def read_sources(config: Config, ranks: Ranks, observer: Observer) -> Sources:
     """Read the data and load the live model, untrained."""
     observer.on_stage(f"reading {config.data}")
     form = algorithm_class(config.algorithm)
+    refuse_rounds_only(config, form)
     data = read_data(config, ranks, validation=form.needs_validation)
     adapter = load_model(config, data, ranks.device)
     return Sources(config, form, data, adapter, Identity.of(config, corpus_sha256=data.corpus_sha256), ranks)

@@ -170,7 +170,10 @@ def headline(info: Mapping[str, Any]) -> str:
     parts = [f"{label}: {info.get('model', '?')} on {info.get('data', '?')}"]
     if info.get("rounds"):
         parts.append(show.plural(int(info["rounds"]), "round"))
-    if info.get("clients_per_round"):
+    if info.get("in_flight"):
+        answers = show.plural(int(info["clients_per_round"]), "answer")
+        parts.append(f"buffered: {show.plural(int(info['in_flight']), 'client')} in flight, a step after {answers}")
+    elif info.get("clients_per_round"):
         parts.append(f"{show.plural(int(info['clients_per_round']), 'client')} a round")
     if info.get("first_round"):
         parts.append(f"resumed after round {info['first_round']}")

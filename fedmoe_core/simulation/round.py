@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedmoe_core.base.rng import counter_rng
@@ -17,6 +17,7 @@ from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation.clock.times import RoundTime, lateness, round_time
 from fedmoe_core.simulation.cohorts.cutting import Group
+from fedmoe_core.simulation.cohorts.training import Task
 from fedmoe_core.simulation.directory.lines import client_record
 from fedmoe_core.simulation.observer import Observer
 from fedmoe_core.simulation.worlds.federation import Federation
@@ -36,45 +37,67 @@ class Round:
     time: RoundTime | None = None  # virtual; None where the run has no clock
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What this rank's clients of a round left: their sums, and reports for the other ranks."""
+
+    plans: list[ExpertPlan]  # of all ranks
+    sums: Accumulator
+    reports: list[dict[str, Any]]
+    cohorts: list[dict[str, Any]]
+    began: float  # time.perf_counter() at the start of the round
+    engine_seconds: float
+
+
 def play_round(world: Federation, state: ServerState, observer: Observer) -> tuple[ServerState, Round]:
     """Play one round: the server plans, clients train, exact sums meet, the server applies."""
-    config, ranks, began = world.config, world.ranks, time.perf_counter()
+    began = time.perf_counter()
+    with world.ranks.together(f"training round {state.round + 1}"):
+        clients = sample_clients(world.config, state.round, absent=world.population.absent)
+        groups = world.groups(world.algorithm.plan(state, clients))
+        trained = train(world, state.round, [Task(state, group) for group in groups], observer, began=began)
+    state, played = settle(world, state, trained)
+    return state, replace(played, time=round_time(world.population, played.updates))
 
-    reports, cohorts = [], []
-    with ranks.together(f"training round {state.round + 1}"):
-        plans = world.algorithm.plan(state, sample_clients(config, state.round, absent=world.population.absent))
-        groups = world.groups(plans)
-        sums = _accumulator(world)
-        engine = time.perf_counter() - began
-        with world.training(state, ranks.mine(groups, [group.flops for group in groups])) as in_turn:
-            for group, answers in in_turn:
-                training, peak = time.perf_counter(), 0
-                for answer in answers:
-                    update, plan, peak = answer.update, answer.plan, answer.memory_bytes
-                    checking = time.perf_counter()
-                    reports.append(report_of(_admit(world, update, plan, sums)))
-                    engine += time.perf_counter() - checking + answer.extract_seconds
-                    if config.ranks == 1:
-                        record = client_record(state.round + 1, update, plan, world.population.budgets)
-                        observer.on_client(state.round + 1, plan.client, record)
-                if peak:
-                    cohorts.append(_cohort_record(group, peak, time.perf_counter() - training))
 
-    summing = time.perf_counter()
+def train(world: Federation, index: int, tasks: Sequence[Task], observer: Observer, *, began: float) -> Trained:
+    """Train this rank's share of the tasks of a round, counted from 0; every update is summed, or refused by name."""
+    reports, cohorts, sums = [], [], _accumulator(world)
+    plans = sorted((plan for task in tasks for plan in task.group.plans), key=lambda plan: plan.client)
+    engine = time.perf_counter() - began
+    with world.training(world.ranks.mine(tasks, [task.group.flops for task in tasks])) as in_turn:
+        for task, answers in in_turn:
+            training, peak = time.perf_counter(), 0
+            for answer in answers:
+                update, plan, peak = answer.update, answer.plan, answer.memory_bytes
+                checking = time.perf_counter()
+                reports.append(report_of(_admit(world, update, plan, sums, share=task.share)))
+                engine += time.perf_counter() - checking + answer.extract_seconds
+                if world.config.ranks == 1:
+                    record = client_record(index + 1, update, plan, world.population.budgets)
+                    observer.on_client(index + 1, plan.client, record)
+            if peak:
+                cohorts.append(_cohort_record(task.group, peak, time.perf_counter() - training))
+    return Trained(plans, sums, reports, cohorts, began, engine)
+
+
+def settle(world: Federation, state: ServerState, trained: Trained) -> tuple[ServerState, Round]:
+    """Meet the other ranks and apply what all clients changed; the round's virtual time is still to be told."""
+    ranks, sums, summing = world.ranks, trained.sums, time.perf_counter()
     if ranks.world > 1:
         with ranks.meeting():
             sums.all_reduce()
-    gathered = ranks.gather([reports, cohorts])
+    gathered = ranks.gather([trained.reports, trained.cohorts])
     updates = sorted((update_of(report) for part, _ in gathered for report in part), key=lambda update: update.client)
     together = sorted((record for _, part in gathered for record in part), key=lambda record: record["clients"])
-    applied = sums.accepted >= config.min_clients
+    applied = sums.accepted >= world.config.min_clients
     if applied:
         state = world.algorithm.advance(state, sums.sums(), updates)
     else:
         state = state.advance(state.params, {}, [update.client for update in updates])
-    virtual, now = round_time(world.population, updates), time.perf_counter()
-    spent = now - began, engine + now - summing
-    return state, Round(state.round - 1, plans, updates, applied, *spent, together, virtual)
+    now = time.perf_counter()
+    spent = now - trained.began, trained.engine_seconds + now - summing
+    return state, Round(state.round - 1, trained.plans, updates, applied, *spent, together)
 
 
 def sample_clients(config: Config, round: int, *, absent: Collection[int] = ()) -> list[int]:
@@ -92,7 +115,9 @@ def _cohort_record(group: Group, peak: int, seconds: float) -> dict[str, Any]:
     return {"clients": clients, "predicted_bytes": predicted, "memory_bytes": peak, "seconds": seconds}
 
 
-def _admit(world: Federation, update: ClientUpdate, plan: ExpertPlan, sums: Accumulator) -> ClientUpdate:
+def _admit(
+    world: Federation, update: ClientUpdate, plan: ExpertPlan, sums: Accumulator, *, share: float
+) -> ClientUpdate:
     """Sum the update, or refuse it by name: it broke its budget, came late, or is not what was asked for."""
     if over := plan.budget.violations(update.cost):
         # Without a plan that fits, no client trains: so what was predicted was wrong, and the log says that.
@@ -100,7 +125,7 @@ def _admit(world: Federation, update: ClientUpdate, plan: ExpertPlan, sums: Accu
         return refused(update, f"{before}over budget, though its plan fits: {over[0]}")
     if update.status == "ok" and (late := lateness(world.population, update)):
         return refused(update, late, status="late")
-    outcome = sums.add(update, plan)
+    outcome = sums.add(update, plan, share=share)
     if outcome.accepted or update.status == "failed":
         return update
     return refused(update, outcome.reason)

@@ -17,6 +17,7 @@ from fedmoe_core.config.run_config import Config, is_plain
 from fedmoe_core.model.plain import PlainModel
 from fedmoe_core.model.spec import model_hash
 from fedmoe_core.server.state import ServerState, unpack_state
+from fedmoe_core.simulation.buffered import InFlight, pack_in_flight, play_step, unpack_in_flight
 from fedmoe_core.simulation.directory.checkpoint import Checkpoint, load_checkpoint
 from fedmoe_core.simulation.directory.claim import Claim, claimed, held
 from fedmoe_core.simulation.directory.lines import plan_row
@@ -73,7 +74,8 @@ def run(
         log = None
         with ranks.together("writing the configuration"):
             log = RunLog.create(claim, world) if claim is not None else None
-        return _play(world, state, log, observer, fresh=True)
+        ahead = InFlight() if config.time.mode == "buffered" else None
+        return _play(world, (state, ahead), log, observer, fresh=True)
 
 
 def resume(
@@ -114,10 +116,11 @@ def _go_on(
     world = _found(config, plain, ranks, observer)
     agree_on_world(ranks, world)
     state = unpack_state(tensors, round=round, device=ranks.device)
+    ahead = unpack_in_flight(tensors, state, device=ranks.device) if config.time.mode == "buffered" else None
     log = None
     with ranks.together("reading the logs"):
         log = RunLog.reopen(claim, world, meta) if claim is not None else None
-    return _play(world, state, log, observer, fresh=False)
+    return _play(world, (state, ahead), log, observer, fresh=False)
 
 
 @contextmanager
@@ -194,29 +197,38 @@ def check_budgets(world: Federation, state: ServerState) -> None:
 
 
 def _play(
-    world: Federation, state: ServerState, log: RunLog | None, observer: Observer, *, fresh: bool
+    world: Federation,
+    start: tuple[ServerState, InFlight | None],
+    log: RunLog | None,
+    observer: Observer,
+    *,
+    fresh: bool,
 ) -> dict[str, Any]:
-    """Rounds from ``state`` to the last, each evaluated, logged and committed; then the summary.
+    """Rounds from the start to the last, each evaluated, logged and committed; then the summary.
 
-    A ``fresh`` run has the warm model judged first; a resumed one has that line already.
+    A buffered run carries its clients in flight beside the state, and its rounds are server steps. A ``fresh`` run has
+    the warm model judged first; a resumed one has that line already.
     """
-    config = world.config
+    config, (state, ahead) = world.config, start
     observer.on_start(_headline(world, state))
     if fresh:
         warm = world.evaluate(state)
         with world.ranks.together("writing the logs"):
             if log is not None:
                 observer.on_round(0, config.rounds, log.before(warm))
-                log.commit(state)
+                log.commit(state, None if ahead is None else pack_in_flight(ahead, state))
     with grown_up():
         while state.round < config.rounds:
-            state, played = play_round(world, state, observer)
+            if ahead is None:
+                state, played = play_round(world, state, observer)
+            else:
+                state, ahead, played = play_step(world, state, ahead, observer)
             due = state.round % config.eval.every == 0 or state.round == config.rounds
             held = world.evaluate(state) if due else None
             with world.ranks.together(f"writing round {state.round}"):
                 if log is not None:
                     record = log.round(played, held, state)
-                    log.commit(state)
+                    log.commit(state, None if ahead is None else pack_in_flight(ahead, state))
                     observer.on_round(state.round, config.rounds, record)
     summary = log.finish(state, model_hash(state.params)) if log is not None else {}
     world.ranks.wait()
@@ -227,13 +239,15 @@ def _play(
 def _headline(world: Federation, state: ServerState) -> dict[str, Any]:
     """What the observer is told at the start."""
     config = world.config
+    at_once = config.clients_per_round or config.clients
+    buffered = {"clients_per_round": config.time.buffer, "in_flight": at_once}
     return {
         "label": world.algorithm.label(config),
         "algorithm": config.algorithm,
         "model": config.adapter if is_plain(config.adapter) else config.model,
         "data": "its own data" if is_plain(config.adapter) else config.data,
         "rounds": config.rounds,
-        "clients_per_round": config.clients_per_round or config.clients,
+        **(buffered if config.time.mode == "buffered" else {"clients_per_round": at_once}),
         "first_round": state.round,
         "out": config.out,
     }

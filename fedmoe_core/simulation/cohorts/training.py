@@ -38,7 +38,22 @@ class Answer:
     memory_bytes: int = 0
 
 
-InTurn = Iterator[tuple[Group, Iterator[Answer]]]  # each group as its turn comes, with its clients' answers
+@dataclass(frozen=True)
+class Task:
+    """Clients that train at once.
+
+    Attributes:
+        state: what they start from.
+        group: who they are.
+        share: what their deltas count; below 1 where ``state`` is an older one.
+    """
+
+    state: ServerState
+    group: Group
+    share: float = 1.0
+
+
+InTurn = Iterator[tuple[Task, Iterator[Answer]]]  # each task as its turn comes, with its clients' answers
 
 
 def round_settings(world: World, round: int) -> TrainConfig:

@@ -76,6 +76,7 @@ def ledger_line(
     """Make one client's line of ledger.jsonl; ``bound_by`` is there where other limits bound the plan.
 
     ``real.virtual_seconds`` is what its device takes for what it did; ``clock`` has the straggling and what came of it.
+    ``flight`` is there in a buffered run: the model that the client took along, how stale, when it left and arrived.
     """
     budget = budgets[update.client]
     return {
@@ -86,6 +87,17 @@ def ledger_line(
         "predicted": budget.record_of(plan.predicted),
         "real": budget.record_of(update.cost),
         **({} if time is None else {"clock": asdict(time.clients[update.client])}),
+        **({} if time is None or not time.flights else {"flight": _flight(time, update.client)}),
         **({} if update.cohort == 1 else {"cohort": update.cohort}),
         **({} if plan.extras.surcharge == NOTHING else {"surcharge": budget.record_of(plan.extras.surcharge)}),
+    }
+
+
+def _flight(time: RoundTime, client: int) -> dict[str, Any]:
+    flight = time.flights[client]
+    return {
+        "version": flight.version,
+        "staleness": time.staleness[client],
+        "dispatched": flight.dispatched,
+        "arrived": flight.arrives,
     }

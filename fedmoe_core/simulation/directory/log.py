@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from fedmoe_core.base.files import JsonlLog, write_json, write_whole
 from fedmoe_core.budget.limits import Budget
@@ -65,12 +66,12 @@ class RunLog:
                 log.totals = {name: line[name] for name in log.totals}
         return log
 
-    def commit(self, state: ServerState) -> None:
-        """Write the checkpoint atomically; from here on the round counts as played."""
+    def commit(self, state: ServerState, beside: Mapping[str, Tensor] | None = None) -> None:
+        """Write the checkpoint atomically, with what a run carries ``beside`` its state; then the round is played."""
         began, config = time.perf_counter(), self.world.config
         lines = {"metrics_lines": self.lines[self.metrics.path], "ledger_lines": self.lines[self.ledger.path]}
         meta = {"round": state.round, **lines, "run": self.run, "identity": self.world.identity.facts()}
-        save_checkpoint(self.out / "checkpoint", pack_state(state), meta, config.decisive())
+        save_checkpoint(self.out / "checkpoint", pack_state(state) | dict(beside or {}), meta, config.decisive())
         self.unbilled_seconds = time.perf_counter() - began
 
     def before(self, held: HeldOut) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.state import Population, ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group
-from fedmoe_core.simulation.cohorts.training import InTurn
+from fedmoe_core.simulation.cohorts.training import InTurn, Task
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.identity import Identity
 from fedmoe_core.simulation.process_group import Ranks
@@ -91,8 +91,8 @@ class Federation(Protocol):
         """
         ...
 
-    def training(self, state: ServerState, groups: Sequence[Group]) -> AbstractContextManager[InTurn]:
-        """Train groups in turn within the block; each client's answer comes as soon as it is read."""
+    def training(self, tasks: Sequence[Task]) -> AbstractContextManager[InTurn]:
+        """Do tasks in turn within the block; each client's answer comes as soon as it is read."""
         ...
 
     def evaluate(self, state: ServerState) -> HeldOut:

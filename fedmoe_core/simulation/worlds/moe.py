@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from fedmoe_core.base.ahead import ahead
 from fedmoe_core.messages.plan import ExpertPlan
@@ -14,7 +14,7 @@ from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.cohorts.drawing import draw
 from fedmoe_core.simulation.cohorts.grouping import grouped
-from fedmoe_core.simulation.cohorts.training import InTurn, answers
+from fedmoe_core.simulation.cohorts.training import InTurn, Task, answers
 from fedmoe_core.simulation.evaluation import HeldOut, evaluate_clients
 from fedmoe_core.simulation.world import World, local_settings
 from fedmoe_core.simulation.worlds.federation import Holdings
@@ -42,10 +42,10 @@ class MoEWorld(World):
         return grouped(self, plans)
 
     @contextmanager
-    def training(self, state: ServerState, groups: Sequence[Group]) -> Iterator[InTurn]:
-        """Train groups; while one does, the batches of the next are drawn."""
-        with ahead(groups, partial(draw, self)) as ready:
-            yield ((group, answers(self, state, group, drawn)) for group, drawn in ready)
+    def training(self, tasks: Sequence[Task]) -> Iterator[InTurn]:
+        """Train one group after another; while one does, the batches of the next are drawn."""
+        with ahead(tasks, lambda task: draw(self, task.group)) as ready:
+            yield ((task, answers(self, task.state, task.group, drawn)) for task, drawn in ready)
 
     def evaluate(self, state: ServerState) -> HeldOut:
         """Judge the global model, and each client's own where that was asked for."""

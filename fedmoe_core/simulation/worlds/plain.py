@@ -24,7 +24,7 @@ from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.state import Population, ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group, each_alone, in_cohorts
-from fedmoe_core.simulation.cohorts.training import Answer, InTurn, at_round
+from fedmoe_core.simulation.cohorts.training import Answer, InTurn, Task, at_round
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.identity import Identity
 from fedmoe_core.simulation.process_group import Ranks
@@ -75,9 +75,12 @@ class PlainWorld:
         return in_cohorts(plans, self.meter, self._kind, lambda plan: "", limits=(self.config, self.ranks.device))
 
     @contextmanager
-    def training(self, state: ServerState, groups: Sequence[Group]) -> Iterator[InTurn]:
-        """Train groups. Nothing is drawn ahead: rows lie on the device, and a draw is a permutation of some places."""
-        yield ((group, self._answers(state, group)) for group in groups)
+    def training(self, tasks: Sequence[Task]) -> Iterator[InTurn]:
+        """Train one group after another.
+
+        Nothing is drawn ahead: rows lie on the device, and a draw is a permutation of some places.
+        """
+        yield ((task, self._answers(task.state, task.group)) for task in tasks)
 
     def _answers(self, state: ServerState, group: Group) -> Iterator[Answer]:
         """Train a group; where a joint step raises, each client then trains alone, and says so."""

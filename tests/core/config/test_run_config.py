@@ -53,6 +53,7 @@ def values_of(setting: Setting) -> st.SearchStrategy[object]:
 CROSS_CHECKED = {"clients", "clients_per_round", "min_clients", "ranks", "selection.reschedule"}
 CROSS_CHECKED |= {"fft_moe.top_k", "fft_moe.experts", "cohort.memory"}
 CROSS_CHECKED |= {"time.deadline", "time.straggle", "time.target"}  # they need budgets that state a speed
+CROSS_CHECKED |= {"time.mode", "time.buffer"}  # one needs the other
 CROSS_CHECKED |= {"selection.lam_change", "selection.beta_change", "aggregation.tau_change"}
 CROSS_CHECKED |= {k for k in SCHEMA if "model_config" in k}
 CROSS_CHECKED |= {"train.local_epochs"}  # it needs a plain model
@@ -373,13 +374,3 @@ def test_a_retired_key_may_stand_in_an_older_file_at_the_value_at_which_it_did_n
         Config.load(path)
     with pytest.raises(ValueError, match=r"unknown key 'plus.redundancy'"):
         Config.load(overrides=["plus.redundancy=0.0"])
-
-
-@pytest.mark.parametrize("word", ["time.deadline=3", "time.straggle=0.2", "time.target=2"])
-def test_time_needs_a_speed_in_every_tier(word: str) -> None:
-    tiers = "budgets=phone-8gb;experts=25%,speed=2e9"
-    config = Config.load(overrides=[word, tiers])
-    assert Config.load(overrides=[word, tiers]).to_toml() == config.to_toml()
-    assert config.diff(Config.load(overrides=[tiers]))
-    with pytest.raises(ValueError, match=r"needs the speed of every device, and budget 'experts=8' states none"):
-        Config.load(overrides=[word, "budgets=phone-8gb;experts=8"])

@@ -303,3 +303,66 @@ def test_model_hash_tells_apart_what_differs() -> None:
         {},
     ]
     assert len({model_hash(state) for state in [base, *others]}) == 1 + len(others)
+
+
+SHARES = (1.0, 2**-0.5, 1 / 3, 0.5)
+
+
+def test_a_share_scales_the_deltas_and_leaves_the_weights() -> None:
+    """FedBuff's s(tau) with the weights of each tensor: sum(w s delta) / sum(w), re-stated in float64."""
+    clients, state = make_clients(4, 5), make_state(1, torch.float64)
+    sums = Accumulator(make_specs(), SumSettings(scale_bits=40, weight_bits=12, max_clients=8), train_dense=True)
+    for (update, plan), share in zip(clients, SHARES, strict=True):
+        assert sums.add(update, plan, share=share).accepted
+    fresh = accumulate(clients).sums()
+    for name in ("expert_den_LE", "router_den_LE", "trained_LE"):
+        assert torch.equal(getattr(sums.sums(), name), getattr(fresh, name)), name
+    new = {**expert_mean(sums.sums(), state), **gate_mean(sums.sums(), state), **dense_mean(sums.sums(), state)}
+    for spec in make_specs():
+        top, below = torch.zeros(spec.shape, dtype=torch.float64), torch.zeros(spec.shape, dtype=torch.float64)
+        for (update, plan), share in zip(clients, SHARES, strict=True):
+            if spec.kind == "dense":
+                weight = quantized(update.sample_weight)
+                top, below = top + weight * share * update.deltas[spec.key].double(), below + weight
+                continue
+            weight_LE = update.expert_weight_LE if spec.kind == "expert" else update.router_weight_LE
+            for row, expert in enumerate(np.flatnonzero(plan.trainable_LE[spec.layer])):
+                weight = quantized(weight_LE[spec.layer, expert])
+                top[expert] += weight * share * update.deltas[spec.key][row].double()
+                below[expert] += weight
+        moved = new[spec.key] - state[spec.key]
+        expected = torch.where(below > 0, top / below.clamp(min=1e-30), 0.0)
+        assert (moved - expected).norm() <= 1e-10 * expected.norm(), spec.key
+
+
+def test_a_share_of_one_changes_no_bit_and_bounds_are_those_of_the_whole_delta() -> None:
+    ((update, plan),) = make_clients(1, 2)
+    plain, same = accumulate([(update, plan)]), Accumulator(make_specs(), train_dense=True)
+    assert same.add(update, plan, share=1.0).accepted
+    assert torch.equal(plain.flatten(), same.flatten())
+    narrow = Accumulator(make_specs(), SumSettings(norm_bound=0.01), train_dense=True)
+    assert "above norm_bound 0.01" in narrow.add(update, plan, share=1e-6).reason
+    for share in (0.0, -0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"share = .* of client 0's deltas is not above 0 and at most 1"):
+            same.add(update, plan, share=share)
+
+
+def test_a_share_reaches_a_model_of_dense_tensors_whose_deltas_lie_end_to_end() -> None:
+    specs = [ParamSpec(f"dense.{name}", "dense", (3, 2), torch.float32) for name in "ab"]
+    plan = make_plan(np.zeros((0, 0), dtype=bool))
+    flat = torch.linspace(-0.5, 0.5, 12)
+    deltas = {"dense.a": flat[:6].view(3, 2), "dense.b": flat[6:].view(3, 2)}
+    nothing_LE = np.zeros((0, 0))
+    base = make_update(make_plan(ALL))
+    whole = replace(
+        base, deltas=deltas, expert_weight_LE=nothing_LE, router_weight_LE=nothing_LE, gate_weight=0.0, profile=None
+    )
+    apart = replace(whole, deltas={key: delta.clone() for key, delta in deltas.items()})
+    found = []
+    for update in (whole, apart):
+        sums = Accumulator(specs, train_dense=True)
+        assert sums.add(update, plan, share=0.25).accepted
+        found.append(dense_mean(sums.sums(), {key: torch.zeros(3, 2) for key in deltas}))
+    for key, delta in deltas.items():
+        assert torch.equal(found[0][key], found[1][key])
+        assert torch.allclose(found[0][key], 0.25 * delta, atol=1e-9)

@@ -55,6 +55,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int, *, scale_bits: 
     tail=st.sampled_from([(), (1,), (7,), (5, 3), (0,), (4, 0, 2), (2, 3, 4)]),
     way=st.sampled_from(["plain", "transposed", "every other"]),
     block=st.sampled_from([1, 2, 7, 16, 40, 1 << 18]),
+    share=st.sampled_from([1.0, 0.5, 2**-0.5, 1 / 3, 1e-9]),
     long_row=st.sampled_from([1, 8, 1 << 13]),
     seed=st.integers(0, 2**16),
 )
@@ -65,6 +66,7 @@ def test_inv13_every_way_to_add_gives_the_bits_of_the_formula(
     tail: tuple[int, ...],
     way: str,
     block: int,
+    share: float,
     long_row: int,
     seed: int,
 ) -> None:
@@ -78,13 +80,13 @@ def test_inv13_every_way_to_add_gives_the_bits_of_the_formula(
     delta = strided(plain, way) if tail else plain
     total = torch.from_numpy(np.random.default_rng(seed).integers(-(2**60), 2**60, (height, *tail)))
     want = total.clone()
-    add_whole(want, plain, weights, rows, format_.scale_bits)
+    add_whole(want, plain, weights, rows, format_.scale_bits, share=share)
 
     kept = delta.clone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adding, "BLOCK_CPU", block)
         patch.setattr(adding, "LONG_ROW", long_row)
-        Adder.on(CPU, format_, delta.numel()).add(total, delta, weights, rows)
+        Adder.on(CPU, format_, delta.numel(), share=share).add(total, delta, weights, rows)
     assert torch.equal(total, want)
     assert torch.equal(delta, kept)
 

@@ -11,7 +11,7 @@ import torch
 from hand_made import model
 
 from fedmoe_core.messages.profile import ClientProfile, profile_arrays
-from fedmoe_core.server.state import initial_state, pack_state, unpack_state
+from fedmoe_core.server.state import initial_state, pack_older, pack_state, unpack_older, unpack_state
 from fedmoe_core.simulation.directory.checkpoint import load_checkpoint, save_checkpoint
 
 MEMORY = {
@@ -89,3 +89,28 @@ def test_a_checkpoint_has_as_many_tensors_however_many_clients_were_heard() -> N
 def test_an_empty_checkpoint_is_refused() -> None:
     with pytest.raises(ValueError, match="no fedmoe server state"):
         unpack_state({"memory/a": torch.ones(1)}, round=0)
+
+
+def test_inv10_an_older_state_comes_back_and_shares_with_the_newer_one_what_it_did() -> None:
+    old = model()
+    kept, moved = next(iter(old)), list(old)[1:]
+    first = drawn_profile(1)
+    older = initial_state(old, 4).advance(old, {1: first, 2: drawn_profile(2)}, [1, 2], memory={"a": torch.ones(2)})
+    params = {**old, **{key: old[key] + 1 for key in moved}}
+    memory = {**older.memory, "b": torch.zeros(3)}
+    newer = older.advance(params, {2: drawn_profile(3), 3: drawn_profile(4)}, [2, 3], memory=memory)
+    packed = pack_older(older, newer)
+    assert {key for key in packed if key.startswith("params/")} == {f"params/{key}" for key in moved}
+    assert packed["profiles/clients"].tolist() == [2]
+    back = unpack_older(packed, newer, round=older.round)
+    assert (back.round, back.visits) == (1, (0, 1, 1, 0))
+    assert back.params[kept] is newer.params[kept]
+    assert all(torch.equal(back.params[key], old[key]) for key in old)
+    assert list(back.params) == list(old)
+    assert [profile is None for profile in back.profiles] == [True, False, False, True]
+    assert back.profiles[1] is newer.profiles[1]
+    assert back.profiles[2] is not None
+    for name, array in profile_arrays(drawn_profile(2)).items():
+        assert np.array_equal(getattr(back.profiles[2], name), array), name
+    assert list(back.memory) == ["a"]
+    assert back.memory["a"] is newer.memory["a"]
