@@ -52,14 +52,17 @@ def lines(config: Config, name: str = "metrics.jsonl", kind: str | None = None) 
 
 
 @pytest.mark.parametrize(
-    "system", ["hfedmoe", "hfedmoe_plus", "random", "most_activated", "fedavg", "fedavg_smallest", "hfedmoe in cohorts"]
+    "words",
+    [
+        *("hfedmoe", "hfedmoe_plus", "random", "most_activated", "fedavg", "fedavg_smallest"),
+        *("hfedmoe cohort.clients=2", "hfedmoe train.experts=lora", "hfedmoe_plus train.trunk=fedavg"),
+    ],
 )
-def test_a_buffer_of_all_clients_is_a_round(config: Make, system: str) -> None:
-    name, _, cohorts = system.partition(" ")
-    words = [f"algorithm={name}", *(["cohort.clients=2"] if cohorts else [])]
+def test_a_buffer_of_all_clients_is_a_round(config: Make, words: str) -> None:
+    asked = f"algorithm={words}".split()
     rounds, buffered = (
-        config(*words, out="rounds"),
-        config(*words, "time.mode=buffered", "time.buffer=4", out="buffered"),
+        config(*asked, out="rounds"),
+        config(*asked, "time.mode=buffered", "time.buffer=4", out="buffered"),
     )
     told, same = run(rounds), run(buffered)
     assert same["model_hash"] == told["model_hash"]
