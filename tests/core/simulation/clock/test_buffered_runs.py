@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import TINY, fedmoe, write_notes
+from tiny_runs import HOUSE, TINY, fedmoe, write_notes
 
+from fedmoe_core.algorithms.base import algorithm_class
 from fedmoe_core.base.files import read_json_lines
 from fedmoe_core.comparison.run_figures import figures_of
+from fedmoe_core.comparison.study import Study
 from fedmoe_core.comparison.table import markdown, rows_of
 from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.systems import PLACES
 from fedmoe_core.reporting.report import report
 from fedmoe_core.reporting.run import read_runs
 from fedmoe_core.simulation import run as simulate
@@ -49,14 +52,17 @@ def lines(config: Config, name: str = "metrics.jsonl", kind: str | None = None) 
 
 
 @pytest.mark.parametrize(
-    "system", ["hfedmoe", "hfedmoe_plus", "random", "most_activated", "fedavg", "fedavg_smallest", "hfedmoe in cohorts"]
+    "words",
+    [
+        *("hfedmoe", "hfedmoe_plus", "random", "most_activated", "fedavg", "fedavg_smallest"),
+        *("hfedmoe cohort.clients=2", "hfedmoe train.experts=lora", "hfedmoe_plus train.trunk=fedavg"),
+    ],
 )
-def test_a_buffer_of_all_clients_is_a_round(config: Make, system: str) -> None:
-    name, _, cohorts = system.partition(" ")
-    words = [f"algorithm={name}", *(["cohort.clients=2"] if cohorts else [])]
+def test_a_buffer_of_all_clients_is_a_round(config: Make, words: str) -> None:
+    asked = f"algorithm={words}".split()
     rounds, buffered = (
-        config(*words, out="rounds"),
-        config(*words, "time.mode=buffered", "time.buffer=4", out="buffered"),
+        config(*asked, out="rounds"),
+        config(*asked, "time.mode=buffered", "time.buffer=4", out="buffered"),
     )
     told, same = run(rounds), run(buffered)
     assert same["model_hash"] == told["model_hash"]
@@ -144,6 +150,22 @@ def test_it_is_shown_at_the_start_in_the_report_and_in_a_comparison(config: Make
     figures = figures_of(read_runs([Path(asked.out)])[0], "hfedmoe")
     assert figures.spent.virtual_seconds == summary["virtual_seconds"]
     assert any("virtual time" in line for line in markdown(rows_of({"hfedmoe": [figures]}, target=100.0)))
+
+
+def test_the_systems_that_can_are_those_that_the_refusal_names(config: Make) -> None:
+    with pytest.raises(ValueError, match=r"time\.mode=buffered is not for") as no:
+        run(config(*STALE, "algorithm=fedmoe"))
+    named = str(no.value).partition("choose ")[2].partition(", or set")[0].replace(" or ", ", ").split(", ")
+    assert set(named) == {name for name in PLACES if algorithm_class(name).asynchronous}
+
+
+def test_every_variant_of_the_published_comparison_parses_and_trains_on_as_many_answers() -> None:
+    variants = HOUSE / "bench" / "study" / "ablations" / "time.toml"
+    words = (str(HOUSE / "examples" / "demo.toml"), "time.straggle=0.5")
+    jobs = Study.of(words, systems="all", seeds="0", out=Path("x"), variants=variants).jobs()
+    assert len({str(job.config.decisive()) for job in jobs}) == len(jobs) >= 4
+    for config in (job.config for job in jobs):
+        assert config.rounds * (config.time.buffer or config.clients) == 80
 
 
 @pytest.mark.parametrize("system", ["fedmoe", "flex_moe", "flux", "fft_moe", "flame", "hetlora", "flexlora"])
