@@ -15,9 +15,10 @@ from fedmoe_core.layer.recording import Tape
 class AuxLoss(Protocol):
     """A differentiable scalar of the routers, added to the task's loss at every local step.
 
-    It reads the tape of the forward that just ran: ``tape.take_logits(l)`` of each of ``tape.layers``. Weights, targets
-    and running means are fields of the object, fixed for the round; what should change between rounds comes with the
-    next plan.
+    It reads the tape of the forward that just ran: ``tape.take_logits(l)`` of each of ``tape.layers``, and of these
+    what a ``RecordedLayer`` has. Where clients train in a cohort, each has a tape of its own rows. Weights, targets and
+    running means are fields of the object, fixed for the round; what should change between rounds comes with the next
+    plan.
 
     Attributes:
         tables: most (T, E) float32 tables per layer that it keeps alive until the backward, gradients included; the

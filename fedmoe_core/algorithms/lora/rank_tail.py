@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -38,11 +37,11 @@ class TailLoss:
     tables: int
 
     def __call__(self, tape: Tape) -> Tensor:
-        total = torch.zeros((), device=tape.layers[0].w_in.device)
+        total = torch.zeros((), device=tape.layers[0].device)
         for layer in tape.layers:
             for side in SIDES:
                 if layer.trainable_experts:
-                    a, b = (cast(Tensor, getattr(layer, f"{letter}_{side}")) for letter in "ab")
+                    a, b = (layer.learning[f"{letter}_{side}"] for letter in "ab")
                     total = total + tail_penalty(Factors(a, b), self.keep).sum()
         return self.weight * total
 

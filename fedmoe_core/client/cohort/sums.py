@@ -59,8 +59,7 @@ class CohortSums:
             shape = (len(self._layers), first.clients * first.num_experts)
             importance = {name: np.zeros(shape) for name in IMPORTANCE}
             for number, layer in enumerate(self._layers):
-                owners_B = layer.slot_map
-                place_B = (owners_B.client_of_slot_B * layer.num_experts + owners_B.expert_of_slot_B).cpu().numpy()
+                place_B = layer.places()
                 for name, sums in importance.items():
                     sums[number, place_B] = getattr(layer.scores, name).double().cpu().numpy()
             by_client = (shape[0], first.clients, first.num_experts)

@@ -103,7 +103,11 @@ def train_cohort(
     extract_seconds = (time.perf_counter() - joining) / len(members)
     sums = CohortSums(cohort.layers)
     stepper = CohortStepper(
-        cohort, train, seeds=[plan.seed for plan in plans], log_priors=priors if len(priors) == len(plans) else None
+        cohort,
+        train,
+        seeds=[plan.seed for plan in plans],
+        log_priors=priors if len(priors) == len(plans) else None,
+        aux=[plan.extras.aux for plan in plans],
     )
     losses: list[list[float]] = []
     for batches in _side_by_side(members):

@@ -56,7 +56,6 @@ def _asks_more(plan: ExpertPlan) -> str:
     extras = plan.extras
     wishes = {
         "it chooses experts for every batch": extras.per_batch is not None,
-        "its routers have an auxiliary loss": extras.aux is not None,
         "it is measured after training": extras.after is not None,
         "its sub-model is validated": extras.validate,
     }

@@ -67,6 +67,7 @@ def members_of(world: World, plans: list[ExpertPlan]) -> list[Member]:
         ),
         ("algorithm=flame", "budgets=unlimited"),
         ("algorithm=flexlora", "budgets=unlimited", "train.label_smoothing=0.1"),
+        ("algorithm=fft_moe", "budgets=unlimited"),
     ],
     ids=lambda words: " ".join(words),
 )
@@ -180,7 +181,7 @@ def test_it_is_said_why_a_client_trains_alone(config: Make) -> None:
         return [update.alone for update in round_.updates]
 
     assert reasons("cohort.clients=4", labeled=True) == ["its trunk trains"] * 3
-    assert set(reasons("cohort.clients=4", "algorithm=fedmoe")) == {"its routers have an auxiliary loss"}
+    assert set(reasons("cohort.clients=4", "algorithm=fedmoe")) == {"its sub-model is validated"}
     assert set(reasons("cohort.clients=4", "algorithm=flex_moe")) == {"it is measured after training"}
     batch = ("selection.mode=backward-masked", "selection.reschedule=batch", "selection.score=s", "budgets=experts=25%")
     assert set(reasons("cohort.clients=4", *batch)) == {"it chooses experts for every batch"}
