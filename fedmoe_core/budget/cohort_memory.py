@@ -21,6 +21,7 @@ class Share:
         costs: the cost model of what its plan asks.
         permitted_LE, trainable_LE, top_k: of its plan.
         own_rows: whether it has experts of its own, so that none of its base experts is another client's too.
+        lora_rank: of its plan.
     """
 
     costs: CostModel
@@ -28,6 +29,7 @@ class Share:
     trainable_LE: np.ndarray
     top_k: int
     own_rows: bool = False
+    lora_rank: int | None = None
 
     def bytes(self, *, at_least: bool = False) -> list[int]:
         """Return what only this client needs: after the backward, then in each stage of it, without transients.

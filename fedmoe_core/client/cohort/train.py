@@ -16,7 +16,8 @@ from fedmoe_core.budget.limits import Cost
 from fedmoe_core.budget.peak_memory import tensor_bytes, trace_memory
 from fedmoe_core.client.cohort.step import CohortStepper
 from fedmoe_core.client.cohort.sums import CohortSums
-from fedmoe_core.client.profiling import run_probe, statistics_bytes
+from fedmoe_core.client.cohort.validation import validate_cohort
+from fedmoe_core.client.profiling import NO_DATA, Validation, run_probe, statistics_bytes
 from fedmoe_core.client.step import log_prior
 from fedmoe_core.client.traffic import read_off, received_bytes, returned_bytes
 from fedmoe_core.config.run_config import TrainConfig
@@ -35,12 +36,14 @@ class Member:
         costs: the cost model of what its plan asks.
         batches: its batches, from the start at every call.
         class_shares_C: its class shares, for logit adjustment; None in language modelling.
+        validation: all of its validation data.
     """
 
     plan: ExpertPlan
     costs: CostModel
     batches: Batches
     class_shares_C: np.ndarray | None = None
+    validation: Batches = tuple
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +84,7 @@ def train_cohort(
     probed = [
         run_probe(
             member.plan.extras.before,
-            ProbeContext(adapter, params, member.plan, train, member.batches, tuple, prior),
+            ProbeContext(adapter, params, member.plan, train, member.batches, member.validation, prior),
             device,
             afresh=True,
         )
@@ -102,11 +105,12 @@ def train_cohort(
     )
     extract_seconds = (time.perf_counter() - joining) / len(members)
     sums = CohortSums(cohort.layers)
+    log_priors = priors if len(priors) == len(plans) else None
     stepper = CohortStepper(
         cohort,
         train,
         seeds=[plan.seed for plan in plans],
-        log_priors=priors if len(priors) == len(plans) else None,
+        log_priors=log_priors,
         aux=[plan.extras.aux for plan in plans],
     )
     losses: list[list[float]] = []
@@ -119,6 +123,15 @@ def train_cohort(
             break
         sums.add_batch()
 
+    validated: list[Validation | None] = [None] * len(members)
+    if any(stepper.alive) and any(plan.extras.validate for plan in plans):
+        held_out = [
+            list(member.validation()) if alive and member.plan.extras.validate else []
+            for member, alive in zip(members, stepper.alive, strict=True)
+        ]
+        judge = partial(validate_cohort, cohort, held_out, log_priors=log_priors)
+        validated, trace = trace_memory(judge, device)
+        peak = max(peak, stepper.resident_bytes() + trace.peak)
     share = (time.perf_counter() - began) / len(members)
 
     def result(client: int) -> LocalResult | LocalFailure:
@@ -137,8 +150,12 @@ def train_cohort(
             experts=plan.counted_experts + member.costs.base_experts,
             seconds=share,
         )
-        if client in stepper.failures:
-            return LocalFailure(cost.with_extra(plan.extras.surcharge), stepper.failures[client], extract_seconds)
+        found = validated[client]
+        failure = stepper.failures.get(client) or (
+            f"ValueError: {NO_DATA}" if plan.extras.validate and not found else ""
+        )
+        if failure:
+            return LocalFailure(cost.with_extra(plan.extras.surcharge), failure, extract_seconds)
         trained = {each.key: view for each in cohort.learning if (view := each.of(client)) is not None}
         returned, profile = read_off(trained, params, plan), sums.finish(client)
         sent = returned_bytes(returned.deltas, plan.trainable_LE, plan) + tensor_bytes(returned.whole)
@@ -151,6 +168,9 @@ def train_cohort(
             extract_seconds=extract_seconds,
             kept=returned.kept,
             probed=probed[client][0],
+            validation=None if found is None else found.total,
+            validation_profile=None if found is None else found.profile,
+            feedback=None if found is None else found.feedback,
             trained_LE=plan.trainable_LE,
         )
 

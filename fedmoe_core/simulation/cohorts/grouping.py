@@ -57,7 +57,6 @@ def _asks_more(plan: ExpertPlan) -> str:
     wishes = {
         "it chooses experts for every batch": extras.per_batch is not None,
         "it is measured after training": extras.after is not None,
-        "its sub-model is validated": extras.validate,
     }
     return next((reason for reason, asked in wishes.items() if asked), "")
 
@@ -71,5 +70,10 @@ def _kind(plan: ExpertPlan) -> tuple[object, ...]:
 def _share(world: World, plan: ExpertPlan) -> Share:
     own = any(TensorKey.parse(key).name not in ("router", "router_bias") for key in plan.extras.rows)
     return Share(
-        asked_costs(world.population, plan.extras), plan.permitted_LE, plan.trainable_LE, plan.top_k, own_rows=own
+        asked_costs(world.population, plan.extras),
+        plan.permitted_LE,
+        plan.trainable_LE,
+        plan.top_k,
+        own_rows=own,
+        lora_rank=plan.extras.lora_rank,
     )

@@ -64,6 +64,7 @@ def answers(world: World, state: ServerState, group: Group) -> Iterator[Answer]:
             asked_costs(world.population, plan.extras),
             partial(round_batches, world, plan),
             world.data.class_shares(plan.client),
+            partial(held_out, world, plan.client),
         )
         for plan in group.plans
     ]
@@ -82,7 +83,6 @@ def answers(world: World, state: ServerState, group: Group) -> Iterator[Answer]:
 
 def train_alone(world: World, state: ServerState, plan: ExpertPlan, why: str = "") -> Answer:
     """Train one client by itself; ``why``: as ``ClientUpdate.alone``."""
-    device, data = world.ranks.device, world.data.clients[plan.client]
     draw = partial(round_batches, world, plan)
     result = train_client(
         world.adapter,
@@ -93,10 +93,16 @@ def train_alone(world: World, state: ServerState, plan: ExpertPlan, why: str = "
         costs=asked_costs(world.population, plan.extras),
         class_shares_C=world.data.class_shares(plan.client),
         redraw=draw,
-        validation=lambda: (batch.to(device) for batch in validation_batches(data, world.config)),
+        validation=partial(held_out, world, plan.client),
     )
     update = replace(world.algorithm.answer(plan, result), alone=why)
     return Answer(update, plan, result.extract_seconds)
+
+
+def held_out(world: World, client: int) -> Iterator[Batch]:
+    """Return all of a client's validation batches, from the start."""
+    batches = validation_batches(world.data.clients[client], world.config)
+    return (batch.to(world.ranks.device) for batch in batches)
 
 
 def round_batches(world: World, plan: ExpertPlan) -> Iterator[Batch]:
