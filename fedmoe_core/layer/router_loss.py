@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,18 @@ class AuxLoss(Protocol):
     def tables(self) -> int: ...
 
     def __call__(self, tape: Tape) -> Tensor: ...
+
+
+@runtime_checkable
+class EarlyLoss(AuxLoss, Protocol):
+    """An auxiliary loss of what trains itself: its gradients are there before the backward of the layers begins.
+
+    Attributes:
+        others: as ``tables``, without those gradients; a cohort's memory is predicted with them.
+    """
+
+    @property
+    def others(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,15 @@ class LiveCohort(Protocol):
         """
         ...
 
+    def become_alone(self, client: int) -> None:
+        """Make the live model one client's trained sub-model, as it would be had the client trained alone.
+
+        The cohort cannot run any more. It keeps what the clients have trained, so another client can follow.
+        """
+        ...
+
     def resident(self) -> list[Tensor]:
-        """Return every tensor that the model keeps between two steps, without gradients and optimizer state."""
+        """Return every tensor that model and cohort keep between two steps, without gradients and optimizer state."""
         ...
 
 

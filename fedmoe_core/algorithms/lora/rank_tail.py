@@ -20,6 +20,7 @@ from fedmoe_core.messages.plan import ProbeContext
 from fedmoe_core.server.means import Sums
 
 SIDES = ("in", "out")
+LOGITS = 2  # tables of logits that a tape keeps
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class TailLoss:
         weight: lambda.
         keep: ranks that pruning would leave.
         tables: as ``AuxLoss``; see ``tail_tables``.
+        others: as ``EarlyLoss``: kept logits.
     """
 
     weight: float
     keep: int
     tables: int
+    others: int = LOGITS
 
     def __call__(self, tape: Tape) -> Tensor:
         total = torch.zeros((), device=tape.layers[0].device)
@@ -48,7 +51,7 @@ class TailLoss:
 
 def tail_tables(costs: CostModel) -> int:
     """Count the tables that a ``TailLoss`` may keep: kept logits, and float32 gradients of every factor."""
-    return 2 + math.ceil(2 * costs.adapter_params / costs.tokens)
+    return LOGITS + math.ceil(2 * costs.adapter_params / costs.tokens)
 
 
 @dataclass(frozen=True)

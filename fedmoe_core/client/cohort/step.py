@@ -66,6 +66,11 @@ class CohortStepper:
         state = [v for kept in self.optimizer.state.values() for v in kept.values() if isinstance(v, Tensor)]
         return tensor_bytes([*self._cohort.resident(), *state, *self.anchors])
 
+    def release(self) -> None:
+        """Let go of optimizer state and anchors, once no step follows."""
+        self.optimizer.state.clear()
+        self.anchors.clear()
+
     def step(self, batches: Sequence[Batch]) -> list[float]:
         """Run forward, backward, clip, update; return each client's mean loss in nats, NaN for those that are out."""
         self._steps += 1

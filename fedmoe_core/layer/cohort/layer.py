@@ -172,6 +172,11 @@ class CohortMoE(nn.Module):
         owners_B = self.slot_map
         return np.asarray((owners_B.client_of_slot_B * self.num_experts + owners_B.expert_of_slot_B).cpu())
 
+    def keep_only_learning(self) -> None:
+        """Let go of everything that does not train; no forward can run any more."""
+        for name, _ in list(self.named_buffers(recurse=False)):
+            setattr(self, name, None)
+
     def slots(self, client: int) -> list[int]:
         """Return the slots of one client, in the order of its trainable and then its frozen experts."""
         table_E = self.slot_map.slot_of_expert[client].tolist()

@@ -5,7 +5,7 @@ Shapes: C clients, S sequences of each, N places, V token ids, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -44,27 +44,48 @@ class TransformersCohort:
         layers: the MoE layers in depth order.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[tuple[MoE, CohortMoE]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[tuple[MoE, CohortMoE]],
+        *,
+        start: Callable[[int], Mapping[str, Tensor]],
+    ) -> None:
         """Put the cohort's layers in the places of those that one client has.
 
         Args:
             model: a causal LM, or a ``SequenceClassifier``.
             layers: each layer of the model, in depth order, and the cohort's for its place.
+            start: makes the layers of one client those that a client began with; returns views of what it trains.
         """
+        self._start = start
         self.model, self.layers = model, tuple(cohort for _, cohort in layers)
         places = {module: name for name, module in model.named_modules() if isinstance(module, MoE)}
         self._seats: dict[str, nn.Module] = {places[alone]: alone for alone, _ in layers}
+        self._own: list[nn.Module] = list(self.layers)
         for alone, cohort in layers:
             model.set_submodule(places[alone], cohort)
         head = model.get_parameter("score.weight") if isinstance(model, SequenceClassifier) else None
         if head is not None and head.requires_grad:
             self._seats["score"] = model.get_submodule("score")
-            model.set_submodule("score", CohortHead(head, self.layers[0].clients))
+            self._own.append(CohortHead(head, self.layers[0].clients))
+            model.set_submodule("score", self._own[-1])
 
     def leave(self) -> None:
         """Put the layers of one client back."""
         for name, module in self._seats.items():
             self.model.set_submodule(name, module)
+
+    @torch.no_grad()
+    def become_alone(self, client: int) -> None:
+        """As the protocol."""
+        self.leave()
+        for layer in self.layers:
+            layer.keep_only_learning()
+        begun = self._start(client)
+        for each in self.learning:
+            if (trained := each.of(client)) is not None:
+                begun[each.key].copy_(trained)
 
     @property
     def learning(self) -> tuple[Stacked, ...]:
@@ -74,14 +95,14 @@ class TransformersCohort:
             for number, layer in enumerate(self.layers)
             for name, parameter in layer.learning.items()
         ]
-        head = getattr(self.model, "score", None)
+        head = self._own[-1]
         if isinstance(head, CohortHead):
             found.append(Stacked(HEAD, head.weight, tuple(range(len(head.weight) + 1)), single=True))
         return tuple(found)
 
     def resident(self) -> list[Tensor]:
         """As the protocol: with what waits outside for the cohort's end."""
-        modules = (self.model, *self._seats.values())
+        modules = (self.model, *self._seats.values(), *self._own)
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
     def losses(self, batches: Sequence[Batch], terms: LossTerms) -> Tensor:
