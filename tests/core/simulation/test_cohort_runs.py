@@ -30,7 +30,7 @@ from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.cohorts import training
 from fedmoe_core.simulation.cohorts.grouping import grouped
-from fedmoe_core.simulation.observer import NullObserver
+from fedmoe_core.simulation.observer import NullObserver, groups_of
 from fedmoe_core.simulation.prepare import build_world
 from fedmoe_core.simulation.process_group import Ranks
 from fedmoe_core.simulation.round import Round, play_round
@@ -303,6 +303,23 @@ def test_memory_decides_how_many(config: Make) -> None:
     assert [group.alone for group in grouped(two, plans[:3])] == ["the cohorts of its kind are full", ""]
     with pytest.raises(ValueError, match=r"cohort\.memory=1kB is .*, and client 0 alone needs .*; raise it, or set"):
         grouped(at("1kB"), plans)
+
+
+def test_a_dry_run_has_the_groups_of_the_first_round(config: Make) -> None:
+    made = config("cohort.clients=2", "clients_per_round=3", BUDGETS)
+    rows = simulate.dry_run(made)
+    _, _, round_ = played(made)
+    trained = {update.client: update for update in round_.updates}
+    assert {place for place, row in enumerate(rows) if row.group} == set(trained)
+    found = groups_of(rows)
+    assert [len(group.clients) for group in found] == [1, 2]
+    assert [group.alone for group in found] == ["the cohorts of its kind are full", ""]
+    (record,) = round_.cohorts
+    assert found[1].predicted_bytes == record["predicted_bytes"]
+    assert found[1].clients == tuple(rows[client].client for client in record["clients"])
+    assert groups_of(simulate.dry_run(config(BUDGETS))) == []
+    with pytest.raises(ValueError, match="alone needs"):
+        simulate.dry_run(config("cohort.clients=2", "cohort.memory=1kB"))
 
 
 def test_a_limit_that_holds_nobody_is_refused_before_anything_trains(config: Make) -> None:
