@@ -21,6 +21,9 @@ class Share:
         costs: the cost model of what its plan asks.
         permitted_LE, trainable_LE, top_k: of its plan.
         own_rows: whether it has experts of its own, so that none of its base experts is another client's too.
+        lora_rank: of its plan.
+        early: whether gradients of all that trains are there before the backward of the layers begins, because an
+            auxiliary loss is of what trains itself.
     """
 
     costs: CostModel
@@ -28,6 +31,22 @@ class Share:
     trainable_LE: np.ndarray
     top_k: int
     own_rows: bool = False
+    lora_rank: int | None = None
+    early: bool = False
+
+    @property
+    def trained_bytes(self) -> int:
+        """Return the weights of what it trains."""
+        costs = self.costs
+        of_experts = int(self.trainable_LE.sum()) * costs.gradient_bytes // costs.grad_bytes
+        return (of_experts + costs.trunk_trainable) * costs.weight_bytes
+
+    @property
+    def unmoved_bytes(self) -> int:
+        """Return the peak that it has alone in a step without optimizer state: the most that a probe may need."""
+        costs, trains = self.costs, int(self.trainable_LE.sum())
+        whole = costs.memory(self.permitted_LE, self.trainable_LE, top_k=self.top_k)
+        return whole - trains * costs.state_bytes - costs.trunk_trainable * costs.kept_bytes
 
     def bytes(self, *, at_least: bool = False) -> list[int]:
         """Return what only this client needs: after the backward, then in each stage of it, without transients.
@@ -43,8 +62,24 @@ class Share:
         resident += int(trains_LE.sum()) * (costs.held_bytes + costs.state_bytes)
         stages = len(costs.trunk.stages(self.top_k))
         whole = resident + int(trains_LE.sum()) * costs.gradient_bytes + costs.trunk_trainable * costs.grad_bytes
-        running = [costs.gradients(stage, of=stages, at_least=at_least) * trains_LE for stage in range(stages)]
+        running = [
+            (costs.gradients(stage, of=stages, at_least=at_least) + self._early(stage, of=stages)) * trains_LE
+            for stage in range(stages)
+        ]
         return [whole, *(resident + int(each_LE.sum()) for each_LE in running)]
+
+    def _early(self, stage: int, *, of: int) -> np.ndarray:
+        """Bytes (L, 1) of early gradients of an expert that trains, beyond those which the stage has anyway.
+
+        Those of layers whose backward is still to come, and a second time those of one layer, which are being added.
+        """
+        layers = self.costs.num_layers
+        layer_L1 = np.arange(layers)[:, None]
+        if not self.early:
+            return np.zeros_like(layer_L1)
+        running = 0 if of == 1 else layers - stage
+        waits_L1, added_L1 = layer_L1 < running, layer_L1 == min(running, layers - 1)
+        return self.costs.gradient_bytes * (waits_L1.astype(int) + added_L1)
 
 
 def cohort_memory(costs: CostModel, shares: Sequence[Share], transients: Sequence[int]) -> int:
@@ -64,6 +99,21 @@ def cohort_memory(costs: CostModel, shares: Sequence[Share], transients: Sequenc
     # What a plan asks besides may keep buffers, and those are each client's own.
     buffers = sum(share.costs.trunk.buffer_bytes - costs.trunk.buffer_bytes for share in shares)
     return _common(costs) + buffers + int((own + np.array([0, *transients])).max()) - _stored_once(shares)
+
+
+def probing_memory(shares: Sequence[Share], asked: Sequence[tuple[Share, int]]) -> int:
+    """Bound the peak while clients measure, one after another, each on its sub-model alone; 0 where none is asked to.
+
+    The cohort is over then. Of it there is left what the clients have trained; optimizer state is gone.
+
+    Args:
+        shares: all clients of the cohort.
+        asked: those that measure, each with the bytes that its plan declares for it.
+    """
+    if not asked:
+        return 0
+    trained = sum(share.trained_bytes for share in shares)
+    return trained + max(max(declared, share.unmoved_bytes) for share, declared in asked)
 
 
 def transients_of(share: Share, clients: int, peaks: Sequence[int]) -> tuple[int, ...]:

@@ -132,17 +132,21 @@ def plan(
     """Show what each client would hold, move, compute and need in memory, before anything trains (the dry run)."""
     with _errors(debug):
         config = _config(words)
-        from fedmoe_core.cli.plan_table import plan_table
+        from fedmoe_core.cli.plan_table import groups_table, plan_table
         from fedmoe_core.simulation import run as simulator
+        from fedmoe_core.simulation.observer import groups_of
 
         rows = simulator.dry_run(config)
-        outside = [row for row in rows if not row.fits]
+        outside, groups = [row for row in rows if not row.fits], groups_of(rows)
         if as_json:
-            typer.echo(json.dumps({"fits": not outside, "clients": [row.facts() for row in rows]}, indent=2))
+            told = {"fits": not outside, "clients": [row.facts() for row in rows]}
+            typer.echo(json.dumps(told | ({"groups": [vars(group) for group in groups]} if groups else {}), indent=2))
         else:
             # A pipe has no width; 260 columns keep every row on one line.
             console = Console() if sys.stdout.isatty() else Console(width=260)
             console.print(plan_table(rows, config, every=every, width=console.width))
+            if groups:
+                console.print(groups_table(groups, every=every))
         if outside:
             first = outside[0]
             raise ValueError(f"{show.plural(len(outside), 'client')} cannot run; {first.client}: {first.reason}")

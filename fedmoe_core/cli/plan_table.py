@@ -1,8 +1,8 @@
-"""The table of a dry run, as text."""
+"""The tables of a dry run, as text: what each client would hold and spend, and who would train at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -11,7 +11,7 @@ from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
 from fedmoe_core.budget.resources import RESOURCES
 from fedmoe_core.config.run_config import Config
-from fedmoe_core.simulation.observer import PlanRow
+from fedmoe_core.simulation.observer import GroupRow, PlanRow
 
 HEADS: Mapping[str, str] = {"memory": "peak memory", "down": "down", "up": "up", "flops": "FLOPs"}
 TEXTS: Mapping[str, Callable[[float | None], str]] = {
@@ -85,6 +85,32 @@ def plan_table(rows: list[PlanRow], config: Config, *, every: bool = False, widt
             *(cells[place] for place in places),
             "[red]no[/red]" if not row.fits else "[yellow]late[/yellow]" if row.late else "yes",
         )
+    return table
+
+
+def groups_table(groups: Sequence[GroupRow], *, every: bool = False) -> Table:
+    """Lay out the groups of the first round, a row each: how many clients, who, the predicted peak, and why alone.
+
+    More than ``show.MANY`` groups are one row for each size and reason, unless ``every`` one is asked for.
+    """
+    cohorts, alone = [group for group in groups if not group.alone], sum(bool(group.alone) for group in groups)
+    title = f"first round: {show.plural(len(cohorts), 'cohort')}, {show.plural(alone, 'client')} alone"
+    table = Table(title=Text(title, style="table.title"), title_justify="left")
+    many = len(groups) > show.MANY and not every
+    table.add_column("groups" if many else "group", justify="right", no_wrap=True)
+    table.add_column("clients", justify="right", no_wrap=True)
+    table.add_column("peak memory", justify="right", no_wrap=True)
+    table.add_column("alone because" if many else "who, and why alone")
+    if not many:
+        for number, group in enumerate(groups, 1):
+            who = ", ".join(group.clients) + (f": {group.alone}" if group.alone else "")
+            table.add_row(str(number), str(len(group.clients)), show.size(group.predicted_bytes), Text(visible(who)))
+        return table
+    kinds: dict[tuple[int, str], list[float]] = {}
+    for group in groups:
+        kinds.setdefault((len(group.clients), group.alone), []).append(group.predicted_bytes)
+    for (size, why), peaks in sorted(kinds.items(), reverse=True):
+        table.add_row(str(len(peaks)), str(size), _range(peaks, show.size), Text(visible(why)))
     return table
 
 

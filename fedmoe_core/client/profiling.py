@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -24,6 +24,7 @@ from fedmoe_kernels import RouterStats
 
 ROUTER_FIELDS = ("tokens", "hits_E", "prob_sum_E", "prob_max_E", "plogp_sum_E", "lost_mass")  # of RouterStats
 IMPORTANCE = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "grad_sq_B")  # of the layers' scores
+NO_DATA = "there is no validation data; declare needs_validation = True in the algorithm"
 
 
 class ProfileSums:
@@ -129,31 +130,34 @@ def validate(adapter: ModelAdapter, batches: Iterable[Batch], *, log_prior_C: Te
         sums = ProfileSums(adapter, tape=tape)
         for batch in batches:
             places = adapter.place_losses(batch, log_prior_C=log_prior_C)
-            found = places.total
-            fare_3LE += _fare(tape, places)
-            total = Evaluation(
-                total.loss_sum + found.loss_sum, total.count + found.count, total.correct + found.correct
-            )
+            choices = [tape.choices(number) for number in range(len(tape.layers))]
+            fare_3LE += fare(choices, places, adapter.spec.num_experts)
+            total += places.total
             sums.add_batch()
     if not total.count:
-        raise ValueError("there is no validation data; declare needs_validation = True in the algorithm")
+        raise ValueError(NO_DATA)
     return Validation(total, sums.finish(), ExpertFeedback(*fare_3LE))
 
 
-def _fare(tape: Tape, places: PlaceLosses) -> np.ndarray:
-    """Rows, loss and correct predictions by chosen expert of the forward that just ran, (3, L, E)."""
+def fare(choices: Sequence[Tensor], places: PlaceLosses, num_experts: int) -> np.ndarray:
+    """Return rows, loss and correct predictions by chosen expert of a forward, (3, L, E).
+
+    Args:
+        choices: of each layer the expert ids that tokens chose, (T, K), -1 = none.
+        places: of the same tokens.
+        num_experts: E.
+    """
     loss_T, correct_T, counted_T = (t.reshape(-1) for t in (places.loss_SN, places.correct_SN, places.counted_SN))
-    fare = []
-    for number, layer in enumerate(tape.layers):
-        experts_TK = tape.choices(number)
+    found = []
+    for experts_TK in choices:
         row_R, _ = torch.nonzero((experts_TK >= 0) & counted_T[:, None], as_tuple=True)
         expert_R = experts_TK[(experts_TK >= 0) & counted_T[:, None]]
         terms = (torch.ones_like(loss_T), loss_T, correct_T)
-        sums_3E = torch.zeros(3, layer.num_experts, dtype=torch.float64, device=expert_R.device)
+        sums_3E = torch.zeros(3, num_experts, dtype=torch.float64, device=expert_R.device)
         for sum_E, term_T in zip(sums_3E, terms, strict=True):
             sum_E.index_add_(0, expert_R, term_T[row_R].double())
-        fare.append(sums_3E.cpu().numpy())
-    return np.stack(fare, axis=1)
+        found.append(sums_3E.cpu().numpy())
+    return np.stack(found, axis=1)
 
 
 def run_probe(

@@ -73,8 +73,12 @@ def train_client(
             experts=meter.experts,
             seconds=time.perf_counter() - began,
         )
-        reason = f"{type(error).__name__}: {error}" if not isinstance(error, ArithmeticError) else str(error)
-        return LocalFailure(cost.with_extra(plan.extras.surcharge), reason)
+        return LocalFailure(cost.with_extra(plan.extras.surcharge), reason_of(error))
+
+
+def reason_of(error: Exception) -> str:
+    """Return in one sentence what ended a client's round; a loss that is not finite says it all itself."""
+    return f"{type(error).__name__}: {error}" if not isinstance(error, ArithmeticError) else str(error)
 
 
 @dataclass

@@ -70,6 +70,11 @@ class Held(Described):
 
     frozen_format: str | None
 
+    @property
+    def learning(self) -> dict[str, nn.Parameter]:
+        """What trains of router and experts, by name."""
+        return dict(self.named_parameters(recurse=False))
+
     def own_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of router and experts, without those of a shared expert."""
         return list(self.parameters(recurse=False))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,8 +13,38 @@ from torch import Tensor, nn
 
 from fedmoe_core.layer.moe import MoE
 from fedmoe_kernels.routing.record import Routing
+from fedmoe_kernels.slot_map import SlotMap
 
 Recorder = Callable[[Tensor, Routing, Tensor], None]  # see MoE.recorder
+
+
+class RecordedLayer(Protocol):
+    """What a reader of a tape may know of a layer: an ``MoE``, or one client's part of a cohort's layer.
+
+    Attributes:
+        num_experts, top_k: as ``MoE``.
+        device: of the weights.
+        trainable_experts, frozen_experts, experts: ids of the experts held, in the order of their slots.
+        slot_map: expert id to slot.
+        learning: what trains, by name, with its graph: a row for each trainable expert, see ``ExpertStore``.
+    """
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def trainable_experts(self) -> tuple[int, ...]: ...
+    @property
+    def frozen_experts(self) -> tuple[int, ...]: ...
+    @property
+    def experts(self) -> tuple[int, ...]: ...
+    @property
+    def slot_map(self) -> SlotMap: ...
+    @property
+    def learning(self) -> Mapping[str, Tensor]: ...
 
 
 class Tape:
@@ -22,9 +54,9 @@ class Tape:
         layers: the layers that are recorded, in the order of their numbers.
     """
 
-    def __init__(self, layers: Sequence[MoE]) -> None:
-        self.layers = tuple(layers)
-        self._heard = tuple(_Heard() for _ in self.layers)
+    def __init__(self, layers: Sequence[RecordedLayer], heard: Sequence[Heard]) -> None:
+        """Begin with what was ``heard`` of each of ``layers``."""
+        self.layers, self._heard = tuple(layers), tuple(heard)
 
     def take_logits(self, number: int) -> Tensor:
         """Return the router logits of a layer's real tokens, (T, E), with their graph, and let go of them.
@@ -43,7 +75,9 @@ class Tape:
             raise ValueError(
                 f"MoE layer {number} has no logits on the tape; run a forward within `recording` and take them once"
             )
-        if torch.is_grad_enabled() and not logits_TE.requires_grad and self.layers[number].router.requires_grad:
+        router = self.layers[number].learning.get("router")
+        trains = router is not None and router.requires_grad
+        if torch.is_grad_enabled() and trains and not logits_TE.requires_grad:
             raise ValueError(
                 f"the logits of MoE layer {number} have no graph, so a loss of them would train nothing; its forward "
                 "ran under torch.no_grad, or under checkpoint(use_reentrant=True), for which give use_reentrant=False"
@@ -96,13 +130,14 @@ def recording(layers: nn.Module | Sequence[MoE]) -> Iterator[Tape]:
         (torch.Size([5, 4]), np.float64(10.0))
     """
     found = [m for m in layers.modules() if isinstance(m, MoE)] if isinstance(layers, nn.Module) else layers
-    tape = Tape(found)
-    with listening(tape.layers, tape._heard):
+    found = tuple(found)
+    heard = [Heard() for _ in found]
+    with listening(found, [one.hear for one in heard]):
         try:
-            yield tape
+            yield Tape(found, heard)
         finally:
-            for heard in tape._heard:
-                heard.clear()
+            for one in heard:
+                one.clear()
 
 
 @contextmanager
@@ -118,15 +153,20 @@ def listening(layers: Sequence[MoE], recorders: Sequence[Recorder]) -> Iterator[
             layer.recorder = earlier
 
 
-class _Heard:
-    """One layer's last forward."""
+@dataclass(eq=False)
+class Heard:
+    """One layer's last forward: the router logits of real tokens, and the choices of all.
 
-    def __init__(self) -> None:
-        self.clear()
+    A later forward writes over it.
+    """
 
-    def __call__(self, logits_TE: Tensor, routing: Routing, _: Tensor) -> None:
-        self.logits_TE: Tensor | None = logits_TE
-        self.experts_TK: Tensor | None = routing.experts_TK
+    logits_TE: Tensor | None = None
+    experts_TK: Tensor | None = None
+
+    def hear(self, logits_TE: Tensor, routing: Routing, _: Tensor) -> None:
+        """Keep a forward; a ``Recorder``."""
+        self.logits_TE, self.experts_TK = logits_TE, routing.experts_TK
 
     def clear(self) -> None:
+        """Forget it."""
         self.logits_TE, self.experts_TK = None, None

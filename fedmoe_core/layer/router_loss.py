@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from fedmoe_core.layer.recording import Tape
 class AuxLoss(Protocol):
     """A differentiable scalar of the routers, added to the task's loss at every local step.
 
-    It reads the tape of the forward that just ran: ``tape.take_logits(l)`` of each of ``tape.layers``. Weights, targets
-    and running means are fields of the object, fixed for the round; what should change between rounds comes with the
-    next plan.
+    It reads the tape of the forward that just ran: ``tape.take_logits(l)`` of each of ``tape.layers``, and of these
+    what a ``RecordedLayer`` has. Where clients train in a cohort, each has a tape of its own rows. Weights, targets and
+    running means are fields of the object, fixed for the round; what should change between rounds comes with the next
+    plan.
 
     Attributes:
         tables: most (T, E) float32 tables per layer that it keeps alive until the backward, gradients included; the
@@ -28,6 +29,18 @@ class AuxLoss(Protocol):
     def tables(self) -> int: ...
 
     def __call__(self, tape: Tape) -> Tensor: ...
+
+
+@runtime_checkable
+class EarlyLoss(AuxLoss, Protocol):
+    """An auxiliary loss of what trains itself: its gradients are there before the backward of the layers begins.
+
+    Attributes:
+        others: as ``tables``, without those gradients; a cohort's memory is predicted with them.
+    """
+
+    @property
+    def others(self) -> int: ...
 
 
 @dataclass(frozen=True)

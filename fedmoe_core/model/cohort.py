@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.cohort.layer import CohortMoE
 from fedmoe_core.model.adapter import ModelAdapter
-from fedmoe_core.model.spec import Evaluation
+from fedmoe_core.model.spec import Evaluation, PlaceLosses
 from fedmoe_core.model.submodel import SubModel
 
 
@@ -75,8 +75,27 @@ class LiveCohort(Protocol):
         """Return the mean loss of each client's batch, (C,), as ``ModelAdapter.loss``; the batches have one shape."""
         ...
 
+    def place_losses(
+        self, batches: Sequence[Batch], *, log_priors: Sequence[Tensor] | None = None
+    ) -> list[PlaceLosses]:
+        """Return what ``ModelAdapter.place_losses`` gives for each client's batch, up to rounding; the layers measure.
+
+        Args:
+            batches: one of each client, of one length; they may differ in how many sequences they have, down to none.
+                What fills them up is padding.
+            log_priors: what is added to each client's logits; None = nothing.
+        """
+        ...
+
+    def become_alone(self, client: int) -> None:
+        """Make the live model one client's trained sub-model, as it would be had the client trained alone.
+
+        The cohort cannot run any more. It keeps what the clients have trained, so another client can follow.
+        """
+        ...
+
     def resident(self) -> list[Tensor]:
-        """Return every tensor that the model keeps between two steps, without gradients and optimizer state."""
+        """Return every tensor that model and cohort keep between two steps, without gradients and optimizer state."""
         ...
 
 

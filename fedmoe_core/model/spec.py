@@ -49,6 +49,9 @@ class Evaluation:
     count: int  # predicted tokens, or samples
     correct: int = 0
 
+    def __add__(self, other: Evaluation) -> Evaluation:
+        return Evaluation(self.loss_sum + other.loss_sum, self.count + other.count, self.correct + other.correct)
+
 
 @dataclass(frozen=True)
 class ModelSpec:

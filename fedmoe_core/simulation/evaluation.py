@@ -143,8 +143,7 @@ def packed(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 def evaluate(adapter: ModelAdapter, batches: Iterable[Batch], *, log_prior_C: Tensor | None = None) -> Evaluation:
     """Sum over batches with the live model as it is configured; ``log_prior_C`` is added to the logits of classes."""
-    loss_sum, count, correct = 0.0, 0, 0
+    total = Evaluation(0.0, 0)
     for batch in batches:
-        result = adapter.evaluate(batch, log_prior_C=log_prior_C)
-        loss_sum, count, correct = loss_sum + result.loss_sum, count + result.count, correct + result.correct
-    return Evaluation(loss_sum, count, correct)
+        total += adapter.evaluate(batch, log_prior_C=log_prior_C)
+    return total

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedmoe_core.budget.limits import Budget, Cost
 from fedmoe_core.budget.rates import Seconds
 from fedmoe_core.budget.resources import RESOURCES
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """Clients that would train at once in the first round, or one that trains alone though cohorts are asked for.
+
+    Attributes:
+        clients: their names, by ascending client.
+        predicted_bytes: the peak of the process while they train.
+        alone: why it trains alone; empty for a cohort.
+    """
+
+    clients: tuple[str, ...]
+    predicted_bytes: int
+    alone: str = ""
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,7 @@ class PlanRow:
         local_steps, top_k: the work that is left inside the budget.
         samples: private training rows of the client.
         deadline: ``time.deadline``; 0 = none.
+        group: with whom it trains in the first round; None where it is not drawn, or no cohorts are asked for.
     """
 
     client: str
@@ -35,6 +51,7 @@ class PlanRow:
     top_k: int
     samples: int
     deadline: float = 0.0
+    group: GroupRow | None = None
 
     @property
     def tier(self) -> str:
@@ -88,6 +105,11 @@ class PlanRow:
             "late": self.late,
             "reason": self.reason,
         }
+
+
+def groups_of(rows: Sequence[PlanRow]) -> list[GroupRow]:
+    """Return the groups of the first round, each once; none where no cohorts are asked for."""
+    return list(dict.fromkeys(row.group for row in rows if row.group is not None))
 
 
 class Observer:

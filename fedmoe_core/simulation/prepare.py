@@ -130,8 +130,7 @@ def meter_of(sources: Sources, params: dict[str, Tensor], population: Population
     if config.cohort.clients == 1 or train.trunk == "fedavg" or not hasattr(adapter, "become_cohort"):
         return None
     first = next(iter(local_public_batches(config, sources.data, 1))).to(sources.ranks.device)
-    costs = population.lora_costs or population.costs
-    padding = may_pad(config, sources.data)
+    padding, costs = may_pad(config, sources.data), population.costs_at
     return CohortMeter.of(cast(CohortAdapter, adapter), params, train, first, costs=costs, padding=padding)
 
 

@@ -20,17 +20,17 @@ from fedmoe_core.server.state import ServerState, unpack_state
 from fedmoe_core.simulation.buffered import InFlight, pack_in_flight, play_step, unpack_in_flight
 from fedmoe_core.simulation.directory.checkpoint import Checkpoint, load_checkpoint
 from fedmoe_core.simulation.directory.claim import Claim, claimed, held
-from fedmoe_core.simulation.directory.lines import plan_row
+from fedmoe_core.simulation.directory.lines import group_row, plan_row
 from fedmoe_core.simulation.directory.log import RunLog
 from fedmoe_core.simulation.identity import Identity
-from fedmoe_core.simulation.observer import NullObserver, Observer, PlanRow
+from fedmoe_core.simulation.observer import GroupRow, NullObserver, Observer, PlanRow
 from fedmoe_core.simulation.prepare import build_world
 from fedmoe_core.simulation.process_group import Ranks, open_ranks
 from fedmoe_core.simulation.progress import observer_for
 from fedmoe_core.simulation.ranks.agreement import agree_on_sources, agree_on_world
 from fedmoe_core.simulation.ranks.devices import crowded, pick_device
 from fedmoe_core.simulation.ranks.restart import kind_of_start, share
-from fedmoe_core.simulation.round import play_round
+from fedmoe_core.simulation.round import play_round, sample_clients
 from fedmoe_core.simulation.worlds.federation import Federation
 from fedmoe_core.simulation.worlds.found_plain import found_plain, plain_of, sources_of
 
@@ -181,14 +181,23 @@ def _refuse_other_sources(claim: Claim, saved: Checkpoint, now: Identity, config
 def dry_run(config: Config, *, adapter: PlainModel | None = None, observer: Observer | None = None) -> list[PlanRow]:
     """Plan the first round for each client, before anything trains: what it would hold, and what that would cost.
 
-    Without a cached warm-up the untrained model stands in: the numbers are the same, the chosen experts may differ.
+    Where cohorts are asked for, each client that the first round draws knows with whom it would train. Without a cached
+    warm-up the untrained model stands in: the numbers are the same, the chosen experts may differ.
+
+    Raises:
+        ValueError: as ``run``, before its warm-up.
     """
     config, plain = config.resolved(), plain_of(config, adapter)
     with open_ranks(config.ranks, pick_device(config)) as ranks:
         observer = observer or NullObserver()
         world = _found(config, plain, ranks, observer, train_warmup=False)
         state = world.algorithm.init(world.params)
-        return [plan_row(world, plan) for plan in world.algorithm.plan(state, range(config.clients))]
+        plans, groups = world.algorithm.plan(state, range(config.clients)), dict[int, GroupRow]()
+        if config.cohort.clients != 1:
+            drawn = sample_clients(config, state.round, absent=world.population.absent)
+            for group in world.groups(world.algorithm.plan(state, drawn)):
+                groups |= dict.fromkeys((plan.client for plan in group.plans), group_row(world, group))
+        return [plan_row(world, plan, groups.get(plan.client)) for plan in plans]
 
 
 def check_budgets(world: Federation, state: ServerState) -> None:

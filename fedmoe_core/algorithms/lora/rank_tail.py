@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from fedmoe_core.messages.plan import ProbeContext
 from fedmoe_core.server.means import Sums
 
 SIDES = ("in", "out")
+LOGITS = 2  # tables of logits that a tape keeps
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,27 @@ class TailLoss:
         weight: lambda.
         keep: ranks that pruning would leave.
         tables: as ``AuxLoss``; see ``tail_tables``.
+        others: as ``EarlyLoss``: kept logits.
     """
 
     weight: float
     keep: int
     tables: int
+    others: int = LOGITS
 
     def __call__(self, tape: Tape) -> Tensor:
-        total = torch.zeros((), device=tape.layers[0].w_in.device)
+        total = torch.zeros((), device=tape.layers[0].device)
         for layer in tape.layers:
             for side in SIDES:
                 if layer.trainable_experts:
-                    a, b = (cast(Tensor, getattr(layer, f"{letter}_{side}")) for letter in "ab")
+                    a, b = (layer.learning[f"{letter}_{side}"] for letter in "ab")
                     total = total + tail_penalty(Factors(a, b), self.keep).sum()
         return self.weight * total
 
 
 def tail_tables(costs: CostModel) -> int:
     """Count the tables that a ``TailLoss`` may keep: kept logits, and float32 gradients of every factor."""
-    return 2 + math.ceil(2 * costs.adapter_params / costs.tokens)
+    return LOGITS + math.ceil(2 * costs.adapter_params / costs.tokens)
 
 
 @dataclass(frozen=True)

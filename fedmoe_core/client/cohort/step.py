@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from fedmoe_core.budget.peak_memory import tensor_bytes
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
+from fedmoe_core.layer.cohort.tape import CohortTape, recording_cohort
+from fedmoe_core.layer.router_loss import AuxLoss
 from fedmoe_core.model.cohort import LiveCohort, LossTerms, Stacked
 
 
@@ -30,6 +33,7 @@ class CohortStepper:
         train: optimizer settings.
         seeds: of each client's token dropout.
         log_priors: what is added to each client's logits; None = nothing.
+        aux: each client's auxiliary loss; None = no client has one.
     """
 
     def __init__(
@@ -39,8 +43,10 @@ class CohortStepper:
         *,
         seeds: Sequence[int],
         log_priors: Sequence[Tensor] | None = None,
+        aux: Sequence[AuxLoss | None] | None = None,
     ) -> None:
         self._cohort, self._train, self._log_priors = cohort, train, log_priors
+        self._aux = aux if aux is not None and any(loss is not None for loss in aux) else None
         self._learning = cohort.learning
         parameters = [each.parameter for each in self._learning]
         self.optimizer = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
@@ -59,6 +65,11 @@ class CohortStepper:
         """Count the bytes that are held between two steps, gradients aside."""
         state = [v for kept in self.optimizer.state.values() for v in kept.values() if isinstance(v, Tensor)]
         return tensor_bytes([*self._cohort.resident(), *state, *self.anchors])
+
+    def release(self) -> None:
+        """Let go of optimizer state and anchors, once no step follows."""
+        self.optimizer.state.clear()
+        self.anchors.clear()
 
     def step(self, batches: Sequence[Batch]) -> list[float]:
         """Run forward, backward, clip, update; return each client's mean loss in nats, NaN for those that are out."""
@@ -83,8 +94,11 @@ class CohortStepper:
         """Losses (C,) with their gradients in place, and the L2 norm of each client's gradient (C,)."""
         train, alive = self._train, self.alive
         terms = LossTerms(alive, train.token_dropout, train.label_smoothing, self._dropping, self._log_priors)
-        loss_C = self._cohort.losses(batches, terms)
-        (loss_C if all(alive) else loss_C[[client for client, runs in enumerate(alive) if runs]]).sum().backward()
+        with nullcontext() if self._aux is None else recording_cohort(self._cohort.layers) as tape:
+            loss_C = self._cohort.losses(batches, terms)
+            auxiliary = [] if tape is None else self._auxiliary(tape)
+        of_living = loss_C if all(alive) else loss_C[[client for client, runs in enumerate(alive) if runs]]
+        sum(auxiliary, of_living.sum()).backward()
         squares_C = loss_C.new_zeros(len(alive))
         for place, each in enumerate(self._learning):
             gradient = each.parameter.grad
@@ -99,6 +113,20 @@ class CohortStepper:
                 norm_B.to(squares_C.dtype).square(), "sum", lengths=self._lengths[each.key], axis=0, initial=0
             )
         return loss_C, squares_C.sqrt()
+
+    def _auxiliary(self, tape: CohortTape) -> list[Tensor]:
+        """The auxiliary losses of the clients that still train and have one.
+
+        Raises:
+            ValueError: a loss reads what a client of a cohort does not have.
+        """
+        asked = [(client, loss) for client, loss in enumerate(self._aux or ()) if loss is not None]
+        try:
+            return [loss(tape.of(client)) for client, loss in asked if self.alive[client]]
+        except AttributeError as error:
+            raise ValueError(
+                f"an auxiliary loss reads what a client of a cohort has not ({error}); read what `RecordedLayer` lists"
+            ) from error
 
     def _judge(self, losses: list[float], norms: list[float]) -> bool:
         """Put out the clients whose loss or gradient is not finite; say whether there were any."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedmoe_core.client.profiling import IMPORTANCE, ROUTER_FIELDS, profile_of
 from fedmoe_core.layer.cohort.layer import CohortMoE
+from fedmoe_core.layer.cohort.tape import CohortTape
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_kernels import RouterStats
 
@@ -17,11 +18,12 @@ class CohortSums:
     """Sums over the steps of a round, of every client of a cohort.
 
     Shapes: L layers, C clients, E experts. They are added up for all clients at once, because 32 clients times 6 sums
-    times every layer would be hundreds of launches a step.
+    times every layer would be hundreds of launches a step. With a ``tape`` no backward runs, as in ``ProfileSums``.
     """
 
-    def __init__(self, layers: Sequence[CohortMoE]) -> None:
-        self._layers = tuple(layers)
+    def __init__(self, layers: Sequence[CohortMoE], *, tape: CohortTape | None = None) -> None:
+        self._layers, self._tape = tuple(layers), tape
+        self._chosen_LCE = np.zeros((len(layers), layers[0].clients, layers[0].num_experts))
         self._stats: list[RouterStats] = []
         self._read: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None = None
 
@@ -30,6 +32,8 @@ class CohortSums:
         last = [cast(RouterStats, layer.last_stats) for layer in self._layers]
         self._stats = [total + new for total, new in zip(self._stats, last, strict=True)] if self._stats else last
         self._read = None
+        if self._tape is not None:
+            self._chosen_LCE += self._tape.rows_LCE()
 
     def rows_LE(self, client: int) -> np.ndarray:
         """Count the rows that each expert of a client has processed so far."""
@@ -55,14 +59,11 @@ class CohortSums:
                 name: np.stack([getattr(stats, name).double().cpu().numpy() for stats in self._stats])
                 for name in ROUTER_FIELDS
             }
-            first = self._layers[0]
-            shape = (len(self._layers), first.clients * first.num_experts)
-            importance = {name: np.zeros(shape) for name in IMPORTANCE}
-            for number, layer in enumerate(self._layers):
-                owners_B = layer.slot_map
-                place_B = (owners_B.client_of_slot_B * layer.num_experts + owners_B.expert_of_slot_B).cpu().numpy()
+            importance = {name: np.zeros_like(self._chosen_LCE) for name in IMPORTANCE}
+            for number, layer in enumerate(self._layers if self._tape is None else ()):
+                place_B = layer.places()
                 for name, sums in importance.items():
-                    sums[number, place_B] = getattr(layer.scores, name).double().cpu().numpy()
-            by_client = (shape[0], first.clients, first.num_experts)
-            self._read = router, {name: sums.reshape(by_client) for name, sums in importance.items()}
+                    sums[number].reshape(-1)[place_B] = getattr(layer.scores, name).double().cpu().numpy()
+            importance["rows_B"] += self._chosen_LCE
+            self._read = router, importance
         return self._read

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.budget.peak_memory import tensor_bytes, trace_memory
+from fedmoe_core.client.cohort.after import Afterwards, measured, validated
 from fedmoe_core.client.cohort.step import CohortStepper
 from fedmoe_core.client.cohort.sums import CohortSums
 from fedmoe_core.client.profiling import run_probe, statistics_bytes
@@ -35,12 +36,14 @@ class Member:
         costs: the cost model of what its plan asks.
         batches: its batches, from the start at every call.
         class_shares_C: its class shares, for logit adjustment; None in language modelling.
+        validation: all of its validation data.
     """
 
     plan: ExpertPlan
     costs: CostModel
     batches: Batches
     class_shares_C: np.ndarray | None = None
+    validation: Batches = tuple
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,17 +79,13 @@ def train_cohort(
     """
     began, plans = time.perf_counter(), [member.plan for member in members]
     device = next(adapter.model.parameters()).device
-    found = [log_prior(member.class_shares_C, train, device) for member in members]
-    priors = [prior for prior in found if prior is not None]
-    probed = [
-        run_probe(
-            member.plan.extras.before,
-            ProbeContext(adapter, params, member.plan, train, member.batches, tuple, prior),
-            device,
-            afresh=True,
-        )
-        for member, prior in zip(members, found, strict=True)
+    contexts = [
+        ProbeContext(adapter, params, one.plan, train, one.batches, one.validation, prior)
+        for one in members
+        for prior in [log_prior(one.class_shares_C, train, device)]
     ]
+    priors = [context.log_prior_C for context in contexts if context.log_prior_C is not None]
+    probed = [run_probe(context.plan.extras.before, context, device, afresh=True) for context in contexts]
     peak = max(used for _, used in probed)
     received = [0] * len(members)
 
@@ -103,7 +102,11 @@ def train_cohort(
     extract_seconds = (time.perf_counter() - joining) / len(members)
     sums = CohortSums(cohort.layers)
     stepper = CohortStepper(
-        cohort, train, seeds=[plan.seed for plan in plans], log_priors=priors if len(priors) == len(plans) else None
+        cohort,
+        train,
+        seeds=[plan.seed for plan in plans],
+        log_priors=priors or None,
+        aux=[plan.extras.aux for plan in plans],
     )
     losses: list[list[float]] = []
     for batches in _side_by_side(members):
@@ -115,11 +118,22 @@ def train_cohort(
             break
         sums.add_batch()
 
+    stepper.release()
+    found, beside = validated(cohort, contexts, stepper.alive, device)
+    peak = max(peak, stepper.resident_bytes() + beside)
     share = (time.perf_counter() - began) / len(members)
+    after: list[Afterwards] = []
+    for client, (context, validation) in enumerate(zip(contexts, found, strict=True)):
+        if client in stepper.failures:
+            after.append(Afterwards({}, error=stepper.failures[client]))
+            continue
+        did, used = measured(cohort, client, context, validation, device)
+        peak = max(peak, used)
+        after.append(did)
 
     def result(client: int) -> LocalResult | LocalFailure:
         """Read one client's result off the live cohort."""
-        member, plan = members[client], plans[client]
+        member, plan, did = members[client], plans[client], after[client]
         steps = len(losses)
         if client in stepper.failures:
             steps = sum(math.isfinite(step[client]) for step in losses)
@@ -127,14 +141,14 @@ def train_cohort(
             member.costs.real_flops(sums.rows_LE(client), plan.trainable_LE, tokens=tokens * steps) if steps else 0.0
         )
         cost = Cost(
-            memory_bytes=max(_alone(member), probed[client][1]),
+            memory_bytes=max(_alone(member), probed[client][1], did.memory_bytes),
             flops=flops,
             bytes_down=received[client],
             experts=plan.counted_experts + member.costs.base_experts,
-            seconds=share,
+            seconds=share + did.seconds,
         )
-        if client in stepper.failures:
-            return LocalFailure(cost.with_extra(plan.extras.surcharge), stepper.failures[client], extract_seconds)
+        if did.error:
+            return LocalFailure(cost.with_extra(plan.extras.surcharge), did.error, extract_seconds)
         trained = {each.key: view for each in cohort.learning if (view := each.of(client)) is not None}
         returned, profile = read_off(trained, params, plan), sums.finish(client)
         sent = returned_bytes(returned.deltas, plan.trainable_LE, plan) + tensor_bytes(returned.whole)
@@ -146,7 +160,10 @@ def train_cohort(
             tuple(step[client] for step in losses),
             extract_seconds=extract_seconds,
             kept=returned.kept,
-            probed=probed[client][0],
+            probed=probed[client][0] | did.probed,
+            validation=None if did.validation is None else did.validation.total,
+            validation_profile=None if did.validation is None else did.validation.profile,
+            feedback=None if did.validation is None else did.validation.feedback,
             trained_LE=plan.trainable_LE,
         )
 

@@ -5,10 +5,11 @@ Shapes: C clients, T tokens of all of them (T / C each), E experts, Bt trainable
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from fedmoe_core.layer.moe import ROUTING_BACKENDS, MoE
 from fedmoe_core.layer.router_product import router_logits
 from fedmoe_kernels.experts.moe_mlp import ExpertLora, ExpertScores, ExpertWeights, moe_mlp
 from fedmoe_kernels.quantized import Quantized
+from fedmoe_kernels.routing.record import Routing
 from fedmoe_kernels.routing.route import route
 from fedmoe_kernels.routing.rules import compute_dtype
 from fedmoe_kernels.routing.stats import RouterStats
@@ -35,6 +37,9 @@ class CohortMoE(nn.Module):
             row for each trainable expert of each client, and ``out_scale`` with one for each client.
         last_stats: router statistics of the last forward, (C, E).
         scores: importance sums of all slots since the layer was made.
+        slot_maps: expert id to slot of the layer that each client would have alone.
+        recorder: called in each forward with the router logits of all tokens (T, E), with their graph, their
+            ``Routing``, and the mask of real tokens or None; see ``recording_cohort``.
 
     Example:
         >>> import torch
@@ -81,7 +86,9 @@ class CohortMoE(nn.Module):
         self.trainable = tuple(part.trainable for part in parts)
         self.frozen = tuple(part.frozen for part in parts)
         self.slot_map = laid_out(parts, rows_per_slot=rows_per_slot).to(device)
+        self.slot_maps = tuple(part.slot_map.to(device) for part in parts)
         self.last_stats: RouterStats | None = None
+        self.recorder: Callable[[Tensor, Routing, Tensor | None], None] | None = None
         self.scores = ExpertScores(self.slot_map.num_slots, device=device)
         self.lora_scale = parts[0].lora_scale
         self._bases: Tensor | None = None
@@ -153,6 +160,23 @@ class CohortMoE(nn.Module):
             return tuple(range(self.clients + 1))
         return (0, *accumulate(len(experts) for experts in self.trainable))
 
+    def learning_of_each(self, name: str) -> tuple[Tensor, ...]:
+        """Return each client's rows of a Parameter, with their graph, as views: their gradients are joined once."""
+        parameter = self.learning[name]
+        if name == "out_scale":
+            return parameter.unbind()
+        return parameter.split([len(experts) for experts in self.trainable])
+
+    def places(self) -> np.ndarray:
+        """Return of each slot which expert of which client it is, as the place in a flattened (C, E), (B,)."""
+        owners_B = self.slot_map
+        return np.asarray((owners_B.client_of_slot_B * self.num_experts + owners_B.expert_of_slot_B).cpu())
+
+    def keep_only_learning(self) -> None:
+        """Let go of everything that does not train; no forward can run any more."""
+        for name, _ in list(self.named_buffers(recurse=False)):
+            setattr(self, name, None)
+
     def slots(self, client: int) -> list[int]:
         """Return the slots of one client, in the order of its trainable and then its frozen experts."""
         table_E = self.slot_map.slot_of_expert[client].tolist()
@@ -195,6 +219,8 @@ class CohortMoE(nn.Module):
             backend=ROUTING_BACKENDS[self.backend],
         )
         self.last_stats = routing.stats
+        if self.recorder is not None:
+            self.recorder(logits_TE, routing, token_mask_T)
         if self.out_scale is not None:
             routing = replace(routing, weights_TK=routing.weights_TK * self.out_scale[client_T, None])
         weights = {name: self._weights(name) for name in self._slotted}

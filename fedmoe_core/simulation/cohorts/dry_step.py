@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,16 +32,19 @@ class CohortMeter:
 
     Attributes:
         adapter, params, train: the live model, the warm one, and settings of local training.
-        costs: the cost model of one client, measured.
+        costs: the cost model of one client that only trains, measured, by the rank of its plan.
         batches: batches of the clients' shape, one of them with padding where there may be some.
     """
 
     adapter: CohortAdapter
     params: dict[str, Tensor]
     train: TrainConfig
-    costs: CostModel
+    costs: Callable[[int | None], CostModel]
     batches: tuple[Batch, ...]
-    _measured: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    # By rank, k' and the number of clients.
+    _measured: dict[tuple[int | None, int, int], tuple[int, ...]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @classmethod
     def of(
@@ -51,7 +54,7 @@ class CohortMeter:
         train: TrainConfig,
         batch: Batch,
         *,
-        costs: CostModel,
+        costs: Callable[[int | None], CostModel],
         padding: bool,
     ) -> CohortMeter:
         """Make the meter for batches shaped like ``batch``; ``padding``: whether clients' batches may have some."""
@@ -63,23 +66,24 @@ class CohortMeter:
 
     def memory(self, shares: Sequence[Share]) -> int:
         """Predict the peak of a cohort's step, in bytes; at least what is measured, and within a few per cent."""
-        return cohort_memory(self.costs, shares, self._transients(shares[0].top_k, len(shares)))
+        return cohort_memory(self.costs(shares[0].lora_rank), shares, self._transients(shares[0], len(shares)))
 
     def bound(self, shares: Sequence[Share]) -> int:
         """Bound the same without a dry step of that size: transients grow no faster than the clients."""
-        pair = self._transients(shares[0].top_k, 2)
-        return cohort_memory(self.costs, shares, [math.ceil(each * len(shares) / 2) for each in pair])
+        pair = self._transients(shares[0], 2)
+        grown = [math.ceil(each * len(shares) / 2) for each in pair]
+        return cohort_memory(self.costs(shares[0].lora_rank), shares, grown)
 
-    def _transients(self, top_k: int, clients: int) -> tuple[int, ...]:
+    def _transients(self, like: Share, clients: int) -> tuple[int, ...]:
         """Measure a cohort of clients that hold k' experts in every layer, the worst case as in ``calibrate``."""
-        if (top_k, clients) not in self._measured:
-            few_LE = first_experts(self.adapter, top_k)
-            submodel = SubModel(few_LE, few_LE, top_k=top_k, lora_rank=self.costs.lora_rank)
+        key = like.lora_rank, like.top_k, clients
+        if key not in self._measured:
+            costs, few_LE = self.costs(like.lora_rank), first_experts(self.adapter, like.top_k)
+            submodel = SubModel(few_LE, few_LE, top_k=like.top_k, lora_rank=costs.lora_rank)
             found = [_stage_peaks(self, [submodel] * clients, batch) for batch in self.batches]
             peaks = [max(stage) for stage in zip(*found, strict=True)]
-            share = Share(self.costs, few_LE, few_LE, top_k)
-            self._measured[top_k, clients] = transients_of(share, clients, peaks)
-        return self._measured[top_k, clients]
+            self._measured[key] = transients_of(Share(costs, few_LE, few_LE, like.top_k), clients, peaks)
+        return self._measured[key]
 
 
 def _stage_peaks(meter: CohortMeter, submodels: Sequence[SubModel], batch: Batch) -> tuple[int, ...]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedmoe_core.base.tensor_key import TensorKey
-from fedmoe_core.budget.cohort_memory import Share
+from fedmoe_core.budget.cohort_memory import Share, probing_memory
+from fedmoe_core.layer.router_loss import EarlyLoss
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.server.planning import asked_costs
 from fedmoe_core.simulation.cohorts.cutting import Group, each_alone, in_cohorts
@@ -36,12 +37,18 @@ class _Metered:
     shares: dict[int, Share]
 
     def memory(self, plans: Sequence[ExpertPlan]) -> int:
-        """Predict the peak of a cohort."""
-        return self.meter.memory([self.shares[plan.client] for plan in plans])
+        """Predict the peak of a cohort: of its step, or of what its clients measure before and after."""
+        return max(self.meter.memory([self.shares[plan.client] for plan in plans]), self._probing(plans))
 
     def bound(self, plans: Sequence[ExpertPlan]) -> int:
         """Bound it from a cohort of two."""
-        return self.meter.bound([self.shares[plan.client] for plan in plans])
+        return max(self.meter.bound([self.shares[plan.client] for plan in plans]), self._probing(plans))
+
+    def _probing(self, plans: Sequence[ExpertPlan]) -> int:
+        before = [plan.predicted.memory_bytes for plan in plans if plan.extras.before is not None]
+        after = [plan for plan in plans if plan.extras.after is not None]
+        asked = [(self.shares[plan.client], plan.extras.surcharge.memory_bytes) for plan in after]
+        return max([*before, probing_memory([self.shares[plan.client] for plan in plans], asked)])
 
 
 def _never(world: World) -> str:
@@ -53,14 +60,7 @@ def _never(world: World) -> str:
 
 def _asks_more(plan: ExpertPlan) -> str:
     """What a plan asks of its client that no cohort can do."""
-    extras = plan.extras
-    wishes = {
-        "it chooses experts for every batch": extras.per_batch is not None,
-        "its routers have an auxiliary loss": extras.aux is not None,
-        "it is measured after training": extras.after is not None,
-        "its sub-model is validated": extras.validate,
-    }
-    return next((reason for reason, asked in wishes.items() if asked), "")
+    return "" if plan.extras.per_batch is None else "it chooses experts for every batch"
 
 
 def _kind(plan: ExpertPlan) -> tuple[object, ...]:
@@ -71,6 +71,13 @@ def _kind(plan: ExpertPlan) -> tuple[object, ...]:
 
 def _share(world: World, plan: ExpertPlan) -> Share:
     own = any(TensorKey.parse(key).name not in ("router", "router_bias") for key in plan.extras.rows)
+    costs, aux = asked_costs(world.population, plan.extras), plan.extras.aux
     return Share(
-        asked_costs(world.population, plan.extras), plan.permitted_LE, plan.trainable_LE, plan.top_k, own_rows=own
+        replace(costs, aux_tables=aux.others) if isinstance(aux, EarlyLoss) else costs,
+        plan.permitted_LE,
+        plan.trainable_LE,
+        plan.top_k,
+        own_rows=own,
+        lora_rank=plan.extras.lora_rank,
+        early=isinstance(aux, EarlyLoss),
     )

@@ -11,6 +11,7 @@ from typing import cast
 from fedmoe_core.client.cohort.train import Member, train_cohort
 from fedmoe_core.client.train import FAILURES, train_client
 from fedmoe_core.config.run_config import TrainConfig
+from fedmoe_core.data.batches import Batch
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.cohort import CohortAdapter
@@ -82,6 +83,7 @@ def answers(world: World, state: ServerState, group: Group, drawn: Drawn = NONE_
             asked_costs(world.population, plan.extras),
             partial(round_batches, world, plan, drawn),
             world.data.class_shares(plan.client),
+            partial(held_out, world, plan.client),
         )
         for plan in group.plans
     ]
@@ -102,7 +104,6 @@ def train_alone(
     world: World, state: ServerState, plan: ExpertPlan, why: str = "", *, drawn: Drawn = NONE_DRAWN
 ) -> Answer:
     """Train one client by itself; ``why``: as ``ClientUpdate.alone``."""
-    device, data = world.ranks.device, world.data.clients[plan.client]
     draw = partial(round_batches, world, plan, drawn)
     result = train_client(
         world.adapter,
@@ -113,7 +114,13 @@ def train_alone(
         costs=asked_costs(world.population, plan.extras),
         class_shares_C=world.data.class_shares(plan.client),
         redraw=draw,
-        validation=lambda: (batch.to(device) for batch in validation_batches(data, world.config)),
+        validation=partial(held_out, world, plan.client),
     )
     update = replace(world.algorithm.answer(plan, result), alone=why)
     return Answer(update, plan, result.extract_seconds)
+
+
+def held_out(world: World, client: int) -> Iterator[Batch]:
+    """Return all of a client's validation batches, from the start."""
+    batches = validation_batches(world.data.clients[client], world.config)
+    return (batch.to(world.ranks.device) for batch in batches)

@@ -9,12 +9,19 @@ from fedmoe_core.budget.limits import NOTHING, Budget
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.simulation.clock.times import RoundTime
+from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.evaluation import HeldOut
-from fedmoe_core.simulation.observer import PlanRow
+from fedmoe_core.simulation.observer import GroupRow, PlanRow
 from fedmoe_core.simulation.worlds.federation import Federation
 
 
-def plan_row(world: Federation, plan: ExpertPlan) -> PlanRow:
+def group_row(world: Federation, group: Group) -> GroupRow:
+    """Make one line of the dry run's groups."""
+    names = tuple(world.holdings.clients[plan.client] for plan in group.plans)
+    return GroupRow(names, group.predicted_bytes, group.alone)
+
+
+def plan_row(world: Federation, plan: ExpertPlan, group: GroupRow | None = None) -> PlanRow:
     """Make one line of the dry run: the plan and the device's own budget, which FedAvg may pass."""
     return PlanRow(
         client=world.holdings.clients[plan.client],
@@ -26,6 +33,7 @@ def plan_row(world: Federation, plan: ExpertPlan) -> PlanRow:
         top_k=plan.top_k,
         samples=int(world.population.samples_C[plan.client]),
         deadline=world.config.time.deadline,
+        group=group,
     )
 
 

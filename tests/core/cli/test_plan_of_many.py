@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fedmoe_core.base import show
 from fedmoe_core.cli import main
-from fedmoe_core.simulation.observer import PlanRow
+from fedmoe_core.simulation.observer import GroupRow, PlanRow
 
 
 def rows(clients: int, *, tiers: int = 2) -> list[PlanRow]:
@@ -64,3 +64,36 @@ def test_a_budget_for_each_client_is_not_a_line_for_each(simulator: Any) -> None
     shown = plan(simulator, rows(59, tiers=59)).stdout
     assert "20 other tiers" in shown
     assert sum("│" in line for line in shown.splitlines()) == show.MANY
+
+
+def grouped(cohorts: int) -> list[PlanRow]:
+    """Pairs of clients, and one client alone."""
+    pairs = [GroupRow((f"[red]{n}", f"other {n}"), (20 + n) << 20) for n in range(cohorts)]
+    groups = [*pairs, GroupRow(("last",), 9 << 20, "it chooses experts for every batch")]
+    return [replace(ROW, client=name, group=group) for group in groups for name in group.clients]
+
+
+def test_the_groups_of_the_first_round_are_a_table_of_their_own(simulator: Any) -> None:
+    assert "cohort" not in plan(simulator, rows(3)).stdout
+    assert "groups" not in json.loads(plan(simulator, rows(3), "--json").stdout)
+    shown = plan(simulator, [*grouped(2), *rows(1)]).stdout
+    assert "first round: 2 cohorts, 1 client alone" in shown
+    assert "[red]1, other 1" in shown
+    assert "last: it chooses experts for every batch" in shown
+    assert "21.0 MiB" in shown
+    told = json.loads(plan(simulator, [*grouped(1), *rows(1)], "--json").stdout)
+    assert told["groups"] == [
+        {"clients": ["[red]0", "other 0"], "predicted_bytes": 20 << 20, "alone": ""},
+        {"clients": ["last"], "predicted_bytes": 9 << 20, "alone": "it chooses experts for every batch"},
+    ]
+
+
+def test_many_groups_are_a_line_a_size_and_reason(simulator: Any) -> None:
+    shown = plan(simulator, grouped(show.MANY)).stdout
+    assert f"first round: {show.MANY} cohorts, 1 client alone" in shown
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    assert lines[-2:] == [
+        [str(show.MANY), "2", "20.0 MiB–59.0 MiB", ""],
+        ["1", "1", "9.00 MiB", "it chooses experts for every batch"],
+    ]
+    assert "other 3" in plan(simulator, grouped(show.MANY), "--all").stdout

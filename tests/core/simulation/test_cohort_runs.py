@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,17 +17,21 @@ from tiny_runs import fedmoe
 
 from fedmoe_core.client.cohort.train import Member, train_cohort
 from fedmoe_core.config.run_config import Config
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.layer.moe import MoE
+from fedmoe_core.layer.recording import Tape
+from fedmoe_core.messages.plan import ExpertPlan, ProbeContext
 from fedmoe_core.messages.result import LocalFailure, LocalResult
+from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.reporting.page import render
 from fedmoe_core.reporting.results import line
 from fedmoe_core.reporting.run import read_runs
+from fedmoe_core.server.planning import asked_costs
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.cohorts import training
 from fedmoe_core.simulation.cohorts.drawing import round_batches
 from fedmoe_core.simulation.cohorts.grouping import grouped
-from fedmoe_core.simulation.observer import NullObserver
+from fedmoe_core.simulation.observer import NullObserver, groups_of
 from fedmoe_core.simulation.prepare import build_world
 from fedmoe_core.simulation.process_group import Ranks
 from fedmoe_core.simulation.round import Round, play_round
@@ -48,8 +52,40 @@ def played(config: Config) -> tuple[World, ServerState, Round]:
     return world, state, round_
 
 
-def members_of(world: World, plans: list[ExpertPlan]) -> list[Member]:
-    return [Member(plan, world.population.costs, partial(round_batches, world, plan)) for plan in plans]
+def trained(world: World, plans: list[ExpertPlan]) -> list[LocalResult | LocalFailure]:
+    members = [
+        Member(
+            plan,
+            asked_costs(world.population, plan.extras),
+            partial(round_batches, world, plan),
+            validation=partial(training.held_out, world, plan.client),
+        )
+        for plan in plans
+    ]
+    train = training.round_settings(world, 0)
+    return list(train_cohort(cast(CohortAdapter, world.adapter), world.params, members, train=train).results)
+
+
+def planned(config: Config) -> tuple[World, list[ExpertPlan]]:
+    world = build_world(config.resolved(), Ranks(), NullObserver())
+    return world, world.algorithm.plan(world.algorithm.init(world.params), range(config.clients))
+
+
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert (found[key].double() - value.double()).norm() <= 1e-4 * value.double().norm(), key
+
+
+# What a system asks of its clients besides training: auxiliary losses, validation, probes before and after.
+ASKING = {
+    "fft_moe": ("algorithm=fft_moe", "budgets=unlimited", "fft_moe.balance=0.1"),
+    "fedmoe": ("algorithm=fedmoe", "fedmoe.balance=0.1", BUDGETS),
+    "hetlora": ("algorithm=hetlora", "budgets=unlimited", "lora.tail=0.1"),
+    "flex_moe": ("algorithm=flex_moe", BUDGETS),
+    "flux": ("algorithm=flux", BUDGETS),
+    "toy": ("algorithm=toy:Toy", "budgets=unlimited"),
+}
 
 
 @pytest.mark.parametrize(
@@ -66,6 +102,7 @@ def members_of(world: World, plans: list[ExpertPlan]) -> list[Member]:
         ),
         ("algorithm=flame", "budgets=unlimited"),
         ("algorithm=flexlora", "budgets=unlimited", "train.label_smoothing=0.1"),
+        *ASKING.values(),
     ],
     ids=lambda words: " ".join(words),
 )
@@ -88,6 +125,12 @@ def test_a_cohort_gives_what_its_clients_give_alone(config: Make, words: tuple[s
         assert other.loss_last == pytest.approx(one.loss_last, rel=1e-4)
         assert one.profile is not None
         assert other.profile is not None
+        same(other.private, one.private)
+        if one.validation is not None:
+            assert other.validation is not None
+            assert other.validation.loss_sum == pytest.approx(one.validation.loss_sum, rel=1e-5)
+            assert (other.validation.count, other.validation.correct) == (one.validation.count, one.validation.correct)
+            np.testing.assert_array_equal(other.validation_profile.rows_LE, one.validation_profile.rows_LE)
         for name, value in vars(one.profile).items():
             np.testing.assert_allclose(getattr(other.profile, name), value, rtol=1e-3, atol=1e-5)
 
@@ -110,6 +153,26 @@ def test_the_prediction_holds_and_is_near(config: Make) -> None:
             _, _, round_ = played(config(*words, labeled=labeled))
             (record,) = round_.cohorts
             assert record["memory_bytes"] <= record["predicted_bytes"] <= 1.10 * record["memory_bytes"], (words, record)
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_the_prediction_holds_with_what_systems_ask(config: Make, name: str) -> None:
+    for clients in (2, 4):
+        words = (f"clients={clients}", "clients_per_round=0", f"cohort.clients={clients}", *ASKING[name])
+        _, _, round_ = played(config(*words))
+        (record,) = round_.cohorts
+        assert record["memory_bytes"] <= record["predicted_bytes"] <= 1.10 * record["memory_bytes"], (words, record)
+
+
+@pytest.mark.parametrize("name", ["fedmoe", "flex_moe"])
+def test_inv10_what_systems_ask_has_the_same_bits_on_two_ranks(config: Make, name: str, tmp_path: Path) -> None:
+    whole = simulate.run(config("cohort.clients=2", *ASKING[name], out_name="whole"))
+    (written := tmp_path / "cohorts.toml").write_text(config("cohort.clients=2", *ASKING[name]).to_toml())
+    ended = fedmoe("simulate", written, "ranks=2", f"out={tmp_path / 'ranks'}", "--quiet")
+    assert ended.returncode == 0, ended.stderr
+    summary = json.loads((tmp_path / "ranks" / "summary.json").read_text())
+    assert summary["model_hash"] == whole["model_hash"]
+    assert summary["clients_in_cohorts"] == 8
 
 
 def test_inv10_the_bits_are_those_of_any_number_of_ranks_and_of_a_resumed_run(config: Make, tmp_path: Path) -> None:
@@ -135,29 +198,61 @@ def test_inv10_the_bits_are_those_of_any_number_of_ranks_and_of_a_resumed_run(co
         assert [line["cohorts"][1]["clients"] for line in lines if "cohorts" in line] == [[2, 3], [2, 3]]
 
 
-def test_one_clients_nan_is_its_own(config: Make) -> None:
-    world = build_world(config("cohort.clients=4", BUDGETS).resolved(), Ranks(), NullObserver())
-    plans = world.algorithm.plan(world.algorithm.init(world.params), range(4))
-    train = training.round_settings(world, 0)
-
-    def trained(plans: list[ExpertPlan]) -> list[LocalResult | LocalFailure]:
-        return list(train_cohort(world.adapter, world.params, members_of(world, plans), train=train).results)  # type: ignore[arg-type]
-
-    well = trained(plans)
+@pytest.mark.parametrize("words", [("algorithm=hfedmoe",), ASKING["fedmoe"], ASKING["flex_moe"], ASKING["flux"]])
+def test_one_clients_nan_is_its_own(config: Make, words: tuple[str, ...]) -> None:
+    world, plans = planned(config("cohort.clients=4", BUDGETS, *words))
+    well = trained(world, plans)
     expert = int(plans[1].permitted_LE[0].nonzero()[0][0])
     rows = {"moe.0.w_out": {expert: torch.full_like(world.params["moe.0.w_out"][0], torch.nan)}}
-    plans[1] = replace(plans[1], extras=replace(plans[1].extras, rows=rows))
-    ill = trained(plans)
+    plans[1] = replace(plans[1], extras=replace(plans[1].extras, rows={**plans[1].extras.rows, **rows}))
+    ill = trained(world, plans)
     assert isinstance(ill[1], LocalFailure)
     assert ill[1].error == "the loss became nan at local step 1"
     for client in (0, 2, 3):
         one, other = well[client], ill[client]
         assert isinstance(one, LocalResult)
         assert isinstance(other, LocalResult)
-        for key, delta in one.deltas.items():
-            assert (delta - other.deltas[key]).norm() <= 1e-4 * delta.norm(), key
+        for wanted, found in ((one.deltas, other.deltas), (one.kept, other.kept), (one.probed, other.probed)):
+            same(found, wanted)
+        assert (one.validation is None) == (other.validation is None)
         # A backward with a NaN in it would have left no importance for any of them.
         np.testing.assert_allclose(other.profile.taylor_abs_LE, one.profile.taylor_abs_LE, rtol=1e-3, atol=1e-6)
+
+
+def test_a_probe_that_raises_ends_the_round_of_its_client_alone(config: Make) -> None:
+    world, plans = planned(config("cohort.clients=4", *ASKING["flex_moe"]))
+    well = trained(world, plans)
+
+    def fails(_: ProbeContext) -> dict[str, torch.Tensor]:
+        raise ValueError("no room for a thought")
+
+    plans[1] = replace(plans[1], extras=replace(plans[1].extras, after=fails))
+    ill = trained(world, plans)
+    assert isinstance(ill[1], LocalFailure)
+    assert ill[1].error == "ValueError: no room for a thought"
+    assert ill[1].cost.flops == well[1].cost.flops
+    for client in (0, 2, 3):
+        one, other = well[client], ill[client]
+        assert isinstance(one, LocalResult)
+        assert isinstance(other, LocalResult)
+        same(other.probed, one.probed)
+        assert one.cost.memory_bytes == other.cost.memory_bytes
+
+
+def test_a_loss_that_reads_more_than_a_cohort_has_is_told(config: Make) -> None:
+    @dataclass(frozen=True)
+    class Weights:
+        tables: int = 1
+
+        def __call__(self, tape: Tape) -> torch.Tensor:
+            return cast(MoE, tape.layers[0]).w_in.square().sum()
+
+    world, plans = planned(config("cohort.clients=4", BUDGETS))
+    plans = [replace(plan, extras=replace(plan.extras, aux=Weights())) for plan in plans]
+    with pytest.raises(
+        ValueError, match=r"an auxiliary loss reads what a client of a cohort has not \(.*w_in.*\); read"
+    ):
+        trained(world, plans)
 
 
 def test_a_joint_step_that_raises_is_made_up_for_one_by_one(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +274,6 @@ def test_it_is_said_why_a_client_trains_alone(config: Make) -> None:
         return [update.alone for update in round_.updates]
 
     assert reasons("cohort.clients=4", labeled=True) == ["its trunk trains"] * 3
-    assert set(reasons("cohort.clients=4", "algorithm=fedmoe")) == {"its routers have an auxiliary loss"}
-    assert set(reasons("cohort.clients=4", "algorithm=flex_moe")) == {"it is measured after training"}
     batch = ("selection.mode=backward-masked", "selection.reschedule=batch", "selection.score=s", "budgets=experts=25%")
     assert set(reasons("cohort.clients=4", *batch)) == {"it chooses experts for every batch"}
     assert reasons("cohort.clients=4", "clients=1") == ["no other client of its kind in the round"]
@@ -211,6 +304,23 @@ def test_memory_decides_how_many(config: Make) -> None:
     assert [group.alone for group in grouped(two, plans[:3])] == ["the cohorts of its kind are full", ""]
     with pytest.raises(ValueError, match=r"cohort\.memory=1kB is .*, and client 0 alone needs .*; raise it, or set"):
         grouped(at("1kB"), plans)
+
+
+def test_a_dry_run_has_the_groups_of_the_first_round(config: Make) -> None:
+    made = config("cohort.clients=2", "clients_per_round=3", BUDGETS)
+    rows = simulate.dry_run(made)
+    _, _, round_ = played(made)
+    trained = {update.client: update for update in round_.updates}
+    assert {place for place, row in enumerate(rows) if row.group} == set(trained)
+    found = groups_of(rows)
+    assert [len(group.clients) for group in found] == [1, 2]
+    assert [group.alone for group in found] == ["the cohorts of its kind are full", ""]
+    (record,) = round_.cohorts
+    assert found[1].predicted_bytes == record["predicted_bytes"]
+    assert found[1].clients == tuple(rows[client].client for client in record["clients"])
+    assert groups_of(simulate.dry_run(config(BUDGETS))) == []
+    with pytest.raises(ValueError, match="alone needs"):
+        simulate.dry_run(config("cohort.clients=2", "cohort.memory=1kB"))
 
 
 def test_a_limit_that_holds_nobody_is_refused_before_anything_trains(config: Make) -> None:

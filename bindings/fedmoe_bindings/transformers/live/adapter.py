@@ -230,8 +230,7 @@ class TransformersAdapter(PlaceMeasures):
         if self._cohort is not None:
             self._cohort.leave()
             self._cohort = None
-        for number, layer in enumerate(self.moe):
-            self._configure_layer(layer, number, state, submodel)
+        self._configure_layers(state, submodel)
         head = self.spec.task == "classification" if submodel.train_head is None else submodel.train_head
         learning = {spec.key for spec in self.spec.params if spec.kind == "dense"}
         with torch.no_grad():
@@ -244,6 +243,10 @@ class TransformersAdapter(PlaceMeasures):
     def _check(self, submodel: SubModel) -> None:
         check_rows(submodel.rows, self.spec, adapters=self._lora is not None)
         check_form(submodel, self.spec, self.moe, adapters=self._lora is not None)
+
+    def _configure_layers(self, state: Mapping[str, Tensor], submodel: SubModel) -> None:
+        for number, layer in enumerate(self.moe):
+            self._configure_layer(layer, number, state, submodel)
 
     def _configure_layer(self, layer: MoE, number: int, state: Mapping[str, Tensor], sub: SubModel) -> None:
         device, own = layer.w_in.device, of_layer(number, state)
@@ -326,9 +329,13 @@ class TransformersAdapter(PlaceMeasures):
                 together[-1][1].register_forward_hook(_with_nothing)
         # The layers of one client wait outside with as little as a layer can have.
         one_LE = np.arange(self.spec.num_experts)[None] == np.zeros((len(self.moe), 1))
-        for number, layer in enumerate(self.moe):
-            self._configure_layer(layer, number, state, SubModel(one_LE, np.zeros_like(one_LE)))
-        self._cohort = TransformersCohort(self.model, together)
+        self._configure_layers(state, SubModel(one_LE, np.zeros_like(one_LE)))
+
+        def start(client: int) -> dict[str, Tensor]:
+            self._configure_layers(state, submodels[client])
+            return self.trained()
+
+        self._cohort = TransformersCohort(self.model, together, start=start)
         return self._cohort
 
     def trained(self) -> dict[str, Tensor]:

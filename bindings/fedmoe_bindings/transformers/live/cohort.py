@@ -5,8 +5,8 @@ Shapes: C clients, S sequences of each, N places, V token ids, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,14 @@ from torch.nn.functional import cross_entropy
 
 from fedmoe_bindings.transformers.live.load import SequenceClassifier
 from fedmoe_bindings.transformers.live.losses import drop_tokens, next_tokens
+from fedmoe_bindings.transformers.live.places import places_of_classes, places_of_tokens
 from fedmoe_bindings.transformers.live.token_mask import TOKEN_MASK
 from fedmoe_core.base.tensor_key import TensorKey
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.cohort.layer import CohortMoE
 from fedmoe_core.layer.moe import MoE
 from fedmoe_core.model.cohort import LossTerms, Stacked
+from fedmoe_core.model.spec import PlaceLosses
 
 HEAD = "dense.score.weight"
 
@@ -42,27 +44,48 @@ class TransformersCohort:
         layers: the MoE layers in depth order.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[tuple[MoE, CohortMoE]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[tuple[MoE, CohortMoE]],
+        *,
+        start: Callable[[int], Mapping[str, Tensor]],
+    ) -> None:
         """Put the cohort's layers in the places of those that one client has.
 
         Args:
             model: a causal LM, or a ``SequenceClassifier``.
             layers: each layer of the model, in depth order, and the cohort's for its place.
+            start: makes the layers of one client those that a client began with; returns views of what it trains.
         """
+        self._start = start
         self.model, self.layers = model, tuple(cohort for _, cohort in layers)
         places = {module: name for name, module in model.named_modules() if isinstance(module, MoE)}
         self._seats: dict[str, nn.Module] = {places[alone]: alone for alone, _ in layers}
+        self._own: list[nn.Module] = list(self.layers)
         for alone, cohort in layers:
             model.set_submodule(places[alone], cohort)
         head = model.get_parameter("score.weight") if isinstance(model, SequenceClassifier) else None
         if head is not None and head.requires_grad:
             self._seats["score"] = model.get_submodule("score")
-            model.set_submodule("score", CohortHead(head, self.layers[0].clients))
+            self._own.append(CohortHead(head, self.layers[0].clients))
+            model.set_submodule("score", self._own[-1])
 
     def leave(self) -> None:
         """Put the layers of one client back."""
         for name, module in self._seats.items():
             self.model.set_submodule(name, module)
+
+    @torch.no_grad()
+    def become_alone(self, client: int) -> None:
+        """As the protocol."""
+        self.leave()
+        for layer in self.layers:
+            layer.keep_only_learning()
+        begun = self._start(client)
+        for each in self.learning:
+            if (trained := each.of(client)) is not None:
+                begun[each.key].copy_(trained)
 
     @property
     def learning(self) -> tuple[Stacked, ...]:
@@ -72,14 +95,14 @@ class TransformersCohort:
             for number, layer in enumerate(self.layers)
             for name, parameter in layer.learning.items()
         ]
-        head = getattr(self.model, "score", None)
+        head = self._own[-1]
         if isinstance(head, CohortHead):
             found.append(Stacked(HEAD, head.weight, tuple(range(len(head.weight) + 1)), single=True))
         return tuple(found)
 
     def resident(self) -> list[Tensor]:
         """As the protocol: with what waits outside for the cohort's end."""
-        modules = (self.model, *self._seats.values())
+        modules = (self.model, *self._seats.values(), *self._own)
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
     def losses(self, batches: Sequence[Batch], terms: LossTerms) -> Tensor:
@@ -95,7 +118,7 @@ class TransformersCohort:
                 raise ValueError("token_dropout is for classification; set it to 0 for a language model")
             drawn = zip(batches, terms.generators, strict=True)
             batches = [drop_tokens(batch, terms.token_dropout, generator) for batch, generator in drawn]
-        together = _together(batches)
+        together = Batch.end_to_end(batches)
         runs_SN = together.mask_SN
         if not all(terms.alive):  # else nothing is copied to the device, which would wait for it
             alive_C = torch.tensor(terms.alive, device=runs_SN.device)
@@ -103,13 +126,7 @@ class TransformersCohort:
         options: dict[str, Any] = {TOKEN_MASK: runs_SN.reshape(-1)}
         if classifier:
             return self._class_losses(together, options, terms)
-        logits_SNV = self.model(
-            input_ids=together.tokens_SN,
-            attention_mask=together.mask_SN.long(),
-            use_cache=False,
-            output_router_logits=False,
-            **options,
-        ).logits
+        logits_SNV = self._token_logits(together, options)
         targets_SN, counted_SN = next_tokens(together)
         loss_T = cross_entropy(
             logits_SNV.flatten(0, 1).float(),
@@ -121,19 +138,57 @@ class TransformersCohort:
         return loss_T.unflatten(0, (len(batches), -1)).sum(1) / count_C
 
     def _class_losses(self, batch: Batch, options: dict[str, Any], terms: LossTerms) -> Tensor:
-        if batch.labels_S is None:
-            raise ValueError("the batch has no labels; classification needs labels_S")
         clients = len(terms.alive)
-        logits_SK: Tensor = self.model(batch.tokens_SN, batch.mask_SN, **options).float()
-        if terms.log_priors is not None:
-            prior_CK = torch.stack(list(terms.log_priors))
-            logits_SK = logits_SK + prior_CK.repeat_interleave(len(batch) // clients, dim=0)
-        loss_S = cross_entropy(logits_SK, batch.labels_S, reduction="none", label_smoothing=terms.label_smoothing)
+        logits_SK = self._class_logits(batch, options, terms.log_priors)
+        loss_S = cross_entropy(
+            logits_SK, cast(Tensor, batch.labels_S), reduction="none", label_smoothing=terms.label_smoothing
+        )
         return loss_S.unflatten(0, (clients, -1)).mean(1)
 
+    @torch.no_grad()
+    def place_losses(
+        self, batches: Sequence[Batch], *, log_priors: Sequence[Tensor] | None = None
+    ) -> list[PlaceLosses]:
+        """As the protocol."""
+        self.model.eval()
+        height = max(map(len, batches))
+        together = Batch.end_to_end([_filled(batch, height, batches) for batch in batches])
+        place_S = torch.arange(len(together), device=together.tokens_SN.device) % height
+        count_C = torch.tensor([len(batch) for batch in batches], device=place_S.device)
+        runs_SN = together.mask_SN & (place_S < count_C.repeat_interleave(height))[:, None]
+        options: dict[str, Any] = {TOKEN_MASK: runs_SN.reshape(-1)}
+        classifier = isinstance(self.model, SequenceClassifier)
+        if classifier:
+            logits = self._class_logits(together, options, log_priors)
+        else:
+            logits = self._token_logits(together, options)
+        each = zip(logits.split(height), batches, strict=True)
+        read = places_of_classes if classifier else places_of_tokens
+        return [read(mine[: len(batch)], batch) for mine, batch in each]
 
-def _together(batches: Sequence[Batch]) -> Batch:
-    """The clients' sequences one after another."""
-    labels = [batch.labels_S for batch in batches if batch.labels_S is not None]
-    tokens_SN, mask_SN = (torch.cat([getattr(b, name) for b in batches]) for name in ("tokens_SN", "mask_SN"))
-    return Batch(tokens_SN, mask_SN, torch.cat(labels) if labels else None)
+    def _class_logits(self, batch: Batch, options: dict[str, Any], log_priors: Sequence[Tensor] | None) -> Tensor:
+        """A classifier's logits (S, K) in float32, with each client's prior added."""
+        if batch.labels_S is None:
+            raise ValueError("the batch has no labels; classification needs labels_S")
+        logits_SK: Tensor = self.model(batch.tokens_SN, batch.mask_SN, **options).float()
+        if log_priors is None:
+            return logits_SK
+        return logits_SK + torch.stack(list(log_priors)).repeat_interleave(len(batch) // len(log_priors), dim=0)
+
+    def _token_logits(self, batch: Batch, options: dict[str, Any]) -> Tensor:
+        """A language model's logits, (S, N, V)."""
+        logits_SNV: Tensor = self.model(
+            input_ids=batch.tokens_SN,
+            attention_mask=batch.mask_SN.long(),
+            use_cache=False,
+            output_router_logits=False,
+            **options,
+        ).logits
+        return logits_SNV
+
+
+def _filled(batch: Batch, height: int, batches: Sequence[Batch]) -> Batch:
+    """The batch with a sequence of another one repeated behind its own, for attention wants a real token in each."""
+    one = next(each for each in batches if len(each))
+    more = Batch(one.tokens_SN[:1], one.mask_SN[:1], None if one.labels_S is None else one.labels_S[:1])
+    return Batch.end_to_end([batch, *[more] * (height - len(batch))])

@@ -26,20 +26,9 @@ class PlaceMeasures(TaskLosses):
     def place_losses(self, batch: Batch, *, log_prior_C: Tensor | None = None) -> PlaceLosses:
         """Return losses by place, as the protocol; the layers measure as in training."""
         self.model.eval()
-        mask_SN = batch.mask_SN
         if self.spec.task == "classification":
-            logits_SC, labels_S = self._class_logits(batch, log_prior_C)
-            loss_S = cross_entropy(logits_SC, labels_S, reduction="none")
-            correct_S = logits_SC.argmax(dim=-1) == labels_S
-            total = Evaluation(float(loss_S.sum()), max(len(batch), 1), int(correct_S.sum()))
-            shape = mask_SN.shape
-            return PlaceLosses(loss_S[:, None].expand(shape), correct_S[:, None].expand(shape), mask_SN, total)
-        logits_SNV = self._token_logits(batch)
-        targets_SN, counted_SN = next_tokens(batch)
-        loss_N = cross_entropy(logits_SNV.flatten(0, 1).float(), targets_SN.flatten(), reduction="none")
-        loss_SN = loss_N.view_as(targets_SN)
-        total = Evaluation(float(loss_SN.sum()), max(int(counted_SN.sum()), 1))
-        return PlaceLosses(loss_SN, logits_SNV.argmax(dim=-1) == targets_SN, counted_SN, total)
+            return places_of_classes(self._class_logits(batch, log_prior_C)[0], batch)
+        return places_of_tokens(self._token_logits(batch), batch)
 
     @torch.no_grad()
     def attention_received(self, batch: Batch) -> Tensor:
@@ -72,3 +61,22 @@ class PlaceMeasures(TaskLosses):
                 **{TOKEN_MASK: mask_SN.reshape(-1)},
             )
         return torch.stack([found[number] for number in range(len(self.moe))])
+
+
+def places_of_classes(logits_SC: Tensor, batch: Batch) -> PlaceLosses:
+    """Return a classifier's losses by place from its logits."""
+    labels_S, mask_SN = cast(Tensor, batch.labels_S), batch.mask_SN
+    loss_S = cross_entropy(logits_SC, labels_S, reduction="none")
+    correct_S = logits_SC.argmax(dim=-1) == labels_S
+    total = Evaluation(float(loss_S.sum()), max(len(batch), 1), int(correct_S.sum()))
+    shape = mask_SN.shape
+    return PlaceLosses(loss_S[:, None].expand(shape), correct_S[:, None].expand(shape), mask_SN, total)
+
+
+def places_of_tokens(logits_SNV: Tensor, batch: Batch) -> PlaceLosses:
+    """Return a language model's losses by place from its logits."""
+    targets_SN, counted_SN = next_tokens(batch)
+    loss_N = cross_entropy(logits_SNV.flatten(0, 1).float(), targets_SN.flatten(), reduction="none")
+    loss_SN = loss_N.view_as(targets_SN)
+    total = Evaluation(float(loss_SN.sum()), max(int(counted_SN.sum()), 1))
+    return PlaceLosses(loss_SN, logits_SNV.argmax(dim=-1) == targets_SN, counted_SN, total)
