@@ -1,9 +1,9 @@
 """One server step of a buffered run: the first answers that arrive train, each on the model that it took along.
 
 FedBuff (Nguyen et al. 2022, arXiv 2106.06639), Algorithm 1: the server applies K answers as soon as they are there, and
-clients in flight do not wait for it [N]. Two things are ours [E]. The paper adds s(tau) times each delta and divides by
-K; here each tensor moves by sum(w s delta) / sum(w) over the clients that trained it, with the weights w of the system,
-so that K answers without staleness are the round of the same clients. The server's learning rate is 1.
+clients in flight do not wait for it [N]. The paper adds s(tau) times each delta, divides by K and steps by a learning
+rate of the server [N]. Here each tensor moves by sum(w s delta) / sum(w) over the clients that trained it, with the
+weights w of the system and a learning rate of 1, so that K fresh answers are the round of the same clients [E].
 """
 
 from __future__ import annotations
