@@ -6,15 +6,19 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 from torch import Tensor
 
+from fedmoe_core.client.cohort.validation import side_by_side
 from fedmoe_core.client.step import log_prior
 from fedmoe_core.data.batches import Batch, Encoded, eval_batches, eval_sequences
+from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.adapter import Evaluation, ModelAdapter
 from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.server.state import ServerState
+from fedmoe_core.simulation.cohorts.grouping import judged_together
 from fedmoe_core.simulation.world import World
 
 # Rows or windows of one evaluation batch; no gradient is kept, so it may be larger than a client's.
@@ -66,7 +70,7 @@ def _evaluate_global(world: World, state: ServerState) -> HeldOut:
     world.adapter.configure(state.params)
     parts = [client.test for client in data.clients] + ([] if data.test is None else [data.test])
     limits = [world.config.eval.sequences] * clients + [0] * (len(parts) - clients)
-    losses, shares = _evaluate_parts(world, parts, limits, None)
+    losses, shares = _evaluate_parts(world, parts, limits)
     labeled = data.test is not None
     return HeldOut(
         loss=losses[clients] if labeled else math.fsum(losses) / clients,
@@ -78,30 +82,64 @@ def _evaluate_global(world: World, state: ServerState) -> HeldOut:
 
 
 def _evaluate_personal(world: World, state: ServerState) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
-    """Loss and, where there are classes, accuracy of every client's own model."""
-    train, device = world.config.train, world.ranks.device
+    """Loss and, where there are classes, accuracy of every client's own model, in cohorts where the run has them.
 
-    def become(client: int) -> Tensor | None:
-        plan = world.algorithm.personal(state, client)
-        world.adapter.configure(state.params, plan.submodel(train_dense=False))
-        return log_prior(world.data.class_shares(client), train, device)
-
-    parts = [client.test for client in world.data.clients]
-    losses, shares = _evaluate_parts(world, parts, [world.config.eval.sequences] * len(parts), become)
+    Who is in which cohort depends on nothing but the plans and the configuration, and so do the bits.
+    """
+    clients, seq_len, sequences = world.data.clients, world.config.train.seq_len, world.config.eval.sequences
+    plan_of: Callable[[int], ExpertPlan] = partial(world.algorithm.personal, state)
+    groups, found = [[client] for client in range(len(clients))], dict[str, list[float]]()
+    sizes = [float(eval_sequences(client.test, seq_len, sequences=sequences)) for client in clients]
+    with world.ranks.together("evaluating"):
+        if world.cohorts is not None:  # else each is planned by the rank that judges it
+            plans = [plan_of(client) for client in range(len(clients))]
+            groups = [[plan.client for plan in part] for part in judged_together(world, world.cohorts, plans)]
+            plan_of = plans.__getitem__
+        for group in world.ranks.mine(groups, [sum(sizes[client] for client in group) for group in groups]):
+            results = _own_models(world, state, [plan_of(client) for client in group])
+            for client, result in zip(group, results, strict=True):
+                found[str(client)] = [result.loss_sum, result.count, result.correct]
+    losses, shares = _means(world, found)
     return tuple(losses), None if world.data.test is None else tuple(shares)
 
 
-def _evaluate_parts(
-    world: World, parts: Sequence[Encoded], limits: Sequence[int], become: Callable[[int], Tensor | None] | None
-) -> tuple[list[float], list[float]]:
-    """Mean loss and share of correct predictions on each part, after the live model became what belongs to it.
+def _own_models(world: World, state: ServerState, plans: Sequence[ExpertPlan]) -> list[Evaluation]:
+    """Judge clients' own models on their own held-out data, all at once where there are several.
 
-    ``become`` returns what is added to the logits of that part, if anything. None: one model for all, which judges
-    small parts together.
+    In batches of the training shape then, so that a cohort needs no more memory than one that trains.
     """
-    device, seq_len, found = world.ranks.device, world.config.train.seq_len, {}
+    train, device = world.config.train, world.ranks.device
+    submodels = [plan.submodel(train_dense=False) for plan in plans]
+    found = [log_prior(world.data.class_shares(plan.client), train, device) for plan in plans]
+    batches = [
+        eval_batches(
+            world.data.clients[plan.client].test,
+            batch_size=EVAL_BATCH if len(plans) == 1 else train.batch_size,
+            seq_len=train.seq_len,
+            sequences=world.config.eval.sequences,
+        )
+        for plan in plans
+    ]
+    if len(plans) == 1:
+        world.adapter.configure(state.params, submodels[0])
+        return [evaluate(world.adapter, (batch.to(device) for batch in batches[0]), log_prior_C=found[0])]
+    cohort = cast(CohortAdapter, world.adapter).become_cohort(
+        state.params, submodels, tokens=train.batch_size * train.seq_len, joined=lambda client: None
+    )
+    priors, totals = [prior for prior in found if prior is not None], [Evaluation(0.0, 0)] * len(plans)
+    for now in side_by_side([list(mine) for mine in batches]):
+        places = cohort.place_losses([batch.to(device) for batch in now], log_priors=priors or None)
+        totals = [
+            total + each.total if len(batch) else total for total, each, batch in zip(totals, places, now, strict=True)
+        ]
+    return totals
+
+
+def _evaluate_parts(world: World, parts: Sequence[Encoded], limits: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Mean loss and share of correct predictions of the live model on each part; small parts are judged together."""
+    device, seq_len, found = world.ranks.device, world.config.train.seq_len, dict[str, list[float]]()
     sizes = [eval_sequences(part, seq_len, sequences=limit) for part, limit in zip(parts, limits, strict=True)]
-    together = become is None and hasattr(world.adapter, "evaluate_parts")
+    together = hasattr(world.adapter, "evaluate_parts")
     packs = packed(sizes, EVAL_BATCH) if together else [[index] for index in range(len(parts))]
     with world.ranks.together("evaluating"):
         for pack in world.ranks.mine(packs, [float(sum(sizes[index] for index in pack)) for pack in packs]):
@@ -110,17 +148,20 @@ def _evaluate_parts(
                 for index in pack
             ]
             if len(pack) == 1:
-                prior_C = None if become is None else become(pack[0])
-                results = [evaluate(world.adapter, (batch.to(device) for batch in drawn[0]), log_prior_C=prior_C)]
+                results = [evaluate(world.adapter, (batch.to(device) for batch in drawn[0]))]
             else:
                 whole = Batch.end_to_end([next(batches) for batches in drawn]).to(device)
                 results = cast(CohortAdapter, world.adapter).evaluate_parts(whole, [sizes[index] for index in pack])
             for index, result in zip(pack, results, strict=True):
                 found[str(index)] = [result.loss_sum, result.count, result.correct]
+    return _means(world, found)
+
+
+def _means(world: World, found: dict[str, list[float]]) -> tuple[list[float], list[float]]:
+    """Mean loss and share of correct predictions by index, of what all ranks have found: sums of loss, count, right."""
     merged = {int(index): value for part in world.ranks.gather(found) for index, value in part.items()}
-    counts = [max(merged[index][1], 1) for index in range(len(parts))]
-    losses = [merged[index][0] / count for index, count in enumerate(counts)]
-    return losses, [merged[index][2] / count for index, count in enumerate(counts)]
+    sums = [merged[index] for index in range(len(merged))]
+    return [loss / max(count, 1) for loss, count, _ in sums], [right / max(count, 1) for _, count, right in sums]
 
 
 def packed(sizes: Sequence[int], most: int) -> list[list[int]]:

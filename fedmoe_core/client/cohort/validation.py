@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -34,10 +34,7 @@ def validate_cohort(
     fare_C3LE = np.zeros((len(batches), 3, len(layers), layers[0].num_experts))
     with recording_cohort(layers) as tape:
         sums = CohortSums(layers, tape=tape)
-        for step in range(max(map(len, batches), default=0)):
-            like = next(mine[step] for mine in batches if len(mine) > step)
-            nothing = Batch(like.tokens_SN[:0], like.mask_SN[:0], None if like.labels_S is None else like.labels_S[:0])
-            now = [mine[step] if len(mine) > step else nothing for mine in batches]
+        for now in side_by_side(batches):
             found = cohort.place_losses(now, log_priors=log_priors)
             choices = [tape.choices(number) for number in range(len(layers))]
             for client, (batch, places) in enumerate(zip(now, found, strict=True)):
@@ -53,3 +50,11 @@ def validate_cohort(
             else None
             for client in clients
         ]
+
+
+def side_by_side(batches: Sequence[Sequence[Batch]]) -> Iterator[list[Batch]]:
+    """Return the first batch of every client, then the second, and so on; without rows where a client has no more."""
+    for step in range(max(map(len, batches), default=0)):
+        like = next(mine[step] for mine in batches if len(mine) > step)
+        nothing = Batch(like.tokens_SN[:0], like.mask_SN[:0], None if like.labels_S is None else like.labels_S[:0])
+        yield [mine[step] if len(mine) > step else nothing for mine in batches]

@@ -88,14 +88,10 @@ def in_cohorts(
                 f"cohort.memory={config.cohort.memory} is {show.size(limit)}, and client {plan.client} alone "
                 f"needs {show.size(plan.predicted.memory_bytes)}; raise it, or set cohort.clients=1"
             )
-    groups, kinds = [], dict[object, list[ExpertPlan]]()
-    for plan in plans:
-        if why := alone(plan):
-            groups.append(Group((plan,), why, plan.predicted.memory_bytes))
-        else:
-            kinds.setdefault(kind(plan), []).append(plan)
-    for alike in kinds.values():
-        parts = _cut(alike, min(config.cohort.clients or len(alike), len(alike)), costs, limit)
+    groups, apart = [], [(plan, alone(plan)) for plan in plans]
+    groups += [Group((plan,), why, plan.predicted.memory_bytes) for plan, why in apart if why]
+    for alike in _kinds([plan for plan, why in apart if not why], kind):
+        parts = _cut(alike, config.cohort.clients, costs, limit)
         why = _left_over(len(alike), len(parts), config.cohort.clients)
         for members in parts:
             if len(members) > 1:
@@ -103,6 +99,23 @@ def in_cohorts(
             else:
                 groups.append(Group(tuple(members), why, members[0].predicted.memory_bytes))
     return sorted(groups, key=lambda group: group.plans[0].client)
+
+
+def side_by_side(
+    plans: Sequence[ExpertPlan],
+    costs: CohortCosts,
+    kind: Callable[[ExpertPlan], object],
+    *,
+    limits: tuple[Config, torch.device],
+) -> list[list[ExpertPlan]]:
+    """Cut plans into cohorts that do less than train, so what bounds training bounds them; by ascending client.
+
+    Args:
+        plans, costs, kind, limits: as ``in_cohorts``.
+    """
+    limit, most = memory_limit(*limits), limits[0].cohort.clients
+    parts = [part for alike in _kinds(plans, kind) for part in _cut(alike, most, costs, limit)]
+    return sorted(parts, key=lambda part: part[0].client)
 
 
 def each_alone(plans: Sequence[ExpertPlan], why: str = "") -> list[Group]:
@@ -118,8 +131,17 @@ def _left_over(clients: int, parts: int, most: int) -> str:
     return "memory holds no second client" if parts > by_number else "the cohorts of its kind are full"
 
 
+def _kinds(plans: Sequence[ExpertPlan], kind: Callable[[ExpertPlan], object]) -> list[list[ExpertPlan]]:
+    """Sort plans by kind."""
+    kinds: dict[object, list[ExpertPlan]] = {}
+    for plan in plans:
+        kinds.setdefault(kind(plan), []).append(plan)
+    return list(kinds.values())
+
+
 def _cut(alike: list[ExpertPlan], most: int, costs: CohortCosts, limit: int) -> list[list[ExpertPlan]]:
-    """Cut plans of one kind into as few cohorts of even size as memory and ``most`` allow."""
+    """Cut plans of one kind into as few cohorts of even size as memory and ``most`` allow; 0 = any number."""
+    most = min(most or len(alike), len(alike))
     for count in range(-(-len(alike) // most), len(alike) + 1):
         bounds = [len(alike) * place // count for place in range(count + 1)]
         parts = [alike[begin:end] for begin, end in pairwise(bounds)]

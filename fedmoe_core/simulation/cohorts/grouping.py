@@ -10,7 +10,7 @@ from fedmoe_core.budget.cohort_memory import Share, probing_memory
 from fedmoe_core.layer.router_loss import EarlyLoss
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.server.planning import asked_costs
-from fedmoe_core.simulation.cohorts.cutting import Group, each_alone, in_cohorts
+from fedmoe_core.simulation.cohorts.cutting import Group, each_alone, in_cohorts, side_by_side
 from fedmoe_core.simulation.cohorts.dry_step import CohortMeter
 from fedmoe_core.simulation.world import World, local_settings
 
@@ -24,9 +24,14 @@ def grouped(world: World, plans: Sequence[ExpertPlan]) -> list[Group]:
     meter = world.cohorts
     if meter is None:
         return each_alone(plans, "" if world.config.cohort.clients == 1 else _never(world))
-    shares = {plan.client: _share(world, plan) for plan in plans}
     where = world.config, world.ranks.device
-    return in_cohorts(plans, _Metered(meter, shares), _kind, _asks_more, limits=where)
+    return in_cohorts(plans, _Metered.of(world, meter, plans), _kind, _asks_more, limits=where)
+
+
+def judged_together(world: World, meter: CohortMeter, plans: Sequence[ExpertPlan]) -> list[list[ExpertPlan]]:
+    """Cut the clients' own models into cohorts that are evaluated at once, the same on every rank."""
+    where = world.config, world.ranks.device
+    return side_by_side(plans, _Metered.of(world, meter, plans), _kind, limits=where)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,11 @@ class _Metered:
 
     meter: CohortMeter
     shares: dict[int, Share]
+
+    @classmethod
+    def of(cls, world: World, meter: CohortMeter, plans: Sequence[ExpertPlan]) -> _Metered:
+        """Ask about these plans."""
+        return cls(meter, {plan.client: _share(world, plan) for plan in plans})
 
     def memory(self, plans: Sequence[ExpertPlan]) -> int:
         """Predict the peak of a cohort: of its step, or of what its clients measure before and after."""

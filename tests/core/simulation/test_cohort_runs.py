@@ -166,13 +166,21 @@ def test_the_prediction_holds_with_what_systems_ask(config: Make, name: str) -> 
 
 @pytest.mark.parametrize("name", ["fedmoe", "flex_moe"])
 def test_inv10_what_systems_ask_has_the_same_bits_on_two_ranks(config: Make, name: str, tmp_path: Path) -> None:
-    whole = simulate.run(config("cohort.clients=2", *ASKING[name], out_name="whole"))
-    (written := tmp_path / "cohorts.toml").write_text(config("cohort.clients=2", *ASKING[name]).to_toml())
+    words = ("cohort.clients=2", "eval.personal=true", *ASKING[name])
+    whole = simulate.run(config(*words, out_name="whole"))
+    (written := tmp_path / "cohorts.toml").write_text(config(*words).to_toml())
     ended = fedmoe("simulate", written, "ranks=2", f"out={tmp_path / 'ranks'}", "--quiet")
     assert ended.returncode == 0, ended.stderr
     summary = json.loads((tmp_path / "ranks" / "summary.json").read_text())
     assert summary["model_hash"] == whole["model_hash"]
     assert summary["clients_in_cohorts"] == 8
+
+    def own_losses(run: Path) -> list[list[float]]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [line["personal_loss_C"] for line in lines if "personal_loss_C" in line]
+
+    assert own_losses(tmp_path / "ranks") == own_losses(tmp_path / "whole")
+    assert len(own_losses(tmp_path / "whole")) == 3
 
 
 def test_inv10_the_bits_are_those_of_any_number_of_ranks_and_of_a_resumed_run(config: Make, tmp_path: Path) -> None:

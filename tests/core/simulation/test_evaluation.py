@@ -85,6 +85,48 @@ def test_clients_judged_together_get_what_each_gets_alone(config: Make, labeled:
             assert together.accuracy_C[client] == found.correct / found.count
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("algorithm=hfedmoe",),
+        ("algorithm=flex_moe",),
+        ("algorithm=hetlora", "budgets=unlimited"),
+        ("algorithm=fft_moe", "budgets=unlimited"),
+        ("algorithm=toy:Toy", "budgets=unlimited"),
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("labeled", [False, True], ids=["text", "classes"])
+def test_own_models_judged_together_get_what_each_gets_alone(
+    config: Make, words: tuple[str, ...], labeled: bool
+) -> None:
+    """The parts differ in length, and a part has more sequences than a batch of training."""
+    limits = ("clients=3", "train.trunk=frozen", "train.logit_adjustment=1.0", "eval.personal=true", "eval.sequences=5")
+    words = (TIERS, *words, *(limits if labeled else tuple(word for word in limits if "logit" not in word)))
+    alone, together = (
+        build_world(config(*words, f"cohort.clients={most}", labeled=labeled).resolved(), Ranks(), NullObserver())
+        for most in (1, 2)
+    )
+    for world in (alone, together):
+        short = world.data.clients[1]
+        object.__setattr__(short, "test", short.test.take(np.arange(3 if labeled else 1)))
+    cohorts = list[int]()
+    become = together.adapter.become_cohort  # type: ignore[attr-defined]
+
+    def counted(params: Any, submodels: list[SubModel], **rest: Any) -> Any:
+        cohorts.append(len(submodels))
+        return become(params, submodels, **rest)
+
+    state, other = (world.algorithm.init(world.params) for world in (alone, together))
+    evaluate_clients(together, other)  # the dry step of a pair, which bounds a cohort's memory, is measured once
+    together.adapter.become_cohort = counted  # type: ignore[attr-defined]
+    found, want = evaluate_clients(together, other), evaluate_clients(alone, state)
+    assert cohorts == [2]
+    assert found.personal_loss_C == pytest.approx(want.personal_loss_C, rel=1e-5)
+    assert found.personal_accuracy_C == want.personal_accuracy_C
+    assert len(set(want.personal_loss_C or ())) == 3
+
+
 def test_a_clients_own_classifier_keeps_the_class_shares_that_its_training_assumed(config: Make) -> None:
     """Logits + tau * log shares is what training fitted; the global model answers without them."""
     words = ("algorithm=fedavg", "eval.personal=true", "budgets=unlimited")
