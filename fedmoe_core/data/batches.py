@@ -39,9 +39,9 @@ class Batch:
         """Return the same batch on ``device``; without waiting for it, where ``non_blocking`` and it is pinned."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pinned(self) -> Batch:
-        """Return the same batch in memory that a GPU reads by itself."""
-        return self._each(Tensor.pin_memory)
+    def staged(self, device: torch.device) -> Batch:
+        """Return the same batch on the host; for a GPU in pinned memory, which it reads by itself."""
+        return self._each(Tensor.pin_memory) if device.type == "cuda" else self
 
     def split(self, size: int) -> Iterator[Batch]:
         """Return views of so many sequences each; the last may be smaller."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
 from torch import Tensor
 
+from fedmoe_core.base.ahead import ahead
 from fedmoe_core.client.cohort.validation import side_by_side
 from fedmoe_core.client.step import log_prior
 from fedmoe_core.data.batches import Batch, Encoded, eval_batches, eval_sequences
@@ -141,17 +142,23 @@ def _evaluate_parts(world: World, parts: Sequence[Encoded], limits: Sequence[int
     sizes = [eval_sequences(part, seq_len, sequences=limit) for part, limit in zip(parts, limits, strict=True)]
     together = hasattr(world.adapter, "evaluate_parts")
     packs = packed(sizes, EVAL_BATCH) if together else [[index] for index in range(len(parts))]
-    with world.ranks.together("evaluating"):
-        for pack in world.ranks.mine(packs, [float(sum(sizes[index] for index in pack)) for pack in packs]):
-            drawn = [
-                eval_batches(parts[index], batch_size=EVAL_BATCH, seq_len=seq_len, sequences=limits[index])
-                for index in pack
-            ]
-            if len(pack) == 1:
-                results = [evaluate(world.adapter, (batch.to(device) for batch in drawn[0]))]
+
+    def drawn(index: int) -> Iterator[Batch]:
+        return eval_batches(parts[index], batch_size=EVAL_BATCH, seq_len=seq_len, sequences=limits[index])
+
+    def joined(pack: list[int]) -> Batch | None:
+        """All sequences of several parts; those of one part, which may be many, are drawn as they are judged."""
+        return None if len(pack) == 1 else Batch.end_to_end([next(drawn(index)) for index in pack]).staged(device)
+
+    mine = world.ranks.mine(packs, [float(sum(sizes[index] for index in pack)) for pack in packs])
+    with world.ranks.together("evaluating"), ahead(mine, joined) as ready:
+        for pack, whole in ready:
+            if whole is None:
+                results = [evaluate(world.adapter, (batch.to(device) for batch in drawn(pack[0])))]
             else:
-                whole = Batch.end_to_end([next(batches) for batches in drawn]).to(device)
-                results = cast(CohortAdapter, world.adapter).evaluate_parts(whole, [sizes[index] for index in pack])
+                results = cast(CohortAdapter, world.adapter).evaluate_parts(
+                    whole.to(device, non_blocking=True), [sizes[index] for index in pack]
+                )
             for index, result in zip(pack, results, strict=True):
                 found[str(index)] = [result.loss_sum, result.count, result.correct]
     return _means(world, found)

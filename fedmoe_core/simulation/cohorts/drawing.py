@@ -19,13 +19,11 @@ def draw(world: World, group: Group) -> Drawn:
 
     They depend on the configuration and the plans alone, so another thread may draw them while other clients train.
     """
-    train, pins = world.config.train, world.ranks.device.type == "cuda"
+    train, device = world.config.train, world.ranks.device
     tokens = sum(plan.local_steps for plan in group.plans) * train.batch_size * train.seq_len
     if tokens > DRAWN_TOKENS:
         return NONE_DRAWN
-    return {
-        plan.client: tuple(block.pinned() if pins else block for block in _blocks(world, plan)) for plan in group.plans
-    }
+    return {plan.client: tuple(block.staged(device) for block in _blocks(world, plan)) for plan in group.plans}
 
 
 def round_batches(world: World, plan: ExpertPlan, drawn: Drawn = NONE_DRAWN) -> Iterator[Batch]:
