@@ -71,10 +71,10 @@ def planned(config: Config) -> tuple[World, list[ExpertPlan]]:
     return world, world.algorithm.plan(world.algorithm.init(world.params), range(config.clients))
 
 
-def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], *, within: float = 1e-4) -> None:
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
-        assert (found[key].double() - value.double()).norm() <= 1e-4 * value.double().norm(), key
+        assert (found[key].double() - value.double()).norm() <= within * value.double().norm(), key
 
 
 # What a system asks of its clients besides training: auxiliary losses, validation, probes before and after.
@@ -125,7 +125,7 @@ def test_a_cohort_gives_what_its_clients_give_alone(config: Make, words: tuple[s
         assert other.loss_last == pytest.approx(one.loss_last, rel=1e-4)
         assert one.profile is not None
         assert other.profile is not None
-        same(other.private, one.private)
+        same(other.private, one.private, within=1e-3)  # Flux's estimates are small differences of losses
         if one.validation is not None:
             assert other.validation is not None
             assert other.validation.loss_sum == pytest.approx(one.validation.loss_sum, rel=1e-5)
@@ -135,14 +135,22 @@ def test_a_cohort_gives_what_its_clients_give_alone(config: Make, words: tuple[s
             np.testing.assert_allclose(getattr(other.profile, name), value, rtol=1e-3, atol=1e-5)
 
 
-def test_classes_have_a_head_for_each_client(config: Make) -> None:
+@pytest.mark.parametrize("algorithm", ["hfedmoe", "fedmoe", "flex_moe", "flux"])
+def test_classes_have_a_head_for_each_client(config: Make, algorithm: str) -> None:
     words = ("train.trunk=frozen", "train.token_dropout=0.3", "train.logit_adjustment=1.0", "budgets=unlimited")
-    world, alone, _ = played(config(*words, labeled=True))
+    words = (f"algorithm={algorithm}", *words)
+    world, alone, one_by_one = played(config(*words, labeled=True))
     _, together, round_ = played(config(*words, "cohort.clients=3", labeled=True))
     assert [len(record["clients"]) for record in round_.cohorts] == [3]
     for key in ("dense.score.weight", "moe.0.w_in"):
         change = (alone.params[key] - world.params[key]).norm()
         assert (alone.params[key] - together.params[key]).norm() < 1e-4 * change, key
+    for one, other in zip(one_by_one.updates, round_.updates, strict=True):
+        same(other.private, one.private, within=1e-3)  # Flux's estimates are small differences of losses
+        if one.validation is not None and other.validation is not None:
+            assert other.validation.loss_sum == pytest.approx(one.validation.loss_sum, rel=1e-5)
+            assert other.validation.correct == one.validation.correct
+        assert (other.validation is None) == (one.validation is None) == (algorithm != "fedmoe")
 
 
 def test_the_prediction_holds_and_is_near(config: Make) -> None:
@@ -155,10 +163,14 @@ def test_the_prediction_holds_and_is_near(config: Make) -> None:
             assert record["memory_bytes"] <= record["predicted_bytes"] <= 1.10 * record["memory_bytes"], (words, record)
 
 
-@pytest.mark.parametrize("name", ASKING)
-def test_the_prediction_holds_with_what_systems_ask(config: Make, name: str) -> None:
+# Adapters that weigh more than the trunk, whose gradients an auxiliary loss makes early.
+LARGE = (*ASKING["hetlora"], "lora.rank=64", "train.seq_len=4", "model_config.expert_width=64", "warmup.steps=0")
+
+
+@pytest.mark.parametrize("asked", [*ASKING.values(), LARGE], ids=[*ASKING, "hetlora of rank 64"])
+def test_the_prediction_holds_with_what_systems_ask(config: Make, asked: tuple[str, ...]) -> None:
     for clients in (2, 4):
-        words = (f"clients={clients}", "clients_per_round=0", f"cohort.clients={clients}", *ASKING[name])
+        words = (f"clients={clients}", "clients_per_round=0", f"cohort.clients={clients}", *asked)
         _, _, round_ = played(config(*words))
         (record,) = round_.cohorts
         assert record["memory_bytes"] <= record["predicted_bytes"] <= 1.10 * record["memory_bytes"], (words, record)
@@ -220,8 +232,9 @@ def test_one_clients_nan_is_its_own(config: Make, words: tuple[str, ...]) -> Non
         one, other = well[client], ill[client]
         assert isinstance(one, LocalResult)
         assert isinstance(other, LocalResult)
-        for wanted, found in ((one.deltas, other.deltas), (one.kept, other.kept), (one.probed, other.probed)):
+        for wanted, found in ((one.deltas, other.deltas), (one.kept, other.kept)):
             same(found, wanted)
+        same(other.probed, one.probed, within=1e-3)
         assert (one.validation is None) == (other.validation is None)
         # A backward with a NaN in it would have left no importance for any of them.
         np.testing.assert_allclose(other.profile.taylor_abs_LE, one.profile.taylor_abs_LE, rtol=1e-3, atol=1e-6)
@@ -243,7 +256,7 @@ def test_a_probe_that_raises_ends_the_round_of_its_client_alone(config: Make) ->
         one, other = well[client], ill[client]
         assert isinstance(one, LocalResult)
         assert isinstance(other, LocalResult)
-        same(other.probed, one.probed)
+        same(other.probed, one.probed, within=1e-3)
         assert one.cost.memory_bytes == other.cost.memory_bytes
 
 
