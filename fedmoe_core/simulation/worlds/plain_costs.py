@@ -38,15 +38,15 @@ def dense_costs(
     _try(trainer, params, batch)
     _, trace = trace_memory(partial(trainer.train, params, iter([batch] * STEPS), train), device)
     weights = sum(tensor.nbytes for tensor in params.values())
-    count = sum(tensor.numel() for tensor in params.values())
-    learning = sum(params[key].numel() for key in moving)
+    width = max(params[key].itemsize for key in moving)  # not of a count of batches, twice as wide as all that moves
+    count = -(-weights // width)  # numbers of that width
+    learning = -(-sum(params[key].nbytes for key in moving) // width)
     trainer.become(params)
     with FlopCounterMode(display=False) as both:
         trainer.plain.loss_fn(trainer.model, batch).backward()
     trainer.model.zero_grad(set_to_none=True)
     with FlopCounterMode(display=False) as forward, trainer.judging():
         trainer.plain.loss_fn(trainer.model, batch)
-    weight_bytes = max(tensor.itemsize for tensor in params.values())  # the widest, where they differ
     rows = len(batch[0])
     return CostModel(
         num_layers=0,
@@ -57,11 +57,11 @@ def dense_costs(
         tokens=rows,
         trunk_params=count,
         trunk_trainable=learning,
-        weight_bytes=weight_bytes,
+        weight_bytes=width,
         grad_bytes=0,  # gradients and optimizer state are in what the dry round measured
         optimizer_bytes=0,
         trunk=TrunkCost(
-            transients={0: (trace.peak + weights - count * weight_bytes,)},
+            transients={0: (trace.peak + weights - count * width,)},
             flops_per_token=both.get_total_flops() / rows,
             forward_flops_per_token=forward.get_total_flops() / rows,
         ),

@@ -143,6 +143,14 @@ def test_what_clients_cost_was_predicted(config: Make) -> None:
         assert 4 * 75 * 2 < plan.predicted.memory_bytes < 100_000
 
 
+def test_a_count_of_batches_is_sent_once_and_does_not_return(config: Make) -> None:
+    _, state, round_ = played(config("aggregation.value_bound=50"), made(normed))
+    moving = sum(t.nbytes for t in state.params.values() if t.is_floating_point())
+    for plan, update in zip(round_.plans, round_.updates, strict=True):
+        assert plan.predicted.bytes_down == moving + 8  # one int64
+        assert update.cost.bytes_up == plan.predicted.bytes_up == moving
+
+
 def test_a_budget_of_operations_takes_steps_away(config: Make) -> None:
     one = 6 * 2 * (40 * 2 + 24 * 3)
     _, _, round_ = played(config(f"budgets=['flops={2 * one}', 'unlimited']"), made())
