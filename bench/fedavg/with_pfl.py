@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+
+# As in bare.py: imported later, it would keep the group beyond its end.
+import torch.distributed.nn.functional
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByDatapoints
 from pfl.algorithm.base import NNAlgorithmParams
@@ -83,6 +87,8 @@ def main() -> None:
     FederatedAveraging().run(
         algorithm, backend, wrapped, train, NNEvalHyperParams(local_batch_size=BATCH), [Printed(test, leads)]
     )
+    if dist.is_initialized():  # pfl leaves its group to Python's end, and now and then a rank aborts there
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
