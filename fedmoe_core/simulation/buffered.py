@@ -26,7 +26,7 @@ from fedmoe_core.simulation.observer import Observer
 from fedmoe_core.simulation.round import Round, settle, train
 from fedmoe_core.simulation.worlds.federation import Federation
 
-AHEAD = "in_flight/"  # what the names of a checkpoint's tensors begin with
+PREFIX = "in_flight/"  # what the names of a checkpoint's tensors begin with
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,18 @@ class InFlight:
 
 
 def play_step(
-    world: Federation, state: ServerState, ahead: InFlight, observer: Observer
+    world: Federation, state: ServerState, flying: InFlight, observer: Observer
 ) -> tuple[ServerState, InFlight, Round]:
     """Play one server step: K answers arrive, their clients train, exact sums meet, the server applies them."""
     config, population, began = world.config, world.population, time.perf_counter()
-    states = {**ahead.states, state.round: state}
+    states = {**flying.states, state.round: state}
 
     def seconds_of(clients: Sequence[int]) -> list[float]:
         return [planned_seconds(population, plan) for plan in world.algorithm.plan(state, clients)]
 
     with world.ranks.together(f"training step {state.round + 1}"):
         rules = Rules.of(config, absent=population.absent)
-        arrived, schedule = next_arrivals(rules, ahead.schedule, state.round, seconds_of)
+        arrived, schedule = next_arrivals(rules, flying.schedule, state.round, seconds_of)
         tasks = [
             Task(states[version], group, staleness_factor(state.round - version, config.time.staleness))
             for version in sorted({flight.version for flight in arrived})
@@ -68,7 +68,7 @@ def play_step(
         played.updates,
         arrived,
         step=state.round,
-        since=ahead.schedule.now,
+        since=flying.schedule.now,
         in_flight=len(schedule.flights),
     )
     needed = {flight.version for flight in schedule.flights}
@@ -112,9 +112,9 @@ def refuse_rounds_only(config: Config, form: type[Algorithm]) -> None:
         )
 
 
-def pack_in_flight(ahead: InFlight, state: ServerState) -> dict[str, Tensor]:
+def pack_in_flight(flying: InFlight, state: ServerState) -> dict[str, Tensor]:
     """Put what is in flight beside the packed ``state``: of an older state what it does not share with the next one."""
-    schedule, flights = ahead.schedule, ahead.schedule.flights
+    schedule, flights = flying.schedule, flying.schedule.flights
     packed = {
         "now": torch.tensor(schedule.now, dtype=torch.float64),
         "drawn": torch.tensor(schedule.drawn, dtype=torch.int64),
@@ -122,11 +122,11 @@ def pack_in_flight(ahead: InFlight, state: ServerState) -> dict[str, Tensor]:
         "whence": torch.tensor([[f.client, f.version] for f in flights], dtype=torch.int64).view(-1, 2),
     }
     newer = state
-    for version in sorted(ahead.states, reverse=True):
-        older = ahead.states[version]
+    for version in sorted(flying.states, reverse=True):
+        older = flying.states[version]
         packed |= {f"{version}/{key}": tensor for key, tensor in pack_older(older, newer).items()}
         newer = older
-    return {f"{AHEAD}{key}": tensor for key, tensor in packed.items()}
+    return {f"{PREFIX}{key}": tensor for key, tensor in packed.items()}
 
 
 def unpack_in_flight(
@@ -137,7 +137,7 @@ def unpack_in_flight(
     Raises:
         ValueError: the checkpoint holds no clock of a buffered run.
     """
-    own = {key.removeprefix(AHEAD): tensor for key, tensor in packed.items() if key.startswith(AHEAD)}
+    own = {key.removeprefix(PREFIX): tensor for key, tensor in packed.items() if key.startswith(PREFIX)}
     if "now" not in own:
         raise ValueError("the checkpoint holds no clients in flight; start the run again with --force")
     flights = tuple(

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from fedmoe_core.base.garbage import grown_up
+from fedmoe_core.base.garbage import older_objects_skipped
 from fedmoe_core.config.run_config import Config, is_plain
 from fedmoe_core.model.plain import PlainModel
 from fedmoe_core.model.spec import model_hash
@@ -74,8 +74,8 @@ def run(
         log = None
         with ranks.together("writing the configuration"):
             log = RunLog.create(claim, world) if claim is not None else None
-        ahead = InFlight() if config.time.mode == "buffered" else None
-        return _play(world, (state, ahead), log, observer, fresh=True)
+        flying = InFlight() if config.time.mode == "buffered" else None
+        return _play(world, (state, flying), log, observer, fresh=True)
 
 
 def resume(
@@ -116,11 +116,11 @@ def _go_on(
     world = _found(config, plain, ranks, observer)
     agree_on_world(ranks, world)
     state = unpack_state(tensors, round=round, device=ranks.device)
-    ahead = unpack_in_flight(tensors, state, device=ranks.device) if config.time.mode == "buffered" else None
+    flying = unpack_in_flight(tensors, state, device=ranks.device) if config.time.mode == "buffered" else None
     log = None
     with ranks.together("reading the logs"):
         log = RunLog.reopen(claim, world, meta) if claim is not None else None
-    return _play(world, (state, ahead), log, observer, fresh=False)
+    return _play(world, (state, flying), log, observer, fresh=False)
 
 
 @contextmanager
@@ -218,26 +218,26 @@ def _play(
     A buffered run carries its clients in flight beside the state, and its rounds are server steps. A ``fresh`` run has
     the warm model judged first; a resumed one has that line already.
     """
-    config, (state, ahead) = world.config, start
+    config, (state, flying) = world.config, start
     observer.on_start(_headline(world, state))
     if fresh:
         warm = world.evaluate(state)
         with world.ranks.together("writing the logs"):
             if log is not None:
                 observer.on_round(0, config.rounds, log.before(warm))
-                log.commit(state, None if ahead is None else pack_in_flight(ahead, state))
-    with grown_up():
+                log.commit(state, None if flying is None else pack_in_flight(flying, state))
+    with older_objects_skipped():
         while state.round < config.rounds:
-            if ahead is None:
+            if flying is None:
                 state, played = play_round(world, state, observer)
             else:
-                state, ahead, played = play_step(world, state, ahead, observer)
+                state, flying, played = play_step(world, state, flying, observer)
             due = state.round % config.eval.every == 0 or state.round == config.rounds
             held = world.evaluate(state) if due else None
             with world.ranks.together(f"writing round {state.round}"):
                 if log is not None:
                     record = log.round(played, held, state)
-                    log.commit(state, None if ahead is None else pack_in_flight(ahead, state))
+                    log.commit(state, None if flying is None else pack_in_flight(flying, state))
                     observer.on_round(state.round, config.rounds, record)
     summary = log.finish(state, model_hash(state.params)) if log is not None else {}
     world.ranks.wait()

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from fedmoe_core.base.garbage import grown_up
+from fedmoe_core.base.garbage import older_objects_skipped
 
 
 class Cycle:
@@ -19,7 +19,7 @@ class Cycle:
 
 def test_older_objects_are_passed_over_until_the_block_ends() -> None:
     older = weakref.ref(Cycle())
-    with grown_up():
+    with older_objects_skipped():
         younger = weakref.ref(Cycle())
         gc.collect()
         assert older() is not None
@@ -30,7 +30,7 @@ def test_older_objects_are_passed_over_until_the_block_ends() -> None:
 
 
 def test_an_error_ends_it_too() -> None:
-    with pytest.raises(KeyboardInterrupt), grown_up():
+    with pytest.raises(KeyboardInterrupt), older_objects_skipped():
         raise KeyboardInterrupt
     assert gc.get_freeze_count() == 0
 
@@ -38,7 +38,7 @@ def test_an_error_ends_it_too() -> None:
 def test_what_the_caller_froze_stays_frozen() -> None:
     gc.freeze()
     try:
-        with grown_up():
+        with older_objects_skipped():
             pass
         assert gc.get_freeze_count() > 0
     finally:

@@ -40,10 +40,10 @@ def world_of(config: Config) -> PlainWorld:
 
 
 def steps(world: PlainWorld, count: int) -> list[tuple[ServerState, InFlight, Round]]:
-    state, ahead, found = world.algorithm.init(world.params), InFlight(), []
+    state, flying, found = world.algorithm.init(world.params), InFlight(), []
     for _ in range(count):
-        state, ahead, played = play_step(world, state, ahead, NullObserver())
-        found.append((state, ahead, played))
+        state, flying, played = play_step(world, state, flying, NullObserver())
+        found.append((state, flying, played))
     return found
 
 
@@ -102,13 +102,13 @@ def test_a_lone_stale_answer_moves_the_current_model_by_its_share(config: Make) 
 
 def test_what_is_in_flight_comes_back_from_a_checkpoint_as_it_was(config: Make) -> None:
     world = world_of(config(*BUFFERED))
-    state, ahead, _ = steps(world, 5)[-1]
-    assert len(ahead.states) > 1
-    packed = pack_in_flight(ahead, state)
+    state, flying, _ = steps(world, 5)[-1]
+    assert len(flying.states) > 1
+    packed = pack_in_flight(flying, state)
     back = unpack_in_flight(packed, state)
-    assert back.schedule == ahead.schedule
-    assert list(back.states) == sorted(ahead.states, reverse=True)
-    for version, kept in ahead.states.items():
+    assert back.schedule == flying.schedule
+    assert list(back.states) == sorted(flying.states, reverse=True)
+    for version, kept in flying.states.items():
         found = back.states[version]
         assert (found.round, found.visits) == (version, kept.visits)
         assert all(torch.equal(found.params[key], tensor) for key, tensor in kept.params.items())
@@ -129,10 +129,10 @@ def test_the_checkpoint_does_not_grow_with_the_steps(config: Make) -> None:
     assert len(sizes) == 30
     assert max(sizes[15:]) <= 1.2 * max(sizes[5:15])
     world = world_of(asked)
-    for state, ahead, _ in steps(world, 30):
-        assert set(ahead.states) == {flight.version for flight in ahead.schedule.flights}
-        assert len(ahead.states) <= 4
-        assert all(version < state.round for version in ahead.states)
+    for state, flying, _ in steps(world, 30):
+        assert set(flying.states) == {flight.version for flight in flying.schedule.flights}
+        assert len(flying.states) <= 4
+        assert all(version < state.round for version in flying.states)
 
 
 def test_a_refused_client_counts_as_an_answer(config: Make) -> None:

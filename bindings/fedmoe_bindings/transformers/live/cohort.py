@@ -6,16 +6,14 @@ Shapes: C clients, S sequences of each, N places, V token ids, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedmoe_bindings.transformers.live.load import SequenceClassifier
-from fedmoe_bindings.transformers.live.losses import drop_tokens, next_tokens
+from fedmoe_bindings.transformers.live.losses import class_logits, drop_tokens, next_tokens, token_logits
 from fedmoe_bindings.transformers.live.places import places_of_classes, places_of_tokens
-from fedmoe_bindings.transformers.live.token_mask import TOKEN_MASK
 from fedmoe_core.base.tensor_key import TensorKey
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.cohort.layer import CohortMoE
@@ -123,10 +121,9 @@ class TransformersCohort:
         if not all(terms.alive):  # else nothing is copied to the device, which would wait for it
             alive_C = torch.tensor(terms.alive, device=runs_SN.device)
             runs_SN = runs_SN & alive_C.repeat_interleave(len(batches[0]))[:, None]
-        options: dict[str, Any] = {TOKEN_MASK: runs_SN.reshape(-1)}
         if classifier:
-            return self._class_losses(together, options, terms)
-        logits_SNV = self._token_logits(together, options)
+            return self._class_losses(together, runs_SN, terms)
+        logits_SNV = token_logits(self.model, together, runs_SN)
         targets_SN, counted_SN = next_tokens(together)
         loss_T = cross_entropy(
             logits_SNV.flatten(0, 1).float(),
@@ -137,13 +134,11 @@ class TransformersCohort:
         count_C = counted_SN.unflatten(0, (len(batches), -1)).sum((1, 2)).clamp(min=1)
         return loss_T.unflatten(0, (len(batches), -1)).sum(1) / count_C
 
-    def _class_losses(self, batch: Batch, options: dict[str, Any], terms: LossTerms) -> Tensor:
-        clients = len(terms.alive)
-        logits_SK = self._class_logits(batch, options, terms.log_priors)
-        loss_S = cross_entropy(
-            logits_SK, cast(Tensor, batch.labels_S), reduction="none", label_smoothing=terms.label_smoothing
-        )
-        return loss_S.unflatten(0, (clients, -1)).mean(1)
+    def _class_losses(self, batch: Batch, runs_SN: Tensor, terms: LossTerms) -> Tensor:
+        prior_SK = _of_each(terms.log_priors, len(batch))
+        logits_SK, labels_S = class_logits(self.model, batch, runs_SN, log_prior=prior_SK)
+        loss_S = cross_entropy(logits_SK, labels_S, reduction="none", label_smoothing=terms.label_smoothing)
+        return loss_S.unflatten(0, (len(terms.alive), -1)).mean(1)
 
     @torch.no_grad()
     def place_losses(
@@ -156,35 +151,20 @@ class TransformersCohort:
         place_S = torch.arange(len(together), device=together.tokens_SN.device) % height
         count_C = torch.tensor([len(batch) for batch in batches], device=place_S.device)
         runs_SN = together.mask_SN & (place_S < count_C.repeat_interleave(height))[:, None]
-        options: dict[str, Any] = {TOKEN_MASK: runs_SN.reshape(-1)}
         classifier = isinstance(self.model, SequenceClassifier)
         if classifier:
-            logits = self._class_logits(together, options, log_priors)
+            prior_SK = _of_each(log_priors, len(together))
+            logits, _ = class_logits(self.model, together, runs_SN, log_prior=prior_SK)
         else:
-            logits = self._token_logits(together, options)
+            logits = token_logits(self.model, together, runs_SN)
         each = zip(logits.split(height), batches, strict=True)
         read = places_of_classes if classifier else places_of_tokens
         return [read(mine[: len(batch)], batch) for mine, batch in each]
 
-    def _class_logits(self, batch: Batch, options: dict[str, Any], log_priors: Sequence[Tensor] | None) -> Tensor:
-        """A classifier's logits (S, K) in float32, with each client's prior added."""
-        if batch.labels_S is None:
-            raise ValueError("the batch has no labels; classification needs labels_S")
-        logits_SK: Tensor = self.model(batch.tokens_SN, batch.mask_SN, **options).float()
-        if log_priors is None:
-            return logits_SK
-        return logits_SK + torch.stack(list(log_priors)).repeat_interleave(len(batch) // len(log_priors), dim=0)
 
-    def _token_logits(self, batch: Batch, options: dict[str, Any]) -> Tensor:
-        """A language model's logits, (S, N, V)."""
-        logits_SNV: Tensor = self.model(
-            input_ids=batch.tokens_SN,
-            attention_mask=batch.mask_SN.long(),
-            use_cache=False,
-            output_router_logits=False,
-            **options,
-        ).logits
-        return logits_SNV
+def _of_each(priors: Sequence[Tensor] | None, sequences: int) -> Tensor | None:
+    """The clients' priors, a row for each of all sequences, (S, K)."""
+    return None if priors is None else torch.stack(list(priors)).repeat_interleave(sequences // len(priors), dim=0)
 
 
 def _filled(batch: Batch, height: int, batches: Sequence[Batch]) -> Batch:

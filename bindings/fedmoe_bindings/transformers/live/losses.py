@@ -134,23 +134,43 @@ class TaskLosses:
 
     def _class_logits(self, batch: Batch, log_prior_C: Tensor | None) -> tuple[Tensor, Tensor]:
         """A classifier's logits (S, C) in float32, with the prior added, and the labels (S,)."""
-        if batch.labels_S is None:
-            raise ValueError("the batch has no labels; classification needs labels_S")
-        options: dict[str, Any] = {TOKEN_MASK: batch.mask_SN.reshape(-1)}
-        logits_SC: Tensor = self.model(batch.tokens_SN, batch.mask_SN, **options).float()
-        return logits_SC if log_prior_C is None else logits_SC + log_prior_C, batch.labels_S
+        return class_logits(self.model, batch, batch.mask_SN, log_prior=log_prior_C)
 
     def _token_logits(self, batch: Batch) -> Tensor:
         """A language model's logits, (S, N, V)."""
-        options: dict[str, Any] = {TOKEN_MASK: batch.mask_SN.reshape(-1)}
-        logits_SNV: Tensor = self.model(
-            input_ids=batch.tokens_SN,
-            attention_mask=batch.mask_SN.long(),
-            use_cache=False,
-            output_router_logits=False,
-            **options,
-        ).logits
-        return logits_SNV
+        return token_logits(self.model, batch, batch.mask_SN)
+
+
+def class_logits(model: nn.Module, batch: Batch, runs_SN: Tensor, *, log_prior: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a classifier's logits (S, C) in float32 and the labels (S,).
+
+    Args:
+        model: the classifier.
+        batch: what it reads.
+        runs_SN: the places whose tokens its experts serve, bool.
+        log_prior: what is added to the logits, (C,), or (S, C) with a prior for each sequence; None = nothing.
+
+    Raises:
+        ValueError: the batch has no labels.
+    """
+    if batch.labels_S is None:
+        raise ValueError("the batch has no labels; classification needs labels_S")
+    options: dict[str, Any] = {TOKEN_MASK: runs_SN.reshape(-1)}
+    logits_SC: Tensor = model(batch.tokens_SN, batch.mask_SN, **options).float()
+    return logits_SC if log_prior is None else logits_SC + log_prior, batch.labels_S
+
+
+def token_logits(model: nn.Module, batch: Batch, runs_SN: Tensor) -> Tensor:
+    """Return a language model's logits, (S, N, V); ``runs_SN``: the places whose tokens its experts serve, bool."""
+    options: dict[str, Any] = {TOKEN_MASK: runs_SN.reshape(-1)}
+    logits_SNV: Tensor = model(
+        input_ids=batch.tokens_SN,
+        attention_mask=batch.mask_SN.long(),
+        use_cache=False,
+        output_router_logits=False,
+        **options,
+    ).logits
+    return logits_SNV
 
 
 @contextmanager

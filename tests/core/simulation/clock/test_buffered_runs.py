@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import HOUSE, TINY, fedmoe, write_notes
+from clocked import SLOW, clocked, lines, run
+from tiny_runs import HOUSE, fedmoe, write_notes
 
 from fedmoe_core.algorithms.base import algorithm_class
-from fedmoe_core.base.files import read_json_lines
 from fedmoe_core.comparison.run_figures import figures_of
 from fedmoe_core.comparison.study import Study
 from fedmoe_core.comparison.table import markdown, rows_of
@@ -23,7 +23,7 @@ from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.progress import headline
 
-SLOW, FAST = "speed=1e7,downlink=100kbit,uplink=100kbit", "speed=5e7,downlink=500kbit,uplink=500kbit"
+FAST = "speed=5e7,downlink=500kbit,uplink=500kbit"
 STALE = ("time.mode=buffered", "time.buffer=2", "rounds=6")  # four clients in flight, two of them slow
 Make = Callable[..., Config]
 
@@ -36,19 +36,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(corpus: Path, tmp_path: Path) -> Make:
     def make(*words: str, out: str = "run", budgets: str = f"experts=8,{SLOW};experts=12,{FAST}") -> Config:
-        where = [f"data=jsonl:{corpus}", f"out={tmp_path / out}", f"cache={corpus.parent / 'cache'}", "rounds=3"]
-        return Config.load(None, [*TINY, *where, f"budgets={budgets}", *words])
+        return clocked(corpus, tmp_path / out, "rounds=3", f"budgets={budgets}", *words)
 
     return make
-
-
-def run(config: Config) -> dict[str, Any]:
-    return simulate.run(config, observer=NullObserver())
-
-
-def lines(config: Config, name: str = "metrics.jsonl", kind: str | None = None) -> list[dict[str, Any]]:
-    found = [line for _, line in read_json_lines(Path(config.out) / name, json.loads)]
-    return [line for line in found if kind is None or line["type"] == kind]
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tiny_runs import TINY, fedmoe, write_notes
+from clocked import SLOW, clocked, lines, run
+from tiny_runs import fedmoe, write_notes
 
-from fedmoe_core.base.files import read_json_lines
 from fedmoe_core.comparison.run_figures import figures_of
 from fedmoe_core.comparison.table import markdown, rows_of
 from fedmoe_core.config.run_config import Config
@@ -19,7 +18,7 @@ from fedmoe_core.reporting.run import read_runs
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.observer import NullObserver
 
-SLOW, FAST = "speed=1e7,downlink=100kbit,uplink=100kbit", "speed=1e8,downlink=1Mbit,uplink=1Mbit"
+FAST = "speed=1e8,downlink=1Mbit,uplink=1Mbit"
 Make = Callable[..., Config]
 
 
@@ -31,19 +30,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(corpus: Path, tmp_path: Path) -> Make:
     def make(*words: str, out: str = "run", budgets: str = f"{SLOW};{FAST}") -> Config:
-        where = [f"data=jsonl:{corpus}", f"out={tmp_path / out}", f"cache={corpus.parent / 'cache'}", "rounds=2"]
-        return Config.load(None, [*TINY, *where, "train.local_steps=4", f"budgets={budgets}", *words])
+        return clocked(corpus, tmp_path / out, "rounds=2", "train.local_steps=4", f"budgets={budgets}", *words)
 
     return make
-
-
-def run(config: Config) -> dict[str, Any]:
-    return simulate.run(config, observer=NullObserver())
-
-
-def lines(config: Config, name: str = "metrics.jsonl", kind: str | None = None) -> list[dict[str, Any]]:
-    found = [line for _, line in read_json_lines(Path(config.out) / name, json.loads)]
-    return [line for line in found if kind is None or line["type"] == kind]
 
 
 def times(config: Config) -> dict[int, float]:
