@@ -14,7 +14,8 @@ from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate, refused
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
-from fedmoe_core.server.state import ServerState
+from fedmoe_core.server.schema import received
+from fedmoe_core.server.state import Population, ServerState
 from fedmoe_core.simulation.clock.times import RoundTime, lateness, round_time
 from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.cohorts.training import Task
@@ -119,16 +120,31 @@ def _admit(
     world: Federation, update: ClientUpdate, plan: ExpertPlan, sums: Accumulator, *, share: float
 ) -> ClientUpdate:
     """Sum the update, or refuse it by name: it broke its budget, came late, or is not what was asked for."""
+    update = received(update, plan)
     if over := plan.budget.violations(update.cost):
         # Without a plan that fits, no client trains: so what was predicted was wrong, and the log says that.
         before = f"{update.error}; " if update.status == "failed" else ""
-        return refused(update, f"{before}over budget, though its plan fits: {over[0]}")
-    if update.status == "ok" and (late := lateness(world.population, update)):
-        return refused(update, late, status="late")
+        return refused(update, plan, f"{before}over budget, though its plan fits: {over[0]}")
+    if update.status == "ok":
+        if late := lateness(world.population, update):
+            return refused(update, plan, late, status="late")
+        if claim := _false_claim(world.population, update):
+            return refused(update, plan, claim)
     outcome = sums.add(update, plan, share=share)
     if outcome.accepted or update.status == "failed":
         return update
-    return refused(update, outcome.reason)
+    return refused(update, plan, outcome.reason)
+
+
+def _false_claim(population: Population, update: ClientUpdate) -> str:
+    """Say which weight the client gives itself that the server knows better; empty where there is none."""
+    for name, claimed, known in (
+        ("samples", update.samples, int(population.samples_C[update.client])),
+        ("sample_weight", update.sample_weight, population.sample_weight(update.client)),
+    ):
+        if claimed != known:
+            return f"{name} is {claimed:g}, and the server counts {known:g}"
+    return ""
 
 
 def _accumulator(world: Federation) -> Accumulator:
