@@ -14,6 +14,8 @@ from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate, refused
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
+from fedmoe_core.server.guard.combine import Told
+from fedmoe_core.server.guard.settings import Guard
 from fedmoe_core.server.schema import received
 from fedmoe_core.server.state import Population, ServerState
 from fedmoe_core.simulation.clock.times import RoundTime, lateness, round_time
@@ -36,6 +38,7 @@ class Round:
     engine_seconds: float  # plan, extract, check, aggregate: everything but training
     cohorts: list[dict[str, Any]]  # of all ranks: who trained at once, the peak predicted and measured
     time: RoundTime | None = None  # virtual; None where the run has no clock
+    guard: Told | None = None  # what a guard of the sums did; None where the run has none
 
 
 @dataclass(frozen=True)
@@ -88,17 +91,19 @@ def settle(world: Federation, state: ServerState, trained: Trained) -> tuple[Ser
     if ranks.world > 1:
         with ranks.meeting():
             sums.all_reduce()
+    told = sums.close(history_RG=state.norms_RG, gather=ranks.gather_tensors)
     gathered = ranks.gather([trained.reports, trained.cohorts])
     updates = sorted((update_of(report) for part, _ in gathered for report in part), key=lambda update: update.client)
     together = sorted((record for _, part in gathered for record in part), key=lambda record: record["clients"])
     applied = sums.accepted >= world.config.min_clients
     if applied:
-        state = world.algorithm.advance(state, sums.sums(), updates)
+        state = replace(world.algorithm.advance(state, sums.sums(), updates), norms_RG=told.history_RG)
     else:
         state = state.advance(state.params, {}, [update.client for update in updates])
     now = time.perf_counter()
     spent = now - trained.began, trained.engine_seconds + now - summing
-    return state, Round(state.round - 1, trained.plans, updates, applied, *spent, together)
+    guarded = None if sums.guard == Guard() else told
+    return state, Round(state.round - 1, trained.plans, updates, applied, *spent, together, guard=guarded)
 
 
 def sample_clients(config: Config, round: int, *, absent: Collection[int] = ()) -> list[int]:
@@ -164,4 +169,5 @@ def _accumulator(world: Federation) -> Accumulator:
         lr=config.train.lr,
         train_dense=any(spec.kind == "dense" for spec in specs),
         device=world.ranks.device,
+        guard=Guard(**vars(config.guard)),
     )

@@ -18,7 +18,7 @@ from fedmoe_core.simulation.clock.times import has_clock, time_facts, time_summa
 from fedmoe_core.simulation.directory.checkpoint import save_checkpoint
 from fedmoe_core.simulation.directory.claim import Claim
 from fedmoe_core.simulation.directory.health import kept_budgets, nothing_trained
-from fedmoe_core.simulation.directory.lines import client_record, ledger_line, results_of
+from fedmoe_core.simulation.directory.lines import client_record, guard_facts, guard_summary, ledger_line, results_of
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.round import Round
 from fedmoe_core.simulation.worlds.federation import Federation
@@ -108,6 +108,7 @@ class RunLog:
             "refused": [{"client": u.client, "reason": u.error} for u in played.updates if u.status in REFUSED],
             **time_facts(played.time, played.updates),
             "applied": played.applied,
+            **guard_facts(played.guard),
             **({"cohorts": played.cohorts} if played.cohorts else {}),
         }
         if self.world.population.spec.num_layers:
@@ -160,6 +161,7 @@ class RunLog:
             "experts_held_max": max(held, default=0),
             **kept_budgets(entries),
             **time_summary(self.world.population, self.world.holdings.clients, rounds),
+            **guard_summary(rounds),
             "refused_updates": sum(len(line["refused"]) for line in rounds),
             **(how_clients_ran(records) if config.cohort.clients != 1 else {}),
             "nothing_trained": nothing_trained(records, config.min_clients),
