@@ -171,8 +171,8 @@ def _profile(name: str, profile: ClientProfile | None, plan: ExpertPlan) -> str 
         ("grad_sq_LE", 0.0, each_L1),
     ):
         value = getattr(profile, field_name)
-        slack = SLACK * (1 + np.abs(most))
-        if ((value < least - slack) | (value > most + slack)).any():
+        below, above = least - SLACK * (1 + np.abs(least)), most + SLACK * (1 + np.abs(most))
+        if ((value < below) | (value > above)).any():
             return f"{name}.{field_name} reaches {value.min():g} to {value.max():g}, more than its tokens can give"
     return None
 

@@ -73,9 +73,9 @@ def train(world: Federation, index: int, tasks: Sequence[Task], observer: Observ
         for task, answers in in_turn:
             training, peak = time.perf_counter(), 0
             for answer in answers:
-                update, plan, peak = answer.update, answer.plan, answer.memory_bytes
-                checking = time.perf_counter()
-                reports.append(report_of(_admit(world, update, plan, sums, share=task.share)))
+                plan, peak, checking = answer.plan, answer.memory_bytes, time.perf_counter()
+                update = _admit(world, answer.update, plan, sums, share=task.share)
+                reports.append(report_of(update))
                 engine += time.perf_counter() - checking + answer.extract_seconds
                 if world.config.ranks == 1:
                     record = client_record(index + 1, update, plan, world.population.budgets)
