@@ -55,7 +55,7 @@ class FedAvg(EachAlone):
         return Weights(everywhere_LE, everywhere_LE, gate=samples)
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
-        """Move each tensor by the |D_c|-weighted mean of its deltas; all clients send all, so those who voted are all."""
+        """Move each tensor by the |D_c|-weighted mean of its deltas; all clients send all, so all have voted."""
         return modular_mean(sums, state.params), None
 
 
