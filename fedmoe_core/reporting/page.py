@@ -17,9 +17,9 @@ from fedmoe_core.base.wording import visible
 from fedmoe_core.reporting import crowd, crowd_figures, crowd_tables, drawing, figures, theme
 from fedmoe_core.reporting.results import QUALITIES, held, how_clients_ran, note, quality_of, staleness
 from fedmoe_core.reporting.run import Run
-from fedmoe_core.reporting.run_schema import read_text
 from fedmoe_core.reporting.tables import Cell, Piece, exceeded, late, ledger, plain, refused, runs_table, tiers
 from fedmoe_core.simulation.directory.health import problems
+from fedmoe_core.simulation.directory.run_schema import read_text
 
 SHOWN = 10  # names of clients in one line
 SPREAD = "Clients: worst, mean and best"

@@ -11,7 +11,7 @@ from typing import Any
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
 from fedmoe_core.config.systems import title_of
-from fedmoe_core.reporting import run_schema
+from fedmoe_core.simulation.directory import run_schema
 from fedmoe_core.simulation.directory.health import kept_budgets
 
 
