@@ -14,7 +14,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -163,19 +163,23 @@ def _tree(root: Path) -> dict[str, object]:
 
 
 def _lost(before: Mapping[str, object], after: Mapping[str, object], stopped: Path) -> str:
-    """Name what a refused resume changed, the lines of the unfinished round and what it may make again aside."""
+    """Name what a refused resume changed, lines after those that the checkpoint counts aside."""
     for name, was in before.items():
         now = after.get(name)
         if name in (METRICS, LEDGER) and isinstance(now, bytes) and isinstance(was, bytes) and was.startswith(now):
-            now = was if now.count(b"\n") >= _on_record(stopped, name) else now
+            now = was if len(now) >= _counted(before, name, stopped) else now
         if now != was:
             return name
     return ""
 
 
-def _on_record(stopped: Path, name: str) -> int:
-    lines = (stopped / name).read_text().splitlines()[:-1]
-    return sum(json.loads(line)["round"] <= 2 for line in lines)
+def _counted(before: Mapping[str, object], name: str, stopped: Path) -> int:
+    """Bytes of a log that its checkpoint counts; where that was damaged, those that it counted before."""
+    found = before.get("checkpoint/checkpoint.json")
+    for text in (found if isinstance(found, bytes) else b"", (stopped / "checkpoint/checkpoint.json").read_bytes()):
+        with suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(text)["meta"][name.partition(".")[0]]["bytes"])
+    return 0
 
 
 def main() -> None:

@@ -15,8 +15,6 @@ from random import Random
 from tempfile import mkdtemp
 from typing import Any
 
-import torch
-
 from bench.trust.jobs import Ending, Job
 from bench.trust.phases import arm
 from fedmoe_core.simulation import run as simulate

@@ -1,6 +1,6 @@
 """Runs killed with -9 at random and at named moments, then resumed: the same bits and lines as one never killed.
 
-    python -m bench.trust.kills [--moments 50] [--ranks 1 2] [--mixture] [--first 0] [--out FILE]
+    python -m bench.trust.kills [--moments 50] [--ranks 1 2] [--mixture] [--some] [--first 0] [--out FILE]
 
 Each case kills one process of a run (on two ranks one of them, or all), waits for the others to end by themselves,
 perhaps kills the resumed run too, and resumes until the run ends. A process that imported torch once forks all of
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--mixture", action="store_true", help="a mixture of experts; some seconds a case")
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--some", action="store_true", help="on several ranks every fifth phase; for the tests")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     began = time.perf_counter()
@@ -68,6 +69,8 @@ def main() -> None:
         found: list[Killed] = []
         for ranks in asked.ranks:
             cases = cases_of(ranks, moments=asked.moments, first=asked.first)
+            if asked.some and ranks > 1:
+                cases = [*cases[: asked.moments], *cases[asked.moments :: 5]]
             found += [stage.play(case, Random(f"{stage.job.name} {case}")) for case in cases]
     rows = [summary_of(found, ranks) for ranks in asked.ranks]
     bad = [killed for killed in found if not killed.good]
@@ -84,7 +87,7 @@ def main() -> None:
     if asked.out:
         asked.out.write_text(text + "\n")
     print(text)
-    print("\n".join(table([list(rows[0]), *([str(value) for value in row.values()] for row in rows)])))
+    print("\n".join(table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])))
     raise SystemExit(bool(bad))
 
 

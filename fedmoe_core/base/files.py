@@ -29,7 +29,7 @@ def form_of(path: Path) -> str:
     """Say what lies under a name where that is not a file of its own; empty for a file, and where nothing is."""
     try:
         mode = path.lstat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
     return "" if stat.S_ISREG(mode) else FORMS.get(stat.S_IFMT(mode), "not a file")
 

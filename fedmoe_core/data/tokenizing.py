@@ -201,17 +201,21 @@ def _read(path: Path, kind: Kind, key: str, end: str) -> tuple[TextTokenizer, En
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            text, tensors = metadata.get("tokenizer", ""), [file.get_tensor(name) for name in TENSORS]
+            # Cloned: a tensor of the file is a window onto it. What becomes of the file later would change the corpus,
+            # or end the process (SIGBUS) where the file gets shorter.
+            text, tensors = metadata.get("tokenizer", ""), [file.get_tensor(name).clone() for name in TENSORS]
     except SafetensorError as error:
-        return _damaged(path, str(error))
+        _warn(path, str(error))
+        return None
     # The digest first: what it covers is what was written, and only that is parsed.
     if metadata.get("key") != key or metadata.get("content") != _content_digest(tensors, text):
-        return _damaged(path, "its content is not what was written")
+        _warn(path, "its content is not what was written")
+        return None
     tokenizer = from_json(kind, text, end)
-    return tokenizer, Encoded(*tensors, tokenizer.end_id)
+    return tokenizer, Encoded(tensors[0], tensors[1], tokenizer.end_id)
 
 
-def _damaged(path: Path, why: str) -> None:
+def _warn(path: Path, why: str) -> None:
     """Say that a file of the cache is made again, for nothing but time is lost by that."""
     warnings.warn(f"{path} is damaged ({why:.80}); the corpus is encoded again", stacklevel=2)
 

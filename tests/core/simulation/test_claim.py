@@ -87,6 +87,39 @@ def test_a_file_that_only_bears_the_markers_name_marks_nothing(tmp_path: Path, m
     assert tree(tmp_path) == before
 
 
+def test_an_edited_marker_marks_nothing_and_resume_says_which_file_it_is(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    marker = tmp_path / MARKER
+    marker.write_text(marker.read_text().replace("c0ffee", "c0ffe0"))
+    with pytest.raises(ValueError, match="fedmoe did not make it"):
+        refuse_claim(tmp_path, force=True)
+    with (
+        pytest.raises(ValueError, match=r"its fedmoe-run.json is damaged or foreign\); restore that file"),
+        held(tmp_path),
+    ):
+        pytest.fail("held a run by an edited marker")
+
+
+@pytest.mark.parametrize("form", ["a symbolic link", "a pipe", "a folder"])
+def test_a_lock_that_is_not_a_file_is_refused_and_its_target_kept(tmp_path: Path, form: str) -> None:
+    """Locking opens a file and empties it: through a link that would be anyone's."""
+    make_run(tmp_path / "run")
+    lock, victim = tmp_path / "run" / LOCK, tmp_path / "victim"
+    lock.unlink(missing_ok=True)
+    victim.write_text("precious")
+    match form:
+        case "a symbolic link":
+            lock.symlink_to(victim)
+        case "a pipe":
+            os.mkfifo(lock)
+        case _:
+            lock.mkdir()
+    for hold in (claimed(tmp_path / "run", force=True), held(tmp_path / "run"), exclusive(tmp_path / "run")):
+        with pytest.raises(ValueError, match=f"{LOCK} is {form}"), hold:
+            pytest.fail("locked what is not a file")
+    assert victim.read_text() == "precious"
+
+
 def test_the_marker_of_a_later_version_is_refused_by_name(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     marker = tmp_path / "run" / MARKER
