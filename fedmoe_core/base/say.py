@@ -17,7 +17,8 @@ class Unbroken:
     """A standard stream that may have lost its reader: what is left to say is dropped, and the run goes on.
 
     Standard error only shows how a run goes, so no trouble of it counts: a full disk, a terminal that was closed.
-    Standard output is what was asked for. There only a reader that went away, as that of ``| head`` does, is no error.
+    Standard output is what was asked for. Of that, too, a reader may go away, as the one of ``| head`` does; whatever
+    else goes wrong there is an error.
     """
 
     def __init__(self, stream: TextIO, *, shows_progress: bool) -> None:
