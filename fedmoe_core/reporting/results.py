@@ -173,6 +173,13 @@ def differences(first: Run, second: Run) -> list[str]:
 
 
 def note(runs: Sequence[Run]) -> str:
-    """Say, where runs of several systems are shown, which command tests their differences; else nothing."""
+    """Say which files were changed after their run ended, and which command tests differences; or nothing."""
+    said = [
+        f"{run.path}: {', '.join(run.changed)} changed after the run ended; what is shown is what lies there now."
+        for run in runs
+        if run.changed
+    ]
     systems = {str(run.summary.get("label") or run.summary.get("algorithm")) for run in runs}
-    return "" if len(systems) < 2 else "fedmoe report only shows runs; fedmoe compare tests differences over seeds."
+    if len(systems) > 1:
+        said.append("fedmoe report only shows runs; fedmoe compare tests differences over seeds.")
+    return " ".join(said)

@@ -22,6 +22,7 @@ from fedmoe_core.simulation.directory.health import kept_budgets, nothing_traine
 from fedmoe_core.simulation.directory.history import require_history
 from fedmoe_core.simulation.directory.lines import client_record, ledger_line, results_of
 from fedmoe_core.simulation.directory.prefix_log import PrefixLog
+from fedmoe_core.simulation.directory.seal import SUMMARY, sealed
 from fedmoe_core.simulation.directory.standing import AFRESH, Standing
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.round import Round
@@ -158,8 +159,8 @@ class RunLog:
 
     def finish(self, state: ServerState, model_hash: str) -> dict[str, Any]:
         """Write ``summary.json`` from what the logs hold, so that a resumed run sums up the same."""
-        summary = self._summary(state, model_hash)
-        write_json(self.out / "summary.json", summary)
+        summary = sealed(self.out, self._summary(state, model_hash))
+        write_json(self.out / SUMMARY, summary)
         return summary
 
     def _summary(self, state: ServerState, model_hash: str) -> dict[str, Any]:
