@@ -139,12 +139,13 @@ class Stage:
                 process.send(signal.SIGKILL)
         codes = wait_for(processes)
         found.left += sum(code is None for code in codes)
+        states = [process.state() for process in processes]
         for process in processes:
             process.send(signal.SIGKILL)
         killed = -signal.SIGKILL in codes
         found.kills += killed
         if any(code not in (TOLD if killed else (0,)) for code in codes):
-            found.trouble = f"ended with {codes}: {_words(place)}"
+            found.trouble = f"ended with {codes}, {states}: {_words(place)}"
         return bool(found.trouble or found.left)
 
     def _differs(self, out: Path) -> list[str]:
@@ -194,6 +195,14 @@ class Process:
             number, status = os.waitpid(self.number, os.WNOHANG)
             self.code = os.waitstatus_to_exitcode(status) if number else None
         return self.code
+
+    def state(self) -> str:
+        """Say what it does, as the system tells it; empty once it ended."""
+        if self.poll() is not None:
+            return ""
+        tasks = Path(f"/proc/{self.number}/task").iterdir()
+        told = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks]
+        return f"threads {''.join(told)}, waiting in {Path(f'/proc/{self.number}/wchan').read_text()}"
 
     def send(self, signal_: int) -> None:
         """Send a signal, if it still runs."""

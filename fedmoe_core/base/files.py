@@ -163,6 +163,19 @@ def json_text(value: Any) -> str:
     return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
 
 
+def is_running(process: int) -> bool:
+    """Tell whether another process of this number runs on this machine, and may still write the file that names it."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
 def json_digest(value: Any) -> str:
     """Return the sha256 of a JSON value, whatever the order of its keys: it shows damage, it does not stop a forger."""
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -172,14 +172,14 @@ def differences(first: Run, second: Run) -> list[str]:
     return found
 
 
+def changes(run: Run) -> list[str]:
+    """Say in a sentence which files of a run were changed after its end; nothing where none was."""
+    if not run.changed:
+        return []
+    return [f"{run.path}: {', '.join(run.changed)} changed after the run ended; this shows what lies there now"]
+
+
 def note(runs: Sequence[Run]) -> str:
-    """Say which files were changed after their run ended, and which command tests differences; or nothing."""
-    said = [
-        f"{run.path}: {', '.join(run.changed)} changed after the run ended; what is shown is what lies there now."
-        for run in runs
-        if run.changed
-    ]
+    """Say, where runs of several systems are shown, which command tests their differences; else nothing."""
     systems = {str(run.summary.get("label") or run.summary.get("algorithm")) for run in runs}
-    if len(systems) > 1:
-        said.append("fedmoe report only shows runs; fedmoe compare tests differences over seeds.")
-    return " ".join(said)
+    return "" if len(systems) < 2 else "fedmoe report only shows runs; fedmoe compare tests differences over seeds."

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedmoe_core.base.files import ensure_writable, json_digest, require_file
+from fedmoe_core.base.files import ensure_writable, is_running, json_digest, require_file
 from fedmoe_core.base.wording import another_configuration, differing
 from fedmoe_core.config.systems import RETIRED
 
@@ -228,18 +228,6 @@ def _sweep(directory: Path) -> None:
     for path in directory.iterdir():
         superseded = keep is not None and path.name != keep and TENSOR_NAME.fullmatch(path.name)
         partial = PARTIAL_NAME.fullmatch(path.name)
-        if superseded or (partial and not _writes(int(partial[1]))):
+        # Two runs that begin at once make one warm-up, and neither may take what the other has half written.
+        if superseded or (partial and not is_running(int(partial[1]))):
             path.unlink(missing_ok=True)
-
-
-def _writes(process: int) -> bool:
-    """Whether another process of this number may still write: two runs that begin at once make one warm-up."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fedmoe_core.base.files import ensure_writable, form_of, json_digest, plain, require_file, write_json
+from fedmoe_core.base.files import ensure_writable, form_of, is_running, json_digest, plain, require_file, write_json
 
 MARKER = "fedmoe-run.json"
 LOCK = "fedmoe-run.lock"
@@ -26,7 +26,7 @@ LARGEST_CONFIG = 1 << 24  # bytes; a thousand budgets take some ten thousand
 FILES = ("config.toml", "partition.json", "metrics.jsonl", "ledger.jsonl", "summary.json", "report.html")
 CHECKPOINT = "checkpoint"
 _IN_CHECKPOINT = re.compile(r"checkpoint\.json|state-[0-9a-f]{16}\.safetensors|(tensors|json)-\d+\.tmp")
-_PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (MARKER, *FILES)))})\.\d+\.partial")
+_PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (MARKER, *FILES)))})\.(\d+)\.partial")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def claimed(path: Path, *, force: bool) -> Iterator[Claim]:
     try:
         with exclusive(path):
             refuse_claim(path, force=force)  # another process may have had it in between
+            _sweep(path)
             claim = Claim(path, secrets.token_hex(8), {})
             fresh = not (path / MARKER).exists()
             if fresh:
@@ -135,6 +136,7 @@ def held(path: Path) -> Iterator[Claim]:
         raise ValueError(f"{path} holds no run ({what}); {remedy}")
     _refuse_foreign(path)
     with exclusive(path):
+        _sweep(path)
         yield Claim(path, marker["id"], marker)
 
 
@@ -172,8 +174,21 @@ def _holds_run(path: Path) -> bool:
 
 
 def _others(path: Path) -> bool:
-    """Whether the directory holds anything besides the lock's file."""
-    return any(entry.name != LOCK for entry in path.iterdir())
+    """Whether the directory holds anything besides the lock's file and what a kill left of a marker."""
+    return any(entry.name != LOCK and not _half_a_marker(entry) for entry in path.iterdir())
+
+
+def _half_a_marker(entry: Path) -> bool:
+    partial = _PARTIAL.fullmatch(entry.name)
+    return partial is not None and partial[1] == MARKER and not form_of(entry)
+
+
+def _sweep(path: Path) -> None:
+    """Remove the halves of files that killed processes left; whoever holds the lock may, and no link is one of them."""
+    for entry in path.iterdir():
+        partial = _PARTIAL.fullmatch(entry.name)
+        if partial and not form_of(entry) and not is_running(int(partial[2])):
+            entry.unlink(missing_ok=True)
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:

@@ -120,6 +120,31 @@ def test_a_lock_that_is_not_a_file_is_refused_and_its_target_kept(tmp_path: Path
     assert victim.read_text() == "precious"
 
 
+def test_what_a_kill_left_half_written_goes_and_does_not_lock_the_directory_out(tmp_path: Path) -> None:
+    """A kill between the making of the directory and its marker leaves half a marker and nothing else."""
+    gone = os.fork()
+    if gone == 0:
+        os._exit(0)
+    os.waitpid(gone, 0)
+    half = tmp_path / "run" / f".{MARKER}.{gone}.partial"
+    half.parent.mkdir()
+    half.write_text("{")
+    make_run(tmp_path / "run")
+    assert not half.exists()
+    left = [tmp_path / "run" / f".{name}.{gone}.partial" for name in (MARKER, "summary.json", "config.toml")]
+    written_now = tmp_path / "run" / f".report.html.{os.getppid()}.partial"  # by a command that still runs
+    for path in (*left, written_now):
+        path.write_text("half")
+    with held(tmp_path / "run"):
+        assert [path for path in (*left, written_now) if path.exists()] == [written_now]
+    (tmp_path / "precious").write_text("kept")
+    link = tmp_path / "other" / f".{MARKER}.{gone}.partial"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match="fedmoe did not make it"):
+        refuse_claim(link.parent, force=True)
+
+
 def test_the_marker_of_a_later_version_is_refused_by_name(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     marker = tmp_path / "run" / MARKER

@@ -38,7 +38,7 @@ def test_a_changed_file_is_named_by_the_report(finished: Path, tmp_path: Path, n
     edit(run / name)
     assert changed_since(run) == (name,)
     page, lines = report([run])
-    said = f"{run}: {name} changed after the run ended; what is shown is what lies there now."
+    said = f"{run}: {name} changed after the run ended; this shows what lies there now"
     assert (len(lines), lines[-1]) == (len(before) + 1, said)
     assert f"{name} changed after the run ended" in page.read_text()
 
