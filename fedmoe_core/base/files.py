@@ -1,72 +1,72 @@
-"""Files that are whole or not there, directories that can be written, and logs that survive a kill in mid-line."""
+"""Files that are whole or not there and nothing but files, directories that can be written, lines of JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+SPACE = "look whether its folder is still there and has free space, and do it again"
+FORMS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
-@dataclass(frozen=True)
-class JsonlLog:
-    """``metrics.jsonl`` and ``ledger.jsonl``: a line counts once its newline is on disk.
 
-    Records are appended before the checkpoint that covers them is committed, so on resume the file holds at least
-    the lines that the checkpoint counted, and ``truncate`` drops what came after.
+def form_of(path: Path) -> str:
+    """Say what lies under a name where that is not a file of its own; empty for a file, and where nothing is."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    return "" if stat.S_ISREG(mode) else FORMS.get(stat.S_IFMT(mode), "not a file")
 
-    Attributes:
-        path: the file; made on the first append, its directory must exist.
+
+def require_file(path: Path, *, most: int | None = None) -> None:
+    """Refuse what is not a file of its own: reading a pipe waits for a writer, and a link leads to others' files.
+
+    Args:
+        path: where a file of ours lies, or nothing does.
+        most: bytes that such a file can have; a larger one would fill the memory.
+
+    Raises:
+        ValueError: it is a link, a pipe, a device or a folder, or larger than that.
+        OSError: it cannot be looked at.
     """
+    if form := form_of(path):
+        raise ValueError(f"{path} is {form}, and fedmoe writes a file there; move it away")
+    if most is not None and path.exists() and (size := path.stat().st_size) > most:
+        raise ValueError(f"{path} has {size} bytes, and such a file has at most {most}; restore it")
 
-    path: Path
 
-    def append(self, *records: Mapping[str, Any]) -> None:
-        """Write records in one go and wait until they are on disk; a broken last line is dropped first.
+@contextmanager
+def opened(path: Path, *, write: bool = False) -> Iterator[FileIO]:
+    """Open a file that is there, unbuffered: never a link, and never a pipe, which would wait for its other end.
 
-        numpy scalars and arrays become numbers and lists; NaN and infinity, unknown to JSON, become null.
-        """
-        data = "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records).encode()
-        with open(self.path, "a+b") as file:
-            file.truncate(_end_of_lines(file.fileno()))
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def read(self) -> list[dict[str, Any]]:
-        """Read all complete records; [] without a file.
-
-        Raises:
-            ValueError: as ``read_json_lines``.
-        """
-        return [record for _, record in read_json_lines(self.path)] if self.path.exists() else []
-
-    def count(self) -> int:
-        """Count the complete lines; 0 without a file."""
-        return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
-
-    def truncate(self, keep: int) -> None:
-        """Keep the first ``keep`` lines, as counted when the checkpoint was made.
-
-        Raises:
-            ValueError: the file holds fewer complete lines than that.
-        """
-        data = self.path.read_bytes() if self.path.exists() else b""
-        lines = data.split(b"\n")[:-1]
-        if not 0 <= keep <= len(lines):
-            raise ValueError(
-                f"{self.path} holds {len(lines)} lines, the checkpoint counted {keep}; restore the file or start afresh"
-            )
-        if self.path.exists():
-            size = sum(len(line) + 1 for line in lines[:keep])
-            with open(self.path, "r+b") as file:
-                file.truncate(size)
-                os.fsync(file.fileno())
+    Raises:
+        ValueError: as ``require_file``.
+        OSError: it is missing, or cannot be opened.
+    """
+    require_file(path)
+    # What a name stands for may change after the look, so the opening itself follows and waits for nothing, either.
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags | (os.O_RDWR if write else os.O_RDONLY))
+    with FileIO(descriptor, "r+b" if write else "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path} is not a file; move it away")
+        yield file
 
 
 def read_json_lines(
@@ -104,18 +104,6 @@ def read_json_lines(
     return found
 
 
-def _end_of_lines(descriptor: int) -> int:
-    """Offset just past the last newline, found from the end in steps of 4 KiB."""
-    end = os.fstat(descriptor).st_size
-    while end:
-        start = max(0, end - 4096)
-        place = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if place >= 0:
-            return start + place + 1
-        end = start
-    return 0
-
-
 def plain(value: Any) -> Any:
     """Put ``value`` into the words of strict JSON."""
     if isinstance(value, Mapping):
@@ -140,8 +128,8 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the directory cannot be written, or the disk is full; the old file is intact.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)  # left by a killed process of the same number
     try:
+        partial.unlink(missing_ok=True)  # left by a killed process of the same number
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -152,15 +140,45 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file in one step; raises as ``replacing``."""
-    # "x" refuses a file or link that appeared since, so nothing foreign is written through.
-    with replacing(path) as partial, partial.open("x", encoding="utf-8") as file:
-        file.write(text)
+    """Write a UTF-8 file in one step.
+
+    Raises:
+        OSError: as ``replacing``, in one sentence.
+    """
+    try:
+        # "x" refuses a file or link that appeared since, so nothing foreign is written through.
+        with replacing(path) as partial, partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error}); {SPACE}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all; numpy values become numbers and lists, NaN and infinity null."""
-    write_whole(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+    write_whole(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return what ``write_json`` writes."""
+    return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
+
+
+def is_running(process: int) -> bool:
+    """Tell whether another process of this number runs on this machine, and may still write the file that names it."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def json_digest(value: Any) -> str:
+    """Return the sha256 of a JSON value, whatever the order of its keys: it shows damage, it does not stop a forger."""
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def ensure_writable(directory: Path | str) -> Path:

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from fedmoe_core.base import show
-from fedmoe_core.base.say import say
+from fedmoe_core.base.say import hold_streams, say
 from fedmoe_core.cli import score as cli_score
 from fedmoe_core.cli import study as cli_study
 from fedmoe_core.simulation import launch
@@ -236,6 +236,7 @@ def systems(as_json: AsJson = False, debug: Debug = False) -> None:
 
 def main() -> None:
     """Run the ``fedmoe`` command."""
+    hold_streams()
     # The memory profiler's notes about blocks older than itself are expected: resident bytes are counted apart.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -14,9 +14,9 @@ from fedmoe_core.comparison.run_figures import RunFigures, figures_of
 from fedmoe_core.comparison.study import Study, write_record
 from fedmoe_core.comparison.table import markdown, rows_of
 from fedmoe_core.reporting.run import read_runs
-from fedmoe_core.reporting.run_schema import read_summary
 from fedmoe_core.simulation.directory.claim import exclusive
 from fedmoe_core.simulation.directory.health import problems
+from fedmoe_core.simulation.directory.run_schema import read_summary
 
 LOCK = "fedmoe-compare.lock"
 

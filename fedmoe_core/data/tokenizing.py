@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from fedmoe_core.base.files import replacing
+from fedmoe_core.base.files import replacing, require_file
 from fedmoe_core.base.wording import unknown
 from fedmoe_core.data.batches import Encoded
 
@@ -25,6 +26,7 @@ END = "<|end|>"
 UNKNOWN = "<|unk|>"
 DEFAULT_VOCAB = {"bpe": 2048, "bpe-lower": 4096, "word": 8000}
 _FORMAT = 3  # of the cache file; part of its key
+TENSORS = ("tokens_N", "offsets_P1")  # of the cache file
 
 Kind = Literal["bpe", "bpe-lower", "word", "model"]  # "model": a pretrained model's own
 
@@ -139,13 +141,14 @@ def encode_corpus(
 
     With ``cache`` the result is one safetensors file there, with the tokenizer's JSON in its metadata. Its name is the
     sha256 of the corpus and of everything else that decides it. It is written to a temporary file and renamed. A
-    damaged file is made again.
+    damaged file is made again, with a warning.
 
     Returns:
         The tokenizer, and all P texts encoded, without labels.
 
     Raises:
         ValueError: unknown ``kind`` or too small a ``vocab_size``.
+            A link, a pipe or a folder lies where the file should.
         OSError: the cache folder cannot be written.
     """
     if pretrained is not None:
@@ -178,8 +181,9 @@ def encode_corpus(
     encoded = Encoded(torch.from_numpy(tokens_N), torch.from_numpy(offsets_P1), end)
     if path is not None:
         metadata = {"key": key, "settings": json.dumps(settings), "tokenizer": tokenizer.to_json()}
-        metadata["content"] = _content_digest(encoded, metadata["tokenizer"])
-        _write(path, {"tokens_N": encoded.tokens_N, "offsets_P1": encoded.offsets_P1}, metadata)
+        tensors = [encoded.tokens_N, encoded.offsets_P1]
+        metadata["content"] = _content_digest(tensors, metadata["tokenizer"])
+        _write(path, dict(zip(TENSORS, tensors, strict=True)), metadata)
     return tokenizer, encoded
 
 
@@ -190,27 +194,36 @@ def _plain(kind: Kind, model: Tokenizer, end: str = END) -> TextTokenizer:
 
 
 def _read(path: Path, kind: Kind, key: str, end: str) -> tuple[TextTokenizer, Encoded] | None:
-    """Return the cached result, or None when it is missing or damaged."""
-    if not path.is_file():
+    """Return the cached result; None where it is missing, and with a warning where it is damaged or foreign."""
+    require_file(path)
+    if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("key") != key:
-                return None
-            tokenizer = from_json(kind, metadata["tokenizer"], end)
-            encoded = Encoded(file.get_tensor("tokens_N"), file.get_tensor("offsets_P1"), tokenizer.end_id)
-            if metadata.get("content") != _content_digest(encoded, metadata["tokenizer"]):
-                return None
-    except (SafetensorError, KeyError):
+            # Cloned: a tensor of the file is a window onto it. What becomes of the file later would change the corpus,
+            # or end the process (SIGBUS) where the file gets shorter.
+            text, tensors = metadata.get("tokenizer", ""), [file.get_tensor(name).clone() for name in TENSORS]
+    except SafetensorError as error:
+        _warn(path, str(error))
         return None
-    return tokenizer, encoded
+    # The digest first: what it covers is what was written, and only that is parsed.
+    if metadata.get("key") != key or metadata.get("content") != _content_digest(tensors, text):
+        _warn(path, "its content is not what was written")
+        return None
+    tokenizer = from_json(kind, text, end)
+    return tokenizer, Encoded(tensors[0], tensors[1], tokenizer.end_id)
 
 
-def _content_digest(encoded: Encoded, tokenizer: str) -> str:
+def _warn(path: Path, why: str) -> None:
+    """Say that a file of the cache is made again, for nothing but time is lost by that."""
+    warnings.warn(f"{path} is damaged ({why:.80}); the corpus is encoded again", stacklevel=2)
+
+
+def _content_digest(tensors: Sequence[torch.Tensor], tokenizer: str) -> str:
     """Sha256 (hex) of what a cache file gives: a disk that lost bytes would else change results without a word."""
     digest = sha256(tokenizer.encode())
-    for tensor in (encoded.tokens_N, encoded.offsets_P1):
+    for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 

@@ -15,11 +15,20 @@ from matplotlib.colors import to_hex
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
 from fedmoe_core.reporting import crowd, crowd_figures, crowd_tables, drawing, figures, theme
-from fedmoe_core.reporting.results import QUALITIES, guard_did, held, how_clients_ran, note, quality_of, staleness
+from fedmoe_core.reporting.results import (
+    QUALITIES,
+    changes,
+    guard_did,
+    held,
+    how_clients_ran,
+    note,
+    quality_of,
+    staleness,
+)
 from fedmoe_core.reporting.run import Run
-from fedmoe_core.reporting.run_schema import read_text
 from fedmoe_core.reporting.tables import Cell, Piece, exceeded, guarded, late, ledger, plain, refused, runs_table, tiers
 from fedmoe_core.simulation.directory.health import problems
+from fedmoe_core.simulation.directory.run_schema import read_text
 
 SHOWN = 10  # names of clients in one line
 SPREAD = "Clients: worst, mean and best"
@@ -114,7 +123,7 @@ def _part(run: Run, gallery: _Gallery, *, alone: bool) -> dict[str, Any]:
         "alone": alone,
         "headline": _headline(run),
         "setting": _setting(run),
-        "problems": problems(run.summary),
+        "problems": [*problems(run.summary), *changes(run)],
         "tiles": _tiles(run),
         "facts": _facts(run),
         "pictures": pictures,

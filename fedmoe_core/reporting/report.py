@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmoe_core.base.files import write_whole
-from fedmoe_core.reporting.results import line, note
+from fedmoe_core.reporting.results import changes, line, note
 from fedmoe_core.reporting.run import read_runs
 
 
@@ -30,4 +30,4 @@ def report(run_dirs: Sequence[Path], *, out: Path | None = None) -> tuple[Path, 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, text)
     said = note(runs)
-    return out, [*map(line, runs), *([said] if said else [])]
+    return out, [*map(line, runs), *(text for run in runs for text in changes(run)), *([said] if said else [])]

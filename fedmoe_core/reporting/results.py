@@ -190,6 +190,13 @@ def differences(first: Run, second: Run) -> list[str]:
     return found
 
 
+def changes(run: Run) -> list[str]:
+    """Say in a sentence which files of a run were changed after its end; nothing where none was."""
+    if not run.changed:
+        return []
+    return [f"{run.path}: {', '.join(run.changed)} changed after the run ended; this shows what lies there now"]
+
+
 def note(runs: Sequence[Run]) -> str:
     """Say, where runs of several systems are shown, which command tests their differences; else nothing."""
     systems = {str(run.summary.get("label") or run.summary.get("algorithm")) for run in runs}

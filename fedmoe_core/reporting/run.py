@@ -11,8 +11,9 @@ from typing import Any
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
 from fedmoe_core.config.systems import title_of
-from fedmoe_core.reporting import run_schema
+from fedmoe_core.simulation.directory import run_schema
 from fedmoe_core.simulation.directory.health import kept_budgets
+from fedmoe_core.simulation.directory.seal import changed_since
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Run:
         ledger: ledger lines in order of round and client.
         partition: which client holds what data, or None.
         finished: whether summary.json is there.
+        changed: files that are not what they were when the run ended.
     """
 
     path: Path
@@ -40,6 +42,7 @@ class Run:
     ledger: Sequence[Mapping[str, Any]]
     partition: Mapping[str, Any] | None
     finished: bool
+    changed: tuple[str, ...] = ()
 
     @property
     def budgeted(self) -> bool:
@@ -169,6 +172,7 @@ def _read(path: Path) -> Run:
         ledger=ledger,
         partition=run_schema.read_partition(path / "partition.json") if (path / "partition.json").is_file() else None,
         finished=finished,
+        changed=changed_since(path) if finished else (),
     )
 
 

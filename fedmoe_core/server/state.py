@@ -17,6 +17,7 @@ from fedmoe_core.messages.profile import ClientProfile, profile_arrays
 from fedmoe_core.model.spec import ModelSpec
 
 R = TypeVar("R")
+NORMS = "guard/norms"  # what a checkpoint calls ``ServerState.norms_RG``
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def pack_state(state: ServerState) -> dict[str, Tensor]:
     packed |= {f"memory/{key}": tensor for key, tensor in state.memory.items()}
     packed["visits"] = torch.tensor(state.visits, dtype=torch.int64)
     if state.norms_RG is not None:
-        packed["guard/norms"] = torch.from_numpy(state.norms_RG)
+        packed[NORMS] = torch.from_numpy(state.norms_RG)
     heard = {client: profile for client, profile in enumerate(state.profiles) if profile is not None}
     if heard:
         # One tensor a field: with one for each client and field, names and offsets took longer to write than numbers.
@@ -208,7 +209,7 @@ def _unpacked(packed: dict[str, Tensor], *, round: int, device: torch.device | s
         arrays["held_LE"] = arrays["held_LE"].astype(bool)
         profiles[client] = ClientProfile(**arrays)
     memory = {key.removeprefix("memory/"): tensor for key, tensor in packed.items() if key.startswith("memory/")}
-    norms = packed["guard/norms"].numpy() if "guard/norms" in packed else None
+    norms = packed[NORMS].numpy() if NORMS in packed else None
     return ServerState(round, params, tuple(profiles), visits, memory, norms)
 
 

@@ -8,6 +8,7 @@ weights w of the system and a learning rate of 1, so that K fresh answers are th
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from fedmoe_core.server.state import Population, ServerState, pack_older, unpack
 from fedmoe_core.simulation.clock.arrivals import Flight, Rules, Schedule, next_arrivals, staleness_factor
 from fedmoe_core.simulation.clock.times import client_time, step_time
 from fedmoe_core.simulation.cohorts.training import Task
+from fedmoe_core.simulation.directory.state_check import StateCheck
 from fedmoe_core.simulation.observer import Observer
 from fedmoe_core.simulation.round import Round, settle, train
 from fedmoe_core.simulation.worlds.federation import Federation
@@ -129,17 +131,46 @@ def pack_in_flight(flying: InFlight, state: ServerState) -> dict[str, Tensor]:
     return {f"{PREFIX}{key}": tensor for key, tensor in packed.items()}
 
 
+def require_in_flight(check: StateCheck, packed: Mapping[str, Tensor], round: int) -> None:
+    """Refuse what no buffered run of this configuration has beside its state after ``round`` steps.
+
+    Raises:
+        ValueError: as ``StateCheck.require``.
+    """
+    own = {key.removeprefix(PREFIX): tensor for key, tensor in packed.items()}
+    number = torch.Size([])
+    check.like(own, {"now": (torch.float64, number), "drawn": (torch.int64, number)})
+    flights = own["whence"].shape[:1] if "whence" in own and own["whence"].ndim else torch.Size([0])
+    pair = torch.Size([*flights, 2])
+    check.like(own, {"times": (torch.float64, pair), "whence": (torch.int64, pair)})
+    check.between(own, "now", 0.0, sys.float_info.max)
+    check.between(own, "times", 0.0, sys.float_info.max)
+    check.between(own, "drawn", 0, 2**62)
+    client_F, version_F = own["whence"].T
+    check.between({"client": client_F}, "client", 0, len(check.begin.visits) - 1)
+    check.between({"version": version_F}, "version", 0, round)
+    parts: dict[str, dict[str, Tensor]] = {str(version): {} for version in version_F.tolist()}
+    for key, tensor in own.items():
+        version, slash, name = key.partition("/")
+        if slash and version not in parts:
+            check.refuse(f"{PREFIX}{key}", "is of a state that no client in flight took along")
+        if slash:
+            parts[version][name] = tensor
+    for version, part in parts.items():
+        check.require(part, int(version), whole=False)
+
+
 def unpack_in_flight(
     packed: Mapping[str, Tensor], state: ServerState, *, device: torch.device | str = "cpu"
 ) -> InFlight:
     """Rebuild what ``pack_in_flight`` took apart, the models on ``device``.
 
-    Raises:
-        ValueError: the checkpoint holds no clock of a buffered run.
+    Args:
+        packed: held to ``require_in_flight``.
+        state: the unpacked state that it lies beside.
+        device: for the models.
     """
     own = {key.removeprefix(PREFIX): tensor for key, tensor in packed.items() if key.startswith(PREFIX)}
-    if "now" not in own:
-        raise ValueError("the checkpoint holds no clients in flight; start the run again with --force")
     flights = tuple(
         Flight(arrives, client, version, dispatched)
         for (arrives, dispatched), (client, version) in zip(own["times"].tolist(), own["whence"].tolist(), strict=True)

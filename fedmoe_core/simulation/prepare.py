@@ -308,8 +308,8 @@ def warm_model(
     )
     if not ranks.leads:
         ranks.wait()
-    shapes = {param.key: tuple(param.shape) for param in adapter.spec.params}
-    params, _ = cached_warmup(directory, key, warmed, shapes)
+    forms = {param.key: (tuple(param.shape), param.dtype) for param in adapter.spec.params}
+    params, _ = cached_warmup(directory, key, warmed, forms)
     if ranks.leads:
         ranks.wait()
     return {key: tensor.to(ranks.device) for key, tensor in params.items()}

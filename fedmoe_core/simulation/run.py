@@ -12,16 +12,26 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from fedmoe_core.base.files import require_file
 from fedmoe_core.base.garbage import older_objects_skipped
 from fedmoe_core.config.run_config import Config, is_plain
 from fedmoe_core.model.plain import PlainModel
 from fedmoe_core.model.spec import model_hash
 from fedmoe_core.server.state import ServerState, unpack_state
-from fedmoe_core.simulation.buffered import InFlight, pack_in_flight, play_step, unpack_in_flight
-from fedmoe_core.simulation.directory.checkpoint import Checkpoint, load_checkpoint
-from fedmoe_core.simulation.directory.claim import Claim, claimed, held
+from fedmoe_core.simulation.buffered import (
+    PREFIX,
+    InFlight,
+    pack_in_flight,
+    play_step,
+    require_in_flight,
+    unpack_in_flight,
+)
+from fedmoe_core.simulation.directory.checkpoint import load_checkpoint
+from fedmoe_core.simulation.directory.claim import LARGEST_CONFIG, MARKER, Claim, claimed, held
 from fedmoe_core.simulation.directory.lines import group_row, plan_row
 from fedmoe_core.simulation.directory.log import RunLog
+from fedmoe_core.simulation.directory.standing import AFRESH, Standing
+from fedmoe_core.simulation.directory.state_check import StateCheck
 from fedmoe_core.simulation.identity import Identity
 from fedmoe_core.simulation.observer import GroupRow, NullObserver, Observer, PlanRow
 from fedmoe_core.simulation.prepare import build_world
@@ -93,6 +103,7 @@ def resume(
         ValueError: no checkpoint, a damaged one, or one that belongs to another configuration, corpus, model or code;
             or another process is using the directory.
     """
+    require_file(run_dir / "config.toml", most=LARGEST_CONFIG)
     config = replace(Config.load(run_dir / "config.toml"), out=str(run_dir))
     plain = plain_of(config, adapter)
     with _among_ranks(config, plain, observer) as among:
@@ -105,22 +116,58 @@ def _go_on(
     """Play from the last checkpoint, which rank 0 reads; the stack keeps the directory until the run ends."""
     ranks, observer, held_open = among
     run_dir = Path(config.out)
-    claim, meta, tensors = None, dict[str, Any](), dict[str, Tensor]()
+    claim, standing, tensors = None, None, dict[str, Tensor]()
     with ranks.together("reading the checkpoint"):
         if ranks.leads:
             claim = held_open.enter_context(held(run_dir))
             saved = load_checkpoint(run_dir / "checkpoint", expected_fingerprint=config.decisive())
-            _refuse_other_sources(claim, saved, sources_of(config, plain), config, other_code=other_code)
-            meta, tensors = saved.meta, saved.tensors
-    round, tensors = int(ranks.gather(meta.get("round"))[0]), share(ranks, tensors)
+            standing = Standing.read(saved.meta, rounds=config.rounds, place=f"{run_dir}/checkpoint")
+            _refuse_other_sources(claim, standing, sources_of(config, plain), config, other_code=other_code)
+            tensors = saved.tensors
+    round, tensors = int(ranks.gather(standing and standing.round)[0]), share(ranks, tensors)
     world = _found(config, plain, ranks, observer)
     agree_on_world(ranks, world)
-    state = unpack_state(tensors, round=round, device=ranks.device)
-    flying = unpack_in_flight(tensors, state, device=ranks.device) if config.time.mode == "buffered" else None
+    with ranks.together("checking the checkpoint"):
+        state, flying = _unpacked(world, tensors, round)
     log = None
     with ranks.together("reading the logs"):
-        log = RunLog.reopen(claim, world, meta) if claim is not None else None
+        if claim is not None and standing is not None:
+            log = RunLog.reopen(claim, world, standing, state)
     return _play(world, (state, flying), log, observer, fresh=False)
+
+
+def _unpacked(world: Federation, tensors: dict[str, Tensor], round: int) -> tuple[ServerState, InFlight | None]:
+    """Rebuild what a checkpoint saved, once it is known to be what a run of this configuration saves.
+
+    Raises:
+        ValueError: it is not; one sentence.
+    """
+    buffered, device = world.config.time.mode == "buffered", world.ranks.device
+    check = StateCheck.of(world, f"{world.config.out}/checkpoint")
+    beside = {key: tensor for key, tensor in tensors.items() if buffered and key.startswith(PREFIX)}
+    check.require({key: tensor for key, tensor in tensors.items() if key not in beside}, round)
+    state = unpack_state(tensors, round=round, device=device)
+    _require_memory(world, state)
+    if not buffered:
+        return state, None
+    require_in_flight(check, beside, round)
+    return state, unpack_in_flight(tensors, state, device=device)
+
+
+def _require_memory(world: Federation, state: ServerState) -> None:
+    """Refuse an algorithm's memory with which it cannot plan; what is in it only the algorithm knows.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        if state.memory:
+            world.algorithm.plan(state, range(world.config.clients))
+    except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f"{world.config.out}/checkpoint holds a memory with which algorithm={world.config.algorithm!r} cannot plan "
+            f"({type(error).__name__}: {error!s:.80}); {AFRESH}"
+        ) from error
 
 
 @contextmanager
@@ -163,16 +210,18 @@ def _watching(observer: Observer | None, ranks: Ranks) -> Iterator[Observer]:
             shown.close()
 
 
-def _refuse_other_sources(claim: Claim, saved: Checkpoint, now: Identity, config: Config, *, other_code: bool) -> None:
+def _refuse_other_sources(claim: Claim, standing: Standing, now: Identity, config: Config, *, other_code: bool) -> None:
     """Refuse a checkpoint of another run, or one whose corpus, model or code is not what is here now."""
     place = f"{claim.path}/checkpoint"
-    if saved.meta.get("run") != claim.id:
+    if standing.run != claim.id:
         raise ValueError(
             f"{place} belongs to another run than {claim.path}/config.toml; restore the run's own checkpoint"
         )
-    then = Identity.read(saved.meta.get("identity") or {})
+    then = Identity.read(standing.identity)
     if then is None:
         raise ValueError(f"{place} does not say which data and model it was made from; start the run afresh")
+    if then != Identity.read(claim.facts):
+        raise ValueError(f"{place} was made from other data, model or code than {claim.path}/{MARKER} says; {AFRESH}")
     then.require_same_sources(now, str(claim.path), config)
     if not other_code:
         then.require_same_code(now, str(claim.path))

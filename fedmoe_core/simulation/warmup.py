@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedmoe_core.base.files import form_of, require_file
 from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.client.output_norms import OutputNorms
 from fedmoe_core.client.profiling import ProfileSums
@@ -25,7 +26,9 @@ from fedmoe_core.layer.router_loss import balance_loss
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.model.submodel import SubModel
-from fedmoe_core.simulation.directory.checkpoint import load_checkpoint, save_checkpoint
+from fedmoe_core.simulation.directory.checkpoint import JSON_NAME, Checkpoint, load_checkpoint, save_checkpoint
+
+Forms = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each parameter
 
 
 def warmup_key(**facts: object) -> str:
@@ -98,22 +101,40 @@ def _fit(
 
 
 def cached_warmup(
-    directory: Path, key: str, train: Callable[[], dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
+    directory: Path, key: str, train: Callable[[], dict[str, Tensor]], forms: Forms
 ) -> tuple[dict[str, Tensor], bool]:
     """Return the warm model under ``key``, trained by ``train`` unless cached; and whether it was cached.
 
-    A cache entry that cannot be read, is of another key, or lacks one of ``shapes`` (by parameter), is trained again.
+    A cache entry that is damaged, of another key, or not finite tensors in ``forms`` (by parameter, shape and dtype),
+    is trained again, with a warning.
+
+    Raises:
+        ValueError: a link, a pipe or a folder lies where the cache has a file, or a file where it has a folder.
+        OSError: the cache cannot be written.
     """
     place = directory / f"warmup-{key}"
+    if (form := form_of(place)) not in ("", "a folder") or place.is_file():
+        raise ValueError(f"{place} is {form or 'a file'}, and fedmoe has a folder of its cache there; move it away")
     if place.exists():
-        with suppress(ValueError):
+        require_file(place / JSON_NAME)
+        try:
             saved = load_checkpoint(place)
-            found = {name: tuple(tensor.shape) for name, tensor in saved.tensors.items()}
-            if saved.meta == {"warmup": key} and found == dict(shapes):
-                return saved.tensors, True
+            _refuse_unlike(saved, key, forms)
+            return saved.tensors, True
+        except ValueError as error:
+            if (place / JSON_NAME).exists():  # else a kill came before it was whole
+                warnings.warn(f"the cached warm-up is made again: {error}", stacklevel=2)
     tensors = train()
     save_checkpoint(place, tensors, {"warmup": key}, {})
     return tensors, False
+
+
+def _refuse_unlike(saved: Checkpoint, key: str, forms: Forms) -> None:
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in saved.tensors.items()}
+    if saved.meta != {"warmup": key} or found != dict(forms):
+        raise ValueError("it is of another model")
+    if not all(bool(tensor.isfinite().all()) for tensor in saved.tensors.values()):
+        raise ValueError("it holds NaN or infinity")
 
 
 def measure_profile(

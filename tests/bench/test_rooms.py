@@ -13,7 +13,7 @@ HOUSE = Path(__file__).parents[2]
 # Lowest first. Files of bench itself (cpu, host, landing, the microbenchmarks) are above all rooms.
 ROOMS = (
     *("bench.common", "bench.aot", "bench.stand_in", "bench.tune"),
-    *("bench.gpu.measure", "bench.gpu", "bench.study", "bench.upstream", "bench.fedavg", "bench"),
+    *("bench.gpu.measure", "bench.gpu", "bench.study", "bench.upstream", "bench.fedavg", "bench.trust", "bench"),
 )
 MOST_FILES = 14  # of a folder, besides __init__.py
 TOPS = ("bench", "bindings", "docs", "examples", "fedmoe_core", "kernels", "tests")

@@ -24,15 +24,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedmoe_core.base.files import ensure_writable
+from fedmoe_core.base.files import ensure_writable, is_running, json_digest, require_file
 from fedmoe_core.base.wording import another_configuration, differing
 from fedmoe_core.config.systems import RETIRED
 
 FORMAT = "fedmoe-checkpoint"
-FORMAT_VERSION = 2  # 2: meta names the run and what it stands on
+FORMAT_VERSION = 3  # 3: meta covers the logs and the partition by their digests
 JSON_NAME = "checkpoint.json"
 TENSOR_NAME = re.compile(r"state-[0-9a-f]{16}\.safetensors")
-PARTIAL_NAME = re.compile(r"(tensors|json)-\d+\.tmp")
+PARTIAL_NAME = re.compile(r"(?:tensors|json)-(\d+)\.tmp")
 LARGEST_JSON = 64 << 20  # bytes; ours hold a few kilobytes, arrays belong into the tensors
 START_AFRESH = "resume from another checkpoint or start the run afresh"
 
@@ -80,6 +80,7 @@ def _save(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     body = _as_json({"meta": meta, "config": config, "versions": _versions()})
     body |= {"format": FORMAT, "format_version": FORMAT_VERSION}
     partial = directory / f"tensors-{os.getpid()}.tmp"
+    partial.unlink(missing_ok=True)  # left by a killed process of the same number, or a link that leads elsewhere
     save_file(_unshared(tensors), partial)
     _sync(partial)
     sha256 = _sha256(partial)
@@ -87,8 +88,9 @@ def _save(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     target = directory / f"state-{sha256[:16]}.safetensors"
     os.replace(partial, target)
     body["tensors"] = {"file": target.name, "sha256": sha256, "bytes": target.stat().st_size}
-    body["digest"] = _digest(body)
+    body["digest"] = json_digest(body)
     partial = directory / f"json-{os.getpid()}.tmp"
+    partial.unlink(missing_ok=True)
     partial.write_text(json.dumps(body, indent=1, sort_keys=True))
     _sync(partial)
     _sync(directory)  # the tensor file's name must be on disk before the JSON that points to it
@@ -117,8 +119,7 @@ def load_checkpoint(directory: Path | str, *, expected_fingerprint: Mapping[str,
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"{path} is larger than any checkpoint's; {START_AFRESH}")
+        require_file(path, most=LARGEST_JSON)
         raw = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: there is no checkpoint to resume; start the run afresh") from None
@@ -135,7 +136,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} has format version {body.get('format_version')!r:.20}, this fedmoe reads {FORMAT_VERSION}; "
             "resume with the fedmoe that wrote it"
         )
-    if body.pop("digest", None) != _digest(body):
+    if body.pop("digest", None) != json_digest(body):
         raise ValueError(f"{path} is damaged: its content does not match its digest; {START_AFRESH}")
     kinds = {"meta": dict, "config": dict, "versions": dict, "tensors": dict}
     if any(not isinstance(body.get(name), kind) for name, kind in kinds.items()):
@@ -150,6 +151,7 @@ def _read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
         raise ValueError(f"{path} names the tensor file {name!r:.60}, which is not one of ours; {START_AFRESH}")
     file = path.parent / name
     try:
+        require_file(file)
         size = file.stat().st_size
         if size != entry.get("bytes"):
             raise ValueError(f"{file} has {size} bytes instead of {entry.get('bytes')!r:.20}; {START_AFRESH}")
@@ -200,10 +202,6 @@ def _versions() -> dict[str, str]:
     return {"fedmoe": fedmoe, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -229,5 +227,7 @@ def _sweep(directory: Path) -> None:
         keep = None  # not a JSON of ours: leftovers of killed saves go, whole tensor files stay
     for path in directory.iterdir():
         superseded = keep is not None and path.name != keep and TENSOR_NAME.fullmatch(path.name)
-        if superseded or PARTIAL_NAME.fullmatch(path.name):
+        partial = PARTIAL_NAME.fullmatch(path.name)
+        # Two runs that begin at once make one warm-up, and neither may take what the other has half written.
+        if superseded or (partial and not is_running(int(partial[1]))):
             path.unlink(missing_ok=True)

@@ -13,19 +13,20 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fedmoe_core.base.files import ensure_writable, write_json
+from fedmoe_core.base.files import ensure_writable, form_of, is_running, json_digest, plain, require_file, write_json
 
 MARKER = "fedmoe-run.json"
 LOCK = "fedmoe-run.lock"
 FORMAT = "fedmoe-run"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: with a digest
 LARGEST_MARKER = 1 << 16  # bytes; ours has a few hundred
+LARGEST_CONFIG = 1 << 24  # bytes; a thousand budgets take some ten thousand
 
 # Everything that fedmoe writes into a run directory; --force removes these names and nothing else.
 FILES = ("config.toml", "partition.json", "metrics.jsonl", "ledger.jsonl", "summary.json", "report.html")
 CHECKPOINT = "checkpoint"
 _IN_CHECKPOINT = re.compile(r"checkpoint\.json|state-[0-9a-f]{16}\.safetensors|(tensors|json)-\d+\.tmp")
-_PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (MARKER, *FILES)))})\.\d+\.partial")
+_PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (MARKER, *FILES)))})\.(\d+)\.partial")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def claimed(path: Path, *, force: bool) -> Iterator[Claim]:
     try:
         with exclusive(path):
             refuse_claim(path, force=force)  # another process may have had it in between
+            _sweep(path)
             claim = Claim(path, secrets.token_hex(8), {})
             fresh = not (path / MARKER).exists()
             if fresh:
@@ -127,13 +129,14 @@ def held(path: Path) -> Iterator[Claim]:
         ValueError: there is no run of fedmoe's, one of its files is a link or a directory, or another process is using
             it.
     """
-    marker = _read_marker(path)
+    marker, there = _read_marker(path), (path / MARKER).exists()
     if marker is None or not _holds_run(path):
-        raise ValueError(
-            f"{path} holds no run (no {MARKER} and config.toml of fedmoe's); give the directory that a run named as out"
-        )
+        what = f"its {MARKER} is damaged or foreign" if there else f"no {MARKER} and config.toml of fedmoe's"
+        remedy = "restore that file" if there else "give the directory that a run named as out"
+        raise ValueError(f"{path} holds no run ({what}); {remedy}")
     _refuse_foreign(path)
     with exclusive(path):
+        _sweep(path)
         yield Claim(path, marker["id"], marker)
 
 
@@ -146,6 +149,7 @@ def exclusive(path: Path, lock: str = LOCK) -> Iterator[None]:
     Raises:
         ValueError: another process holds the lock.
     """
+    require_file(path / lock)  # locking opens it, and empties what it opens
     file = FileLock(path / lock, timeout=0)
     try:
         file.acquire()
@@ -170,8 +174,21 @@ def _holds_run(path: Path) -> bool:
 
 
 def _others(path: Path) -> bool:
-    """Whether the directory holds anything besides the lock's file."""
-    return any(entry.name != LOCK for entry in path.iterdir())
+    """Whether the directory holds anything besides the lock's file and what a kill left of a marker."""
+    return any(entry.name != LOCK and not _half_a_marker(entry) for entry in path.iterdir())
+
+
+def _half_a_marker(entry: Path) -> bool:
+    partial = _PARTIAL.fullmatch(entry.name)
+    return partial is not None and partial[1] == MARKER and not form_of(entry)
+
+
+def _sweep(path: Path) -> None:
+    """Remove the halves of files that killed processes left; whoever holds the lock may, and no link is one of them."""
+    for entry in path.iterdir():
+        partial = _PARTIAL.fullmatch(entry.name)
+        if partial and not form_of(entry) and not is_running(int(partial[2])):
+            entry.unlink(missing_ok=True)
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:
@@ -189,11 +206,12 @@ def _read_marker(path: Path) -> dict[str, Any] | None:
             f"{marker} has format version {body.get('format_version')!r:.20}, this fedmoe reads {FORMAT_VERSION}; "
             "use the fedmoe that wrote it, or choose another directory"
         )
-    return body
+    return body if body.pop("digest", None) == json_digest(body) else None
 
 
 def _write_marker(path: Path, id: str, facts: Mapping[str, Any]) -> None:
-    write_json(path / MARKER, {"format": FORMAT, "format_version": FORMAT_VERSION, "id": id, **facts})
+    body = plain({"format": FORMAT, "format_version": FORMAT_VERSION, "id": id, **facts})
+    write_json(path / MARKER, {**body, "digest": json_digest(body)})
 
 
 def _ours(path: Path) -> Iterator[Path]:
@@ -209,11 +227,13 @@ def _ours(path: Path) -> Iterator[Path]:
 def _refuse_foreign(path: Path) -> None:
     """Refuse a directory in which something of our names is not what we write: a link, a directory, a device."""
     saved = path / CHECKPOINT
-    links = [saved] if saved.is_symlink() or (saved.exists() and not saved.is_dir()) else []
-    odd = [*links, *(entry for entry in _ours(path) if entry.is_symlink() or not entry.is_file())]
-    if odd:
-        what = "a symbolic link" if odd[0].is_symlink() else "not of the kind that fedmoe writes"
-        raise ValueError(f"{odd[0]} is {what}; move it away, or choose another out=DIRECTORY")
+    places = [*([] if form_of(saved) == "a folder" else [saved]), *_ours(path)]
+    for place in places:
+        form = "a file" if place == saved and saved.is_file() else form_of(place)
+        if form:
+            raise ValueError(
+                f"{place} is {form}, not of the kind that fedmoe writes; move it away, or choose another out=DIRECTORY"
+            )
 
 
 def _remove_run(path: Path) -> None:

@@ -6,23 +6,29 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from fedmoe_core.base.files import JsonlLog, write_json, write_whole
+from fedmoe_core.base.files import json_text, require_file, write_json, write_whole
 from fedmoe_core.budget.limits import Budget
 from fedmoe_core.server.state import ServerState, pack_state
 from fedmoe_core.simulation.clock.times import has_clock, time_facts, time_summary
 from fedmoe_core.simulation.directory.checkpoint import save_checkpoint
 from fedmoe_core.simulation.directory.claim import Claim
 from fedmoe_core.simulation.directory.health import kept_budgets, nothing_trained
+from fedmoe_core.simulation.directory.history import require_history
 from fedmoe_core.simulation.directory.lines import client_record, guard_facts, guard_summary, ledger_line, results_of
+from fedmoe_core.simulation.directory.prefix_log import PrefixLog
+from fedmoe_core.simulation.directory.seal import SUMMARY, sealed
+from fedmoe_core.simulation.directory.standing import AFRESH, Standing
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.round import Round
 from fedmoe_core.simulation.worlds.federation import Federation
 
+METRICS, LEDGER, PARTITION = "metrics.jsonl", "ledger.jsonl", "partition.json"
 REFUSED = ("failed", "refused")  # an update that came late is on record as that
 
 
@@ -36,12 +42,8 @@ class RunLog:
         if has_clock(world.population):
             self.totals["virtual_seconds_total"] = 0.0
         self.unbilled_seconds = 0.0  # of the last commit; its round's line was written before it
-        self.metrics = JsonlLog(out / "metrics.jsonl")
-        self.ledger = JsonlLog(out / "ledger.jsonl")
-        self.lines = {
-            self.metrics.path: 0,
-            self.ledger.path: 0,
-        }  # on record; a count of the files would take longer every round
+        self.metrics, self.ledger = PrefixLog(out / METRICS), PrefixLog(out / LEDGER)
+        self.partition = _partition_text(world)
 
     @classmethod
     def create(cls, claim: Claim, world: Federation) -> RunLog:
@@ -49,36 +51,67 @@ class RunLog:
         claim.begin(world.identity.facts())
         log, out = cls(claim, world), claim.path
         write_whole(out / "config.toml", world.config.to_toml())
-        held = world.holdings
-        counts = {"names": held.names_D, "clients": held.clients, "counts": held.counts_CD.tolist()}
-        write_json(out / "partition.json", counts)
+        write_whole(out / PARTITION, log.partition)
+        log.metrics, log.ledger = PrefixLog.create(out / METRICS), PrefixLog.create(out / LEDGER)
         return log
 
     @classmethod
-    def reopen(cls, claim: Claim, world: Federation, meta: Mapping[str, Any]) -> RunLog:
-        """Continue a run directory: keep the lines that the checkpoint counted, drop any later ones."""
+    def reopen(cls, claim: Claim, world: Federation, standing: Standing, state: ServerState) -> RunLog:
+        """Continue a run directory from its checkpoint: the lines that it counted stay, those of a later round go.
+
+        Raises:
+            ValueError: a log or the partition is not what this run wrote; nothing was changed, except that lines of a
+                round without a checkpoint may be gone.
+        """
         log = cls(claim, world)
-        for file, name in ((log.metrics, "metrics_lines"), (log.ledger, "ledger_lines")):
-            file.truncate(int(meta[name]))
-            log.lines[file.path] = int(meta[name])
-        for line in log.metrics.read():
-            if line["type"] == "round":
-                log.totals = {name: line[name] for name in log.totals}
+        log._require_partition(standing.partition)
+        log.metrics = PrefixLog.reopen(log.metrics.path, standing.metrics, round=standing.round)
+        log.ledger = PrefixLog.reopen(log.ledger.path, standing.ledger, round=standing.round)
+        require_history(log.out, state)
+        try:
+            log._summary(state, "")  # what the last round will do with these lines, and more, so it can be done
+            for line in log.metrics.read():
+                if line["type"] == "round":
+                    log.totals = {name: line[name] + 0 for name in log.totals}
+        except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the logs in {log.out} hold what no run writes ({why:.80}); {AFRESH}") from error
         return log
+
+    def _require_partition(self, on_record: str) -> None:
+        """Refuse another partition than the run's; write the file again where it is missing, for it can be made."""
+        path = self.out / PARTITION
+        if sha256(self.partition.encode()).hexdigest() != on_record:
+            raise ValueError(
+                f"the data of {self.out} are dealt to the clients otherwise than when it began; resume with the fedmoe "
+                "and the files that began it"
+            )
+        require_file(path, most=len(self.partition.encode()))
+        if not path.exists():
+            write_whole(path, self.partition)
+        if path.read_bytes() != self.partition.encode():
+            raise ValueError(f"{path} was changed; remove it, and resume writes it again")
 
     def commit(self, state: ServerState, beside: Mapping[str, Tensor] | None = None) -> None:
         """Write the checkpoint atomically, with what a run carries ``beside`` its state; then the round is played."""
         began, config = time.perf_counter(), self.world.config
-        lines = {"metrics_lines": self.lines[self.metrics.path], "ledger_lines": self.lines[self.ledger.path]}
-        meta = {"round": state.round, **lines, "run": self.run, "identity": self.world.identity.facts()}
-        save_checkpoint(self.out / "checkpoint", pack_state(state) | dict(beside or {}), meta, config.decisive())
+        standing = Standing(
+            round=state.round,
+            run=self.run,
+            identity=self.world.identity.facts(),
+            metrics=self.metrics.prefix(),
+            ledger=self.ledger.prefix(),
+            partition=sha256(self.partition.encode()).hexdigest(),
+        )
+        tensors = pack_state(state) | dict(beside or {})
+        save_checkpoint(self.out / "checkpoint", tensors, standing.facts(), config.decisive())
         self.unbilled_seconds = time.perf_counter() - began
 
     def before(self, held: HeldOut) -> dict[str, Any]:
         """Write the line of the warm model, round 0."""
         line = {"type": "round", "round": 0, **results_of(held), **self.totals}
         line |= {"seconds": held.seconds, "engine_seconds": 0.0, "refused": []}
-        self._append(self.metrics, line)
+        self.metrics.append(line)
         return line
 
     def round(self, played: Round, held: HeldOut | None, state: ServerState) -> dict[str, Any]:
@@ -86,9 +119,7 @@ class RunLog:
         began, number = time.perf_counter(), played.index + 1
         plans = {plan.client: plan for plan in played.plans}
         budgets = self.world.population.budgets
-        self._append(
-            self.ledger, *[ledger_line(number, u, plans[u.client], budgets, played.time) for u in played.updates]
-        )
+        self.ledger.append(*[ledger_line(number, u, plans[u.client], budgets, played.time) for u in played.updates])
         trained = [plans[u.client].trainable_LE & (u.expert_weight_LE > 0) for u in played.updates if u.status == "ok"]
         profiles = [update.profile for update in played.updates if update.profile is not None]
         lost = [profile.lost_mass_L / np.maximum(profile.tokens_L, 1) for profile in profiles]
@@ -118,12 +149,8 @@ class RunLog:
                 "load_cv": self._load_cv(played),
                 "coverage": float(np.mean(np.any(trained, axis=0))) if trained else 0.0,
             }
-        self._append(self.metrics, *[client_record(number, u, plans[u.client], budgets) for u in played.updates], line)
+        self.metrics.append(*[client_record(number, u, plans[u.client], budgets) for u in played.updates], line)
         return line
-
-    def _append(self, file: JsonlLog, *records: Mapping[str, Any]) -> None:
-        file.append(*records)
-        self.lines[file.path] += len(records)
 
     def _load_cv(self, played: Round) -> float | None:
         """Coefficient of variation of the load, the data of the clients that trained an expert; mean over layers."""
@@ -133,13 +160,18 @@ class RunLog:
 
     def finish(self, state: ServerState, model_hash: str) -> dict[str, Any]:
         """Write ``summary.json`` from what the logs hold, so that a resumed run sums up the same."""
+        summary = sealed(self.out, self._summary(state, model_hash))
+        write_json(self.out / SUMMARY, summary)
+        return summary
+
+    def _summary(self, state: ServerState, model_hash: str) -> dict[str, Any]:
         config, held_data = self.world.config, self.world.holdings
         records, entries = self.metrics.read(), self.ledger.read()
         rounds = [line for line in records if line["type"] == "round"]
         judged = [line for line in rounds if "evaluate_seconds" in line]
         first, last = judged[0], judged[-1]
         held = [int(entry["real"]["experts"]) for entry in entries if entry["real"]["experts"]]
-        summary = {
+        return {
             "algorithm": config.algorithm,
             "label": self.world.algorithm.label(config),
             "task": held_data.task,
@@ -173,8 +205,13 @@ class RunLog:
             "threads": config.threads,
             "partition": held_data.partition,
         }
-        write_json(self.out / "summary.json", summary)
-        return summary
+
+
+def _partition_text(world: Federation) -> str:
+    """``partition.json``: who owns how much of what; it follows from data and configuration alone."""
+    held = world.holdings
+    counts = {"names": held.names_D, "clients": held.clients, "counts": held.counts_CD.tolist()}
+    return json_text(counts)
 
 
 def how_clients_ran(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

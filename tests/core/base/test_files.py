@@ -1,122 +1,24 @@
-"""The logs hold whole lines only, whenever the writer was killed."""
+"""Files are whole or not there, are nothing but files, and a line of another kind is named."""
 
 from __future__ import annotations
 
-import json
 import os
-import random
-import signal
-import time
+import socket
+import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from fedmoe_core.base.files import JsonlLog, read_json_lines, replacing, write_whole
-
-
-def records_of(count: int, width: int = 3) -> list[dict[str, object]]:
-    return [{"round": number, "text": "☃\n" * width} for number in range(count)]
-
-
-def test_records_come_back_in_order(tmp_path: Path) -> None:
-    log = JsonlLog(tmp_path / "metrics.jsonl")
-    assert (log.read(), log.count()) == ([], 0)
-    first, second, third = records_of(3)
-    log.append(first)
-    log.append(second, third)
-    assert log.read() == [first, second, third]
-    assert log.count() == 3
-
-
-def test_every_line_is_strict_json(tmp_path: Path) -> None:
-    log = JsonlLog(tmp_path / "metrics.jsonl")
-    record = {
-        "nan": float("nan"),
-        "inf": [np.float32("inf"), -float("inf")],
-        "array": np.arange(4).reshape(2, 2),
-        "scalar": np.float64(0.5),
-        "flag": np.bool_(True),
-        3: (1, None, "x"),
-    }
-    log.append(record)
-
-    def no_constants(name: str) -> None:
-        raise AssertionError(name)
-
-    assert json.loads(log.path.read_text(), parse_constant=no_constants) == {
-        "nan": None,
-        "inf": [None, None],
-        "array": [[0, 1], [2, 3]],
-        "scalar": 0.5,
-        "flag": True,
-        "3": [1, None, "x"],
-    }
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(count=st.integers(0, 4), width=st.sampled_from([0, 1, 3000]), data=st.data())
-def test_inv10_log_cut_anywhere_loses_only_its_last_line(
-    tmp_path: Path, count: int, width: int, data: st.DataObject
-) -> None:
-    """Width 3000 makes lines longer than the 4 KiB steps in which the last newline is sought."""
-    log = JsonlLog(tmp_path / "ledger.jsonl")
-    log.path.unlink(missing_ok=True)
-    records = records_of(count, width)
-    log.append(*records)
-    content = log.path.read_bytes()
-    cut = data.draw(st.integers(0, len(content)))
-    log.path.write_bytes(content[:cut])
-    whole = content[:cut].count(b"\n")
-    assert log.read() == records[:whole]
-    assert log.count() == whole
-    log.append({"round": "next"})
-    assert log.read() == [*records[:whole], {"round": "next"}]
-    keep = data.draw(st.integers(0, whole + 1))
-    log.truncate(keep)
-    assert log.read() == [*records[:whole], {"round": "next"}][:keep]
-
-
-def test_inv10_truncate_drops_a_broken_line_and_refuses_missing_ones(tmp_path: Path) -> None:
-    log = JsonlLog(tmp_path / "metrics.jsonl")
-    log.truncate(0)
-    assert not log.path.exists()
-    with pytest.raises(ValueError, match="holds 0 lines, the checkpoint counted 1"):
-        log.truncate(1)
-    log.path.write_bytes(b'{"round": 0}\n{"round": 1}\n{"rou')
-    with pytest.raises(ValueError, match="holds 2 lines, the checkpoint counted 3"):
-        log.truncate(3)
-    log.truncate(2)
-    assert log.path.read_bytes() == b'{"round": 0}\n{"round": 1}\n'
+from fedmoe_core.base.files import form_of, opened, read_json_lines, replacing, require_file, write_whole
 
 
 @pytest.mark.parametrize("line", [b"{'a': 1}", b"\xff", b"[1]", b"3", b"", b"[" * 100_000])
 def test_inv11_foreign_line_is_named(tmp_path: Path, line: bytes) -> None:
-    log = JsonlLog(tmp_path / "metrics.jsonl")
-    log.path.write_bytes(b'{"round": 0}\n' + line + b'\n{"round": 2}\n')
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"round": 0}\n' + line + b'\n{"round": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not") as caught:
-        log.read()
+        read_json_lines(path)
     assert "\n" not in str(caught.value)
-
-
-def test_inv10_kill_at_random_moments_leaves_whole_lines(tmp_path: Path) -> None:
-    log, rng = JsonlLog(tmp_path / "metrics.jsonl"), random.Random(0)
-    for _ in range(10):
-        done = log.count()
-        child = os.fork()
-        if child == 0:
-            for number in range(done, 10**6):
-                log.append({"number": number, "padding": "x" * 20_000})
-            os._exit(1)
-        time.sleep(rng.uniform(0.002, 0.03))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        records = log.read()
-        assert [record["number"] for record in records] == list(range(len(records)))
-        assert len(records) >= done
-    assert log.count() > 0
 
 
 def test_a_lenient_reader_takes_what_an_editor_leaves_and_no_half_line(tmp_path: Path) -> None:
@@ -146,3 +48,38 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "first"
     assert {entry.name for entry in tmp_path.iterdir()} == {"state", "kept"}
+
+
+def test_what_is_not_a_file_is_named_and_never_waited_for(tmp_path: Path) -> None:
+    def look(path: Path) -> str:
+        with pytest.raises(ValueError) as caught, opened(path):
+            pytest.fail("opened what is not a file")
+        return str(caught.value)
+
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        told: dict[str, str] = {}
+        names = {"link": "a symbolic link", "broken": "a symbolic link", "pipe": "a pipe", "folder": "a folder"}
+        names |= {"socket": "a socket", "/dev/null": "a device"}
+        looker = threading.Thread(target=lambda: told.update({name: look(tmp_path / name) for name in names}))
+        looker.daemon = True
+        looker.start()
+        looker.join(timeout=20)
+        assert not looker.is_alive(), "opening a pipe waits for its other end"
+    assert {name: form in told[name] for name, form in names.items()} == dict.fromkeys(names, True)
+    assert (form_of(tmp_path / "victim"), form_of(tmp_path / "missing")) == ("", "")
+    with opened(tmp_path / "victim") as file:
+        assert file.read() == b"precious"
+    require_file(tmp_path / "victim", most=8)
+    with pytest.raises(ValueError, match="has 8 bytes, and such a file has at most 7"):
+        require_file(tmp_path / "victim", most=7)
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"gone/summary.json could not be written \(No such file"):
+        write_whole(tmp_path / "gone" / "summary.json", "text")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedmoe_core.data.batches import Encoded
@@ -88,14 +90,68 @@ def test_cache_gives_the_same_bits_and_forgets_damaged_files(tmp_path: Path) -> 
     assert torch.equal(encoded.tokens_N, again.tokens_N)
     assert torch.equal(encoded.offsets_P1, again.offsets_P1)
     assert END in second.model.decode(second.encode([END])[0])
-    path.write_bytes(path.read_bytes()[:-7])
-    _, repaired = encode(PUBLIC, [0, 1, 2], cache)
-    assert torch.equal(encoded.tokens_N, repaired.tokens_N)
-    path.write_bytes(b"not a tensor file")
-    _, repaired = encode(PUBLIC, [0, 1, 2], cache)
-    assert torch.equal(encoded.tokens_N, repaired.tokens_N)
+    whole = path.read_bytes()
+    for damaged in (whole[:-7], b"not a tensor file", b"", whole + b"x"):
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"encoded-\w+.safetensors is damaged \(.*; the corpus is encoded again"):
+            _, repaired = encode(PUBLIC, [0, 1, 2], cache)
+        assert torch.equal(encoded.tokens_N, repaired.tokens_N)
     encode(PUBLIC, [0, 1], cache)
     assert len(list(cache.iterdir())) == 2  # another public part is another entry
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 10**6), change=st.sampled_from(["flip", "zeros", "cut", "more"]), size=st.integers(1, 64))
+def test_no_damage_of_a_cached_corpus_is_read(tmp_path: Path, place: int, change: str, size: int) -> None:
+    cache = tmp_path / "cache"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer, encoded = encode(PUBLIC, [0, 1, 2], cache)
+        (path,) = cache.iterdir()
+        content = bytearray(path.read_bytes())
+        place %= len(content)
+        match change:
+            case "flip":
+                content[place] ^= 1 << size % 8
+            case "zeros":
+                content[place : place + size] = bytes(len(content[place : place + size]))
+            case "cut":
+                del content[place:]
+            case _:
+                content[place:place] = bytes(range(size))
+        path.write_bytes(content)
+        other, again = encode(PUBLIC, [0, 1, 2], cache)
+    assert other.to_json() == tokenizer.to_json()
+    assert torch.equal(encoded.tokens_N, again.tokens_N)
+    assert torch.equal(encoded.offsets_P1, again.offsets_P1)
+
+
+def test_a_corpus_that_was_read_does_not_depend_on_the_file(tmp_path: Path) -> None:
+    """As windows onto the file its tensors would change with it, and reading past its new end kills the process."""
+    encode(PUBLIC, [0, 1, 2], tmp_path)
+    (path,) = tmp_path.iterdir()
+    _, encoded = encode(PUBLIC, [0, 1, 2], tmp_path)
+    before = encoded.tokens_N.tolist()
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert encoded.tokens_N.tolist() == before
+
+
+@pytest.mark.parametrize("form", ["a symbolic link", "a pipe", "a folder"])
+def test_what_is_not_a_file_in_the_cache_is_refused(tmp_path: Path, form: str) -> None:
+    encode(PUBLIC, [0, 1, 2], tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.rename(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere").read_bytes()
+    match form:
+        case "a symbolic link":
+            path.symlink_to(tmp_path / "elsewhere")
+        case "a pipe":
+            os.mkfifo(path)
+        case _:
+            path.mkdir()
+    with pytest.raises(ValueError, match=f"is {form}, and fedmoe writes a file there; move it away"):
+        encode(PUBLIC, [0, 1, 2], tmp_path)
+    assert (tmp_path / "elsewhere").read_bytes() == before
 
 
 def test_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from synthetic_run import make_run
 
-from fedmoe_core.reporting import run_schema
 from fedmoe_core.reporting.report import report
 from fedmoe_core.reporting.run import read_runs
+from fedmoe_core.simulation.directory import run_schema
 
 RAW = {  # JSON text that json.dumps does not write
     "@NaN": "NaN",

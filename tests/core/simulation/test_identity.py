@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from synthetic_run import make_run
 from tiny_runs import TINY, write_notes
 
+from fedmoe_core.base.files import json_digest
 from fedmoe_core.comparison.compare import compare
 from fedmoe_core.comparison.jobs import other_runs
 from fedmoe_core.comparison.study import Study
@@ -291,7 +292,9 @@ def test_a_users_own_algorithm_is_compared_with_its_own_code(tmp_path: Path, mon
         (job.out / "config.toml").write_text(job.config.to_toml())
         marker = job.out / "fedmoe-run.json"
         code = code_version("transformers", job.config.algorithm)
-        marker.write_text(json.dumps({**json.loads(marker.read_text()), "code": code}))
+        body = {**json.loads(marker.read_text()), "code": code}
+        del body["digest"]
+        marker.write_text(json.dumps({**body, "digest": json_digest(body)}))
     assert [job.other_code() for job in study.jobs()] == ["", ""]
     assert compare(study, unheard).notes == []
     with (tmp_path / "own_random.py").open("a") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -105,7 +106,7 @@ def test_inv11_the_forger_can_also_write_a_good_file(tmp_path: Path) -> None:
         (b"[]", "is not a fedmoe checkpoint"),
         (b'{"epoch": 3}', "is not a fedmoe checkpoint"),
         (b'{"format": "fedmoe-checkpoint", "format_version": 99}', "format version 99"),
-        (b'{"format": "fedmoe-checkpoint", "format_version": 2}', "does not match its digest"),
+        (b'{"format": "fedmoe-checkpoint", "format_version": 3}', "does not match its digest"),
     ],
 )
 def test_inv11_foreign_json_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
@@ -130,10 +131,13 @@ def test_inv11_json_with_missing_or_wrong_parts_is_refused(tmp_path: Path) -> No
     only.unlink()
     assert "cannot be read (No such file or directory)" in refused(tmp_path)
     only.mkdir()
-    assert "start the run afresh" in refused(tmp_path)
+    assert "is a folder, and fedmoe writes a file there" in refused(tmp_path)
 
 
 def test_nothing_there_is_one_sentence(tmp_path: Path) -> None:
     assert "there is no checkpoint to resume" in refused(tmp_path / "nowhere")
     (tmp_path / "checkpoint.json").mkdir()
-    assert "cannot be read" in refused(tmp_path)
+    assert "is a folder, and fedmoe writes a file there" in refused(tmp_path)
+    (tmp_path / "checkpoint.json").rmdir()
+    os.mkfifo(tmp_path / "checkpoint.json")  # reading it would wait for a writer
+    assert "is a pipe" in refused(tmp_path)

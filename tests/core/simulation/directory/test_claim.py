@@ -87,11 +87,69 @@ def test_a_file_that_only_bears_the_markers_name_marks_nothing(tmp_path: Path, m
     assert tree(tmp_path) == before
 
 
+def test_an_edited_marker_marks_nothing_and_resume_says_which_file_it_is(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    marker = tmp_path / MARKER
+    marker.write_text(marker.read_text().replace("c0ffee", "c0ffe0"))
+    with pytest.raises(ValueError, match="fedmoe did not make it"):
+        refuse_claim(tmp_path, force=True)
+    with (
+        pytest.raises(ValueError, match=r"its fedmoe-run.json is damaged or foreign\); restore that file"),
+        held(tmp_path),
+    ):
+        pytest.fail("held a run by an edited marker")
+
+
+@pytest.mark.parametrize("form", ["a symbolic link", "a pipe", "a folder"])
+def test_a_lock_that_is_not_a_file_is_refused_and_its_target_kept(tmp_path: Path, form: str) -> None:
+    """Locking opens a file and empties it: through a link that would be anyone's."""
+    make_run(tmp_path / "run")
+    lock, victim = tmp_path / "run" / LOCK, tmp_path / "victim"
+    lock.unlink(missing_ok=True)
+    victim.write_text("precious")
+    match form:
+        case "a symbolic link":
+            lock.symlink_to(victim)
+        case "a pipe":
+            os.mkfifo(lock)
+        case _:
+            lock.mkdir()
+    for hold in (claimed(tmp_path / "run", force=True), held(tmp_path / "run"), exclusive(tmp_path / "run")):
+        with pytest.raises(ValueError, match=f"{LOCK} is {form}"), hold:
+            pytest.fail("locked what is not a file")
+    assert victim.read_text() == "precious"
+
+
+def test_what_a_kill_left_half_written_goes_and_does_not_lock_the_directory_out(tmp_path: Path) -> None:
+    """A kill between the making of the directory and its marker leaves half a marker and nothing else."""
+    gone = os.fork()
+    if gone == 0:
+        os._exit(0)
+    os.waitpid(gone, 0)
+    half = tmp_path / "run" / f".{MARKER}.{gone}.partial"
+    half.parent.mkdir()
+    half.write_text("{")
+    make_run(tmp_path / "run")
+    assert not half.exists()
+    left = [tmp_path / "run" / f".{name}.{gone}.partial" for name in (MARKER, "summary.json", "config.toml")]
+    written_now = tmp_path / "run" / f".report.html.{os.getppid()}.partial"  # by a command that still runs
+    for path in (*left, written_now):
+        path.write_text("half")
+    with held(tmp_path / "run"):
+        assert [path for path in (*left, written_now) if path.exists()] == [written_now]
+    (tmp_path / "precious").write_text("kept")
+    link = tmp_path / "other" / f".{MARKER}.{gone}.partial"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match="fedmoe did not make it"):
+        refuse_claim(link.parent, force=True)
+
+
 def test_the_marker_of_a_later_version_is_refused_by_name(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     marker = tmp_path / "run" / MARKER
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "format_version": 99}))
-    with pytest.raises(ValueError, match="format version 99, this fedmoe reads 1"):
+    with pytest.raises(ValueError, match="format version 99, this fedmoe reads 2"):
         refuse_claim(tmp_path / "run", force=True)
 
 
@@ -188,7 +246,7 @@ def test_nothing_is_removed_or_written_through_a_link(tmp_path: Path, damage: Ca
     damage(root, victim)
     before = sorted(map(str, tmp_path.rglob("*"))), tree(victim)
     for hold in (claimed(root, force=True), held(root)):
-        with pytest.raises(ValueError, match=r"is (a symbolic link|not of the kind)"), hold:
+        with pytest.raises(ValueError, match=r"is a (symbolic link|folder|pipe), not of the kind"), hold:
             pytest.fail("used a directory with a foreign file of our name")
     assert (sorted(map(str, tmp_path.rglob("*"))), tree(victim)) == before
 
