@@ -31,7 +31,7 @@ from fedmoe_core.simulation.ranks.agreement import agree_on_sources, agree_on_wo
 from fedmoe_core.simulation.ranks.devices import crowded, pick_device
 from fedmoe_core.simulation.ranks.restart import kind_of_start, share
 from fedmoe_core.simulation.round import play_round, sample_clients
-from fedmoe_core.simulation.sinks.guard import HURRY, Watched
+from fedmoe_core.simulation.sinks.guard import HURRY, PATIENCE, Watched
 from fedmoe_core.simulation.sinks.sink import find_sinks
 from fedmoe_core.simulation.worlds.federation import Federation
 from fedmoe_core.simulation.worlds.found_plain import found_plain, plain_of, sources_of
@@ -165,7 +165,7 @@ def _watching(config: Config, observer: Observer | None, ranks: Ranks) -> Iterat
     watched = Watched(screen, sinks)
     try:
         yield watched if sinks else screen
-        watched.finish()
+        watched.finish(PATIENCE)
     except BaseException:
         watched.finish(HURRY)
         raise

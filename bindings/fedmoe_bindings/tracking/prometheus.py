@@ -32,6 +32,9 @@ class PrometheusSink(Sink):
     absent where the last round has none, as its loss between evaluations.
     """
 
+    def last_told(self, first_round: int) -> int:
+        return first_round - 1  # a run with no round left to play still has a last one
+
     def on_round(self, round: int, rounds: int, record: Mapping[str, Any]) -> None:
         self._write(round, rounds, record, finished=False)
         self._last = (round, rounds, record)

@@ -17,7 +17,7 @@ from fedmoe_core.simulation.sinks.sink import Sink
 
 WAITING = 1000  # rounds that may wait for a slow sink; of 1,000 clients each takes 40 KB
 PATIENCE = 30.0  # seconds after the last round in which sinks may finish
-HURRY = 2.0  # the same where the run ended early
+HURRY = 5.0  # the same where the run ended early
 
 
 class Guarded(Observer):
@@ -120,7 +120,7 @@ class Watched(Observer):
         for sink in self._sinks:
             sink.on_end(summary)
 
-    def finish(self, patience: float = PATIENCE) -> None:
+    def finish(self, patience: float) -> None:
         """Let the sinks close, all at once, for ``patience`` seconds at most; the screen's observer stays open."""
         for sink in self._sinks:
             sink.ask_to_close()
