@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -59,12 +60,23 @@ def watch(paths: Sequence[Path], *, once: bool, every: float, as_json: bool) -> 
         return
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            runs, folders = look()
-            view = watch_view(runs, several=folders or len(paths) > 1, ascii_only=ascii_only)
-            live.update(view, refresh=True)
+            with _whole():
+                runs, folders = look()
+                view = watch_view(runs, several=folders or len(paths) > 1, ascii_only=ascii_only)
+                live.update(view, refresh=True)
             if not folders and all(seen.state == "finished" for seen in runs):
                 return
             time.sleep(every)
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Let Ctrl-C, and what else asks this process to stop, wait until the block ends: half a frame stays on screen."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _runs_of(path: Path, *, alone: bool) -> Iterator[Path]:

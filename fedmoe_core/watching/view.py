@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
@@ -69,7 +70,12 @@ def curve(values: Sequence[float], width: int, bars: str = BARS) -> str:
 
 
 def _text(text: str, style: str = "") -> Text:
-    return Text(visible(text), style=style, overflow="ellipsis")
+    return Text(visible(text), style=style)
+
+
+def _name(text: str) -> Text:
+    """A name in a table: it alone gives way where the terminal is narrow, its end first."""
+    return Text(visible(text), overflow="ellipsis", no_wrap=True)
 
 
 def _headline(seen: Seen) -> Table:
@@ -84,7 +90,7 @@ def _progress(seen: Seen) -> Table:
     said = [f"round {done} of {seen.rounds}"]
     said += [f"{show.seconds(seen.round_seconds)} a round"] if seen.round_seconds is not None else []
     said += [f"{show.seconds(seen.seconds_left)} left"] if seen.seconds_left is not None else []
-    bar = ProgressBar(total=seen.rounds, completed=done, width=32, complete_style="blue", finished_style="blue")
+    bar = ProgressBar(total=seen.rounds, completed=done, width=24, complete_style="blue", finished_style="blue")
     line.add_row(bar, _text("   ".join(said)))
     return line
 
@@ -112,7 +118,8 @@ def _figures(seen: Seen, bars: str) -> Table:
 
 def _answers(seen: Seen) -> str:
     words = {"ok": "accepted", "": "without a status"}
-    return ", ".join(f"{count} {words.get(status, status)}" for status, count in sorted(seen.answers.items()))
+    counted = sorted(seen.answers.items(), key=lambda pair: (pair[0] != "ok", pair[0]))
+    return ", ".join(f"{count} {words.get(status, status)}" for status, count in counted)
 
 
 def _reasons(seen: Seen) -> list[str]:
@@ -130,36 +137,35 @@ def _reasons(seen: Seen) -> list[str]:
 
 def _tiers(seen: Seen) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("tier", overflow="ellipsis", no_wrap=True)
+    table.add_column("tier")
     for head in ("clients", "accepted", "loss", "worst", "most of its budget"):
         table.add_column(head, justify="right", no_wrap=True)
     for tier in seen.tiers[:FEW]:
         used = f"{show.share(tier.part, 0)} of {tier.of}" if tier.of else "no limit"
         counts = (str(tier.clients), f"{tier.accepted}/{tier.answers}")
         losses = (show.number(tier.loss), show.number(tier.worst_loss))
-        table.add_row(*(_text(cell) for cell in (tier.tier, *counts, *losses)), _text(used, _load(tier.part)))
+        figures = [_text(cell) for cell in (*counts, *losses)]
+        table.add_row(_name(tier.tier), *figures, _text(used, "red" if tier.part > 1 else ""))
     if (more := len(seen.tiers) - FEW) > 0:
         table.add_row(_text(f"and {show.plural(more, 'more tier')}", "dim"))
     return table
 
 
-def _load(part: float) -> str:
-    return "red" if part > 1 else ""
-
-
 def _table_of(runs: Sequence[Seen], bars: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("run", overflow="ellipsis", no_wrap=True)
+    table.add_column("run")
     table.add_column("state", no_wrap=True)
     for head in ("round", "loss"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for head in ("accuracy", "worst", "not counted", "a round", "left"):
         table.add_column(head, justify="right", no_wrap=True)
-    for seen in runs:
+    places = [os.path.abspath(seen.path) for seen in runs]
+    shared = os.path.commonpath([os.path.dirname(place) for place in places])
+    for seen, place in zip(runs, places, strict=True):
         lost = sum(count for status, count in seen.answers.items() if status != "ok")
         table.add_row(
-            _text(seen.path),
+            _name(os.path.relpath(place, shared)),
             _text(seen.state, STYLES[seen.state]),
             _text(f"{max(seen.round, 0)}/{seen.rounds}" if seen.rounds else ""),
             _text(show.number(seen.loss_R[-1]) if seen.loss_R else ""),
