@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mlflow")  # 80 MB with what it needs; CI does without
+pytest.importorskip("mlflow")  # 90 MB with what it needs: make trackers
 pytest.importorskip("sqlalchemy")
 
 from mlflow.tracking import MlflowClient

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("wandb")  # 70 MB with what it needs; CI does without
+pytest.importorskip("wandb")  # 70 MB with what it needs: make trackers
 
 from own_sinks import stopped_and_resumed, watched
 from tiny_runs import write_notes
