@@ -32,7 +32,7 @@ def watch_view(runs: Sequence[Seen], *, several: bool, ascii_only: bool = False)
     (seen,) = runs
     parts: list[RenderableType] = [_headline(seen), *([_progress(seen)] if seen.rounds else []), _figures(seen, bars)]
     if seen.tiers:
-        parts.append(_tiers(seen))
+        parts += [_text(""), _tiers(seen)]
     parts += [_text(line, "yellow") for line in [*_reasons(seen), *seen.problems]]
     return Group(*parts, *([_text(hint, STYLES[seen.state])] if (hint := hint_of(seen)) else []))
 
@@ -103,7 +103,7 @@ def _figures(seen: Seen, bars: str) -> Table:
     if seen.worst_loss is not None:
         grid.add_row("worst client", _text(show.number(seen.worst_loss)))
     if seen.coverage is not None:
-        grid.add_row("experts trained", _text(f"{show.share(seen.coverage, 0)} in the last round"))
+        grid.add_row("experts trained", _text(show.share(seen.coverage, 0)), _text("in the last round"))
     if seen.bytes_down is not None and seen.bytes_up is not None:
         ways = f"down {show.size(seen.bytes_down)}, up {show.size(seen.bytes_up)}"
         grid.add_row("moved", _text(show.size(seen.bytes_down + seen.bytes_up)), _text(ways))

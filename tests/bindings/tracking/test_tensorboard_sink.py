@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from own_sinks import StopsAfter, watched
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tiny_runs import write_notes
 
+from fedmoe_bindings.tracking.tensorboard import TensorBoardSink
+from fedmoe_core.budget.peak_memory import trace_memory
+from fedmoe_core.config.run_config import Config
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.observer import NullObserver
 
@@ -68,6 +72,15 @@ def test_after_a_kill_and_a_resume_every_step_is_there_once(notes: Path, tmp_pat
     for name in ("loss", "seconds", "tier_0_experts_12.5_/loss", "summary/seconds"):
         steps = [event.step for event in read(out).Scalars(name)]
         assert steps == ([3] if name.startswith("summary") else [0, 1, 2, 3]), name
+
+
+def test_no_torch_memory_is_taken_beside_a_client_that_trains(tmp_path: Path) -> None:
+    sink = TensorBoardSink(Config.load(overrides=[f"out={tmp_path}", "clients=2"]))
+    sink.on_start({})
+    line = {"loss": 1.0, "loss_clients": [1.0, 2.0], "importance_LE": [[0.1] * 64] * 4}
+    _, trace = trace_memory(lambda: sink.on_round(1, 2, line), torch.device("cpu"))
+    sink.close()
+    assert trace.peak == 0
 
 
 def test_a_run_that_is_replaced_leaves_none_of_its_points(notes: Path, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_inv10_a_sink_is_told_all_on_one_thread_and_changes_no_bit(notes: Path, 
     bare = simulate.run(watched(notes, tmp_path / "bare", ""), observer=NullObserver())
     summary = simulate.run(watched(notes, tmp_path / "seen", "recorder"), observer=NullObserver())
     assert summary["model_hash"] == bare["model_hash"]
+    assert summary["peak_memory_bytes"] == bare["peak_memory_bytes"]
     found = told(tmp_path / "seen")
     assert [what[0] for what in found] == ["start", "round", "round", "round", "round", "end", "close"]
     assert [what[1] for what in found if what[0] == "round"] == [0, 1, 2, 3]
@@ -104,6 +105,16 @@ def test_a_resumed_run_tells_each_sink_the_rounds_that_it_lacks(
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = {line["round"]: line["loss"] for line in lines if line["type"] == "round"}
     assert rounds == [[number, losses[number]] for number, _ in rounds]
+
+
+def test_a_run_may_get_a_sink_when_it_is_resumed(notes: Path, tmp_path: Path, site: None) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        simulate.run(watched(notes, out, ""), observer=StopsAfter(2))
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(text.replace('sinks = ""', 'sinks = "forgetful"'))
+    simulate.resume(out, observer=NullObserver())
+    assert [what[1] for what in told(out) if what[0] == "round"] == [1, 2, 3]
 
 
 def test_a_name_that_is_not_there_and_a_sink_that_does_not_load_are_refused_before_anything_trains(
