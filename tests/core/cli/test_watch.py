@@ -46,12 +46,13 @@ class Terminal:
 
     def read(self) -> bool:
         """Read what is there; False once the command has ended and all is read."""
+        ended = self.process.poll() is not None  # before the last look, so that nothing is left unread
         ready, _, _ = select.select([self.master], [], [], 0.1)
         try:
             self.text += os.read(self.master, 1 << 16).decode("utf-8", "replace") if ready else ""
         except OSError:  # the other end is closed
             return False
-        return bool(ready) or self.process.poll() is None
+        return bool(ready) or not ended
 
     def end(self) -> int:
         """Read all to the end; the exit status."""
@@ -132,7 +133,8 @@ def test_it_follows_a_run_in_a_terminal_and_leaves_with_it(tmp_path: Path) -> No
         (path / "metrics.jsonl").write_bytes(lines)
         terminal.until(lambda text: "round 8 of 8" in text)
     terminal.until(lambda text: "stopped; " in text)
-    (path / "summary.json").write_text(summary)
+    (tmp_path / "summary.json").write_text(summary)
+    (tmp_path / "summary.json").rename(path / "summary.json")  # whole or not there, as a run writes it
     assert terminal.end() == 0
     last = terminal.text[terminal.text.rindex("HFedMoE") :]
     assert "finished" in last
