@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check docs megablocks interpret aot test-oldest aot-3.6 demo bench bench-gpu gpu-cache test-gpu clean
+.PHONY: help setup test check docs megablocks trackers interpret aot test-oldest aot-3.6 demo bench bench-gpu gpu-cache test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -41,6 +41,11 @@ check: setup ## lint, format, types and the rules of the house
 megablocks: setup ## the megablocks binding against the published package, which this installs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation stanford-stk==0.7.1 megablocks==0.10.0
 	$(BIN)/python -m pytest -q tests/bindings/megablocks
+
+# Both with all that they need: 35 packages, 160 MB.
+trackers: setup ## the sinks of Weights & Biases and MLflow against the published packages, which this installs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[mlflow,wandb]"
+	$(BIN)/python -m pytest -q tests/bindings/tracking tests/test_no_network.py
 
 interpret: setup ## every Triton kernel in Triton's interpreter, on CPU, against the float64 reference
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/interpret

@@ -19,10 +19,10 @@ FLOORS = {"fedmoe_kernels": "kernels", "fedmoe_core": ".", "fedmoe_bindings": "b
 LONGEST = 400  # lines; a longer file asks to be two
 # The rooms of fedmoe_core, lowest first: text and layers; a model made of layers; what a device bears of a model; the
 # settings; what is said in a round; who matters; what a client does; what the server does; the systems, which do both;
-# a run; its report; many runs; a command.
+# a run; its report; a run that goes on, which needs what the report knows of a directory; many runs; a command.
 ROOMS = (
     *("base", "data", "layer", "model", "budget", "config", "messages", "selection", "client", "server"),
-    *("algorithms", "simulation", "reporting", "comparison", "cli"),
+    *("algorithms", "simulation", "reporting", "watching", "comparison", "cli"),
 )
 CROWDED = 14  # files in one folder, ``__init__.py`` not counted; a fuller one asks to be two
 SOURCES = sorted(path for package, folder in FLOORS.items() for path in (HOUSE / folder / package).rglob("*.py"))
@@ -30,7 +30,13 @@ NOT_OURS = {".venv", ".venv-oldest", ".venv-gpu", "build", "dist", "runs", ".git
 # What tensors in, tensors out may lean on; nn.Module, frameworks and file formats belong to the floors above.
 KERNEL_FRIENDS = {"torch", "triton", "numpy", "fedmoe_kernels", *sys.stdlib_module_names}
 # What a package is called where it is installed from, when that is not the name it is imported by.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {
+    "mlflow": "mlflow-skinny",
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+}
 # Words that cost a second reading; write "is not a", "again", "midway", "instead of", or name the thing that acts.
 # "There is no X" is plain.
 RIDDLES = re.compile(
@@ -125,7 +131,7 @@ def loose_words(tree: ast.AST) -> list[str]:
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
-        sure = ("json.dumps(", "Text(visible(", "plan_table(", "groups_table(")
+        sure = ("json.dumps(", "Text(visible(", "plan_table(", "groups_table(", "watch_view(")
         safe = [ast.unparse(arg).startswith(sure) for arg in node.args]
         constant = [isinstance(arg, ast.Constant) for arg in node.args]
         consoles = called.endswith(("console.print", "progress.print"))
@@ -326,10 +332,12 @@ def test_html_is_written_by_one_template_and_markup_made_in_one_place() -> None:
 
 
 def declared(path: Path | None = None) -> set[str]:
-    """What every install has, and for a binding of an extra's name (``fedmoe_bindings/peft``) what the extra adds."""
+    """What every install has, and for a binding of an extra's name, a folder or a file of it, what the extra adds."""
     project = tomllib.loads((HOUSE / "pyproject.toml").read_text("utf-8"))["project"]
-    extra = path.parent.name if path is not None and package_of(path) == "fedmoe_bindings" else ""
-    listed = project["dependencies"] + project["optional-dependencies"].get(extra, [])
+    extras = (path.parent.name, path.stem) if path is not None and package_of(path) == "fedmoe_bindings" else ()
+    listed = project["dependencies"] + [
+        line for name in extras for line in project["optional-dependencies"].get(name, [])
+    ]
     return {re.split(r"[^\w.-]", line)[0].lower() for line in listed}
 
 

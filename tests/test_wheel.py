@@ -100,6 +100,8 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     entries.read_string(meta["entry_points.txt"].decode())
     assert entries["console_scripts"]["fedmoe"] == "fedmoe_core.cli.main:main"
     assert entries["fedmoe.adapters"]["transformers"] == "fedmoe_bindings.transformers:load_adapter"
+    assert entries["fedmoe.sinks"]["tensorboard"] == "fedmoe_bindings.tracking.tensorboard:TensorBoardSink"
+    assert {*entries["fedmoe.sinks"]} == {"mlflow", "prometheus", "tensorboard", "wandb"}
     facts = message_from_string(meta["METADATA"].decode())
     assert (facts["License-Expression"], facts["Author"]) == ("Apache-2.0", "The fedmoe authors")
     assert meta["licenses/LICENSE"] == (HOUSE / "LICENSE").read_bytes()

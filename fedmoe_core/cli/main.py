@@ -20,6 +20,7 @@ from fedmoe_core.base import show
 from fedmoe_core.base.say import hold_streams, say
 from fedmoe_core.cli import score as cli_score
 from fedmoe_core.cli import study as cli_study
+from fedmoe_core.cli import watch as cli_watch
 from fedmoe_core.simulation import launch
 
 if TYPE_CHECKING:
@@ -176,6 +177,19 @@ def score(
         finally:
             observer.close()
         cli_score.show(found, by=by, top=top, as_json=as_json)
+
+
+@app.command()
+def watch(
+    run_dirs: cli_watch.RunDirs,
+    once: cli_watch.Once = False,
+    every: cli_watch.Every = 1.0,
+    debug: Debug = False,
+    as_json: AsJson = False,
+) -> None:
+    """Follow a run, or several, in a table: rounds, loss, worst client, updates, budgets, time left; it only reads."""
+    with _errors(debug):
+        cli_watch.watch(run_dirs, once=once, every=every, as_json=as_json)
 
 
 @app.command()

@@ -45,6 +45,7 @@ from fedmoe_core.config.sections import (
     TimeConfig,
     TrainConfig,
     WarmupConfig,
+    WatchConfig,
 )
 from fedmoe_core.config.systems import ALGORITHMS, PLACE, RETIRED, section_of, settings_of
 
@@ -112,6 +113,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     flux: FluxConfig = field(default_factory=FluxConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     settings: Any = None
 
     def __post_init__(self) -> None:
@@ -184,7 +186,8 @@ class Config:
         model = str(Path(self.model).absolute()) if directory else self.model
         asked = os.environ.get("OMP_NUM_THREADS", "")  # of each process, as launchers and batch systems set it
         threads = self.threads or (int(asked) if asked.isdigit() else 0) or max(1, usable_cores() // self.ranks)
-        return replace(self, threads=threads, data=data, model=model)
+        file = self.watch.prometheus and str(Path(self.watch.prometheus).absolute())
+        return replace(self, threads=threads, data=data, model=model, watch=replace(self.watch, prometheus=file))
 
     def to_toml(self) -> str:
         """Return every key and value as TOML; ``Config.load`` of that text gives an equal configuration."""
@@ -204,7 +207,7 @@ class Config:
 
 
 # Same results whatever these say; `threads` is not here, because the order of a sum depends on it.
-INDIFFERENT = frozenset({"out", "cache", "ranks"})
+INDIFFERENT = frozenset({"out", "cache", "ranks", "watch.sinks", "watch.prometheus"})
 
 # What labelled data starts from, below the user's own words.
 CLASSIFICATION_DEFAULTS: Mapping[str, object] = {

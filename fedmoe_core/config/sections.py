@@ -238,3 +238,11 @@ class EvalConfig:
     every: Positive = 1  # evaluate after every so many rounds, and after the last
     personal: bool = False  # also every client's own deployable model, on its own test split
     validation: Positive = 64  # most rows or windows of one client's validation pass, where its algorithm has one
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Where a run's curves go besides the screen; nothing here decides a result."""
+
+    sinks: str = ""  # names with commas between them: tensorboard, wandb, mlflow, prometheus or your own; empty = none
+    prometheus: str = ""  # file that the prometheus sink replaces each round; empty = metrics.prom in out

@@ -41,6 +41,8 @@ from fedmoe_core.simulation.ranks.agreement import agree_on_sources, agree_on_wo
 from fedmoe_core.simulation.ranks.devices import crowded, pick_device
 from fedmoe_core.simulation.ranks.restart import kind_of_start, share
 from fedmoe_core.simulation.round import play_round, sample_clients
+from fedmoe_core.simulation.sinks.guard import HURRY, PATIENCE, Watched
+from fedmoe_core.simulation.sinks.sink import find_sinks
 from fedmoe_core.simulation.worlds.federation import Federation
 from fedmoe_core.simulation.worlds.found_plain import found_plain, plain_of, sources_of
 
@@ -178,7 +180,7 @@ def _among_ranks(
     with (
         open_ranks(config.ranks, pick_device(config)) as ranks,
         ExitStack() as held_open,
-        _watching(observer, ranks) as shown,
+        _watching(config, observer, ranks) as shown,
     ):
         agree_on_sources(ranks, config, partial(sources_of, config, plain))
         if why := crowded(config, ranks.device):
@@ -196,18 +198,27 @@ def _found(
 
 
 @contextmanager
-def _watching(observer: Observer | None, ranks: Ranks) -> Iterator[Observer]:
-    """The observer of this rank: the caller's, else progress on stderr, taken off the screen whatever happens."""
+def _watching(config: Config, observer: Observer | None, ranks: Ranks) -> Iterator[Observer]:
+    """The observer of this rank: on rank 0 the caller's, else progress on stderr, and ``watch.sinks`` beside it.
+
+    What this makes is closed whatever happens.
+    """
+    with ranks.together("loading watch.sinks"):
+        sinks = find_sinks(config) if ranks.leads else {}
     if not ranks.leads:
         yield NullObserver()
-    elif observer is not None:
-        yield observer
-    else:
-        shown = observer_for(Console(stderr=True))
-        try:
-            yield shown
-        finally:
-            shown.close()
+        return
+    screen = observer if observer is not None else observer_for(Console(stderr=True))
+    watched = Watched(screen, sinks)
+    try:
+        yield watched if sinks else screen
+        watched.finish(PATIENCE)
+    except BaseException:
+        watched.finish(HURRY)
+        raise
+    finally:
+        if observer is None:
+            screen.close()
 
 
 def _refuse_other_sources(claim: Claim, standing: Standing, now: Identity, config: Config, *, other_code: bool) -> None:
@@ -268,7 +279,8 @@ def _play(
     the warm model judged first; a resumed one has that line already.
     """
     config, (state, flying) = world.config, start
-    observer.on_start(_headline(world, state))
+    run = log.run if log is not None else ""
+    observer.on_start(_headline(world, state) | {"run": run, "resumed": not fresh})
     if fresh:
         warm = world.evaluate(state)
         with world.ranks.together("writing the logs"):

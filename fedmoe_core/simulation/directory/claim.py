@@ -23,7 +23,15 @@ LARGEST_MARKER = 1 << 16  # bytes; ours has a few hundred
 LARGEST_CONFIG = 1 << 24  # bytes; a thousand budgets take some ten thousand
 
 # Everything that fedmoe writes into a run directory; --force removes these names and nothing else.
-FILES = ("config.toml", "partition.json", "metrics.jsonl", "ledger.jsonl", "summary.json", "report.html")
+FILES = (
+    "config.toml",
+    "partition.json",
+    "metrics.jsonl",
+    "ledger.jsonl",
+    "summary.json",
+    "report.html",
+    "metrics.prom",
+)
 CHECKPOINT = "checkpoint"
 _IN_CHECKPOINT = re.compile(r"checkpoint\.json|state-[0-9a-f]{16}\.safetensors|(tensors|json)-\d+\.tmp")
 _PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (MARKER, *FILES)))})\.(\d+)\.partial")

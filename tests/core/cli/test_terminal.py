@@ -110,6 +110,23 @@ def test_report_of_one_and_of_several(simulator: Any, tmp_path: Path) -> None:
     assert f"L{SEEN}, \\udcff\\udcfe\\x1b[2J" in out
 
 
+def test_watch_of_one_and_of_several(tmp_path: Path) -> None:
+    one = hostile_run(tmp_path / "plain", tiers=(TIER, "experts=25%")).rename(tmp_path / f"{LONE}{TITLE}")
+    config = (one / "config.toml").read_text("utf-8").replace('"experts=25%"', json.dumps(EVIL))
+    (one / "config.toml").write_text(config.replace('model = "tiny"', f"model = {json.dumps(EVIL)}"), "utf-8")
+    lines = (one / "metrics.jsonl").read_text("utf-8").replace("loss is NaN at step 3", json.dumps(EVIL)[1:-1])
+    (one / "metrics.jsonl").write_text(lines.replace('"status": "failed"', f'"status": {json.dumps(EVIL)}'), "utf-8")
+    out, _ = said("watch", str(one), "--once")
+    assert f"HFedMoE: {SEEN} on stdlib" in out
+    assert f"{SEEN}  " in out  # the tier
+    assert f"{SEEN} 1, client 2, round 2: {SEEN}" in out
+    out, _ = said("watch", str(one), str(hostile_run(tmp_path / "b")), "--once")
+    assert "\\udcff\\udcfe\\x1b[2J" in out
+    said("watch", str(one), "--json")
+    (one / "summary.json").unlink()
+    assert "stopped; there is no checkpoint yet, start again" in said("watch", str(one))[0]
+
+
 def test_plan_shows_names_as_they_are(simulator: Any) -> None:
     names = ("[red]x[/red]", "[/]", ":bomb:", EVIL, LONE)
     rows = [replace(ROW, client=name, budget=replace(ROW.budget, name=f"t{name}")) for name in names]
