@@ -22,7 +22,7 @@ LONGEST = 400  # lines; a longer file asks to be two
 # a run; its report; many runs; a command.
 ROOMS = (
     *("base", "data", "layer", "model", "budget", "config", "messages", "selection", "client", "server"),
-    *("algorithms", "simulation", "reporting", "comparison", "cli"),
+    *("privacy", "algorithms", "simulation", "reporting", "comparison", "cli"),
 )
 CROWDED = 14  # files in one folder, ``__init__.py`` not counted; a fuller one asks to be two
 SOURCES = sorted(path for package, folder in FLOORS.items() for path in (HOUSE / folder / package).rglob("*.py"))
@@ -31,6 +31,7 @@ NOT_OURS = {".venv", ".venv-oldest", ".venv-gpu", "build", "dist", "runs", ".git
 KERNEL_FRIENDS = {"torch", "triton", "numpy", "fedmoe_kernels", *sys.stdlib_module_names}
 # What a package is called where it is installed from, when that is not the name it is imported by.
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS |= {"dp_accounting": "dp-accounting"}
 # Words that cost a second reading; write "is not a", "again", "midway", "instead of", or name the thing that acts.
 # "There is no X" is plain.
 RIDDLES = re.compile(
@@ -326,9 +327,13 @@ def test_html_is_written_by_one_template_and_markup_made_in_one_place() -> None:
 
 
 def declared(path: Path | None = None) -> set[str]:
-    """What every install has, and for a binding of an extra's name (``fedmoe_bindings/peft``) what the extra adds."""
+    """What every install has, and for a folder of an extra's name (``fedmoe_bindings/peft``) what the extra adds."""
     project = tomllib.loads((HOUSE / "pyproject.toml").read_text("utf-8"))["project"]
-    extra = path.parent.name if path is not None and package_of(path) == "fedmoe_bindings" else ""
+    extra = (
+        ""
+        if path is None or package_of(path) == "fedmoe_kernels"
+        else module_of(path).partition(".")[2].partition(".")[0]
+    )
     listed = project["dependencies"] + project["optional-dependencies"].get(extra, [])
     return {re.split(r"[^\w.-]", line)[0].lower() for line in listed}
 

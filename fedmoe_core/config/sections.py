@@ -219,3 +219,14 @@ class EvalConfig:
     every: Positive = 1  # evaluate after every so many rounds, and after the last
     personal: bool = False  # also every client's own deployable model, on its own test split
     validation: Positive = 64  # most rows or windows of one client's validation pass, where its algorithm has one
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of the model towards everyone but the server, client by client; off while clip is 0."""
+
+    # largest L2 norm of all that a client adds to the sums of a round; more is scaled down; 0 = not private
+    clip: NaturalReal = 0.0
+    noise: NaturalReal = 0.0  # z: each number of the sums gets Gaussian noise of sigma z * clip; 0 = none
+    delta: Share = 0.0  # delta of (epsilon, delta), below 1 / clients; noise needs it
+    epsilon: NaturalReal = 0.0  # the run ends before the round that would pass it; 0 = no limit

@@ -12,6 +12,7 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.messages.codec import report_of, update_of
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate, refused
+from fedmoe_core.privacy.central import Central
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.state import ServerState
@@ -90,9 +91,11 @@ def settle(world: Federation, state: ServerState, trained: Trained) -> tuple[Ser
     gathered = ranks.gather([trained.reports, trained.cohorts])
     updates = sorted((update_of(report) for part, _ in gathered for report in part), key=lambda update: update.client)
     together = sorted((record for _, part in gathered for record in part), key=lambda record: record["clients"])
-    applied = sums.accepted >= world.config.min_clients
+    private = Central.of(world.config)
+    applied = private is not None or sums.accepted >= world.config.min_clients
     if applied:
-        state = world.algorithm.advance(state, sums.sums(), updates)
+        found = sums.sums() if private is None else private.released(sums.sums(), state.round)
+        state = world.algorithm.advance(state, found, updates)
     else:
         state = state.advance(state.params, {}, [update.client for update in updates])
     now = time.perf_counter()
@@ -101,8 +104,13 @@ def settle(world: Federation, state: ServerState, trained: Trained) -> tuple[Ser
 
 
 def sample_clients(config: Config, round: int, *, absent: Collection[int] = ()) -> list[int]:
-    """Draw the clients of a round from those that are not ``absent``, ascending; every rank draws the same."""
+    """Draw the clients of a round from those that are not ``absent``, ascending; every rank draws the same.
+
+    A private round draws each client by itself, so that their number differs from round to round.
+    """
     present = [client for client in range(config.clients) if client not in absent]
+    if (private := Central.of(config)) is not None:
+        return private.sample(round, present)
     count = min(config.clients_per_round or config.clients, len(present))
     rng = counter_rng(config.seed, "sample", round)
     return sorted(present[int(place)] for place in rng.choice(len(present), size=count, replace=False))
@@ -125,6 +133,8 @@ def _admit(
         return refused(update, f"{before}over budget, though its plan fits: {over[0]}")
     if update.status == "ok" and (late := lateness(world.population, update)):
         return refused(update, late, status="late")
+    if (private := Central.of(world.config)) is not None:
+        share *= private.share(update, plan, sums.specs)
     outcome = sums.add(update, plan, share=share)
     if outcome.accepted or update.status == "failed":
         return update
@@ -134,6 +144,7 @@ def _admit(
 def _accumulator(world: Federation) -> Accumulator:
     """Empty exact sums for one round of this run."""
     rule, config = world.config.aggregation, world.config
+    private = Central.of(config)
     settings = SumSettings(
         scale_bits=rule.scale_bits,
         weight_bits=rule.weight_bits,
@@ -144,8 +155,8 @@ def _accumulator(world: Federation) -> Accumulator:
     specs = world.learning
     return Accumulator(
         specs,
-        settings,
-        lr=config.train.lr,
+        settings if private is None else private.settings,
+        lr=config.train.lr if private is None else None,  # the noise is 2^23 times what the sums resolve
         train_dense=any(spec.kind == "dense" for spec in specs),
         device=world.ranks.device,
     )
