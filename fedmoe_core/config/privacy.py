@@ -16,6 +16,8 @@ def check_privacy(values: Mapping[str, Any]) -> None:
     """
     clip, noise, delta, epsilon = (values[f"privacy.{name}"] for name in ("clip", "noise", "delta", "epsilon"))
     clients = values["clients"]
+    if values["privacy.secure"]:
+        _check_secure(values)
     if noise and not clip:
         raise ValueError(f"privacy.noise={noise:g} hides nothing of unbounded size; set privacy.clip, for example to 1")
     if epsilon and not noise:
@@ -45,4 +47,16 @@ def check_privacy(values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"privacy.clip={clip:g} cannot be kept with aggregation.gate=literal, which scales routers by what clients "
             "measured; choose row-wise, normalized or fedavg"
+        )
+
+
+def _check_secure(values: Mapping[str, Any]) -> None:
+    if values["time.mode"] != "rounds":
+        raise ValueError(
+            f"privacy.secure needs the clients of a round to mask together; set time.mode=rounds, not "
+            f"{values['time.mode']}"
+        )
+    if (values["clients_per_round"] or values["clients"]) < 2:
+        raise ValueError(
+            "privacy.secure hides nothing where one client makes a round; set clients_per_round to 2 or more"
         )

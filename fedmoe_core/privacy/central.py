@@ -24,6 +24,7 @@ from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.privacy.account import Account, stopped
 from fedmoe_core.privacy.clipping import clip_share, sensitivity
 from fedmoe_core.privacy.discrete_gaussian import discrete_gaussian
+from fedmoe_core.privacy.masked import refuse_without_ciphers
 from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.means import Sums
 
@@ -127,8 +128,9 @@ def refuse_unfit(config: Config, *, sums_alone: bool) -> None:
         sums_alone: as the attribute of the algorithm's class.
 
     Raises:
-        ValueError: one of them, or dp-accounting is not installed.
+        ValueError: one of them, or a package of the extra is not installed.
     """
+    refuse_without_ciphers(config)
     if not config.privacy.clip:
         return
     if not sums_alone:

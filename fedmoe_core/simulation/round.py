@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fedmoe_core.base.rng import counter_rng
@@ -13,6 +14,8 @@ from fedmoe_core.messages.codec import report_of, update_of
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate, refused
 from fedmoe_core.privacy.central import Central
+from fedmoe_core.privacy.dropping import dropped
+from fedmoe_core.privacy.masked import MaskedSums
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.state import ServerState
@@ -43,7 +46,7 @@ class Trained:
     """What this rank's clients of a round left: their sums, and reports for the other ranks."""
 
     plans: list[ExpertPlan]  # of all ranks
-    sums: Accumulator
+    sums: Accumulator | MaskedSums
     reports: list[dict[str, Any]]
     cohorts: list[dict[str, Any]]
     began: float  # time.perf_counter() at the start of the round
@@ -63,8 +66,8 @@ def play_round(world: Federation, state: ServerState, observer: Observer) -> tup
 
 def train(world: Federation, index: int, tasks: Sequence[Task], observer: Observer, *, began: float) -> Trained:
     """Train this rank's share of the tasks of a round, counted from 0; every update is summed, or refused by name."""
-    reports, cohorts, sums = [], [], _accumulator(world)
     plans = sorted((plan for task in tasks for plan in task.group.plans), key=lambda plan: plan.client)
+    reports, cohorts, sums = [], [], _sums(world, index, plans)
     engine = time.perf_counter() - began
     with world.training(world.ranks.mine(tasks, [task.group.flops for task in tasks])) as in_turn:
         for task, answers in in_turn:
@@ -85,11 +88,14 @@ def train(world: Federation, index: int, tasks: Sequence[Task], observer: Observ
 def settle(world: Federation, state: ServerState, trained: Trained) -> tuple[ServerState, Round]:
     """Meet the other ranks and apply what all clients changed; the round's virtual time is still to be told."""
     ranks, sums, summing = world.ranks, trained.sums, time.perf_counter()
-    if ranks.world > 1:
+    if ranks.world > 1 and isinstance(sums, Accumulator):
         with ranks.meeting():
             sums.all_reduce()
     gathered = ranks.gather([trained.reports, trained.cohorts])
     updates = sorted((update_of(report) for part, _ in gathered for report in part), key=lambda update: update.client)
+    if isinstance(sums, MaskedSums):
+        with ranks.meeting():
+            sums, updates = sums.opened(updates, together=ranks.world > 1)
     together = sorted((record for _, part in gathered for record in part), key=lambda record: record["clients"])
     private = Central.of(world.config)
     applied = private is not None or sums.accepted >= world.config.min_clients
@@ -124,7 +130,7 @@ def _cohort_record(group: Group, peak: int, seconds: float) -> dict[str, Any]:
 
 
 def _admit(
-    world: Federation, update: ClientUpdate, plan: ExpertPlan, sums: Accumulator, *, share: float
+    world: Federation, update: ClientUpdate, plan: ExpertPlan, sums: Accumulator | MaskedSums, *, share: float
 ) -> ClientUpdate:
     """Sum the update, or refuse it by name: it broke its budget, came late, or is not what was asked for."""
     if over := plan.budget.violations(update.cost):
@@ -133,12 +139,21 @@ def _admit(
         return refused(update, f"{before}over budget, though its plan fits: {over[0]}")
     if update.status == "ok" and (late := lateness(world.population, update)):
         return refused(update, late, status="late")
+    if update.status == "ok" and (gone := dropped(world.config, plan.round, plan.client)):
+        return refused(update, gone)
     if (private := Central.of(world.config)) is not None:
         share *= private.share(update, plan, sums.specs)
     outcome = sums.add(update, plan, share=share)
     if outcome.accepted or update.status == "failed":
         return update
     return refused(update, outcome.reason)
+
+
+def _sums(world: Federation, index: int, plans: Sequence[ExpertPlan]) -> Accumulator | MaskedSums:
+    """Empty sums for a round of these plans, in the clear or under masks."""
+    if not world.config.privacy.secure:
+        return _accumulator(world)
+    return MaskedSums(world.config, index, [plan.client for plan in plans], partial(_accumulator, world))
 
 
 def _accumulator(world: Federation) -> Accumulator:
