@@ -119,7 +119,9 @@ def sent(sums: Accumulator, case: Case, deltas: list[Tensor], client: int) -> tu
     trained = np.isin(np.arange(sums.num_experts), case.experts)[None] if case.experts else np.zeros((1, 1), dtype=bool)
     plan = ExpertPlan(client, 0, np.ones_like(trained), trained, 1, 1, 0, Budget(), Cost())
     keyed = {spec.key: delta for spec, delta in zip(sums.specs, deltas, strict=False)}
-    update = ClientUpdate(client, 0, keyed, WEIGHT * trained, 0.0 * trained, 0.0, WEIGHT, None, Cost(), 1, steps=1)
+    update = ClientUpdate(
+        client, 0, plan.id, keyed, WEIGHT * trained, 0.0 * trained, 0.0, WEIGHT, None, Cost(), 1, steps=1
+    )
     return update, plan
 
 

@@ -40,6 +40,8 @@ def check_privacy(values: Mapping[str, Any]) -> None:
         ("time.mode", "rounds", "an answer to an older model was drawn by the speeds of all, not by a known chance"),
         ("cohort.clients", 1, "who trains at once with a client moves the last bits of its answer"),
         ("min_clients", 1, "whether a round counts would tell how many answered"),
+        ("guard.quorum", 1, "whether an expert moves would tell how many trained it"),
+        ("guard.rule", "none", "one client's change can move a median or who is left out by more than its own norm"),
     ):
         if values[key] != value:
             raise ValueError(f"privacy.clip={clip:g} cannot be kept with {key}={values[key]}: {why}; set {key}={value}")
@@ -55,6 +57,11 @@ def _check_secure(values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"privacy.secure needs the clients of a round to mask together; set time.mode=rounds, not "
             f"{values['time.mode']}"
+        )
+    if values["guard.rule"] != "none":
+        raise ValueError(
+            f"privacy.secure hides each client's change, and guard.rule={values['guard.rule']} compares them; set "
+            "guard.rule=none, or privacy.secure=false"
         )
     if (values["clients_per_round"] or values["clients"]) < 2:
         raise ValueError(

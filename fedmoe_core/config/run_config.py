@@ -36,6 +36,7 @@ from fedmoe_core.config.sections import (
     FftMoEConfig,
     FlexMoEConfig,
     FluxConfig,
+    GuardConfig,
     LoraConfig,
     ModelConfig,
     Natural,
@@ -105,6 +106,7 @@ class Config:
     time: TimeConfig = field(default_factory=TimeConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     fedmoe: FedMoEConfig = field(default_factory=FedMoEConfig)
     flex_moe: FlexMoEConfig = field(default_factory=FlexMoEConfig)
     plus: PlusConfig = field(default_factory=PlusConfig)
@@ -339,6 +341,23 @@ def _check_buffer(values: Mapping[str, Any]) -> None:
         )
 
 
+def _check_guard(values: Mapping[str, Any], answers: str) -> None:
+    """The guard needs so many answers in a round, and averages that divide by what it leaves."""
+    quorum, rule = values["guard.quorum"], values["guard.rule"]
+    if quorum > values[answers]:
+        raise ValueError(f"guard.quorum={quorum} exceeds {answers}={values[answers]}; lower it, or raise {answers}")
+    if values[answers] < (fewest := {"trimmed_mean": 3, "median": 3, "krum": 5}.get(rule, 1)):
+        raise ValueError(
+            f"guard.rule={rule} compares at least {fewest} clients, and {answers}={values[answers]}; raise it, or set "
+            "guard.rule=norm"
+        )
+    if values["aggregation.gate"] == "literal" and (quorum > 1 or rule != "none"):
+        raise ValueError(
+            "aggregation.gate=literal rescales whole routers, which no guard can hold back; choose row-wise, "
+            "normalized or fedavg"
+        )
+
+
 def _check_pairs(values: Mapping[str, Any]) -> None:
     sampled = "clients_per_round" if values["clients_per_round"] else "clients"
     buffered = values["time.mode"] == "buffered"
@@ -354,6 +373,7 @@ def _check_pairs(values: Mapping[str, Any]) -> None:
     _check_plain(values)
     _check_buffer(values)
     check_privacy(values)
+    _check_guard(values, "time.buffer" if buffered else sampled)
     heads, kv_heads = values["model_config.heads"], values["model_config.kv_heads"]
     if heads % kv_heads:
         raise ValueError(

@@ -132,6 +132,24 @@ class AggregationConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What bounds the harm of hostile clients beyond the checks of each update.
+
+    Each part of the model is judged alone: an expert, a router row, all dense tensors.
+    """
+
+    quorum: Positive = 1  # fewest clients that change a part; with fewer it keeps its bits
+    # none: all count as they are; the others first scale down changes of unusual norm. norm: then sum; trimmed_mean,
+    # median: of each number over the clients; krum: sum those whose changes lie closest to others'
+    rule: Literal["none", "norm", "trimmed_mean", "median", "krum"] = "none"
+    # share of a part's clients that may be hostile: so many are trimmed at either end, or left out by krum
+    hostile: Annotated[float, Meta(gt=0.0, le=0.49)] = 0.2
+    # a part with too few clients for the rule (3; krum 5); bounded: sums what the norm bound leaves; keep: unchanged
+    few: Literal["bounded", "keep"] = "bounded"
+    factor: Annotated[float, Meta(ge=1.0)] = 3.0  # norm bound, in running medians of the norms in the layer
+
+
+@dataclass(frozen=True)
 class FedMoEConfig:
     """FedMoE's settings (arXiv 2408.11304); the paper gives a value for ``tunings`` alone, about 5."""
 

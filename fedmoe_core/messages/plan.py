@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
 from typing import Protocol
 
 import numpy as np
@@ -217,6 +219,13 @@ class ExpertPlan:
     first_participation: bool = True
     mode: Mode = "compact"
     extras: Extras = NO_EXTRAS
+
+    @cached_property
+    def id(self) -> str:
+        """16 hex digits over who is asked, in which round, for which experts and work; an answer has to name them."""
+        work = (self.client, self.round, self.top_k, self.local_steps, self.seed, self.mode, self.permitted_LE.shape)
+        masks = np.packbits([self.permitted_LE, self.trainable_LE]).tobytes()
+        return sha256(repr(work).encode() + masks).hexdigest()[:16]
 
     @property
     def counted_experts(self) -> int:

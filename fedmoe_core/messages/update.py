@@ -22,6 +22,7 @@ class ClientUpdate:
 
     Attributes:
         client, round: which client answers, and in which round.
+        plan_id: ``ExpertPlan.id`` of the plan that it answers; an answer to another plan is refused, so is a replay.
         deltas: new minus old. "expert" and "router" keys hold only the rows of the experts trainable in the plan,
             ascending expert id, shape (Bt, ...); "dense" keys hold the whole tensor. Keys absent here did not train.
         expert_weight_LE: aggregation weight of each expert, in [0, 1]; 0 where it must not count.
@@ -45,6 +46,7 @@ class ClientUpdate:
 
     client: int
     round: int
+    plan_id: str
     deltas: dict[str, Tensor]
     expert_weight_LE: np.ndarray
     router_weight_LE: np.ndarray
@@ -96,10 +98,11 @@ def finished_update(
     return ClientUpdate(
         client=plan.client,
         round=plan.round,
+        plan_id=plan.id,
         deltas=result.deltas if weights.deltas is None else weights.deltas,
-        expert_weight_LE=weights.experts_LE,
-        router_weight_LE=weights.routers_LE,
-        gate_weight=weights.gate,
+        expert_weight_LE=np.asarray(weights.experts_LE, np.float64),
+        router_weight_LE=np.asarray(weights.routers_LE, np.float64),
+        gate_weight=float(weights.gate),
         sample_weight=sample_weight,
         profile=result.profile,
         cost=result.cost,
@@ -120,6 +123,7 @@ def failed_update(plan: ExpertPlan, failure: LocalFailure, *, sample_weight: flo
     return ClientUpdate(
         client=plan.client,
         round=plan.round,
+        plan_id=plan.id,
         deltas={},
         expert_weight_LE=nothing_LE,
         router_weight_LE=nothing_LE,
@@ -133,13 +137,22 @@ def failed_update(plan: ExpertPlan, failure: LocalFailure, *, sample_weight: flo
     )
 
 
-def refused(update: ClientUpdate, reason: str, *, status: Literal["refused", "late"] = "refused") -> ClientUpdate:
-    """Return the same report with nothing in it that could enter the model or the server's memory."""
+def refused(
+    update: ClientUpdate, plan: ExpertPlan, reason: str, *, status: Literal["refused", "late"] = "refused"
+) -> ClientUpdate:
+    """Return the report of an update that the server did not take: nothing of it could enter the model or its memory.
+
+    It stands under the client and round of ``plan``, whatever the update claims.
+    """
+    nothing_LE = np.zeros(plan.trainable_LE.shape)
     return replace(
         update,
+        client=plan.client,
+        round=plan.round,
+        plan_id=plan.id,
         deltas={},
-        expert_weight_LE=np.zeros_like(update.expert_weight_LE),
-        router_weight_LE=np.zeros_like(update.router_weight_LE),
+        expert_weight_LE=nothing_LE,
+        router_weight_LE=nothing_LE,
         gate_weight=0.0,
         profile=None,
         validation=None,

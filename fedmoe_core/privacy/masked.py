@@ -51,13 +51,16 @@ class MaskedSums:
             return replace(outcome, accepted=False, reason=reason)
         return outcome
 
-    def opened(self, updates: Sequence[ClientUpdate], *, together: bool) -> tuple[Accumulator, list[ClientUpdate]]:
+    def opened(
+        self, updates: Sequence[ClientUpdate], plans: Sequence[ExpertPlan], *, together: bool
+    ) -> tuple[Accumulator, list[ClientUpdate]]:
         """Return the sums of all clients whose vectors came, and the reports.
 
         Where too few clients are left the sums are empty, and every report says why.
 
         Args:
             updates: the reports of all ranks; those that are ok have sent their vectors.
+            plans: of the round.
             together: add up the masked sums of all ranks first.
         """
         sums, server = self._empty(), self._round.server
@@ -70,8 +73,10 @@ class MaskedSums:
         if flat_N is not None:
             sums.load(torch.from_numpy(flat_N))
             return sums, list(updates)
-        trouble = self._round.trouble
-        return sums, [refused(update, trouble) if update.status == "ok" else update for update in updates]
+        plan_of, trouble = {plan.client: plan for plan in plans}, self._round.trouble
+        return sums, [
+            refused(update, plan_of[update.client], trouble) if update.status == "ok" else update for update in updates
+        ]
 
 
 def _simulated() -> type[SimulatedRound]:

@@ -15,10 +15,10 @@ from matplotlib.colors import to_hex
 from fedmoe_core.base import show
 from fedmoe_core.base.wording import visible
 from fedmoe_core.reporting import crowd, crowd_figures, crowd_tables, drawing, figures, theme
-from fedmoe_core.reporting.results import QUALITIES, held, how_clients_ran, note, quality_of, staleness
+from fedmoe_core.reporting.results import QUALITIES, guard_did, held, how_clients_ran, note, quality_of, staleness
 from fedmoe_core.reporting.run import Run
 from fedmoe_core.reporting.run_schema import read_text
-from fedmoe_core.reporting.tables import Cell, Piece, exceeded, late, ledger, plain, refused, runs_table, tiers
+from fedmoe_core.reporting.tables import Cell, Piece, exceeded, guarded, late, ledger, plain, refused, runs_table, tiers
 from fedmoe_core.simulation.directory.health import problems
 
 SHOWN = 10  # names of clients in one line
@@ -133,6 +133,7 @@ def _part(run: Run, gallery: _Gallery, *, alone: bool) -> dict[str, Any]:
         "ledger": crowd_tables.ledger(run) if many else ledger(run),
         "over": crowd_tables.over_budget(run) if many else None,
         "late": late(run),
+        "guarded": guarded(run),
         "refused": crowd_tables.refused(run) if many else refused(run),
         "configuration": read_text(path).splitlines() if path.is_file() else (),
     }
@@ -232,6 +233,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("model hash", str(s.get("model_hash") or show.NONE)[:16]),
         ("fedmoe", str(s.get("code") or show.NONE)),
         ("updates refused", str(s.get("refused_updates", show.NONE))),
+        *([("guard of the sums", did.partition(": ")[2])] if (did := guard_did(s.get("guard"))) else []),
         *([("trained at once", how_clients_ran(run))] if how_clients_ran(run) else []),
         *([] if run.plain else of_experts),
     ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from fedmoe_core.base import show
 from fedmoe_core.config.run_config import Config
@@ -48,6 +49,8 @@ def line(run: Run) -> str:
         parts.append(f"updates too late: {len(run.late)}")
     if summary.get("refused_updates"):
         parts.append(f"updates refused: {summary['refused_updates']}")
+    if said := guard_did(summary.get("guard")):
+        parts.append(said)
     if "cohorts" in summary:
         parts.append(how_clients_ran(run))
     if not run.finished:
@@ -75,6 +78,21 @@ def held(run: Run) -> str:
     if low is None or high is None:
         return show.NONE
     return f"{low}" if low == high else f"{low}..{high}"
+
+
+def guard_did(told: Mapping[str, Any] | None) -> str:
+    """Say what the guard of the sums did in a run, such as ``guard krum: 12 changes scaled down, 3 left out``."""
+    if not told:
+        return ""
+    words = (
+        ("bounded", "scaled down"),
+        ("left_out", "left out"),
+        ("few", "by too few clients for the rule"),
+        ("below_quorum", "kept for want of a quorum"),
+    )
+    did = [f"{told[key]} {word}" for key, word in words if told.get(key)]
+    rule = f" {told['rule']}" if told["rule"] != "none" else ""
+    return f"guard{rule}: {', '.join(did) or 'nothing to do'}"
 
 
 def how_clients_ran(run: Run) -> str:

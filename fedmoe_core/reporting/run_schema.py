@@ -59,6 +59,7 @@ COST = FieldKind(
     f"a table of amounts, 0 or more, such as {', '.join(COSTS)}",
     defstruct("Costs", [(name, Amount | None, None) for name in COSTS]),
 )
+ACTED = ("bounded", "left_out")  # what the guard of the sums did to changes of clients
 REFUSED = FieldKind(
     'a list of tables with a whole number "client" and a text "reason"',
     list[defstruct("Refused", [("client", Count), ("reason", str)])],  # type: ignore[misc]
@@ -75,6 +76,17 @@ FLIGHT = FieldKind(
     "a table of whole numbers version and staleness, and amounts dispatched and arrived",
     defstruct("Flight", [("version", Count), ("staleness", Count), ("dispatched", Amount), ("arrived", Amount)]),
 )
+GUARD = FieldKind(
+    "a table of a text rule, whole numbers few and below_quorum, and tables of whole numbers bounded and left_out",
+    defstruct(
+        "Guard",
+        [("rule", str), *[(name, Count) for name in ("few", "below_quorum")], *[(n, dict[str, Count]) for n in ACTED]],
+    ),
+)
+GUARDED = FieldKind(
+    "a table of a text rule and of whole numbers few, below_quorum, bounded and left_out",
+    defstruct("Guarded", [("rule", str), *[(name, Count) for name in ("few", "below_quorum", *ACTED)]]),
+)
 
 CONFIG = {"algorithm": TEXT, "model": TEXT, "data": TEXT, "clients": COUNT, "seed": INTEGER, "budgets": TEXTS}
 SUMMARY = {
@@ -90,6 +102,7 @@ SUMMARY = {
     **dict.fromkeys(("personal_loss_C", "personal_accuracy_C"), PER_CLIENT),
     "seed": INTEGER,
     "budgeted": FLAG,
+    "guard": GUARDED,
     **dict.fromkeys(("virtual_seconds", "virtual_seconds_to_target", "staleness_mean"), AMOUNT),
     **dict.fromkeys(("late_updates", "staleness_max"), COUNT),
     **dict.fromkeys(("over_budget", "broken_by", "absent_clients"), TEXTS),
@@ -104,6 +117,7 @@ ROUND = {
     **dict.fromkeys(("virtual_seconds", "virtual_seconds_total", "staleness_mean", "epsilon"), AMOUNT),
     **dict.fromkeys(("staleness_max", "in_flight"), COUNT),
     "late": LATE,
+    "guard": GUARD,
     "refused": REFUSED,
     "importance_LE": _matrix(Number | None, "a list of equally long rows of finite numbers or nulls"),
 }

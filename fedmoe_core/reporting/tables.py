@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +152,18 @@ def late(run: Run) -> Table | None:
         for client, each in sorted(took.items(), key=lambda item: (-len(item[1]), item[0]))[: show.MANY]
     ]
     return Table(("client", "too late", "least time", "most time"), tuple(rows), left=(0,)) if rows else None
+
+
+def guarded(run: Run) -> Table | None:
+    """Return one row a client whose changes the guard of the sums scaled down or left out, the most left out first."""
+    counts: dict[int, Counter[str]] = {}
+    for record in run.rounds:
+        for name in ("left_out", "bounded"):
+            for client, parts in ((record.get("guard") or {}).get(name) or {}).items():
+                counts.setdefault(int(client), Counter())[name] += parts
+    order = sorted(counts.items(), key=lambda item: (-item[1]["left_out"], -item[1]["bounded"], item[0]))[: show.MANY]
+    rows = [(plain(run.client_name(c)), plain(str(n["left_out"])), plain(str(n["bounded"]))) for c, n in order]
+    return Table(("client", "parts left out", "parts scaled down"), tuple(rows), left=(0,)) if rows else None
 
 
 def refused(run: Run) -> Table | None:

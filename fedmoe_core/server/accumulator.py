@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from fedmoe_core.server.admission import Admission, examined
 from fedmoe_core.server.blocks import end_to_end
 from fedmoe_core.server.buckets import BUCKET, bucket_plan, reduce_buckets, touched_spans
 from fedmoe_core.server.fixed_point import SumSettings
+from fedmoe_core.server.guard.combine import Gather, Part, Told, alone, combine
+from fedmoe_core.server.guard.settings import Guard
+from fedmoe_core.server.guard.shelf import Shelf, rows_of
 from fedmoe_core.server.means import Sums
 
 SCALARS = ("accepted", "gate_den", "dense_den", "round_den")  # places 0..3 of the flat sums
@@ -35,6 +39,8 @@ class Accumulator:
         lr: the clients' learning rate; None skips the check that the sums resolve a thousandth of it.
         train_router: clients send the router rows of their trainable experts.
         train_dense: clients send all dense tensors (trunk and head); without it they have no sum and may not be sent.
+        guard: a quorum, and a rule that bears hostile clients. Where it ``needs_all`` updates of a round, they wait on
+            disk, and the numerators are zero until ``close``.
         device: where the sums live.
 
     Raises:
@@ -49,7 +55,8 @@ class Accumulator:
         >>> for client, delta in enumerate([0.25, 0.75]):
         ...     plan = ExpertPlan(client, 0, first, first, 1, 1, 0, Budget(), Cost())
         ...     deltas = {"moe.0.w_out": torch.full((1, 1, 1), delta)}
-        ...     update = ClientUpdate(client, 0, deltas, 1.0 * first, 0.0 * first, 0.0, 1.0, None, Cost(), 8, steps=1)
+        ...     weights = 1.0 * first, 0.0 * first, 0.0, 1.0  # of experts, router rows, gate, dense tensors
+        ...     update = ClientUpdate(client, 0, plan.id, deltas, *weights, None, Cost(), 8, steps=1)
         ...     print(sums.add(update, plan).accepted)
         True
         True
@@ -66,8 +73,9 @@ class Accumulator:
         train_router: bool = True,
         train_dense: bool = False,
         device: torch.device | str = "cpu",
+        guard: Guard | None = None,
     ) -> None:
-        self.settings = settings or SumSettings()
+        self.settings, self.guard = settings or SumSettings(), guard or Guard()
         if lr is not None:
             self.settings.check_resolution(lr)
         kinds = {"expert", *["router"] * train_router, *["dense"] * train_dense}
@@ -83,20 +91,24 @@ class Accumulator:
         self.num_layers = 1 + max(spec.layer for spec in specs)
         self._clients: set[int] = set()
         self._lent = False  # whether a Sums record looks into the flat tensor
-        self._header = len(SCALARS) + 3 * self.num_layers * self.num_experts  # places before the numerators
+        self._closed = False  # whether the guard has been applied
+        self._shelf = Shelf(self.specs, self.settings) if self.guard.needs_all else None
+        self._header = len(SCALARS) + 4 * self.num_layers * self.num_experts  # places before the numerators
         size = self._header + sum(math.prod(spec.shape) for spec in self.specs)
         self._set_flat(torch.zeros(size, dtype=torch.int64, device=device))
 
     def _set_flat(self, flat: Tensor) -> None:
-        """Adopt ``flat`` and cut its views: scalars, three (L, E) denominators, then one numerator for each spec."""
+        """Adopt ``flat`` and cut its views: scalars, four (L, E) tables, then one numerator for each spec."""
         table = (self.num_layers, self.num_experts)
-        shapes = [(len(SCALARS),), table, table, table, *[tuple(spec.shape) for spec in self.specs]]
+        shapes = [(len(SCALARS),), table, table, table, table, *[tuple(spec.shape) for spec in self.specs]]
         parts = [
             part.view(shape) for part, shape in zip(flat.split([math.prod(s) for s in shapes]), shapes, strict=True)
         ]
         self._flat, self._lent = flat, False
-        self._scalars, self._expert_den_LE, self._router_den_LE, self._trained_LE = parts[:4]
-        self._numerators = {spec.key: part for spec, part in zip(self.specs, parts[4:], strict=True)}
+        self._scalars, self._expert_den_LE, self._router_den_LE, self._expert_voters_LE, self._router_voters_LE = parts[
+            :5
+        ]
+        self._numerators = {spec.key: part for spec, part in zip(self.specs, parts[5:], strict=True)}
 
     def _own(self) -> None:
         """Copy on write: a Sums record that was handed out must not change under its reader."""
@@ -115,6 +127,7 @@ class Accumulator:
 
         Raises:
             ValueError: the plan itself does not fit the model, or such a share does not exist.
+            OSError: a guard that needs all updates has no room for this one on disk.
         """
         if not 0 < share <= 1:
             raise ValueError(f"share = {share!r} of client {plan.client}'s deltas is not above 0 and at most 1; give 1")
@@ -142,14 +155,18 @@ class Accumulator:
         gate, sample = self.settings.quantize_one(update.gate_weight), self.settings.quantize_one(update.sample_weight)
         sends_dense = any(spec.kind == "dense" for spec in self.specs)
         self._scalars += torch.tensor([1, gate, sample * sends_dense, sample], device=device)
-        if (whole := self._whole(update)) is not None:
+        if self._shelf is None and (whole := self._whole(update)) is not None:
             adder = Adder.on(device, self.settings, whole.numel(), largest=largest, share=share)
             adder.add(self._flat[self._header :].unsqueeze(0), whole.unsqueeze(0), [sample], [0])
             return
         expert_LE, router_LE = quantize(update.expert_weight_LE), quantize(update.router_weight_LE)
         self._expert_den_LE += torch.from_numpy(expert_LE).to(device)
         self._router_den_LE += torch.from_numpy(router_LE).to(device)
-        self._trained_LE += torch.from_numpy(plan.trainable_LE.astype(np.int64)).to(device)
+        self._expert_voters_LE += torch.from_numpy((expert_LE > 0).astype(np.int64)).to(device)
+        self._router_voters_LE += torch.from_numpy((router_LE > 0).astype(np.int64)).to(device)
+        if self._shelf is not None:
+            self._shelf.put(update, plan, share)
+            return
         longest = max((delta.numel() for delta in update.deltas.values()), default=0)
         adder = Adder.on(device, self.settings, longest, largest=largest, share=share)
         for spec in self.specs:
@@ -175,7 +192,13 @@ class Accumulator:
         return int(self._scalars[0])
 
     def sums(self) -> Sums:
-        """Return the sums so far; later calls leave the record unchanged (copied only if something is added later)."""
+        """Return the sums so far; later calls leave the record unchanged (copied only if something is added later).
+
+        Raises:
+            ValueError: the guard has not been applied, see ``close``.
+        """
+        if not self._closed and self.guard != Guard():
+            raise ValueError("the guard has not been applied to these sums; call close() first")
         self._lent = True
         _, gate_den, dense_den, round_den = self._scalars.tolist()
         return Sums(
@@ -184,7 +207,8 @@ class Accumulator:
             numerators=dict(self._numerators),
             expert_den_LE=self._expert_den_LE,
             router_den_LE=self._router_den_LE,
-            trained_LE=self._trained_LE,
+            expert_voters_LE=self._expert_voters_LE,
+            router_voters_LE=self._router_voters_LE,
             gate_den=gate_den,
             dense_den=dense_den,
             round_den=round_den,
@@ -214,8 +238,10 @@ class Accumulator:
         Raises:
             ValueError: different models or settings, a client in both, or too many clients together.
         """
-        if (other.specs, other.settings) != (self.specs, self.settings):
+        if (other.specs, other.settings, other.guard) != (self.specs, self.settings, self.guard):
             raise ValueError("the two accumulators differ in model or settings; merge only sums made the same way")
+        if self._shelf is not None:
+            raise ValueError(f"rule {self.guard.rule!r} needs all updates in one accumulator; add them to one")
         if twice := self._clients & other._clients:
             raise ValueError(f"client {min(twice)} is in both sums; give each client to one accumulator")
         self._check_count(self.accepted + other.accepted)
@@ -238,7 +264,9 @@ class Accumulator:
         self._check_count(int(numbers[0]))
         self._own()
         self._flat[: self._header] = header
-        expert_den, router_den, _ = numbers[len(SCALARS) :].view(3, self.num_layers, self.num_experts).tolist()
+        if self._shelf is not None:
+            return  # the numerators come with close(), on every rank
+        expert_den, router_den, *_ = numbers[len(SCALARS) :].view(4, self.num_layers, self.num_experts).tolist()
         spans = touched_spans(
             self.specs,
             self._header,
@@ -247,6 +275,59 @@ class Accumulator:
             dense_den=int(numbers[SCALARS.index("dense_den")]),
         )
         reduce_buckets(self._flat, bucket_plan(spans, BUCKET), group)
+
+    def close(self, *, history_RG: np.ndarray | None = None, gather: Gather = alone) -> Told:
+        """Apply the guard, once all updates of the round are in and the ranks have met; without a guard do nothing.
+
+        Args:
+            history_RG: as ``Told`` of the round before gave it.
+            gather: brings one-dimensional tensors of all ranks together, in rank order; every rank calls ``close``.
+        """
+        told, self._closed = Told(self.guard.rule), True
+        if self._shelf is not None:
+            self._own()
+            told, dens = combine(
+                self._shelf,
+                self.guard,
+                self.specs,
+                self._numerators,
+                layers=self.num_layers,
+                unit=self.settings.resolution,
+                history_RG=history_RG,
+                gather=gather,
+            )
+            for part, den in dens.items():
+                self._set_den(part, den)
+        if self.guard.quorum > 1:
+            self._own()
+            below = sum(self._hold_back(part) for part in self._parts() if 0 < self._voters(part) < self.guard.quorum)
+            told = replace(told, below_quorum=below)
+        return told
+
+    def _parts(self) -> list[Part]:
+        """Every expert, router row, and the dense tensors, each once."""
+        return list(dict.fromkeys((spec.kind, spec.layer, row) for spec in self.specs for row in range(rows_of(spec))))
+
+    def _voters(self, part: Part) -> int:
+        kind, layer, row = part
+        if kind == "dense":
+            return self.accepted
+        return int((self._expert_voters_LE if kind == "expert" else self._router_voters_LE)[layer, row])
+
+    def _set_den(self, part: Part, den: int) -> None:
+        kind, layer, row = part
+        if kind == "dense":
+            self._scalars[SCALARS.index("dense_den")] = den
+        else:
+            (self._expert_den_LE if kind == "expert" else self._router_den_LE)[layer, row] = den
+
+    def _hold_back(self, part: Part) -> bool:
+        """Take a part out of the sums, so that it keeps its bits."""
+        for spec in self.specs:
+            if (spec.kind, spec.layer) == part[:2]:
+                self._numerators[spec.key].view(rows_of(spec), -1)[part[2]] = 0
+        self._set_den(part, 0)
+        return True
 
     def _check_count(self, count: int) -> None:
         if not 0 <= count <= self.settings.max_clients:

@@ -18,9 +18,12 @@ from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.blocks import end_to_end, reach, square_sum
 from fedmoe_core.server.fixed_point import SumSettings
+from fedmoe_core.server.schema import LARGEST_WHOLE, LONGEST_REASON, malformed, received
 
 HALF = (torch.float16, torch.bfloat16)
-LONGEST_REASON = 300  # characters; keys and error texts come from the client and may be of any length
+LARGEST_SUM = 1e30  # of importance; what is summed over clients then stays far below the end of float64
+SLACK = 1e-3  # by which sums of probabilities may pass what they are bound by, through rounding
+MOST_PRIVATE = 1 << 30  # values of all private tensors of an update
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def examined(
     """
     largest = math.inf
     try:
+        update = received(update, plan)
         reason = (
             _header(update, plan)
             or _weights(update, plan)
@@ -86,25 +90,27 @@ def examined(
         if reason is None:
             reason, largest = _values(update.deltas, settings)
     except Exception as error:  # a hostile object may raise anything from anywhere; all of it means "malformed"
-        reason = f"malformed update ({type(error).__name__}: {error})"
+        reason = malformed(error)
     return (None, largest) if reason is None else (reason[:LONGEST_REASON], math.inf)
 
 
 def _header(update: ClientUpdate, plan: ExpertPlan) -> str | None:
-    if update.client != plan.client:
-        return f"is from client {update.client!r}, not from client {plan.client}"
-    if update.round != plan.round:
-        return f"is for round {update.round!r}, not for round {plan.round}"
     if update.status != "ok":
-        return f"client failed: {update.error or update.status}"
+        return f"client failed: {update.error}" if update.status == "failed" else update.error
+    if update.client != plan.client:
+        return f"is from client {update.client}, not from client {plan.client}"
+    if update.round != plan.round:
+        return f"is for round {update.round}, not for round {plan.round}"
+    if update.plan_id != plan.id:
+        return f"answers plan {update.plan_id!r:.20}, and the plan of this client and round is {plan.id!r}"
     return None
 
 
 def _weights(update: ClientUpdate, plan: ExpertPlan) -> str | None:
     for name in ("expert_weight_LE", "router_weight_LE"):
         weight_LE = getattr(update, name)
-        if not isinstance(weight_LE, np.ndarray) or weight_LE.dtype.kind not in "fiu":
-            return f"{name} is not a numeric numpy array"
+        if type(weight_LE) is not np.ndarray or weight_LE.dtype != np.float64:
+            return f"{name} is not a numpy array of float64"
         if weight_LE.shape != plan.trainable_LE.shape:
             return f"{name} has shape {weight_LE.shape}, not {plan.trainable_LE.shape}"
         if not weight_LE.size:
@@ -120,8 +126,6 @@ def _weights(update: ClientUpdate, plan: ExpertPlan) -> str | None:
             return f"{name} has weight on layer {stray[0][0]} expert {stray[0][1]}, which was not trained"
     for name in ("gate_weight", "sample_weight"):
         weight = getattr(update, name)
-        if not isinstance(weight, float | int | np.number) or not math.isfinite(weight):
-            return f"{name} is {weight!r}, not a finite number"
         if not 0 <= weight <= 1:
             return f"{name} is {'negative' if weight < 0 else 'above 1'} ({float(weight):g})"
     if update.sample_weight == 0:
@@ -136,37 +140,71 @@ def _weights(update: ClientUpdate, plan: ExpertPlan) -> str | None:
 
 
 def _profile(name: str, profile: ClientProfile | None, plan: ExpertPlan) -> str | None:
-    """Statistics steer the next plans, so NaN must not enter through them either."""
+    """Statistics steer the next plans, so neither NaN nor what no router can give may enter through them."""
     if profile is None:
         return None
     shape_LE = plan.permitted_LE.shape
     for field in fields(ClientProfile):
         value, shape = getattr(profile, field.name), shape_LE if field.name.endswith("_LE") else shape_LE[:1]
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub" or value.shape != shape:
-            return f"{name}.{field.name} is not a numeric array of shape {shape}"
+        dtype = np.bool_ if field.name == "held_LE" else np.float64
+        if type(value) is not np.ndarray or value.dtype != dtype or value.shape != shape:
+            return f"{name}.{field.name} is not an array of {dtype.__name__} of shape {shape}"
         if not np.isfinite(value).all():
             return f"{name}.{field.name} holds NaN or infinity"
+    if not (profile.held_LE == plan.permitted_LE).all():
+        return f"{name}.held_LE differs from the experts that the plan permits"
+    tokens_L = profile.tokens_L
+    if tokens_L.size and not (tokens_L.min() >= 0 and tokens_L.max() <= LARGEST_WHOLE):
+        return f"{name}.tokens_L counts {tokens_L.min():g} to {tokens_L.max():g} tokens"
+    tokens_L1 = tokens_L[:, None]
+    each_L1 = np.full_like(tokens_L1, LARGEST_SUM)
+    for field_name, least, most in (
+        ("hits_LE", 0.0, tokens_L1),
+        ("prob_sum_LE", 0.0, tokens_L1),
+        ("prob_max_LE", 0.0, np.ones_like(tokens_L1)),
+        ("plogp_sum_LE", -tokens_L1 / math.e, 0.0),  # p log p is least at 1/e
+        ("lost_mass_L", 0.0, tokens_L),
+        ("rows_LE", 0.0, tokens_L1 * shape_LE[1]),
+        ("taylor_LE", -each_L1, each_L1),
+        ("taylor_abs_LE", 0.0, each_L1),
+        ("fisher_LE", 0.0, each_L1),
+        ("grad_sq_LE", 0.0, each_L1),
+    ):
+        value = getattr(profile, field_name)
+        below, above = least - SLACK * (1 + np.abs(least)), most + SLACK * (1 + np.abs(most))
+        if ((value < below) | (value > above)).any():
+            return f"{name}.{field_name} reaches {value.min():g} to {value.max():g}, more than its tokens can give"
     return None
 
 
 def _reported(update: ClientUpdate) -> str | None:
     """What an algorithm keeps of a client steers its later plans, so it must be plain finite numbers too."""
-    if (found := update.validation) is not None and not (math.isfinite(found.loss_sum) and found.count > 0):
-        return f"validation has loss sum {found.loss_sum:g} over {found.count} predictions"
+    values = 0
     for name, tensor in update.private.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
-            return f"private {name!r:.80} is not a dense tensor with data"
+        if not _plain(tensor) or tensor.is_complex():
+            return f"private {name!r:.80} is not a dense tensor with real data"
+        values += tensor.numel()
+        if values > MOST_PRIVATE:
+            return f"private tensors hold more than {MOST_PRIVATE} values"
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             return f"private {name!r:.80} holds NaN or infinity"
-    for name, value in update.metrics.items():
-        if not isinstance(value, float) or not math.isfinite(value):
-            return f"metric {name!r:.80} is {value!r:.40}, not a finite number"
     return None
 
 
-def _tensors(deltas: Any, specs: Mapping[str, ParamSpec], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    if not isinstance(deltas, dict):
-        return f"deltas is a {type(deltas).__name__}, not a dict of tensors"
+def _plain(tensor: Any) -> bool:
+    """Whether this is a tensor of torch's own class, with data and without a graph behind it."""
+    return (
+        type(tensor) is Tensor
+        and tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and not tensor.requires_grad
+        and not tensor.is_quantized
+    )
+
+
+def _tensors(
+    deltas: Mapping[str, Any], specs: Mapping[str, ParamSpec], shapes: Mapping[str, tuple[int, ...]]
+) -> str | None:
     for key in deltas:
         if key not in shapes:
             return f"unknown key {key!r:.80}: it is not among the tensors that this plan trains"
@@ -174,7 +212,7 @@ def _tensors(deltas: Any, specs: Mapping[str, ParamSpec], shapes: Mapping[str, t
         if key not in deltas:
             return f"missing key {key!r}"
         delta, dtype = deltas[key], specs[key].dtype
-        if not isinstance(delta, Tensor) or delta.layout != torch.strided or delta.device.type == "meta":
+        if not _plain(delta):
             return f"{key} is not a dense tensor with data"
         # Deltas of half-precision models may keep the float32 of the optimizer's arithmetic.
         if delta.dtype != dtype and not (dtype in HALF and delta.dtype == torch.float32):

@@ -43,7 +43,7 @@ class Sums:
         specs: the tensors that were summed; tensors that do not train in this run have no sum.
         numerators: sum of weight x delta by key, int64 in the tensor's full shape.
         expert_den_LE, router_den_LE: sums of expert_weight and router_weight, int64.
-        trained_LE: how many accepted clients trained the expert, int64.
+        expert_voters_LE, router_voters_LE: accepted clients whose weight there is above 0, int64.
         gate_den: sum of gate_weight.
         dense_den: sum of sample_weight over the clients that sent dense deltas.
         round_den: sum of sample_weight over all accepted clients.
@@ -55,7 +55,8 @@ class Sums:
     numerators: Mapping[str, Tensor]
     expert_den_LE: Tensor
     router_den_LE: Tensor
-    trained_LE: Tensor
+    expert_voters_LE: Tensor
+    router_voters_LE: Tensor
     gate_den: int
     dense_den: int
     round_den: int

@@ -86,6 +86,7 @@ class ServerState:
         visits: how many plans each client has been sent (the frozen trunk travels with the first).
         memory: the algorithm's own state by name, tensors of any dtype on the CPU; empty where it needs none. Numbers
             and counters go in as tensors, so that a checkpoint holds them and a resumed run has the same bits.
+        norms_RG: usual norms of the last rounds, for the guard's bound (``guard.bounds``); None where no guard has one.
     """
 
     round: int
@@ -93,6 +94,7 @@ class ServerState:
     profiles: tuple[ClientProfile | None, ...]
     visits: tuple[int, ...]
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    norms_RG: np.ndarray | None = None
 
     def advance(
         self,
@@ -137,6 +139,8 @@ def pack_state(state: ServerState) -> dict[str, Tensor]:
     packed = {f"params/{key}": tensor for key, tensor in state.params.items()}
     packed |= {f"memory/{key}": tensor for key, tensor in state.memory.items()}
     packed["visits"] = torch.tensor(state.visits, dtype=torch.int64)
+    if state.norms_RG is not None:
+        packed["guard/norms"] = torch.from_numpy(state.norms_RG)
     heard = {client: profile for client, profile in enumerate(state.profiles) if profile is not None}
     if heard:
         # One tensor a field: with one for each client and field, names and offsets took longer to write than numbers.
@@ -204,7 +208,8 @@ def _unpacked(packed: dict[str, Tensor], *, round: int, device: torch.device | s
         arrays["held_LE"] = arrays["held_LE"].astype(bool)
         profiles[client] = ClientProfile(**arrays)
     memory = {key.removeprefix("memory/"): tensor for key, tensor in packed.items() if key.startswith("memory/")}
-    return ServerState(round, params, tuple(profiles), visits, memory)
+    norms = packed["guard/norms"].numpy() if "guard/norms" in packed else None
+    return ServerState(round, params, tuple(profiles), visits, memory, norms)
 
 
 def _profiles(packed: dict[str, Tensor]) -> dict[int, dict[str, np.ndarray]]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 # optimizer brings it), the group outlives destroy_process_group, and a thread of gloo that lets go of a tensor while
 # Python ends aborts the process: seen in 1 of about 100 ranks on two busy cores.
 import torch.distributed.nn.functional
+from torch import Tensor
 
 from fedmoe_core.simulation import launch
 from fedmoe_core.simulation.ranks.joining import WAIT, meet, patience
@@ -54,19 +55,23 @@ class Ranks:
         """Return every rank's JSON value, in rank order. JSON, not pickle: nothing read here can run code."""
         if self.world == 1:
             return [json.loads(json.dumps(value))]
-        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(part.numpy().tobytes().decode()) for part in self.gather_tensors(mine)]
+
+    def gather_tensors(self, values: Tensor) -> list[Tensor]:
+        """Return every rank's one-dimensional tensor, of any length and one dtype, on the CPU and in rank order."""
+        if self.world == 1:
+            return [values.cpu()]
+        mine = values.to(self.device)
         sizes = torch.zeros(self.world, dtype=torch.int64, device=self.device)
         sizes[self.rank] = mine.numel()
         with self.meeting():
             dist.all_reduce(sizes)
-            padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=self.device)
+            padded = torch.zeros(int(sizes.max()), dtype=mine.dtype, device=self.device)
             padded[: mine.numel()] = mine
             parts = [torch.empty_like(padded) for _ in range(self.world)]
             dist.all_gather(parts, padded)
-        return [
-            json.loads(part[:size].cpu().numpy().tobytes().decode())
-            for part, size in zip(parts, sizes.tolist(), strict=True)
-        ]
+        return [part[:size].cpu() for part, size in zip(parts, sizes.tolist(), strict=True)]
 
     def wait(self) -> None:
         """Return once every rank is here."""

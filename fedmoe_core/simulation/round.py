@@ -18,7 +18,10 @@ from fedmoe_core.privacy.dropping import dropped
 from fedmoe_core.privacy.masked import MaskedSums
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
-from fedmoe_core.server.state import ServerState
+from fedmoe_core.server.guard.combine import Told
+from fedmoe_core.server.guard.settings import Guard
+from fedmoe_core.server.schema import received
+from fedmoe_core.server.state import Population, ServerState
 from fedmoe_core.simulation.clock.times import RoundTime, lateness, round_time
 from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.cohorts.training import Task
@@ -39,6 +42,7 @@ class Round:
     engine_seconds: float  # plan, extract, check, aggregate: everything but training
     cohorts: list[dict[str, Any]]  # of all ranks: who trained at once, the peak predicted and measured
     time: RoundTime | None = None  # virtual; None where the run has no clock
+    guard: Told | None = None  # what a guard of the sums did; None where the run has none
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,9 @@ def train(world: Federation, index: int, tasks: Sequence[Task], observer: Observ
         for task, answers in in_turn:
             training, peak = time.perf_counter(), 0
             for answer in answers:
-                update, plan, peak = answer.update, answer.plan, answer.memory_bytes
-                checking = time.perf_counter()
-                reports.append(report_of(_admit(world, update, plan, sums, share=task.share)))
+                plan, peak, checking = answer.plan, answer.memory_bytes, time.perf_counter()
+                update = _admit(world, answer.update, plan, sums, share=task.share)
+                reports.append(report_of(update))
                 engine += time.perf_counter() - checking + answer.extract_seconds
                 if world.config.ranks == 1:
                     record = client_record(index + 1, update, plan, world.population.budgets)
@@ -95,18 +99,20 @@ def settle(world: Federation, state: ServerState, trained: Trained) -> tuple[Ser
     updates = sorted((update_of(report) for part, _ in gathered for report in part), key=lambda update: update.client)
     if isinstance(sums, MaskedSums):
         with ranks.meeting():
-            sums, updates = sums.opened(updates, together=ranks.world > 1)
+            sums, updates = sums.opened(updates, trained.plans, together=ranks.world > 1)
+    told = sums.close(history_RG=state.norms_RG, gather=ranks.gather_tensors)
     together = sorted((record for _, part in gathered for record in part), key=lambda record: record["clients"])
     private = Central.of(world.config)
     applied = private is not None or sums.accepted >= world.config.min_clients
     if applied:
         found = sums.sums() if private is None else private.released(sums.sums(), state.round)
-        state = world.algorithm.advance(state, found, updates)
+        state = replace(world.algorithm.advance(state, found, updates), norms_RG=told.history_RG)
     else:
         state = state.advance(state.params, {}, [update.client for update in updates])
     now = time.perf_counter()
     spent = now - trained.began, trained.engine_seconds + now - summing
-    return state, Round(state.round - 1, trained.plans, updates, applied, *spent, together)
+    guarded = None if sums.guard == Guard() else told
+    return state, Round(state.round - 1, trained.plans, updates, applied, *spent, together, guard=guarded)
 
 
 def sample_clients(config: Config, round: int, *, absent: Collection[int] = ()) -> list[int]:
@@ -133,20 +139,35 @@ def _admit(
     world: Federation, update: ClientUpdate, plan: ExpertPlan, sums: Accumulator | MaskedSums, *, share: float
 ) -> ClientUpdate:
     """Sum the update, or refuse it by name: it broke its budget, came late, or is not what was asked for."""
+    update = received(update, plan)
     if over := plan.budget.violations(update.cost):
         # Without a plan that fits, no client trains: so what was predicted was wrong, and the log says that.
         before = f"{update.error}; " if update.status == "failed" else ""
-        return refused(update, f"{before}over budget, though its plan fits: {over[0]}")
-    if update.status == "ok" and (late := lateness(world.population, update)):
-        return refused(update, late, status="late")
-    if update.status == "ok" and (gone := dropped(world.config, plan.round, plan.client)):
-        return refused(update, gone)
+        return refused(update, plan, f"{before}over budget, though its plan fits: {over[0]}")
+    if update.status == "ok":
+        if late := lateness(world.population, update):
+            return refused(update, plan, late, status="late")
+        if claim := _false_claim(world.population, update):
+            return refused(update, plan, claim)
+        if gone := dropped(world.config, plan.round, plan.client):
+            return refused(update, plan, gone)
     if (private := Central.of(world.config)) is not None:
         share *= private.share(update, plan, sums.specs)
     outcome = sums.add(update, plan, share=share)
     if outcome.accepted or update.status == "failed":
         return update
-    return refused(update, outcome.reason)
+    return refused(update, plan, outcome.reason)
+
+
+def _false_claim(population: Population, update: ClientUpdate) -> str:
+    """Say which weight the client gives itself that the server knows better; empty where there is none."""
+    for name, claimed, known in (
+        ("samples", update.samples, int(population.samples_C[update.client])),
+        ("sample_weight", update.sample_weight, population.sample_weight(update.client)),
+    ):
+        if claimed != known:
+            return f"{name} is {claimed:g}, and the server counts {known:g}"
+    return ""
 
 
 def _sums(world: Federation, index: int, plans: Sequence[ExpertPlan]) -> Accumulator | MaskedSums:
@@ -174,4 +195,5 @@ def _accumulator(world: Federation) -> Accumulator:
         lr=config.train.lr if private is None else None,  # the noise is 2^23 times what the sums resolve
         train_dense=any(spec.kind == "dense" for spec in specs),
         device=world.ranks.device,
+        guard=Guard(**vars(config.guard)),
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fedmoe_core.budget.limits import NOTHING, Budget
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.server.guard.combine import Told
 from fedmoe_core.simulation.clock.times import RoundTime
 from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.evaluation import HeldOut
@@ -49,6 +51,24 @@ def results_of(held: HeldOut) -> dict[str, Any]:
     if held.personal_loss_C is not None:
         found |= {"personal_loss_C": held.personal_loss_C, "personal_accuracy_C": held.personal_accuracy_C}
     return found
+
+
+def guard_facts(told: Told | None) -> dict[str, Any]:
+    """Make the part of a round's line that says what the guard of the sums did; empty without one."""
+    if told is None:
+        return {}
+    clients = {name: {str(c): n for c, n in sorted(getattr(told, name).items())} for name in ("bounded", "left_out")}
+    return {"guard": {"rule": told.rule, **clients, "few": told.few, "below_quorum": told.below_quorum}}
+
+
+def guard_summary(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum up what the guard did in a run; empty without one."""
+    guards = [line["guard"] for line in rounds if "guard" in line]
+    if not guards:
+        return {}
+    clients = {name: sum(sum(told[name].values()) for told in guards) for name in ("bounded", "left_out")}
+    parts = {name: sum(told[name] for told in guards) for name in ("few", "below_quorum")}
+    return {"guard": {"rule": guards[0]["rule"], **clients, **parts}}
 
 
 def client_record(number: int, update: ClientUpdate, plan: ExpertPlan, budgets: tuple[Budget, ...]) -> dict[str, Any]:

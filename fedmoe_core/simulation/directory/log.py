@@ -19,7 +19,7 @@ from fedmoe_core.simulation.clock.times import has_clock, time_facts, time_summa
 from fedmoe_core.simulation.directory.checkpoint import save_checkpoint
 from fedmoe_core.simulation.directory.claim import Claim
 from fedmoe_core.simulation.directory.health import kept_budgets, nothing_trained
-from fedmoe_core.simulation.directory.lines import client_record, ledger_line, results_of
+from fedmoe_core.simulation.directory.lines import client_record, guard_facts, guard_summary, ledger_line, results_of
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.round import Round
 from fedmoe_core.simulation.worlds.federation import Federation
@@ -110,6 +110,7 @@ class RunLog:
             **time_facts(played.time, played.updates),
             "applied": played.applied,
             **spent(self.world.config, number),
+            **guard_facts(played.guard),
             **({"cohorts": played.cohorts} if played.cohorts else {}),
         }
         if self.world.population.spec.num_layers:
@@ -163,6 +164,7 @@ class RunLog:
             **kept_budgets(entries),
             **time_summary(self.world.population, self.world.holdings.clients, rounds),
             **spent_in_all(config, state.round),
+            **guard_summary(rounds),
             "refused_updates": sum(len(line["refused"]) for line in rounds),
             **(how_clients_ran(records) if config.cohort.clients != 1 else {}),
             "nothing_trained": nothing_trained(records, config.min_clients),

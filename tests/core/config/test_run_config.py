@@ -57,6 +57,7 @@ CROSS_CHECKED |= {"time.mode", "time.buffer"}  # one needs the other
 CROSS_CHECKED |= {"selection.lam_change", "selection.beta_change", "aggregation.tau_change"}
 CROSS_CHECKED |= {k for k in SCHEMA if "model_config" in k}
 CROSS_CHECKED |= {k for k in SCHEMA if k.startswith("privacy.")}  # each needs the others
+CROSS_CHECKED |= {"guard.quorum", "guard.rule"}  # they need as many clients
 CROSS_CHECKED |= {"train.local_epochs"}  # it needs a plain model
 FREE = {key: setting for key, setting in SCHEMA.items() if key not in CROSS_CHECKED}
 SECTIONS = sorted({key.partition(".")[0] for key in FREE if "." in key})

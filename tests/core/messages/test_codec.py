@@ -61,7 +61,7 @@ def test_inv10_a_report_brings_everything_back_bit_for_bit() -> None:
 
 
 def test_a_refused_update_leaves_nothing_to_remember() -> None:
-    gone = refused(full_update(), "over budget")
+    gone = refused(full_update(), plan_for(0), "over budget")
     assert (gone.private, gone.metrics, gone.validation, gone.validation_profile) == ({}, {}, None, None)
     assert gone.cost == full_update().cost
 
@@ -80,10 +80,13 @@ BAD = {
     "private nan": (dict(private={"g": torch.tensor([float("nan")])}), "private 'g' holds NaN"),
     "private list": (dict(private={"g": [1.0]}), "private 'g' is not a dense tensor"),
     "private sparse": (dict(private={"g": torch.eye(2).to_sparse()}), "private 'g' is not a dense tensor"),
-    "metric inf": (dict(metrics={"m": float("inf")}), "metric 'm' is inf"),
-    "metric text": (dict(metrics={"m": "1"}), "metric 'm' is '1'"),
-    "validation nan": (dict(validation=Evaluation(float("nan"), 3)), "validation has loss sum nan"),
-    "validation of nothing": (dict(validation=Evaluation(1.0, 0)), "over 0 predictions"),
+    "metric inf": (dict(metrics={"m": float("inf")}), "metric 'm' is not a finite number (it is inf)"),
+    "metric text": (dict(metrics={"m": "1"}), "metric 'm' is not a finite number (it is '1')"),
+    "validation nan": (
+        dict(validation=Evaluation(float("nan"), 3)),
+        "validation.loss_sum is not a finite number (it is nan)",
+    ),
+    "validation of nothing": (dict(validation=Evaluation(1.0, 0)), "validation does not count its predictions"),
     "validation profile": (
         dict(validation_profile=replace(make_profile(ALL), hits_LE=np.ones((1, 1)))),
         "validation_profile.hits_LE is not",

@@ -19,7 +19,7 @@ from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
 
 SPECS = tuple(make_specs())
-HEADER = 4 + 3 * ALL.size  # counts and denominators, which are never told
+HEADER = 4 + 4 * ALL.size  # counts and denominators, which are never told
 
 
 def part_of(client: Client, sums: SumSettings, clip: float) -> list[int]:

@@ -97,7 +97,7 @@ def test_what_is_told_depends_on_clients_through_the_numerators_alone() -> None:
         replace(u, deltas=result_for(u.client).deltas | {"dense.head": torch.zeros(7, 3).double()}) for u in updates
     ]
     (_, none), (_, all_) = released(private), released(private, updates)
-    for name in ("expert_den_LE", "router_den_LE", "trained_LE"):
+    for name in ("expert_den_LE", "router_den_LE", "expert_voters_LE", "router_voters_LE"):
         assert torch.equal(getattr(none, name), getattr(all_, name))
     assert (none.gate_den, none.dense_den, none.round_den) == (all_.gate_den, all_.dense_den, all_.round_den)
     # HFedMoE's step by them: the sum of what three clients sent at weight 1, through 3.

@@ -104,7 +104,7 @@ def test_sums_of_experts_routers_and_denominators_come_back_whole() -> None:
     for update in updates:
         assert plain.add(update, plan_for(update.client)).accepted
         assert masked.add(update, plan_for(update.client)).accepted
-    sums, after = masked.opened(updates, together=False)
+    sums, after = masked.opened(updates, [plan_for(client) for client in range(3)], together=False)
     assert torch.equal(sums.flatten(), plain.flatten())
     assert after == updates
     assert sums.accepted == 3
@@ -119,7 +119,7 @@ def test_an_update_that_the_client_itself_refuses_is_not_sent() -> None:
     assert "NaN" in outcome.reason
     one, other = (algorithm.answer(plan_for(client), result_for(client)) for client in (1, 2))
     assert masked.add(one, plan_for(1)).accepted
-    sums, (after,) = masked.opened([one], together=False)
+    sums, (after,) = masked.opened([one], [plan_for(1)], together=False)
     assert sums.accepted == 0
     assert "only 1 of 3 clients sent their vectors, below the threshold of 3" in after.error
     assert other.status == "ok"
@@ -153,6 +153,7 @@ def test_inv10_noise_on_one_rank_and_masks_and_noise_on_two_have_the_same_bits(t
     ("words", "told"),
     [
         (["time.mode=buffered", "time.buffer=2", "budgets=speed=1e9"], "privacy.secure needs the clients of a round"),
+        (["guard.rule=median"], "privacy.secure hides each client's change, and guard.rule=median compares them"),
         (["clients_per_round=1"], "privacy.secure hides nothing where one client makes a round"),
         (["privacy.threshold=0.5"], "privacy.threshold=0.5 does not fit"),
         (["privacy.drop=2"], "privacy.drop=2"),

@@ -79,7 +79,7 @@ def test_inv13_settings_that_exist_cannot_overflow(
     accumulator = Accumulator([spec], format_)
     plan = make_plan(np.ones((1, 1), dtype=bool))
     update = ClientUpdate(
-        0, 0, {"moe.0.w": largest}, np.ones((1, 1)), np.ones((1, 1)), 1.0, 1.0, None, plan.predicted, 1
+        0, 0, plan.id, {"moe.0.w": largest}, np.ones((1, 1)), np.ones((1, 1)), 1.0, 1.0, None, plan.predicted, 1
     )
     assert accumulator.add(update, plan).accepted == (value_bound <= format_.norm_bound)
     if accumulator.accepted:
@@ -281,7 +281,8 @@ def test_counts_and_denominators_are_sums_over_accepted_clients() -> None:
     sums = accumulator.sums()
     quantize = sums.settings.quantize
     assert sums.accepted == 5
-    assert sums.trained_LE.tolist() == sum(plan.trainable_LE.astype(int) for _, plan in clients).tolist()
+    voted = sum((update.expert_weight_LE > 0).astype(int) for update, _ in clients)
+    assert sums.expert_voters_LE.tolist() == voted.tolist()
     assert sums.round_den == sums.dense_den == sum(int(quantize(update.sample_weight)) for update, _ in clients)
     assert sums.gate_den == sum(int(quantize(update.gate_weight)) for update, _ in clients)
     assert sums.expert_den_LE.tolist() == sum(quantize(update.expert_weight_LE) for update, _ in clients).tolist()
@@ -315,7 +316,7 @@ def test_a_share_scales_the_deltas_and_leaves_the_weights() -> None:
     for (update, plan), share in zip(clients, SHARES, strict=True):
         assert sums.add(update, plan, share=share).accepted
     fresh = accumulate(clients).sums()
-    for name in ("expert_den_LE", "router_den_LE", "trained_LE"):
+    for name in ("expert_den_LE", "router_den_LE", "expert_voters_LE", "router_voters_LE"):
         assert torch.equal(getattr(sums.sums(), name), getattr(fresh, name)), name
     new = {**expert_mean(sums.sums(), state), **gate_mean(sums.sums(), state), **dense_mean(sums.sums(), state)}
     for spec in make_specs():
@@ -353,7 +354,7 @@ def test_a_share_reaches_a_model_of_dense_tensors_whose_deltas_lie_end_to_end() 
     flat = torch.linspace(-0.5, 0.5, 12)
     deltas = {"dense.a": flat[:6].view(3, 2), "dense.b": flat[6:].view(3, 2)}
     nothing_LE = np.zeros((0, 0))
-    base = make_update(make_plan(ALL))
+    base = replace(make_update(make_plan(ALL)), plan_id=plan.id)
     whole = replace(
         base, deltas=deltas, expert_weight_LE=nothing_LE, router_weight_LE=nothing_LE, gate_weight=0.0, profile=None
     )

@@ -219,7 +219,12 @@ def test_checking_and_adding_take_a_small_buffer(way: str, dtype: torch.dtype) -
         table = np.ones((1, 2))
         deltas = {spec.key: strided(torch.full(spec.shape, 1e-3, dtype=dtype), way) for spec in specs}
         update = replace(
-            make_update(make_plan(ALL)), deltas=deltas, expert_weight_LE=table, router_weight_LE=table, profile=None
+            make_update(make_plan(ALL)),
+            plan_id=plan.id,
+            deltas=deltas,
+            expert_weight_LE=table,
+            router_weight_LE=table,
+            profile=None,
         )
         sums = Accumulator(specs, train_dense=True)
         outcome, trace = trace_memory(lambda: sums.add(update, plan), CPU)

@@ -80,7 +80,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "meta": (with_delta("moe.0.w_in", torch.zeros(3, 8, 3, device="meta")), "not a dense tensor"),
     "numpy": (with_delta("moe.0.w_in", np.zeros((3, 8, 3), np.float32)), "not a dense tensor"),
     "unknown key": (with_delta("moe.7.w_in", torch.zeros(3, 8, 3)), "unknown key 'moe.7.w_in'"),
-    "key of another type": (with_delta(3, torch.zeros(1)), "unknown key 3"),  # type: ignore[arg-type]
+    "key of another type": (with_delta(3, torch.zeros(1)), "deltas has a key that is not a text"),  # type: ignore[arg-type]
     "missing expert": (without("moe.0.w_out"), "missing key 'moe.0.w_out'"),
     "missing router": (without("moe.1.router"), "missing key 'moe.1.router'"),
     "missing dense": (without("dense.norm"), "missing key 'dense.norm'"),
@@ -94,21 +94,30 @@ BAD: dict[str, tuple[Change, str]] = {
     "inf router weight": (with_weight("router_weight_LE", (1, 1), INF), "router_weight_LE holds NaN or infinity"),
     "router weight on a frozen row": (with_weight("router_weight_LE", (1, 4), 0.5), "weight on layer 1 expert 4"),
     "weights that broadcast": (with_fields(expert_weight_LE=np.ones((1, 5))), "expert_weight_LE has shape (1, 5)"),
-    "weights in a list": (with_fields(router_weight_LE=[[0.0] * 5] * 2), "router_weight_LE is not a numeric numpy"),
-    "weights as objects": (with_fields(router_weight_LE=np.full(SHAPE_LE, None)), "is not a numeric numpy"),
-    "nan gate weight": (with_fields(gate_weight=NAN), "gate_weight is nan"),
+    "weights in a list": (
+        with_fields(router_weight_LE=[[0.0] * 5] * 2),
+        "router_weight_LE is not a numpy array of float64",
+    ),
+    "weights as objects": (
+        with_fields(router_weight_LE=np.full(SHAPE_LE, None)),
+        "router_weight_LE is not a numpy array of float64",
+    ),
+    "nan gate weight": (with_fields(gate_weight=NAN), "gate_weight is not a finite number (it is nan)"),
     "negative gate weight": (with_fields(gate_weight=-0.5), "gate_weight is negative"),
     "gate weight above 1": (with_fields(gate_weight=1.5), "gate_weight is above 1"),
-    "gate weight of no number": (with_fields(gate_weight="1"), "gate_weight is '1'"),
+    "gate weight of no number": (with_fields(gate_weight="1"), "gate_weight is not a finite number (it is '1')"),
     "no samples": (with_fields(sample_weight=0.0), "sample_weight is 0"),
-    "inf sample weight": (with_fields(sample_weight=INF), "sample_weight is inf"),
+    "inf sample weight": (with_fields(sample_weight=INF), "sample_weight is not a finite number (it is inf)"),
     "other client": (with_fields(client=9), "is from client 9, not from client 0"),
     "other round": (with_fields(round=3), "is for round 3, not for round 0"),
     "failed": (with_fields(status="failed", error="loss is NaN at step 2"), "client failed: loss is NaN at step 2"),
-    "unknown status": (with_fields(status="fine"), "client failed: fine"),
+    "unknown status": (with_fields(status="fine"), "status is 'fine', and a client says ok or failed"),
     "nan statistics": (with_profile("taylor_LE", np.full(SHAPE_LE, NAN)), "profile.taylor_LE holds NaN"),
-    "statistics of another model": (with_profile("tokens_L", np.ones(3)), "profile.tokens_L is not a numeric array"),
-    "profile of no kind": (with_fields(profile="rows"), "malformed update (AttributeError"),
+    "statistics of another model": (
+        with_profile("tokens_L", np.ones(3)),
+        "profile.tokens_L is not an array of float64 of shape (2,)",
+    ),
+    "profile of no kind": (with_fields(profile="rows"), "profile is a str, not a ClientProfile"),
     "endless reason": (with_fields(status="failed", error="x" * 10**6), "client failed: xxx"),
 }
 
@@ -197,7 +206,7 @@ def test_inv11_hostile_object_is_refused_not_raised() -> None:
             raise RuntimeError("boom")
 
     outcome = Accumulator(make_specs()).add(Trap(), make_plan(TRAINED))  # type: ignore[arg-type]
-    assert outcome.reason == "malformed update (RuntimeError: boom)"
+    assert outcome.reason == "is a Trap, not a ClientUpdate"
 
 
 @settings(max_examples=40, deadline=None)

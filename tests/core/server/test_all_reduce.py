@@ -34,7 +34,7 @@ from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.buckets import bucket_plan, touched_spans
 from fedmoe_core.server.fixed_point import SumSettings
 
-HEADER = 4 + 3 * ALL.size  # values
+HEADER = 4 + 4 * ALL.size  # values
 
 
 def one_expert(client: int) -> Client:

@@ -106,7 +106,7 @@ def test_inv9_full_budget_equals_the_dense_path_bit_for_bit() -> None:
         sample = (client + 1) / 6
         plan = make_plan(mask, client=client)
         update = replace(
-            ClientUpdate(client, 0, {}, sample * mask, sample * mask, sample, sample, None, plan.predicted, 1),
+            ClientUpdate(client, 0, plan.id, {}, sample * mask, sample * mask, sample, sample, None, plan.predicted, 1),
             deltas={spec.key: delta for spec in specs},
         )
         assert accumulator.add(update, plan).accepted

@@ -123,7 +123,7 @@ def whole(plan: ExpertPlan, result: LocalResult | LocalFailure) -> tuple[ExpertP
     if isinstance(result, LocalFailure):
         return plan, result
     full = {key: torch.from_numpy(spread(plan.client, key)) for key in result.deltas}
-    return plan, replace(result, deltas=full)
+    return plan, replace(result, deltas=full, profile=replace(result.profile, held_LE=EVERY_LE))
 
 
 def result_for(client: int) -> LocalResult:

@@ -47,7 +47,7 @@ def make_plan(trainable_LE: np.ndarray, *, client: int = 0, round_: int = 0) -> 
 
 
 def make_profile(held_LE: np.ndarray) -> ClientProfile:
-    table, row = np.ones(held_LE.shape), np.ones(held_LE.shape[0])
+    table, row = np.ones(held_LE.shape), np.full(held_LE.shape[0], 8.0)  # 8 tokens
     return ClientProfile(row, table, table, table, -table, row, table, table, table, table, table, held_LE)
 
 
@@ -74,6 +74,7 @@ def make_update(
     update = ClientUpdate(
         client=plan.client,
         round=plan.round,
+        plan_id=plan.id,
         deltas=deltas,
         expert_weight_LE=rng.uniform(0, 1, SHAPE_LE) * plan.trainable_LE,
         router_weight_LE=rng.uniform(0, 1, SHAPE_LE) * plan.trainable_LE,

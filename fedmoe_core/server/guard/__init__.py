@@ -1,0 +1,1 @@
+"""Rules that bound what a few hostile clients can do to an expert."""
