@@ -45,6 +45,11 @@ def check_privacy(values: Mapping[str, Any]) -> None:
     ):
         if values[key] != value:
             raise ValueError(f"privacy.clip={clip:g} cannot be kept with {key}={values[key]}: {why}; set {key}={value}")
+    if values["algorithm"] == "hfedmoe_plus" and values["plus.gate"] == "frozen":
+        raise ValueError(
+            f"privacy.clip={clip:g} cannot be kept with plus.gate=frozen: noise would move routers that never train; "
+            "set plus.gate=personal"
+        )
     if values["aggregation.gate"] == "literal":
         raise ValueError(
             f"privacy.clip={clip:g} cannot be kept with aggregation.gate=literal, which scales routers by what clients "

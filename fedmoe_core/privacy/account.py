@@ -26,7 +26,7 @@ class Account:
 
     Example:
         >>> round(Account(chance=0.01, noise=4.0, delta=1e-5).epsilon(10_000), 2)  # Abadi et al. 2016: 1.26
-        1.01
+        1.04
     """
 
     chance: float

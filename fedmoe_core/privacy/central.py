@@ -136,9 +136,9 @@ def refuse_unfit(config: Config, *, sums_alone: bool) -> None:
         return
     if not sums_alone:
         raise ValueError(
-            f"privacy.clip={config.privacy.clip:g} is not for algorithm={config.algorithm!r}: what one client measured "
-            "reaches others past the sums, where no noise is; choose hfedmoe, random, most_activated, fedavg or "
-            "fedavg_smallest, or set privacy.clip=0"
+            f"privacy.clip={config.privacy.clip:g} is not for algorithm={config.algorithm!r}: it does not say that "
+            "what one client measures reaches others through noised sums alone (sums_alone); choose hfedmoe, "
+            "hfedmoe_plus, random, most_activated, fedavg or fedavg_smallest, or set privacy.clip=0"
         )
     account = Account.of(config)
     if account is not None and (why := stopped(config)) and not account.affordable(config.rounds):

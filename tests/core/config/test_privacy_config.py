@@ -29,6 +29,7 @@ def test_a_private_configuration_survives_its_text_and_decides_results() -> None
         ([*PRIVATE, "privacy.noise=1e9"], "times privacy.noise=1e+09 is not from"),
         ([*PRIVATE, "cohort.clients=2"], "cannot be kept with cohort.clients=2: who trains at once with a client"),
         ([*PRIVATE, "min_clients=2"], "cannot be kept with min_clients=2: whether a round counts would tell"),
+        ([*PRIVATE, "algorithm=hfedmoe_plus", "plus.gate=frozen"], "cannot be kept with plus.gate=frozen: noise would"),
         ([*PRIVATE, "guard.quorum=2"], "cannot be kept with guard.quorum=2: whether an expert moves would tell"),
         ([*PRIVATE, "guard.rule=norm"], "cannot be kept with guard.rule=norm: one client's change can move a median"),
         ([*PRIVATE, "aggregation.gate=literal"], "cannot be kept with aggregation.gate=literal"),
