@@ -21,7 +21,7 @@ from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.selection.importance import cumulative, expert_scores
 from fedmoe_core.selection.within_budget import choose
-from fedmoe_core.server.means import Sums
+from fedmoe_core.server.means import Sums, modular_mean
 from fedmoe_core.server.planning import make_plan, plan_everything, plan_of_masks
 from fedmoe_core.server.state import ServerState
 
@@ -56,9 +56,8 @@ class FedAvg(EachAlone):
         return Weights(everywhere_LE, everywhere_LE, gate=samples)
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:
-        """Move each tensor by the |D_c|-weighted mean of its deltas."""
-        params = state.params
-        return {key: sums.mean(key, params[key], sums.round_den) for key in params if key in sums.numerators}, None
+        """Move each tensor by the |D_c|-weighted mean of its deltas; all clients send all, so all have voted."""
+        return modular_mean(sums, state.params), None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.budget.peak_memory import resident_bytes, tensor_bytes, trace_memory
+from fedmoe_core.client.failures import FAILURES, reason_of
 from fedmoe_core.client.per_batch import PerBatchSteps
 from fedmoe_core.client.profiling import ProfileSums, run_probe, statistics_bytes, validate
 from fedmoe_core.client.step import LocalSteps, PlainSteps, Stepper, log_prior
@@ -26,7 +27,6 @@ from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.model.adapter import ModelAdapter
 
 T = TypeVar("T")
-FAILURES = (ArithmeticError, RuntimeError, ValueError)  # what ends one client's round and not the run
 
 
 def train_client(
@@ -76,11 +76,6 @@ def train_client(
         return LocalFailure(cost.with_extra(plan.extras.surcharge), reason_of(error))
 
 
-def reason_of(error: Exception) -> str:
-    """Return in one sentence what ended a client's round; a loss that is not finite says it all itself."""
-    return f"{type(error).__name__}: {error}" if not isinstance(error, ArithmeticError) else str(error)
-
-
 @dataclass
 class _Meter:
     """What a client has used so far: a round that fails is charged for it too.
@@ -98,7 +93,7 @@ class _Meter:
 
     def run(self, step: Callable[[], T], device: torch.device, *, resident: int) -> T:
         """Run ``step`` and count its peak above ``resident`` bytes, even where it raises."""
-        failures: list[Exception] = []
+        failures: list[BaseException] = []
 
         def attempt() -> T | None:
             try:

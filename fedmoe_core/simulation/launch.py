@@ -28,6 +28,7 @@ ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has started this ru
 REQUEUED = "SLURM_RESTART_COUNT"  # how often Slurm has
 COMMAND = ("-m", "fedmoe_core.cli")
 PEER_LOST = 3  # exit status of a rank that ended only because another one did
+HUNG = 4  # exit status of a process in which a client hangs where nothing can interrupt it
 SETTLE = 5.0  # seconds after the first failure in which the others may find out by themselves
 PATIENCE = 10.0  # seconds from the request to stop until a rank is killed
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedmoe_core.budget.peak_memory import resident_bytes, tensor_bytes, trace_memory
 from fedmoe_core.client.cohort.validation import validate_cohort
+from fedmoe_core.client.failures import FAILURES, reason_of
 from fedmoe_core.client.profiling import NO_DATA, Validation, run_probe
-from fedmoe_core.client.train import FAILURES, reason_of
 from fedmoe_core.messages.plan import ProbeContext
 from fedmoe_core.model.cohort import LiveCohort
 

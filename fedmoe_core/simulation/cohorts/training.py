@@ -9,16 +9,19 @@ from functools import partial
 from typing import cast
 
 from fedmoe_core.client.cohort.train import Member, train_cohort
-from fedmoe_core.client.train import FAILURES, train_client
+from fedmoe_core.client.failures import FAILURES, ClientTimeoutError, reason_of
+from fedmoe_core.client.train import train_client
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.server.planning import asked_costs
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.cohorts.drawing import NONE_DRAWN, Drawn, round_batches
+from fedmoe_core.simulation.cohorts.patience import patience
 from fedmoe_core.simulation.world import World, local_settings, validation_batches
 
 
@@ -89,9 +92,10 @@ def answers(world: World, state: ServerState, group: Group, drawn: Drawn = NONE_
     ]
     train = round_settings(world, group.plans[0].round)
     try:
-        trained = train_cohort(cast(CohortAdapter, world.adapter), state.params, members, train=train)
+        with patience(train.timeout * len(members), f"a cohort of {len(members)} clients"):
+            trained = train_cohort(cast(CohortAdapter, world.adapter), state.params, members, train=train)
     except FAILURES as error:
-        why = f"its cohort's step raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        why = f"its cohort's step raised {reason_of(error)}"
         for plan in group.plans:
             yield train_alone(world, state, plan, why, drawn=drawn)
         return
@@ -104,18 +108,23 @@ def train_alone(
     world: World, state: ServerState, plan: ExpertPlan, why: str = "", *, drawn: Drawn = NONE_DRAWN
 ) -> Answer:
     """Train one client by itself; ``why``: as ``ClientUpdate.alone``."""
-    draw = partial(round_batches, world, plan, drawn)
-    result = train_client(
-        world.adapter,
-        state.params,
-        plan,
-        draw(),
-        train=round_settings(world, plan.round),
-        costs=asked_costs(world.population, plan.extras),
-        class_shares_C=world.data.class_shares(plan.client),
-        redraw=draw,
-        validation=partial(held_out, world, plan.client),
-    )
+    draw, train = partial(round_batches, world, plan, drawn), round_settings(world, plan.round)
+    result: LocalResult | LocalFailure
+    try:
+        with patience(train.timeout, f"client {plan.client}"):
+            result = train_client(
+                world.adapter,
+                state.params,
+                plan,
+                draw(),
+                train=train,
+                costs=asked_costs(world.population, plan.extras),
+                class_shares_C=world.data.class_shares(plan.client),
+                redraw=draw,
+                validation=partial(held_out, world, plan.client),
+            )
+    except ClientTimeoutError as error:  # before or after its training, which catches its own
+        result = LocalFailure(replace(plan.predicted, bytes_up=0), reason_of(error))
     update = replace(world.algorithm.answer(plan, result), alone=why)
     return Answer(update, plan, result.extract_seconds)
 

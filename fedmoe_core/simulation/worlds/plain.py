@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fedmoe_core.algorithms.base import Algorithm
 from fedmoe_core.budget.limits import Cost
+from fedmoe_core.client.failures import FAILURES, reason_of
 from fedmoe_core.client.plain.trainer import PlainTrainer, Trained
-from fedmoe_core.client.train import FAILURES
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.rows import RowData, Rows, draw_places, rows_of_steps
 from fedmoe_core.messages.plan import ExpertPlan
@@ -24,6 +24,7 @@ from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.state import Population, ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group, each_alone, in_cohorts
+from fedmoe_core.simulation.cohorts.patience import patience
 from fedmoe_core.simulation.cohorts.training import Answer, InTurn, Task, at_round
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.identity import Identity
@@ -89,11 +90,12 @@ class PlainWorld:
             return
         began, train = time.perf_counter(), at_round(self.config.train, state.round, rounds=self.config.rounds)
         try:
-            found = self.trainer.train_many(
-                state.params, self._batches_of_many(group.plans), train, clients=len(group.plans)
-            )
+            with patience(train.timeout * len(group.plans), f"a cohort of {len(group.plans)} clients"):
+                found = self.trainer.train_many(
+                    state.params, self._batches_of_many(group.plans), train, clients=len(group.plans)
+                )
         except FAILURES as error:
-            why = f"its cohort's step raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            why = f"its cohort's step raised {reason_of(error)}"
             for plan in group.plans:
                 yield self._alone(state, plan, why)
             return
@@ -151,9 +153,10 @@ class PlainWorld:
         began, train = time.perf_counter(), at_round(self.config.train, state.round, rounds=self.config.rounds)
         batches = map(self.data.batch, self._places(plan))
         try:
-            trained = self.trainer.train(state.params, batches, train, seed=plan.seed)
+            with patience(train.timeout, f"client {plan.client}"):
+                trained = self.trainer.train(state.params, batches, train, seed=plan.seed)
         except FAILURES as error:
-            failed = LocalFailure(replace(plan.predicted, bytes_up=0), f"{type(error).__name__}: {error}")
+            failed = LocalFailure(replace(plan.predicted, bytes_up=0), reason_of(error))
             return Answer(replace(self.algorithm.answer(plan, failed), alone=why), plan, 0.0)
         answer = self._answer(plan, trained, seconds=time.perf_counter() - began)
         return replace(answer, update=replace(answer.update, alone=why))
