@@ -135,6 +135,30 @@ def test_masks_and_noise_together_have_the_bits_of_noise_alone(config: Make) -> 
     assert noisy["epsilon"] == both["epsilon"]
 
 
+def test_a_private_round_of_too_few_stays_closed_and_gets_its_noise(config: Make) -> None:
+    """Clients are drawn one by one, so a round may have none or one, whose sum would be its vector."""
+    words = ("privacy.clip=0.3", "privacy.noise=1", "privacy.delta=1e-3", "clients_per_round=2", "rounds=8")
+    found = played(config(SECURE, *words))
+    sizes = [len(round_.updates) for round_, _ in found]
+    assert {0, 1} & set(sizes)
+    assert max(sizes) >= 2
+    for (round_, params), (_, before) in zip(found[1:], found, strict=False):
+        assert round_.applied
+        assert not any(torch.equal(before[key], tensor) for key, tensor in params.items())
+        few = len(round_.updates) < 2
+        assert all(("below the threshold of 2" in u.error) == few for u in round_.updates)
+
+
+def test_sums_of_another_model_or_of_too_many_are_not_loaded() -> None:
+    sums = Accumulator(specs())
+    with pytest.raises(ValueError, match=r"sums of \(3,\) values are not of .*; load those of the same model"):
+        sums.load(torch.zeros(3, dtype=torch.int64))
+    flat = sums.flatten()
+    flat[0] = 1 << 20
+    with pytest.raises(ValueError, match="sums of 1048576 clients are past max_clients = 1024"):
+        sums.load(flat)
+
+
 def test_inv10_noise_on_one_rank_and_masks_and_noise_on_two_have_the_same_bits(tmp_path: Path) -> None:
     notes, found = write_notes(tmp_path / "notes.jsonl"), []
     private = ("train.trunk=fedavg", "privacy.clip=0.5", "privacy.noise=0.2", "privacy.delta=1e-3", "rounds=2")
