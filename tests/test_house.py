@@ -22,7 +22,7 @@ LONGEST = 400  # lines; a longer file asks to be two
 # a run; its report; a run that goes on, which needs what the report knows of a directory; many runs; a command.
 ROOMS = (
     *("base", "data", "layer", "model", "budget", "config", "messages", "selection", "client", "server"),
-    *("algorithms", "simulation", "reporting", "watching", "comparison", "cli"),
+    *("privacy", "algorithms", "simulation", "reporting", "watching", "comparison", "cli"),
 )
 CROWDED = 14  # files in one folder, ``__init__.py`` not counted; a fuller one asks to be two
 SOURCES = sorted(path for package, folder in FLOORS.items() for path in (HOUSE / folder / package).rglob("*.py"))
@@ -31,6 +31,7 @@ NOT_OURS = {".venv", ".venv-oldest", ".venv-gpu", "build", "dist", "runs", ".git
 KERNEL_FRIENDS = {"torch", "triton", "numpy", "fedmoe_kernels", *sys.stdlib_module_names}
 # What a package is called where it is installed from, when that is not the name it is imported by.
 DISTRIBUTIONS = {
+    "dp_accounting": "dp-accounting",
     "mlflow": "mlflow-skinny",
     "sklearn": "scikit-learn",
     "PIL": "pillow",
@@ -332,9 +333,13 @@ def test_html_is_written_by_one_template_and_markup_made_in_one_place() -> None:
 
 
 def declared(path: Path | None = None) -> set[str]:
-    """What every install has, and for a binding of an extra's name, a folder or a file of it, what the extra adds."""
+    """What every install has, and where a binding or a room of the core has an extra's name, what the extra adds."""
     project = tomllib.loads((HOUSE / "pyproject.toml").read_text("utf-8"))["project"]
-    extras = (path.parent.name, path.stem) if path is not None and package_of(path) == "fedmoe_bindings" else ()
+    extras: tuple[str, ...] = ()
+    if path is not None and package_of(path) == "fedmoe_bindings":
+        extras = (path.parent.name, path.stem)
+    elif path is not None and package_of(path) == "fedmoe_core":
+        extras = tuple(module_of(path).split(".")[1:2])
     listed = project["dependencies"] + [
         line for name in extras for line in project["optional-dependencies"].get(name, [])
     ]

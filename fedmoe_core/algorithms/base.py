@@ -60,6 +60,9 @@ class Algorithm(ABC):
         asynchronous: True where clients may train on models of different age (``time.mode=buffered``): a client's plan
             is the same with any others planned for in one call, and ``apply`` moves the current model by means of
             deltas. A subclass inherits it, so one that plans or applies otherwise sets it False.
+        sums_alone: True where the server can be private (``[privacy]``): what a client measured reaches other clients
+            through ``sums`` alone. So ``apply`` makes the model of nothing else, and a client's plan depends on the
+            model, on public numbers and on the client's own past. A subclass inherits it, as ``asynchronous``.
         trains_trunk: False where the trunk stays frozen whatever ``train.trunk`` says (a classification head trains).
     """
 
@@ -69,6 +72,7 @@ class Algorithm(ABC):
     has_global_model: ClassVar[bool] = True
     adapters: ClassVar[Literal["", "shared", "own", "optional"]] = ""
     asynchronous: ClassVar[bool] = False
+    sums_alone: ClassVar[bool] = False
     trains_trunk: ClassVar[bool] = True
     settings: ClassVar[type | None] = None
 

@@ -43,6 +43,7 @@ class FedAvg(EachAlone):
 
     adapters = "optional"
     asynchronous = True
+    sums_alone = True
 
     def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
         """Give the client all experts, permitted and trainable."""
@@ -65,6 +66,7 @@ class OtherChoice(EachAlone):
 
     adapters = "optional"
     asynchronous = True
+    sums_alone = True
 
     @abstractmethod
     def worth(self, state: ServerState, client: int) -> np.ndarray:

@@ -82,6 +82,7 @@ class HFedMoE(Algorithm):
 
     adapters = "optional"
     asynchronous = True
+    sums_alone = True
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Solve eq. 15 for each client: the experts of largest score within its budget."""

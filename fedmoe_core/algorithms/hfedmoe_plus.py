@@ -53,6 +53,7 @@ class HFedMoEPlus(Algorithm):
     )
 
     asynchronous = True
+    sums_alone = True
 
     @property
     def base(self) -> HFedMoE:

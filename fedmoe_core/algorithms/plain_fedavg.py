@@ -42,6 +42,7 @@ class PlainFedAvg(EachAlone):
     )
 
     asynchronous = True
+    sums_alone = True
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Plan each client alone; what clients of one budget and as many steps are asked is worked out once."""

@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from fedmoe_core.base.wording import differing
 from fedmoe_core.budget.limits import NOTHING, Budget
+from fedmoe_core.config.privacy import check_privacy
 from fedmoe_core.config.schema import (
     Setting,
     build,
@@ -41,6 +42,7 @@ from fedmoe_core.config.sections import (
     Natural,
     PlusConfig,
     Positive,
+    PrivacyConfig,
     SelectionConfig,
     TimeConfig,
     TrainConfig,
@@ -113,6 +115,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     flux: FluxConfig = field(default_factory=FluxConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     settings: Any = None
 
@@ -372,6 +375,7 @@ def _check_pairs(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={values[key]} exceeds {most}={values[most]}; lower it, or raise {most}")
     _check_plain(values)
     _check_buffer(values)
+    check_privacy(values)
     _check_guard(values, "time.buffer" if buffered else sampled)
     heads, kv_heads = values["model_config.heads"], values["model_config.kv_heads"]
     if heads % kv_heads:

@@ -241,6 +241,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of the model, client by client, and sums that the server sees as a whole; off by default."""
+
+    # largest L2 norm of all that a client adds to the sums of a round; more is scaled down; 0 = not private
+    clip: NaturalReal = 0.0
+    noise: NaturalReal = 0.0  # z: each number of the sums gets Gaussian noise of sigma z * clip; 0 = none
+    delta: Share = 0.0  # delta of (epsilon, delta), below 1 / clients; noise needs it
+    epsilon: NaturalReal = 0.0  # the run ends before the round that would pass it; 0 = no limit
+    secure: bool = False  # clients mask what they send, so that the server sees the sums of a round alone
+    # secure only: share of the clients of a round that must stay to its end, or it changes nothing
+    threshold: Annotated[float, Meta(gt=0.5, le=1.0)] = 0.67
+    drop: Share = 0.0  # chance that a client drops out of a round, at one of the five steps of secure aggregation
+
+
+@dataclass(frozen=True)
 class WatchConfig:
     """Where a run's curves go besides the screen; nothing here decides a result."""
 

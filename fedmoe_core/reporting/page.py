@@ -236,6 +236,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return [
         *facts,
         *_times(run),
+        *([] if run.privacy is None else [("privacy of a client", run.privacy)]),
         ("partition", str(s.get("partition", show.NONE))),
         ("corpus sha256", str(s.get("corpus_sha256") or show.NONE)[:16]),
         ("model hash", str(s.get("model_hash") or show.NONE)[:16]),

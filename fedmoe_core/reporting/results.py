@@ -39,6 +39,8 @@ def line(run: Run) -> str:
         parts.append(f"budgets exceeded: {run.broken}{_first(summary.get('broken_by'))}")
     if not run.budgeted:
         parts.append(f"not bound by the budgets{_first(summary.get('over_budget'))}")
+    if run.privacy is not None:
+        parts.append(run.privacy)
     if run.virtual_seconds is not None:
         parts.append(f"virtual time {show.seconds(run.virtual_seconds)}")
     if "staleness_mean" in summary:

@@ -93,6 +93,16 @@ class Run:
         return seconds if show.known(seconds) else None
 
     @property
+    def privacy(self) -> str | None:
+        """What the rounds have spent, and why it was the last where privacy ended the run; None without noise."""
+        epsilon = self.summary.get("epsilon", self.last("epsilon"))
+        if not show.known(epsilon):
+            return None
+        delta = self.summary.get("delta", (self.config.get("privacy") or {}).get("delta"))
+        said = f"epsilon {show.number(epsilon)} at delta {delta:g}" if show.known(delta) else f"epsilon {epsilon:.3f}"
+        return said + (f"; {why}" if (why := self.summary.get("stopped")) else "")
+
+    @property
     def late(self) -> list[tuple[int, int, float]]:
         """Round, client and virtual seconds of every update that came after the deadline."""
         return [(r["round"], item["client"], item["seconds"]) for r in self.rounds for item in r.get("late") or ()]

@@ -219,6 +219,19 @@ class Accumulator:
         """Return a copy of all sums as one int64 vector; adding such vectors merges the sums."""
         return self._flat.clone()
 
+    def load(self, flat: Tensor) -> None:
+        """Take over sums that ``flatten`` of accumulators alike gave, or the sum of such vectors; int64, copied.
+
+        Raises:
+            ValueError: another length, or too many clients.
+        """
+        if flat.shape != self._flat.shape:
+            raise ValueError(
+                f"sums of {tuple(flat.shape)} values are not of {tuple(self._flat.shape)}; load those of the same model"
+            )
+        self._check_count(int(flat[0]))
+        self._set_flat(flat.to(self._flat.device, copy=True))
+
     def merge(self, other: Accumulator) -> None:
         """Add the sums of ``other``, which holds other clients of the same round; ``other`` is left unchanged.
 

@@ -142,6 +142,8 @@ class RoundLines:
             self.traffic = traffic
             if record.get("coverage") is not None:
                 parts.append(f"experts trained {show.share(record['coverage'], 0)}")
+            if record.get("epsilon") is not None:
+                parts.append(f"epsilon {show.number(record['epsilon'])}")
             parts.append(show.seconds(record.get("seconds")))
         return ["   ".join(parts), *refusal_lines(round, record.get("refused") or ())]
 

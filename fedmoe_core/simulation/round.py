@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fedmoe_core.base.rng import counter_rng
@@ -12,6 +13,9 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.messages.codec import report_of, update_of
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate, refused
+from fedmoe_core.privacy.central import Central
+from fedmoe_core.privacy.dropping import dropped
+from fedmoe_core.privacy.masked import MaskedSums
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.guard.combine import Told
@@ -46,7 +50,7 @@ class Trained:
     """What this rank's clients of a round left: their sums, and reports for the other ranks."""
 
     plans: list[ExpertPlan]  # of all ranks
-    sums: Accumulator
+    sums: Accumulator | MaskedSums
     reports: list[dict[str, Any]]
     cohorts: list[dict[str, Any]]
     began: float  # time.perf_counter() at the start of the round
@@ -66,8 +70,8 @@ def play_round(world: Federation, state: ServerState, observer: Observer) -> tup
 
 def train(world: Federation, index: int, tasks: Sequence[Task], observer: Observer, *, began: float) -> Trained:
     """Train this rank's share of the tasks of a round, counted from 0; every update is summed, or refused by name."""
-    reports, cohorts, sums = [], [], _accumulator(world)
     plans = sorted((plan for task in tasks for plan in task.group.plans), key=lambda plan: plan.client)
+    reports, cohorts, sums = [], [], _sums(world, index, plans)
     engine = time.perf_counter() - began
     with world.training(world.ranks.mine(tasks, [task.group.flops for task in tasks])) as in_turn:
         for task, answers in in_turn:
@@ -88,16 +92,21 @@ def train(world: Federation, index: int, tasks: Sequence[Task], observer: Observ
 def settle(world: Federation, state: ServerState, trained: Trained) -> tuple[ServerState, Round]:
     """Meet the other ranks and apply what all clients changed; the round's virtual time is still to be told."""
     ranks, sums, summing = world.ranks, trained.sums, time.perf_counter()
-    if ranks.world > 1:
+    if ranks.world > 1 and isinstance(sums, Accumulator):
         with ranks.meeting():
             sums.all_reduce()
-    told = sums.close(history_RG=state.norms_RG, gather=ranks.gather_tensors)
     gathered = ranks.gather([trained.reports, trained.cohorts])
     updates = sorted((update_of(report) for part, _ in gathered for report in part), key=lambda update: update.client)
+    if isinstance(sums, MaskedSums):
+        with ranks.meeting():
+            sums, updates = sums.opened(updates, trained.plans, together=ranks.world > 1)
+    told = sums.close(history_RG=state.norms_RG, gather=ranks.gather_tensors)
     together = sorted((record for _, part in gathered for record in part), key=lambda record: record["clients"])
-    applied = sums.accepted >= world.config.min_clients
+    private = Central.of(world.config)
+    applied = private is not None or sums.accepted >= world.config.min_clients
     if applied:
-        state = replace(world.algorithm.advance(state, sums.sums(), updates), norms_RG=told.history_RG)
+        found = sums.sums() if private is None else private.released(sums.sums(), state.round)
+        state = replace(world.algorithm.advance(state, found, updates), norms_RG=told.history_RG)
     else:
         state = state.advance(state.params, {}, [update.client for update in updates])
     now = time.perf_counter()
@@ -107,8 +116,13 @@ def settle(world: Federation, state: ServerState, trained: Trained) -> tuple[Ser
 
 
 def sample_clients(config: Config, round: int, *, absent: Collection[int] = ()) -> list[int]:
-    """Draw the clients of a round from those that are not ``absent``, ascending; every rank draws the same."""
+    """Draw the clients of a round from those that are not ``absent``, ascending; every rank draws the same.
+
+    A private round draws each client by itself, so that their number differs from round to round.
+    """
     present = [client for client in range(config.clients) if client not in absent]
+    if (private := Central.of(config)) is not None:
+        return private.sample(round, present)
     count = min(config.clients_per_round or config.clients, len(present))
     rng = counter_rng(config.seed, "sample", round)
     return sorted(present[int(place)] for place in rng.choice(len(present), size=count, replace=False))
@@ -122,7 +136,7 @@ def _cohort_record(group: Group, peak: int, seconds: float) -> dict[str, Any]:
 
 
 def _admit(
-    world: Federation, update: ClientUpdate, plan: ExpertPlan, sums: Accumulator, *, share: float
+    world: Federation, update: ClientUpdate, plan: ExpertPlan, sums: Accumulator | MaskedSums, *, share: float
 ) -> ClientUpdate:
     """Sum the update, or refuse it by name: it broke its budget, came late, or is not what was asked for."""
     update = received(update, plan)
@@ -135,6 +149,10 @@ def _admit(
             return refused(update, plan, late, status="late")
         if claim := _false_claim(world.population, update):
             return refused(update, plan, claim)
+        if gone := dropped(world.config, plan.round, plan.client):
+            return refused(update, plan, gone)
+    if (private := Central.of(world.config)) is not None:
+        share *= private.share(update, plan, sums.specs)
     outcome = sums.add(update, plan, share=share)
     if outcome.accepted or update.status == "failed":
         return update
@@ -152,9 +170,17 @@ def _false_claim(population: Population, update: ClientUpdate) -> str:
     return ""
 
 
+def _sums(world: Federation, index: int, plans: Sequence[ExpertPlan]) -> Accumulator | MaskedSums:
+    """Empty sums for a round of these plans, in the clear or under masks."""
+    if not world.config.privacy.secure:
+        return _accumulator(world)
+    return MaskedSums(world.config, index, [plan.client for plan in plans], partial(_accumulator, world))
+
+
 def _accumulator(world: Federation) -> Accumulator:
     """Empty exact sums for one round of this run."""
     rule, config = world.config.aggregation, world.config
+    private = Central.of(config)
     settings = SumSettings(
         scale_bits=rule.scale_bits,
         weight_bits=rule.weight_bits,
@@ -165,8 +191,8 @@ def _accumulator(world: Federation) -> Accumulator:
     specs = world.learning
     return Accumulator(
         specs,
-        settings,
-        lr=config.train.lr,
+        settings if private is None else private.settings,
+        lr=config.train.lr if private is None else None,  # the noise is 2^23 times what the sums resolve
         train_dense=any(spec.kind == "dense" for spec in specs),
         device=world.ranks.device,
         guard=Guard(**vars(config.guard)),

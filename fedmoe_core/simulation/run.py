@@ -17,6 +17,7 @@ from fedmoe_core.base.garbage import older_objects_skipped
 from fedmoe_core.config.run_config import Config, is_plain
 from fedmoe_core.model.plain import PlainModel
 from fedmoe_core.model.spec import model_hash
+from fedmoe_core.privacy.account import rounds_of, stopped
 from fedmoe_core.server.state import ServerState, unpack_state
 from fedmoe_core.simulation.buffered import (
     PREFIX,
@@ -278,7 +279,7 @@ def _play(
     A buffered run carries its clients in flight beside the state, and its rounds are server steps. A ``fresh`` run has
     the warm model judged first; a resumed one has that line already.
     """
-    config, (state, flying) = world.config, start
+    config, (state, flying), rounds = world.config, start, rounds_of(world.config)
     run = log.run if log is not None else ""
     observer.on_start(_headline(world, state) | {"run": run, "resumed": not fresh})
     if fresh:
@@ -288,18 +289,20 @@ def _play(
                 observer.on_round(0, config.rounds, log.before(warm))
                 log.commit(state, None if flying is None else pack_in_flight(flying, state))
     with older_objects_skipped():
-        while state.round < config.rounds:
+        while state.round < rounds:
             if flying is None:
                 state, played = play_round(world, state, observer)
             else:
                 state, flying, played = play_step(world, state, flying, observer)
-            due = state.round % config.eval.every == 0 or state.round == config.rounds
+            due = state.round % config.eval.every == 0 or state.round == rounds
             held = world.evaluate(state) if due else None
             with world.ranks.together(f"writing round {state.round}"):
                 if log is not None:
                     record = log.round(played, held, state)
                     log.commit(state, None if flying is None else pack_in_flight(flying, state))
                     observer.on_round(state.round, config.rounds, record)
+    if why := stopped(config):
+        observer.on_stage(why)
     summary = log.finish(state, model_hash(state.params)) if log is not None else {}
     world.ranks.wait()
     observer.on_end(summary)

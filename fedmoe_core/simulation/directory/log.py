@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedmoe_core.base.files import json_text, require_file, write_json, write_whole
 from fedmoe_core.budget.limits import Budget
+from fedmoe_core.privacy.account import spent, spent_in_all
 from fedmoe_core.server.state import ServerState, pack_state
 from fedmoe_core.simulation.clock.times import has_clock, time_facts, time_summary
 from fedmoe_core.simulation.directory.checkpoint import save_checkpoint
@@ -139,6 +140,7 @@ class RunLog:
             "refused": [{"client": u.client, "reason": u.error} for u in played.updates if u.status in REFUSED],
             **time_facts(played.time, played.updates),
             "applied": played.applied,
+            **spent(self.world.config, number),
             **guard_facts(played.guard),
             **({"cohorts": played.cohorts} if played.cohorts else {}),
         }
@@ -193,6 +195,7 @@ class RunLog:
             "experts_held_max": max(held, default=0),
             **kept_budgets(entries),
             **time_summary(self.world.population, self.world.holdings.clients, rounds),
+            **spent_in_all(config, state.round),
             **guard_summary(rounds),
             "refused_updates": sum(len(line["refused"]) for line in rounds),
             **(how_clients_ran(records) if config.cohort.clients != 1 else {}),

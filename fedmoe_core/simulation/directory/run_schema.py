@@ -106,14 +106,15 @@ SUMMARY = {
     **dict.fromkeys(("virtual_seconds", "virtual_seconds_to_target", "staleness_mean"), AMOUNT),
     **dict.fromkeys(("late_updates", "staleness_max"), COUNT),
     **dict.fromkeys(("over_budget", "broken_by", "absent_clients"), TEXTS),
-    "nothing_trained": TEXT,
+    **dict.fromkeys(("nothing_trained", "stopped"), TEXT),
+    **dict.fromkeys(("epsilon", "delta"), AMOUNT),
 }
 ROUND = {
     "round": COUNT,
     **dict.fromkeys(("loss", "accuracy", "lost_mass", "coverage", "load_cv"), NUMBER),
     **dict.fromkeys(("loss_clients", "accuracy_clients", "personal_loss_C", "personal_accuracy_C"), PER_CLIENT),
     **dict.fromkeys(("bytes_down_total", "bytes_up_total", "flops_total", "seconds", "engine_seconds"), AMOUNT),
-    **dict.fromkeys(("virtual_seconds", "virtual_seconds_total", "staleness_mean"), AMOUNT),
+    **dict.fromkeys(("virtual_seconds", "virtual_seconds_total", "staleness_mean", "epsilon"), AMOUNT),
     **dict.fromkeys(("staleness_max", "in_flight"), COUNT),
     "late": LATE,
     "guard": GUARD,

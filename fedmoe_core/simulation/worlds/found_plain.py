@@ -19,6 +19,7 @@ from fedmoe_core.config.run_config import OWN, Config
 from fedmoe_core.data.rows import deal_rows, rows_digest
 from fedmoe_core.messages.profile import empty_profile
 from fedmoe_core.model.plain import PlainModel, find_plain, plain_spec, plain_tensors
+from fedmoe_core.privacy.central import refuse_unfit
 from fedmoe_core.server.state import Population
 from fedmoe_core.simulation.buffered import refuse_rounds_only
 from fedmoe_core.simulation.clock.deadline import keep_deadline
@@ -71,6 +72,7 @@ def found_plain(config: Config, plain: PlainModel, ranks: Ranks, observer: Obser
     observer.on_stage("dealing rows, and measuring one client's step")
     form = _form(config)
     refuse_rounds_only(config, form)
+    refuse_unfit(config, sums_alone=form.sums_alone)
     data = deal_rows(plain.train, plain.test, clients=config.clients, scheme=config.partition, seed=config.seed)
     identity, model = sources_of(config, plain), plain.build(config.seed).to(ranks.device)
     spec = plain_spec(model)

@@ -56,6 +56,7 @@ CROSS_CHECKED |= {"time.deadline", "time.straggle", "time.target"}  # they need 
 CROSS_CHECKED |= {"time.mode", "time.buffer"}  # one needs the other
 CROSS_CHECKED |= {"selection.lam_change", "selection.beta_change", "aggregation.tau_change"}
 CROSS_CHECKED |= {k for k in SCHEMA if "model_config" in k}
+CROSS_CHECKED |= {k for k in SCHEMA if k.startswith("privacy.")}  # each needs the others
 CROSS_CHECKED |= {"guard.quorum", "guard.rule"}  # they need as many clients
 CROSS_CHECKED |= {"train.local_epochs"}  # it needs a plain model
 FREE = {key: setting for key, setting in SCHEMA.items() if key not in CROSS_CHECKED}
