@@ -249,8 +249,8 @@ def wait_for(processes: Sequence[Process]) -> list[int | None]:
     """Wait until all have ended, those that outlive another one by being told to; None for one that does not end."""
     began = time.monotonic()
     first: float | None = None
-    while any(process.poll() is None for process in processes) and time.monotonic() - began < PATIENCE:
-        if first is None and any(process.code is not None for process in processes):
+    while None in (codes := [process.poll() for process in processes]) and time.monotonic() - began < PATIENCE:
+        if first is None and any(code is not None for code in codes):
             first = time.monotonic()
         if first is not None and time.monotonic() - first > SETTLE:
             for process in processes:

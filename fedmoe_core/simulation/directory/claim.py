@@ -192,7 +192,7 @@ def _half_a_marker(entry: Path) -> bool:
 
 
 def _sweep(path: Path) -> None:
-    """Remove the halves of files that killed processes left; whoever holds the lock may, and no link is one of them."""
+    """Remove the halves of files that killed processes left; the holder of the lock may, and no link is one of them."""
     for entry in path.iterdir():
         partial = _PARTIAL.fullmatch(entry.name)
         if partial and not form_of(entry) and not is_running(int(partial[2])):

@@ -30,6 +30,7 @@ from fedmoe_core.simulation.round import Round
 from fedmoe_core.simulation.worlds.federation import Federation
 
 METRICS, LEDGER, PARTITION = "metrics.jsonl", "ledger.jsonl", "partition.json"
+Records = Sequence[Mapping[str, Any]]
 REFUSED = ("failed", "refused")  # an update that came late is on record as that
 
 
@@ -70,8 +71,9 @@ class RunLog:
         log.ledger = PrefixLog.reopen(log.ledger.path, standing.ledger, round=standing.round)
         require_history(log.out, state)
         try:
-            log._summary(state, "")  # what the last round will do with these lines, and more, so it can be done
-            for line in log.metrics.read():
+            records, entries = log.metrics.read(), log.ledger.read()
+            log._summary(state, "", records, entries)  # as after the last round: what it reads is there
+            for line in records:
                 if line["type"] == "round":
                     log.totals = {name: line[name] + 0 for name in log.totals}
         except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
@@ -162,13 +164,12 @@ class RunLog:
 
     def finish(self, state: ServerState, model_hash: str) -> dict[str, Any]:
         """Write ``summary.json`` from what the logs hold, so that a resumed run sums up the same."""
-        summary = sealed(self.out, self._summary(state, model_hash))
+        summary = sealed(self.out, self._summary(state, model_hash, self.metrics.read(), self.ledger.read()))
         write_json(self.out / SUMMARY, summary)
         return summary
 
-    def _summary(self, state: ServerState, model_hash: str) -> dict[str, Any]:
+    def _summary(self, state: ServerState, model_hash: str, records: Records, entries: Records) -> dict[str, Any]:
         config, held_data = self.world.config, self.world.holdings
-        records, entries = self.metrics.read(), self.ledger.read()
         rounds = [line for line in records if line["type"] == "round"]
         judged = [line for line in rounds if "evaluate_seconds" in line]
         first, last = judged[0], judged[-1]
