@@ -26,7 +26,7 @@ class Terminal:
     def __init__(self, *words: str | Path) -> None:
         self.master, slave = pty.openpty()
         paths = os.pathsep.join([*map(str, PATHS), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "110", "LINES": "40", "PYTHONPATH": paths}
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "300", "LINES": "40", "PYTHONPATH": paths}
         command = [sys.executable, "-m", "fedmoe_core.cli", "watch", "--every", "0.1", *map(str, words)]
         streams = {"stdin": slave, "stdout": slave, "stderr": slave}
         # A session whose terminal this is, so that Ctrl-C reaches it as a key.
@@ -58,8 +58,15 @@ class Terminal:
         """Read all to the end; the exit status."""
         while self.read():
             pass
-        os.close(self.master)
         return self.process.wait(10)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
 
 
 TAKES_TERMINAL = """
@@ -117,7 +124,11 @@ def test_what_is_not_a_run(tmp_path: Path) -> None:
 
 def test_it_follows_a_run_in_a_terminal_and_leaves_with_it(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    terminal = Terminal(path)
+    with Terminal(path) as terminal:
+        follow(terminal, tmp_path, path)
+
+
+def follow(terminal: Terminal, tmp_path: Path, path: Path) -> None:
     terminal.until(lambda text: "this waits for one" in text)
     make_run(tmp_path / "made", clients=4)
     summary, lines = (
@@ -145,10 +156,10 @@ def test_it_follows_a_run_in_a_terminal_and_leaves_with_it(tmp_path: Path) -> No
 def test_ctrl_c_ends_it_with_0_and_a_clean_terminal(tmp_path: Path) -> None:
     make_run(tmp_path / "run", clients=4)
     (tmp_path / "run" / "summary.json").unlink()
-    terminal = Terminal(tmp_path / "run", tmp_path / "other")
-    terminal.until(lambda text: "stopped" in text)
-    os.write(terminal.master, b"\x03")
-    assert terminal.end() == 0
+    with Terminal(tmp_path / "run", tmp_path / "other") as terminal:
+        terminal.until(lambda text: "stopped" in text)
+        os.write(terminal.master, b"\x03")
+        assert terminal.end() == 0
     assert terminal.text.endswith("\x1b[?25h")
     assert "Traceback" not in terminal.text
     assert "Aborted" not in terminal.text
