@@ -42,7 +42,7 @@ megablocks: setup ## the megablocks binding against the published package, which
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation stanford-stk==0.7.1 megablocks==0.10.0
 	$(BIN)/python -m pytest -q tests/bindings/megablocks
 
-# Both with all that they need: 35 packages, 160 MB.
+# Each brings many packages, so they are not among those of the tests.
 trackers: setup ## the sinks of Weights & Biases and MLflow against the published packages, which this installs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[mlflow,wandb]"
 	$(BIN)/python -m pytest -q tests/bindings/tracking tests/test_no_network.py

@@ -106,7 +106,10 @@ def circles(needs: Mapping[str, set[str]]) -> list[str]:
 
 
 def pickle_readers(tree: ast.AST) -> list[str]:
-    """Every call or import in a module that can read pickle; torchrun's launcher does, in its c10d rendezvous."""
+    """Every call or import in a module that can run what it reads: pickle, or the code beside a model on a hub.
+
+    torchrun's launcher is one, by its c10d rendezvous.
+    """
     launchers = tuple(f"torch.distributed.{name}" for name in ("elastic", "launcher", "run"))
     heads = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
     found = [name for name in modules_of(tree) if name.split(".")[0] in heads or name.startswith(launchers)]
@@ -118,7 +121,8 @@ def pickle_readers(tree: ast.AST) -> list[str]:
         unsafe_load = called == "torch.load" and options.get("weights_only") != "True"
         unsafe_numpy = called in ("np.load", "numpy.load") and options.get("allow_pickle") != "False"
         sent_objects = re.search(r"\b(all_gather|gather|broadcast|scatter)_object", called)
-        if unsafe_load or unsafe_numpy or sent_objects or called.endswith("read_pickle"):
+        foreign_code = options.get("trust_remote_code", "False") != "False"
+        if unsafe_load or unsafe_numpy or sent_objects or foreign_code or called.endswith("read_pickle"):
             found.append(ast.unparse(node))
     return found
 
@@ -296,6 +300,7 @@ def test_inv12_no_source_can_read_pickle(path: Path) -> None:
     [
         *("import pickle", "from joblib import load", "torch.load(f)", "np.load(f)"),
         *("dist.all_gather_object(out, x)", "from torch.distributed.launcher.api import elastic_launch"),
+        "AutoModel.from_pretrained(name, trust_remote_code=given)",
     ],
 )
 def test_inv12_the_search_finds_a_pickle_reader(source: str) -> None:

@@ -66,6 +66,45 @@ def test_inv12_a_run_its_resume_and_its_report_open_no_connection(tmp_path: Path
     assert "warning" not in done.stderr
 
 
+EVERY = """
+import json
+for words in json.loads(os.environ["COMMANDS"]):
+    sys.argv = ["fedmoe", *words]
+    try:
+        runpy.run_module("fedmoe_core.cli", run_name="__main__")
+    except SystemExit as end:
+        assert end.code in (0, None), (words, end.code)
+"""
+
+
+def test_inv12_no_command_nor_a_process_that_it_starts_opens_a_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All commands on local data; ranks and the runs of a comparison are processes of their own, watched as well."""
+    notes, out = write_notes(tmp_path / "notes.jsonl"), tmp_path / "run"
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(WATCHED)  # Python imports it as it starts
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
+    words = [*TINY, f"data=jsonl:{notes}", f"cache={tmp_path / 'cache'}"]
+    commands: list[list[str]] = [
+        ["systems"],
+        ["plan", *words],
+        ["simulate", "-q", *words, f"out={out}", "ranks=2"],
+        ["score", "-q", *words, "--batches", "1"],
+        ["compare", "-q", *words, "--systems", "random,fedavg", "--seeds", "0", "--out", str(tmp_path / "compare")],
+        ["report", str(out)],
+        ["watch", "--once", str(out)],
+    ]
+    monkeypatch.setenv("COMMANDS", json.dumps(commands))
+    done = fedmoe(prefix=("-c", "import os, runpy, sys\n" + EVERY))
+    assert done.returncode == 0, done.stderr
+    assert "network" not in done.stderr
+    assert json.loads((tmp_path / "compare" / "compare.json").read_text())
+    # The hook was there: the same way in, with a way out.
+    caught = fedmoe(prefix=("-c", "import socket; socket.getaddrinfo('localhost', 80)"))
+    assert caught.returncode == 97
+
+
 @pytest.mark.parametrize("sink", ["wandb", "mlflow"])
 def test_inv12_trackers_stay_on_this_machine_until_the_user_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sink: str

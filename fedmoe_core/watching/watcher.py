@@ -14,7 +14,7 @@ from fedmoe_core.base.show import plural
 from fedmoe_core.base.wording import visible
 from fedmoe_core.budget.resources import RESOURCES
 from fedmoe_core.config.systems import title_of
-from fedmoe_core.reporting import run_schema
+from fedmoe_core.simulation.directory import run_schema
 from fedmoe_core.simulation.directory.claim import CHECKPOINT, read_facts
 from fedmoe_core.simulation.directory.health import problems
 from fedmoe_core.simulation.directory.refusals import Refusals, by_reason
