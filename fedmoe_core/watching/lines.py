@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from fedmoe_core.reporting.run_schema import Amount, Count, Number
+from fedmoe_core.simulation.directory.run_schema import Amount, Count, Number
 from fedmoe_core.watching.tail import Tail
 
 T = TypeVar("T")
