@@ -9,11 +9,13 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from fedmoe_core.budget.limits import Cost
+from fedmoe_core.budget.limits import NOTHING, Cost
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.model.spec import Evaluation
+
+LONGEST_REASON = 300  # characters; keys and error texts come from the client and may be of any length
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,18 @@ def finished_update(
 
 def failed_update(plan: ExpertPlan, failure: LocalFailure, *, sample_weight: float) -> ClientUpdate:
     """Make the report of a client whose round failed: nothing to aggregate, the reason, and what it still cost."""
+    return blank(plan, failure.error, status="failed", cost=failure.cost, sample_weight=sample_weight)
+
+
+def blank(
+    plan: ExpertPlan,
+    reason: str,
+    *,
+    status: Literal["failed", "refused", "late"] = "refused",
+    cost: Cost = NOTHING,
+    sample_weight: float = 0.0,
+) -> ClientUpdate:
+    """Make the record of an answer of which nothing may enter the model or the server's memory."""
     nothing_LE = np.zeros(plan.trainable_LE.shape)
     return ClientUpdate(
         client=plan.client,
@@ -130,10 +144,10 @@ def failed_update(plan: ExpertPlan, failure: LocalFailure, *, sample_weight: flo
         gate_weight=0.0,
         sample_weight=sample_weight,
         profile=None,
-        cost=failure.cost,
+        cost=cost,
         samples=0,
-        status="failed",
-        error=failure.error,
+        status=status,
+        error=reason[:LONGEST_REASON],
     )
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from fedmoe_core.layer.state import BIASES
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.profile import ClientProfile
-from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.messages.update import LONGEST_REASON, ClientUpdate
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.blocks import end_to_end, reach, square_sum
 from fedmoe_core.server.fixed_point import SumSettings
-from fedmoe_core.server.schema import LARGEST_WHOLE, LONGEST_REASON, malformed, received
+from fedmoe_core.server.schema import LARGEST_WHOLE, malformed, received
 
 HALF = (torch.float16, torch.bfloat16)
 LARGEST_SUM = 1e30  # of importance; what is summed over clients then stays far below the end of float64

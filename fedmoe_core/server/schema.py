@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-import numpy as np
-
-from fedmoe_core.budget.limits import NOTHING, Cost
+from fedmoe_core.budget.limits import Cost
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.profile import ClientProfile
-from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.messages.update import LONGEST_REASON, ClientUpdate, blank
 from fedmoe_core.model.spec import Evaluation
 
-LONGEST_REASON = 300  # characters; keys and error texts come from the client and may be of any length
 LARGEST_WHOLE = 1 << 53  # the logs' readers hold numbers as float64, which is exact up to here
 LARGEST_COST = 1e30
 MOST_NAMES = 10_000  # entries of ``private`` and of ``metrics``
@@ -45,32 +41,6 @@ def received(update: object, plan: ExpertPlan) -> ClientUpdate:
     except Exception as error:  # a hostile object may raise anything from anywhere; all of it means "malformed"
         fault = malformed(error)
     return blank(plan, fault)
-
-
-def blank(
-    plan: ExpertPlan,
-    reason: str,
-    *,
-    status: Literal["failed", "refused", "late"] = "refused",
-    cost: Cost = NOTHING,
-) -> ClientUpdate:
-    """Make the record of an answer of which nothing may enter the model or the server's memory."""
-    nothing_LE = np.zeros(plan.trainable_LE.shape)
-    return ClientUpdate(
-        client=plan.client,
-        round=plan.round,
-        plan_id=plan.id,
-        deltas={},
-        expert_weight_LE=nothing_LE,
-        router_weight_LE=nothing_LE,
-        gate_weight=0.0,
-        sample_weight=0.0,
-        profile=None,
-        cost=cost,
-        samples=0,
-        status=status,
-        error=reason[:LONGEST_REASON],
-    )
 
 
 def malformed(error: Exception) -> str:
