@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.common.checkout import RESULTS
-from bench.cpu import machine
+from bench.common.machine import machine
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group

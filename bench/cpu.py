@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench.common.cases import CASES, SHAPES, Problem, problem
 from bench.common.checkout import RESULTS
-from bench.common.machine import about
+from bench.common.machine import machine
 from bench.common.peers import check, dense, fedmoe, step, transformers_experts
 
 
@@ -80,13 +80,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def geometric_mean(values: list[float]) -> float:
     """Return exp(mean(log))."""
     return math.exp(statistics.fmean(math.log(value) for value in values))
-
-
-def machine() -> dict[str, Any]:
-    """Describe what a number needs with it to mean anything."""
-    known = about("cpu", tiny=False)
-    named = {name: known[name] for name in ("cpu", "torch", "transformers", "python", "commit", "date")}
-    return named | {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 
 def main() -> None:

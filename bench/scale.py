@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.common.checkout import RESULTS, command, environment
-from bench.cpu import machine
+from bench.common.machine import machine
 
 BATCH, TOKENS, STEPS = 8, 16, 5
 A_ROUND = 8  # clients in a round of the first tables

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.common.checkout import RESULTS
-from bench.cpu import machine
+from bench.common.machine import machine
 from fedmoe_core.privacy.secure.ciphers import identity_of
 from fedmoe_core.privacy.secure.client import Client
 from fedmoe_core.privacy.secure.letters import Group

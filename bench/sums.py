@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.common.checkout import RESULTS
-from bench.cpu import machine
+from bench.common.machine import machine
 from fedmoe_core.budget.limits import Budget, Cost
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from bench.common.checkout import RESULTS
-from bench.cpu import machine
+from bench.common.machine import machine
 from fedmoe_bindings.transformers import extract_submodel, use_fedmoe
 from fedmoe_core.budget.peak_memory import tensor_bytes, trace_memory
 

@@ -50,6 +50,13 @@ def about(device: str, *, tiny: bool) -> dict[str, Any]:
     }
 
 
+def machine() -> dict[str, Any]:
+    """Describe the CPU and the versions behind a number, without which it means nothing."""
+    known = about("cpu", tiny=False)
+    named = {name: known[name] for name in ("cpu", "torch", "transformers", "python", "commit", "date")}
+    return named | {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+
+
 def hashed(*patterns: str) -> str:
     """Compute a hash of files and their names, so that resuming notices a change that git does not know."""
     digest = hashlib.sha256()

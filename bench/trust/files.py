@@ -20,6 +20,7 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
+from bench.common.machine import machine
 from bench.trust.jobs import MOE, PLAIN, Ending, Job, fresh_copy, lines_of, stop_after
 from bench.trust.mutations import Scene, mutate
 from fedmoe_core.simulation import run as simulate
@@ -197,6 +198,7 @@ def main() -> None:
     counts = Counter(judged.outcome for judged in found)
     bad = [judged for judged in found if not judged.good]
     record = {
+        "machine": machine(),
         "job": field.job.name,
         "first": asked.first,
         "changes": len(found),

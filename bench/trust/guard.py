@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.common.checkout import RESULTS
-from bench.cpu import machine
+from bench.common.machine import machine
 from fedmoe_core.budget.limits import Budget, Cost
 from fedmoe_core.budget.peak_memory import trace_memory
 from fedmoe_core.messages.plan import ExpertPlan

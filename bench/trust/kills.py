@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
+from bench.common.machine import machine
 from bench.common.markdown import table
 from bench.trust.jobs import MOE, PLAIN
 from bench.trust.killed import Case, Killed, Stage
@@ -75,6 +76,7 @@ def main() -> None:
     rows = [summary_of(found, ranks) for ranks in asked.ranks]
     bad = [killed for killed in found if not killed.good]
     record = {
+        "machine": machine(),
         "job": stage.job.name,
         "whole": stage.ending.model_hash,
         "results": rows,
