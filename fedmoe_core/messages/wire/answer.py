@@ -122,6 +122,10 @@ def read_answer(data: bytes, plan: ExpertPlan, session: str, *, largest: int) ->
         raise WireError("an answer has losses that are not finite numbers")
     shape_LE = plan.permitted_LE.shape
     told = head.validation
+    _only_what_was_asked(plan, tensors, told)
+    trained_LE = array_of(tensors, "trained/LE", torch.bool, shape_LE) if "trained/LE" in tensors else None
+    if trained_LE is not None and (trained_LE & ~plan.trainable_LE).any():
+        raise WireError("an answer says that experts learnt which its plan does not train")
     return LocalResult(
         deltas=by_prefix(tensors, "delta"),
         profile=_profile(by_prefix(tensors, "profile"), shape_LE),
@@ -132,8 +136,17 @@ def read_answer(data: bytes, plan: ExpertPlan, session: str, *, largest: int) ->
         validation=None if told is None else Evaluation(told.loss_sum, told.count, told.correct),
         validation_profile=_optional(by_prefix(tensors, "validation_profile"), shape_LE),
         feedback=_feedback(by_prefix(tensors, "feedback"), shape_LE),
-        trained_LE=array_of(tensors, "trained/LE", torch.bool, shape_LE) if "trained/LE" in tensors else None,
+        trained_LE=trained_LE,
     )
+
+
+def _only_what_was_asked(plan: ExpertPlan, tensors: Mapping[str, Tensor], told: ValidationHead | None) -> None:
+    """Refuse what no plan asked for: an algorithm may read it without a second look."""
+    parts, extras = {name.partition("/")[0] for name in tensors}, plan.extras
+    if extras.before is None and extras.after is None and "probed" in parts:
+        raise WireError("an answer has measurements that its plan did not ask for")
+    if not extras.validate and (told is not None or parts & {"validation_profile", "feedback"}):
+        raise WireError("an answer has a validation that its plan did not ask for")
 
 
 def _tables(profile: ClientProfile) -> dict[str, Tensor]:

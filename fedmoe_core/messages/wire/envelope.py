@@ -35,7 +35,7 @@ def seal(head: Any, tensors: Mapping[str, Tensor]) -> bytes:
         head: a ``msgspec.Struct`` of numbers, texts and records.
         tensors: of any shape and dtype that safetensors knows; they may share memory.
     """
-    text = msgspec.json.encode(head).decode()
+    text = msgspec.json.encode(head, enc_hook=lambda number: number.item()).decode()  # numpy's numbers
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     body = safetensors.torch.save(own, metadata={HEAD: text, "version": str(VERSION)})
     return sha256(body).digest() + body
