@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from fedmoe_core.budget.limits import Cost
@@ -20,18 +21,18 @@ from fedmoe_core.messages.wire.envelope import WireError, array_of, by_prefix, s
 from fedmoe_core.model.spec import Evaluation
 
 LONGEST_REASON = 300  # characters
-MOST_LOSSES = 1 << 20
+Whole = Annotated[int, Meta(ge=0, le=1 << 53)]  # what logs can hold
 PARTS = ("delta", "kept", "probed", "profile", "validation_profile", "feedback", "trained")
 
 
 class CostHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """As ``Cost``, without what the server reckons itself."""
 
-    memory_bytes: int
+    memory_bytes: Whole
     flops: float
-    bytes_down: int
-    bytes_up: int
-    experts: int
+    bytes_down: Whole
+    bytes_up: Whole
+    experts: Whole
     seconds: float
 
 
@@ -118,8 +119,8 @@ def read_answer(data: bytes, plan: ExpertPlan, session: str, *, largest: int) ->
     strange = sorted({name.partition("/")[0] for name in tensors} - {*PARTS})
     if strange:
         raise WireError(f"an answer has tensors of an unknown part {strange[0]!r:.40}")
-    if len(head.losses) > MOST_LOSSES or not all(math.isfinite(loss) for loss in head.losses):
-        raise WireError("an answer has losses that are not finite numbers")
+    if len(head.losses) > plan.local_steps or not all(math.isfinite(loss) for loss in head.losses):
+        raise WireError(f"an answer has losses that are not at most {plan.local_steps} finite numbers")
     shape_LE = plan.permitted_LE.shape
     told = head.validation
     _only_what_was_asked(plan, tensors, told)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,7 +171,8 @@ class RemoteFederation:
             if isinstance(result, LocalFailure):
                 self._heard(plan, result.error)
                 return self._failed(plan, result.error, wire, result)
-            update = self.algorithm.answer(plan, self._here(result, plan))
+            with np.errstate(all="ignore"):  # statistics may be NaN until admission has looked
+                update = self.algorithm.answer(plan, self._here(result, plan))
         except WireError as error:
             return Answer(blank(plan, str(error)), plan, 0.0, refusal=str(error), wire=wire)
         except Exception as error:  # whatever a hostile result makes an algorithm raise
