@@ -1,4 +1,4 @@
-"""Start a command of Flower's so that it speaks to nobody but the other side: ``python -m fedmoe_bindings.flower flwr run``.
+"""Start a command of Flower's that talks to the other side alone: ``python -m fedmoe_bindings.flower flwr run``.
 
 Flower sends usage facts, looks for updates and installs packages while it runs, unless its environment says otherwise.
 """

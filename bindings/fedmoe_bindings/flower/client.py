@@ -19,7 +19,7 @@ def query(message: Any, context: Any) -> Any:
 
 
 def train(message: Any, context: Any) -> Any:
-    """Answer a task. Flower starts a process for each message, so model and data are read anew."""
+    """Answer a task. Flower starts a process for each message, so model and data are read again."""
     answer = worked(Words.of(context.node_config), unpacked(message.content))
     return Message(packed(answer), reply_to=message)
 
