@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 from fedmoe_core.messages.wire.envelope import WireError
@@ -25,9 +25,12 @@ class Exchange(Protocol):
         ...
 
     def send(
-        self, kind: Kind, messages: Mapping[int, bytes], seconds: float
+        self, kind: Kind, messages: Iterable[tuple[int, bytes]], seconds: float
     ) -> Iterator[tuple[int, bytes | FailedReply]]:
-        """Send one message to each address; yield replies as they come, and end after ``seconds`` at the latest."""
+        """Send a message to each address; yield replies as they come, and end after ``seconds`` at the latest.
+
+        Messages are made as they are asked for, so that the server need not hold all of them.
+        """
         ...
 
 
@@ -38,6 +41,7 @@ class Roll:
         address: by client.
         described: what each client said of itself before the first round.
         trunks: digests of what each has on its disk.
+        troubles: what came instead of a description, in words.
     """
 
     def __init__(self, exchange: Exchange, greeting: Greeting, clients: int) -> None:
@@ -45,6 +49,7 @@ class Roll:
         self.address: dict[int, int] = {}
         self.described: dict[int, Description] = {}
         self.trunks: dict[int, set[str]] = {}
+        self.troubles: list[str] = []
         self._met: set[int] = set()  # addresses that have been greeted
 
     def gather(self, seconds: float) -> None:
@@ -59,9 +64,10 @@ class Roll:
             new = [address for address in self.exchange.addresses() if address not in self._met]
             if left <= 0:
                 missing = sorted({*range(self.clients)} - self.described.keys())
+                said = f" (a device answered: {self.troubles[-1]})" if self.troubles else ""
                 raise ValueError(
                     f"{len(missing)} of {self.clients} clients did not come within {seconds:g} s: "
-                    f"{', '.join(map(str, missing[:20]))}; start their devices, or set clients"
+                    f"{', '.join(map(str, missing[:20]))}{said}; start their devices, or set clients"
                 )
             if new:
                 self._take(self._greet(new, left))
@@ -80,6 +86,7 @@ class Roll:
         if len(self.address) == self.clients or not new:
             return
         found = self._greet(new, seconds)
+        self._met.update(new)  # who is silent now would cost every round as much
         twice = doubles([told.client for told in found.values()])
         for address, told in found.items():
             known = self.described.get(told.client)
@@ -91,12 +98,16 @@ class Roll:
     def _greet(self, addresses: Sequence[int], seconds: float) -> dict[int, Description]:
         message = greeting_bytes(self.greeting)
         found = {}
-        for address, reply in self.exchange.send("query", dict.fromkeys(addresses, message), seconds):
-            if address not in addresses or isinstance(reply, FailedReply):
+        for address, reply in self.exchange.send("query", [(each, message) for each in addresses], seconds):
+            if address not in addresses:
+                continue
+            if isinstance(reply, FailedReply):
+                self.troubles.append(str(reply))
                 continue
             try:
                 found[address] = read_description(reply, self.greeting.session)
-            except WireError:
+            except WireError as error:
+                self.troubles.append(str(error))
                 self._met.add(address)  # what speaks in another way is not asked again
         self._met |= found.keys()
         return found

@@ -6,6 +6,7 @@ Rounds, log, checkpoint and resume are those of every run.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -127,15 +128,21 @@ class RemoteFederation:
         return evaluate_public(self.world, state)
 
     def _answers(self, tasks: Sequence[Task]) -> InTurn:
-        seconds = self.config.train.timeout
+        seconds, began, sizes = self.config.train.timeout, time.monotonic(), dict[int, int]()
         self.roll.look_again(seconds * GREETING_SHARE)
-        sent = {task.group.plans[0].client: self._message(task) for task in tasks}
         waiting = {self.roll.address[c]: task for task in tasks if (c := _client(task)) in self.roll.address}
-        messages = {address: sent[_client(task)] for address, task in waiting.items()}
-        for address, reply in self.roll.exchange.send("train", messages, seconds):
-            if (task := waiting.pop(address, None)) is not None:
-                yield task, iter([self._answer(task.group.plans[0], sent[_client(task)], reply)])
         away = [task for task in tasks if _client(task) not in self.roll.address]
+
+        def messages() -> Iterator[tuple[int, bytes]]:
+            for address, task in list(waiting.items()):
+                message = self._message(task)
+                sizes[address] = len(message)
+                yield address, message
+
+        left = max(0.0, began + seconds - time.monotonic())
+        for address, reply in self.roll.exchange.send("train", messages(), left):
+            if (task := waiting.pop(address, None)) is not None:
+                yield task, iter([self._answer(task.group.plans[0], sizes.get(address, 0), reply)])
         for late in waiting.values():
             yield late, iter([self._failed(late.group.plans[0], f"did not answer within {seconds:g} s")])
         for task in away:
@@ -160,11 +167,11 @@ class RemoteFederation:
     def _trunks(self) -> dict[bool, str]:
         return {}
 
-    def _answer(self, plan: ExpertPlan, message: bytes, reply: bytes | FailedReply) -> Answer:
+    def _answer(self, plan: ExpertPlan, down: int, reply: bytes | FailedReply) -> Answer:
         """What came back from one client, under its algorithm's weights; or why it cannot be read."""
         if isinstance(reply, FailedReply):
-            return self._failed(plan, str(reply), Traffic(len(message), 0))
-        wire = Traffic(len(message), len(reply) if isinstance(reply, bytes) else 0)
+            return self._failed(plan, str(reply), Traffic(down, 0))
+        wire = Traffic(down, len(reply) if isinstance(reply, bytes) else 0)
         try:
             largest = ANSWER_FACTOR * self._size(plan) + ANSWER_MORE
             result = read_answer(reply, plan, self.setting.session, largest=largest)

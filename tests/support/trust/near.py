@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from fedmoe_core.simulation.remote.exchange import FailedReply, Kind
@@ -30,16 +30,16 @@ class Near:
         return list(self.devices)
 
     def send(
-        self, kind: Kind, messages: Mapping[int, bytes], seconds: float
+        self, kind: Kind, messages: Iterable[tuple[int, bytes]], seconds: float
     ) -> Iterator[tuple[int, bytes | FailedReply]]:
-        for address in sorted(messages, reverse=True):
-            self.sent.append((kind, len(messages[address])))
+        for address, message in sorted(messages, reverse=True):
+            self.sent.append((kind, len(message)))
             words = self.devices[address]
             if kind == "query":
-                self.nodes[address], reply = greeted(words, messages[address])
+                self.nodes[address], reply = greeted(words, message)
                 yield address, reply
                 continue
             turn = self.turns[address] = self.turns.get(address, 0) + 1
-            reply = self.spoil(words.client, turn, worked(words, messages[address], self.nodes[address]))
+            reply = self.spoil(words.client, turn, worked(words, message, self.nodes[address]))
             if reply is not None:
                 yield address, reply

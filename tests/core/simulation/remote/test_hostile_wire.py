@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ class Hostile(Near):
         return self.near.addresses()
 
     def send(
-        self, kind: Kind, messages: Mapping[int, bytes], seconds: float
+        self, kind: Kind, messages: Iterable[tuple[int, bytes]], seconds: float
     ) -> Iterator[tuple[int, bytes | FailedReply]]:
-        for address in messages:
+        for address, _ in list(messages):
             client = self.near.devices[address].client
             if self.lists[client]:
                 yield address, self.lists[client].pop()
