@@ -38,7 +38,9 @@ def main(words: Sequence[str]) -> None:
     found = str(beside) if beside.exists() else shutil.which(words[0])
     if found is None:
         raise SystemExit(f"{words[0]} is not installed; pip install 'fedmoe-core[flower]'")
-    os.execve(found, [words[0], *words[1:]], quiet(os.environ))
+    # Flower's commands start each other by name, which an environment that is not activated would not find.
+    path = os.pathsep.join([str(Path(found).parent), os.environ.get("PATH", os.defpath)])
+    os.execve(found, [words[0], *words[1:]], {**quiet(os.environ), "PATH": path})
 
 
 if __name__ == "__main__":
