@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -248,11 +248,7 @@ def found_remote(exchange: Exchange, *, wait: float) -> Callable[[Config, Ranks,
         roll.gather(wait)
         config = _with_budgets(config, roll.described)
         sources = replace(sources, config=config, data=with_stand_ins(sources.data, roll.described))
-
-        def before_training(untrained: dict[str, Tensor]) -> None:
-            refuse_early(sources, untrained)
-
-        params = warm_model(sources, observer, train=True, before_training=before_training)
+        params = warm_model(sources, observer, train=True, before_training=partial(refuse_early, sources))
         observer.on_stage("measuring one local step and the value of experts on public text")
         world = found_world(sources, params)
         learning = frozenset(param.key for param in world.learning)

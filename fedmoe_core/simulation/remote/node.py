@@ -25,6 +25,7 @@ from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.simulation.cohorts.training import at_round, local_round
 from fedmoe_core.simulation.identity import code_version
 from fedmoe_core.simulation.prepare import load_model_of, take_form
+from fedmoe_core.simulation.ranks.devices import pick_device
 from fedmoe_core.simulation.remote.own_data import OwnData, own_data
 from fedmoe_core.simulation.remote.words import Shelf, Words
 from fedmoe_core.simulation.world import local_settings, validation_batches
@@ -53,9 +54,10 @@ class Node:
     def adapter(self) -> ModelAdapter:
         """The live model, in the form that the system declares; its weights come with the tasks."""
         size, classes = self.data.vocab_size, len(self.data.vocabulary.classes)
-        device = torch.device(self.config.device if self.config.device != "auto" else "cpu")
+        device = pick_device(self.config)
         adapter = load_model_of(self.config, self.data.task, vocab_size=size, num_classes=classes, device=device)
-        take_form(self.config, self.form, adapter, adapter.state())
+        if self.form.lora(self.config) is not None or self.form.graft(self.config) is not None:
+            take_form(self.config, self.form, adapter, adapter.state())
         return adapter
 
     @property
@@ -91,15 +93,17 @@ class Node:
         trunk = self._trunk(asked)
         if trunk is None:
             return LocalFailure(NOTHING, f"{TRUNK_UNKNOWN}; it comes with the next plan")
+        # On a GPU, zeros stand there for experts that are not permitted; on the CPU they take no memory.
+        params = asked.params(self.adapter.spec, trunk)
         return local_round(
             self.adapter,
-            asked.params(self.adapter.spec, trunk),
+            {key: tensor.to(self._device) for key, tensor in params.items()},
             plan,
             train=at_round(local_settings(config, self.form), plan.round, rounds=config.rounds),
             costs=asked.head.costs,
             class_shares_C=self.data.class_shares_C,
             draw=partial(self._batches, plan),
-            validation=partial(self._held_out),
+            validation=self._held_out,
         )
 
     def _trunk(self, asked: Asked) -> Mapping[str, Tensor] | None:
