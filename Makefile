@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check docs megablocks trackers interpret aot test-oldest aot-3.6 demo bench bench-gpu gpu-cache test-gpu clean
+.PHONY: help setup test check docs megablocks trackers flower interpret aot test-oldest aot-3.6 demo bench bench-gpu gpu-cache test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -46,6 +46,20 @@ megablocks: setup ## the megablocks binding against the published package, which
 trackers: setup ## the sinks of Weights & Biases and MLflow against the published packages, which this installs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[mlflow,wandb]"
 	$(BIN)/python -m pytest -q tests/bindings/tracking tests/test_no_network.py
+
+# In an environment of its own: Flower holds back typer and rich. Its tests start a SuperLink and four SuperNodes on the
+# loopback interface, with certificates that they make themselves.
+FLOWER := .venv-flower
+$(FLOWER)/.ready: setup.py pyproject.toml $(CONSTRAINTS)
+	@echo "setup: making $(FLOWER) with fedmoe and Flower, a few minutes the first time"
+	@test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[flower]" pytest pytest-timeout hypothesis
+	@touch $@
+
+flower: $(FLOWER)/.ready ## the Flower binding against the published package: real processes, TLS, a device that dies, .venv-flower
+	$(FLOWER)/bin/fedmoe --help > /dev/null
+	$(FLOWER)/bin/python -m pytest -q tests/bindings/flower
 
 interpret: setup ## every Triton kernel in Triton's interpreter, on CPU, against the float64 reference
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/interpret
@@ -112,4 +126,4 @@ test-gpu: setup ## on a GPU: correctness as pytest
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
 
 clean: ## remove the environment and the runs
-	rm -rf $(VENV) $(OLDEST) $(CARRIED) runs build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(CARRIED) $(FLOWER) runs build dist *.egg-info

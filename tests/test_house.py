@@ -26,7 +26,7 @@ ROOMS = (
 )
 CROWDED = 14  # files in one folder, ``__init__.py`` not counted; a fuller one asks to be two
 SOURCES = sorted(path for package, folder in FLOORS.items() for path in (HOUSE / folder / package).rglob("*.py"))
-NOT_OURS = {".venv", ".venv-oldest", ".venv-gpu", "build", "dist", "runs", ".git"}
+NOT_OURS = {".venv", ".venv-oldest", ".venv-gpu", ".venv-flower", "build", "dist", "runs", ".git"}
 # What tensors in, tensors out may lean on; nn.Module, frameworks and file formats belong to the floors above.
 KERNEL_FRIENDS = {"torch", "triton", "numpy", "fedmoe_kernels", *sys.stdlib_module_names}
 # What a package is called where it is installed from, when that is not the name it is imported by.

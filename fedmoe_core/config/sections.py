@@ -58,7 +58,8 @@ class TrainConfig:
     lr: PositiveReal = 2e-3  # learning rate in the first round
     lr_final: Share = 1.0  # share of lr left in the last round; the rate falls between them along a cosine
     weight_decay: NaturalReal = 0.0  # weight decay of AdamW; frozen experts feel none of it
-    timeout: NaturalReal = 0.0  # real seconds after which a client counts as failed, of a cohort for each; 0 = never
+    # real seconds after which a client counts as failed, of a cohort for each, on real devices of a round; 0 = never
+    timeout: NaturalReal = 0.0
     clip: NaturalReal = 1.0  # largest L2 norm of a step's gradient; a larger one is scaled down; 0 = never
     prox: NaturalReal = 0.0  # mu of FedProx (arXiv 1812.06127): mu/2 ||w - w0||^2 over what trains, w0 as received
     label_smoothing: Annotated[float, Meta(ge=0.0, le=0.99)] = 0.0  # share of the target that all classes have alike

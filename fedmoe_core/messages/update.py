@@ -19,6 +19,14 @@ LONGEST_REASON = 300  # characters; keys and error texts come from the client an
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """Bytes of one client's messages in a round, as they were on the wire."""
+
+    down: int
+    up: int
+
+
+@dataclass(frozen=True)
 class ClientUpdate:
     """A client's answer: a value, nothing in it is mutated after it is made.
 
@@ -44,6 +52,7 @@ class ClientUpdate:
         metrics: numbers of the algorithm's own about this client and round.
         cohort: clients that trained at once with it, itself included; its ``cost.memory_bytes`` is then the prediction.
         alone: why it trained by itself though cohorts were asked for.
+        wire: bytes that really travelled, counted by the server; None in a simulation, where nothing travels.
     """
 
     client: int
@@ -68,6 +77,7 @@ class ClientUpdate:
     metrics: dict[str, float] = field(default_factory=dict)
     cohort: int = 1
     alone: str = ""
+    wire: Traffic | None = None
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,8 @@ def _records(update: ClientUpdate) -> str | None:
             return f"validation.loss_sum is not a finite number{_is(found.loss_sum)}"
         if not 0 <= found.correct <= found.count:
             return f"validation has {found.correct} right of {found.count} predictions"
+    if update.wire is not None:
+        return "wire is not empty, and the server counts what travels"
     for name in ("deltas", "private", "metrics"):
         record = getattr(update, name)
         if type(record) is not dict:

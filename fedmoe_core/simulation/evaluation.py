@@ -82,6 +82,20 @@ def _evaluate_global(world: World, state: ServerState) -> HeldOut:
     )
 
 
+def evaluate_public(world: World, state: ServerState) -> HeldOut:
+    """Judge the global model by text of the server alone: its test split, or its public text where it has none.
+
+    As many sequences as a simulation judges for all its clients; of the clients themselves nothing is known.
+    """
+    began, data, config = time.perf_counter(), world.data, world.config
+    world.adapter.configure(state.params)
+    part = data.public if data.test is None else data.test
+    limit = config.eval.sequences * config.clients if data.test is None else 0
+    losses, shares = _evaluate_parts(world, [part], [limit])
+    accuracy = None if data.test is None else shares[0]
+    return HeldOut(losses[0], accuracy, None, None, time.perf_counter() - began)
+
+
 def _evaluate_personal(world: World, state: ServerState) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
     """Loss and, where there are classes, accuracy of every client's own model, in cohorts where the run has them.
 

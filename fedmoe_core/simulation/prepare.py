@@ -255,13 +255,21 @@ def read_data(config: Config, ranks: Ranks, *, validation: bool) -> FederatedDat
 
 def load_model(config: Config, data: FederatedData, device: torch.device) -> ModelAdapter:
     """Load the live model for this task, by the adapter that the configuration names."""
+    size, classes = data.tokenizer.vocab_size, data.num_classes
+    return load_model_of(config, data.task, vocab_size=size, num_classes=classes, device=device)
+
+
+def load_model_of(
+    config: Config, task: str, *, vocab_size: int, num_classes: int, device: torch.device
+) -> ModelAdapter:
+    """Load the live model of a task with so many token ids and classes."""
     load = cast("type", find_adapter(config.adapter))
     adapter = load(
         config.model,
-        task=data.task,
+        task=task,
         model_config=config.model_config,
-        vocab_size=data.tokenizer.vocab_size,
-        num_classes=data.num_classes,
+        vocab_size=vocab_size,
+        num_classes=num_classes,
         seed=config.seed,
     )
     adapter.model.to(device)

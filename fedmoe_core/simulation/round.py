@@ -20,11 +20,11 @@ from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.fixed_point import SumSettings
 from fedmoe_core.server.guard.combine import Told
 from fedmoe_core.server.guard.settings import Guard
-from fedmoe_core.server.schema import received
+from fedmoe_core.server.schema import blank, received
 from fedmoe_core.server.state import Population, ServerState
 from fedmoe_core.simulation.clock.times import RoundTime, lateness, round_time
 from fedmoe_core.simulation.cohorts.cutting import Group
-from fedmoe_core.simulation.cohorts.training import Task
+from fedmoe_core.simulation.cohorts.training import Answer, Task
 from fedmoe_core.simulation.directory.lines import client_record
 from fedmoe_core.simulation.observer import Observer
 from fedmoe_core.simulation.worlds.federation import Federation
@@ -78,7 +78,7 @@ def train(world: Federation, index: int, tasks: Sequence[Task], observer: Observ
             training, peak = time.perf_counter(), 0
             for answer in answers:
                 plan, peak, checking = answer.plan, answer.memory_bytes, time.perf_counter()
-                update = _admit(world, answer.update, plan, sums, share=task.share)
+                update = _admitted(world, answer, sums, share=task.share)
                 reports.append(report_of(update))
                 engine += time.perf_counter() - checking + answer.extract_seconds
                 if world.config.ranks == 1:
@@ -133,6 +133,15 @@ def _cohort_record(group: Group, peak: int, seconds: float) -> dict[str, Any]:
     clients = [plan.client for plan in group.plans]
     predicted = group.predicted_bytes
     return {"clients": clients, "predicted_bytes": predicted, "memory_bytes": peak, "seconds": seconds}
+
+
+def _admitted(world: Federation, answer: Answer, sums: Accumulator | MaskedSums, *, share: float) -> ClientUpdate:
+    """Sum what came, or refuse it by name; what travelled is on record either way."""
+    if answer.refusal:
+        update = blank(answer.plan, answer.refusal)
+    else:
+        update = _admit(world, answer.update, answer.plan, sums, share=share)
+    return update if answer.wire is None else replace(update, wire=answer.wire)
 
 
 def _admit(

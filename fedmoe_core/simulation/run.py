@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -47,9 +47,16 @@ from fedmoe_core.simulation.sinks.sink import find_sinks
 from fedmoe_core.simulation.worlds.federation import Federation
 from fedmoe_core.simulation.worlds.found_plain import found_plain, plain_of, sources_of
 
+Founder = Callable[[Config, Ranks, Observer], Federation]  # reads, measures and builds what the rounds stand on
+
 
 def run(
-    config: Config, *, adapter: PlainModel | None = None, observer: Observer | None = None, force: bool = False
+    config: Config,
+    *,
+    adapter: PlainModel | None = None,
+    observer: Observer | None = None,
+    force: bool = False,
+    founder: Founder | None = None,
 ) -> dict[str, Any]:
     """Train ``config`` from its warm-up to its last round and return what ``summary.json`` holds.
 
@@ -58,6 +65,7 @@ def run(
         adapter: the plain torch model to train, for a configuration with ``adapter=own``.
         observer: told of every stage, client and round; None shows progress on stderr, ``NullObserver()`` nothing.
         force: replace a run that lies in ``config.out``.
+        founder: of a run whose clients are elsewhere (``simulation.remote``); None simulates them here.
 
     Example:
         >>> from fedmoe_core import Config, simulate
@@ -74,12 +82,12 @@ def run(
     with _among_ranks(config, plain, observer) as (ranks, observer, held_open):
         start = kind_of_start(ranks, config, out, sources=partial(sources_of, config, plain), force=force)
         if start == "go on":
-            return _go_on(config, plain, (ranks, observer, held_open))
+            return _go_on(config, plain, (ranks, observer, held_open), founder=founder)
         claim = None
         with ranks.together("taking the run directory"):
             if ranks.leads:
                 claim = held_open.enter_context(claimed(out, force=force or start == "begin again"))
-        world = _found(config, plain, ranks, observer)
+        world = _found(config, plain, ranks, observer) if founder is None else founder(config, ranks, observer)
         agree_on_world(ranks, world)
         state = world.algorithm.init(world.params)
         check_budgets(world, state)
@@ -92,7 +100,12 @@ def run(
 
 
 def resume(
-    run_dir: Path, *, adapter: PlainModel | None = None, observer: Observer | None = None, other_code: bool = False
+    run_dir: Path,
+    *,
+    adapter: PlainModel | None = None,
+    observer: Observer | None = None,
+    other_code: bool = False,
+    founder: Founder | None = None,
 ) -> dict[str, Any]:
     """Continue an interrupted run after its last committed round; the result is that of a run never interrupted.
 
@@ -101,6 +114,7 @@ def resume(
         adapter: the plain torch model that the run was given, where it was.
         observer: as for ``run``.
         other_code: go on although other code, or another torch, began the run; its bits may then differ.
+        founder: as for ``run``.
 
     Raises:
         ValueError: no checkpoint, a damaged one, or one that belongs to another configuration, corpus, model or code;
@@ -110,11 +124,16 @@ def resume(
     config = replace(Config.load(run_dir / "config.toml"), out=str(run_dir))
     plain = plain_of(config, adapter)
     with _among_ranks(config, plain, observer) as among:
-        return _go_on(config, plain, among, other_code=other_code)
+        return _go_on(config, plain, among, other_code=other_code, founder=founder)
 
 
 def _go_on(
-    config: Config, plain: PlainModel | None, among: tuple[Ranks, Observer, ExitStack], *, other_code: bool = False
+    config: Config,
+    plain: PlainModel | None,
+    among: tuple[Ranks, Observer, ExitStack],
+    *,
+    other_code: bool = False,
+    founder: Founder | None = None,
 ) -> dict[str, Any]:
     """Play from the last checkpoint, which rank 0 reads; the stack keeps the directory until the run ends."""
     ranks, observer, held_open = among
@@ -128,7 +147,7 @@ def _go_on(
             _refuse_other_sources(claim, standing, sources_of(config, plain), config, other_code=other_code)
             tensors = saved.tensors
     round, tensors = int(ranks.gather(standing and standing.round)[0]), share(ranks, tensors)
-    world = _found(config, plain, ranks, observer)
+    world = _found(config, plain, ranks, observer) if founder is None else founder(config, ranks, observer)
     agree_on_world(ranks, world)
     with ranks.together("checking the checkpoint"):
         state, flying = _unpacked(world, tensors, round)

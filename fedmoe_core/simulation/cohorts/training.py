@@ -8,14 +8,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
+import numpy as np
+from torch import Tensor
+
+from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.client.cohort.train import Member, train_cohort
 from fedmoe_core.client.failures import FAILURES, ClientTimeoutError, reason_of
 from fedmoe_core.client.train import train_client
 from fedmoe_core.config.run_config import TrainConfig
 from fedmoe_core.data.batches import Batch
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import Batches, ExpertPlan
 from fedmoe_core.messages.result import LocalFailure, LocalResult
-from fedmoe_core.messages.update import ClientUpdate
+from fedmoe_core.messages.update import ClientUpdate, Traffic
+from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.server.planning import asked_costs
 from fedmoe_core.server.state import ServerState
@@ -34,12 +39,16 @@ class Answer:
         plan: what it was asked.
         extract_seconds: part of its time that was not training.
         memory_bytes: the peak of its cohort, 0 where it trained alone.
+        refusal: why what came could not even be read as an update; else empty.
+        wire: bytes that really travelled; None where nothing did.
     """
 
     update: ClientUpdate
     plan: ExpertPlan
     extract_seconds: float
     memory_bytes: int = 0
+    refusal: str = ""
+    wire: Traffic | None = None
 
 
 @dataclass(frozen=True)
@@ -108,25 +117,50 @@ def train_alone(
     world: World, state: ServerState, plan: ExpertPlan, why: str = "", *, drawn: Drawn = NONE_DRAWN
 ) -> Answer:
     """Train one client by itself; ``why``: as ``ClientUpdate.alone``."""
-    draw, train = partial(round_batches, world, plan, drawn), round_settings(world, plan.round)
-    result: LocalResult | LocalFailure
+    result = local_round(
+        world.adapter,
+        state.params,
+        plan,
+        train=round_settings(world, plan.round),
+        costs=asked_costs(world.population, plan.extras),
+        class_shares_C=world.data.class_shares(plan.client),
+        draw=partial(round_batches, world, plan, drawn),
+        validation=partial(held_out, world, plan.client),
+    )
+    update = replace(world.algorithm.answer(plan, result), alone=why)
+    return Answer(update, plan, result.extract_seconds)
+
+
+def local_round(
+    adapter: ModelAdapter,
+    params: dict[str, Tensor],
+    plan: ExpertPlan,
+    *,
+    train: TrainConfig,
+    costs: CostModel,
+    class_shares_C: np.ndarray | None,
+    draw: Batches,
+    validation: Batches,
+) -> LocalResult | LocalFailure:
+    """Train one client by itself, for ``train.timeout`` seconds at most; arguments as ``train_client``.
+
+    ``draw`` gives its batches, from the start at every call.
+    """
     try:
         with patience(train.timeout, f"client {plan.client}"):
-            result = train_client(
-                world.adapter,
-                state.params,
+            return train_client(
+                adapter,
+                params,
                 plan,
                 draw(),
                 train=train,
-                costs=asked_costs(world.population, plan.extras),
-                class_shares_C=world.data.class_shares(plan.client),
+                costs=costs,
+                class_shares_C=class_shares_C,
                 redraw=draw,
-                validation=partial(held_out, world, plan.client),
+                validation=validation,
             )
     except ClientTimeoutError as error:  # before or after its training, which catches its own
-        result = LocalFailure(replace(plan.predicted, bytes_up=0), reason_of(error))
-    update = replace(world.algorithm.answer(plan, result), alone=why)
-    return Answer(update, plan, result.extract_seconds)
+        return LocalFailure(replace(plan.predicted, bytes_up=0), reason_of(error))
 
 
 def held_out(world: World, client: int) -> Iterator[Batch]:

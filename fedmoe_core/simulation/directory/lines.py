@@ -104,6 +104,7 @@ def ledger_line(
     """Make one client's line of ledger.jsonl; ``bound_by`` is there where other limits bound the plan.
 
     ``real.virtual_seconds`` is what its device takes for what it did; ``clock`` has the straggling and what came of it.
+    ``wire`` has the bytes of the messages themselves, where clients are real devices.
     ``flight`` is there in a buffered run: the model that the client took along, how stale, when it left and arrived.
     """
     budget = budgets[update.client]
@@ -117,6 +118,7 @@ def ledger_line(
         **({} if time is None else {"clock": asdict(time.clients[update.client])}),
         **({} if time is None or not time.flights else {"flight": _flight(time, update.client)}),
         **({} if update.cohort == 1 else {"cohort": update.cohort}),
+        **({} if update.wire is None else {"wire": asdict(update.wire)}),
         **({} if plan.extras.surcharge == NOTHING else {"surcharge": budget.record_of(plan.extras.surcharge)}),
     }
 

@@ -1,0 +1,5 @@
+"""What runs beside each SuperNode."""
+
+from fedmoe_bindings.flower.client import app
+
+__all__ = ["app"]

@@ -1,0 +1,1 @@
+"""Messages between a server and real devices, as bytes."""

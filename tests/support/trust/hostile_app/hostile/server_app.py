@@ -1,0 +1,5 @@
+"""The honest server."""
+
+from fedmoe_bindings.flower.server import app
+
+__all__ = ["app"]
