@@ -176,12 +176,23 @@ def test_who_cannot_take_part_is_named_before_anything_trains(shared: Path, tmp_
         run(config, observer=NullObserver(), founder=found_remote(Near(*four[:3]), wait=0.3))
 
 
+def test_a_device_with_another_fedmoe_is_named_by_both_versions(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, shared)(REMOTE)
+    monkeypatch.setattr("fedmoe_core.simulation.remote.node.code_version", lambda *_: "0.0.9+feedbeefcafe")
+    with pytest.raises(ValueError, match=r"cannot take part: .*the server has fedmoe .*this device has 0\.0\.9\+feed"):
+        deployed(config)
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("train.timeout=0", "train.timeout=0 would wait"),
         ("cohort.clients=0", "real devices need cohort.clients=1"),
         ("eval.personal=true", "eval.personal=True is for simulations"),
+        ("privacy.clip=0.1", "privacy.* is for simulations"),
+        ("privacy.secure=true", "privacy.* is for simulations"),
         ("algorithm=flame", "asks its clients for cached_LE"),
         ("algorithm=flux", "asks its clients for after"),
         ("algorithm=flex_moe", "asks its clients for after"),
