@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY, fedmoe_here, write_notes
 
+from fedmoe_core.base.files import json_digest
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.simulation import launch
 from fedmoe_core.simulation.identity import Identity
@@ -52,7 +53,8 @@ def test_a_restart_goes_on_with_its_own_run_alone(
     assert start(words, tmp_path / "other") == "begin"
     marker = out / "fedmoe-run.json"
     facts = json.loads(marker.read_text())
-    marker.write_text(json.dumps({**facts, "code": "0.0.1+old"}))
+    old = {key: value for key, value in facts.items() if key != "digest"} | {"code": "0.0.1+old"}
+    marker.write_text(json.dumps({**old, "digest": json_digest(old)}))
     assert start(words, out, force=True) == "begin"  # an old run, which --force was to replace
     assert start(words, out) == "go on"  # and then `resume` says that the code is another one
     marker.write_text(json.dumps(facts))
