@@ -20,7 +20,7 @@ LONGEST = 300  # characters of a reason
 
 def reason_of(error: BaseException) -> str:
     """Return in one sentence what ended a client's round."""
-    words = " ".join(str(error).split())
+    words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")  # a page of advice may follow
     if isinstance(error, TOLD) and words:
         return words[:LONGEST]
     said = f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -96,6 +96,6 @@ def test_patience_leaves_no_timer_and_no_handler() -> None:
 
 def test_a_reason_is_one_short_sentence() -> None:
     assert reason_of(FloatingPointError("loss is NaN at step 3")) == "loss is NaN at step 3"
-    assert reason_of(RuntimeError("out of\n memory")) == "RuntimeError: out of memory"
+    assert reason_of(RuntimeError("\nout of memory\nand a page of advice")) == "RuntimeError: out of memory"
     assert len(reason_of(ValueError("x" * 10_000))) <= 300
     assert reason_of(KeyError()) == "KeyError"
