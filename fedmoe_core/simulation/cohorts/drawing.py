@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from fedmoe_core.data.batches import Batch, client_blocks
+from fedmoe_core.config.run_config import Config
+from fedmoe_core.data.batches import Batch, Encoded, client_blocks
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.world import World
@@ -35,10 +36,15 @@ def round_batches(world: World, plan: ExpertPlan, drawn: Drawn = NONE_DRAWN) -> 
 
 
 def _blocks(world: World, plan: ExpertPlan) -> Iterator[Batch]:
-    train = world.config.train
+    return blocks_of(world.data.clients[plan.client].private, world.config, plan)
+
+
+def blocks_of(private: Encoded, config: Config, plan: ExpertPlan) -> Iterator[Batch]:
+    """Draw a client's batches of a round, many steps in one block; a simulated client and a real one draw the same."""
+    train = config.train
     return client_blocks(
-        world.data.clients[plan.client].private,
-        seed=world.config.seed,
+        private,
+        seed=config.seed,
         round=plan.round,
         client=plan.client,
         steps=plan.local_steps,

@@ -14,7 +14,7 @@ from fedmoe_core.algorithms.base import Algorithm, algorithm_class
 from fedmoe_core.budget.limits import NOTHING
 from fedmoe_core.client.failures import FAILURES, reason_of
 from fedmoe_core.config.run_config import Config
-from fedmoe_core.data.batches import Batch, client_blocks
+from fedmoe_core.data.batches import Batch
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.messages.wire.answer import LONGEST_REASON, answer_bytes
@@ -22,6 +22,7 @@ from fedmoe_core.messages.wire.envelope import WireError
 from fedmoe_core.messages.wire.greeting import Description, Greeting, description_bytes, read_greeting
 from fedmoe_core.messages.wire.task import Asked, read_task
 from fedmoe_core.model.adapter import ModelAdapter
+from fedmoe_core.simulation.cohorts.drawing import blocks_of
 from fedmoe_core.simulation.cohorts.training import at_round, local_round
 from fedmoe_core.simulation.identity import code_version
 from fedmoe_core.simulation.prepare import load_model_of, take_form
@@ -115,18 +116,8 @@ class Node:
         return self.shelf.trunk(asked.head.trunk)
 
     def _batches(self, plan: ExpertPlan) -> Iterator[Batch]:
-        train = self.config.train
-        blocks = client_blocks(
-            self.data.client.private,
-            seed=self.config.seed,
-            round=plan.round,
-            client=plan.client,
-            steps=plan.local_steps,
-            batch_size=train.batch_size,
-            seq_len=train.seq_len,
-        )
-        for block in blocks:
-            yield from block.to(self._device).split(train.batch_size)
+        for block in blocks_of(self.data.client.private, self.config, plan):
+            yield from block.to(self._device).split(self.config.train.batch_size)
 
     def _held_out(self) -> Iterator[Batch]:
         return (batch.to(self._device) for batch in validation_batches(self.data.client, self.config))

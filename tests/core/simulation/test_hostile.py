@@ -104,6 +104,11 @@ def cases_for(played: Played) -> list[Case]:
     return found if first else found[::7]
 
 
+def test_the_generator_makes_thousands_of_different_attacks() -> None:
+    names = [name for name, _ in every(seed=1, drawn=300)]
+    assert len({*names}) > 2000
+
+
 def test_inv11_no_hostile_answer_enters_the_model_or_the_memory(played: Played) -> None:
     world, plans = played.world, {plan.client: plan for task in played.tasks for plan in task.group.plans}
     good, _ = played.round(None)
