@@ -3,7 +3,8 @@
     python -m bench.trust.kills [--moments 50] [--ranks 1 2] [--mixture] [--some] [--first 0] [--out FILE]
 
 Each case kills one process of a run (on two ranks one of them, or all), waits for the others to end by themselves,
-perhaps kills the resumed run too, and resumes until the run ends. A process that imported torch once forks all of
+perhaps kills the resumed run too, and resumes until the run ends. Random moments are drawn until so many have hit a
+process that still ran. A process that imported torch once forks all of
 them. What the launcher of the real command does when it or a rank is killed is in tests/test_launch.py.
 """
 
@@ -13,6 +14,8 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -24,9 +27,19 @@ from bench.trust.killed import Case, Killed, Stage
 from bench.trust.phases import OF_A_RESUME, PHASES
 
 
-def cases_of(ranks: int, *, moments: int, first: int) -> list[Case]:
-    """List the cases for a number of ranks: random moments, and every phase on every rank that has it."""
-    cases = [Case(ranks, seed=first + number) for number in range(moments)]
+def at_random(ranks: int, moments: int, *, first: int, play: Callable[[Case], Killed]) -> list[Killed]:
+    """Play cases of random moments until ``moments`` of them have killed something; those that came late count too."""
+    found: list[Killed] = []
+    for seed in count(first):
+        if sum(killed.kills > 0 for killed in found) == moments:
+            break
+        found.append(play(Case(ranks, seed=seed)))
+    return found
+
+
+def phases_of(ranks: int, *, first: int) -> list[Case]:
+    """List the cases of every phase on every rank that has it."""
+    cases: list[Case] = []
     for name in dict.fromkeys(phase.name for phase in PHASES):
         everywhere = any(phase.everywhere for phase in PHASES if phase.name == name)
         victims = range(ranks) if everywhere else [0]
@@ -42,7 +55,7 @@ def summary_of(found: list[Killed], ranks: int) -> dict[str, object]:
     return {
         "ranks": ranks,
         "cases": len(mine),
-        "at random moments": sum(not killed.case.phase for killed in mine),
+        "killed at random moments": sum(not killed.case.phase and killed.kills > 0 for killed in mine),
         "at named phases": sum(bool(killed.case.phase) for killed in mine),
         "ended before the kill": sum(not killed.kills for killed in mine),
         "killed more than once": sum(killed.kills > 1 for killed in mine),
@@ -68,11 +81,14 @@ def main() -> None:
     with TemporaryDirectory(prefix="fedmoe-kills-") as root:
         stage = Stage.of(MOE if asked.mixture else PLAIN, Path(root), asked.ranks)
         found: list[Killed] = []
+
+        def play(case: Case) -> Killed:
+            return stage.play(case, Random(f"{stage.job.name} {case}"))
+
         for ranks in asked.ranks:
-            cases = cases_of(ranks, moments=asked.moments, first=asked.first)
-            if asked.some and ranks > 1:
-                cases = [*cases[: asked.moments], *cases[asked.moments :: 5]]
-            found += [stage.play(case, Random(f"{stage.job.name} {case}")) for case in cases]
+            found += at_random(ranks, asked.moments, first=asked.first, play=play)
+            cases = phases_of(ranks, first=asked.first)
+            found += [play(case) for case in cases[:: 5 if asked.some and ranks > 1 else 1]]
     rows = [summary_of(found, ranks) for ranks in asked.ranks]
     bad = [killed for killed in found if not killed.good]
     record = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event, Thread, current_thread, main_thread
 
 from fedmoe_core.client.failures import ClientTimeoutError
@@ -27,7 +28,9 @@ def patience(seconds: float, clients: str, *, grace: float = GRACE) -> Iterator[
     Args:
         seconds: for all of them together.
         clients: who, in words.
-        grace: seconds after which a block that no alarm reaches ends the process, with exit status ``launch.HUNG``.
+        grace: seconds after which a block that no alarm reaches ends the process, with exit status ``launch.HUNG``. One
+            that also keeps Python's lock, so that no other thread runs, is ended after as much time again: its stack
+            is printed, and the exit status is 1.
 
     Raises:
         ClientTimeoutError: the time is up; from wherever the block is.
@@ -44,6 +47,8 @@ def patience(seconds: float, clients: str, *, grace: float = GRACE) -> Iterator[
     before = signal.signal(signal.SIGALRM, alarm)
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     Thread(target=_watch, args=(over, seconds + grace, waited), name="patience", daemon=True).start()
+    with suppress(OSError):  # no stderr; its thread is one of C, which needs no lock
+        faulthandler.dump_traceback_later(seconds + 2 * grace, exit=True, file=2)
     try:
         try:
             yield
@@ -52,6 +57,7 @@ def patience(seconds: float, clients: str, *, grace: float = GRACE) -> Iterator[
     finally:  # once more: an alarm may have come in the line above
         signal.setitimer(signal.ITIMER_REAL, 0)
         over.set()
+        faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)
         if left:  # of a timer that was there
             signal.setitimer(signal.ITIMER_REAL, max(0.001, left - (time.monotonic() - began)), interval)

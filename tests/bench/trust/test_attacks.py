@@ -13,7 +13,7 @@ import pytest
 
 from bench.trust.files import Field
 from bench.trust.jobs import PLAIN
-from bench.trust.kills import cases_of
+from bench.trust.kills import phases_of
 from bench.trust.mutations import KINDS, WHOLE
 from bench.trust.phases import PHASES
 from fedmoe_core.simulation.observer import NullObserver
@@ -82,7 +82,7 @@ def test_inv10_runs_killed_at_moments_and_phases_end_with_the_same_bits(tmp_path
     record = json.loads((tmp_path / "record").read_text())
     one, two = record["results"]
     assert record["bad"] == []
-    assert one["at random moments"] == two["at random moments"] == 4
+    assert one["killed at random moments"] == two["killed at random moments"] == 4
     assert one["same bits, lines and files"] == one["cases"] >= 4 + len({phase.name for phase in PHASES})
     assert two["same bits, lines and files"] == two["cases"] >= 10
     assert one["processes left"] == two["processes left"] == 0
@@ -91,6 +91,6 @@ def test_inv10_runs_killed_at_moments_and_phases_end_with_the_same_bits(tmp_path
 
 
 def test_on_two_ranks_a_phase_of_every_rank_kills_either() -> None:
-    victims = {(case.phase, case.victim) for case in cases_of(2, moments=0, first=0)}
+    victims = {(case.phase, case.victim) for case in phases_of(2, first=0)}
     assert {("before ranks' sums meet", 0), ("before ranks' sums meet", 1)} <= victims
     assert ("before the summary", 1) not in victims

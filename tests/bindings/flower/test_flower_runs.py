@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +113,18 @@ def test_inv10_a_device_that_dies_and_others_that_lie_are_named_and_leave_the_bi
     here = simulated(config, set(told), monkeypatch)
     assert there["model_hash"] == here["model_hash"]
     assert there["refused_updates"] == len(told)
+
+
+@pytest.mark.timeout(200)
+def test_inv12_no_process_of_a_deployment_tries_another_way_out(loopback: Loopback) -> None:
+    """After whole runs: whatever Flower's commands and apps wanted, but for gRPC's own connections."""
+    noted = loopback.noted()
+    assert [line for line in noted if not line.endswith(": watched")] == []
+    for command in ("flower-superlink", "flower-supernode", "flwr", "flwr-serverapp", "flwr-clientapp"):
+        assert any(command in line.partition(": ")[0] for line in noted), noted
+    probe = "import socket, contextlib\nwith contextlib.suppress(OSError): socket.getaddrinfo('example.invalid', 80)"
+    subprocess.run([sys.executable, "-c", probe], env=loopback.environment, check=True)
+    assert "example.invalid" in loopback.noted()[-1]
 
 
 @pytest.mark.timeout(200)

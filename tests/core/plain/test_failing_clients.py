@@ -64,7 +64,7 @@ def test_a_client_that_no_alarm_reaches_ends_the_run_which_goes_on_later(
     words = ("simulate", "-q", "adapter=faulty:adapter", *WORDS)
     whole = fedmoe(*words, f"out={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
-    for kind, code in (("hangs", 4), ("dies", 7)):
+    for kind, code in (("hangs", 4), ("holds", 1), ("dies", 7)):
         out = tmp_path / kind
         monkeypatch.setenv("FAULT", kind)
         monkeypatch.setenv("FAULT_AT", str(MIDWAY))
@@ -73,6 +73,8 @@ def test_a_client_that_no_alarm_reaches_ends_the_run_which_goes_on_later(
         if kind == "hangs":
             assert "error: waited 0.2 s for client " in ended.stderr
             assert "which hangs where no alarm reaches it" in ended.stderr
+        if kind == "holds":
+            assert "in fault" in ended.stderr, "the stack that it hangs in"
         monkeypatch.delenv("FAULT_AT")
         resumed = fedmoe("resume", "-q", out)
         assert resumed.returncode == 0, resumed.stderr

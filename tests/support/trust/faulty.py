@@ -5,6 +5,7 @@ FAULT says what, and FAULT_AT at which call of the loss in this process, counted
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -29,9 +30,10 @@ def fault(kind: str) -> None:
             time.sleep(600)
         except Exception:  # as careless code does; it must not keep the server waiting
             time.sleep(600)
-    if kind == "hangs":
+    if kind in ("hangs", "holds"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
-        time.sleep(600)
+        wait = time.sleep if kind == "hangs" else ctypes.PyDLL(None).sleep  # the second keeps Python's lock
+        wait(600)
     if kind == "dies":
         os._exit(7)
 

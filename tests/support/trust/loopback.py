@@ -19,6 +19,37 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 HOUSE = Path(__file__).parents[3]
+# Python imports it as it starts, in each process of a deployment: a line for each way out that is not this machine.
+# gRPC connects in C, out of sight of CPython's audit events, to the addresses that it is given.
+WATCHED = """
+import os, sys
+
+def local(event, arguments):
+    if event.startswith("socket.get"):
+        place = arguments[0]
+    elif event in ("socket.connect", "socket.sendto"):
+        place = arguments[1]
+    else:
+        return False
+    if isinstance(place, tuple):
+        place = place[0]
+    if isinstance(place, bytes):
+        place = place.decode()
+    return not isinstance(place, str) or place in ("", "localhost", "::1") or place.startswith(("127.", "/"))
+
+def hook(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request",
+                 "http.client.connect") and not local(event, arguments):
+        note(f"{event} {arguments!r}")
+
+def note(what):
+    line = f"{os.path.basename(sys.argv[0]) if hasattr(sys, 'argv') else sys.orig_argv}: {what}\\n"
+    with open(os.environ["WAYS_OUT"], "a") as notes:
+        notes.write(line)
+
+sys.addaudithook(hook)
+note("watched")
+"""
 PEM = serialization.Encoding.PEM
 OPEN = serialization.NoEncryption()
 
@@ -72,17 +103,20 @@ class Loopback:
     def __init__(self, folder: Path, clients: int) -> None:
         self.folder, self.clients, self.port = folder, clients, free_port()
         self.started: dict[str, subprocess.Popen[bytes]] = {}
-        paths = [str(HOUSE), str(HOUSE / "kernels"), str(HOUSE / "bindings")]
+        paths = [str(folder / "watched"), str(HOUSE), str(HOUSE / "kernels"), str(HOUSE / "bindings")]
         self.environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
             "FLWR_HOME": str(folder / "home"),
+            "WAYS_OUT": str(folder / "ways-out.txt"),
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
         }
 
     def __enter__(self) -> Loopback:
-        (self.folder / "home").mkdir(parents=True)
+        for name in ("home", "watched"):
+            (self.folder / name).mkdir(parents=True)
+        (self.folder / "watched" / "sitecustomize.py").write_text(WATCHED)
         for name in ("right", "wrong"):
             write_certificates(self.folder, name)
         connection = f'address = "127.0.0.1:{self.port}"\nroot-certificates = "{self.folder}/right-ca.pem"\n'
@@ -143,6 +177,10 @@ class Loopback:
     def listens(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def noted(self) -> list[str]:
+        """What the processes noted: that they are watched, and each way out that they tried."""
+        return (self.folder / "ways-out.txt").read_text(errors="replace").splitlines()
 
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
