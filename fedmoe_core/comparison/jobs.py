@@ -21,6 +21,7 @@ from fedmoe_core.base.wording import another_configuration
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import concerns
 from fedmoe_core.simulation.directory.claim import read_facts, refuse_claim
+from fedmoe_core.simulation.directory.seal import SUMMARY, changed_since
 from fedmoe_core.simulation.identity import Identity
 from fedmoe_core.simulation.launch import stop
 from fedmoe_core.simulation.worlds.found_plain import code_of, plain_of, sources_of
@@ -59,7 +60,7 @@ class Job:
 
     def finished(self) -> bool:
         """Return whether this very run is on disk, whole."""
-        return (self.out / "summary.json").is_file() and self._same()
+        return (self.out / SUMMARY).is_file() and self._same()
 
     def begun(self) -> bool:
         """Return whether this very run has a checkpoint to go on from, made by this very code."""
@@ -190,7 +191,7 @@ def run_jobs(
 
 
 def other_runs(jobs: Sequence[Job]) -> dict[Path, str]:
-    """Find runs that lie where ``jobs`` go and are not theirs: other settings, or other content of data or model.
+    """Find runs where ``jobs`` go that do not count: other settings, data or model, or changed since they ended.
 
     Returns:
         One sentence by run directory.
@@ -209,6 +210,9 @@ def other_runs(jobs: Sequence[Job]) -> dict[Path, str]:
         if differs := job.differs():
             found[job.out] = f"{job.out} holds a run of {differs}"
             continue
+        if changed := _changed(job.out):
+            found[job.out] = f"{job.out} holds a run whose {changed} changed after it ended"
+            continue
         sources = (job.config.adapter, job.config.data, job.config.model)
         if sources not in today:
             today[sources] = sources_of(job.config, plain_of(job.config, None))
@@ -220,6 +224,16 @@ def other_runs(jobs: Sequence[Job]) -> dict[Path, str]:
         except ValueError as error:
             found[job.out] = str(error)
     return found
+
+
+def _changed(out: Path) -> str:
+    """Name what is not as it was when a finished run ended; empty where nothing is, or where no run ended."""
+    if not (out / SUMMARY).is_file():
+        return ""
+    try:
+        return ", ".join(changed_since(out))
+    except ValueError:
+        return SUMMARY
 
 
 def remaining(jobs: Sequence[Job]) -> list[Job]:

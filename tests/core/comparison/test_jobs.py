@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 from tiny_runs import HOUSE, TINY, write_notes
 
-from fedmoe_core.comparison.jobs import JobOutcome, Variant, make_jobs, parse_seeds, parse_variants, remaining, run_jobs
+from fedmoe_core.comparison.jobs import (
+    JobOutcome,
+    Variant,
+    make_jobs,
+    other_runs,
+    parse_seeds,
+    parse_variants,
+    remaining,
+    run_jobs,
+)
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import ALGORITHMS, SECTIONS, concerns
 
@@ -75,7 +84,19 @@ def test_a_comparison_runs_once_survives_a_bad_run_and_goes_on(tmp_path: Path, w
     assert all(math.isnan(left) for _, left in seen)
     assert (jobs[0].out / "summary.json").stat().st_mtime_ns == finished
 
-    (jobs[1].out / "summary.json").unlink()  # as if it had been killed after its last round
+    ledger, summary = jobs[0].out / "ledger.jsonl", jobs[1].out / "summary.json"
+    was = ledger.read_text(), summary.read_text()
+    ledger.write_text(was[0].replace('"bytes_up": ', '"bytes_up": 1', 1))
+    summary.write_text(was[1][:100])
+    assert [said.rpartition("holds a run ")[2] for said in other_runs(jobs[:2]).values()] == [
+        "whose ledger.jsonl changed after it ended",
+        "whose summary.json changed after it ended",
+    ]
+    ledger.write_text(was[0])
+    summary.write_text(was[1])
+    assert other_runs(jobs[:2]) == {}
+
+    summary.unlink()  # as if it had been killed after its last round
     assert jobs[1].command(words)[3:5] == ["resume", str(jobs[1].out)]
     third, _ = play(jobs[:2], words)
     assert [(o.cached, o.error) for o in third] == [(True, ""), (False, "")]
