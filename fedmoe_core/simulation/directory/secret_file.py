@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from fedmoe_core.base.files import json_text, opened, write_whole
+from fedmoe_core.base.files import json_text, opened, require_file, write_whole
 from fedmoe_core.privacy.chance import Secret
 from fedmoe_core.simulation.directory.prefix_log import Count
 from fedmoe_core.simulation.directory.standing import Standing
@@ -52,15 +52,17 @@ def read_secret(out: Path, standing: Standing) -> Secret:
         OSError: it cannot be read.
     """
     path = out / SECRET
-    if not path.exists() and not path.is_symlink():
-        raise ValueError(f"{path} is missing: who takes part and the noise follow from it; {AFRESH}")
-    with opened(path) as file:
-        if _open_to_others(os.fstat(file.fileno()).st_mode):
-            raise ValueError(
-                f"{path} can be read by others, who could take the noise off; `chmod 600` it if they did not, else "
-                "start the run afresh"
-            )
-        raw = file.read(LARGEST)
+    require_file(path, most=LARGEST)
+    try:
+        with opened(path) as file:
+            mode, raw = os.fstat(file.fileno()).st_mode, file.read()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: who takes part and the noise follow from it; {AFRESH}") from None
+    if _open_to_others(mode):
+        raise ValueError(
+            f"{path} can be read by others, who could take the noise off; `chmod 600` it if they did not, else start "
+            "the run afresh"
+        )
     try:
         found = msgspec.json.decode(raw, type=_Form)
     except msgspec.DecodeError:  # its words may show the key
