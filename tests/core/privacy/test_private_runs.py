@@ -19,6 +19,7 @@ from tiny_runs import fedmoe, fedmoe_here
 from fedmoe_core.algorithms.base import algorithm_class
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import PLACES
+from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.privacy import chance
@@ -134,6 +135,43 @@ def test_a_system_that_may_be_private_makes_the_model_of_the_sums_alone(name: st
     assert with_reports[0].keys() == without[0].keys()
     assert all(torch.equal(with_reports[0][key], without[0][key]) for key in without[0])
     assert EVERY_LE.shape == pop.every_LE.shape
+
+
+SCORES = [f"selection.score={score}" for score in ("s", "ib", "taylor")]
+PLUS = [f"plus.importance={score}" for score in ("s", "ib", "taylor", "hits")]
+VARIANTS = [(name, "plus.explore=0") for name in sorted(FIT - {"hfedmoe", "hfedmoe_plus"})]
+VARIANTS += [("hfedmoe", word) for word in [*SCORES, "selection.explore=1"]]
+VARIANTS += [("hfedmoe_plus", word) for word in [*PLUS, "plus.explore=1"]]
+
+
+def planned_after(name: str, words: Sequence[str]) -> list[ExpertPlan]:
+    """The next plan of client 0: before any report, after its own, and after everybody's with the same sums."""
+    tiers = ("experts=4", "experts=4", "experts=4")
+    pop = population(f"algorithm={name}", "aggregation.gate=fedavg", *words, budgets=tiers)
+    algorithm = algorithm_class(name)(pop)
+    private = Central.of(Config.load(overrides=["clients=3", "privacy.clip=1"]))
+    assert private is not None
+    _, told = released(private)
+    updates = [algorithm.answer(plan_for(client), result_for(client)) for client in range(3)]
+    begin = initial_state(model(), 3)
+    states = [begin, *(algorithm.advance(begin, told, given) for given in (updates[:1], updates))]
+    return [algorithm.plan(state, [0])[0] for state in states]
+
+
+@pytest.mark.parametrize(("name", "word"), VARIANTS)
+def test_a_plan_of_a_private_run_has_nothing_of_what_others_reported(name: str, word: str) -> None:
+    """It travels to a device, and decides what that device then trains."""
+    first, alone, among = planned_after(name, [word, "privacy.clip=1"])
+    assert among.id == alone.id
+    for told in ("predicted", "budget", "seed", "local_steps", "mode"):
+        assert getattr(among, told) == getattr(alone, told)
+    if name.startswith("hfedmoe"):  # of what this client reported it has something
+        assert not np.array_equal(first.permitted_LE, alone.permitted_LE)
+
+
+def test_without_privacy_clients_learn_from_each_other_what_absent_experts_are_worth() -> None:
+    _, alone, among = planned_after("hfedmoe_plus", ["plus.importance=taylor"])
+    assert among.id != alone.id
 
 
 def test_only_these_systems_may_be_private() -> None:
