@@ -29,6 +29,7 @@ from fedmoe_core.reporting.report import report
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.state import initial_state
 from fedmoe_core.simulation import run as simulate
+from fedmoe_core.simulation.directory import log
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.round import sample_clients
 
@@ -294,6 +295,27 @@ def test_inv10_a_secret_gives_the_same_bits_after_a_kill_and_on_two_ranks(
     assert done.returncode == 0, done.stderr
     assert json.loads((Path(killed.out) / "summary.json").read_text())["model_hash"] == whole["model_hash"]
     assert "ranks = 2" in settings.read_text()
+
+
+def test_inv10_a_kill_between_the_checkpoint_and_the_next_key_changes_nothing(
+    config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, asked = log.write_secret, config(*PRIVATE, "privacy.secret=true", out="killed")
+
+    def killed(out: Path, secret: chance.Secret) -> None:
+        if secret.round == 2:
+            raise StopError
+        write(out, secret)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chance.secrets, "token_bytes", lambda count: bytes(range(count)))
+        whole = played(config(*PRIVATE, "privacy.secret=true", out="whole"))
+        patched.setattr(log, "write_secret", killed)
+        with pytest.raises(StopError):
+            played(asked)
+    assert json.loads((Path(asked.out) / "secret.json").read_text())["round"] == 1  # the checkpoint is of round 2
+    resumed = simulate.resume(Path(asked.out), adapter=made(), observer=NullObserver())
+    assert resumed["model_hash"] == whole["model_hash"]
 
 
 def test_privacy_by_a_secret_without_its_package_is_refused_before_any_work(
