@@ -146,8 +146,10 @@ class Algorithm(ABC):
 
     def scores(self, state: ServerState) -> list[np.ndarray]:
         """Return one score per (layer, expert) and client; by default the one that ``[selection]`` names."""
-        rule = self.population.config.selection
-        return client_scores(state.profiles, self.population.prior, rule.score, lam=rule.lam, beta=rule.beta)
+        rule, pooled = self.population.config.selection, not self.population.config.privacy.clip
+        return client_scores(
+            state.profiles, self.population.prior, rule.score, lam=rule.lam, beta=rule.beta, pooled=pooled
+        )
 
     def importance(self, state: ServerState) -> np.ndarray:
         """Return how much each expert matters, (L, E), which the log of a round shows: by default the mean score."""

@@ -123,8 +123,10 @@ class HFedMoE(Algorithm):
 
     def scores(self, state: ServerState) -> list[np.ndarray]:
         """Return one score per (layer, expert) and client: eq. 5 ("s"), eq. 14 ("ib"), or Taylor importance [E]."""
-        rule = self.chosen(state.round)
-        return client_scores(state.profiles, self.population.prior, rule.score, lam=rule.lam, beta=rule.beta)
+        rule, pooled = self.chosen(state.round), not self.population.config.privacy.clip
+        return client_scores(
+            state.profiles, self.population.prior, rule.score, lam=rule.lam, beta=rule.beta, pooled=pooled
+        )
 
     @classmethod
     def label(cls, config: Config) -> str:

@@ -139,18 +139,28 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, *, private: bool = False) -> None:
     """Write a UTF-8 file in one step.
+
+    Args:
+        path: where.
+        text: all of it.
+        private: let its owner alone read it, from its first byte on.
 
     Raises:
         OSError: as ``replacing``, in one sentence.
     """
     try:
         # "x" refuses a file or link that appeared since, so nothing foreign is written through.
-        with replacing(path) as partial, partial.open("x", encoding="utf-8") as file:
+        opener = _for_owner if private else None
+        with replacing(path) as partial, open(partial, "x", encoding="utf-8", opener=opener) as file:
             file.write(text)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error}); {SPACE}") from error
+
+
+def _for_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -29,6 +29,8 @@ def check_privacy(values: Mapping[str, Any]) -> None:
             f"privacy.delta={delta:g} must be above 0 and below 1 / clients = {1 / clients:.3g}, for with a larger one "
             f"all data of one client may be told; set for example {0.1 / clients:.1g}"
         )
+    if values["privacy.secret"] and not clip:
+        raise ValueError("privacy.secret=true has nothing to draw without privacy.clip; set that, or leave it out")
     if not clip:
         return
     if not REACH[0] <= clip * (noise or 1.0) <= REACH[1]:

@@ -250,6 +250,9 @@ class PrivacyConfig:
     noise: NaturalReal = 0.0  # z: each number of the sums gets Gaussian noise of sigma z * clip; 0 = none
     delta: Share = 0.0  # delta of (epsilon, delta), below 1 / clients; noise needs it
     epsilon: NaturalReal = 0.0  # the run ends before the round that would pass it; 0 = no limit
+    # who takes part and the noise follow from 32 bytes of the operating system instead of the seed; always so on real
+    # devices
+    secret: bool = False
     secure: bool = False  # clients mask what they send, so that the server sees the sums of a round alone
     # secure only: share of the clients of a round that must stay to its end, or it changes nothing
     threshold: Annotated[float, Meta(gt=0.5, le=1.0)] = 0.67

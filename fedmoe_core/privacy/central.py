@@ -14,14 +14,14 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fedmoe_core.base.rng import counter_rng
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.layer.lora import FACTORS
 from fedmoe_core.layer.state import BIASES
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec
-from fedmoe_core.privacy.account import Account, stopped
+from fedmoe_core.privacy.account import EXTRA, Account, stopped
+from fedmoe_core.privacy.chance import Chance, Draws, Secret, Seeded
 from fedmoe_core.privacy.clipping import clip_share, sensitivity
 from fedmoe_core.privacy.discrete_gaussian import discrete_gaussian
 from fedmoe_core.privacy.masked import refuse_without_ciphers
@@ -43,7 +43,7 @@ class Central:
         noise: sigma over ``clip``.
         clients: of the run.
         drawn: how many take part in a round on average, and what every sum is divided by.
-        seed: of the run, from which clients and noise are drawn.
+        chance: from which clients and noise are drawn.
         bound: ``aggregation.value_bound`` and ``aggregation.norm_bound``.
     """
 
@@ -51,17 +51,28 @@ class Central:
     noise: float
     clients: int
     drawn: int
-    seed: int
+    chance: Chance
     bound: tuple[float, float]
 
     @classmethod
-    def of(cls, config: Config) -> Central | None:
-        """Return the private part of a run; None where ``privacy.clip`` is 0."""
+    def of(cls, config: Config, secret: Secret | None = None) -> Central | None:
+        """Return the private part of a run; None where ``privacy.clip`` is 0.
+
+        Args:
+            config: of the run.
+            secret: of the run, where it has one.
+
+        Raises:
+            ValueError: the run has a secret, and it is not here; its seed does not stand in for it.
+        """
         privacy, rule = config.privacy, config.aggregation
         if not privacy.clip:
             return None
+        if privacy.secret and secret is None:
+            raise ValueError("privacy.secret=true needs the secret of the run; start it by simulate.run or resume it")
+        chance = secret if secret is not None and privacy.secret else Seeded(config.seed)
         drawn, bound = config.clients_per_round or config.clients, (rule.value_bound, rule.norm_bound)
-        return cls(privacy.clip, privacy.noise, config.clients, drawn, config.seed, bound)
+        return cls(privacy.clip, privacy.noise, config.clients, drawn, chance, bound)
 
     @property
     def settings(self) -> SumSettings:
@@ -77,8 +88,8 @@ class Central:
 
     def sample(self, round: int, present: Collection[int]) -> list[int]:
         """Draw each client by itself, by a chance of exactly drawn / clients; ascending."""
-        rng = counter_rng(self.seed, "sample-each", round)
-        takes_part = rng.integers(self.clients, size=self.clients) < self.drawn
+        draws = self.chance.at(round).draws("sample-each")
+        takes_part = draws.integers(0, self.clients, self.clients) < self.drawn
         return [client for client in sorted(present) if takes_part[client]]
 
     def share(self, update: ClientUpdate, plan: ExpertPlan, specs: tuple[ParamSpec, ...]) -> float:
@@ -92,10 +103,10 @@ class Central:
         experts without a trainer too, and every sum is divided by ``drawn``.
         """
         den, moving = self.drawn * sums.settings.top_weight, moved_by_training(sums.specs)
-        noised = dict(sums.numerators)
+        noised, chance = dict(sums.numerators), self.chance.at(round)
         for place, spec in enumerate(sums.specs):
             if spec in moving:
-                noised[spec.key] = self._noised(noised[spec.key], round, place)
+                noised[spec.key] = self._noised(noised[spec.key], chance.draws("privacy-noise", place))
         return replace(
             sums,
             numerators=noised,
@@ -109,9 +120,8 @@ class Central:
             accepted=self.drawn,
         )
 
-    def _noised(self, total: Tensor, round: int, place: int) -> Tensor:
-        rng = counter_rng(self.seed, "privacy-noise", round, place)
-        noise = torch.from_numpy(discrete_gaussian(self.sigma, total.numel(), rng))
+    def _noised(self, total: Tensor, draws: Draws) -> Tensor:
+        noise = torch.from_numpy(discrete_gaussian(self.sigma, total.numel(), draws))
         return total + noise.view(total.shape).to(total.device)
 
 
@@ -132,6 +142,8 @@ def refuse_unfit(config: Config, *, sums_alone: bool) -> None:
         ValueError: one of them, or a package of the extra is not installed.
     """
     refuse_without_ciphers(config)
+    if config.privacy.secret:
+        _refuse_without_stream()
     if not config.privacy.clip:
         return
     if not sums_alone:
@@ -143,3 +155,10 @@ def refuse_unfit(config: Config, *, sums_alone: bool) -> None:
     account = Account.of(config)
     if account is not None and (why := stopped(config)) and not account.affordable(config.rounds):
         raise ValueError(f"{why}; raise privacy.epsilon or privacy.noise, or lower clients_per_round")
+
+
+def _refuse_without_stream() -> None:
+    try:
+        import fedmoe_core.privacy.stream  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"privacy.secret needs cryptography, which is not installed ({error}); {EXTRA}") from error

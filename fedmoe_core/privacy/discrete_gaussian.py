@@ -1,7 +1,7 @@
 """Whole numbers from the discrete Gaussian, sampled exactly: no floating-point number decides what is drawn.
 
 Canonne, Kamath and Steinke 2020 (arXiv 2004.00010), algorithms 1 to 3 [N], over arrays. All chance comes from whole
-numbers below a bound, which numpy's generator draws without bias. The noise of a floating-point sampler leaks in its
+numbers below a bound, drawn without bias. The noise of a floating-point sampler leaks in its
 low bits what it should hide (Mironov 2012).
 """
 
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedmoe_core.privacy.chance import Draws
+
 # (|y| - sigma)^2 of a proposal must stay below 2^63: |y| < 2^31 is sigma * 128 here, and a proposal beyond that has a
 # chance of e^-127.
 LARGEST_SIGMA = 1 << 24
 BLOCK = 1 << 16  # numbers drawn at once: the few arrays of a block stay in cache
 
 
-def discrete_gaussian(sigma: int, size: int, rng: np.random.Generator) -> np.ndarray:
+def discrete_gaussian(sigma: int, size: int, rng: Draws) -> np.ndarray:
     """Draw ``size`` whole numbers with P(y) proportional to exp(-y^2 / (2 sigma^2)), int64.
 
     Args:
@@ -42,21 +44,21 @@ def discrete_gaussian(sigma: int, size: int, rng: np.random.Generator) -> np.nda
     return found
 
 
-def _proposals(scale: int, count: int, rng: np.random.Generator) -> np.ndarray:
+def _proposals(scale: int, count: int, rng: Draws) -> np.ndarray:
     """Draw from the discrete Laplace, P(y) proportional to exp(-|y| / scale): algorithm 2. Some are lost."""
-    low = rng.integers(0, scale, size=count)
+    low = rng.integers(0, scale, count)
     low = low[_happens(low, scale, rng)]
     high = np.zeros(len(low), dtype=np.int64)
     going = np.arange(len(low))
     while len(going):  # a geometric number of successes of chance 1 / e
         going = going[_happens(np.full(len(going), 1), 1, rng)]
         high[going] += 1
-    size, negative = low + scale * high, rng.integers(0, 2, size=len(low)) == 1
+    size, negative = low + scale * high, rng.integers(0, 2, len(low)) == 1
     kept = ~(negative & (size == 0))  # zero would come twice
     return np.where(negative, -size, size)[kept]
 
 
-def _happens(above: np.ndarray, below: int, rng: np.random.Generator) -> np.ndarray:
+def _happens(above: np.ndarray, below: int, rng: Draws) -> np.ndarray:
     """Let each event happen with chance exp(-above / below): algorithm 1; bool, one for each of ``above`` >= 0."""
     whole, rest = np.divmod(above, below)
     happens = _below_one(rest, below, rng)
@@ -70,12 +72,12 @@ def _happens(above: np.ndarray, below: int, rng: np.random.Generator) -> np.ndar
     return happens
 
 
-def _below_one(above: np.ndarray, below: int, rng: np.random.Generator) -> np.ndarray:
+def _below_one(above: np.ndarray, below: int, rng: Draws) -> np.ndarray:
     """The same for 0 <= above <= below: count how often Bernoulli(x / k) succeeds for k = 1, 2, ...; even is yes."""
     odd = np.zeros(len(above), dtype=bool)
     going, k = np.arange(len(above)), 1
     while len(going):
-        going = going[rng.integers(0, below * k, size=len(going)) < above[going]]
+        going = going[rng.integers(0, below * k, len(going)) < above[going]]
         odd[going] ^= True
         k += 1
     return ~odd

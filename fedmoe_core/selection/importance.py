@@ -92,7 +92,13 @@ def expert_scores(sums: ClientProfile, score: Score, *, lam: float, beta: float)
 
 
 def client_scores(
-    profiles: Sequence[ClientProfile | None], prior: ClientProfile, score: Score, *, lam: float, beta: float
+    profiles: Sequence[ClientProfile | None],
+    prior: ClientProfile,
+    score: Score,
+    *,
+    lam: float,
+    beta: float,
+    pooled: bool = True,
 ) -> list[np.ndarray]:
     """Return ``expert_scores`` of every client, (L, E) each; Taylor importance covers the experts that it lacks too.
 
@@ -100,10 +106,14 @@ def client_scores(
         profiles: the latest of each client; None = not heard yet.
         prior: the server's own pass over public data, which stands in for those.
         score, lam, beta: as ``expert_scores``.
+        pooled: whether others' Taylor sums help to value the experts that a client lacks. Not in a private run: a plan
+            would tell a client what others measured, and through what it then trains all who see the model.
     """
     known = [prior if profile is None else profile for profile in profiles]
     if score == "taylor":
-        known = with_absent_experts(known, prior, heard_C=np.array([profile is not None for profile in profiles]))
+        heard = [profile is not None for profile in profiles]
+        for one in [slice(None)] if pooled else [slice(client, client + 1) for client in range(len(known))]:
+            known[one] = with_absent_experts(known[one], prior, heard_C=np.array(heard[one]))
     return [expert_scores(profile, score, lam=lam, beta=beta) for profile in known]
 
 

@@ -14,6 +14,7 @@ from fedmoe_core.messages.codec import report_of, update_of
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate, refused
 from fedmoe_core.privacy.central import Central
+from fedmoe_core.privacy.chance import Secret
 from fedmoe_core.privacy.dropping import dropped
 from fedmoe_core.privacy.masked import MaskedSums
 from fedmoe_core.server.accumulator import Accumulator
@@ -61,7 +62,7 @@ def play_round(world: Federation, state: ServerState, observer: Observer) -> tup
     """Play one round: the server plans, clients train, exact sums meet, the server applies."""
     began = time.perf_counter()
     with world.ranks.together(f"training round {state.round + 1}"):
-        clients = sample_clients(world.config, state.round, absent=world.population.absent)
+        clients = sample_clients(world.config, state.round, absent=world.population.absent, secret=world.secret)
         groups = world.groups(world.algorithm.plan(state, clients))
         trained = train(world, state.round, [Task(state, group) for group in groups], observer, began=began)
     state, played = settle(world, state, trained)
@@ -102,7 +103,7 @@ def settle(world: Federation, state: ServerState, trained: Trained) -> tuple[Ser
             sums, updates = sums.opened(updates, trained.plans, together=ranks.world > 1)
     told = sums.close(history_RG=state.norms_RG, gather=ranks.gather_tensors)
     together = sorted((record for _, part in gathered for record in part), key=lambda record: record["clients"])
-    private = Central.of(world.config)
+    private = Central.of(world.config, world.secret)
     applied = private is not None or sums.accepted >= world.config.min_clients
     if applied:
         found = sums.sums() if private is None else private.released(sums.sums(), state.round)
@@ -115,13 +116,16 @@ def settle(world: Federation, state: ServerState, trained: Trained) -> tuple[Ser
     return state, Round(state.round - 1, trained.plans, updates, applied, *spent, together, guard=guarded)
 
 
-def sample_clients(config: Config, round: int, *, absent: Collection[int] = ()) -> list[int]:
+def sample_clients(
+    config: Config, round: int, *, absent: Collection[int] = (), secret: Secret | None = None
+) -> list[int]:
     """Draw the clients of a round from those that are not ``absent``, ascending; every rank draws the same.
 
-    A private round draws each client by itself, so that their number differs from round to round.
+    A private round draws each client by itself, so that their number differs from round to round, and by the ``secret``
+    of a run that has one.
     """
     present = [client for client in range(config.clients) if client not in absent]
-    if (private := Central.of(config)) is not None:
+    if (private := Central.of(config, secret)) is not None:
         return private.sample(round, present)
     count = min(config.clients_per_round or config.clients, len(present))
     rng = counter_rng(config.seed, "sample", round)
@@ -160,7 +164,7 @@ def _admit(
             return refused(update, plan, claim)
         if gone := dropped(world.config, plan.round, plan.client):
             return refused(update, plan, gone)
-    if (private := Central.of(world.config)) is not None:
+    if (private := Central.of(world.config, world.secret)) is not None:
         share *= private.share(update, plan, sums.specs)
     outcome = sums.add(update, plan, share=share)
     if outcome.accepted or update.status == "failed":
@@ -189,7 +193,7 @@ def _sums(world: Federation, index: int, plans: Sequence[ExpertPlan]) -> Accumul
 def _accumulator(world: Federation) -> Accumulator:
     """Empty exact sums for one round of this run."""
     rule, config = world.config.aggregation, world.config
-    private = Central.of(config)
+    private = Central.of(config, world.secret)
     settings = SumSettings(
         scale_bits=rule.scale_bits,
         weight_bits=rule.weight_bits,

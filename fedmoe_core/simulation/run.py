@@ -18,6 +18,7 @@ from fedmoe_core.config.run_config import Config, is_plain
 from fedmoe_core.model.plain import PlainModel
 from fedmoe_core.model.spec import model_hash
 from fedmoe_core.privacy.account import rounds_of, stopped
+from fedmoe_core.privacy.chance import Secret
 from fedmoe_core.server.state import ServerState, unpack_state
 from fedmoe_core.simulation.buffered import (
     PREFIX,
@@ -31,6 +32,7 @@ from fedmoe_core.simulation.directory.checkpoint import load_checkpoint
 from fedmoe_core.simulation.directory.claim import LARGEST_CONFIG, MARKER, Claim, claimed, held
 from fedmoe_core.simulation.directory.lines import group_row, plan_row
 from fedmoe_core.simulation.directory.log import RunLog
+from fedmoe_core.simulation.directory.secret_file import read_secret
 from fedmoe_core.simulation.directory.standing import AFRESH, Standing
 from fedmoe_core.simulation.directory.state_check import StateCheck
 from fedmoe_core.simulation.identity import Identity
@@ -89,6 +91,7 @@ def run(
                 claim = held_open.enter_context(claimed(out, force=force or start == "begin again"))
         world = _found(config, plain, ranks, observer) if founder is None else founder(config, ranks, observer)
         agree_on_world(ranks, world)
+        world = _keeping(world, Secret.new() if world.config.privacy.secret and ranks.leads else None)
         state = world.algorithm.init(world.params)
         check_budgets(world, state)
         # Only now does an earlier run in this directory go: whatever is wrong with the words has been refused.
@@ -138,17 +141,19 @@ def _go_on(
     """Play from the last checkpoint, which rank 0 reads; the stack keeps the directory until the run ends."""
     ranks, observer, held_open = among
     run_dir = Path(config.out)
-    claim, standing, tensors = None, None, dict[str, Tensor]()
+    claim, standing, secret, tensors = None, None, None, dict[str, Tensor]()
     with ranks.together("reading the checkpoint"):
         if ranks.leads:
             claim = held_open.enter_context(held(run_dir))
             saved = load_checkpoint(run_dir / "checkpoint", expected_fingerprint=config.decisive())
             standing = Standing.read(saved.meta, rounds=config.rounds, place=f"{run_dir}/checkpoint")
             _refuse_other_sources(claim, standing, sources_of(config, plain), config, other_code=other_code)
+            secret = read_secret(run_dir, standing) if config.privacy.secret else None
             tensors = saved.tensors
     round, tensors = int(ranks.gather(standing and standing.round)[0]), share(ranks, tensors)
     world = _found(config, plain, ranks, observer) if founder is None else founder(config, ranks, observer)
     agree_on_world(ranks, world)
+    world = _keeping(world, secret)
     with ranks.together("checking the checkpoint"):
         state, flying = _unpacked(world, tensors, round)
     log = None
@@ -156,6 +161,14 @@ def _go_on(
         if claim is not None and standing is not None:
             log = RunLog.reopen(claim, world, standing, state)
     return _play(world, (state, flying), log, observer, fresh=False)
+
+
+def _keeping(world: Federation, secret: Secret | None) -> Federation:
+    """The world with the secret that rank 0 has; as it is where the run has none."""
+    if not world.config.privacy.secret:
+        return world
+    round, key = world.ranks.gather(None if secret is None else [secret.round, secret.key.hex()])[0]
+    return world.keeping(Secret(round, bytes.fromhex(key)))
 
 
 def _unpacked(world: Federation, tensors: dict[str, Tensor], round: int) -> tuple[ServerState, InFlight | None]:

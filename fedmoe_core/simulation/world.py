@@ -12,6 +12,7 @@ from fedmoe_core.config.run_config import Config, TrainConfig
 from fedmoe_core.data.batches import Batch, eval_batches
 from fedmoe_core.data.federated import ClientData, FederatedData
 from fedmoe_core.model.adapter import ModelAdapter
+from fedmoe_core.privacy.chance import Secret
 from fedmoe_core.server.state import Population
 from fedmoe_core.simulation.cohorts.dry_step import CohortMeter
 from fedmoe_core.simulation.identity import Identity
@@ -31,6 +32,7 @@ class World:
     ranks: Ranks
     identity: Identity  # of the data and the model as they were read
     cohorts: CohortMeter | None = None  # what clients need that train at once; None where each trains alone
+    secret: Secret | None = None  # as ``Federation``
 
 
 def local_settings(config: Config, form: type[Algorithm]) -> TrainConfig:

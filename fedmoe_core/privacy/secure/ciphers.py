@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 CHUNK = 1 << 17  # words of a mask that are made at once, 1 MB
+NOTHING = memoryview(bytes(8 * CHUNK))  # encrypted, it is the key stream
 
 
 def public_of(secret: bytes) -> bytes:
@@ -65,23 +66,36 @@ def unseal(key: bytes, sealed: bytes, about: bytes) -> bytes:
         raise ValueError("a sealed message was changed or is for another receiver; send it again") from None
 
 
+class KeyStream:
+    """The key stream of AES-256 in counter mode, read as little-endian words of 64 bits, from its beginning.
+
+    Args:
+        key: 32 bytes; a key is for one stream.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    def words(self, count: int) -> np.ndarray:
+        """Return the next ``count`` words, uint64."""
+        buffer = np.empty(8 * count + 15, dtype=np.uint8)  # the cipher wants room for a block more
+        for start in range(0, 8 * count, len(NOTHING)):
+            self._cipher.update_into(NOTHING[: 8 * count - start], buffer.data[start:])
+        return buffer[: 8 * count].view("<u8")
+
+
 def add_mask(total_N: np.ndarray, seed: bytes, *, minus: bool) -> None:
     """Add the mask of a seed to words modulo 2^64, or take it off, in place.
 
-    The mask is the key stream of AES-256 in counter mode, read as little-endian words; a seed masks one vector only.
-
     Args:
         total_N: uint64, changed in place.
-        seed: 32 bytes.
+        seed: 32 bytes; its key stream masks one vector only.
         minus: take the mask off.
     """
-    stream = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor()
-    nothing, buffer = bytes(8 * CHUNK), bytearray(8 * CHUNK + 15)
-    words = np.frombuffer(buffer, dtype="<u8", count=CHUNK)
+    stream = KeyStream(seed)
     for start in range(0, len(total_N), CHUNK):
         part = total_N[start : start + CHUNK]
-        stream.update_into(memoryview(nothing)[: 8 * len(part)], buffer)
         if minus:
-            part -= words[: len(part)]
+            part -= stream.words(len(part))
         else:
-            part += words[: len(part)]
+            part += stream.words(len(part))

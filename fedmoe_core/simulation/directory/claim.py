@@ -31,6 +31,7 @@ FILES = (
     "summary.json",
     "report.html",
     "metrics.prom",
+    "secret.json",
 )
 CHECKPOINT = "checkpoint"
 _IN_CHECKPOINT = re.compile(r"checkpoint\.json|state-[0-9a-f]{16}\.safetensors|(tensors|json)-\d+\.tmp")

@@ -24,6 +24,7 @@ from fedmoe_core.simulation.directory.history import require_history
 from fedmoe_core.simulation.directory.lines import client_record, guard_facts, guard_summary, ledger_line, results_of
 from fedmoe_core.simulation.directory.prefix_log import PrefixLog
 from fedmoe_core.simulation.directory.seal import SUMMARY, sealed
+from fedmoe_core.simulation.directory.secret_file import write_secret
 from fedmoe_core.simulation.directory.standing import AFRESH, Standing
 from fedmoe_core.simulation.evaluation import HeldOut
 from fedmoe_core.simulation.round import Round
@@ -54,6 +55,8 @@ class RunLog:
         log, out = cls(claim, world), claim.path
         write_whole(out / "config.toml", world.config.to_toml())
         write_whole(out / PARTITION, log.partition)
+        if world.secret is not None:
+            write_secret(out, world.secret)
         log.metrics, log.ledger = PrefixLog.create(out / METRICS), PrefixLog.create(out / LEDGER)
         return log
 
@@ -96,8 +99,13 @@ class RunLog:
             raise ValueError(f"{path} was changed; remove it, and resume writes it again")
 
     def commit(self, state: ServerState, beside: Mapping[str, Tensor] | None = None) -> None:
-        """Write the checkpoint atomically, with what a run carries ``beside`` its state; then the round is played."""
+        """Write the checkpoint atomically, with what a run carries ``beside`` its state; then the round is played.
+
+        The key of the round before goes once the checkpoint has come: after a kill in between the old one is there, and
+        leads to the next.
+        """
         began, config = time.perf_counter(), self.world.config
+        secret = None if self.world.secret is None else self.world.secret.at(state.round)
         standing = Standing(
             round=state.round,
             run=self.run,
@@ -105,9 +113,12 @@ class RunLog:
             metrics=self.metrics.prefix(),
             ledger=self.ledger.prefix(),
             partition=sha256(self.partition.encode()).hexdigest(),
+            secret="" if secret is None else secret.digest,
         )
         tensors = pack_state(state) | dict(beside or {})
         save_checkpoint(self.out / "checkpoint", tensors, standing.facts(), config.decisive())
+        if secret is not None:
+            write_secret(self.out, secret)
         self.unbilled_seconds = time.perf_counter() - began
 
     def before(self, held: HeldOut) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Standing:
         identity: digests of data, model and code, as ``Identity.facts``.
         metrics, ledger: how far the logs are on record.
         partition: sha256 of ``partition.json``.
+        secret: digest of the secret's key of this round; empty where the run has none.
     """
 
     round: Count
@@ -31,10 +32,11 @@ class Standing:
     metrics: Prefix
     ledger: Prefix
     partition: Sha256
+    secret: Annotated[str, Meta(pattern=r"\A([0-9a-f]{64})?\Z")] = ""
 
     def facts(self) -> dict[str, Any]:
         """Return the fields by name, for a checkpoint's ``meta``."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "secret" or value}
 
     @classmethod
     def read(cls, meta: Mapping[str, Any], *, rounds: int, place: str) -> Standing:

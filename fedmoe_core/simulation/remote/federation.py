@@ -27,6 +27,7 @@ from fedmoe_core.messages.wire.envelope import WireError
 from fedmoe_core.messages.wire.greeting import Description, Greeting
 from fedmoe_core.messages.wire.task import Setting, cannot_travel, task_bytes
 from fedmoe_core.model.spec import ParamSpec, model_hash
+from fedmoe_core.privacy.chance import Secret
 from fedmoe_core.server.planning import asked_costs
 from fedmoe_core.server.schema import blank, malformed
 from fedmoe_core.server.state import Population, ServerState
@@ -103,6 +104,15 @@ class RemoteFederation:
     def learning(self) -> tuple[ParamSpec, ...]:
         """Return the tensors that may train in this run."""
         return self.world.learning
+
+    @property
+    def secret(self) -> Secret | None:
+        """Return from what a private run draws its noise; no message holds any of it."""
+        return self.world.secret
+
+    def keeping(self, secret: Secret) -> RemoteFederation:
+        """Return the same with the secret of its run."""
+        return replace(self, world=self.world.keeping(secret))
 
     def groups(self, plans: Sequence[ExpertPlan]) -> list[Group]:
         """Put every client into a group of its own.
@@ -238,6 +248,7 @@ def found_remote(exchange: Exchange, *, wait: float) -> Callable[[Config, Ranks,
 
     def found(config: Config, ranks: Ranks, observer: Observer) -> RemoteFederation:
         refuse_simulated(config)
+        config = _with_secret(config)
         torch.set_num_threads(config.threads)
         sources = read_sources(config, ranks, observer)
         vocabulary = vocabulary_of(sources.data)
@@ -266,6 +277,11 @@ def _with_budgets(config: Config, described: Mapping[int, Description]) -> Confi
     return replace(config, budgets=tuple(described[c].budget or tiers[c % len(tiers)] for c in range(config.clients)))
 
 
+def _with_secret(config: Config) -> Config:
+    """A private run draws by a secret here: every device is told the seed."""
+    return replace(config, privacy=replace(config.privacy, secret=config.privacy.clip > 0))
+
+
 def refuse_simulated(config: Config) -> None:
     """Refuse what only a simulation can do.
 
@@ -284,11 +300,13 @@ def refuse_simulated(config: Config) -> None:
     ):
         if value != usual:
             raise ValueError(f"{name}={value} is for simulations; real devices need {name}={usual}")
-    if config.privacy.clip or config.privacy.noise or config.privacy.secure or config.privacy.drop:
+    if config.privacy.secure:
         raise ValueError(
-            "privacy.* is for simulations: its noise, masks and keys follow from the seed of the run, which every "
-            "device knows; leave it out"
+            "privacy.secure=true is for simulations: its masks and keys follow from the seed of the run, which every "
+            "device knows; set privacy.secure=false"
         )
+    if config.privacy.drop:
+        raise ValueError(f"privacy.drop={config.privacy.drop:g} is for simulations: real devices drop out; set it to 0")
     if is_plain(config.adapter):
         raise ValueError(
             f"adapter={config.adapter} is a plain model, whose data lie in the simulator; use transformers"

@@ -14,6 +14,7 @@ from fedmoe_core.algorithms.base import Algorithm
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.spec import ParamSpec
+from fedmoe_core.privacy.chance import Secret
 from fedmoe_core.server.state import Population, ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.cohorts.training import InTurn, Task
@@ -81,6 +82,15 @@ class Federation(Protocol):
     @property
     def learning(self) -> tuple[ParamSpec, ...]:
         """Return the tensors that may train in this run."""
+        ...
+
+    @property
+    def secret(self) -> Secret | None:
+        """Return from what a private run draws its noise; None where that is the seed, or nothing is private."""
+        ...
+
+    def keeping(self, secret: Secret) -> Federation:
+        """Return the same with the secret of its run."""
         ...
 
     def groups(self, plans: Sequence[ExpertPlan]) -> list[Group]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fedmoe_core.base.ahead import ahead
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.spec import ParamSpec
+from fedmoe_core.privacy.chance import Secret
 from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group
 from fedmoe_core.simulation.cohorts.drawing import draw
@@ -36,6 +37,10 @@ class MoEWorld(World):
         """Return experts and routers, and of the dense tensors all or the head."""
         train = local_settings(self.config, type(self.algorithm))
         return self.adapter.spec.trained(train_dense=train.trunk == "fedavg")
+
+    def keeping(self, secret: Secret) -> MoEWorld:
+        """Return this world with the secret of its run."""
+        return replace(self, secret=secret)
 
     def groups(self, plans: Sequence[ExpertPlan]) -> list[Group]:
         """Put clients of one kind into cohorts."""

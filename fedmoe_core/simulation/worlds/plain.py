@@ -22,6 +22,7 @@ from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.profile import empty_profile
 from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.model.spec import ParamSpec
+from fedmoe_core.privacy.chance import Secret
 from fedmoe_core.server.state import Population, ServerState
 from fedmoe_core.simulation.cohorts.cutting import Group, each_alone, in_cohorts
 from fedmoe_core.simulation.cohorts.patience import patience
@@ -40,7 +41,7 @@ class PlainWorld:
     """One process's view of a run of a plain model: what ``Federation`` asks for.
 
     Attributes:
-        config, params, population, algorithm, ranks, identity: as ``Federation``.
+        config, params, population, algorithm, ranks, identity, secret: as ``Federation``.
         data: rows and who owns which.
         trainer: the live module of this process.
         meter: what clients need that train at once.
@@ -57,6 +58,7 @@ class PlainWorld:
     identity: Identity
     meter: PlainMeter
     apart: str = ""
+    secret: Secret | None = None
 
     @cached_property
     def holdings(self) -> Holdings:
@@ -68,6 +70,10 @@ class PlainWorld:
     def learning(self) -> tuple[ParamSpec, ...]:
         """Return the tensors that training moves."""
         return self.population.spec.trained(train_dense=True)
+
+    def keeping(self, secret: Secret) -> PlainWorld:
+        """Return this world with the secret of its run."""
+        return replace(self, secret=secret)
 
     def groups(self, plans: Sequence[ExpertPlan]) -> list[Group]:
         """Put clients whose batches have the same shapes into cohorts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +13,23 @@ import pytest
 import torch
 from hand_made import EVERY_LE, model, plan_for, population, result_for, specs
 from small_plain import made
-from tiny_runs import fedmoe_here
+from tiny_corpus import make_config
+from tiny_runs import fedmoe, fedmoe_here
 
 from fedmoe_core.algorithms.base import algorithm_class
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import PLACES
+from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec
+from fedmoe_core.privacy import chance
 from fedmoe_core.privacy.account import Account
 from fedmoe_core.privacy.central import Central, moved_by_training
 from fedmoe_core.reporting.report import report
 from fedmoe_core.server.accumulator import Accumulator
 from fedmoe_core.server.state import initial_state
 from fedmoe_core.simulation import run as simulate
+from fedmoe_core.simulation.directory import log
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.round import sample_clients
 
@@ -133,6 +138,43 @@ def test_a_system_that_may_be_private_makes_the_model_of_the_sums_alone(name: st
     assert EVERY_LE.shape == pop.every_LE.shape
 
 
+SCORES = [f"selection.score={score}" for score in ("s", "ib", "taylor")]
+PLUS = [f"plus.importance={score}" for score in ("s", "ib", "taylor", "hits")]
+VARIANTS = [(name, "plus.explore=0") for name in sorted(FIT - {"hfedmoe", "hfedmoe_plus"})]
+VARIANTS += [("hfedmoe", word) for word in [*SCORES, "selection.explore=1"]]
+VARIANTS += [("hfedmoe_plus", word) for word in [*PLUS, "plus.explore=1"]]
+
+
+def planned_after(name: str, words: Sequence[str]) -> list[ExpertPlan]:
+    """The next plan of client 0: before any report, after its own, and after everybody's with the same sums."""
+    tiers = ("experts=4", "experts=4", "experts=4")
+    pop = population(f"algorithm={name}", "aggregation.gate=fedavg", *words, budgets=tiers)
+    algorithm = algorithm_class(name)(pop)
+    private = Central.of(Config.load(overrides=["clients=3", "privacy.clip=1"]))
+    assert private is not None
+    _, told = released(private)
+    updates = [algorithm.answer(plan_for(client), result_for(client)) for client in range(3)]
+    begin = initial_state(model(), 3)
+    states = [begin, *(algorithm.advance(begin, told, given) for given in (updates[:1], updates))]
+    return [algorithm.plan(state, [0])[0] for state in states]
+
+
+@pytest.mark.parametrize(("name", "word"), VARIANTS)
+def test_a_plan_of_a_private_run_has_nothing_of_what_others_reported(name: str, word: str) -> None:
+    """It travels to a device, and decides what that device then trains."""
+    first, alone, among = planned_after(name, [word, "privacy.clip=1"])
+    assert among.id == alone.id
+    for told in ("predicted", "budget", "seed", "local_steps", "mode"):
+        assert getattr(among, told) == getattr(alone, told)
+    if name.startswith("hfedmoe"):  # of what this client reported it has something
+        assert not np.array_equal(first.permitted_LE, alone.permitted_LE)
+
+
+def test_without_privacy_clients_learn_from_each_other_what_absent_experts_are_worth() -> None:
+    _, alone, among = planned_after("hfedmoe_plus", ["plus.importance=taylor"])
+    assert among.id != alone.id
+
+
 def test_only_these_systems_may_be_private() -> None:
     assert {name for name in PLACES if algorithm_class(name).sums_alone} == FIT
 
@@ -199,18 +241,86 @@ def test_clipping_alone_bounds_a_client_and_noise_moves_a_model_further(config: 
     assert "epsilon" not in wide
 
 
+class StopError(Exception):
+    pass
+
+
+class Killer(NullObserver):
+    def on_round(self, round: int, rounds: int, record: object) -> None:
+        if round == 2:
+            raise StopError
+
+
 def test_inv10_a_resumed_private_run_has_the_bits_of_one_never_interrupted(config: Make) -> None:
-    class StopError(Exception):
-        pass
-
-    class Killer(NullObserver):
-        def on_round(self, round: int, rounds: int, record: object) -> None:
-            if round == 2:
-                raise StopError
-
     whole = played(config(*PRIVATE, out="whole"))
     asked = config(*PRIVATE, out="killed")
     with pytest.raises(StopError):
         simulate.run(asked, adapter=made(), observer=Killer())
     resumed = simulate.resume(Path(asked.out), adapter=made(), observer=NullObserver())
     assert (resumed["model_hash"], resumed["epsilon"]) == (whole["model_hash"], whole["epsilon"])
+
+
+def test_a_simulation_by_a_secret_has_other_bits_each_time_and_tells_the_same_epsilon(config: Make) -> None:
+    by_seed = played(config(*PRIVATE, out="seed"))
+    one, other = (played(config(*PRIVATE, "privacy.secret=true", out=f"secret-{n}")) for n in range(2))
+    assert len({run["model_hash"] for run in (by_seed, one, other)}) == 3
+    assert by_seed["epsilon"] == one["epsilon"] == other["epsilon"]
+
+
+def test_a_new_run_in_a_directory_leaves_nothing_of_the_secret_before_it(config: Make) -> None:
+    asked = config(*PRIVATE, "privacy.secret=true")
+    first = played(asked)
+    kept = (Path(asked.out) / "secret.json").read_text()
+    second = simulate.run(asked, adapter=made(), observer=NullObserver(), force=True)
+    assert second["model_hash"] != first["model_hash"]
+    assert (Path(asked.out) / "secret.json").read_text() != kept
+    simulate.run(config(*PRIVATE), adapter=made(), observer=NullObserver(), force=True)
+    assert not (Path(asked.out) / "secret.json").exists()
+
+
+def test_inv10_a_secret_gives_the_same_bits_after_a_kill_and_on_two_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("rounds=3", "clients_per_round=2", "privacy.clip=0.5", "privacy.noise=0.2", "privacy.delta=1e-3")
+    make = make_config(tmp_path, tmp_path / "shared")
+    with monkeypatch.context() as patched:
+        patched.setattr(chance.secrets, "token_bytes", lambda count: bytes(range(count)))
+        whole = simulate.run(make(*words, "privacy.secret=true", out_name="whole"), observer=NullObserver())
+        killed = make(*words, "privacy.secret=true", out_name="killed")
+        with pytest.raises(StopError):
+            simulate.run(killed, observer=Killer())
+    settings = Path(killed.out) / "config.toml"
+    settings.write_text(settings.read_text().replace("ranks = 1", "ranks = 2"))
+    done = fedmoe("resume", killed.out)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((Path(killed.out) / "summary.json").read_text())["model_hash"] == whole["model_hash"]
+    assert "ranks = 2" in settings.read_text()
+
+
+def test_inv10_a_kill_between_the_checkpoint_and_the_next_key_changes_nothing(
+    config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, asked = log.write_secret, config(*PRIVATE, "privacy.secret=true", out="killed")
+
+    def killed(out: Path, secret: chance.Secret) -> None:
+        if secret.round == 2:
+            raise StopError
+        write(out, secret)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chance.secrets, "token_bytes", lambda count: bytes(range(count)))
+        whole = played(config(*PRIVATE, "privacy.secret=true", out="whole"))
+        patched.setattr(log, "write_secret", killed)
+        with pytest.raises(StopError):
+            played(asked)
+    assert json.loads((Path(asked.out) / "secret.json").read_text())["round"] == 1  # the checkpoint is of round 2
+    resumed = simulate.resume(Path(asked.out), adapter=made(), observer=NullObserver())
+    assert resumed["model_hash"] == whole["model_hash"]
+
+
+def test_privacy_by_a_secret_without_its_package_is_refused_before_any_work(
+    config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fedmoe_core.privacy.stream", None)
+    with pytest.raises(ValueError, match=r"privacy\.secret needs cryptography, which is not installed"):
+        played(config(*PRIVATE, "privacy.secret=true"))
