@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 
@@ -25,6 +26,15 @@ def test_epsilon_is_that_of_dp_accounting(chance: float, noise: float, delta: fl
     found = Account(chance, noise, delta).epsilon(rounds)
     assert found == pytest.approx(rdp.RdpAccountant().compose(event).get_epsilon(delta), rel=1e-12)
     assert found >= pld.PLDAccountant().compose(event).get_epsilon(delta)  # tighter, by another way
+
+
+def test_orders_that_are_left_out_are_not_told_and_all_else_is(caplog: pytest.LogCaptureFixture) -> None:
+    rdp.RdpAccountant().compose(dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.GaussianDpEvent(1.0)))
+    assert caplog.records, "dp-accounting says it by itself"
+    caplog.clear()
+    Account(0.1, 1.0, 1e-3).epsilon(5)
+    logging.getLogger("absl").warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
 def test_epsilon_is_below_what_abadi_et_al_published() -> None:
