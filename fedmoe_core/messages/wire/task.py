@@ -203,12 +203,10 @@ def task_bytes(
         base: of experts under adapters, where the plan lets the client keep it.
     """
     extras, names = plan.extras, {item.name for item in fields(ExpertPlan)} & {*PlanHead.__struct_fields__}
-    wishes: dict[str, Any] = {
-        name: getattr(extras, name) for name in ("surcharge", "validate", "train_router", "lora_rank")
-    }
     scales = None if extras.out_scale_L is None else list(extras.out_scale_L)
+    wishes: dict[str, Any] = {"keeps": sorted(extras.keeps), "out_scale_L": scales, "wishes": told_wishes(extras)}
+    wishes |= {name: getattr(extras, name) for name in ("surcharge", "validate", "train_router", "lora_rank")}
     own = {name: getattr(plan, name) for name in names}
-    wishes |= {"keeps": sorted(extras.keeps), "out_scale_L": scales, "wishes": told_wishes(extras)}
     told = PlanHead(plan_id=plan.id, **wishes, **own)
     tensors = {
         "mask/permitted": torch.from_numpy(plan.permitted_LE),

@@ -54,6 +54,7 @@ class Bases:
         """
         specs, cached_LE = base_params(spec, plan), plan.extras.cached_LE
         if cached_LE is None or not specs:
+            self._has.setdefault(plan.client, np.zeros_like(plan.permitted_LE))  # it was not told to keep anything
             return None
         has_LE = self._has.setdefault(plan.client, cached_LE.copy())
         places = places_of(plan.permitted_LE)
