@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -38,6 +38,7 @@ class BatchRule(Protocol):
     def __call__(self, profile: ClientProfile) -> np.ndarray: ...
 
 
+Reads = Literal["permitted", "all", "int4"]
 Batches = Callable[[], Iterable[Batch]]  # from the start at every call
 
 
@@ -75,14 +76,14 @@ class Probe(Protocol):
 
     Attributes:
         measures: what it answers, by name. An answer of another form never reaches the algorithm.
-        reads_all: whether it reads experts of the global model that the plan does not permit; a real device is then
-            sent all of them, so the surcharge has to hold their bytes.
+        reads: experts that it reads of the global model: those that the plan permits, all, or all in 4 bits. A real
+            device is sent those, so the surcharge has to hold their bytes.
     """
 
     @property
     def measures(self) -> Mapping[str, Measure]: ...
     @property
-    def reads_all(self) -> bool: ...
+    def reads(self) -> Reads: ...
     def __call__(self, context: ProbeContext) -> Mapping[str, Tensor]: ...
 
 
@@ -138,9 +139,10 @@ class Extras:
         return {name: one for probe in (self.before, self.after) if probe for name, one in probe.measures.items()}
 
     @property
-    def reads_all(self) -> bool:
-        """Whether a probe reads experts that the plan does not permit."""
-        return any(probe.reads_all for probe in (self.before, self.after) if probe)
+    def reads(self) -> Reads:
+        """What the client's probes read of the global model."""
+        asked = {probe.reads for probe in (self.before, self.after) if probe}
+        return "all" if "all" in asked else "int4" if "int4" in asked else "permitted"
 
     def costs(self, model: CostModel, *, in_state: bool, local_steps: int) -> CostModel:
         """Return the cost model of a client that is asked for these things.

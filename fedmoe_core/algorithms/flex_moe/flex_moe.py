@@ -33,7 +33,7 @@ from fedmoe_core.budget.passes import pass_cost
 from fedmoe_core.client.profiling import validate
 from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.messages.measure import Measure
-from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext
+from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext, Reads
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.selection.knapsack import knapsack
@@ -72,7 +72,7 @@ class LocalFeedback:
     measures: ClassVar[Mapping[str, Measure]] = MappingProxyType(
         {"rows": Measure("LE"), "loss": Measure("LE"), "right": Measure("LE", within="rows")}
     )
-    reads_all: ClassVar[bool] = False
+    reads: ClassVar[Reads] = "permitted"
 
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         batches = islice(context.batches(), self.batches)

@@ -18,7 +18,7 @@ from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.layer.state import BIASES, MATRICES
 from fedmoe_core.messages.measure import Measure
-from fedmoe_core.messages.plan import ProbeContext
+from fedmoe_core.messages.plan import ProbeContext, Reads
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ForwardEstimates:
     sigma: float
     probes: int
     measures: ClassVar[Mapping[str, Measure]] = MappingProxyType({"norm_sq": Measure("LE")})
-    reads_all: ClassVar[bool] = False
+    reads: ClassVar[Reads] = "permitted"
 
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         adapter = context.adapter

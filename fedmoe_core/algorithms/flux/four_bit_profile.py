@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.layer.recording import recording
 from fedmoe_core.messages.measure import Measure
-from fedmoe_core.messages.plan import ProbeContext
+from fedmoe_core.messages.plan import ProbeContext, Reads
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.server.state import Population
@@ -65,7 +65,7 @@ class QuantizedProfile:
     measures: ClassVar[Mapping[str, Measure]] = MappingProxyType(
         {"freq": Measure("LE", most=1.0), "attention": Measure("LE")}
     )
-    reads_all: ClassVar[bool] = True
+    reads: ClassVar[Reads] = "int4"
 
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         adapter = context.adapter

@@ -19,7 +19,7 @@ from fedmoe_core.client.traffic import start_of
 from fedmoe_core.layer.lora import FACTORS
 from fedmoe_core.layer.recording import Tape
 from fedmoe_core.messages.measure import Measure
-from fedmoe_core.messages.plan import ProbeContext
+from fedmoe_core.messages.plan import ProbeContext, Reads
 from fedmoe_core.server.means import Sums
 
 SIDES = ("in", "out")
@@ -69,7 +69,7 @@ class RankProbe:
     measures: ClassVar[Mapping[str, Measure]] = MappingProxyType(
         {"norm_LE": Measure("LE"), "base_LE": Measure("LE"), "tail_before": Measure(""), "tail_after": Measure("")}
     )
-    reads_all: ClassVar[bool] = False
+    reads: ClassVar[Reads] = "permitted"
 
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         spec, plan, trained = context.adapter.spec, context.plan, context.adapter.trained()

@@ -15,9 +15,10 @@ from torch import Tensor
 from fedmoe_core.base.tensor_key import DENSE, TensorKey
 from fedmoe_core.budget.cost_model import CostModel, Mode
 from fedmoe_core.budget.limits import Budget, Cost
-from fedmoe_core.layer.state import STEERING
+from fedmoe_core.layer.state import MATRICES, STEERING
 from fedmoe_core.messages.plan import ExpertPlan, Extras
 from fedmoe_core.messages.wire.base import Base, base_params, base_tensors
+from fedmoe_core.messages.wire.codes import coded, decoded
 from fedmoe_core.messages.wire.envelope import WireError, array_of, by_prefix, seal, unseal, with_prefix
 from fedmoe_core.messages.wire.wishes import WishHead, made_again, tables_of, told_wishes, unfit
 from fedmoe_core.model.spec import ModelSpec, ParamSpec, model_hash
@@ -133,9 +134,11 @@ class Asked:
                 _check(param, rows[param.key], (len(permitted), *param.shape[1:]))
                 params[param.key] = _nothing(param)
                 params[param.key][torch.from_numpy(permitted)] = rows[param.key]
-                if param.key in others:
-                    absent = np.flatnonzero(~self.plan.permitted_LE[param.layer])
-                    _check(param, others[param.key], (len(absent), *param.shape[1:]))
+                absent = np.flatnonzero(~self.plan.permitted_LE[param.layer])
+                if self.plan.extras.reads == "int4" and param.name in MATRICES:
+                    others[param.key] = decoded(param, self.sent, len(absent))
+                if self.plan.extras.reads != "permitted":
+                    _check(param, others.get(param.key), (len(absent), *param.shape[1:]))
                     params[param.key][torch.from_numpy(absent)] = others[param.key]
             elif param.key in whole:
                 _check(param, whole[param.key], tuple(param.shape))
@@ -231,7 +234,9 @@ def task_bytes(
             held_E, whole = torch.from_numpy(plan.permitted_LE[param.layer]), params[param.key]
             if param.key not in kept:
                 tensors[f"experts/{param.key}"] = whole[held_E.to(whole.device)]
-            if extras.reads_all:
+            if extras.reads == "int4" and param.name in MATRICES:
+                tensors |= coded(param, whole[~held_E.to(whole.device)])
+            elif extras.reads != "permitted":
                 tensors[f"others/{param.key}"] = whole[~held_E.to(whole.device)]
         elif how == "whole":
             tensors[f"whole/{param.key}"] = params[param.key]
@@ -298,6 +303,8 @@ def _nothing(param: ParamSpec) -> Tensor:
     return torch.from_numpy(np.zeros(size, np.uint8)).view(param.dtype).view(param.shape)
 
 
-def _check(param: ParamSpec, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check(param: ParamSpec, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        raise WireError(f"a task lacks experts of {param.key}, which a probe of its plan reads")
     if tuple(tensor.shape) != shape or tensor.dtype != param.dtype:
         raise WireError(f"{param.key} came as {tensor.dtype} {tuple(tensor.shape)}, not {param.dtype} {shape}")

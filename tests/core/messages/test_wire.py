@@ -13,14 +13,17 @@ from hand_made import plan_for, population, result_for
 from wire_cases import put_together, taken_apart
 
 from fedmoe_core.messages.measure import Measure
-from fedmoe_core.messages.plan import Extras
+from fedmoe_core.messages.plan import Extras, Reads
 from fedmoe_core.messages.profile import profile_arrays
 from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.messages.wire.answer import answer_bytes, read_answer
 from fedmoe_core.messages.wire.base import Base, base_params, expert_digest, places_of, read_base
+from fedmoe_core.messages.wire.codes import coded, decoded
 from fedmoe_core.messages.wire.envelope import WireError, seal, unseal
 from fedmoe_core.messages.wire.greeting import Description, description_bytes, read_description
 from fedmoe_core.messages.wire.task import Setting, cannot_travel, read_task, task_bytes
+from fedmoe_core.model.spec import ParamSpec
+from fedmoe_kernels.quantized import Quantized
 
 LARGEST = 1 << 24
 
@@ -38,7 +41,7 @@ class Wish:
     mask_LE: np.ndarray = field(default_factory=lambda: np.eye(2, 4, dtype=bool))
     row: torch.Tensor = field(default_factory=lambda: torch.tensor([1.0, -0.0]).bfloat16())
     measures: ClassVar[dict[str, Measure]] = {"seen": Measure("LE")}
-    reads_all: ClassVar[bool] = False
+    reads: ClassVar[Reads] = "permitted"
 
     def __call__(self, context: Any) -> dict[str, torch.Tensor]:
         return {}
@@ -267,12 +270,34 @@ def test_a_base_that_the_client_has_does_not_travel_and_no_other_is_believed() -
 def test_a_probe_that_reads_all_experts_is_sent_them() -> None:
     @dataclass(frozen=True)
     class Reader(Wish):
-        reads_all: ClassVar[bool] = True
+        reads: ClassVar[Reads] = "all"
 
     data = wishing(before=Reader())
     asked = read_task(data, largest=LARGEST, declared=lambda config: [Reader])
     found = asked.params(setting().spec, asked.trunk)
     assert all(torch.equal(found[key], tensor) for key, tensor in state().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_travelled_in_four_bits_rounds_to_the_same_codes_and_scales(dtype: torch.dtype) -> None:
+    param = ParamSpec("moe.0.w_in", "expert", (9, 32, 96), dtype, 0)
+    rows = torch.randn(9, 32, 96, generator=torch.Generator().manual_seed(1))
+    rows *= 10.0 ** torch.arange(-4, 5)[:, None, None]
+    rows[3, :8] = 0
+    rows[4] *= -1
+    rows = rows.to(dtype)
+    sent = coded(param, rows)
+    assert sum(tensor.nbytes for tensor in sent.values()) < rows.nbytes * (0.2 if dtype == torch.float32 else 0.3)
+    found = decoded(param, sent, 9)
+    wanted, again = Quantized.of(rows, "int4"), Quantized.of(found, "int4")
+    assert found.dtype == dtype
+    assert torch.equal(again.codes, wanted.codes)
+    assert torch.equal(again.scale, wanted.scale)
+    for name, tensor in (("codes", sent["codes/moe.0.w_in"].to(torch.int8)), ("most", sent["most/moe.0.w_in"][:, :5])):
+        with pytest.raises(WireError, match=r"codes of moe\.0\.w_in"):
+            decoded(param, {**sent, f"{name}/moe.0.w_in": tensor}, 9)
+    with pytest.raises(WireError, match=r"codes of moe\.0\.w_in"):
+        decoded(param, sent, 8)
 
 
 def test_an_answer_comes_back_bit_for_bit() -> None:

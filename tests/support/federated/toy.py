@@ -16,7 +16,7 @@ from fedmoe_core.budget.limits import Cost
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.layer.router_loss import SwitchBalance
 from fedmoe_core.messages.measure import Measure
-from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext
+from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext, Reads
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.server.means import Sums, expert_mean
@@ -30,7 +30,7 @@ class Profile:
 
     steps: int
     measures: ClassVar[Mapping[str, Measure]] = MappingProxyType({"mass": Measure("LE")})
-    reads_all: ClassVar[bool] = True
+    reads: ClassVar[Reads] = "all"
 
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         context.adapter.configure(context.params)
@@ -46,7 +46,7 @@ class TrainedNorm:
     """How large each layer's trained experts are together."""
 
     measures: ClassVar[Mapping[str, Measure]] = MappingProxyType({"norm": Measure("L")})
-    reads_all: ClassVar[bool] = False
+    reads: ClassVar[Reads] = "permitted"
 
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         return {"norm": torch.stack([layer.w_in.detach().norm().double() for layer in context.adapter.moe])}
