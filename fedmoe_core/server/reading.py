@@ -34,7 +34,7 @@ def unlike(plan: ExpertPlan, result: LocalResult, spec: ModelSpec) -> str:
         result: what came; not trusted.
         spec: of the global model.
     """
-    kept = kept_forms(plan, spec)
+    sent, kept = trained_forms(plan, spec)
     for key in sorted(kept.keys() ^ result.kept.keys()):
         return f"{key!r:.80} {'is missing among' if key in kept else 'is not one of'} the tensors that its plan keeps"
     for key, form in kept.items():
@@ -42,7 +42,6 @@ def unlike(plan: ExpertPlan, result: LocalResult, spec: ModelSpec) -> str:
             return fault
         if not bool((result.kept[key].abs() <= LARGEST_MEASURE).all()):  # NaN is not
             return f"{key} holds NaN, infinity or a number above {LARGEST_MEASURE:g}"
-    sent = sent_forms(plan, spec)
     for key, delta in result.deltas.items():
         if key not in sent:
             return f"unknown key {key!r:.80}: it is not among the tensors that this plan trains"
@@ -52,53 +51,45 @@ def unlike(plan: ExpertPlan, result: LocalResult, spec: ModelSpec) -> str:
     return misanswered(plan.extras.measures, result.probed, shape_LE) or _misfared(result.feedback, shape_LE)
 
 
-def sent_forms(plan: ExpertPlan, spec: ModelSpec) -> dict[str, Form]:
-    """Return shape and dtype of every change that a client of this plan may send, by key."""
-    dense = {param.key: (tuple(param.shape), param.dtype) for param in spec.params if param.kind == "dense"}
-    trained = {key: form for key, form in _trained(plan, spec) if not _stays(key, plan, spec)}
-    return dense | trained
+def trained_forms(plan: ExpertPlan, spec: ModelSpec) -> tuple[dict[str, Form], dict[str, Form]]:
+    """Return shape and dtype of every change that a client of this plan may send, and of what it keeps, by key."""
+    sent = {param.key: (tuple(param.shape), param.dtype) for param in spec.params if param.kind == "dense"}
+    kept: dict[str, Form] = {}
+    for key, form in _of_layers(plan, spec):
+        (kept if kind_of(key) in plan.extras.keeps else sent)[key] = form
+    for key, form in _unknown_to_the_state(plan, spec):
+        kept[key] = form
+    return sent, kept
 
 
-def kept_forms(plan: ExpertPlan, spec: ModelSpec) -> dict[str, Form]:
-    """Return shape and dtype of every tensor that comes back as ``LocalResult.kept``, by key."""
-    return {key: form for key, form in _trained(plan, spec) if _stays(key, plan, spec)}
-
-
-def _trained(plan: ExpertPlan, spec: ModelSpec) -> Iterator[tuple[str, Form]]:
-    """What trains in the MoE layers: a row for each trainable expert; adapters of the plan's rank, or whole experts."""
-    rank = plan.extras.lora_rank
-    adapted = rank is not None or any(param.name in FACTORS for param in spec.params)
+def _of_layers(plan: ExpertPlan, spec: ModelSpec) -> Iterator[tuple[str, Form]]:
+    """What trains of the state's own tensors: a row for each trainable expert, of adapters the plan's ranks."""
+    rank, counts_L = plan.extras.lora_rank, plan.trainable_LE.sum(axis=1).tolist()
+    adapted = rank is not None or any(param.name in FACTORS for param in spec.params if param.layer != DENSE)
     for param in spec.params:
-        if param.layer == DENSE:
+        if param.layer == DENSE or not (count := counts_L[param.layer]):
             continue
-        count = int(plan.trainable_LE[param.layer].sum())
-        if not count:
-            continue
-        shape = (count, *param.shape[1:])
-        if param.name in STEERING:
-            if plan.extras.train_router:
-                yield param.key, (shape, param.dtype)
-        elif param.name in FACTORS:
-            cut = param.shape[1:] if rank is None else _of_rank(param.name, param.shape[1:], rank)
-            yield param.key, ((count, *cut), param.dtype)
-        elif not adapted and param.name in (*MATRICES, *BIASES):
-            yield param.key, (shape, param.dtype)
-        elif rank is not None and param.name in MATRICES and param.kind != "frozen":  # adapters of a round
-            side, (rows, columns) = param.name.removeprefix("w_"), param.shape[1:]
-            for name, factor in ((f"a_{side}", (rank, columns)), (f"b_{side}", (rows, rank))):
-                yield str(TensorKey(param.layer, name)), ((count, *factor), param.dtype)
+        shape, name = param.shape[1:], param.name
+        if name in FACTORS and rank is not None:
+            shape = (rank, shape[1]) if name.startswith("a_") else (shape[0], rank)
+        trains = name in FACTORS or (not adapted and name in (*MATRICES, *BIASES))
+        if trains or (name in STEERING and plan.extras.train_router):
+            yield param.key, ((count, *shape), param.dtype)
+
+
+def _unknown_to_the_state(plan: ExpertPlan, spec: ModelSpec) -> Iterator[tuple[str, Form]]:
+    """What trains for a round alone: adapters that the state does not have, and factors of the layers' outputs."""
+    rank, counts_L = plan.extras.lora_rank, plan.trainable_LE.sum(axis=1).tolist()
+    for param in spec.params:
+        trains = param.kind == "expert" and param.name in MATRICES and counts_L[param.layer] > 0
+        if rank is not None and trains:
+            count, side, (rows, columns) = counts_L[param.layer], param.name.removeprefix("w_"), param.shape[1:]
+            yield str(TensorKey(param.layer, f"a_{side}")), ((count, rank, columns), param.dtype)
+            yield str(TensorKey(param.layer, f"b_{side}")), ((count, rows, rank), param.dtype)
     if plan.extras.out_scale_L is not None:
-        double = any(param.name == "w_in" and param.dtype == torch.float64 for param in spec.params)
+        double = any(param.dtype == torch.float64 for param in spec.params if param.layer != DENSE)
         for key in spec.keys_of("out_scale"):
             yield key, ((), torch.float64 if double else torch.float32)
-
-
-def _of_rank(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    return (rank, shape[1]) if name.startswith("a_") else (shape[0], rank)
-
-
-def _stays(key: str, plan: ExpertPlan, spec: ModelSpec) -> bool:
-    return key not in spec.keys or kind_of(key) in plan.extras.keeps
 
 
 def _fault(key: str, tensor: Tensor, form: Form) -> str:

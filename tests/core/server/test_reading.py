@@ -22,7 +22,7 @@ from fedmoe_core.messages.plan import Extras
 from fedmoe_core.messages.profile import ExpertFeedback
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import Weights
-from fedmoe_core.server.reading import kept_forms, sent_forms, unlike
+from fedmoe_core.server.reading import trained_forms, unlike
 
 SHAPE_LE = (LAYERS, EXPERTS)
 F64 = torch.float64
@@ -129,13 +129,14 @@ def test_an_axis_that_is_not_known_is_an_error_of_the_system() -> None:
 def test_adapters_of_a_round_stay_and_whole_experts_are_not_sent() -> None:
     plan = replace(plan_for(2), extras=Extras(lora_rank=2, out_scale_L=(1.0, 1.0)))
     spec, counts = population().spec, [int(trained_E.sum()) for trained_E in TRAINED[2]]
-    shapes = {key: shape for key, (shape, _) in kept_forms(plan, spec).items()}
+    sent, kept = trained_forms(plan, spec)
+    shapes = {key: shape for key, (shape, _) in kept.items()}
     wanted: dict[str, tuple[int, ...]] = {f"moe.{layer}.out_scale": () for layer in range(LAYERS)}
     for layer, count in enumerate(counts):
         wanted |= {f"moe.{layer}.a_in": (count, 2, HIDDEN), f"moe.{layer}.b_in": (count, 2 * INNER, 2)}
         wanted |= {f"moe.{layer}.a_out": (count, 2, INNER), f"moe.{layer}.b_out": (count, HIDDEN, 2)}
     assert shapes == wanted
-    assert {key for key in sent_forms(plan, spec) if key.startswith("moe")} == {"moe.0.router", "moe.1.router"}
+    assert {key for key in sent if key.startswith("moe")} == {"moe.0.router", "moe.1.router"}
 
 
 def test_a_result_in_half_precision_may_come_in_float32() -> None:

@@ -92,6 +92,19 @@ def measured(head: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[Case]
             yield f"a {part} of nothing", put_together(head, {**tensors, f"{part}/": torch.zeros(0)})
 
 
+def claiming(good: bytes, value: float) -> bytes:
+    """A good answer whose measurements are all ``value``, or as near to it as its plan allows: a client may say so."""
+    head, tensors = taken_apart(good)
+    for name, tensor in tensors.items():
+        if name.startswith("probed"):
+            tensors[name] = torch.full_like(tensor, min(value, 1.0) if name.endswith(("freq", "probe")) else value)
+        elif name.startswith(("profile", "validation_profile")) and value == 0 and not name.endswith("held_LE"):
+            tensors[name] = torch.zeros_like(tensor)
+    if head["validation"]:
+        head["validation"]["loss_sum"] = -1e308 if value else 1e308
+    return put_together(head, tensors)
+
+
 def _other_width(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float64 else tensor.double()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from near import Near
 from tiny_corpus import make_config
-from wire_cases import cases, measured, put_together, taken_apart, tampered
+from wire_cases import cases, claiming, measured, put_together, taken_apart, tampered
 
 from fedmoe_core.model.spec import model_hash
 from fedmoe_core.simulation.cohorts.training import Task
@@ -21,6 +22,7 @@ from fedmoe_core.simulation.remote.exchange import FailedReply, Kind
 from fedmoe_core.simulation.remote.federation import RemoteFederation, found_remote
 from fedmoe_core.simulation.remote.words import Words
 from fedmoe_core.simulation.round import play_round, settle, train
+from fedmoe_core.simulation.run import run
 
 
 class Hostile(Near):
@@ -121,6 +123,27 @@ def test_inv11_nothing_that_a_client_claims_to_have_measured_or_kept_is_read_unc
     after, played = settle(world, state, trained)
     assert not played.applied
     assert model_hash(after.params) == before
+
+
+@pytest.mark.parametrize("value", [0.0, 1e30])
+@pytest.mark.parametrize(
+    "words", ["fedmoe fedmoe.patience=1", "flex_moe", "flux model_config.expert_width=32 budgets=memory=90%"]
+)
+def test_inv11_whatever_a_client_claims_within_the_bounds_the_run_goes_on(
+    words: str, value: float, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, tmp_path / "shared")(
+        "train.timeout=60", "train.local_steps=1", "clients=2", *f"algorithm={words}".split()
+    )
+
+    def claimed(client: int, turn: int, answer: bytes) -> bytes:
+        return answer if client else claiming(answer, value)
+
+    near = Near(*[Words(client) for client in range(2)], spoil=claimed)
+    summary = run(config, observer=NullObserver(), founder=found_remote(near, wait=60))
+    assert summary["rounds"] == 2
+    assert summary["refused_updates"] == 0
+    assert math.isfinite(summary["loss_after"] or 0.0)
 
 
 def _without_measures(good: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
