@@ -203,7 +203,7 @@ class RemoteFederation:
 
     def _heard(self, plan: ExpertPlan, error: str) -> None:
         """Remember whether a client has the trunk, and the base of its experts."""
-        if not error or error.startswith(BASE_UNKNOWN):
+        if not error or error.startswith((BASE_UNKNOWN, TRUNK_UNKNOWN)):  # without its trunk, its disk is new
             self.roll.bases.heard(plan, lost=bool(error))
         known = self.roll.trunks.setdefault(plan.client, set())
         if error.startswith(TRUNK_UNKNOWN):

@@ -199,24 +199,26 @@ def on_their_own(config: Config, folder: Path) -> Near:
 
 
 def test_a_frozen_base_travels_once_and_again_to_a_device_that_lost_it(shared: Path, tmp_path: Path) -> None:
-    config = make_config(tmp_path, shared)(REMOTE, "rounds=4", "algorithm=flexlora", "clients=2")
+    config = make_config(tmp_path, shared)(REMOTE, "rounds=5", "algorithm=flexlora", "clients=2")
     near = on_their_own(config, tmp_path)
 
     def forgetful(client: int, turn: int, answer: bytes) -> bytes | None:
-        if client == 1 and turn == 1:
-            for path in (tmp_path / "device-1").rglob("from-server/experts/*.safetensors"):
-                path.unlink()
+        if client == 1 and turn in (1, 3):
+            for path in (tmp_path / "device-1").rglob("*.safetensors"):
+                if turn == 3 or path.parent.name == "experts":
+                    path.unlink()
         return answer
 
     near.spoil = forgetful
     deployed(config, near=near)
     down = {(line["round"], line["client"]): line["wire"]["down"] for line in lines(config.out, "ledger.jsonl")}
     base = 8 * 2 * 3 * 32 * 16 * 4  # bytes: experts, layers, matrices of 32 x 16 in float32
-    assert [down[round, 0] - down[2, 0] > base / 2 for round in (1, 2, 3, 4)] == [True, False, False, False]
-    assert [down[round, 1] - down[2, 1] > base / 2 for round in (1, 2, 3, 4)] == [True, False, True, False]
+    assert [down[round, 0] - down[2, 0] > base / 2 for round in (1, 2, 3, 4, 5)] == [True, *[False] * 4]
+    assert [down[round, 1] - down[2, 1] > base / 2 for round in (1, 2, 3, 4, 5)] == [True, False, True, False, True]
     told = [line for line in lines(config.out, "metrics.jsonl") if line["type"] == "round"]
-    assert [[fault["client"] for fault in line["refused"]] for line in told] == [[], [], [1], [], []]
+    assert [[fault["client"] for fault in line["refused"]] for line in told] == [[], [], [1], [], [1], []]
     assert "base of experts is unknown" in told[2]["refused"][0]["reason"]
+    assert "trunk is unknown" in told[4]["refused"][0]["reason"]  # and with the trunk comes the base
 
 
 def test_inv10_a_run_goes_on_over_devices_that_kept_their_base(shared: Path, tmp_path: Path) -> None:
