@@ -21,6 +21,7 @@ from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights, failed_update, finished_update
 from fedmoe_core.selection.importance import client_scores
 from fedmoe_core.server.means import Sums
+from fedmoe_core.server.reading import unlike
 from fedmoe_core.server.state import Population, ServerState, initial_state
 
 # The tensors that change, by key, and the algorithm's own memory; None keeps the memory as it is.
@@ -63,6 +64,9 @@ class Algorithm(ABC):
         sums_alone: True where the server can be private (``[privacy]``): what a client measured reaches other clients
             through ``sums`` alone. So ``apply`` makes the model of nothing else, and a client's plan depends on the
             model, on public numbers and on the client's own past. A subclass inherits it, as ``asynchronous``.
+        wishes: classes of the probes, auxiliary losses and batch rules in this system's plans. On a real device a plan
+            is data: it names one of these classes, with its fields, and the device makes it again. They are frozen
+            dataclasses of numbers, texts, tuples and arrays.
         trains_trunk: False where the trunk stays frozen whatever ``train.trunk`` says (a classification head trains).
     """
 
@@ -74,6 +78,7 @@ class Algorithm(ABC):
     asynchronous: ClassVar[bool] = False
     sums_alone: ClassVar[bool] = False
     trains_trunk: ClassVar[bool] = True
+    wishes: ClassVar[tuple[type, ...]] = ()
     settings: ClassVar[type | None] = None
 
     @classmethod
@@ -127,10 +132,15 @@ class Algorithm(ABC):
         """
 
     def answer(self, plan: ExpertPlan, result: LocalResult | LocalFailure) -> ClientUpdate:
-        """Return what a client sends back: its deltas under the weights of ``client``, or the report of its failure."""
+        """Return what a client sends back: its deltas under the weights of ``client``, or the report of its failure.
+
+        A result that is not as its plan asks is such a failure, and ``client`` never reads it.
+        """
         sample_weight = self.population.sample_weight(plan.client)
         if isinstance(result, LocalFailure):
             return failed_update(plan, result, sample_weight=sample_weight)
+        if fault := unlike(plan, result, self.population.spec):
+            return failed_update(plan, LocalFailure(result.cost, fault), sample_weight=sample_weight)
         samples = int(self.population.samples_C[plan.client])
         return finished_update(plan, result, self.client(plan, result), samples=samples, sample_weight=sample_weight)
 

@@ -30,6 +30,38 @@ from fedmoe_core.server.state import Population, ServerState
 TARGET_FLOOR = 1e-6  # least share of an expert in a target, so that the divergence from it stays finite
 
 
+@dataclass(frozen=True, eq=False)
+class HeterogeneityLoss:
+    """Mean over layers of lambda_n M sum_m f_m P_m / k_n + mu KL(P_n || Pi_n): FFT-MoE's auxiliary loss [E].
+
+    f_m is the share of tokens that chose m (a constant, summing to k_n), P_m the mean softmax probability of m.
+
+    Attributes:
+        balance: lambda_n.
+        pull: mu.
+        target_LE: Pi_n, positive, each layer summing to 1.
+        tables: as ``AuxLoss``.
+    """
+
+    balance: float
+    pull: float
+    target_LE: np.ndarray
+    tables: int = 4
+
+    def __call__(self, tape: Tape) -> Tensor:
+        losses = []
+        for number, (layer, target_E) in enumerate(zip(tape.layers, self.target_LE, strict=True)):
+            logits_TE = tape.take_logits(number)
+            prob_E = logits_TE.float().softmax(dim=-1).mean(dim=0)
+            chosen = logits_TE.detach().topk(layer.top_k, dim=-1).indices.flatten()
+            share_E = torch.bincount(chosen, minlength=layer.num_experts) / max(1, len(logits_TE))
+            even = layer.num_experts * (share_E * prob_E).sum() / layer.top_k
+            log_target_E = torch.as_tensor(np.log(target_E), dtype=prob_E.dtype, device=prob_E.device)
+            divergence = (prob_E * (prob_E.clamp_min(1e-30).log() - log_target_E)).sum()
+            losses.append(self.balance * even + self.pull * divergence)
+        return torch.stack(losses).mean()
+
+
 @dataclass(frozen=True)
 class FftMoE(EachAlone):
     """Every client holds the whole frozen model and trains the whole grafted mixture; clients differ in k and loss."""
@@ -58,6 +90,7 @@ class FftMoE(EachAlone):
         missing=("the paper's own loss formula, M, k_n and hyper-parameters are not known",),
     )
     trains_trunk = False
+    wishes: ClassVar[tuple[type, ...]] = (HeterogeneityLoss,)
 
     @classmethod
     def graft(cls, config: Config) -> GraftSpec | None:
@@ -108,38 +141,6 @@ class FftMoE(EachAlone):
             memory[f"routing/{client}"] = (1 - rate) * before_LE + rate * prob_LE
         params = modular_mean(sums, state.params, "fedavg")
         return params, memory
-
-
-@dataclass(frozen=True, eq=False)
-class HeterogeneityLoss:
-    """Mean over layers of lambda_n M sum_m f_m P_m / k_n + mu KL(P_n || Pi_n): FFT-MoE's auxiliary loss [E].
-
-    f_m is the share of tokens that chose m (a constant, summing to k_n), P_m the mean softmax probability of m.
-
-    Attributes:
-        balance: lambda_n.
-        pull: mu.
-        target_LE: Pi_n, positive, each layer summing to 1.
-        tables: as ``AuxLoss``.
-    """
-
-    balance: float
-    pull: float
-    target_LE: np.ndarray
-    tables: int = 4
-
-    def __call__(self, tape: Tape) -> Tensor:
-        losses = []
-        for number, (layer, target_E) in enumerate(zip(tape.layers, self.target_LE, strict=True)):
-            logits_TE = tape.take_logits(number)
-            prob_E = logits_TE.float().softmax(dim=-1).mean(dim=0)
-            chosen = logits_TE.detach().topk(layer.top_k, dim=-1).indices.flatten()
-            share_E = torch.bincount(chosen, minlength=layer.num_experts) / max(1, len(logits_TE))
-            even = layer.num_experts * (share_E * prob_E).sum() / layer.top_k
-            log_target_E = torch.as_tensor(np.log(target_E), dtype=prob_E.dtype, device=prob_E.device)
-            divergence = (prob_E * (prob_E.clamp_min(1e-30).log() - log_target_E)).sum()
-            losses.append(self.balance * even + self.pull * divergence)
-        return torch.stack(losses).mean()
 
 
 def label_skew(population: Population, client: int) -> float:

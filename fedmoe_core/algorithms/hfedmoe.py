@@ -81,6 +81,7 @@ class HFedMoE(Algorithm):
     )
 
     adapters = "optional"
+    wishes: ClassVar[tuple[type, ...]] = (TopScores,)
     asynchronous = True
     sums_alone = True
 

@@ -77,7 +77,7 @@ def resident_plan(
         by_k: the size is k, and not the rank of adapters.
     """
     every_LE = population.every_LE
-    cached_LE = every_LE if state.visits[client] else None
+    cached_LE = every_LE if state.visits[client] else ~every_LE
 
     def make(bound: Population, size: int, budgeted: bool) -> ExpertPlan:
         extras, top_k = replace(extras_of(bound, size), cached_LE=cached_LE), size if by_k else None

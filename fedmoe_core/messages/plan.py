@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +19,7 @@ from fedmoe_core.data.batches import Batch
 from fedmoe_core.layer.lora import FACTORS
 from fedmoe_core.layer.router_loss import AuxLoss
 from fedmoe_core.layer.slots import OwnRows
+from fedmoe_core.messages.measure import Measure
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.model.submodel import SubModel
@@ -37,6 +38,7 @@ class BatchRule(Protocol):
     def __call__(self, profile: ClientProfile) -> np.ndarray: ...
 
 
+Reads = Literal["permitted", "all", "int4"]
 Batches = Callable[[], Iterable[Batch]]  # from the start at every call
 
 
@@ -71,8 +73,17 @@ class Probe(Protocol):
     Its operations and traffic are declared by the plan's ``surcharge``; ``CostModel.forward_flops`` and
     ``forward_memory`` have the closed forms. Its peak memory is measured, so a surcharge that understates it shows as
     a broken budget. Gradients that it leaves are cleared.
+
+    Attributes:
+        measures: what it answers, by name. An answer of another form never reaches the algorithm.
+        reads: experts that it reads of the global model: those that the plan permits, all, or all in 4 bits. A real
+            device is sent those, so the surcharge has to hold their bytes.
     """
 
+    @property
+    def measures(self) -> Mapping[str, Measure]: ...
+    @property
+    def reads(self) -> Reads: ...
     def __call__(self, context: ProbeContext) -> Mapping[str, Tensor]: ...
 
 
@@ -100,7 +111,8 @@ class Extras:
             of it changes.
         lora_rank: rank of this client's adapters, at most that of the declared ``LoraSpec``; None = all ranks of the
             state's factors, or no adapters where the state has none.
-        cached_LE: experts whose frozen base, under adapters, the client still has from an earlier round.
+        cached_LE: experts whose frozen base, under adapters, the client still has from an earlier round; none of them
+            in its first, for a real device keeps what comes with such a plan. None = nothing is kept there.
         out_scale_L: start of a trainable factor on each MoE layer's output, which never leaves the client (FLAME);
             what it became is in ``LocalResult.kept`` under ``moe.{l}.out_scale``. None = no such factor.
         per_batch: chooses which of the trainable experts learn from each batch, after a scoring pass over it; every
@@ -120,6 +132,17 @@ class Extras:
     cached_LE: np.ndarray | None = None
     out_scale_L: tuple[float, ...] | None = None
     per_batch: BatchRule | None = None
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """What the client's probes answer, by name."""
+        return {name: one for probe in (self.before, self.after) if probe for name, one in probe.measures.items()}
+
+    @property
+    def reads(self) -> Reads:
+        """What the client's probes read of the global model."""
+        asked = {probe.reads for probe in (self.before, self.after) if probe}
+        return "all" if "all" in asked else "int4" if "int4" in asked else "permitted"
 
     def costs(self, model: CostModel, *, in_state: bool, local_steps: int) -> CostModel:
         """Return the cost model of a client that is asked for these things.

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedmoe_core.algorithms.base import Algorithm, NextModel
-from fedmoe_core.algorithms.fedmoe.full_model_probe import affordable_probe, model_rest
+from fedmoe_core.algorithms.fedmoe.full_model_probe import WholeModelProbe, affordable_probe, model_rest
 from fedmoe_core.algorithms.fedmoe.prefix_search import prefix_search, prefixes
 from fedmoe_core.algorithms.fedmoe.similarity import (
     adjust_experts,
@@ -88,6 +88,7 @@ class FedMoE(Algorithm):
     """The paper's two stages under the budgets of this package: memory, traffic, count and operations."""
 
     needs_validation: ClassVar[bool] = True
+    wishes: ClassVar[tuple[type, ...]] = (WholeModelProbe, SwitchBalance)
     card: ClassVar[System] = System(
         name="fedmoe",
         title="FedMoE",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,7 +14,8 @@ from torch import Tensor
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.budget.passes import pass_cost
 from fedmoe_core.client.step import Stepper, local_optimizer
-from fedmoe_core.messages.plan import Extras, ProbeContext
+from fedmoe_core.messages.measure import Measure
+from fedmoe_core.messages.plan import Extras, ProbeContext, Reads
 from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.server.planning import asked_costs, whole_surcharge
 from fedmoe_core.server.state import Population
@@ -29,6 +33,8 @@ class WholeModelProbe:
 
     tunings: int
     lora_rank: int
+    measures: ClassVar[Mapping[str, Measure]] = MappingProxyType({"probe": Measure("LE", most=1.0)})
+    reads: ClassVar[Reads] = "all"
 
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         adapter, spec = context.adapter, context.adapter.spec

@@ -6,9 +6,10 @@ with load bounds and historical deficits, local gates, the feedback), [E] our ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -31,7 +32,8 @@ from fedmoe_core.budget.limits import Cost
 from fedmoe_core.budget.passes import pass_cost
 from fedmoe_core.client.profiling import validate
 from fedmoe_core.config.systems import Equation, System
-from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext
+from fedmoe_core.messages.measure import Measure
+from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext, Reads
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.selection.knapsack import knapsack
@@ -60,18 +62,23 @@ class Feedback:
 
 @dataclass(frozen=True)
 class LocalFeedback:
-    """How well the trained sub-model's experts do on local data, (3, L, E): rows, sum of losses, number of right ones.
+    """How well the trained sub-model's experts do on local data, (L, E): rows, sum of losses, number of right ones.
 
     l_ce = (1/|D_ce|) sum of l(x, y) over D_ce [N]. D_ce are the tokens of ``batches`` local batches that chose e. Each
     has the loss of its own prediction or, in classification, of its sequence [E].
     """
 
     batches: int
+    measures: ClassVar[Mapping[str, Measure]] = MappingProxyType(
+        {"rows": Measure("LE"), "loss": Measure("LE"), "right": Measure("LE", within="rows")}
+    )
+    reads: ClassVar[Reads] = "permitted"
 
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         batches = islice(context.batches(), self.batches)
         found = validate(context.adapter, batches, log_prior_C=context.log_prior_C).feedback
-        return {"feedback": torch.from_numpy(np.stack([found.rows_LE, found.loss_LE, found.correct_LE]))}
+        tables = {"rows": found.rows_LE, "loss": found.loss_LE, "right": found.correct_LE}
+        return {name: torch.from_numpy(table_LE) for name, table_LE in tables.items()}
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class FlexMoE(Algorithm):
     """The four phases of a round: assign, train with the own gate, aggregate by usage, update fitness and loads."""
 
     has_global_model: ClassVar[bool] = False
+    wishes: ClassVar[tuple[type, ...]] = (LocalFeedback,)
     card: ClassVar[System] = System(
         name="flex_moe",
         title="FLEX-MoE",
@@ -129,11 +137,12 @@ class FlexMoE(Algorithm):
     def client(self, plan: ExpertPlan, result: LocalResult) -> Weights:
         """End phase 2: deltas of experts by usage and of the feature extractor go up, with feedback; the gate stays."""
         most = self.population.config.train.local_steps * self.population.costs.tokens  # rows that an expert may get
+        seen = [result.probed[name] for name in plan.extras.measures]
         return Weights(
             experts_LE=np.minimum(result.profile.rows_LE / most, 1.0) * plan.trainable_LE,
             routers_LE=np.zeros(plan.trainable_LE.shape),
             # The plan's surcharge holds the feedback's bytes.
-            private={"gate": grown_gate(plan, result.kept), **result.probed},
+            private={"gate": grown_gate(plan, result.kept), **({"feedback": torch.stack(seen)} if seen else {})},
         )
 
     def apply(self, state: ServerState, sums: Sums, updates: Sequence[ClientUpdate]) -> NextModel:

@@ -80,6 +80,8 @@ class Flux(Algorithm):
         missing=("profiling in parallel with aggregation: rounds here take turns, so it saves no time",),
     )
 
+    wishes: ClassVar[tuple[type, ...]] = (QuantizedProfile, ForwardEstimates)
+
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         """Plan every client; features are of the global model, so they are made once for all."""
         pairs = zip(*map(self.population.spec.keys_of, ("w_in", "w_out")), strict=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +17,8 @@ from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.layer.state import BIASES, MATRICES
-from fedmoe_core.messages.plan import ProbeContext
+from fedmoe_core.messages.measure import Measure
+from fedmoe_core.messages.plan import ProbeContext, Reads
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class ForwardEstimates:
     experts: tuple[tuple[int, int], ...]
     sigma: float
     probes: int
+    measures: ClassVar[Mapping[str, Measure]] = MappingProxyType({"norm_sq": Measure("LE")})
+    reads: ClassVar[Reads] = "permitted"
 
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         adapter = context.adapter

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +14,8 @@ from torch.nn.functional import pad
 
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.layer.recording import recording
-from fedmoe_core.messages.plan import ProbeContext
+from fedmoe_core.messages.measure import Measure
+from fedmoe_core.messages.plan import ProbeContext, Reads
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.model.submodel import SubModel
 from fedmoe_core.server.state import Population
@@ -58,6 +61,11 @@ class QuantizedProfile:
     Experts are really held in 4 bits; router and trunk stay as they are [E]. The data are the round's local batches,
     and a token's attention score is what it receives in its block [E]; 1 for all where attention cannot be watched.
     """
+
+    measures: ClassVar[Mapping[str, Measure]] = MappingProxyType(
+        {"freq": Measure("LE", most=1.0), "attention": Measure("LE")}
+    )
+    reads: ClassVar[Reads] = "int4"
 
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         adapter = context.adapter

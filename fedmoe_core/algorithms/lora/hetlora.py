@@ -45,6 +45,7 @@ class HetLora(EachAlone):
     )
 
     adapters = "shared"
+    wishes: ClassVar[tuple[type, ...]] = (RankProbe, TailLoss)
 
     def plan_client(self, state: ServerState, client: int) -> ExpertPlan:
         """Plan all experts at rank r_k, or at what self-pruning has left of it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.client.traffic import start_of
 from fedmoe_core.layer.lora import FACTORS
 from fedmoe_core.layer.recording import Tape
-from fedmoe_core.messages.plan import ProbeContext
+from fedmoe_core.messages.measure import Measure
+from fedmoe_core.messages.plan import ProbeContext, Reads
 from fedmoe_core.server.means import Sums
 
 SIDES = ("in", "out")
@@ -63,6 +66,10 @@ class RankProbe:
     """
 
     keep: int
+    measures: ClassVar[Mapping[str, Measure]] = MappingProxyType(
+        {"norm_LE": Measure("LE"), "base_LE": Measure("LE"), "tail_before": Measure(""), "tail_after": Measure("")}
+    )
+    reads: ClassVar[Reads] = "permitted"
 
     def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
         spec, plan, trained = context.adapter.spec, context.plan, context.adapter.trained()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,14 +15,16 @@ from torch import Tensor
 from fedmoe_core.base.tensor_key import DENSE, TensorKey
 from fedmoe_core.budget.cost_model import CostModel, Mode
 from fedmoe_core.budget.limits import Budget, Cost
-from fedmoe_core.layer.state import STEERING
+from fedmoe_core.layer.state import MATRICES, STEERING
 from fedmoe_core.messages.plan import ExpertPlan, Extras
+from fedmoe_core.messages.wire.base import Base, base_params, base_tensors
+from fedmoe_core.messages.wire.codes import coded, decoded
 from fedmoe_core.messages.wire.envelope import WireError, array_of, by_prefix, seal, unseal, with_prefix
+from fedmoe_core.messages.wire.wishes import WishHead, made_again, tables_of, told_wishes, unfit
 from fedmoe_core.model.spec import ModelSpec, ParamSpec, model_hash
 
-# Wishes that are code, or that count on files which a client would have to keep: they cannot travel.
-CODE = ("before", "after", "aux", "per_batch")
-ON_CLIENT = "cached_LE"
+# Classes of wishes that a system declares, by the configuration that names it.
+Declared = Callable[[str], Sequence[type]]
 
 
 class PlanHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,6 +46,7 @@ class PlanHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     train_router: bool
     lora_rank: int | None
     out_scale_L: list[float] | None
+    wishes: dict[str, WishHead]
 
 
 class TaskHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,18 +110,23 @@ class Asked:
         """The trunk that travelled with it; empty where the client should have it."""
         return by_prefix(self.sent, "trunk")
 
-    def params(self, spec: ModelSpec, trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a whole state for ``ModelAdapter.configure``; experts that are not permitted are zero in it.
+    def params(
+        self, spec: ModelSpec, trunk: Mapping[str, Tensor], base: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, Tensor]:
+        """Return a whole state for ``ModelAdapter.configure``.
+
+        Experts that are not permitted are zero in it, unless a probe reads all of them.
 
         Args:
             spec: of the client's own model.
             trunk: as it was sent, now or before.
+            base: of experts under adapters, by key, as ``read_base`` gives it.
 
         Raises:
             WireError: a tensor is missing, or has another shape or dtype than the client's model.
         """
         whole = by_prefix(self.sent, "whole") | dict(trunk)
-        rows = by_prefix(self.sent, "experts")
+        rows, others = by_prefix(self.sent, "experts") | dict(base), by_prefix(self.sent, "others")
         params = {}
         for param in spec.params:
             if param.layer != DENSE and param.key in rows:
@@ -124,6 +134,12 @@ class Asked:
                 _check(param, rows[param.key], (len(permitted), *param.shape[1:]))
                 params[param.key] = _nothing(param)
                 params[param.key][torch.from_numpy(permitted)] = rows[param.key]
+                absent = np.flatnonzero(~self.plan.permitted_LE[param.layer])
+                if self.plan.extras.reads == "int4" and param.name in MATRICES:
+                    others[param.key] = decoded(param, self.sent, len(absent))
+                if self.plan.extras.reads != "permitted":
+                    _check(param, others.get(param.key), (len(absent), *param.shape[1:]))
+                    params[param.key][torch.from_numpy(absent)] = others[param.key]
             elif param.key in whole:
                 _check(param, whole[param.key], tuple(param.shape))
                 params[param.key] = whole[param.key]
@@ -155,19 +171,28 @@ def covers(plan: ExpertPlan, param: ParamSpec) -> bool:
     return param.name in STEERING and len(plan.extras.rows.get(param.key, ())) == plan.permitted_LE.shape[1]
 
 
-def cannot_travel(plan: ExpertPlan) -> str:
-    """Return what a plan asks for that is not data; empty where it can travel."""
+def cannot_travel(plan: ExpertPlan, wishes: Sequence[type] = ()) -> str:
+    """Return what a plan asks for that is not data; empty where it can travel.
+
+    Args:
+        plan: of any system.
+        wishes: classes that its system declares.
+    """
     extras = plan.extras
     if type(extras) is not Extras:
         return f"wishes of a class of its own ({type(extras).__name__})"
-    for name in (*CODE, ON_CLIENT):
-        if getattr(extras, name) is not None:
-            return name
-    return ""
+    return unfit(extras, wishes)
 
 
 def task_bytes(
-    setting: Setting, plan: ExpertPlan, params: Mapping[str, Tensor], *, costs: CostModel, with_trunk: bool, trunk: str
+    setting: Setting,
+    plan: ExpertPlan,
+    params: Mapping[str, Tensor],
+    *,
+    costs: CostModel,
+    with_trunk: bool,
+    trunk: str,
+    base: Base | None = None,
 ) -> bytes:
     """Put a plan and what it permits into bytes.
 
@@ -178,26 +203,41 @@ def task_bytes(
         costs: as ``TaskHead``.
         with_trunk: whether the trunk goes along.
         trunk: its digest.
+        base: of experts under adapters, where the plan lets the client keep it.
     """
     extras, names = plan.extras, {item.name for item in fields(ExpertPlan)} & {*PlanHead.__struct_fields__}
-    wishes = {name: getattr(extras, name) for name in ("surcharge", "validate", "train_router", "lora_rank")}
     scales = None if extras.out_scale_L is None else list(extras.out_scale_L)
+    wishes: dict[str, Any] = {"keeps": sorted(extras.keeps), "out_scale_L": scales, "wishes": told_wishes(extras)}
+    wishes |= {name: getattr(extras, name) for name in ("surcharge", "validate", "train_router", "lora_rank")}
     own = {name: getattr(plan, name) for name in names}
-    told = PlanHead(plan_id=plan.id, keeps=sorted(extras.keeps), out_scale_L=scales, **wishes, **own)
+    told = PlanHead(plan_id=plan.id, **wishes, **own)
     tensors = {
         "mask/permitted": torch.from_numpy(plan.permitted_LE),
         "mask/trainable": torch.from_numpy(plan.trainable_LE),
     }
     if extras.alias_LE is not None:
         tensors["mask/alias"] = torch.from_numpy(extras.alias_LE.astype(np.int64))
+    if extras.cached_LE is not None:
+        tensors["mask/cached"] = torch.from_numpy(extras.cached_LE)
+    kept = {} if base is None else {param.key: param for param in base_params(setting.spec, plan)}
+    if base is not None and kept:
+        tensors |= base_tensors(base, tuple(kept.values()), plan, params)
+    tensors |= tables_of(extras)
     for key, rows in extras.rows.items():
+        if key in kept or not rows:
+            continue
         tensors[f"rows_of/{key}"] = torch.tensor(list(rows), dtype=torch.int64)
         tensors[f"rows/{key}"] = torch.stack([rows[expert] for expert in rows])
     for param in setting.spec.params:
         how = travel_of(param, plan, setting.learning)
         if how == "experts":
-            held = torch.from_numpy(np.flatnonzero(plan.permitted_LE[param.layer]))
-            tensors[f"experts/{param.key}"] = params[param.key][held.to(params[param.key].device)]
+            held_E, whole = torch.from_numpy(plan.permitted_LE[param.layer]), params[param.key]
+            if param.key not in kept:
+                tensors[f"experts/{param.key}"] = whole[held_E.to(whole.device)]
+            if extras.reads == "int4" and param.name in MATRICES:
+                tensors |= coded(param, whole[~held_E.to(whole.device)])
+            elif extras.reads != "permitted":
+                tensors[f"others/{param.key}"] = whole[~held_E.to(whole.device)]
         elif how == "whole":
             tensors[f"whole/{param.key}"] = params[param.key]
     if with_trunk:
@@ -205,15 +245,17 @@ def task_bytes(
     return seal(TaskHead(setting.session, setting.config, setting.vocabulary, trunk, costs, told), tensors)
 
 
-def read_task(data: bytes, *, largest: int) -> Asked:
+def read_task(data: bytes, *, largest: int, declared: Declared = lambda _: ()) -> Asked:
     """Read what ``task_bytes`` wrote.
 
     Args:
         data: bytes from the server.
         largest: bytes that a task may have.
+        declared: the wishes of the system that a configuration names; asked only where there are wishes.
 
     Raises:
-        WireError: not a task, or its plan is not the one that its ``plan_id`` names.
+        WireError: not a task, a wish that its system does not declare or that is not as declared, or its plan is not
+            the one that its ``plan_id`` names.
     """
     head, tensors = unseal(data, TaskHead, largest=largest)
     told = head.plan
@@ -222,7 +264,11 @@ def read_task(data: bytes, *, largest: int) -> Asked:
         raise WireError("a task has no mask of permitted experts")
     masks = [array_of(tensors, f"mask/{name}", torch.bool, shape_LE) for name in ("permitted", "trainable")]
     alias_LE = array_of(tensors, "mask/alias", torch.int64, shape_LE) if "mask/alias" in tensors else None
+    cached_LE = array_of(tensors, "mask/cached", torch.bool, shape_LE) if "mask/cached" in tensors else None
+    wished = made_again(told.wishes, tensors, declared(head.config) if told.wishes else (), shape_LE)
     extras = Extras(
+        cached_LE=cached_LE,
+        **wished,
         rows=dict(_own_rows(tensors)),
         alias_LE=alias_LE,
         surcharge=told.surcharge,
@@ -257,6 +303,8 @@ def _nothing(param: ParamSpec) -> Tensor:
     return torch.from_numpy(np.zeros(size, np.uint8)).view(param.dtype).view(param.shape)
 
 
-def _check(param: ParamSpec, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check(param: ParamSpec, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        raise WireError(f"a task lacks experts of {param.key}, which a probe of its plan reads")
     if tuple(tensor.shape) != shape or tensor.dtype != param.dtype:
         raise WireError(f"{param.key} came as {tensor.dtype} {tuple(tensor.shape)}, not {param.dtype} {shape}")

@@ -6,8 +6,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
+import numpy as np
+from torch import Tensor
+
+from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.wire.base import Base, Place, base_params, expert_digest, places_of
 from fedmoe_core.messages.wire.envelope import WireError
 from fedmoe_core.messages.wire.greeting import Description, Greeting, doubles, greeting_bytes, read_description
+from fedmoe_core.model.spec import ModelSpec
 
 Kind = Literal["query", "train"]  # a greeting, a task
 LOOK_AGAIN = 0.2  # seconds between two looks at who is connected
@@ -34,6 +40,36 @@ class Exchange(Protocol):
         ...
 
 
+class Bases:
+    """Which client has the frozen base of which experts; this changes while a run goes on."""
+
+    def __init__(self) -> None:
+        self._digests: dict[Place, str] = {}  # what is frozen is the same in every round
+        self._has: dict[int, np.ndarray] = {}  # by client, bool (L, E)
+
+    def asked(self, spec: ModelSpec, plan: ExpertPlan, params: Mapping[str, Tensor]) -> Base | None:
+        """Return what a task says of the base: what this client has does not travel; None where it keeps nothing.
+
+        A client that this process has not sent any is taken to have what its plan says: the server was started again.
+        """
+        specs, cached_LE = base_params(spec, plan), plan.extras.cached_LE
+        if cached_LE is None or not specs:
+            self._has.setdefault(plan.client, np.zeros_like(plan.permitted_LE))  # it was not told to keep anything
+            return None
+        has_LE = self._has.setdefault(plan.client, cached_LE.copy())
+        places = places_of(plan.permitted_LE)
+        for place in places:
+            if place not in self._digests:
+                self._digests[place] = expert_digest(specs, place, plan, params)
+        return Base(plan.permitted_LE & cached_LE & has_LE, {place: self._digests[place] for place in places})
+
+    def heard(self, plan: ExpertPlan, *, lost: bool) -> None:
+        """Remember that a client has now what was sent, or has lost everything."""
+        if plan.extras.cached_LE is not None:
+            had_LE = self._has.get(plan.client, plan.extras.cached_LE)
+            self._has[plan.client] = np.zeros_like(had_LE) if lost else had_LE | plan.permitted_LE
+
+
 class Roll:
     """Which client answers at which address, and what is known of it: this changes while a run goes on.
 
@@ -41,6 +77,7 @@ class Roll:
         address: by client.
         described: what each client said of itself before the first round.
         trunks: digests of what each has on its disk.
+        bases: which frozen experts it has.
         troubles: what came instead of a description, in words.
     """
 
@@ -49,6 +86,7 @@ class Roll:
         self.address: dict[int, int] = {}
         self.described: dict[int, Description] = {}
         self.trunks: dict[int, set[str]] = {}
+        self.bases = Bases()
         self.troubles: list[str] = []
         self._met: set[int] = set()  # addresses that have been greeted
 

@@ -39,7 +39,7 @@ from fedmoe_core.simulation.observer import Observer
 from fedmoe_core.simulation.prepare import found_world, read_sources, refuse_early, warm_model
 from fedmoe_core.simulation.process_group import Ranks
 from fedmoe_core.simulation.remote.exchange import Exchange, FailedReply, Roll
-from fedmoe_core.simulation.remote.node import TRUNK_UNKNOWN
+from fedmoe_core.simulation.remote.node import BASE_UNKNOWN, TRUNK_UNKNOWN
 from fedmoe_core.simulation.remote.own_data import vocabulary_of
 from fedmoe_core.simulation.remote.stand_in import with_stand_ins
 from fedmoe_core.simulation.worlds.federation import Federation, Holdings
@@ -121,10 +121,10 @@ class RemoteFederation:
             ValueError: a plan asks for what cannot travel.
         """
         for plan in plans:
-            if what := cannot_travel(plan):
+            if what := cannot_travel(plan, self.algorithm.wishes):
                 raise ValueError(
-                    f"algorithm={self.config.algorithm!r} asks its clients for {what}, which cannot travel as data; "
-                    "choose hfedmoe, hfedmoe_plus, random, most_activated, fedavg or fedavg_smallest"
+                    f"algorithm={self.config.algorithm!r} asks its clients for {what}, and only data can travel; "
+                    "declare it in the system's wishes as a frozen dataclass of numbers, texts, tuples and arrays"
                 )
         return each_alone(plans)
 
@@ -163,8 +163,15 @@ class RemoteFederation:
         plan = task.group.plans[0]
         trunk = self._trunk_of("router" in plan.extras.keeps, plan)
         lacks = bool(trunk) and trunk not in self.roll.trunks.get(plan.client, set())
-        costs = asked_costs(self.population, plan.extras)
-        return task_bytes(self.setting, plan, task.state.params, costs=costs, with_trunk=lacks, trunk=trunk)
+        return task_bytes(
+            self.setting,
+            plan,
+            task.state.params,
+            costs=asked_costs(self.population, plan.extras),
+            with_trunk=lacks,
+            trunk=trunk,
+            base=self.roll.bases.asked(self.setting.spec, plan, task.state.params),
+        )
 
     def _trunk_of(self, with_router: bool, plan: ExpertPlan) -> str:
         """The digest of what never trains, which is the same in every round."""
@@ -189,7 +196,7 @@ class RemoteFederation:
                 self._heard(plan, result.error)
                 return self._failed(plan, result.error, wire, result)
             with np.errstate(all="ignore"):  # statistics may be NaN until admission has looked
-                update = self.algorithm.answer(plan, self._here(result, plan))
+                update = self.algorithm.answer(plan, self._here(result))
         except WireError as error:
             return Answer(blank(plan, str(error)), plan, 0.0, refusal=str(error), wire=wire)
         except Exception as error:  # whatever a hostile result makes an algorithm raise
@@ -205,23 +212,20 @@ class RemoteFederation:
         return whole + sum(rows[key] * each[key] for key in rows) + 400 * plan.permitted_LE.size
 
     def _heard(self, plan: ExpertPlan, error: str) -> None:
-        """Remember whether a client has the trunk."""
+        """Remember whether a client has the trunk, and the base of its experts."""
+        if not error or error.startswith((BASE_UNKNOWN, TRUNK_UNKNOWN)):  # without its trunk, its disk is new
+            self.roll.bases.heard(plan, lost=bool(error))
         known = self.roll.trunks.setdefault(plan.client, set())
         if error.startswith(TRUNK_UNKNOWN):
             known.clear()
-        elif not error:
+        elif not error or error.startswith(BASE_UNKNOWN):
             known.add(self._trunk_of("router" in plan.extras.keeps, plan))
 
-    def _here(self, result: LocalResult, plan: ExpertPlan) -> LocalResult:
-        """The result on this process's device.
-
-        Raises:
-            WireError: it keeps rows that its plan does not keep.
-        """
-        if result.kept:
-            raise WireError(f"keeps {sorted(result.kept)[0]!r:.80}, which its plan sends back")
+    def _here(self, result: LocalResult) -> LocalResult:
+        """The result on this process's device."""
         device = self.ranks.device
-        return replace(result, deltas={key: delta.to(device) for key, delta in result.deltas.items()})
+        deltas, kept = ({key: t.to(device) for key, t in part.items()} for part in (result.deltas, result.kept))
+        return replace(result, deltas=deltas, kept=kept)
 
     def _failed(
         self, plan: ExpertPlan, why: str, wire: Traffic | None = None, failure: LocalFailure | None = None

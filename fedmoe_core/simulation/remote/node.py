@@ -18,6 +18,7 @@ from fedmoe_core.data.batches import Batch
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.messages.wire.answer import LONGEST_REASON, answer_bytes
+from fedmoe_core.messages.wire.base import read_base
 from fedmoe_core.messages.wire.envelope import WireError
 from fedmoe_core.messages.wire.greeting import Description, Greeting, description_bytes, read_greeting
 from fedmoe_core.messages.wire.task import Asked, read_task
@@ -33,6 +34,7 @@ from fedmoe_core.simulation.world import local_settings, validation_batches
 
 LARGEST_TASK = 1 << 40  # bytes; the server is trusted with this device's memory
 TRUNK_UNKNOWN = "the trunk is unknown here"
+BASE_UNKNOWN = "the base of experts is unknown here"
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,13 @@ class Node:
         trunk = self._trunk(asked)
         if trunk is None:
             return LocalFailure(NOTHING, f"{TRUNK_UNKNOWN}; it comes with the next plan")
+        base, new = read_base(asked.sent, plan, self.adapter.spec, self.shelf.expert)
+        for digest, rows in new.items():
+            self.shelf.keep_expert(digest, rows)
+        if base is None:
+            return LocalFailure(NOTHING, f"{BASE_UNKNOWN}; it comes with the next plan")
         # On a GPU, zeros stand there for experts that are not permitted; on the CPU they take no memory.
-        params = asked.params(self.adapter.spec, trunk)
+        params = asked.params(self.adapter.spec, trunk, base)
         return local_round(
             self.adapter,
             {key: tensor.to(self._device) for key, tensor in params.items()},
@@ -163,6 +170,14 @@ def _node(words: Words, config: Config, shelf: Shelf, vocabulary: str) -> Node:
     return Node(words, config, shelf, own_data(words, config, found, validation=form.needs_validation))
 
 
+def _declared(words: Words, node: Node | None, config: str) -> tuple[type, ...]:
+    """The wishes of the system of a run, by this device's own copy of its code."""
+    try:
+        return (algorithm_class(words.configure(config).algorithm) if node is None else node.form).wishes
+    except FAILURES as error:
+        raise WireError(f"a task has a configuration that cannot be used here ({reason_of(error)})") from None
+
+
 def worked(words: Words, data: bytes, node: Node | None = None) -> bytes:
     """Answer a task; whatever goes wrong in it is told as this client's failure.
 
@@ -174,7 +189,7 @@ def worked(words: Words, data: bytes, node: Node | None = None) -> bytes:
     Raises:
         WireError: the bytes are not a task.
     """
-    asked = read_task(data, largest=LARGEST_TASK)
+    asked = read_task(data, largest=LARGEST_TASK, declared=partial(_declared, words, node))
     result: LocalResult | LocalFailure
     try:
         if node is None:

@@ -80,7 +80,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Shelf:
-    """What a device keeps between two messages: trunks and vocabularies, each under its digest and checked by it."""
+    """What a device keeps between two messages: trunks, bases of experts, vocabularies; each under its digest."""
 
     folder: Path
 
@@ -107,6 +107,20 @@ class Shelf:
         """Put a trunk here."""
         with replacing(self.folder / f"{digest}.safetensors") as partial:
             save_file(dict(trunk), partial)
+
+    def expert(self, digest: str) -> dict[str, Tensor] | None:
+        """Return the frozen base of an expert; None where it is missing or damaged."""
+        try:
+            found = load_file(self.folder / "experts" / f"{digest}.safetensors")
+        except (OSError, SafetensorError):
+            return None
+        return found if model_hash(found) == digest else None
+
+    def keep_expert(self, digest: str, rows: Mapping[str, Tensor]) -> None:
+        """Put the frozen base of an expert here."""
+        (self.folder / "experts").mkdir(exist_ok=True)
+        with replacing(self.folder / "experts" / f"{digest}.safetensors") as partial:
+            save_file({key: row.contiguous() for key, row in rows.items()}, partial)
 
     def vocabulary(self, digest: str) -> Vocabulary | None:
         """Return a vocabulary; None where it is missing or damaged."""

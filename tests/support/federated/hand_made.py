@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from fedmoe_core.algorithms.baselines import FedAvg
 from fedmoe_core.budget.from_spec import cost_model_of
 from fedmoe_core.budget.limits import Budget, Cost
 from fedmoe_core.config.run_config import Config
-from fedmoe_core.messages.plan import ExpertPlan
+from fedmoe_core.messages.plan import NO_EXTRAS, ExpertPlan, Extras
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.messages.result import LocalFailure, LocalResult
 from fedmoe_core.messages.update import ClientUpdate
@@ -149,16 +151,19 @@ def find_algorithm(name: str, facts: Population) -> Algorithm:
 
 
 def play(
-    algorithm: Any, results: list[LocalResult | LocalFailure] | None = None
+    algorithm: Any,
+    results: list[LocalResult | LocalFailure] | None = None,
+    *,
+    asked: Mapping[int, Extras] = MappingProxyType({}),
 ) -> tuple[ServerState, list[ClientUpdate]]:
-    """One round as the simulator plays it: client, checked exact sums, apply."""
+    """One round as the simulator plays it: client, checked exact sums, apply; ``asked``: what of whom besides."""
     facts: Population = algorithm.population
     rule = facts.config.aggregation
     settings = SumSettings(rule.scale_bits, rule.value_bound, rule.norm_bound, rule.weight_bits, max_clients=3)
     sums = Accumulator(facts.spec.params, settings, lr=facts.config.train.lr)
     updates = []
     for client, result in enumerate(results or [result_for(client) for client in range(3)]):
-        plan = plan_for(client)
+        plan = replace(plan_for(client), extras=asked.get(client, NO_EXTRAS))
         if isinstance(algorithm, FedAvg):
             plan, result = whole(plan, result)
         update = algorithm.answer(plan, result)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +15,8 @@ from fedmoe_core.algorithms.base import Algorithm, NextModel
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.layer.router_loss import SwitchBalance
-from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext
+from fedmoe_core.messages.measure import Measure
+from fedmoe_core.messages.plan import ExpertPlan, Extras, ProbeContext, Reads
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
 from fedmoe_core.server.means import Sums, expert_mean
@@ -22,11 +25,40 @@ from fedmoe_core.server.state import ServerState
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Forward passes of the whole global model before training: the router's probability of every expert."""
+
+    steps: int
+    measures: ClassVar[Mapping[str, Measure]] = MappingProxyType({"mass": Measure("LE")})
+    reads: ClassVar[Reads] = "all"
+
+    def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
+        context.adapter.configure(context.params)
+        total = torch.zeros(context.adapter.spec.num_layers, context.adapter.spec.num_experts, dtype=torch.float64)
+        for _, batch in zip(range(self.steps), context.batches(), strict=False):
+            context.adapter.evaluate(batch, with_stats=True)
+            total += torch.stack([layer.last_stats.prob_sum_E for layer in context.adapter.moe])
+        return {"mass": total}
+
+
+@dataclass(frozen=True)
+class TrainedNorm:
+    """How large each layer's trained experts are together."""
+
+    measures: ClassVar[Mapping[str, Measure]] = MappingProxyType({"norm": Measure("L")})
+    reads: ClassVar[Reads] = "permitted"
+
+    def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
+        return {"norm": torch.stack([layer.w_in.detach().norm().double() for layer in context.adapter.moe])}
+
+
+@dataclass(frozen=True)
 class Toy(Algorithm):
     """Client c holds every second expert; the others are served by the one merged expert of their layer."""
 
     needs_validation = True
     has_global_model = False
+    wishes = (Profile, TrainedNorm, SwitchBalance)
 
     def plan(self, state: ServerState, clients: Sequence[int]) -> list[ExpertPlan]:
         return [self._plan(state, client) for client in clients]
@@ -64,7 +96,7 @@ class Toy(Algorithm):
                 alias_LE=alias_LE,
                 surcharge=profiling,
                 before=Profile(steps),
-                after=_trained_norm,
+                after=TrainedNorm(),
                 aux=SwitchBalance(0.01, served_only=True),
                 validate=True,
                 keeps=frozenset({"router"}),
@@ -112,22 +144,3 @@ class Outspoken(Toy):
     @classmethod
     def label(cls, config: Config) -> str:
         return f"outspoken over {config.rounds} rounds"
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Forward passes of the whole global model before training: the router's probability of every expert."""
-
-    steps: int
-
-    def __call__(self, context: ProbeContext) -> dict[str, Tensor]:
-        context.adapter.configure(context.params)
-        total = torch.zeros(context.adapter.spec.num_layers, context.adapter.spec.num_experts, dtype=torch.float64)
-        for _, batch in zip(range(self.steps), context.batches(), strict=False):
-            context.adapter.evaluate(batch, with_stats=True)
-            total += torch.stack([layer.last_stats.prob_sum_E for layer in context.adapter.moe])
-        return {"mass": total}
-
-
-def _trained_norm(context: ProbeContext) -> dict[str, Tensor]:
-    return {"norm": torch.stack([layer.w_in.detach().norm() for layer in context.adapter.moe])}

@@ -67,6 +67,48 @@ def cases(good: bytes, seed: int) -> Iterator[Case]:
     yield from tampered(head, tensors)
 
 
+def one_number(tensor: Tensor, value: float) -> Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[0] = value
+    return changed
+
+
+def measured(head: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[Case]:
+    """What was measured or kept: left out, of another form, and numbers that cannot be."""
+    ours = [name for name in tensors if name.partition("/")[0] in ("probed", "kept")]
+    for name in ours:
+        for kind, value in (("below zero", -0.5), ("1e31", 1e31), ("-1e31", -1e31), ("NaN at one place", float("nan"))):
+            if kind != "below zero" or name.startswith("probed"):
+                yield f"{name} {kind}", put_together(head, {**tensors, name: one_number(tensors[name], value)})
+        yield f"{name} in float32 or float64", put_together(head, {**tensors, name: _other_width(tensors[name])})
+        other = "kept" if name.startswith("probed") else "probed"
+        moved = {key: tensor for key, tensor in tensors.items() if key != name}
+        yield f"{name} under {other}", put_together(head, {**moved, f"{other}/{name.split('/')[1]}": tensors[name]})
+        yield f"{name} among the changes", put_together(head, {**moved, f"delta/{name.split('/')[1]}": tensors[name]})
+    for part in ("probed", "kept"):
+        if any(name.startswith(part) for name in ours):
+            left = {key: tensor for key, tensor in tensors.items() if not key.startswith(part)}
+            yield f"nothing {part}", put_together(head, left)
+            yield f"a {part} of nothing", put_together(head, {**tensors, f"{part}/": torch.zeros(0)})
+
+
+def claiming(good: bytes, value: float) -> bytes:
+    """A good answer whose measurements are all ``value``, or as near to it as its plan allows: a client may say so."""
+    head, tensors = taken_apart(good)
+    for name, tensor in tensors.items():
+        if name.startswith("probed"):
+            tensors[name] = torch.full_like(tensor, min(value, 1.0) if name.endswith(("freq", "probe")) else value)
+        elif name.startswith(("profile", "validation_profile")) and value == 0 and not name.endswith("held_LE"):
+            tensors[name] = torch.zeros_like(tensor)
+    if head["validation"]:
+        head["validation"]["loss_sum"] = -1e308 if value else 1e308
+    return put_together(head, tensors)
+
+
+def _other_width(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float64 else tensor.double()
+
+
 def damaged(good: bytes, rng: np.random.Generator) -> Iterator[Case]:
     """Cut short, flipped, random, pickled."""
     body = good[32:]
@@ -171,16 +213,14 @@ def tampered(head: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[Case]
         "with a dimension more": lambda t: t[None],
         "that would broadcast": lambda t: t[:1] if t.ndim and t.shape[0] > 1 else t.reshape(-1)[:0],
         "flat": lambda t: t.reshape(-1) if t.ndim != 1 else t.reshape(1, -1),
-        "longer": lambda t: torch.cat([t, t]),
+        "longer": lambda t: torch.cat([t, t]) if t.ndim else t.repeat(2),
         "empty": lambda t: t.reshape(-1)[:0],
         "of whole numbers": lambda t: t.to(torch.int64),
         "of complex numbers": lambda t: t.to(torch.complex64),
     }
     values: dict[str, Callable[[Tensor], Tensor]] = {
         "NaN": lambda t: torch.full_like(t, float("nan")),
-        "one NaN": lambda t: t.index_put(
-            tuple(torch.zeros(1, dtype=torch.int64) for _ in t.shape), t.new_tensor(float("nan"))
-        ),
+        "one NaN": lambda t: one_number(t, float("nan")),
         "infinity": lambda t: torch.full_like(t, float("inf")),
         "minus infinity": lambda t: torch.full_like(t, float("-inf")),
         "1e38": lambda t: torch.full_like(t, 1e38),

@@ -166,7 +166,7 @@ def test_a_client_probes_once_and_stage_one_ends_with_its_first_round() -> None:
     assert [plan.extras.before is not None for plan in first] == [True, False, False]
     probe = torch.from_numpy(RNG.dirichlet(np.full(EXPERTS, 0.3), LAYERS))
     results = [replace(finished(0), probed={"probe": probe}), finished(1), LocalFailure(Cost(), "out of memory")]
-    state, _ = play(algorithm, results)
+    state, _ = play(algorithm, results, asked={0: first[0].extras})
     known = ClientMap.of(state, facts)
     assert known.phase_C.tolist() == [SETTLED, SETTLED, NEW]
     np.testing.assert_array_equal(known.probe_CLE[0], probe.numpy())

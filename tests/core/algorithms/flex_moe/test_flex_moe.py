@@ -17,7 +17,7 @@ from hand_made import EXPERTS, HIDDEN, LAYERS, SAMPLES, TRAINED, WEIGHTS, model,
 from hand_made import population as hand_made_population
 from tiny_corpus import make_config
 
-from fedmoe_core.algorithms.flex_moe.flex_moe import Feedback, FlexMoE
+from fedmoe_core.algorithms.flex_moe.flex_moe import Feedback, FlexMoE, LocalFeedback
 from fedmoe_core.budget.limits import Cost
 from fedmoe_core.client.step import log_prior
 from fedmoe_core.comparison.run_figures import figures_of
@@ -50,7 +50,7 @@ def algorithm_of(*overrides: str, budgets: tuple[str, ...] = TIERS) -> FlexMoE:
 def plan_with_gate(algorithm: FlexMoE, client: int) -> ExpertPlan:
     """The hand-made plan of a client, with a gate of its own on it."""
     rows = {f"moe.{layer}.router": dict(enumerate(own_gate(client, layer))) for layer in range(LAYERS)}
-    return replace(plan_for(client), extras=Extras(rows=rows, keeps=frozenset({"router"})))
+    return replace(plan_for(client), extras=Extras(rows=rows, keeps=frozenset({"router"}), after=LocalFeedback(1)))
 
 
 def own_gate(client: int, layer: int) -> torch.Tensor:
@@ -59,6 +59,7 @@ def own_gate(client: int, layer: int) -> torch.Tensor:
 
 
 SEEN = np.random.default_rng(4).uniform(1, 9, (3, 3, LAYERS, EXPERTS))  # client; rows, rows x loss, rows x right
+SEEN[:, 2] *= SEEN[:, 0] / 9  # not more are right than there are
 
 
 def result_with_gate(client: int) -> LocalResult:
@@ -66,7 +67,8 @@ def result_with_gate(client: int) -> LocalResult:
     kept = {key: own_gate(9, 0)[: len(d)] for key, d in result.deltas.items() if key.endswith("router")}
     deltas = {key: delta for key, delta in result.deltas.items() if not key.endswith("router")}
     seen = torch.from_numpy(SEEN[client] * profiles()[client].held_LE)
-    return replace(result, deltas=deltas, kept=kept, probed={"feedback": seen})
+    probed = dict(zip(LocalFeedback.measures, seen, strict=True))
+    return replace(result, deltas=deltas, kept=kept, probed=probed)
 
 
 def played(algorithm: FlexMoE, *, reverse: bool = False) -> tuple[ServerState, list[ClientUpdate]]:

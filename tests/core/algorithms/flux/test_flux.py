@@ -98,10 +98,10 @@ def test_only_trained_experts_are_averaged_by_data_volume() -> None:
 def test_estimates_and_profiles_are_remembered_and_old_norms_stay() -> None:
     algorithm = Flux(population())
     after, _ = play(algorithm)
-    plan = replace(plan_for(0), extras=Extras(after=ForwardEstimates(((1, 3),), 1e-3, 1)))
+    plan = replace(plan_for(0), extras=Extras(before=QuantizedProfile(), after=ForwardEstimates(((1, 3),), 1e-3, 1)))
     norm_sq = torch.zeros(2, 4, dtype=torch.float64)
     norm_sq[1, 3] = 9.0
-    measured = {"freq": norm_sq + 0.25, "attention": norm_sq + 0.5, "norm_sq": norm_sq}
+    measured = {"freq": norm_sq / 18 + 0.25, "attention": norm_sq + 0.5, "norm_sq": norm_sq}
     update = algorithm.answer(plan, replace(result_for(0), probed=measured))
     grad_LE = update.private["grad"]
     assert grad_LE[1, 3] == 3.0

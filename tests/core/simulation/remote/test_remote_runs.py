@@ -13,9 +13,11 @@ from tiny_corpus import make_config
 from tiny_runs import write_notes
 
 from fedmoe_core.config.run_config import Config
+from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.result import LocalFailure
 from fedmoe_core.simulation.cohorts import training
 from fedmoe_core.simulation.observer import NullObserver
+from fedmoe_core.simulation.remote import node
 from fedmoe_core.simulation.remote.federation import found_remote
 from fedmoe_core.simulation.remote.words import Words
 from fedmoe_core.simulation.run import resume, run
@@ -66,6 +68,51 @@ def test_inv10_devices_give_the_bits_of_the_simulator(
     assert there["model_hash"] == here["model_hash"]
     assert there["refused_updates"] == here["refused_updates"] == 0
     assert (there["bytes_down"], there["bytes_up"]) == (here["bytes_down"], here["bytes_up"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "asks"),
+    [
+        (
+            ("algorithm=fedmoe", "fedmoe.balance=0.01", "budgets=unlimited;experts=50%", "rounds=3"),
+            {"WholeModelProbe", "SwitchBalance", "validate"},
+        ),
+        (("algorithm=flex_moe",), {"LocalFeedback"}),
+        (
+            ("algorithm=flux", "model_config.expert_width=32", "budgets=unlimited;memory=90%", "rounds=3"),
+            {"QuantizedProfile", "ForwardEstimates"},
+        ),
+        (("algorithm=fft_moe",), {"HeterogeneityLoss"}),
+        (("algorithm=flame",), {"cached"}),
+        (("algorithm=hetlora", "lora.tail=0.1"), {"RankProbe", "TailLoss", "cached"}),
+        (("algorithm=flexlora",), {"cached"}),
+        (("selection.reschedule=batch", "selection.mode=backward-masked", "budgets=experts=50%"), {"TopScores"}),
+        (("algorithm=toy:Toy", "budgets=unlimited"), {"Profile", "TrainedNorm", "SwitchBalance", "validate"}),
+        (("algorithm=toy_lora:ToyLora", "budgets=unlimited"), {"cached"}),
+        (("algorithm=toy_lora:ToyRound", "budgets=unlimited"), set()),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_inv10_systems_that_probe_lose_or_keep_give_the_bits_of_the_simulator(
+    overrides: tuple[str, ...], asks: set[str], shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[str] = set()
+    sound = node.local_round
+
+    def noted(adapter: Any, params: Any, plan: ExpertPlan, **how: Any) -> Any:
+        extras = plan.extras
+        wishes = (extras.before, extras.after, extras.aux, extras.per_batch)
+        asked.update(type(wish).__name__ for wish in wishes if wish is not None)
+        asked.update({"validate"} if extras.validate else ())
+        asked.update({"cached"} if extras.cached_LE is not None and extras.cached_LE.any() else ())
+        return sound(adapter, params, plan, **how)
+
+    monkeypatch.setattr(node, "local_round", noted)
+    here, there = both(make_config(tmp_path, shared)(REMOTE, *overrides, "clients=3", "train.local_steps=2"))
+    assert there["model_hash"] == here["model_hash"]
+    assert there["refused_updates"] == here["refused_updates"] == 0
+    assert (there["bytes_down"], there["bytes_up"]) == (here["bytes_down"], here["bytes_up"])
+    assert asks <= asked
 
 
 def failing(client: int, rounds: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +193,55 @@ def test_the_trunk_travels_once_and_again_to_a_device_that_lost_it(shared: Path,
     assert "trunk is unknown" in told[2]["refused"][0]["reason"]
 
 
+def on_their_own(config: Config, folder: Path) -> Near:
+    """Devices with a disk each."""
+    return Near(*[Words(client, cache=str(folder / f"device-{client}")) for client in range(config.clients)])
+
+
+def test_a_frozen_base_travels_once_and_again_to_a_device_that_lost_it(shared: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, shared)(REMOTE, "rounds=5", "algorithm=flexlora", "clients=2")
+    near = on_their_own(config, tmp_path)
+
+    def forgetful(client: int, turn: int, answer: bytes) -> bytes | None:
+        if client == 1 and turn in (1, 3):
+            for path in (tmp_path / "device-1").rglob("*.safetensors"):
+                if turn == 3 or path.parent.name == "experts":
+                    path.unlink()
+        return answer
+
+    near.spoil = forgetful
+    deployed(config, near=near)
+    down = {(line["round"], line["client"]): line["wire"]["down"] for line in lines(config.out, "ledger.jsonl")}
+    base = 8 * 2 * 3 * 32 * 16 * 4  # bytes: experts, layers, matrices of 32 x 16 in float32
+    assert [down[round, 0] - down[2, 0] > base / 2 for round in (1, 2, 3, 4, 5)] == [True, *[False] * 4]
+    assert [down[round, 1] - down[2, 1] > base / 2 for round in (1, 2, 3, 4, 5)] == [True, False, True, False, True]
+    told = [line for line in lines(config.out, "metrics.jsonl") if line["type"] == "round"]
+    assert [[fault["client"] for fault in line["refused"]] for line in told] == [[], [], [1], [], [1], []]
+    assert "base of experts is unknown" in told[2]["refused"][0]["reason"]
+    assert "trunk is unknown" in told[4]["refused"][0]["reason"]  # and with the trunk comes the base
+
+
+def test_inv10_a_run_goes_on_over_devices_that_kept_their_base(shared: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, shared)(REMOTE, "rounds=3", "algorithm=flexlora", "clients=2")
+    here = run(config, observer=NullObserver())
+
+    def killed(client: int, turn: int, answer: bytes) -> bytes:
+        if client == 1 and turn == 2:
+            raise KeyboardInterrupt
+        return answer
+
+    near, out = on_their_own(config, tmp_path), replace(config, out=there_out(config))
+    near.spoil = killed
+    with pytest.raises(KeyboardInterrupt):
+        deployed(out, near=near)
+    again = on_their_own(config, tmp_path)
+    there = resume(Path(out.out), observer=NullObserver(), founder=found_remote(again, wait=60))
+    assert there["model_hash"] == here["model_hash"]
+    assert there["refused_updates"] == 0
+    first = next(size for kind, size in near.sent if kind == "train")
+    assert all(size < first for kind, size in again.sent if kind == "train")
+
+
 def test_owners_bring_text_of_their_own(shared: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, shared)(REMOTE)
     words = []
@@ -193,10 +289,6 @@ def test_a_device_with_another_fedmoe_is_named_by_both_versions(
         ("eval.personal=true", "eval.personal=True is for simulations"),
         ("privacy.secure=true", "privacy.secure=true is for simulations"),
         ("privacy.drop=0.1", "privacy.drop=0.1 is for simulations"),
-        ("algorithm=flame", "asks its clients for cached_LE"),
-        ("algorithm=flux", "asks its clients for after"),
-        ("algorithm=flex_moe", "asks its clients for after"),
-        ("selection.reschedule=batch selection.mode=backward-masked", "asks its clients for per_batch"),
     ],
 )
 def test_what_only_a_simulation_can_do_is_refused_at_the_start(
