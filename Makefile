@@ -54,7 +54,7 @@ $(FLOWER)/.ready: setup.py pyproject.toml $(CONSTRAINTS)
 	@echo "setup: making $(FLOWER) with fedmoe and Flower, a few minutes the first time"
 	@test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
 	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[flower]" pytest pytest-timeout hypothesis
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[flower,privacy]" pytest pytest-timeout hypothesis
 	@touch $@
 
 flower: $(FLOWER)/.ready ## the Flower binding against the published package: real processes, TLS, a device that dies, .venv-flower

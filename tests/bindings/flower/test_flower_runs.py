@@ -76,21 +76,43 @@ def simulated(config: Config, failures: set[tuple[int, int]], monkeypatch: pytes
     return run(replace(config, out=f"{config.out}-simulated"), observer=NullObserver())
 
 
+def private(loopback: Loopback, out: Path) -> None:
+    """The secret of a run lies where its owner alone can read it, and in nothing that Flower keeps or says."""
+    path = out / "secret.json"
+    key = json.loads(path.read_text())["key"]
+    assert path.stat().st_mode & 0o777 == 0o600
+    files = [*loopback.folder.rglob("*"), *(path for path in out.rglob("*") if path.name != "secret.json")]
+    for file in files:
+        if file.is_file():
+            content = file.read_bytes()
+            assert key.encode() not in content, file
+            assert bytes.fromhex(key) not in content, file
+
+
 def refusals(out: Path) -> dict[tuple[int, int], str]:
     """Reasons by (round, client), counted from 0."""
     return {(line["round"] - 1, told["client"]): told["reason"] for line in rounds(out) for told in line["refused"]}
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "words",
+    [("privacy.clip=0.05",), ("algorithm=flux", "rounds=2", "warmup.steps=6")],  # each with a trunk of its own to send
+    ids=["clipped", "flux"],
+)
 def test_inv10_flower_gives_the_bits_of_the_simulator(
-    loopback: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loopback: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
-    config = make_config(tmp_path, tmp_path / "shared")("train.timeout=120", "rounds=1")
+    """Flux asks devices for measurements of its own. A clip without noise leaves bits to compare."""
+    name = words[0].partition(".")[0].replace("=", "-")
+    config = make_config(tmp_path, tmp_path / "shared")("train.timeout=120", "rounds=1", *words, out_name=name)
     out = begun(loopback, HONEST, config)
     there = finished(loopback, out)
     here = simulated(config, set(), monkeypatch)
     assert refusals(out) == {}
     assert there["model_hash"] == here["model_hash"]
+    if config.privacy.clip:
+        private(loopback, out)
     ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     assert all(line["real"]["bytes_down"] < line["wire"]["down"] for line in ledger)
     assert all(line["real"]["bytes_up"] < line["wire"]["up"] for line in ledger)
