@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
 import tomllib
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +19,7 @@ from fedmoe_core.base.say import hold_streams, say
 from fedmoe_core.cli import score as cli_score
 from fedmoe_core.cli import study as cli_study
 from fedmoe_core.cli import watch as cli_watch
+from fedmoe_core.cli.ending import Ending, errors, fail, interruptions
 from fedmoe_core.simulation import launch
 
 if TYPE_CHECKING:
@@ -77,9 +76,10 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Train: every client inside its budget, one round after another; writes a run directory and its report."""
-    with _errors(debug) as stop:
+    ending = Ending()
+    with interruptions(ending), errors(ending, debug=debug):
         config = _config(words)
-        out = stop.run_dir = Path(config.out)
+        out = ending.run_dir = Path(config.out)
         launch.check_world(config.ranks)
         if launch.rank() == 0 and not launch.restarted():  # a restart goes on with what the first attempt left
             from fedmoe_core.simulation.directory.claim import refuse_claim
@@ -105,8 +105,9 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run from its last checkpoint, to the same bits as if it had never stopped."""
-    with _errors(debug) as stop:
-        stop.run_dir = run_dir
+    ending = Ending()
+    with interruptions(ending), errors(ending, debug=debug):
+        ending.run_dir = run_dir
         if not (run_dir / "config.toml").is_file():
             raise ValueError(f"{run_dir} holds no run (no config.toml); give the directory that a run named as out")
         _make_importable(run_dir / "config.toml", [])
@@ -131,7 +132,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what each client would hold, move, compute and need in memory, before anything trains (the dry run)."""
-    with _errors(debug):
+    ending = Ending()
+    with interruptions(ending), errors(ending, debug=debug):
         config = _config(words)
         from fedmoe_core.cli.plan_table import groups_table, plan_table
         from fedmoe_core.simulation import run as simulator
@@ -165,7 +167,8 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Rank the experts of every MoE layer by what they are worth, on public text; nothing is trained beyond warm-up."""
-    with _errors(debug):
+    ending = Ending()
+    with interruptions(ending), errors(ending, debug=debug):
         cli_score.check(by)
         config = _config(words)
         from fedmoe_core.simulation.observer import NullObserver
@@ -188,7 +191,8 @@ def watch(
     as_json: AsJson = False,
 ) -> None:
     """Follow a run, or several, in a table: rounds, loss, worst client, updates, budgets, time left; it only reads."""
-    with _errors(debug):
+    ending = Ending()
+    with interruptions(ending), errors(ending, debug=debug):
         cli_watch.watch(run_dirs, once=once, every=every, as_json=as_json)
 
 
@@ -199,7 +203,8 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write report.html for one run, or one page that shows several, and print the figures that matter."""
-    with _errors(debug):
+    ending = Ending()
+    with interruptions(ending), errors(ending, debug=debug):
         from fedmoe_core.reporting.report import report
 
         path, lines = report(run_dirs, out=out)
@@ -223,8 +228,9 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Run systems over seeds under identical budgets and write a table and figures; stop it and go on at any time."""
-    with _errors(debug) as stop:
-        stop.again = "fedmoe compare with the same words"
+    ending = Ending()
+    with interruptions(ending), errors(ending, debug=debug):
+        ending.again = "fedmoe compare with the same words"
         from fedmoe_core.comparison.study import Study
 
         _make_importable(next((Path(w) for w in words or [] if "=" not in w), None), words or [])
@@ -244,7 +250,8 @@ def compare(
 @app.command()
 def systems(as_json: AsJson = False, debug: Debug = False) -> None:
     """List every system: its paper, the equations implemented, how sure we are of each, what is not there."""
-    with _errors(debug):
+    ending = Ending()
+    with interruptions(ending), errors(ending, debug=debug):
         cli_study.show_systems(as_json=as_json)
 
 
@@ -261,75 +268,6 @@ def main() -> None:
 def _warning(message: Warning | str, *_: object) -> str:
     """A warning as one line, without the place in the code, and from one rank."""
     return f"warning: {message}\n" if launch.rank() == 0 else ""
-
-
-class _Stop:
-    """Where a stopped run could go on; set once the command knows it."""
-
-    run_dir: Path | None = None
-    again: str = ""  # how to continue when what was interrupted is not a single run
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[_Stop]:
-    """Turn errors that a user can mend into one sentence and exit code 2, Ctrl-C into a hint and 130."""
-    stop = _Stop()
-    launch.follow_parent()
-    try:
-        with launch.stoppable():
-            yield stop
-    except KeyboardInterrupt:
-        if launch.speaks():
-            say(f"stopped; go on with: {stop.again}" if stop.again else _stopped(stop.run_dir), err=True)
-        raise typer.Exit(130) from None
-    except launch.RankError as error:
-        if error.code == 130:
-            say(_stopped(stop.run_dir), err=True)
-        else:
-            unfinished = error.code > 128 or error.code == launch.PEER_LOST
-            hint = f"; go on with: fedmoe resume {stop.run_dir}" if unfinished and _resumable(stop.run_dir) else ""
-            say(f"error: {error}{hint}", err=True)
-        raise typer.Exit(error.code) from None
-    except launch.PeerLostError as error:
-        if debug:
-            raise
-        _fail(str(error), launch.PEER_LOST)
-    except (ValueError, OSError) as error:
-        if debug:
-            raise
-        _fail(_sentence(error))
-
-
-def _fail(sentence: str, code: int = 2) -> NoReturn:
-    if not launch.tell_parent(sentence):
-        say(f"error: {sentence}", err=True)
-    raise typer.Exit(code)
-
-
-def _sentence(error: Exception) -> str:
-    """One line without a traceback; an operating-system error also gets the path and what to do."""
-    if not (isinstance(error, OSError) and error.strerror):
-        return " ".join(str(error).split()) or type(error).__name__
-    remedies = {
-        errno.EACCES: "choose another out=DIRECTORY or change its permissions",
-        errno.EPERM: "choose another out=DIRECTORY or change its permissions",
-        errno.EROFS: "choose an out=DIRECTORY that can be written",
-        errno.ENOSPC: "free some space or choose another out=DIRECTORY",
-    }
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror.lower()}; {remedies.get(error.errno or 0, 'check the path')}"
-
-
-def _stopped(run_dir: Path | None) -> str:
-    if _resumable(run_dir):
-        under = " (under torchrun again)" if launch.launched() else ""
-        return f"stopped; go on with: fedmoe resume {run_dir}{under}"
-    return "stopped before the first checkpoint; there is nothing to resume yet, start again"
-
-
-def _resumable(run_dir: Path | None) -> bool:
-    saved = run_dir / "checkpoint" if run_dir else None
-    return saved is not None and saved.is_dir() and any(saved.iterdir())
 
 
 def _config(words: list[str] | None) -> Config:
@@ -390,4 +328,4 @@ def _finish(summary: dict[str, Any], run_dir: Path, *, as_json: bool) -> None:
         for line in [*lines, f"report: {path}"]:
             say(line)
     if found := problems(summary):
-        _fail(f"{'; '.join(found)}; {run_dir}/ledger.jsonl and metrics.jsonl have every client", 1)
+        fail(f"{'; '.join(found)}; {run_dir}/ledger.jsonl and metrics.jsonl have every client", 1)

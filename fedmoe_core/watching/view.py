@@ -43,7 +43,7 @@ def hint_of(seen: Seen) -> str:
         how = f"go on with: fedmoe resume {seen.path}" if seen.resumable else "there is no checkpoint yet, start again"
         return f"stopped; {how}"
     if seen.state == "not begun":
-        return f"there is no run in {seen.path} yet; this waits for one"
+        return f"there is no run in {seen.path} yet; without --once the command waits for one"
     if seen.state == "preparing":
         return "before the first round: data, warm-up and a first measurement"
     slow = max(QUIET, 5 * (seen.round_seconds or 0.0))

@@ -129,7 +129,7 @@ def test_it_follows_a_run_in_a_terminal_and_leaves_with_it(tmp_path: Path) -> No
 
 
 def follow(terminal: Terminal, tmp_path: Path, path: Path) -> None:
-    terminal.until(lambda text: "this waits for one" in text)
+    terminal.until(lambda text: "waits for one" in text)
     make_run(tmp_path / "made", clients=4)
     summary, lines = (
         (tmp_path / "made" / "summary.json").read_text(),

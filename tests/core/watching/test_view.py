@@ -71,7 +71,10 @@ def test_one_run_in_full() -> None:
     [
         ({"state": "stopped"}, "stopped; go on with: fedmoe resume runs/one"),
         ({"state": "stopped", "resumable": False}, "stopped; there is no checkpoint yet, start again"),
-        ({"state": "not begun", "title": ""}, "there is no run in runs/one yet; this waits for one"),
+        (
+            {"state": "not begun", "title": ""},
+            "there is no run in runs/one yet; without --once the command waits for one",
+        ),
         ({"state": "preparing", "title": ""}, "before the first round: data, warm-up and a first measurement"),
         ({"silent_seconds": 300.0}, "no line for 5 min 00 s; the process is still there"),
         (
