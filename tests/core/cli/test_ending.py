@@ -49,7 +49,7 @@ def test_all_commands_are_tried() -> None:
 def test_an_interruption_on_the_way_out_of_an_error_is_told(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of twenty ranks whose peer was killed ended with 130 and not a word, under a launcher that sends SIGTERM."""
+    """Ranks whose peer was killed sometimes ended with 130 and not a word, under a launcher that sends SIGTERM."""
     monkeypatch.setattr(main, "errors", Late)
     words = [word.format(tmp_path) for word in COMMANDS[name]]
     result = CliRunner().invoke(main.app, [name, *words])
