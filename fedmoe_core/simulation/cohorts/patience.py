@@ -30,7 +30,7 @@ def patience(seconds: float, clients: str, *, grace: float = GRACE) -> Iterator[
         clients: who, in words.
         grace: seconds after which a block that no alarm reaches ends the process, with exit status ``launch.HUNG``. One
             that also keeps Python's lock, so that no other thread runs, is ended after as much time again: its stack
-            is printed, and the exit status is 1.
+            is printed, and the exit status is 1. It is faulthandler's one timer, so another use of that ends.
 
     Raises:
         ClientTimeoutError: the time is up; from wherever the block is.

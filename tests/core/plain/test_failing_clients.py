@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import signal
 from pathlib import Path
@@ -94,6 +95,22 @@ def test_patience_leaves_no_timer_and_no_handler() -> None:
         assert signal.getsignal(signal.SIGALRM) is handler
     assert signal.getsignal(signal.SIGALRM) is handler
     assert (left == 0) == (signal.getitimer(signal.ITIMER_REAL)[0] == 0)
+
+
+def test_an_alarm_on_the_way_out_of_patience_leaves_no_timer_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It interrupts contextlib's first line, so the block below ``yield`` runs only as the generator is dropped."""
+    handler, cancelled, cancel = signal.getsignal(signal.SIGALRM), [], faulthandler.cancel_dump_traceback_later
+
+    def noted() -> None:
+        cancelled.append(cancel())
+
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", noted)
+    late = patience(30, "a client")
+    late.__enter__()
+    assert signal.getsignal(signal.SIGALRM) is not handler
+    del late
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert cancelled
 
 
 def test_a_reason_is_one_short_sentence() -> None:

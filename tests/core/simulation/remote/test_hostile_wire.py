@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from near import Near
 from tiny_corpus import make_config
 from wire_cases import cases, claiming, measured, put_together, taken_apart, tampered
 
+from fedmoe_core.config.run_config import Config
 from fedmoe_core.model.spec import model_hash
+from fedmoe_core.server.state import ServerState
 from fedmoe_core.simulation.cohorts.training import Task
 from fedmoe_core.simulation.observer import NullObserver
 from fedmoe_core.simulation.process_group import Ranks
@@ -45,32 +47,41 @@ class Hostile(Near):
         yield 1, b"from somewhere else"
 
 
-def test_inv11_hostile_bytes_move_nothing(tmp_path: Path) -> None:
-    config = make_config(tmp_path, tmp_path / "shared")("train.timeout=60", "train.local_steps=1").resolved()
+@dataclass(frozen=True)
+class Met:
+    """A federation whose devices have each answered once, and what they said."""
+
+    near: Near
+    world: RemoteFederation
+    state: ServerState
+    good: dict[int, bytes]
+
+
+def met(config: Config) -> Met:
+    """An honest round; the state is that before it."""
     good: dict[int, bytes] = {}
 
     def kept(client: int, turn: int, answer: bytes) -> bytes:
         return good.setdefault(client, answer)
 
-    near = Near(*[Words(client) for client in range(4)], spoil=kept)
+    near = Near(*[Words(client) for client in range(config.clients)], spoil=kept)
     world = found_remote(near, wait=60)(config, Ranks(), NullObserver())
     assert isinstance(world, RemoteFederation)
     state = world.algorithm.init(world.params)
     after, played = play_round(world, state, NullObserver())
-    assert [update.status for update in played.updates] == ["ok"] * 4
+    assert [update.status for update in played.updates] == ["ok"] * config.clients
     assert model_hash(after.params) != model_hash(state.params)
+    return Met(near, world, state, good)
 
-    hostile = Hostile(near)
-    world.roll.exchange = hostile
-    generated = {client: list(cases(data, client)) for client, data in good.items()}
-    generated[0] += [(f"the answer of client {other}", good[other]) for other in (1, 2, 3)]
-    generated[1] += [("not bytes", value) for value in (None, 1, "text", bytearray(good[1]), [good[1]])]
+
+def require_unmoved(met: Met, generated: Mapping[int, Sequence[tuple[str, Any]]]) -> None:
+    """All of them are sent in the devices' place; each is refused with a short reason, and the model keeps its bits."""
+    world, state = met.world, met.state
+    world.roll.exchange = hostile = Hostile(met.near)
     hostile.lists = {client: [data for _, data in found] for client, found in generated.items()}
-    count = sum(map(len, generated.values()))
-    assert count >= 2000
     names = {client: [name for name, _ in found] for client, found in generated.items()}
-    tasks = [Task(state, group) for group in world.groups(world.algorithm.plan(state, range(4)))]
-    statuses, before = Counter[str](), model_hash(state.params)
+    tasks = [Task(state, group) for group in world.groups(world.algorithm.plan(state, range(len(met.good))))]
+    seen, before = 0, model_hash(state.params)
     while any(hostile.lists.values()):
         sent = {client: names[client].pop() for client, left in hostile.lists.items() if left}
         trained = train(world, 0, tasks, NullObserver(), began=time.perf_counter())
@@ -79,50 +90,36 @@ def test_inv11_hostile_bytes_move_nothing(tmp_path: Path) -> None:
             if report["client"] in sent:
                 assert report["status"] in ("refused", "failed"), (sent[report["client"]], report)
                 assert 0 < len(report["error"]) <= 300, sent
-                statuses[report["status"]] += 1
-    assert sum(statuses.values()) == count
+                seen += 1
+    assert seen == sum(map(len, generated.values()))
     after, played = settle(world, state, trained)
     assert not played.applied
     assert model_hash(after.params) == before
+
+
+def test_inv11_hostile_bytes_move_nothing(tmp_path: Path) -> None:
+    found = met(make_config(tmp_path, tmp_path / "shared")("train.timeout=60", "train.local_steps=1").resolved())
+    good = found.good
+    generated = {client: list(cases(data, client)) for client, data in good.items()}
+    generated[0] += [(f"the answer of client {other}", good[other]) for other in (1, 2, 3)]
+    generated[1] += [("not bytes", value) for value in (None, 1, "text", bytearray(good[1]), [good[1]])]
+    assert sum(map(len, generated.values())) >= 2000
+    require_unmoved(found, generated)
 
 
 @pytest.mark.parametrize("system", ["flex_moe", "hetlora", "flame"])
 def test_inv11_nothing_that_a_client_claims_to_have_measured_or_kept_is_read_unchecked(
     system: str, tmp_path: Path
 ) -> None:
-    config = make_config(tmp_path, tmp_path / "shared")(
-        "train.timeout=60", "train.local_steps=1", f"algorithm={system}", "clients=2"
-    ).resolved()
-    good: dict[int, bytes] = {}
-
-    def kept(client: int, turn: int, answer: bytes) -> bytes:
-        return good.setdefault(client, answer)
-
-    near = Near(*[Words(client) for client in range(2)], spoil=kept)
-    world = found_remote(near, wait=60)(config, Ranks(), NullObserver())
-    assert isinstance(world, RemoteFederation)
-    state = world.algorithm.init(world.params)
-    _, played = play_round(world, state, NullObserver())
-    assert [update.status for update in played.updates] == ["ok"] * 2
+    words = ("train.timeout=60", "train.local_steps=1", f"algorithm={system}", "clients=2")
+    found = met(make_config(tmp_path, tmp_path / "shared")(*words).resolved())
     generated = {}
-    for client, answer in good.items():
+    for client, answer in found.good.items():
         head, tensors = taken_apart(answer)
         generated[client] = [*tampered(head, tensors), *measured(head, tensors)]
-    generated[0] += [("of another system", put_together(*_without_measures(good[0])))]
-    world.roll.exchange = hostile = Hostile(near)
-    hostile.lists = {client: [data for _, data in found] for client, found in generated.items()}
+    generated[0] += [("of another system", put_together(*_without_measures(found.good[0])))]
     assert sum(map(len, generated.values())) >= 300
-    names = {client: [name for name, _ in found] for client, found in generated.items()}
-    tasks = [Task(state, group) for group in world.groups(world.algorithm.plan(state, range(2)))]
-    before = model_hash(state.params)
-    while any(hostile.lists.values()):
-        sent = {client: names[client].pop() for client, left in hostile.lists.items() if left}
-        trained = train(world, 0, tasks, NullObserver(), began=time.perf_counter())
-        assert trained.sums.accepted == 0, sent
-        assert all(0 < len(report["error"]) <= 300 for report in trained.reports)
-    after, played = settle(world, state, trained)
-    assert not played.applied
-    assert model_hash(after.params) == before
+    require_unmoved(found, generated)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e30])
