@@ -138,7 +138,10 @@ NODES: Mapping[str, Callable[[Scene, Path], None]] = {
     "swapped with another": _with_another,
     "not permitted": lambda scene, path: path.chmod(0),
 }
-PLANTED = ("fedmoe-run.lock", "summary.json", ".summary.json.1.partial", "checkpoint/json-1.tmp", "partition.json")
+PLANTED = (
+    *("fedmoe-run.lock", "summary.json", "partition.json"),
+    *(".summary.json.host-1-abcdefgh.half", "checkpoint/.checkpoint.json.host-1-abcdefgh.half"),
+)
 
 
 def _planted(scene: Scene) -> str:

@@ -90,6 +90,25 @@ class HalfALine(Phase):
         setattr(self.owner, self.call, half)
 
 
+@dataclass(frozen=True)
+class HalfATensorFile(Phase):
+    """The moment at which safetensors has written half of a file, under a name of its own beside the one given."""
+
+    def arm(self) -> None:
+        """Let this process die in the middle of the writing."""
+        real, count = getattr(self.owner, self.call), 0
+
+        def half(tensors: Any, path: Path, *given: Any, **named: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == self.nth:
+                (path.parent / ".tmpAb3dEf").write_bytes(b"half")
+                die()
+            real(tensors, path, *given, **named)
+
+        setattr(self.owner, self.call, half)
+
+
 SECOND = 3  # calls of a save: before the first round, after it, and this one, which is after the second
 WORLDS = (PlainWorld, MoEWorld)
 PHASES = (
@@ -106,18 +125,22 @@ PHASES = (
     HalfALine("in the metrics' lines", prefix_log, "_write_all", nth=5),
     Phase("between metrics and checkpoint", prefix_log.PrefixLog, "append", "after", _log("metrics.jsonl"), nth=3),
     Phase("before the tensor file", checkpoint, "save_file", nth=SECOND),
+    HalfATensorFile("in the tensor file", checkpoint, "save_file", nth=SECOND),
     Phase("after the tensor file", checkpoint, "save_file", "after", nth=SECOND),
-    Phase("before the tensor file has its name", os, "replace", picks=_named("tensors-"), nth=SECOND),
-    Phase("after the tensor file has its name", os, "replace", "after", _named("tensors-"), nth=SECOND),
-    Phase("before the checkpoint counts", os, "replace", picks=_named("json-"), nth=SECOND),
-    Phase("after the checkpoint counts", os, "replace", "after", _named("json-"), nth=SECOND),
+    Phase("before the tensor file has its name", os, "replace", picks=_named("tensors"), nth=SECOND),
+    Phase("after the tensor file has its name", os, "replace", "after", _named("tensors"), nth=SECOND),
+    Phase("before the checkpoint counts", os, "replace", picks=_named("checkpoint.json"), nth=SECOND),
+    Phase("after the checkpoint counts", os, "replace", "after", _named("checkpoint.json"), nth=SECOND),
     Phase("before old tensors go", checkpoint, "_sweep", nth=SECOND),
     Phase("after old tensors went", checkpoint, "_sweep", "after", nth=SECOND),
     Phase("before the first checkpoint", checkpoint, "save_file"),
     Phase("before the configuration", log, "write_whole", picks=_named("config.toml")),
+    Phase("before the marker has its name", Path, "replace", picks=_named("fedmoe-run.json")),
+    Phase("before the configuration has its name", Path, "replace", picks=_named("config.toml")),
     Phase("between configuration and partition", log, "write_whole", "after", _named("config.toml")),
     Phase("after the partition", log, "write_whole", "after", _named("partition.json")),
     Phase("before the summary", log, "write_json", picks=_named("summary.json")),
+    Phase("before the summary has its name", Path, "replace", picks=_named("summary.json")),
     Phase("after the summary", log, "write_json", "after", picks=_named("summary.json")),
     Phase("before the checkpoint is read", simulate, "load_checkpoint"),
     Phase("after the checkpoint was read", simulate, "load_checkpoint", "after"),

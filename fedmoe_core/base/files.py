@@ -6,7 +6,6 @@ import json
 import math
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -14,6 +13,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from fedmoe_core.base.halves import beside
+
+PROBE = "probe"  # whose halves alone are ever there
 SPACE = "look whether its folder is still there and has free space, and do it again"
 FORMS = {
     stat.S_IFLNK: "a symbolic link",
@@ -119,7 +121,7 @@ def plain(value: Any) -> Any:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name beside ``path`` for a new file; it replaces ``path`` once the block has ended and it is on disk.
+    """Give a name near ``path`` for a new file; it replaces ``path`` once the block has ended and it is on disk.
 
     Readers and crashes see the old file or the new one, whole. A symbolic link at ``path`` is replaced; what it points
     to is never written.
@@ -127,16 +129,12 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the directory cannot be written, or the disk is full; the old file is intact.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.unlink(missing_ok=True)  # left by a killed process of the same number
+    with beside(path) as half:
+        partial = half / path.name
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def write_whole(path: Path, text: str, *, private: bool = False) -> None:
@@ -151,9 +149,8 @@ def write_whole(path: Path, text: str, *, private: bool = False) -> None:
         OSError: as ``replacing``, in one sentence.
     """
     try:
-        # "x" refuses a file or link that appeared since, so nothing foreign is written through.
         opener = _for_owner if private else None
-        with replacing(path) as partial, open(partial, "x", encoding="utf-8", opener=opener) as file:
+        with replacing(path) as partial, open(partial, "w", encoding="utf-8", opener=opener) as file:
             file.write(text)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error}); {SPACE}") from error
@@ -173,19 +170,6 @@ def json_text(value: Any) -> str:
     return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
 
 
-def is_running(process: int) -> bool:
-    """Tell whether another process of this number runs on this machine, and may still write the file that names it."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
-
-
 def json_digest(value: Any) -> str:
     """Return the sha256 of a JSON value, whatever the order of its keys: it shows damage, it does not stop a forger."""
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -200,9 +184,8 @@ def ensure_writable(directory: Path | str) -> Path:
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            probe.write(b"probe")
-            probe.flush()
+        with beside(directory / PROBE) as half:
+            (half / PROBE).write_bytes(b"probe")
     except OSError as error:
         raise PermissionError(
             f"cannot write to {directory} ({error.strerror or error}); choose another directory with out=DIR"

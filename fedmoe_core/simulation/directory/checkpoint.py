@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedmoe_core.base.files import ensure_writable, is_running, json_digest, require_file
+from fedmoe_core.base.files import ensure_writable, json_digest, require_file
+from fedmoe_core.base.halves import beside
 from fedmoe_core.base.wording import another_configuration, differing
 from fedmoe_core.config.systems import RETIRED
 
@@ -32,7 +33,6 @@ FORMAT = "fedmoe-checkpoint"
 FORMAT_VERSION = 3  # 3: meta covers the logs and the partition by their digests
 JSON_NAME = "checkpoint.json"
 TENSOR_NAME = re.compile(r"state-[0-9a-f]{16}\.safetensors")
-PARTIAL_NAME = re.compile(r"(?:tensors|json)-(\d+)\.tmp")
 LARGEST_JSON = 64 << 20  # bytes; ours hold a few kilobytes, arrays belong into the tensors
 START_AFRESH = "resume from another checkpoint or start the run afresh"
 
@@ -79,23 +79,22 @@ def _save(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     # As JSON gives it back, so that the digest of what was written is the digest of what is read.
     body = _as_json({"meta": meta, "config": config, "versions": _versions()})
     body |= {"format": FORMAT, "format_version": FORMAT_VERSION}
-    partial = directory / f"tensors-{os.getpid()}.tmp"
-    partial.unlink(missing_ok=True)  # left by a killed process of the same number, or a link that leads elsewhere
-    save_file(_unshared(tensors), partial)
-    _sync(partial)
-    sha256 = _sha256(partial)
-    # Named after its content: a save of equal tensors renames equal bytes over the file in use, which is harmless.
-    target = directory / f"state-{sha256[:16]}.safetensors"
-    os.replace(partial, target)
-    body["tensors"] = {"file": target.name, "sha256": sha256, "bytes": target.stat().st_size}
-    body["digest"] = json_digest(body)
-    partial = directory / f"json-{os.getpid()}.tmp"
-    partial.unlink(missing_ok=True)
-    partial.write_text(json.dumps(body, indent=1, sort_keys=True))
-    _sync(partial)
-    _sync(directory)  # the tensor file's name must be on disk before the JSON that points to it
-    os.replace(partial, directory / JSON_NAME)
-    _sync(directory)
+    with beside(directory / JSON_NAME) as half:
+        partial = half / "tensors"
+        save_file(_unshared(tensors), partial)
+        _sync(partial)
+        sha256 = _sha256(partial)
+        # Named after its content: a save of equal tensors renames equal bytes over the file in use, which is harmless.
+        target = directory / f"state-{sha256[:16]}.safetensors"
+        os.replace(partial, target)
+        body["tensors"] = {"file": target.name, "sha256": sha256, "bytes": target.stat().st_size}
+        body["digest"] = json_digest(body)
+        partial = half / JSON_NAME
+        partial.write_text(json.dumps(body, indent=1, sort_keys=True))
+        _sync(partial)
+        _sync(directory)  # the tensor file's name must be on disk before the JSON that points to it
+        os.replace(partial, directory / JSON_NAME)
+        _sync(directory)
 
 
 def load_checkpoint(directory: Path | str, *, expected_fingerprint: Mapping[str, Any] | None = None) -> Checkpoint:
@@ -220,14 +219,11 @@ def _sync(path: Path) -> None:
 
 
 def _sweep(directory: Path) -> None:
-    """Delete tensor files that the JSON does not name, and what killed saves left; never anything of other names."""
+    """Delete tensor files that the JSON does not name; never anything of other names."""
     try:
         keep = json.loads((directory / JSON_NAME).read_bytes())["tensors"]["file"]
     except (OSError, ValueError, KeyError, TypeError):
-        keep = None  # not a JSON of ours: leftovers of killed saves go, whole tensor files stay
+        return  # not a JSON of ours: whole tensor files stay
     for path in directory.iterdir():
-        superseded = keep is not None and path.name != keep and TENSOR_NAME.fullmatch(path.name)
-        partial = PARTIAL_NAME.fullmatch(path.name)
-        # Two runs that begin at once make one warm-up, and neither may take what the other has half written.
-        if superseded or (partial and not is_running(int(partial[1]))):
+        if path.name != keep and TENSOR_NAME.fullmatch(path.name):
             path.unlink(missing_ok=True)

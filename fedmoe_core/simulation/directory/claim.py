@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fedmoe_core.base.files import ensure_writable, form_of, is_running, json_digest, plain, require_file, write_json
+from fedmoe_core.base.files import PROBE, ensure_writable, form_of, json_digest, plain, require_file, write_json
+from fedmoe_core.base.halves import sweep, whose
+from fedmoe_core.simulation.directory.checkpoint import JSON_NAME, TENSOR_NAME
 
 MARKER = "fedmoe-run.json"
 LOCK = "fedmoe-run.lock"
@@ -34,8 +37,8 @@ FILES = (
     "secret.json",
 )
 CHECKPOINT = "checkpoint"
-_IN_CHECKPOINT = re.compile(r"checkpoint\.json|state-[0-9a-f]{16}\.safetensors|(tensors|json)-\d+\.tmp")
-_PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (MARKER, *FILES)))})\.(\d+)\.partial")
+HALVES = (PROBE, MARKER, *FILES)
+HALVES_IN_CHECKPOINT = (PROBE, JSON_NAME)
 
 
 @dataclass(frozen=True)
@@ -183,21 +186,19 @@ def _holds_run(path: Path) -> bool:
 
 
 def _others(path: Path) -> bool:
-    """Whether the directory holds anything besides the lock's file and what a kill left of a marker."""
-    return any(entry.name != LOCK and not _half_a_marker(entry) for entry in path.iterdir())
+    """Whether the directory holds anything besides the lock's file and what a kill before the marker left."""
+    return any(entry.name != LOCK and not _before_the_marker(entry) for entry in path.iterdir())
 
 
-def _half_a_marker(entry: Path) -> bool:
-    partial = _PARTIAL.fullmatch(entry.name)
-    return partial is not None and partial[1] == MARKER and not form_of(entry)
+def _before_the_marker(entry: Path) -> bool:
+    return whose(entry) in (PROBE, MARKER) and form_of(entry) == "a folder"
 
 
 def _sweep(path: Path) -> None:
     """Remove the halves of files that killed processes left; the holder of the lock may, and no link is one of them."""
-    for entry in path.iterdir():
-        partial = _PARTIAL.fullmatch(entry.name)
-        if partial and not form_of(entry) and not is_running(int(partial[2])):
-            entry.unlink(missing_ok=True)
+    sweep(path, *HALVES)  # a report is written without the lock
+    if not (path / CHECKPOINT).is_symlink():
+        sweep(path / CHECKPOINT, *HALVES_IN_CHECKPOINT, alone=True)
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:
@@ -226,22 +227,24 @@ def _write_marker(path: Path, id: str, facts: Mapping[str, Any]) -> None:
 def _ours(path: Path) -> Iterator[Path]:
     """Everything in the directory that bears a name which only a run gives, the marker and the lock aside."""
     for entry in sorted(path.iterdir()):
-        if entry.name in FILES or _PARTIAL.fullmatch(entry.name):
+        if entry.name in FILES or whose(entry) in HALVES:
             yield entry
     saved = path / CHECKPOINT
     if saved.is_dir() and not saved.is_symlink():
-        yield from sorted(entry for entry in saved.iterdir() if _IN_CHECKPOINT.fullmatch(entry.name))
+        for entry in sorted(saved.iterdir()):
+            if entry.name == JSON_NAME or TENSOR_NAME.fullmatch(entry.name) or whose(entry) in HALVES_IN_CHECKPOINT:
+                yield entry
 
 
 def _refuse_foreign(path: Path) -> None:
     """Refuse a directory in which something of our names is not what we write: a link, a directory, a device."""
     saved = path / CHECKPOINT
-    places = [*([] if form_of(saved) == "a folder" else [saved]), *_ours(path)]
-    for place in places:
-        form = "a file" if place == saved and saved.is_file() else form_of(place)
-        if form:
+    for place in [saved, *_ours(path)]:
+        form, right = form_of(place), "a folder" if place == saved or whose(place) else ""
+        if form != right and os.path.lexists(place):  # the half of a report may just have gone
             raise ValueError(
-                f"{place} is {form}, not of the kind that fedmoe writes; move it away, or choose another out=DIRECTORY"
+                f"{place} is {form or 'a file'}, not of the kind that fedmoe writes; "
+                "move it away, or choose another out=DIRECTORY"
             )
 
 
@@ -252,7 +255,10 @@ def _remove_run(path: Path) -> None:
     _refuse_foreign(path)
     ours = [entry for entry in _ours(path) if entry.name != "config.toml"]
     for entry in [*ours, path / "config.toml"]:
-        entry.unlink()
+        if whose(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink()
     saved = path / CHECKPOINT
     if saved.is_dir() and not any(saved.iterdir()):
         saved.rmdir()

@@ -12,7 +12,8 @@ import torch
 from checkpoint_cases import in_child
 from torch import Tensor
 
-from fedmoe_core.simulation.directory.checkpoint import save_checkpoint
+from fedmoe_core.base.halves import beside, whose
+from fedmoe_core.simulation.directory.checkpoint import JSON_NAME, save_checkpoint
 from fedmoe_core.simulation.warmup import cached_warmup
 
 KEY = "0123456789abcdef"
@@ -100,13 +101,16 @@ def test_what_is_not_a_file_of_ours_is_refused_and_nothing_is_written_elsewhere(
 def test_two_runs_that_begin_at_once_make_one_warm_up_and_neither_takes_the_other_s_half(tmp_path: Path) -> None:
     place = tmp_path / f"warmup-{KEY}"
     place.mkdir()
-    living = place / f"tensors-{os.getppid()}.tmp"  # of a process that runs
-    living.write_text("half")
+    with beside(place / JSON_NAME) as living:  # of a process that runs
+        (living / "tensors").write_text("half")
+        assert in_child(lambda: warm(tmp_path)) == 0
+        assert (living / "tensors").read_text() == "half"
     child = os.fork()
     if child == 0:
-        os._exit(0)
+        with beside(place / JSON_NAME):
+            os._exit(0)
     os.waitpid(child, 0)
-    (place / f"json-{child}.tmp").write_text("half")
+    assert [whose(entry) for entry in place.iterdir() if whose(entry)] == [JSON_NAME]
+    (place / JSON_NAME).unlink()
     assert in_child(lambda: warm(tmp_path)) == 0
-    assert living.exists()
-    assert not (place / f"json-{child}.tmp").exists()
+    assert not any(map(whose, place.iterdir()))

@@ -151,7 +151,7 @@ def test_inv10_every_file_is_on_disk_before_its_name_is(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "replace", watched_replace)
     save_round(tmp_path, 1)
-    tensors, json_, names = f"tensors-{os.getpid()}.tmp", f"json-{os.getpid()}.tmp", tmp_path.name
+    tensors, json_, names = "tensors", checkpoint.JSON_NAME, tmp_path.name
     order = [("sync", tensors), ("rename", tensors), ("sync", json_), ("sync", names), ("rename", json_)]
     assert calls == [*order, ("sync", names)]
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmoe_core.base.halves import beside, whose
 from fedmoe_core.simulation.directory import claim as run_directory
 from fedmoe_core.simulation.directory.claim import (
     CHECKPOINT,
@@ -28,8 +31,9 @@ from fedmoe_core.simulation.directory.claim import (
 )
 
 FACTS = {"corpus_sha256": "c0ffee"}
-OURS = [*FILES, f"{CHECKPOINT}/checkpoint.json", f"{CHECKPOINT}/state-0123456789abcdef.safetensors"]
-OURS += [f"{CHECKPOINT}/tensors-17.tmp", ".summary.json.17.partial"]
+WHOLE = [*FILES, f"{CHECKPOINT}/checkpoint.json", f"{CHECKPOINT}/state-0123456789abcdef.safetensors"]
+HALVES = [".summary.json.vm-17-ab.half", f"{CHECKPOINT}/.checkpoint.json.vm-17-ab.half"]
+OURS = [*WHOLE, *(f"{half}/state" for half in HALVES)]
 THEIRS = ["notes.txt", ".git/HEAD", "checkpoint/mine.safetensors", "config.yaml", "data/config.toml", "report.html.bak"]
 
 
@@ -120,25 +124,36 @@ def test_a_lock_that_is_not_a_file_is_refused_and_its_target_kept(tmp_path: Path
     assert victim.read_text() == "precious"
 
 
-def test_what_a_kill_left_half_written_goes_and_does_not_lock_the_directory_out(tmp_path: Path) -> None:
-    """A kill between the making of the directory and its marker leaves half a marker and nothing else."""
+def leave_halves(*paths: Path) -> None:
+    """Begin to write each of these files in a process that dies."""
     gone = os.fork()
     if gone == 0:
-        os._exit(0)
+        with ExitStack() as stack:
+            for path in paths:
+                stack.enter_context(beside(path))
+            os._exit(0)
     os.waitpid(gone, 0)
-    half = tmp_path / "run" / f".{MARKER}.{gone}.partial"
-    half.parent.mkdir()
-    half.write_text("{")
-    make_run(tmp_path / "run")
-    assert not half.exists()
-    left = [tmp_path / "run" / f".{name}.{gone}.partial" for name in (MARKER, "summary.json", "config.toml")]
-    written_now = tmp_path / "run" / f".report.html.{os.getppid()}.partial"  # by a command that still runs
-    for path in (*left, written_now):
-        path.write_text("half")
-    with held(tmp_path / "run"):
-        assert [path for path in (*left, written_now) if path.exists()] == [written_now]
-    (tmp_path / "precious").write_text("kept")
-    link = tmp_path / "other" / f".{MARKER}.{gone}.partial"
+
+
+def halves_in(run: Path) -> list[str]:
+    return sorted(filter(None, map(whose, run.rglob("*"))))
+
+
+def test_what_a_kill_left_half_written_goes_and_does_not_lock_the_directory_out(tmp_path: Path) -> None:
+    """A kill between the making of the directory and its marker leaves half a marker and nothing else."""
+    run = tmp_path / "run"
+    run.mkdir()
+    leave_halves(run / MARKER, run / "probe")
+    with claimed(run, force=False) as claim:
+        assert halves_in(run) == []
+        claim.begin(FACTS)
+        fill(run, ["config.toml", f"{CHECKPOINT}/checkpoint.json"])
+    leave_halves(*(run / name for name in (MARKER, "config.toml", f"{CHECKPOINT}/checkpoint.json")))
+    assert halves_in(run) == sorted([MARKER, "config.toml", "checkpoint.json"])
+    with beside(run / "report.html"), held(run):  # by a command that still runs
+        assert halves_in(run) == ["report.html"]
+    (tmp_path / "precious").mkdir()
+    link = tmp_path / "other" / f".{MARKER}.vm-17-ab.half"
     link.parent.mkdir()
     link.symlink_to(tmp_path / "precious")
     with pytest.raises(ValueError, match="fedmoe did not make it"):
@@ -162,7 +177,7 @@ def test_force_removes_our_files_and_no_others(tmp_path_factory: pytest.TempPath
     with pytest.raises(ValueError, match="replace it with --force"), claimed(root, force=False):
         pytest.fail("claimed over a run without force")
     with claimed(root, force=True) as claim:
-        assert set(OURS) <= set(tree(root))  # nothing goes before the new run begins
+        assert set(WHOLE) <= set(tree(root))  # nothing goes before the new run begins
         claim.begin({"corpus_sha256": "new"})
         assert set(tree(root)) == {MARKER, *theirs}
         fill(root, ["config.toml"])
@@ -177,7 +192,10 @@ def test_a_failure_before_the_new_run_begins_leaves_the_old_one(tmp_path: Path) 
     before = tree(tmp_path / "run")
     with pytest.raises(RuntimeError), claimed(tmp_path / "run", force=True):
         raise RuntimeError("the data file does not exist")
-    assert tree(tmp_path / "run") == before
+    after = tree(tmp_path / "run")
+    assert after.keys() >= set(WHOLE)
+    assert before.keys() - after.keys() == {f"{HALVES[1]}/state"}, "no living save can be in a held directory"
+    assert {name: before[name] for name in after} == after
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -214,16 +232,15 @@ def test_a_directory_that_was_marked_but_where_no_run_began_may_be_used_again(tm
 
 def link_file(name: str) -> Callable[[Path, Path], None]:
     def put(root: Path, victim: Path) -> None:
-        (root / name).unlink()
-        (root / name).symlink_to(victim / "precious.txt")
+        path = root / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.symlink_to(victim if name in HALVES else victim / "precious.txt")
 
     return put
 
 
 def link_checkpoint(root: Path, victim: Path) -> None:
-    for path in (root / CHECKPOINT).iterdir():
-        path.unlink()
-    (root / CHECKPOINT).rmdir()
+    shutil.rmtree(root / CHECKPOINT)
     fill(victim, ["checkpoint.json"])
     (root / CHECKPOINT).symlink_to(victim)
 
@@ -238,7 +255,10 @@ def fifo(root: Path, victim: Path) -> None:
     os.mkfifo(root / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("damage", [*map(link_file, OURS), link_checkpoint, folder, fifo])
+@pytest.mark.parametrize(
+    "damage",
+    [*map(link_file, [*WHOLE, *HALVES]), link_checkpoint, folder, fifo],
+)
 def test_nothing_is_removed_or_written_through_a_link(tmp_path: Path, damage: Callable[[Path, Path], None]) -> None:
     root, victim = tmp_path / "run", tmp_path / "victim"
     make_run(root)
