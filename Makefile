@@ -24,7 +24,7 @@ setup: $(VENV)/.ready ## create .venv with fedmoe, torch and the test tools (TOR
 
 # A worker for each core, each with one thread; a worker that runs out of tests takes some of another's.
 test: setup ## the whole test suite
-	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal
+	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal --durations=25 --durations-min=5
 
 docs: setup ## build the documentation site into build/site; a broken link or an unknown name is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -51,10 +51,14 @@ def sweep(folder: Path, *names: str, alone: bool = False) -> None:
         names: of the files.
         alone: whether the caller holds the folder, so that no half in it is being written.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):
-        for entry in folder.iterdir():
-            if whose(entry) in names and entry.is_dir() and not entry.is_symlink() and (alone or _is_left(entry)):
-                shutil.rmtree(entry, ignore_errors=True)
+    with suppress(OSError), os.scandir(folder) as entries:  # a folder that may not be listed, or is not there
+        # By the ending first: a cache holds a file for each of thousands of experts, and each new one sweeps.
+        found = [
+            Path(entry) for entry in entries if entry.name.endswith(".half") and entry.is_dir(follow_symlinks=False)
+        ]
+        for half in found:
+            if whose(half) in names and (alone or _is_left(half)):
+                shutil.rmtree(half, ignore_errors=True)
 
 
 def _is_left(half: Path) -> bool:
