@@ -26,7 +26,8 @@ from fedmoe_core.layer.router_loss import balance_loss
 from fedmoe_core.messages.profile import ClientProfile
 from fedmoe_core.model.adapter import ModelAdapter
 from fedmoe_core.model.submodel import SubModel
-from fedmoe_core.simulation.directory.checkpoint import JSON_NAME, Checkpoint, load_checkpoint, save_checkpoint
+from fedmoe_core.simulation.directory.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedmoe_core.simulation.directory.claim import JSON_NAME
 
 Forms = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each parameter
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -28,11 +27,10 @@ from fedmoe_core.base.files import ensure_writable, json_digest, require_file
 from fedmoe_core.base.halves import beside
 from fedmoe_core.base.wording import another_configuration, differing
 from fedmoe_core.config.systems import RETIRED
+from fedmoe_core.simulation.directory.claim import JSON_NAME, TENSOR_NAME
 
 FORMAT = "fedmoe-checkpoint"
 FORMAT_VERSION = 3  # 3: meta covers the logs and the partition by their digests
-JSON_NAME = "checkpoint.json"
-TENSOR_NAME = re.compile(r"state-[0-9a-f]{16}\.safetensors")
 LARGEST_JSON = 64 << 20  # bytes; ours hold a few kilobytes, arrays belong into the tensors
 START_AFRESH = "resume from another checkpoint or start the run afresh"
 

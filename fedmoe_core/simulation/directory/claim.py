@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,6 @@ from filelock import FileLock, Timeout
 
 from fedmoe_core.base.files import PROBE, ensure_writable, form_of, json_digest, plain, require_file, write_json
 from fedmoe_core.base.halves import sweep, whose
-from fedmoe_core.simulation.directory.checkpoint import JSON_NAME, TENSOR_NAME
 
 MARKER = "fedmoe-run.json"
 LOCK = "fedmoe-run.lock"
@@ -36,7 +36,9 @@ FILES = (
     "metrics.prom",
     "secret.json",
 )
-CHECKPOINT = "checkpoint"
+CHECKPOINT = "checkpoint"  # the folder; its files are named here, where no torch is, for those who only look
+JSON_NAME = "checkpoint.json"
+TENSOR_NAME = re.compile(r"state-[0-9a-f]{16}\.safetensors")
 HALVES = (PROBE, MARKER, *FILES)
 HALVES_IN_CHECKPOINT = (PROBE, JSON_NAME)
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.simulation import launch
-from fedmoe_core.simulation.directory.checkpoint import JSON_NAME
-from fedmoe_core.simulation.directory.claim import CHECKPOINT, read_facts
+from fedmoe_core.simulation.directory.claim import CHECKPOINT, JSON_NAME, read_facts
 from fedmoe_core.simulation.identity import Identity
 from fedmoe_core.simulation.process_group import Ranks
 

@@ -13,7 +13,8 @@ from checkpoint_cases import in_child
 from torch import Tensor
 
 from fedmoe_core.base.halves import beside, whose
-from fedmoe_core.simulation.directory.checkpoint import JSON_NAME, save_checkpoint
+from fedmoe_core.simulation.directory.checkpoint import save_checkpoint
+from fedmoe_core.simulation.directory.claim import JSON_NAME
 from fedmoe_core.simulation.warmup import cached_warmup
 
 KEY = "0123456789abcdef"

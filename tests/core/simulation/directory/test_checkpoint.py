@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoint_cases import CONFIG, in_child, loaded_round, only_tensor_file, refused, save_round, tensors_of
 
-from fedmoe_core.simulation.directory import checkpoint
+from fedmoe_core.simulation.directory import checkpoint, claim
 from fedmoe_core.simulation.directory.checkpoint import ensure_writable, load_checkpoint, save_checkpoint
 
 
@@ -151,7 +151,7 @@ def test_inv10_every_file_is_on_disk_before_its_name_is(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "replace", watched_replace)
     save_round(tmp_path, 1)
-    tensors, json_, names = "tensors", checkpoint.JSON_NAME, tmp_path.name
+    tensors, json_, names = "tensors", claim.JSON_NAME, tmp_path.name
     order = [("sync", tensors), ("rename", tensors), ("sync", json_), ("sync", names), ("rename", json_)]
     assert calls == [*order, ("sync", names)]
 
