@@ -1,7 +1,7 @@
 """What is being written lies in a folder of its own, named after its writer: what a kill leaves there can be removed.
 
-Libraries put files of their own beside the one they write: safetensors a ``.tmpXXXXXX`` as large as the model. A kill
-leaves those too, so a name alone for the new file is not enough.
+Libraries put files of their own beside the one they write: safetensors one that begins with ``.tmp`` and is as large as
+the model. A kill leaves those too, so a name alone for the new file is not enough.
 """
 
 from __future__ import annotations

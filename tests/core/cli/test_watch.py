@@ -55,9 +55,10 @@ class Terminal:
         return bool(ready) or not ended
 
     def end(self) -> int:
-        """Read all to the end; the exit status."""
+        """Read all to the end; the exit status. A command that does not end is told with what it showed last."""
+        deadline = time.monotonic() + 60
         while self.read():
-            pass
+            assert time.monotonic() < deadline, f"it goes on: {self.text[-2000:]!r}"
         return self.process.wait(10)
 
     def __enter__(self) -> Terminal:
