@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -142,7 +142,7 @@ class MoE(ExpertStore):
                 *["correction_bias"] * correction_bias,
             ],
         )
-        self.top_k, self.rule, self.shared = top_k, rule, shared
+        self.top_k, self.rule, self.shared = top_k, rule.of_layer(top_k), shared
         self.with_stats, self.with_scores = with_stats, with_scores
         self.recompute, self.backend, self.float32_router = recompute, backend, float32_router
         self.token_mask: Tensor | None = None
@@ -355,7 +355,7 @@ class MoE(ExpertStore):
 
     def facts(self) -> dict[str, Any]:
         """Return what a state dict says beside its tensors, see ``Described``."""
-        return super().facts() | {"top_k": self.top_k, "rule": asdict(self.rule)}
+        return super().facts() | {"top_k": self.top_k, "rule": self.rule.facts()}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -33,7 +33,9 @@ def route(
     *,
     slot_of_expert: Tensor | None = None,
     scoring: str = "softmax",
-    renormalize: bool = True,
+    renormalize: bool | str = True,
+    of: int | None = None,
+    temperature: float = 1.0,
     bias_E: Tensor | None = None,
     groups: tuple[int, int] | None = None,
     scale: float = 1.0,
@@ -46,7 +48,7 @@ def route(
         logits_TE: router logits; the arithmetic runs in their own dtype.
         k: choices per token.
         slot_of_expert: (E,), or (C, E) with `client_T`: the slot of each expert, -1 where absent; None = all present.
-        scoring, renormalize, bias_E, groups, scale, client_T, valid_T: as in `fedmoe_kernels.route`.
+        scoring, renormalize, of, temperature, bias_E, groups, scale, client_T, valid_T: as in `fedmoe_kernels.route`.
 
     Returns:
         RoutingTruth; `stats` has a leading C dimension when `slot_of_expert` is (C, E).
@@ -67,7 +69,13 @@ def route(
         finite = {e: logits_TE[t, e].clamp(max=top) for e in range(E) if logits_TE[t, e] > -math.inf}
         held = {e: logit for e, logit in finite.items() if table_CE[c, e] >= 0}
         chosen = _choose(held, k, scoring, bias_E, groups, E)
-        for j, (e, weight) in enumerate(zip(chosen, _weights(held, chosen, scoring, renormalize), strict=True)):
+        if renormalize == "share":
+            best = held[chosen[0]].detach() if chosen else 0.0
+            picked = _softmax({e: (held[e] - best) / temperature for e in chosen}).values()
+            found = [weight * len(chosen) / (k if of is None else of) for weight in picked]
+        else:
+            found = _weights(held, chosen, scoring, renormalize is True)
+        for j, (e, weight) in enumerate(zip(chosen, found, strict=True)):
             weights[t][j], experts[t][j], slots[t][j] = weight * scale, e, int(table_CE[c, e])
         if finite:
             _count(stats, c, finite, held, _choose(finite, k, scoring, bias_E, groups, E))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedmoe_kernels.routing import ops
 from fedmoe_kernels.routing.record import Routing, check_backend, table_of
+from fedmoe_kernels.routing.share import Renormalize, check_share, share_weights
 from fedmoe_kernels.routing.stats import RouterStats
 from fedmoe_kernels.slot_map import SlotMap
 
@@ -19,7 +20,9 @@ def route(
     *,
     permitted_E: Tensor | SlotMap | None = None,
     scoring: str = "softmax",
-    renormalize: bool = True,
+    renormalize: Renormalize = True,
+    of: int | None = None,
+    temperature: float = 1.0,
     bias_E: Tensor | None = None,
     groups: tuple[int, int] | None = None,
     scale: float = 1.0,
@@ -44,7 +47,11 @@ def route(
         scoring: "softmax": softmax over all permitted, then top-k. "topk_softmax": top-k, then softmax over the chosen.
             "sigmoid": sigmoid of each logit (the DeepSeek-V3 kind).
         renormalize: divide the weights by their sum over the chosen ("topk_softmax" sums to 1 as it is; "sigmoid" adds
-            1e-20 to the sum).
+            1e-20 to the sum). "share", not for "sigmoid": a token's n choices sum to n / `of`, so that where fewer than
+            `of` can be chosen the others are missing, and their weight is not given to those that are there.
+        of: the choices that sum to 1 under "share", at least k; None = k.
+        temperature: under "share" the weights are the softmax of the chosen logits over this; above 1 they are more
+            equal. Choice and statistics do not change.
         bias_E: (E,) added to the sigmoid for the choice only, never to the weight; only for "sigmoid".
         groups: (n_group, topk_group), only for "sigmoid": experts lie in n_group equal runs of ids; a group's score is
             the sum of its two best permitted choice scores (of one, if it has only one); choices are made in the
@@ -73,6 +80,7 @@ def route(
                 [1]])
     """
     _check_rule(logits_TE, k, scoring, bias_E, groups)
+    check_share(renormalize, k, of=of, temperature=temperature, scoring=scoring)
     check_backend(backend)
     slot_map = _slot_map(permitted_E)
     E = logits_TE.shape[1]
@@ -80,9 +88,12 @@ def route(
         raise ValueError(f"permitted_E covers {slot_map.num_experts} experts, logits_TE {E}; they must agree")
     table_CE = table_of(slot_map, logits_TE, client_T, valid_T)
     num_slots = E if slot_map is None else slot_map.num_slots
-    rule = (num_slots, k, scoring, renormalize, *(groups or (1, 1)), float(scale), with_stats, backend)
-    outputs = ops.route(logits_TE, table_CE, client_T, valid_T, bias_E, *rule)
+    shares = renormalize == "share"
+    rule = (num_slots, k, scoring, renormalize is True, *(groups or (1, 1)), float(scale), with_stats, backend)
+    outputs = ops.route(logits_TE.detach() if shares else logits_TE, table_CE, client_T, valid_T, bias_E, *rule)
     weights_TK, experts_TK, slots_TK, rows_TK, tokens_R, places_R, offsets_B1, stats_C4E, tokens_C = outputs
+    if shares:
+        weights_TK = share_weights(logits_TE, experts_TK, factor=scale / (of or k), temperature=temperature)
     stats = None
     if with_stats:
         cohort = slot_map is not None and slot_map.num_clients is not None

@@ -17,7 +17,15 @@ from fedmoe_kernels.routing.record import Routing, SlotMap
 from fedmoe_kernels.routing.route import route
 from fedmoe_kernels.routing.stats import RouterStats
 
-RULES = [("softmax", True), ("softmax", False), ("topk_softmax", True), ("sigmoid", True), ("sigmoid", False)]
+RULES: list[tuple[str, Any]] = [
+    ("softmax", True),
+    ("softmax", False),
+    ("topk_softmax", True),
+    ("sigmoid", True),
+    ("sigmoid", False),
+    ("softmax", "share"),
+    ("topk_softmax", "share"),
+]
 INDEX_FIELDS = ("experts_TK", "slots_TK", "rows_TK", "tokens_R", "places_R", "offsets_B1")
 STATS_FIELDS = tuple(field.name for field in fields(RouterStats))
 
@@ -64,7 +72,11 @@ def cases(draw_from: st.DrawFn, *, odd_values: bool = True, groups: bool = True)
     if scoring == "sigmoid" and groups and draw_from(st.booleans()):
         n_group = draw_from(st.sampled_from([g for g in range(1, E + 1) if E % g == 0]))
         kwargs["groups"] = (n_group, draw_from(st.integers(1, n_group)))
-    return Case(logits_TE, draw_from(st.integers(1, E)), permitted_E, kwargs)
+    k = draw_from(st.integers(1, E))
+    if renormalize == "share":
+        kwargs["of"] = draw_from(st.sampled_from((None, k, k + 2)))
+        kwargs["temperature"] = draw_from(st.sampled_from((1.0, 0.5, 64.0)))
+    return Case(logits_TE, k, permitted_E, kwargs)
 
 
 def assert_same(got: Routing, truth: Any, *, tol: float = 1e-12) -> None:
@@ -113,6 +125,8 @@ def test_inv3_masked_routing_equals_submodel(case):
     kept = case.permitted_E.nonzero().flatten()
     sub_kwargs = case.kwargs | ({"bias_E": case.kwargs["bias_E"][kept]} if "bias_E" in case.kwargs else {})
     k = min(case.k, kept.numel())
+    if case.kwargs["renormalize"] == "share":  # the sub-model's own k does not change what was k of the whole
+        sub_kwargs["of"] = case.kwargs["of"] or case.k
     masked = route(case.logits_TE, case.k, permitted_E=case.permitted_E, **case.kwargs)
     sub = route(case.logits_TE[:, kept].contiguous(), k, **sub_kwargs)
     renamed_TK = torch.where(sub.experts_TK >= 0, kept[sub.experts_TK], -1)
@@ -329,3 +343,42 @@ def test_statistics_are_detached_float64_sums_over_the_unmasked_softmax():
 
 def test_no_statistics_unless_asked_for():
     assert route(draw(3, 4), 2).stats is None
+
+
+@pytest.mark.parametrize(("held", "k", "sums_to"), [(8, 4, 1.0), (4, 4, 1.0), (3, 4, 0.75), (1, 4, 0.25), (8, 2, 0.5)])
+def test_share_leaves_out_what_cannot_be_chosen(held, k, sums_to):
+    """Every weight of k' < k choices stays near 1 / 4; renormalised, one of them would be four times as large."""
+    logits_TE, permitted_E = draw(6, 8), torch.arange(8) < held
+    routing = route(logits_TE, k, permitted_E=permitted_E, renormalize="share", of=4)
+    torch.testing.assert_close(routing.weights_TK.sum(1), torch.full((6,), sums_to, dtype=torch.float64))
+    equal = route(logits_TE, k, permitted_E=permitted_E, renormalize="share", of=4, temperature=1e6).weights_TK
+    assert torch.equal((equal > 0).sum(1), torch.full((6,), min(held, k)))
+    torch.testing.assert_close(equal[equal > 0], torch.full_like(equal[equal > 0], 0.25), rtol=1e-5, atol=0)
+
+
+def test_share_chooses_and_counts_as_softmax_does():
+    logits_TE, permitted_E = draw(9, 8), mask(1, 0, 1, 1, 0, 0, 1, 0)
+    usual = route(logits_TE, 3, permitted_E=permitted_E, with_stats=True)
+    share = route(logits_TE, 3, permitted_E=permitted_E, renormalize="share", temperature=32.0, with_stats=True)
+    for name in INDEX_FIELDS:
+        assert torch.equal(getattr(usual, name), getattr(share, name)), name
+    for name in STATS_FIELDS:
+        assert torch.equal(getattr(usual.stats, name), getattr(share.stats, name)), name
+    plain = route(logits_TE, 3, permitted_E=permitted_E, renormalize="share")
+    torch.testing.assert_close(plain.weights_TK, usual.weights_TK, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"renormalize": "shares"}, "renormalize='shares' is unknown; use True, False or 'share'"),
+        ({"renormalize": "share", "scoring": "sigmoid"}, "weighs by a softmax; use scoring='softmax'"),
+        ({"renormalize": "share", "of": 1}, "of=1 is below k=2; .* give at least 2"),
+        ({"renormalize": "share", "temperature": 0.0}, "temperature=0.0 is out of range; give a positive number"),
+        ({"of": 4}, "belong to renormalize='share', not to True; leave them out"),
+        ({"renormalize": False, "temperature": 2.0}, "belong to renormalize='share', not to False; leave them out"),
+    ],
+)
+def test_what_does_not_go_with_share_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        route(draw(3, 4), 2, **options)

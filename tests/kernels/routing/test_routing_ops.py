@@ -60,7 +60,7 @@ def test_opcheck_place_rows():
     torch.library.opcheck(place_rows_op, (experts_TK, TABLE_CE, CLIENT_T, VALID_T, 6))
 
 
-@pytest.mark.parametrize(("scoring", "renormalize"), RULES)
+@pytest.mark.parametrize(("scoring", "renormalize"), [*RULES, ("softmax", "share")])
 def test_compiles_as_one_graph(scoring, renormalize):
     slot_map = SlotMap.build(torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool))
 

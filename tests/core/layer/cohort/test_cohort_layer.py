@@ -70,6 +70,7 @@ KINDS: dict[str, tuple[bool, dict[str, Any], Prepare]] = {
     "a factor on the output": (False, {}, factored),
     "a frozen router": (False, {}, no_router),
     "sigmoid, groups, every bias": (False, {"rule": SIGMOID}, plain),
+    "weights that are shares": (False, {"rule": RoutingRule(renormalize="share", of=3, temperature=8.0)}, plain),
     "adapters": (True, {}, plain),
     "adapters, one client's own": (True, {}, of_one_adapter),
     "adapters over nf4": (True, {}, of_nf4),
