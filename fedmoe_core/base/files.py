@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from io import FileIO
 from pathlib import Path
@@ -135,6 +136,34 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+
+
+@contextmanager
+def making(path: Path) -> Iterator[Path]:
+    """Give a name near ``path`` for a new folder, which becomes ``path`` once the block has ended and it is on disk.
+
+    Where another process has made it meanwhile, that one stays. The folders above are made.
+
+    Raises:
+        OSError: the directory cannot be written, or the disk is full, in one sentence; nothing is left then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with beside(path) as half:
+        partial = half / path.name
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    with file.open("rb+") as open_file:
+                        os.fsync(open_file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+                raise
+            raise OSError(f"{path} cannot be written ({error.strerror}); {SPACE}") from error
+        with suppress(OSError):
+            partial.rename(path)
+        if not path.is_dir():
+            raise OSError(f"{path} cannot be written; {SPACE}")
 
 
 def write_whole(path: Path, text: str, *, private: bool = False) -> None:

@@ -90,6 +90,7 @@ def check_pairs(values: Mapping[str, Any]) -> None:
     for key, most in (
         ("model_config.top_k", "model_config.experts"),
         ("fft_moe.top_k", "fft_moe.experts"),
+        ("split.top_k", "split.experts"),
         ("clients_per_round", "clients"),
         ("min_clients", sampled),
         *([("time.buffer", sampled), ("min_clients", "time.buffer")] if buffered and values["time.buffer"] else []),
@@ -100,6 +101,9 @@ def check_pairs(values: Mapping[str, Any]) -> None:
     _check_buffer(values)
     check_privacy(values)
     _check_guard(values, "time.buffer" if buffered else sampled)
+    kind, _, number = values["split.layers"].partition(":")
+    if kind == "last" and not (number.isdecimal() and int(number) > 0):
+        raise ValueError(f"split.layers={values['split.layers']!r} names no number of layers; give last:4, or all")
     heads, kv_heads = values["model_config.heads"], values["model_config.kv_heads"]
     if heads % kv_heads:
         raise ValueError(

@@ -44,6 +44,7 @@ from fedmoe_core.config.sections import (
     Positive,
     PrivacyConfig,
     SelectionConfig,
+    SplitConfig,
     TimeConfig,
     TrainConfig,
     WarmupConfig,
@@ -80,7 +81,8 @@ class Config:
     data: Annotated[str, one_of("stdlib", "csv:FILE", "jsonl:FILE", OWN)] = "stdlib"
     # trained on public text; auto: bpe, or bpe-lower for labelled data; a saved model brings its own
     tokenizer: Annotated[str, one_of("auto", "bpe", "bpe-lower", "word")] = "auto"
-    # tiny: built from [model_config]; else a directory, or a hub id of the form owner/name; own: a plain model
+    # tiny: built from [model_config]; else a directory, or a hub id of the form owner/name; smollm2 or dense:DIR: a
+    # dense model, split into experts by [split]; own: a plain model
     model: Name = "tiny"
     # entry point that opens the model; for a plain torch model MODULE:NAME, or own where it is handed over in Python
     adapter: Name = "transformers"
@@ -100,6 +102,7 @@ class Config:
     cache: str = ""  # folder of cached warm-ups and encoded text; empty = the user's cache folder
     out: Name = "runs/last"  # the run directory
     model_config: ModelConfig = field(default_factory=ModelConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     cohort: CohortConfig = field(default_factory=CohortConfig)
@@ -186,6 +189,8 @@ class Config:
         data = f"{kind}:{Path(file).absolute()}" if file else self.data
         directory = self.model not in ("tiny", OWN) and Path(self.model).is_dir()
         model = str(Path(self.model).absolute()) if directory else self.model
+        if model.startswith("dense:"):
+            model = f"dense:{Path(model.removeprefix('dense:')).absolute()}"
         asked = os.environ.get("OMP_NUM_THREADS", "")  # of each process, as launchers and batch systems set it
         threads = self.threads or (int(asked) if asked.isdigit() else 0) or max(1, usable_cores() // self.ranks)
         file = self.watch.prometheus and str(Path(self.watch.prometheus).absolute())

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from fedmoe_core.config.schema import one_of
+
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 PositiveReal = Annotated[float, Meta(gt=0.0)]
@@ -30,6 +32,17 @@ class ModelConfig:
     top_k: Positive = 2  # experts that each token is sent to
     expert_width: Positive = 64  # width of the layer inside an expert
     vocab_size: Annotated[int, Meta(ge=257)] = 2048  # token ids; 256 bytes and one special token at least
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How a dense model becomes a Mixture of Experts; read where ``Config.model`` is smollm2 or dense:DIR."""
+
+    experts: Annotated[int, Meta(ge=2)] = 16  # experts of each split layer; they must divide the width of its MLP
+    top_k: Positive = 4  # experts that each token is sent to
+    # which layers are split; the others stay dense, and below the first split one nothing trains
+    layers: Annotated[str, one_of("all", "last:N")] = "last:4"
+    tokens: Annotated[int, Meta(ge=256)] = 8192  # tokens of public text that the routers are fitted on
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,9 @@ class TrainConfig:
     label_smoothing: Annotated[float, Meta(ge=0.0, le=0.99)] = 0.0  # share of the target that all classes have alike
     # frozen: only experts and routers learn; fedavg: everything else learns too, averaged by FedAvg
     trunk: Literal["frozen", "fedavg"] = "frozen"
+    # weight of a choice that a client lacks; renormalize: the experts it holds get it; share: it is missing, as in
+    # models whose experts' outputs add up; auto: share for a model that was split, else renormalize
+    absent: Literal["auto", "renormalize", "share"] = "auto"
     # what learns of an expert; whole: all of its weights; lora: adapters of lora.rank, averaged as experts would be
     experts: Literal["whole", "lora"] = "whole"
     # classification only: chance that a token is hidden in training

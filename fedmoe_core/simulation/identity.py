@@ -15,6 +15,7 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import PLACES, place_of
 from fedmoe_core.data.federated import corpus_digest
 from fedmoe_core.model.adapter import ENTRY_POINTS
+from fedmoe_core.simulation.worlds.dense import find_splitter, is_dense
 
 PACKAGES = ("fedmoe_core", "fedmoe_kernels")  # and the one that brings the adapter
 # What a directory of a model is read from: weights, sizes, tokenizer. A changed README is the same model.
@@ -27,8 +28,8 @@ class Identity:
 
     Attributes:
         corpus_sha256: of the raw text.
-        model_sha256: of the files of a model's directory, or ``commit:`` and the revision of a hub model; empty for a
-            model that is built from the configuration.
+        model_sha256: of the files of a model's directory, or ``commit:`` and the revision of a hub model; of a dense
+            model before it is split, for the rest is in the configuration; empty for a model that is built from that.
         code: version of fedmoe, and 12 hex digits over the source of its packages.
         torch: its version; sums depend on it.
     """
@@ -47,7 +48,8 @@ class Identity:
         Raises:
             ValueError, OSError: the corpus or the model cannot be read.
         """
-        sources = corpus_sha256 or corpus_digest(config.data), model_digest(config.model)
+        dense = find_splitter(config.adapter).digest(config.model) if is_dense(config.model) else None
+        sources = corpus_sha256 or corpus_digest(config.data), dense or model_digest(config.model)
         return cls(*sources, code_version(config.adapter, config.algorithm), version("torch"))
 
     @classmethod

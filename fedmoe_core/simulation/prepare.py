@@ -21,7 +21,7 @@ from fedmoe_core.budget.limits import Budget, Cost
 from fedmoe_core.config.run_config import Config, TrainConfig
 from fedmoe_core.data.batches import Batch, public_batches
 from fedmoe_core.data.federated import FederatedData, load_data
-from fedmoe_core.data.tokenizing import pretrained_tokenizer
+from fedmoe_core.data.tokenizing import TextTokenizer, pretrained_tokenizer
 from fedmoe_core.layer.lora import LoraSpec
 from fedmoe_core.model.adapter import ModelAdapter, find_adapter
 from fedmoe_core.model.cohort import CohortAdapter
@@ -37,6 +37,7 @@ from fedmoe_core.simulation.observer import Observer
 from fedmoe_core.simulation.process_group import Ranks
 from fedmoe_core.simulation.warmup import cached_warmup, measure_profile, warm_up, warmup_key
 from fedmoe_core.simulation.world import local_settings, validation_batches
+from fedmoe_core.simulation.worlds.dense import find_splitter, is_dense, split_of
 from fedmoe_core.simulation.worlds.moe import MoEWorld
 
 PRIOR_STEPS = 8  # batches of the server's own pass over public data, as many as a client's round has by default
@@ -95,7 +96,13 @@ def read_sources(config: Config, ranks: Ranks, observer: Observer) -> Sources:
     refuse_rounds_only(config, form)
     refuse_unfit(config, sums_alone=form.sums_alone)
     data = read_data(config, ranks, validation=form.needs_validation)
+    if is_dense(config.model):
+        observer.on_stage(f"splitting {config.model} into {config.split.experts} experts a layer, once")
+    if not ranks.leads:  # the others find the split in the cache
+        ranks.wait()
     adapter = load_model(config, data, ranks.device)
+    if ranks.leads:
+        ranks.wait()
     return Sources(config, form, data, adapter, Identity.of(config, corpus_sha256=data.corpus_sha256), ranks)
 
 
@@ -245,7 +252,7 @@ def read_data(config: Config, ranks: Ranks, *, validation: bool) -> FederatedDat
         vocab_size=config.model_config.vocab_size,
         labels_per_class=config.warmup.labels_per_class,
         validation=validation,
-        pretrained=pretrained_tokenizer(config.model) if config.model != "tiny" else None,
+        pretrained=tokenizer_of(config),
         cache=cache_directory(config),
     )
     if ranks.leads:
@@ -253,17 +260,40 @@ def read_data(config: Config, ranks: Ranks, *, validation: bool) -> FederatedDat
     return data
 
 
+def tokenizer_of(config: Config) -> TextTokenizer | None:
+    """Read the tokenizer that a saved model brings; None for the small model, whose is trained on public text."""
+    if config.model == "tiny":
+        return None
+    if is_dense(config.model):
+        folder = find_splitter(config.adapter).folder(config.model, cache_directory(config))
+        return pretrained_tokenizer(str(folder))
+    return pretrained_tokenizer(config.model)
+
+
 def load_model(config: Config, data: FederatedData, device: torch.device) -> ModelAdapter:
-    """Load the live model for this task, by the adapter that the configuration names."""
+    """Load the live model for this task, by the adapter that the configuration names; a dense one is split first."""
     size, classes = data.tokenizer.vocab_size, data.num_classes
+    if is_dense(config.model):
+        place = split_of(config, data.public, public_sha256=data.public_sha256, cache=cache_directory(config))
+        config = replace(config, model=str(place))
     return load_model_of(config, data.task, vocab_size=size, num_classes=classes, device=device)
 
 
 def load_model_of(
     config: Config, task: str, *, vocab_size: int, num_classes: int, device: torch.device
 ) -> ModelAdapter:
-    """Load the live model of a task with so many token ids and classes."""
+    """Load the live model of a task with so many token ids and classes.
+
+    Raises:
+        ValueError: the model is dense, and there is no public text here to split it by; or as the adapter's loader.
+    """
+    if is_dense(config.model):
+        raise ValueError(
+            f"model={config.model} is split on public text, which a device does not have; split it once with "
+            "`fedmoe split` and give model=DIR to server and devices"
+        )
     load = cast("type", find_adapter(config.adapter))
+    options = {} if config.train.absent == "auto" else {"absent": config.train.absent}
     adapter = load(
         config.model,
         task=task,
@@ -271,6 +301,7 @@ def load_model_of(
         vocab_size=vocab_size,
         num_classes=num_classes,
         seed=config.seed,
+        **options,
     )
     adapter.model.to(device)
     return cast(ModelAdapter, adapter)

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fedmoe_bindings.transformers.live.attention import attention_received
-from fedmoe_bindings.transformers.live.checks import check_form, check_rows, check_state
+from fedmoe_bindings.transformers.live.checks import check_form, check_rows, check_state, warn_of_factor
 from fedmoe_bindings.transformers.live.cohort import TransformersCohort
 from fedmoe_bindings.transformers.live.export import cast_parameters, stock_model
-from fedmoe_bindings.transformers.live.families import Family, check_layer, family_of
+from fedmoe_bindings.transformers.live.families import Absent, Family, check_layer, family_of, of_split
 from fedmoe_bindings.transformers.live.load import Pool, SequenceClassifier, is_encoder, load_model, small_model
 from fedmoe_bindings.transformers.live.places import PlaceMeasures
 from fedmoe_bindings.transformers.live.shared import shared_of
 from fedmoe_bindings.transformers.live.token_mask import carry_token_mask
+from fedmoe_bindings.transformers.split.families import SPLIT
 from fedmoe_bindings.transformers.stock.blocks import stock_blocks
 from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.base.tensor_key import TensorKey, of_layer, to_keys
@@ -48,6 +49,7 @@ def load_adapter(
     dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     backend: str = "auto",
+    absent: Absent = "auto",
 ) -> TransformersAdapter:
     """Load a live model by name.
 
@@ -63,6 +65,7 @@ def load_adapter(
         dtype: of the weights; None = as stored.
         device: of the weights.
         backend: of the MoE layers, as ``fedmoe_kernels.moe_mlp``.
+        absent: what becomes of weight on experts that a sub-model lacks, see ``of_split``.
 
     Raises:
         ValueError: an unknown name, a family that is not served, a model without MoE layers, a vocabulary that is
@@ -86,6 +89,7 @@ def load_adapter(
         pool=pool or ("mean" if name == "tiny" or is_encoder(model) else "last"),
         seed=seed,
         backend=backend,
+        absent=absent,
     )
 
 
@@ -112,13 +116,14 @@ class TransformersAdapter(PlaceMeasures):
         pool: Pool = "mean",
         seed: int = 0,
         backend: str = "auto",
+        absent: Absent = "auto",
         family: Family | None = None,
     ) -> None:
         """Take over a stock model: every MoE block in it is replaced and its weights are freed.
 
         Args:
             model: a causal LM; for classification transformers' own classifier, or a bare trunk (a head is added).
-            task, num_classes, pool, seed, backend: as ``load_adapter``.
+            task, num_classes, pool, seed, backend, absent: as ``load_adapter``.
             family: how its MoE blocks are made, taken on trust; None = found out from the blocks, and every layer is
                 compared with the block that it stands for.
 
@@ -135,6 +140,8 @@ class TransformersAdapter(PlaceMeasures):
                 f"the MoE layers have {min(sizes)} to {max(sizes)} experts; fedmoe serves one number for all"
             )
         told, family = family is not None, family or family_of(blocks[0])
+        k = family.top_k or config.num_experts_per_tok
+        family = of_split(family, config, k=k, absent=absent)
         if task == "causal_lm" and model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no language-model head; load it as a causal LM")
         root = (
@@ -146,7 +153,7 @@ class TransformersAdapter(PlaceMeasures):
         for block in blocks:
             layer = MoE.of(
                 family.state(block),
-                family.top_k or config.num_experts_per_tok,
+                k,
                 rule=family.rule,
                 activation=family.activation,
                 shared=shared_of(block, family),
@@ -243,6 +250,8 @@ class TransformersAdapter(PlaceMeasures):
     def _check(self, submodel: SubModel) -> None:
         check_rows(submodel.rows, self.spec, adapters=self._lora is not None)
         check_form(submodel, self.spec, self.moe, adapters=self._lora is not None)
+        if getattr(self._config, SPLIT, None) and self._family.rule.renormalize is True:
+            warn_of_factor(submodel, self.spec)
 
     def _configure_layers(self, state: Mapping[str, Tensor], submodel: SubModel) -> None:
         for number, layer in enumerate(self.moe):

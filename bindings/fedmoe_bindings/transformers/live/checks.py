@@ -12,6 +12,7 @@ from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.slots import OwnRows
 from fedmoe_core.model.spec import ModelSpec
 from fedmoe_core.model.submodel import SubModel
+from fedmoe_kernels.backends import warn_once
 
 
 def check_state(state: Mapping[str, Tensor], spec: ModelSpec) -> None:
@@ -61,3 +62,21 @@ def check_form(submodel: SubModel, spec: ModelSpec, layers: Sequence[MoE], *, ad
         layer.check_masks(held_E, trains_E)
     if submodel.lora_rank is not None and not adapters:
         raise ValueError(f"lora_rank={submodel.lora_rank}, but this model has no adapters; call add_lora first")
+
+
+def warn_of_factor(submodel: SubModel, spec: ModelSpec) -> None:
+    """Warn, once, where weights that are renormalised multiply the outputs of a split model's few experts.
+
+    Outputs of a split model add up, each with a weight of about 1 / k. Where a token has k' < k choices, renormalised
+    weights are k / k' times too large.
+    """
+    asked = spec.top_k if submodel.top_k is None else submodel.top_k
+    served = spec.num_experts
+    if submodel.permitted_LE is not None:
+        aliased_LE = False if submodel.alias_LE is None else submodel.alias_LE >= 0
+        served = int((submodel.permitted_LE | aliased_LE).sum(axis=1).min())
+    if (choices := min(asked, served)) < spec.top_k:
+        warn_once(
+            f"a client's tokens choose {choices} of the k={spec.top_k} experts of a split model, and renormalised "
+            f"weights multiply what these add by {spec.top_k / choices:g}; set train.absent=auto, or share"
+        )

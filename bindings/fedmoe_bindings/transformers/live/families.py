@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedConfig
 
 from fedmoe_bindings.transformers.live.switch import RULE, TOP_K, switch_activation, switch_tensors
+from fedmoe_bindings.transformers.split.families import SPLIT
 from fedmoe_bindings.transformers.stock.blocks import StockBlock
 from fedmoe_bindings.transformers.stock.cut import named_tensors
 from fedmoe_bindings.transformers.stock.experts import halves, in_turn
@@ -25,6 +27,7 @@ from fedmoe_kernels.routing.route import route
 
 # Where most families keep their tensors.
 STOCK = MappingProxyType({"router": "gate.weight", "w_in": "experts.gate_up_proj", "w_out": "experts.down_proj"})
+Absent = Literal["auto", "renormalize", "share"]
 _TRIED_TOKENS = 64
 _SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ROUGHLY_SAME = 5e-2
@@ -43,6 +46,7 @@ class Family:
         shared: the block's children that are its shared expert: a module, and a sigmoid gate on it if there is one.
         transposed, interleaved: as ``Form``, of the experts' matrices.
         pair: the block returns a second value beside the hidden states.
+        unit: our router's rows over the stock ones; a power of two, so that the way there and back keeps every bit.
     """
 
     rule: RoutingRule
@@ -53,6 +57,7 @@ class Family:
     transposed: bool = False
     interleaved: bool = False
     pair: bool = False
+    unit: float = 1.0
 
     def state(self, block: StockBlock) -> LayerState:
         """Return the block's own tensors under our names and in our layout."""
@@ -78,12 +83,16 @@ class Family:
         """Lay a stock tensor out as our layer has it."""
         if self.transposed and name in ("w_in", "w_out"):
             stock = stock.mT
+        if name == "router" and self.unit != 1.0:
+            stock = stock * self.unit
         return halves(stock) if self.interleaved and name in ("w_in", "bias_in") else stock
 
     def stock(self, name: str, ours: Tensor) -> Tensor:
         """Lay one of our tensors out as the stock block has it, the inverse of ``ours``."""
         if self.interleaved and name in ("w_in", "bias_in"):
             ours = in_turn(ours)
+        if name == "router" and self.unit != 1.0:
+            ours = ours / self.unit
         return ours.mT.contiguous() if self.transposed and name in ("w_in", "w_out") else ours
 
 
@@ -128,6 +137,33 @@ def family_of(block: StockBlock) -> Family:
         form.interleaved,
         pair,
     )
+
+
+def of_split(family: Family, config: PreTrainedConfig, *, k: int, absent: Absent) -> Family:
+    """Return the family with what becomes of weight on absent experts; "auto" asks the model's configuration.
+
+    A model that ``split`` made has its router in natural units here, and its weights are shares: see ``RoutingRule``.
+
+    Args:
+        family: as its blocks were found.
+        config: of the model.
+        k: choices of a token.
+        absent: "share" leaves their weight out, "renormalize" gives it to the others; "auto": share for a split model.
+
+    Raises:
+        ValueError: "share" was asked of a family whose weights are not a softmax that sums to 1.
+    """
+    told = getattr(config, SPLIT, None)
+    if absent == "renormalize" or (absent == "auto" and not told):
+        return family
+    rule = family.rule
+    if rule.scoring == "sigmoid" or not rule.renormalize:
+        raise ValueError(
+            f"absent='share' is for routers whose weights are a softmax that sums to 1, and this one is {rule.scoring} "
+            f"with renormalize={rule.renormalize}; leave it at auto"
+        )
+    unit = float(told["temperature"]) if told else 1.0
+    return replace(family, rule=replace(rule, renormalize="share", of=k, temperature=unit), unit=unit)
 
 
 def _refuse_noise(block: StockBlock) -> None:

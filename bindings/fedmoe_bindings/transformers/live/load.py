@@ -152,7 +152,7 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
     if not local and not _HUB_ID.fullmatch(name):
         raise ValueError(f"model {name!r} is not 'tiny', an existing directory, or a hub id of the form owner/name")
     with quiet(), torch.random.fork_rng(devices=[]):
-        with _one_sentence(name):
+        with one_sentence(name):
             config = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
         check_config(config, name)
         if config.is_encoder_decoder and task == "causal_lm":
@@ -161,7 +161,7 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
                 "classifier, so choose data with labels"
             )
         without_chance(config, name)
-        with _one_sentence(name):
+        with one_sentence(name):
             model, report = _auto_class(config, task).from_pretrained(
                 name,
                 config=config,
@@ -213,7 +213,7 @@ def is_encoder(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def _one_sentence(name: str) -> Iterator[None]:
+def one_sentence(name: str) -> Iterator[None]:
     """transformers' pages of advice as one OSError."""
     try:
         yield
