@@ -17,6 +17,7 @@ from rich.console import Console
 from fedmoe_core.base import show
 from fedmoe_core.base.say import hold_streams, say
 from fedmoe_core.cli import score as cli_score
+from fedmoe_core.cli import split as cli_split
 from fedmoe_core.cli import study as cli_study
 from fedmoe_core.cli import watch as cli_watch
 from fedmoe_core.cli.ending import Ending, errors, fail, interruptions
@@ -245,6 +246,25 @@ def compare(
             beside=beside,
         )
         raise typer.Exit(cli_study.run(study, Console(stderr=True, quiet=quiet), force=force))
+
+
+@app.command()
+def split(
+    dense: cli_split.Dense,
+    out: cli_split.Into,
+    experts: cli_split.Experts = cli_split.DEFAULT_EXPERTS,
+    top_k: cli_split.TopK = cli_split.DEFAULT_TOP_K,
+    layers: cli_split.Layers = cli_split.DEFAULT_LAYERS,
+    text: cli_split.Text = cli_split.DEFAULT_TEXT,
+    tokens: cli_split.Tokens = cli_split.DEFAULT_TOKENS,
+    debug: Debug = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a dense model into a Mixture of Experts that computes the same when all run, and measure a few of them."""
+    ending = Ending()
+    with interruptions(ending), errors(ending, debug=debug):
+        found = cli_split.run(dense, out, experts=experts, top_k=top_k, layers=layers, text=text, tokens=tokens)
+        cli_split.show(found, out, as_json=as_json)
 
 
 @app.command()
