@@ -59,6 +59,7 @@ CROSS_CHECKED |= {k for k in SCHEMA if "model_config" in k}
 CROSS_CHECKED |= {k for k in SCHEMA if k.startswith("privacy.")}  # each needs the others
 CROSS_CHECKED |= {"guard.quorum", "guard.rule"}  # they need as many clients
 CROSS_CHECKED |= {"train.local_epochs"}  # it needs a plain model
+CROSS_CHECKED |= {"split.experts", "split.top_k", "split.layers"}  # k of E experts, and N of last:N
 FREE = {key: setting for key, setting in SCHEMA.items() if key not in CROSS_CHECKED}
 SECTIONS = sorted({key.partition(".")[0] for key in FREE if "." in key})
 
@@ -253,7 +254,7 @@ HOSTILE = {
     "rounds = 1\nrounds = 2": "not valid TOML (Cannot overwrite a value",
     "[train]\nlr = 1\n[train]\nclip = 2": "not valid TOML (Cannot declare ('train',) twice",
     "[train]\nlr = 1\nlr = 2": "not valid TOML (Cannot overwrite a value",
-    "[zzzz]": "unknown section [zzzz]; valid sections: model_config, warmup, train",
+    "[zzzz]": "unknown section [zzzz]; valid sections: model_config, split, warmup, train",
     "[rounds]": "rounds={} does not fit; give a whole number of at least 1",
     "[[train]]\nlr = 1": "'train' is a section, not a value; set one of train.batch_size, ",
     "'train.lr' = 3\n'train.lrr' = 3": "unknown key 'train.lrr'; did you mean 'train.lr'?",
