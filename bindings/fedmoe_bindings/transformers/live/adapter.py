@@ -5,27 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fedmoe_bindings.transformers.live.attention import attention_received
 from fedmoe_bindings.transformers.live.checks import check_form, check_rows, check_state
 from fedmoe_bindings.transformers.live.cohort import TransformersCohort
-from fedmoe_bindings.transformers.live.export import cast_parameters, stock_model
+from fedmoe_bindings.transformers.live.export import cast_parameters, stock_of
 from fedmoe_bindings.transformers.live.families import Family, check_layer, family_of
 from fedmoe_bindings.transformers.live.load import Pool, SequenceClassifier, is_encoder, load_model, small_model
 from fedmoe_bindings.transformers.live.places import PlaceMeasures
 from fedmoe_bindings.transformers.live.shared import shared_of
 from fedmoe_bindings.transformers.live.token_mask import carry_token_mask
+from fedmoe_bindings.transformers.live.writing import own_model, require_same, write_files, write_peft
 from fedmoe_bindings.transformers.stock.blocks import stock_blocks
 from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.base.tensor_key import TensorKey, of_layer, to_keys
 from fedmoe_core.config.run_config import ModelConfig
-from fedmoe_core.data.batches import Task
+from fedmoe_core.data.batches import Batch, Task
 from fedmoe_core.layer.cohort.layer import CohortMoE
 from fedmoe_core.layer.cohort.parts import ClientLayer
 from fedmoe_core.layer.graft import GraftSpec, fresh_graft
@@ -34,6 +36,7 @@ from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.state import STEERING, LayerState
 from fedmoe_core.model.spec import Kind, ModelSpec, ParamSpec, lora_specs
 from fedmoe_core.model.submodel import WHOLE, SubModel
+from fedmoe_core.model.writer import Wording
 
 
 def load_adapter(
@@ -200,21 +203,24 @@ class TransformersAdapter(PlaceMeasures):
         Raises:
             ValueError: a layer does not hold every expert, or transformers has no model with this head or grafts.
         """
-        state = self.state()
-        if self.frozen_moe:
-            raise ValueError("transformers has no model with grafted mixtures; save the state instead")
-        live = self.model.model if isinstance(self.model, SequenceClassifier) and not head else self.model
-        blocks = [name for name, module in live.named_modules() if isinstance(module, MoE)]
-        if not isinstance(live, SequenceClassifier):
-            if live is not self.model:
-                state = {key.replace("dense.model.", "dense.", 1): value for key, value in state.items()}
-                del state["dense.score.weight"]
-            return stock_model(type(live), cast(PreTrainedModel, live), state, self._family, blocks)
-        if live.pool != "last":
-            raise ValueError(
-                "transformers' classifiers pool the last token; train with pool='last', or export(head=False)"
-            )
-        return stock_model(AutoModelForSequenceClassification, live.model, state, self._family, blocks)
+        return stock_of(self.model, self.state(), self._family, self.moe, head=head)
+
+    def write_model(
+        self, state: Mapping[str, Tensor], submodel: SubModel, folder: Path, *, wording: Wording, batch: Batch
+    ) -> None:
+        """Write a sub-model as a model of transformers, as ``ModelWriter``; the adapter is configured so afterwards."""
+        self.configure(state, submodel)
+        model = own_model(self.model, state, self._family, self.moe, submodel)
+        require_same(model, self.model, batch)
+        write_files(model, folder, wording, text=batch)
+
+    def write_adapter(
+        self, state: Mapping[str, Tensor], start: Mapping[str, Tensor], folder: Path, *, wording: Wording, base: str
+    ) -> None:
+        """Write the adapters and routers of a state as peft does, as ``ModelWriter``."""
+        assert self._lora is not None
+        model = stock_of(self.model, start, self._family, self.moe)
+        write_peft(model, state, self._lora.scale, folder, wording, base=base)
 
     def configure(self, state: Mapping[str, Tensor], submodel: SubModel = WHOLE) -> None:
         """Become ``submodel`` of ``state``, as ``ModelAdapter.configure``.
