@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 
 from fedmoe_core.algorithms.base import algorithm_class
 from fedmoe_core.base import show
 from fedmoe_core.base.files import write_whole
-from fedmoe_core.client.step import log_prior
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import Batch, eval_batches
 from fedmoe_core.exporting.card import Sheet, card, facts_of
@@ -26,6 +24,7 @@ from fedmoe_core.exporting.judged import (
     refuse_client,
     require_judged,
 )
+from fedmoe_core.exporting.notes import named_base, notes_of, of_format, prior_of
 from fedmoe_core.exporting.place import placing, refuse_place, write_marker
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.submodel import WHOLE
@@ -115,11 +114,11 @@ def export(
                 kept_LE=found.world.population.every_LE if plan is None else plan.served_LE,
                 top_k=spec.top_k if plan is None else min(plan.top_k, int(plan.served_LE.sum(axis=1).min())),
                 loss=loss,
-                notes=tuple(notes),
+                notes=(*notes, *of_format(found, order.format, named=named_base(config.model))),
                 base=base,
             )
             write_whole(folder / CARD, card(found, sheet))
-            write_marker(folder, {**facts_of(found, sheet), **_prior(found, order)})
+            write_marker(folder, {**facts_of(found, sheet), **prior_of(found, order.client)})
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         return Exported(out, sheet, size, found.recorded(order.client))
 
@@ -155,39 +154,13 @@ def _refuse_form(config: Config, order: Order) -> None:
 
 def _judged(found: Opened, order: Order) -> tuple[ExpertPlan | None, float, list[str]]:
     """Return the plan of the model to write (None = the global one), its held-out loss, and what to say of it."""
-    config, client, notes = found.world.config, order.client, list[str]()
+    client, notes = order.client, list[str]()
     plan = None if client is None else own_plan(found, client)
     loss = loss_now(found, plan)
     require_judged(found, client, loss)
-    if found.recorded(client) is None:
-        notes.append("The run did not judge this model; with eval.personal=true it judges each client's own.")
     if plan is not None:
         plan, loss = _equal(found, plan, loss, notes, asked=order.equal_experts)
-        if plan.top_k < found.world.adapter.spec.top_k:
-            notes.append(f"It sends each token to {plan.top_k} experts; the model it comes from, to "
-                         f"{found.world.adapter.spec.top_k}.")  # fmt: skip
-        if plan.extras.alias_LE is not None and (plan.served_LE & ~plan.permitted_LE).any():
-            notes.append(
-                f"The client holds {int(plan.permitted_LE.sum())} experts, of which merged ones serve "
-                f"{int((plan.served_LE & ~plan.permitted_LE).sum())} more; here each of these has its own copy."
-            )
-        if plan.extras.out_scale_L is not None:
-            notes.append("The client's factor on the output of each MoE layer is multiplied into its experts.")
-    lora = type(found.world.algorithm).lora(config)
-    if lora is not None and lora.in_state and order.format == "hf":
-        notes.append("Adapters are merged into the experts.")
-    if lora is not None and lora.frozen_format is not None:
-        few = lora.frozen_format
-        notes.append(
-            f"Experts were stored in {few} when this was judged: their decoded values are written."
-            if order.format == "hf"
-            else f"Experts were stored in {few} when this was judged; over plain ones the loss differs a little."
-        )
-    if found.world.data.task == "classification":
-        notes.append(f"Each text ends with the token {found.world.data.tokenizer.end}, which has to be appended.")
-        if _prior(found, order):
-            notes.append("The judged predictions add log_prior of fedmoe.json to the logits, by class.")
-    return plan, loss, notes
+    return plan, loss, [*notes, *notes_of(found, plan)]
 
 
 def _equal(found: Opened, plan: ExpertPlan, loss: float, notes: list[str], *, asked: bool) -> tuple[ExpertPlan, float]:
@@ -204,21 +177,12 @@ def _equal(found: Opened, plan: ExpertPlan, loss: float, notes: list[str], *, as
     equal = equal_experts(plan, np.asarray(found.world.algorithm.scores(found.state)[plan.client]))
     after = loss_now(found, equal)
     gone, new = (plan.permitted_LE & ~equal.permitted_LE).sum(), (equal.permitted_LE & ~plan.permitted_LE).sum()
+    each = show.plural(int(equal.permitted_LE[0].sum()), "expert")
     notes.append(
-        f"Every layer has {int(equal.permitted_LE[0].sum())} experts instead of {counts.min()} to {counts.max()}: "
-        f"{gone} of the client's are left out and {new} of the global model's came in, those of the worst and the best "
-        f"score; held-out loss {loss:.4f} -> {after:.4f}."
+        f"Every layer has {each} instead of {counts.min()} to {counts.max()}: the client's {gone} of the lowest score "
+        f"are left out, the global model's {new} of the highest came in; held-out loss {loss:.4f} -> {after:.4f}."
     )
     return equal, after
-
-
-def _prior(found: Opened, order: Order) -> Mapping[str, Any]:
-    """What a client's own classifier adds to its logits, by class; nothing where it adds nothing."""
-    if order.client is None:
-        return {}
-    world = found.world
-    added_C = log_prior(world.data.class_shares(order.client), world.config.train, world.ranks.device)
-    return {} if added_C is None else {"log_prior": added_C.tolist()}
 
 
 def _write_model(found: Opened, folder: Path, plan: ExpertPlan | None) -> None:
@@ -234,8 +198,7 @@ def _write_adapter(found: Opened, folder: Path, out: Path) -> str:
     if found.world.data.task == "classification":
         raise ValueError("the run has trained a classifier's head too, which no adapter holds; use --format hf")
     base = config.model
-    named = ":" not in base and (Path(base).is_dir() or base.count("/") == 1)
-    if not named:
+    if not named_base(base):
         base = str(Path(out).absolute() / BASE)
         (folder / BASE).mkdir()
         writer.write_model(found.world.params, WHOLE, folder / BASE, wording=_wording(found), batch=_batch(found, 0))

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from peft import PeftModel
 from tiny_corpus import make_config
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM
 
 from fedmoe_core.algorithms.base import algorithm_class
 from fedmoe_core.config.run_config import Config
@@ -30,7 +32,13 @@ from fedmoe_core.simulation.prepare import cache_directory
 
 SAME = 1e-4  # relative, of a held-out loss
 # 12.5 % is one expert a layer on the average, so that layers differ; a learning rate at which two rounds show.
-WORDS = ("eval.personal=true", "train.lr=3e-2", "warmup.steps=25", "train.local_steps=6", "model_config.expert_width=32")
+WORDS = (
+    "eval.personal=true",
+    "train.lr=3e-2",
+    "warmup.steps=25",
+    "train.local_steps=6",
+    "model_config.expert_width=32",
+)
 BUDGETS = "budgets=memory=30%;memory=55%;memory=100%;memory=80%"
 SYSTEMS = {
     "hfedmoe": (),
@@ -49,6 +57,10 @@ SYSTEMS = {
 }
 
 
+# Clients whose own models hold more experts in one layer than in the other.
+UNEVEN = (("hfedmoe_plus", 0), ("fedmoe", 0), ("random", 0), ("hfedmoe-lora", 0), ("hfedmoe-nf4", 0))
+
+
 @dataclass(frozen=True)
 class Ran:
     """A finished run, and the last line of its records."""
@@ -57,9 +69,16 @@ class Ran:
     path: Path
 
     @property
-    def last(self) -> dict:
+    def rounds(self) -> list[dict]:
         lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if line["type"] == "round"][-1]
+        return [line for line in lines if line["type"] == "round"]
+
+    @property
+    def last(self) -> dict:
+        return self.rounds[-1]
+
+    def losses(self, client: int) -> list[float]:
+        return [line["personal_loss_C"][client] for line in self.rounds]
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +99,9 @@ def runs(tmp_path_factory):
     return ran
 
 
-def held_out(config: Config, client: int):
-    """The batches that a client's model is judged on."""
-    data = load_data(
+def data_of(config: Config):
+    """The data of a run, read again."""
+    return load_data(
         config.data,
         clients=config.clients,
         partition=config.partition,
@@ -93,7 +112,11 @@ def held_out(config: Config, client: int):
         validation=algorithm_class(config.algorithm).needs_validation,
         cache=cache_directory(config),
     )
-    test = data.clients[client].test
+
+
+def held_out(config: Config, client: int):
+    """The batches that a client's model is judged on."""
+    test = data_of(config).clients[client].test
     return list(eval_batches(test, batch_size=4, seq_len=config.train.seq_len, sequences=config.eval.sequences))
 
 
@@ -124,21 +147,24 @@ def test_the_global_model_is_the_judged_one(name, runs, tmp_path):
     found = global_loss(stock(tmp_path / "out"), ran.config)
     assert found == pytest.approx(ran.last["loss"], rel=SAME)
     assert done.sheet.loss == pytest.approx(ran.last["loss"], rel=SAME)
-    before = json.loads((ran.path / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    before = ran.rounds[0]["loss"]
     assert abs(found - before) > 3 * SAME * before  # the model that federation started from would not do
 
 
-@pytest.mark.parametrize("client", [0, 1])
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize(
+    ("name", "client"),
+    [*((name, 0) for name in SYSTEMS), ("hfedmoe", 3), ("random", 1), ("flame", 2), ("hfedmoe-lora", 1)],
+)
 def test_a_clients_own_model_is_the_judged_one(name, client, runs, tmp_path):
     ran = runs(name)
     recorded = ran.last["personal_loss_C"][client]
-    try:
-        done = export(ran.path, tmp_path / "out", Order(client=client))
-    except ValueError as error:
-        assert re.search(r"holds [\d, ]+ experts in its layers.* --equal-experts", str(error))
+    uneven = (name, client) in UNEVEN
+    if uneven:
+        with pytest.raises(ValueError, match=rf"client {client} holds \d, \d experts in its layers.* --equal-experts$"):
+            export(ran.path, tmp_path / "out", Order(client=client))
         assert not (tmp_path / "out").exists()
-        done = export(ran.path, tmp_path / "out", Order(client=client, equal_experts=True))
+    done = export(ran.path, tmp_path / "out", Order(client=client, equal_experts=uneven))
+    if uneven:
         assert_equalised(done, recorded)
         recorded = done.sheet.loss
     model = stock(tmp_path / "out")
@@ -153,17 +179,129 @@ def test_a_clients_own_model_is_the_judged_one(name, client, runs, tmp_path):
 def assert_equalised(done: Exported, recorded: float) -> None:
     """The note names what the client lost; what it had was on record, and it holds no more experts in all."""
     (note,) = (note for note in done.sheet.notes if "left out" in note)
-    counts, before, after = re.search(r"has (\d+) experts .* loss ([\d.]+) -> ([\d.]+)\.$", note).groups()
+    counts, before, after = re.search(r"has (\d+) experts? .* loss ([\d.]+) -> ([\d.]+)\.$", note).groups()
     assert done.sheet.counts_L == [int(counts)] * 2
     assert float(before) == pytest.approx(recorded, abs=1e-4)
     assert float(after) == pytest.approx(done.sheet.loss, abs=1e-4)
     assert note in told(done)
 
 
-def test_some_clients_have_unequal_layers_and_some_fewer_experts_than_the_model_chooses(runs):
-    """Else the tests above would not have tried these."""
-    ledgers = [json.loads(line) for line in (runs("hfedmoe").path / "ledger.jsonl").read_text().splitlines()]
-    assert ledgers
-    with pytest.raises(ValueError, match="--equal-experts"):
-        for client in (0, 1, 3):
-            export(runs("hfedmoe").path, Path("unused"), Order(client=client))
+def test_an_expert_that_a_merged_one_serves_is_written_as_a_copy_of_it(runs, tmp_path):
+    done = export(runs("flux").path, tmp_path / "out", Order(client=0))
+    assert done.sheet.counts_L == [8, 8]
+    assert any(re.search(r"holds 4 experts, of which merged ones serve 12 more", note) for note in done.sheet.notes)
+    weights = stock(tmp_path / "out").model.layers[0].mlp.experts.down_proj
+    assert len({expert.numpy().tobytes() for expert in weights.detach()}) < 8
+
+
+def test_fewer_choices_and_the_outputs_factor_are_in_the_files_and_in_the_card(runs, tmp_path):
+    done = export(runs("flame").path, tmp_path / "out", Order(client=0))
+    assert done.sheet.top_k == 1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- It sends each token to 1 expert; the model it comes from, to 2." in card
+    assert "- The client's factor on the output of each MoE layer is multiplied into its experts." in card
+
+
+ALONE = """
+import sys
+from transformers import AutoTokenizer, pipeline
+answer = pipeline("text-generation", model=sys.argv[1])("wa is", max_new_tokens=4, do_sample=False)
+print(answer[0]["generated_text"].startswith("wa is"), AutoTokenizer.from_pretrained(sys.argv[1])("wa, is").input_ids)
+assert not [name for name in sys.modules if name.startswith("fedmoe")]
+"""
+
+
+def test_a_prompt_is_answered_without_fedmoe_and_without_a_network(runs, tmp_path):
+    ran = runs("hfedmoe")
+    export(ran.path, tmp_path / "out", Order(client=1))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    tokens = data_of(ran.config).tokenizer.encode(["wa, is"])[0]
+    assert done.stdout.strip() == f"True {tokens}"
+
+
+@pytest.mark.parametrize("name", ["hfedmoe-lora", "hetlora", "flame", "hfedmoe-nf4"])
+def test_peft_loads_the_adapters_over_the_model_that_federation_started_from(name, runs, tmp_path):
+    ran = runs(name)
+    done = export(ran.path, tmp_path / "out", Order("peft"))
+    base = stock(tmp_path / "out" / "base")
+    before = ran.rounds[0]["loss"]
+    assert global_loss(base, ran.config) == pytest.approx(before, rel=SAME)
+    found = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    assert global_loss(found, ran.config) == pytest.approx(ran.last["loss"], rel=SAME)
+    assert done.sheet.base == str(tmp_path / "out" / "base")
+    assert front_matter(tmp_path / "out")["base_model"] == done.sheet.base
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "says"),
+    [
+        ("hfedmoe", Order("peft"), r"algorithm='hfedmoe' of this run has no adapters .* --format hf"),
+        ("flexlora", Order("peft"), r"algorithm='flexlora' of this run has no adapters"),
+        ("hetlora", Order("peft", client=1), r"none of client 1's own; use --format hf"),
+        ("hetlora", Order("peft", equal_experts=True), r"--equal-experts is for models.*leave it out"),
+        ("hfedmoe", Order("gguf"), r"format 'gguf' is unknown; choose hf or peft"),
+        ("hfedmoe", Order(client=4), r"client 4 is not in this run; it has clients 0 to 3"),
+        ("flex_moe", Order(), r"algorithm='flex_moe' has no global model.* --client NUMBER"),
+    ],
+)
+def test_what_no_file_can_hold_is_refused_by_name(name, order, says, runs, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        export(runs(name).path, tmp_path / "out", order)
+    assert not (tmp_path / "out").exists()
+
+
+def test_grafts_are_refused_before_anything_is_read(runs, tmp_path):
+    ran = runs("hfedmoe")
+    copy = shutil.copytree(ran.path, tmp_path / "run")
+    text = (copy / "config.toml").read_text().replace('algorithm = "hfedmoe"', 'algorithm = "fft_moe"')
+    (copy / "config.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"'fft_moe' grafts a mixture beside every block"):
+        export(copy, tmp_path / "out")
+
+
+def test_a_model_that_is_not_the_judged_one_is_not_written(runs, tmp_path):
+    """A record that says another loss stands for other code, another torch or another machine."""
+    copy = shutil.copytree(runs("hfedmoe").path, tmp_path / "run")
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["type"] == "round" and line["round"] == 2:
+            line["loss"] *= 1.001
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"the global model has a held-out loss of .* on record; export with"):
+        export(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def front_matter(folder: Path) -> dict:
+    _, head, _ = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head)
+
+
+def test_the_card_says_where_the_model_comes_from(runs, tmp_path):
+    ran = runs("hfedmoe")
+    export(ran.path, tmp_path / "out", Order(client=3))
+    head, card = front_matter(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text()
+    assert head["library_name"] == "transformers"
+    assert head["pipeline_tag"] == "text-generation"
+    assert {"fedmoe", "hfedmoe"} <= set(head["tags"])
+    summary = json.loads((ran.path / "summary.json").read_text())
+    first, last = (f"{ran.losses(3)[place]:.3f}" for place in (0, -1))
+    for text in (
+        summary["corpus_sha256"],
+        f"| loss (nats) | {first} | {last} |",
+        "| data | jsonl:notes.jsonl |",
+        "| partition | domain |",
+        "| rounds | 2 of 2 |",
+        "| memory=30% | 1 |",
+        "6 of 8 in each of 2 MoE layers, 2 for each token",
+        f"- transformers {transformers.__version__}",
+    ):
+        assert text in card
+    assert str(ran.path.parent) not in card  # a card travels
+    facts = json.loads((tmp_path / "out" / "fedmoe.json").read_text())
+    assert facts["model_sha256"] == summary["model_hash"]
+    assert facts["budget"] == "memory=80%"
+    assert facts["seed"] == 0
