@@ -179,8 +179,8 @@ def _equal(found: Opened, plan: ExpertPlan, loss: float, notes: list[str], *, as
     gone, new = (plan.permitted_LE & ~equal.permitted_LE).sum(), (equal.permitted_LE & ~plan.permitted_LE).sum()
     each = show.plural(int(equal.permitted_LE[0].sum()), "expert")
     notes.append(
-        f"Every layer has {each} instead of {counts.min()} to {counts.max()}: the client's {gone} of the lowest score "
-        f"are left out, the global model's {new} of the highest came in; held-out loss {loss:.4f} -> {after:.4f}."
+        f"Every layer has {each} instead of {counts.min()} to {counts.max()}: left out {gone} of the client's (lowest "
+        f"score), took in {new} of the global model's (highest score); held-out loss {loss:.4f} -> {after:.4f}."
     )
     return equal, after
 
