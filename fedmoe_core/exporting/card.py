@@ -18,7 +18,6 @@ from fedmoe_core.config.run_config import Config
 from fedmoe_core.config.systems import title_of
 from fedmoe_core.exporting.judged import Opened
 from fedmoe_core.model.spec import model_hash
-from fedmoe_core.reporting.run import Run
 
 WRITTEN_BY = ("fedmoe-core", "torch", "transformers", "safetensors")
 
@@ -60,7 +59,7 @@ class Sheet:
 
 def card(opened: Opened, sheet: Sheet) -> str:
     """Write README.md: YAML front matter, then Markdown; every text of the run in it is made visible and one line."""
-    config, run, task = opened.world.config, opened.run, opened.world.data.task
+    config, task = opened.world.config, opened.world.data.task
     environment = Environment(
         loader=PackageLoader("fedmoe_core.exporting", "."),
         autoescape=False,  # Markdown; what comes from outside goes through finalize
@@ -80,7 +79,7 @@ def card(opened: Opened, sheet: Sheet) -> str:
         what=_what(opened, sheet),
         usage=_Code(_usage(sheet, task)),
         notes=sheet.notes,
-        results=_results(run, sheet.client, opened.world.data.task),
+        results=_results(opened, sheet.client),
         judged=_judged(opened, sheet),
         training=_training(opened, config, system),
         tiers=list(Counter(config.budgets[c % len(config.budgets)] for c in range(config.clients)).items()),
@@ -119,28 +118,22 @@ def _usage(sheet: Sheet, task: str) -> str:
     return f"from transformers import pipeline\n\nanswer = pipeline({pipeline!r}, model={sheet.folder!r})"
 
 
-def _results(run: Run, client: int | None, task: str) -> list[tuple[str, str, str]]:
+def _results(opened: Opened, client: int | None) -> list[tuple[str, str, str]]:
     """Loss in nats, and accuracy where there are classes, before the first round and after the last."""
-    texts = {"loss": show.number, "accuracy": show.share}
-    found = []
-    for kind, text in texts.items():
-        if kind == "accuracy" and task == "causal_lm":
-            continue
-        first, last = run.last(kind, first=True), run.last(kind)
-        if client is not None:
-            first, last = (
-                own and own[client]
-                for own in (run.last(f"personal_{kind}_C", first=True), run.last(f"personal_{kind}_C"))
-            )
-        found.append((f"{kind} (nats)" if kind == "loss" else kind, text(first), text(last)))
-    return found
+    kinds = [("loss", "loss (nats)", show.number)]
+    if opened.world.data.task == "classification":
+        kinds.append(("accuracy", "accuracy", show.share))
+    return [
+        (name, text(opened.figure(kind, client, first=True)), text(opened.figure(kind, client)))
+        for kind, name, text in kinds
+    ]
 
 
 def _judged(opened: Opened, sheet: Sheet) -> str:
     recorded = opened.recorded(sheet.client)
     now = f"The export measured a held-out loss of {sheet.loss:.6g} nats"
     if recorded is None:
-        return f"{now}; the run has no loss of {sheet.whose} on record (its key eval.personal was off)."
+        return f"{now}; the run has no loss of {sheet.whose} on record."
     return f"{now}; the run's record of {sheet.whose} says {recorded:.6g}."
 
 

@@ -49,14 +49,24 @@ class Opened:
     standing: Standing
     versions: Mapping[str, str]
 
-    def recorded(self, client: int | None) -> float | None:
-        """Return the held-out loss on record after the checkpoint's round, of the global model or a client's own."""
+    def figure(self, kind: str, client: int | None, *, first: bool = False) -> float | None:
+        """Return a held-out figure on record after the checkpoint's round, or before the first; None = not judged then.
+
+        Args:
+            kind: "loss" or "accuracy".
+            client: whose own model; None = the global one.
+            first: before the first round.
+        """
         for line in self.run.rounds:
-            if line["round"] == self.standing.round:
-                own = line.get("personal_loss_C")
-                found = line.get("loss") if client is None else own and own[client]
+            if line["round"] == (0 if first else self.standing.round):
+                own = line.get(f"personal_{kind}_C")
+                found = line.get(kind) if client is None else own and own[client]
                 return None if found is None else float(found)
         return None
+
+    def recorded(self, client: int | None) -> float | None:
+        """Return the held-out loss on record after the checkpoint's round, of the global model or a client's own."""
+        return self.figure("loss", client)
 
 
 def read_config(run_dir: Path) -> Config:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -156,22 +157,33 @@ def write_files(model: PreTrainedModel, folder: Path, wording: Wording, *, text:
 
 def write_tokenizer(folder: Path, wording: Wording, text: Batch | None = None) -> None:
     """Write a tokenizer that AutoTokenizer loads: the model's own files where they do, else the run's tokenizer."""
-    home, tokenizer = Path(wording.source), wording.tokenizer
+    tokenizer = wording.tokenizer
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.model, eos_token=tokenizer.end, pad_token=tokenizer.end)
     sample = "The brown fox, 3 dogs: jumped!\n" if text is None else tokenizer.model.decode(text.tokens_SN[0].tolist())
-    if home.is_dir():
-        for name in TOKENIZER_FILES:
-            if (home / name).is_file():
-                shutil.copyfile(home / name, folder / name)
-        if _reads_alike(folder, tokenizer.encode([sample])[0], sample):
-            return
-        for name in TOKENIZER_FILES:
-            (folder / name).unlink(missing_ok=True)
+    for path in _own_files(wording.source):
+        shutil.copyfile(path, folder / path.name)
+    if _reads_alike(folder, tokenizer.encode([sample])[0], sample):
+        return
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
     plain.save_pretrained(folder)
+
+
+def _own_files(source: str) -> list[Path]:
+    """A tokenizer's files in a model's directory, or those of a hub model that lie in its cache; nothing is fetched."""
+    home = Path(source.partition(":")[2] or source)
+    if home.is_dir():
+        return [home / name for name in TOKENIZER_FILES if (home / name).is_file()]
+    if source.count("/") != 1:
+        return []
+    found = [try_to_load_from_cache(source, name) for name in TOKENIZER_FILES]
+    return [Path(path) for path in found if isinstance(path, str)]
 
 
 def _reads_alike(folder: Path, want: list[int], sample: str) -> bool:
     """Whether AutoTokenizer loads the files in a folder, and encodes a text so."""
+    if not (folder / "tokenizer.json").exists():
+        return False
     try:
         with quiet():
             found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
