@@ -24,7 +24,7 @@ from fedmoe_core.exporting.judged import (
     refuse_client,
     require_judged,
 )
-from fedmoe_core.exporting.notes import named_base, notes_of, of_format, prior_of
+from fedmoe_core.exporting.notes import choices, named_base, notes_of, of_format, prior_of
 from fedmoe_core.exporting.place import placing, refuse_place, write_marker
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.submodel import WHOLE
@@ -112,7 +112,7 @@ def export(
                 format=order.format,
                 folder=out.name or str(out),
                 kept_LE=found.world.population.every_LE if plan is None else plan.served_LE,
-                top_k=spec.top_k if plan is None else min(plan.top_k, int(plan.served_LE.sum(axis=1).min())),
+                top_k=spec.top_k if plan is None else choices(plan),
                 loss=loss,
                 notes=(*notes, *of_format(found, order.format, named=named_base(config.model))),
                 base=base,

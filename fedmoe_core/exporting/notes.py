@@ -20,7 +20,7 @@ def notes_of(found: Opened, plan: ExpertPlan | None) -> list[str]:
         why = "" if client is None else "; with eval.personal=true a run judges each client's own"
         notes.append(f"The run has no loss of this model on record{why}.")
     if plan is not None:
-        whole, fewer = world.adapter.spec.top_k, plan.top_k
+        whole, fewer = world.adapter.spec.top_k, choices(plan)
         if fewer < whole:
             notes.append(f"It sends each token to {show.plural(fewer, 'expert')}; the model it comes from, to {whole}.")
         copies = int((plan.served_LE & ~plan.permitted_LE).sum())
@@ -37,6 +37,11 @@ def notes_of(found: Opened, plan: ExpertPlan | None) -> list[str]:
         if prior_of(found, client):
             notes.append("The judged predictions add log_prior of fedmoe.json to the logits, by class.")
     return notes
+
+
+def choices(plan: ExpertPlan) -> int:
+    """Return k: experts for each token, at most as many as the layer with the fewest has."""
+    return min(plan.top_k, int(plan.served_LE.sum(axis=1).min()))
 
 
 def of_format(found: Opened, form: str, *, named: bool) -> list[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exported_runs import SAME, data_of, held_out, loss_of
+from peft import AutoPeftModelForCausalLM
 from stock_models import CAUSAL, config_of
 from tiny_corpus import SIZES, write_text, write_topics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,13 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import eval_batches
-from fedmoe_core.data.federated import load_data
-from fedmoe_core.data.tokenizing import pretrained_tokenizer
 from fedmoe_core.exporting.export import Order, export
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.observer import NullObserver
 
-SAME = 1e-4
 CHAT = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
 
 
@@ -59,29 +58,6 @@ def ran(model: Path, out: Path, data: str, *words: str) -> tuple[Config, dict]:
     return config, [line for line in lines if line["type"] == "round"][-1]
 
 
-def data_of(config: Config):
-    return load_data(
-        config.data,
-        clients=config.clients,
-        partition=config.partition,
-        seed=config.seed,
-        tokenizer=config.tokenizer,
-        vocab_size=config.model_config.vocab_size,
-        labels_per_class=config.warmup.labels_per_class,
-        validation=False,
-        pretrained=pretrained_tokenizer(config.model),
-    )
-
-
-@torch.no_grad()
-def text_loss(model, config: Config, client: int) -> float:
-    test = data_of(config).clients[client].test
-    (batch,) = eval_batches(test, batch_size=4, seq_len=config.train.seq_len, sequences=config.eval.sequences)
-    assert batch.mask_SN.all()
-    logits = model(input_ids=batch.tokens_SN).logits
-    return float(cross_entropy(logits[:, :-1].flatten(0, 1), batch.tokens_SN[:, 1:].flatten()))
-
-
 @pytest.mark.parametrize("family", sorted(CAUSAL))
 def test_a_directory_keeps_its_settings_its_template_and_keys_that_only_others_know(family, tmp_path):
     """Qwen has a dense layer between those with experts, OLMoE does not renormalise, Mixtral has other names."""
@@ -93,7 +69,7 @@ def test_a_directory_keeps_its_settings_its_template_and_keys_that_only_others_k
         equal = client == 0  # whose layers may differ; without effect where they do not
         done = export(tmp_path / "run", out, Order(client=client, equal_experts=equal))
         found = AutoModelForCausalLM.from_pretrained(out).eval()
-        losses = [text_loss(found, config, each) for each in range(3)]
+        losses = [loss_of(found, held_out(config, each)) for each in range(3)]
         assert np.mean(losses) == pytest.approx(last["loss"], rel=SAME) or client is not None
         assert client is None or losses[client] == pytest.approx(done.sheet.loss, rel=SAME)
         assert client != 1 or losses[1] == pytest.approx(last["personal_loss_C"][1], rel=SAME)
@@ -105,6 +81,19 @@ def test_a_directory_keeps_its_settings_its_template_and_keys_that_only_others_k
             [{"role": "user", "content": "hi"}], tokenize=False
         )
         assert chat == "hi</s>"
+
+
+def test_adapters_are_written_over_the_directory_that_the_run_named(tmp_path):
+    model = save_model(tmp_path / "model", "mixtral")
+    write_text(tmp_path / "notes.jsonl")
+    words = ["algorithm=hfedmoe", "train.experts=lora", "lora.rank=4"]
+    config, last = ran(model, tmp_path / "run", f"jsonl:{tmp_path / 'notes.jsonl'}", *words)
+    done = export(tmp_path / "run", tmp_path / "out", Order("peft"))
+    assert done.sheet.base == str(model)
+    assert not (tmp_path / "out" / "base").exists()
+    found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    losses = [loss_of(found, held_out(config, client)) for client in range(3)]
+    assert np.mean(losses) == pytest.approx(last["loss"], rel=SAME)
 
 
 def test_a_tokenizer_whose_settings_transformers_cannot_use_is_written_as_the_run_had_it(tmp_path):

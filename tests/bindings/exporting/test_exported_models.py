@@ -8,136 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
 import yaml
+from exported_runs import SAME, SYSTEMS, data_of, global_loss, held_out, loss_of, stock
 from peft import PeftModel
-from tiny_corpus import make_config
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
-from fedmoe_core.algorithms.base import algorithm_class
-from fedmoe_core.config.run_config import Config
-from fedmoe_core.data.batches import eval_batches
-from fedmoe_core.data.federated import load_data
 from fedmoe_core.exporting.export import Exported, Order, export, told
-from fedmoe_core.simulation import run as simulate
+from fedmoe_core.exporting.judged import equal_experts, opened, own_plan
 from fedmoe_core.simulation.observer import NullObserver
-from fedmoe_core.simulation.prepare import cache_directory
-
-SAME = 1e-4  # relative, of a held-out loss
-# 12.5 % is one expert a layer on the average, so that layers differ; a learning rate at which two rounds show.
-WORDS = (
-    "eval.personal=true",
-    "train.lr=3e-2",
-    "warmup.steps=25",
-    "train.local_steps=6",
-    "model_config.expert_width=32",
-)
-BUDGETS = "budgets=memory=30%;memory=55%;memory=100%;memory=80%"
-SYSTEMS = {
-    "hfedmoe": (),
-    "hfedmoe_plus": (),
-    "fedmoe": (),
-    "flex_moe": (),
-    "flux": (),
-    "fedavg": (),
-    "random": (),
-    "flame": ("lora.rank=4",),
-    "hetlora": ("lora.rank=4",),
-    "flexlora": ("lora.rank=4",),
-    "hfedmoe-lora": ("algorithm=hfedmoe", "train.experts=lora", "lora.rank=4"),
-    "hfedmoe-nf4": ("algorithm=hfedmoe", "train.experts=lora", "lora.rank=4", "lora.frozen_format=nf4"),
-    "hfedmoe-trunk": ("algorithm=hfedmoe", "train.trunk=fedavg"),
-}
-
 
 # Clients whose own models hold more experts in one layer than in the other.
 UNEVEN = (("hfedmoe_plus", 0), ("fedmoe", 0), ("random", 0), ("hfedmoe-lora", 0), ("hfedmoe-nf4", 0))
-
-
-@dataclass(frozen=True)
-class Ran:
-    """A finished run, and the last line of its records."""
-
-    config: Config
-    path: Path
-
-    @property
-    def rounds(self) -> list[dict]:
-        lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if line["type"] == "round"]
-
-    @property
-    def last(self) -> dict:
-        return self.rounds[-1]
-
-    def losses(self, client: int) -> list[float]:
-        return [line["personal_loss_C"][client] for line in self.rounds]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Runs by name, each played once."""
-    make, played = make_config(tmp_path_factory.mktemp("runs"), tmp_path_factory.getbasetemp() / "shared"), {}
-
-    def ran(name: str, *words: str) -> Ran:
-        key = (name, *words)
-        if key not in played:
-            system = SYSTEMS.get(name, ())
-            named = () if any(word.startswith("algorithm=") for word in system) else (f"algorithm={name}",)
-            config = make(*WORDS, BUDGETS, *named, *system, *words, out_name=f"{name}-{len(played)}").resolved()
-            simulate.run(config, observer=NullObserver())
-            played[key] = Ran(config, Path(config.out))
-        return played[key]
-
-    return ran
-
-
-def data_of(config: Config):
-    """The data of a run, read again."""
-    return load_data(
-        config.data,
-        clients=config.clients,
-        partition=config.partition,
-        seed=config.seed,
-        tokenizer=config.tokenizer,
-        vocab_size=config.model_config.vocab_size,
-        labels_per_class=config.warmup.labels_per_class,
-        validation=algorithm_class(config.algorithm).needs_validation,
-        cache=cache_directory(config),
-    )
-
-
-def held_out(config: Config, client: int):
-    """The batches that a client's model is judged on."""
-    test = data_of(config).clients[client].test
-    return list(eval_batches(test, batch_size=4, seq_len=config.train.seq_len, sequences=config.eval.sequences))
-
-
-@torch.no_grad()
-def loss_of(model, batches) -> float:
-    """Mean next-token loss of a stock model, in nats."""
-    total, count = 0.0, 0
-    for batch in batches:
-        logits = model(input_ids=batch.tokens_SN, attention_mask=batch.mask_SN.long()).logits.double()
-        predicted = batch.mask_SN[:, 1:] & batch.mask_SN[:, :-1]
-        total += float(cross_entropy(logits[:, :-1][predicted], batch.tokens_SN[:, 1:][predicted], reduction="sum"))
-        count += int(predicted.sum())
-    return total / count
-
-
-def stock(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def global_loss(model, config: Config) -> float:
-    return float(np.mean([loss_of(model, held_out(config, client)) for client in range(config.clients)]))
 
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "flex_moe"])
@@ -184,6 +69,27 @@ def assert_equalised(done: Exported, recorded: float) -> None:
     assert float(before) == pytest.approx(recorded, abs=1e-4)
     assert float(after) == pytest.approx(done.sheet.loss, abs=1e-4)
     assert note in told(done)
+
+
+def test_with_fewer_experts_than_choices_a_token_goes_to_those_there_are(runs, tmp_path):
+    ran = runs("hfedmoe", "budgets=experts=2;experts=100%")
+    done = export(ran.path, tmp_path / "out", Order(client=0))
+    config = stock(tmp_path / "out").config
+    assert (config.num_experts, config.num_experts_per_tok, done.sheet.top_k) == (1, 1, 1)
+    assert "It sends each token to 1 expert; the model it comes from, to 2." in done.sheet.notes
+    found = loss_of(stock(tmp_path / "out"), held_out(ran.config, 0))
+    assert found == pytest.approx(ran.losses(0)[-1], rel=SAME)
+
+
+def test_equal_experts_stay_inside_the_budget(runs):
+    ran = runs("hfedmoe_plus")
+    with opened(ran.path, ran.config, NullObserver(), warm=True) as found:
+        for client in (0, 1, 3):
+            plan = own_plan(found, client)
+            assert np.ptp(plan.permitted_LE.sum(axis=1)) > 0
+            equal = equal_experts(plan, np.asarray(found.world.algorithm.scores(found.state)[client]))
+            cost = found.world.population.costs.predict(equal.permitted_LE, equal.trainable_LE, local_steps=1)
+            assert cost.memory_bytes <= plan.budget.memory_bytes
 
 
 def test_an_expert_that_a_merged_one_serves_is_written_as_a_copy_of_it(runs, tmp_path):
@@ -260,79 +166,6 @@ def test_grafts_are_refused_before_anything_is_read(runs, tmp_path):
     (copy / "config.toml").write_text(text)
     with pytest.raises(ValueError, match=r"'fft_moe' grafts a mixture beside every block"):
         export(copy, tmp_path / "out")
-
-
-def test_a_model_that_is_not_the_judged_one_is_not_written(runs, tmp_path):
-    """A record that says another loss stands for other code, another torch or another machine."""
-    copy = shutil.copytree(runs("hfedmoe").path, tmp_path / "run")
-    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        if line["type"] == "round" and line["round"] == 2:
-            line["loss"] *= 1.001
-    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match=r"the global model has a held-out loss of .* on record; export with"):
-        export(copy, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-class Stops(NullObserver):
-    """Presses Ctrl-C when a round has been judged."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_round(self, number: int, rounds: int, line: dict) -> None:
-        if number == self.after:
-            raise KeyboardInterrupt
-
-
-def test_a_run_that_was_stopped_gives_the_model_of_its_last_checkpoint(runs, tmp_path):
-    """Its records may go on beyond it: a kill can come between a round's lines and its checkpoint."""
-    ran = runs("hfedmoe")
-    config = Config.load(ran.path / "config.toml", [f"out={tmp_path / 'run'}", "rounds=4"])
-    with pytest.raises(KeyboardInterrupt):
-        simulate.run(config, observer=Stops(3))
-    stopped = Ran(config, tmp_path / "run")
-    assert stopped.last["round"] == 3
-    judged = stopped.losses(2)[-1]
-    with (stopped.path / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(stopped.last | {"round": 4, "personal_loss_C": [9.0] * 4}) + "\n")
-    done = export(stopped.path, tmp_path / "out", Order(client=2))
-    assert done.recorded == judged
-    assert loss_of(stock(tmp_path / "out"), held_out(config, 2)) == pytest.approx(judged, rel=SAME)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "after round 3 of 4" in card
-    assert f"| {judged:.3f} |\n" in card
-
-
-@pytest.mark.parametrize("words", [("time.mode=buffered", "time.buffer=2"), ("ranks=2",), ("cohort.clients=2",)])
-def test_other_kinds_of_runs_give_the_judged_models_too(words, runs, tmp_path):
-    paced = tuple(f"memory={share}%,speed=1e9,downlink=10Mbit,uplink=5Mbit" for share in (30, 100))
-    buffered = words[0] == "time.mode=buffered"
-    if words == ("ranks=2",):  # played by one process: what is asked here is whether such a configuration is read
-        ran = runs("hfedmoe")
-        shutil.copytree(ran.path, tmp_path / "run")
-        text = (tmp_path / "run" / "config.toml").read_text()
-        (tmp_path / "run" / "config.toml").write_text(re.sub(r"(?m)^ranks = 1$", "ranks = 2", text))
-        ran = Ran(ran.config, tmp_path / "run")
-    else:
-        ran = runs("hfedmoe", *words, *((f"budgets={';'.join(paced)}",) if buffered else ()))
-    for client in (None, 1):
-        done = export(ran.path, tmp_path / f"out-{client}", Order(client=client, equal_experts=True))
-        recorded = ran.last["loss"] if client is None else ran.losses(client)[-1]
-        assert done.recorded == recorded
-        assert done.sheet.loss == pytest.approx(recorded, rel=SAME)
-
-
-def test_a_model_that_the_run_did_not_judge_is_written_and_says_so(runs, tmp_path):
-    ran = runs("hfedmoe", "eval.personal=false")
-    done = export(ran.path, tmp_path / "out", Order(client=1))
-    assert done.recorded is None
-    assert "(not on record)" in told(done)[0]
-    assert "with eval.personal=true a run judges each client's own." in told(done)[1]
-    assert loss_of(stock(tmp_path / "out"), held_out(ran.config, 1)) == pytest.approx(done.sheet.loss, rel=SAME)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "| loss (nats) | n/a | n/a |" in card
 
 
 def front_matter(folder: Path) -> dict:

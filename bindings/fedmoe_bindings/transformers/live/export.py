@@ -51,7 +51,10 @@ def stock_of(
             del state["dense.score.weight"]
         return stock_model(type(live), cast(PreTrainedModel, live), state, family, blocks, top_k=top_k)
     if live.pool != "last":
-        raise ValueError("transformers' classifiers pool the last token; train with pool='last', or export(head=False)")
+        raise ValueError(
+            "transformers' classifiers pool the last token, and this one the mean; take a model from a directory "
+            "(pool='last'), or its trunk alone by export(head=False)"
+        )
     return stock_model(AutoModelForSequenceClassification, live.model, state, family, blocks, top_k=top_k)
 
 
