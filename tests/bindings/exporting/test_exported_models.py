@@ -38,7 +38,14 @@ def test_the_global_model_is_the_judged_one(name, runs, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "client"),
-    [*((name, 0) for name in SYSTEMS), ("hfedmoe", 3), ("random", 1), ("flame", 2), ("hfedmoe-lora", 1)],
+    [
+        *((name, 0) for name in SYSTEMS),
+        ("hfedmoe", 3),
+        ("flex_moe", 2),
+        ("random", 1),
+        ("flame", 2),
+        ("hfedmoe-lora", 1),
+    ],
 )
 def test_a_clients_own_model_is_the_judged_one(name, client, runs, tmp_path):
     ran = runs(name)
