@@ -9,7 +9,7 @@ setup(
     package_dir={root: f"{folder}/{root}" for root, folder in ROOTS.items()},
     package_data={
         "fedmoe_kernels": ["py.typed", "tiles/*.json"],
-        "fedmoe_core": ["py.typed", "reporting/*.jinja", "reporting/*.css"],
+        "fedmoe_core": ["py.typed", "exporting/*.j2", "reporting/*.jinja", "reporting/*.css"],
         "fedmoe_bindings": ["py.typed"],
     },
 )

@@ -21,6 +21,7 @@ SAYS = {
     "custom_algorithm": r"held-out loss \d+\.\d+ -> \d+\.\d+",
     "custom_data": r"accuracy \d+% -> \d+%",
     "cut_to_budget": r"budget 1\.43 MiB: 8 experts a layer\n(.*\n)*same to the bit on fedmoe: True",
+    "export_model": r"client 0's own model: 2 of 8 experts a layer.*\n(.*\n)*wrote .*client-0: .*\ndef main\(",
     "finetune_two_experts": r"(moved: rows \[2, 5\] of moe\.[01]\.w_(in|out)\n){4}$",
     "moe_layer": r"all experts: 6\.\d+ MB, a quarter: 1\.\d+ MB",
     "plan_budgets": r"cannot hold one expert per MoE layer; at least [\d.]+ MiB is needed",

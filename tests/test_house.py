@@ -19,10 +19,11 @@ FLOORS = {"fedmoe_kernels": "kernels", "fedmoe_core": ".", "fedmoe_bindings": "b
 LONGEST = 400  # lines; a longer file asks to be two
 # The rooms of fedmoe_core, lowest first: text and layers; a model made of layers; what a device bears of a model; the
 # settings; what is said in a round; who matters; what a client does; what the server does; the systems, which do both;
-# a run; its report; a run that goes on, which needs what the report knows of a directory; many runs; a command.
+# a run; its report; its model for others, with a card; a run that goes on, which needs what the report knows of a
+# directory; many runs; a command.
 ROOMS = (
     *("base", "data", "layer", "model", "budget", "config", "messages", "selection", "client", "server"),
-    *("privacy", "algorithms", "simulation", "reporting", "watching", "comparison", "cli"),
+    *("privacy", "algorithms", "simulation", "reporting", "exporting", "watching", "comparison", "cli"),
 )
 CROWDED = 14  # files in one folder, ``__init__.py`` not counted; a fuller one asks to be two
 SOURCES = sorted(path for package, folder in FLOORS.items() for path in (HOUSE / folder / package).rglob("*.py"))

@@ -70,6 +70,7 @@ def test_the_wheel_holds_three_packages_and_nothing_else(wheel: Path) -> None:
     typed = [HOUSE / folder / root / "py.typed" for root, folder in FLOORS.items()]
     tables = HOUSE.glob("kernels/fedmoe_kernels/tiles/*.json")  # of tiles tuned on a GPU
     pages = [HOUSE / "fedmoe_core" / "reporting" / name for name in ("report.html.jinja", "page.css")]
+    pages.append(HOUSE / "fedmoe_core" / "exporting" / "card.md.j2")
     package = {
         path: next(root for root in FLOORS if root in path.parts) for path in (*sources, *typed, *tables, *pages)
     }
@@ -138,12 +139,15 @@ def test_the_installed_command_works_away_from_the_checkout(python: Path, tmp_pa
     assert str(HOUSE) not in run(python, "-c", code, cwd=tmp_path)
 
 
-def test_the_installed_package_has_its_page(python: Path, tmp_path: Path) -> None:
+def test_the_installed_package_has_its_page_and_card(python: Path, tmp_path: Path) -> None:
     code = (
         "from importlib.resources import files; "
-        "print(files('fedmoe_core.reporting').joinpath('report.html.jinja').read_text())"
+        "print(files('fedmoe_core.reporting').joinpath('report.html.jinja').read_text(), "
+        "files('fedmoe_core.exporting').joinpath('card.md.j2').read_text())"
     )
-    assert run(python, "-c", code, cwd=tmp_path).count("{% macro") == 4
+    found = run(python, "-c", code, cwd=tmp_path)
+    assert found.count("{% macro") == 4
+    assert "library_name:" in found
 
 
 def test_the_environment_can_build_a_wheel() -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fedmoe_core.base import show
 from fedmoe_core.base.say import hold_streams, say
+from fedmoe_core.cli import export as cli_export
 from fedmoe_core.cli import score as cli_score
 from fedmoe_core.cli import split as cli_split
 from fedmoe_core.cli import study as cli_study
@@ -212,6 +213,27 @@ def report(
         for line in lines:
             say(line)
         say(f"report: {path}")
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    out: cli_export.Out,
+    form: cli_export.Form = "hf",
+    client: cli_export.Client = cli_export.GLOBAL,
+    equal: cli_export.Equal = False,
+    force: cli_export.Force = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's model, the one that its report judged, as a directory that transformers or peft loads."""
+    ending = Ending()
+    with interruptions(ending), errors(ending, debug=debug):
+        ending.again = "fedmoe export with the same words"
+        if (run_dir / "config.toml").is_file():
+            _make_importable(run_dir / "config.toml", [])
+        cli_export.run(run_dir, out, form=form, client=client, equal=equal, force=force, quiet=quiet, as_json=as_json)
 
 
 @app.command()

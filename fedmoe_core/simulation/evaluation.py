@@ -59,14 +59,15 @@ def evaluate_clients(world: World, state: ServerState) -> HeldOut:
     began = time.perf_counter()
     held = HeldOut(None, None, None, None, 0.0)
     if world.algorithm.has_global_model:
-        held = _evaluate_global(world, state)
+        held = evaluate_global(world, state)
     if world.config.eval.personal or not world.algorithm.has_global_model:
         loss_C, accuracy_C = _evaluate_personal(world, state)
         held = replace(held, personal_loss_C=loss_C, personal_accuracy_C=accuracy_C)
     return replace(held, seconds=time.perf_counter() - began)
 
 
-def _evaluate_global(world: World, state: ServerState) -> HeldOut:
+def evaluate_global(world: World, state: ServerState) -> HeldOut:
+    """Judge the global model on every client's held-out data, and on the global test split where there is one."""
     data, clients = world.data, len(world.data.clients)
     world.adapter.configure(state.params)
     parts = [client.test for client in data.clients] + ([] if data.test is None else [data.test])
@@ -111,14 +112,14 @@ def _evaluate_personal(world: World, state: ServerState) -> tuple[tuple[float, .
             groups = [[plan.client for plan in part] for part in judged_together(world, world.cohorts, plans)]
             plan_of = plans.__getitem__
         for group in world.ranks.mine(groups, [sum(sizes[client] for client in group) for group in groups]):
-            results = _own_models(world, state, [plan_of(client) for client in group])
+            results = own_models(world, state, [plan_of(client) for client in group])
             for client, result in zip(group, results, strict=True):
                 found[str(client)] = [result.loss_sum, result.count, result.correct]
     losses, shares = _means(world, found)
     return tuple(losses), None if world.data.test is None else tuple(shares)
 
 
-def _own_models(world: World, state: ServerState, plans: Sequence[ExpertPlan]) -> list[Evaluation]:
+def own_models(world: World, state: ServerState, plans: Sequence[ExpertPlan]) -> list[Evaluation]:
     """Judge clients' own models on their own held-out data, all at once where there are several.
 
     In batches of the training shape then, so that a cohort needs no more memory than one that trains.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,12 @@ def read_run(run: Path | str) -> Trained:
     if config.train.trunk != "frozen" and form.trains_trunk:
         raise ValueError(f"{run} has trained its trunk too, which no adapter holds; run it with train.trunk=frozen")
     state = unpack_state(load_checkpoint(Path(run) / "checkpoint").tensors, round=0).params
-    layers = lora_of_state(state, declared.scale)
+    return trained_in(state, declared.scale)
+
+
+def trained_in(state: Mapping[str, Tensor], scale: float) -> Trained:
+    """Return the adapters and routers of a state in global coordinates; ``scale`` is that of its adapters."""
+    layers = lora_of_state(state, scale)
     return Trained(layers, tuple(of_layer(number, state)["router"] for number in range(len(layers))))
 
 
@@ -69,11 +75,19 @@ def export_run(run: Path | str, model: PreTrainedModel, directory: Path | str, *
         ValueError: as ``read_run`` and ``save_adapter``; or the model's router is not found.
         OSError: the run cannot be read.
     """
-    trained = read_run(run)
+    write_trained(read_run(run), model, directory, base=base)
+
+
+def write_trained(trained: Trained, model: PreTrainedModel, directory: Path | str, *, base: str = "") -> None:
+    """Write what a run has trained as a peft adapter of the model that it started from, as ``export_run``.
+
+    Raises:
+        ValueError: the model is not the run's, or its router is not found.
+    """
     names = [_router_of(model, path) for path, _ in stacks_of(model)]
     if len(names) != len(trained.routers):
         raise ValueError(
-            f"{run} has {len(trained.routers)} MoE layers, the model {len(names)}; give the run's own model"
+            f"the run has {len(trained.routers)} MoE layers, the model {len(names)}; give the run's own model"
         )
     changes = {}
     for name, router in zip(names, trained.routers, strict=True):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense_models import EXPERTS, FAMILIES, K, LAYERS, WIDTH, dense_model, some_tokens
+from dense_models import EXPERTS, FAMILIES, LAYERS, WIDTH, K, dense_model, some_tokens
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 
@@ -86,7 +86,8 @@ def test_a_client_with_fewer_experts_than_choices_keeps_the_scale_of_their_outpu
     if right:
         adapter.configure(adapter.state(), submodel)
     else:
-        with pytest.warns(RuntimeWarning, match=r"choose 1 of the k=4 experts .* multiply what these add by 4; set train"):
+        said = r"choose 1 of the k=4 experts .* multiply what these add by 4; set train"
+        with pytest.warns(RuntimeWarning, match=said):
             adapter.configure(adapter.state(), submodel)
     tokens_SN = some_tokens(seed=1)
     batch = Batch(tokens_SN, torch.ones_like(tokens_SN, dtype=torch.bool))

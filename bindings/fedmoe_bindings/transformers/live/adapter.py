@@ -5,28 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fedmoe_bindings.transformers.live.attention import attention_received
 from fedmoe_bindings.transformers.live.checks import check_form, check_rows, check_state, warn_of_factor
 from fedmoe_bindings.transformers.live.cohort import TransformersCohort
-from fedmoe_bindings.transformers.live.export import cast_parameters, stock_model
-from fedmoe_bindings.transformers.live.families import Absent, Family, check_layer, family_of, of_split
+from fedmoe_bindings.transformers.live.export import cast_parameters, stock_of
+from fedmoe_bindings.transformers.live.families import (
+    Absent,
+    Family,
+    check_layer,
+    family_of,
+    of_split,
+    renormalizes_split,
+)
 from fedmoe_bindings.transformers.live.load import Pool, SequenceClassifier, is_encoder, load_model, small_model
 from fedmoe_bindings.transformers.live.places import PlaceMeasures
 from fedmoe_bindings.transformers.live.shared import shared_of
 from fedmoe_bindings.transformers.live.token_mask import carry_token_mask
-from fedmoe_bindings.transformers.split.families import SPLIT
+from fedmoe_bindings.transformers.live.writing import own_model, require_same, write_files, write_peft
 from fedmoe_bindings.transformers.stock.blocks import stock_blocks
 from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.base.tensor_key import TensorKey, of_layer, to_keys
 from fedmoe_core.config.run_config import ModelConfig
-from fedmoe_core.data.batches import Task
+from fedmoe_core.data.batches import Batch, Task
 from fedmoe_core.layer.cohort.layer import CohortMoE
 from fedmoe_core.layer.cohort.parts import ClientLayer
 from fedmoe_core.layer.graft import GraftSpec, fresh_graft
@@ -35,6 +43,7 @@ from fedmoe_core.layer.moe import MoE
 from fedmoe_core.layer.state import STEERING, LayerState
 from fedmoe_core.model.spec import Kind, ModelSpec, ParamSpec, lora_specs
 from fedmoe_core.model.submodel import WHOLE, SubModel
+from fedmoe_core.model.writer import Wording
 
 
 def load_adapter(
@@ -140,8 +149,7 @@ class TransformersAdapter(PlaceMeasures):
                 f"the MoE layers have {min(sizes)} to {max(sizes)} experts; fedmoe serves one number for all"
             )
         told, family = family is not None, family or family_of(blocks[0])
-        k = family.top_k or config.num_experts_per_tok
-        family = of_split(family, config, k=k, absent=absent)
+        family = of_split(family, config, absent=absent)
         if task == "causal_lm" and model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no language-model head; load it as a causal LM")
         root = (
@@ -153,7 +161,7 @@ class TransformersAdapter(PlaceMeasures):
         for block in blocks:
             layer = MoE.of(
                 family.state(block),
-                k,
+                family.top_k or config.num_experts_per_tok,
                 rule=family.rule,
                 activation=family.activation,
                 shared=shared_of(block, family),
@@ -207,21 +215,24 @@ class TransformersAdapter(PlaceMeasures):
         Raises:
             ValueError: a layer does not hold every expert, or transformers has no model with this head or grafts.
         """
-        state = self.state()
-        if self.frozen_moe:
-            raise ValueError("transformers has no model with grafted mixtures; save the state instead")
-        live = self.model.model if isinstance(self.model, SequenceClassifier) and not head else self.model
-        blocks = [name for name, module in live.named_modules() if isinstance(module, MoE)]
-        if not isinstance(live, SequenceClassifier):
-            if live is not self.model:
-                state = {key.replace("dense.model.", "dense.", 1): value for key, value in state.items()}
-                del state["dense.score.weight"]
-            return stock_model(type(live), cast(PreTrainedModel, live), state, self._family, blocks)
-        if live.pool != "last":
-            raise ValueError(
-                "transformers' classifiers pool the last token; train with pool='last', or export(head=False)"
-            )
-        return stock_model(AutoModelForSequenceClassification, live.model, state, self._family, blocks)
+        return stock_of(self.model, self.state(), self._family, self.moe, head=head)
+
+    def write_model(
+        self, state: Mapping[str, Tensor], submodel: SubModel, folder: Path, *, wording: Wording, batch: Batch
+    ) -> None:
+        """Write a sub-model as a model of transformers, as ``ModelWriter``; the adapter is configured so afterwards."""
+        self.configure(state, submodel)
+        model = own_model(self.model, state, self._family, self.moe, submodel)
+        require_same(model, self.model, batch)
+        write_files(model, folder, wording, text=batch)
+
+    def write_adapter(
+        self, state: Mapping[str, Tensor], start: Mapping[str, Tensor], folder: Path, *, wording: Wording, base: str
+    ) -> None:
+        """Write the adapters and routers of a state as peft does, as ``ModelWriter``."""
+        assert self._lora is not None
+        model = stock_of(self.model, start, self._family, self.moe)
+        write_peft(model, state, self._lora.scale, folder, wording, base=base)
 
     def configure(self, state: Mapping[str, Tensor], submodel: SubModel = WHOLE) -> None:
         """Become ``submodel`` of ``state``, as ``ModelAdapter.configure``.
@@ -250,8 +261,7 @@ class TransformersAdapter(PlaceMeasures):
     def _check(self, submodel: SubModel) -> None:
         check_rows(submodel.rows, self.spec, adapters=self._lora is not None)
         check_form(submodel, self.spec, self.moe, adapters=self._lora is not None)
-        if getattr(self._config, SPLIT, None) and self._family.rule.renormalize is True:
-            warn_of_factor(submodel, self.spec)
+        warn_of_factor(submodel, self.spec, renormalizes=renormalizes_split(self._family, self._config))
 
     def _configure_layers(self, state: Mapping[str, Tensor], submodel: SubModel) -> None:
         for number, layer in enumerate(self.moe):

@@ -64,7 +64,7 @@ def check_form(submodel: SubModel, spec: ModelSpec, layers: Sequence[MoE], *, ad
         raise ValueError(f"lora_rank={submodel.lora_rank}, but this model has no adapters; call add_lora first")
 
 
-def warn_of_factor(submodel: SubModel, spec: ModelSpec) -> None:
+def warn_of_factor(submodel: SubModel, spec: ModelSpec, *, renormalizes: bool) -> None:
     """Warn, once, where weights that are renormalised multiply the outputs of a split model's few experts.
 
     Outputs of a split model add up, each with a weight of about 1 / k. Where a token has k' < k choices, renormalised
@@ -75,7 +75,7 @@ def warn_of_factor(submodel: SubModel, spec: ModelSpec) -> None:
     if submodel.permitted_LE is not None:
         aliased_LE = False if submodel.alias_LE is None else submodel.alias_LE >= 0
         served = int((submodel.permitted_LE | aliased_LE).sum(axis=1).min())
-    if (choices := min(asked, served)) < spec.top_k:
+    if renormalizes and (choices := min(asked, served)) < spec.top_k:
         warn_once(
             f"a client's tokens choose {choices} of the k={spec.top_k} experts of a split model, and renormalised "
             f"weights multiply what these add by {spec.top_k / choices:g}; set train.absent=auto, or share"

@@ -4,18 +4,68 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fedmoe_bindings.transformers.live.families import Family
+from fedmoe_bindings.transformers.live.load import SequenceClassifier
+from fedmoe_bindings.transformers.stock.blocks import configs_of
+from fedmoe_bindings.transformers.stock.cut import lower_choices
 from fedmoe_core.base.tensor_key import of_layer
+from fedmoe_core.layer.moe import MoE
+
+
+def stock_of(
+    root: nn.Module,
+    state: Mapping[str, Tensor],
+    family: Family,
+    layers: Sequence[MoE],
+    *,
+    head: bool = True,
+    top_k: int | None = None,
+) -> PreTrainedModel:
+    """Build the stock model of a live one from a state in global coordinates.
+
+    Args:
+        root: the live causal LM or ``SequenceClassifier``, of which names, configuration and buffers are taken.
+        state: with every expert.
+        family: how its MoE blocks are made.
+        layers: its MoE layers that federation trains.
+        head: of a classifier; without it its trunk comes back, whatever it pools.
+        top_k: most experts per token; None = as the configuration says.
+
+    Raises:
+        ValueError: transformers has no model with this head or grafts.
+    """
+    live = root.model if isinstance(root, SequenceClassifier) and not head else root
+    places = {module: name for name, module in live.named_modules() if isinstance(module, MoE)}
+    if len(places) > len(layers):
+        raise ValueError("transformers has no model with grafted mixtures; save the state instead")
+    blocks = list(places.values())
+    if not isinstance(live, SequenceClassifier):
+        if live is not root:
+            state = {key.replace("dense.model.", "dense.", 1): value for key, value in state.items()}
+            del state["dense.score.weight"]
+        return stock_model(type(live), cast(PreTrainedModel, live), state, family, blocks, top_k=top_k)
+    if live.pool != "last":
+        raise ValueError(
+            "transformers' classifiers pool the last token, and this one the mean; take a model from a directory "
+            "(pool='last'), or its trunk alone by export(head=False)"
+        )
+    return stock_model(AutoModelForSequenceClassification, live.model, state, family, blocks, top_k=top_k)
 
 
 def stock_model(
-    cls: Any, like: PreTrainedModel, state: Mapping[str, Tensor], family: Family, blocks: Sequence[str]
+    cls: Any,
+    like: PreTrainedModel,
+    state: Mapping[str, Tensor],
+    family: Family,
+    blocks: Sequence[str],
+    *,
+    top_k: int | None = None,
 ) -> PreTrainedModel:
     """Build a stock model from a state in global coordinates; copies, never aliases.
 
@@ -27,11 +77,15 @@ def stock_model(
         state: ``moe.{l}.{ours}`` and ``dense.{name}`` with every expert.
         family: how its MoE blocks are made.
         blocks: their names, in depth order.
+        top_k: most experts per token; None = as the configuration says.
 
     Raises:
         ValueError: transformers has no classifier for this family.
     """
     config, head = copy.deepcopy(like.config), state.get("dense.score.weight")
+    if top_k is not None:
+        for part in configs_of(config):
+            lower_choices(part, top_k)
     if head is not None:
         config.num_labels = head.shape[0]
     build = cls.from_config if cls is AutoModelForSequenceClassification else cls

@@ -139,7 +139,12 @@ def family_of(block: StockBlock) -> Family:
     )
 
 
-def of_split(family: Family, config: PreTrainedConfig, *, k: int, absent: Absent) -> Family:
+def renormalizes_split(family: Family, config: PreTrainedConfig) -> bool:
+    """Tell whether weights are renormalised in a model that was split, whose experts' outputs add up."""
+    return bool(getattr(config, SPLIT, None)) and family.rule.renormalize is True
+
+
+def of_split(family: Family, config: PreTrainedConfig, *, absent: Absent) -> Family:
     """Return the family with what becomes of weight on absent experts; "auto" asks the model's configuration.
 
     A model that ``split`` made has its router in natural units here, and its weights are shares: see ``RoutingRule``.
@@ -147,7 +152,6 @@ def of_split(family: Family, config: PreTrainedConfig, *, k: int, absent: Absent
     Args:
         family: as its blocks were found.
         config: of the model.
-        k: choices of a token.
         absent: "share" leaves their weight out, "renormalize" gives it to the others; "auto": share for a split model.
 
     Raises:
@@ -162,7 +166,7 @@ def of_split(family: Family, config: PreTrainedConfig, *, k: int, absent: Absent
             f"absent='share' is for routers whose weights are a softmax that sums to 1, and this one is {rule.scoring} "
             f"with renormalize={rule.renormalize}; leave it at auto"
         )
-    unit = float(told["temperature"]) if told else 1.0
+    unit, k = float(told["temperature"]) if told else 1.0, family.top_k or config.num_experts_per_tok
     return replace(family, rule=replace(rule, renormalize="share", of=k, temperature=unit), unit=unit)
 
 

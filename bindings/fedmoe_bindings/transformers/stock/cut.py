@@ -74,15 +74,20 @@ def _cut_config(config: PreTrainedConfig, whole: int, kept: Sequence[np.ndarray]
         return
     for key in keys:
         setattr(config, key, count)
-    for key, value in list(vars(config).items()):
-        if type(value) is int and any(key.endswith(word) for word in _CHOICES):
-            setattr(config, key, min(value, count))
+    lower_choices(config, count)
     groups = next((key for key in _GROUPS if type(getattr(config, key, None)) is int), None)
     best = next((key for key in _BEST_GROUPS if type(getattr(config, key, None)) is int), None)
     if groups is not None and best is not None and getattr(config, groups) > 1:
         left = _groups_left(getattr(config, groups), whole, kept)
         setattr(config, groups, left)
         setattr(config, best, min(getattr(config, best), left))
+
+
+def lower_choices(config: PreTrainedConfig, most: int) -> None:
+    """Let a configuration choose at most so many experts for each token."""
+    for key, value in list(vars(config).items()):
+        if type(value) is int and any(key.endswith(word) for word in _CHOICES):
+            setattr(config, key, min(value, most))
 
 
 def _groups_left(groups: int, whole: int, kept: Sequence[np.ndarray]) -> int:
