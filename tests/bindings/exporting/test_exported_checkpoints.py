@@ -35,7 +35,7 @@ def save_model(folder: Path, family: str, *, pad: int | None = None) -> Path:
     tokenizer.train_from_iterator(["river stone light"], trainer)
     config = config_of(family)
     config.vocab_size, config.pad_token_id = tokenizer.get_vocab_size(), pad
-    config.fedmoe_split = {"renormalize": "share", "of": [1, 2]}
+    config.made_elsewhere = {"renormalize": "share", "of": [1, 2]}
     torch.manual_seed(0)
     model = CAUSAL[family](config)
     model.generation_config.update(temperature=0.7, do_sample=True, eos_token_id=[1, 5])
@@ -73,7 +73,7 @@ def test_a_directory_keeps_its_settings_its_template_and_keys_that_only_others_k
         assert np.mean(losses) == pytest.approx(last["loss"], rel=SAME) or client is not None
         assert client is None or losses[client] == pytest.approx(done.sheet.loss, rel=SAME)
         assert client != 1 or losses[1] == pytest.approx(last["personal_loss_C"][1], rel=SAME)
-        assert AutoConfig.from_pretrained(out).fedmoe_split == {"renormalize": "share", "of": [1, 2]}
+        assert AutoConfig.from_pretrained(out).made_elsewhere == {"renormalize": "share", "of": [1, 2]}
         assert (found.generation_config.temperature, found.generation_config.eos_token_id) == (0.7, [1, 5])
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             assert (out / name).read_bytes() == (model / name).read_bytes()

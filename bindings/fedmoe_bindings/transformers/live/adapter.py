@@ -17,14 +17,7 @@ from fedmoe_bindings.transformers.live.attention import attention_received
 from fedmoe_bindings.transformers.live.checks import check_form, check_rows, check_state, warn_of_factor
 from fedmoe_bindings.transformers.live.cohort import TransformersCohort
 from fedmoe_bindings.transformers.live.export import cast_parameters, stock_of
-from fedmoe_bindings.transformers.live.families import (
-    Absent,
-    Family,
-    check_layer,
-    family_of,
-    of_split,
-    renormalizes_split,
-)
+from fedmoe_bindings.transformers.live.families import Absent, Family, check_layer, family_of, inflates, of_split
 from fedmoe_bindings.transformers.live.load import Pool, SequenceClassifier, is_encoder, load_model, small_model
 from fedmoe_bindings.transformers.live.places import PlaceMeasures
 from fedmoe_bindings.transformers.live.shared import shared_of
@@ -261,7 +254,7 @@ class TransformersAdapter(PlaceMeasures):
     def _check(self, submodel: SubModel) -> None:
         check_rows(submodel.rows, self.spec, adapters=self._lora is not None)
         check_form(submodel, self.spec, self.moe, adapters=self._lora is not None)
-        warn_of_factor(submodel, self.spec, renormalizes=renormalizes_split(self._family, self._config))
+        warn_of_factor(submodel, self.spec, renormalizes=inflates(self._family, self._config))
 
     def _configure_layers(self, state: Mapping[str, Tensor], submodel: SubModel) -> None:
         for number, layer in enumerate(self.moe):

@@ -139,7 +139,7 @@ def family_of(block: StockBlock) -> Family:
     )
 
 
-def renormalizes_split(family: Family, config: PreTrainedConfig) -> bool:
+def inflates(family: Family, config: PreTrainedConfig) -> bool:
     """Tell whether weights are renormalised in a model that was split, whose experts' outputs add up."""
     return bool(getattr(config, SPLIT, None)) and family.rule.renormalize is True
 
