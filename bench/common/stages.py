@@ -126,7 +126,7 @@ def _whole(task: Problem, slot_map: SlotMap, backend: str, form: str = "") -> tu
             leaves += [options[name].trainable] if count else []
     if form == "scores":
         options["scores"] = ExpertScores(len(ids_B), device=x_TH.device)
-        leaves.append(options["scores"].leaf_B6)
+        leaves.append(options["scores"].leaf_B7)
 
     def run() -> Tensor:
         return moe_mlp(x_TH, routing, **options)

@@ -93,7 +93,7 @@ class Algorithm(ABC):
         if asked and cls.adapters in ("", "own"):
             raise ValueError(
                 f"train.experts=lora is not for algorithm={config.algorithm!r}, which aggregates whole experts; choose "
-                "hfedmoe, random, most_activated, fedavg or fedavg_smallest, or a system of adapters"
+                "hfedmoe, random, most_activated, reap_experts, fedavg or fedavg_smallest, or a system of adapters"
             )
         shared = cls.adapters == "shared" or (asked and cls.adapters == "optional")
         if few_bits != "none" and not shared:

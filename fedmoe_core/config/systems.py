@@ -29,6 +29,7 @@ _SYSTEMS = (
     ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
     ("fedavg_smallest", "FedAvg, smallest budget", "baselines:FedAvgSmallest"),
     ("most_activated", "most activated experts", "baselines:MostActivated"),
+    ("reap_experts", "experts of largest REAP", "baselines:ReapExperts"),
     ("random", "random experts", "baselines:RandomExperts"),
 )
 ALGORITHMS = tuple(name for name, _, _ in _SYSTEMS)
