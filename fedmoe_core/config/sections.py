@@ -233,6 +233,13 @@ class FluxConfig:
 
 
 @dataclass(frozen=True)
+class FcMoEConfig:
+    """FC-MoE's setting (arXiv 2606.15625); its value is the paper's, by a digest."""
+
+    retention: Share = 0.5  # lambda: share of what was projected out of a client's change that it starts its next with
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation on every client's test split."""
 
