@@ -64,8 +64,8 @@ class FcMoE(Algorithm):
         approximated=(
             "whether the paper weighs projected changes by the same c as the consensus, and whether it counts a change "
             "from the re-anchored start, is not known; both are assumed here",
-            "the residual is the client's: the server's memory stands in for its disk, and the anchored rows travel in "
-            "place of the global ones, which costs no byte",
+            "the residual is the client's: the server's memory stands in for its disk, and the anchored rows travel "
+            "instead of the global ones, which costs no byte",
         ),
         missing=("convergence with Switch Transformers and one epoch a round was not reproduced",),
     )
