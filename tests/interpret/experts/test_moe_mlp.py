@@ -117,6 +117,15 @@ def test_inv6_importance(routes: str) -> None:
         assert torch.allclose(column.double(), sum(inner), atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", ALL_SHAPES.values(), ids=ALL_SHAPES.keys())
+def test_inv6_every_sum_for_every_shape(shape: dict) -> None:
+    """REAP reads rows of the last product, or tokens where each has one choice."""
+    p = problem(**shape, biases=True).rounded(torch.float32)
+    scores = ExpertScores(p.B)
+    by_kernels(p, scores=scores, recompute=True)
+    check_scores(p, scores)
+
+
 def test_forward_without_gradient() -> None:
     p = problem(**SMALL, biases=True).rounded(torch.float32)
     with torch.no_grad():

@@ -217,7 +217,7 @@ def routing_gradient(
 def score_sums(
     sums_S4: Tensor, offsets_B1: Tensor, out_B6: Tensor, *, schedule: Schedule, squares_GN: Tensor | None = None
 ) -> list[Launch]:
-    """Write the importance of every slot, in the order of `ExpertScores`; zeros where a slot has no row.
+    """Write the importance of every slot, the first six of `ExpertScores`; zeros where a slot has no row.
 
     Args:
         sums_S4: from `routing_gradient`.
