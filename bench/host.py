@@ -124,7 +124,7 @@ def calls(case: Case) -> dict[str, Call]:
     how: dict[str, Any] = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "arch": ARCH}
     how["frozen_format"] = case.format
     dy_TH = torch.empty_like(inputs.x_TH)
-    _, z_RF = experts.forward(inputs, keep_z=True, **how)
+    _, z_RF, _ = experts.forward(inputs, keep_z=True, **how)
     leaves, options = leaves_of(case)
     matrices = [options.pop(name) for name in ("w_in", "w_out")]
     logits_TE = torch.empty(case.T, case.E, requires_grad=True)

@@ -116,7 +116,8 @@ MORE = (
 def launches(case: Case, arch: str) -> dict[str, list[Launch]]:
     """Collect all that one step of the case starts on `arch`, by pass: routing, forward, backward with all gradients.
 
-    "routing" has what a step of the layer starts; "more" has the statistics and the placing of a given choice.
+    "routing" has what a step of the layer starts; "more" has the statistics, the placing of a
+    given choice, and the norms that REAP sums.
     """
     found: dict[str, list[Launch]] = {name: [] for name in PASSES}
     step(case, arch, {name: kept.append for name, kept in found.items()})
@@ -134,9 +135,15 @@ def step(
     inputs = inputs_of(case, device) if inputs is None else inputs
     how: dict[str, Any] = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "arch": arch}
     how["frozen_format"] = case.format
-    y_TH, z_RF = experts.forward(inputs, keep_z=case.keep_z, execute=execute["forward"], **how)
+    y_TH, z_RF, _ = experts.forward(inputs, keep_z=case.keep_z, execute=execute["forward"], **how)
+    experts.forward(inputs, keep_z=case.keep_z, want_reap=True, execute=_of_row_sums(execute["more"]), **how)
     experts.backward(y_TH, z_RF, inputs.kept, needs=needs_of(case), execute=execute["backward"], **how)
     grad_TK(execute["backward"])
+
+
+def _of_row_sums(execute: Execute) -> Execute:
+    """Execute only what a forward starts for the importance sums, which the timed forward does not measure."""
+    return lambda launch: execute(launch) if "row_sums" in launch.name else None
 
 
 def needs_of(case: Case) -> list[bool]:

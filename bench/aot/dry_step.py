@@ -148,7 +148,7 @@ def dry_step(
     mask_TK = placed[1] >= 0  # kept for the backward of the line below; the rest of the record goes with the forward
     index = dict(zip(("rows_TK", "tokens_R", "places_R", "offsets_B1"), placed[2:], strict=True))
     inputs = inputs._replace(weights_TK=inputs.weights_TK.where(mask_TK, 0.0), **index)
-    y_TH, z_RF = experts.forward(inputs, keep_z=not recompute, execute=execute, **how)
+    y_TH, z_RF, _ = experts.forward(inputs, keep_z=not recompute, execute=execute, **how)
     inputs = inputs.kept
     del placed, index
 

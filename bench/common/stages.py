@@ -126,7 +126,7 @@ def _whole(task: Problem, slot_map: SlotMap, backend: str, form: str = "") -> tu
             leaves += [options[name].trainable] if count else []
     if form == "scores":
         options["scores"] = ExpertScores(len(ids_B), device=x_TH.device)
-        leaves.append(options["scores"].leaf_B6)
+        leaves.append(options["scores"].leaf_B7)
 
     def run() -> Tensor:
         return moe_mlp(x_TH, routing, **options)
@@ -161,7 +161,7 @@ def _launched(task: Problem, inputs: OpInputs) -> Cut:
     rows_per_slot = inputs.rows_per_slot(0)
     needs = [True, True, *(name in task.stacks for name in DIFFERENTIABLE[2:]), False]
     how = {"activation": task.shape.activation, "rows_per_slot": rows_per_slot}
-    y_TH, z_RF = experts.forward(inputs, keep_z=True, execute=there.append, **how)
+    y_TH, z_RF, _ = experts.forward(inputs, keep_z=True, execute=there.append, **how)
     grads = experts.backward(task.dy_TH, z_RF, inputs, needs=needs, execute=back.append, **how)
 
     def some(launches: list[Launch], *files: str) -> Stage:

@@ -120,7 +120,7 @@ def leaves_of(case: Case) -> tuple[list[Tensor], dict[str, Any]]:
     inputs = inputs_of(case, "cpu")
     options: dict[str, Any] = {"activation": case.activation, "recompute": not case.keep_z}
     options["scores"] = ExpertScores(case.B)
-    leaves = [inputs.x_TH.requires_grad_(), options["scores"].leaf_B6]
+    leaves = [inputs.x_TH.requires_grad_(), options["scores"].leaf_B7]
     names = ("w_in", "w_out", "bias_in", "bias_out") if case.bias else ("w_in", "w_out")
     if case.rank:
         options |= {name: getattr(inputs, name) for name in names}

@@ -64,6 +64,8 @@ class Algorithm(ABC):
         sums_alone: True where the server can be private (``[privacy]``): what a client measured reaches other clients
             through ``sums`` alone. So ``apply`` makes the model of nothing else, and a client's plan depends on the
             model, on public numbers and on the client's own past. A subclass inherits it, as ``asynchronous``.
+        sees_conflict: True where ``apply`` reads ``sums.agreement``: how far each client's change of an expert agrees
+            with the sum of all, found by a second visit of the round's updates, which wait on disk for it.
         wishes: classes of the probes, auxiliary losses and batch rules in this system's plans. On a real device a plan
             is data: it names one of these classes, with its fields, and the device makes it again. They are frozen
             dataclasses of numbers, texts, tuples and arrays.
@@ -77,6 +79,7 @@ class Algorithm(ABC):
     adapters: ClassVar[Literal["", "shared", "own", "optional"]] = ""
     asynchronous: ClassVar[bool] = False
     sums_alone: ClassVar[bool] = False
+    sees_conflict: ClassVar[bool] = False
     trains_trunk: ClassVar[bool] = True
     wishes: ClassVar[tuple[type, ...]] = ()
     settings: ClassVar[type | None] = None
@@ -93,7 +96,7 @@ class Algorithm(ABC):
         if asked and cls.adapters in ("", "own"):
             raise ValueError(
                 f"train.experts=lora is not for algorithm={config.algorithm!r}, which aggregates whole experts; choose "
-                "hfedmoe, random, most_activated, fedavg or fedavg_smallest, or a system of adapters"
+                "hfedmoe, random, most_activated, reap_experts, fedavg or fedavg_smallest, or a system of adapters"
             )
         shared = cls.adapters == "shared" or (asked and cls.adapters == "optional")
         if few_bits != "none" and not shared:

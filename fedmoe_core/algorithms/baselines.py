@@ -1,4 +1,4 @@
-"""The plain systems to beat: FedAvg with every expert or one small model, random experts, and the most activated."""
+"""The plain systems to beat: FedAvg with every expert or one small model, and experts by chance, count or output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedmoe_core.config.systems import Equation, System
 from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.messages.result import LocalResult
 from fedmoe_core.messages.update import ClientUpdate, Weights
-from fedmoe_core.selection.importance import cumulative, expert_scores
+from fedmoe_core.selection.importance import client_scores, cumulative, expert_scores
 from fedmoe_core.selection.within_budget import choose
 from fedmoe_core.server.means import Sums, modular_mean
 from fedmoe_core.server.planning import make_plan, plan_everything, plan_of_masks
@@ -173,6 +173,40 @@ class MostActivated(OtherChoice):
         """Return the share of the client's tokens that chose each expert, (L, E)."""
         known = state.profiles[client] or self.population.prior
         return cumulative(known.hits_LE, known.tokens_L)
+
+
+@dataclass(frozen=True)
+class ReapExperts(OtherChoice):
+    """Keep the experts that add most to a token that chooses them: REAP (arXiv 2510.13999), afresh in each round.
+
+    The mean over the client's own rows of router weight times norm of the output. A row of an absent expert is worth
+    what the server's pass over public data says; so is all before the client is heard.
+    """
+
+    card: ClassVar[System] = System(
+        name="reap_experts",
+        title="experts of largest REAP",
+        paper="the pruning score of arXiv 2510.13999",
+        equations=(
+            Equation(
+                "score", "N", "mean over the expert's rows of router weight * ||output||, on the client's own data"
+            ),
+            Equation("share", "E", "divided by the sum over the layer, because a budget compares layers"),
+            Equation(
+                "absent experts", "E", "the mean on public data; 0 where the client's own router never chooses it"
+            ),
+            Equation("averaging", "E", "HFedMoE's, so that the choice is the only difference"),
+        ),
+        approximated=(
+            "measured during training, one round stale, not in a separate pass",
+            "the paper prunes a trained model once, as many experts in each layer; here a budget chooses, every round",
+        ),
+    )
+
+    def worth(self, state: ServerState, client: int) -> np.ndarray:
+        """Return the client's REAP of each expert, as a share of its layer, (L, E)."""
+        own = state.profiles[client : client + 1]
+        return client_scores(own, self.population.prior, "reap", lam=1.0, beta=0.0, pooled=False)[0]
 
 
 def least_of(limits: Sequence[float | None]) -> float | None:

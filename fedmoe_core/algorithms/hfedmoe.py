@@ -67,6 +67,9 @@ class HFedMoE(Algorithm):
             Equation("15", "N", "experts of largest score under a budget; exact for equal costs"),
             Equation("15, real budgets", "E", "a knapsack over bytes, traffic and count; FLOPs by steps, k' and share"),
             Equation("Taylor", "E", "importance |s * dL/ds| summed in the backward pass, instead of s"),
+            Equation(
+                "REAP", "N", "or the mean of s * ||output|| over the expert's rows, arXiv 2510.13999; or their sum"
+            ),
             Equation("16, 17", "N", "usage, and the mean over clients above tau; on deltas, with true participation"),
             Equation("17, damped", "E", "divided by all clients of the round instead"),
             Equation("18-21", "N", "routing consistency and the importance-weighted gate, normalised or as printed"),
@@ -123,7 +126,7 @@ class HFedMoE(Algorithm):
         )
 
     def scores(self, state: ServerState) -> list[np.ndarray]:
-        """Return one score per (layer, expert) and client: eq. 5 ("s"), eq. 14 ("ib"), or Taylor importance [E]."""
+        """Return one score per (layer, expert) and client: by ``selection.score``."""
         rule, pooled = self.chosen(state.round), not self.population.config.privacy.clip
         return client_scores(
             state.profiles, self.population.prior, rule.score, lam=rule.lam, beta=rule.beta, pooled=pooled

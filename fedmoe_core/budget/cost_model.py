@@ -346,8 +346,8 @@ class CostModel:
 
     @property
     def profile_bytes(self) -> int:
-        """A ClientProfile on the wire: 9 float64 and a bool per expert, 2 float64 per layer."""
-        return self.total_experts * (9 * 8 + 1) + self.num_layers * 2 * 8
+        """A ClientProfile on the wire: 10 float64 and a bool per expert, 2 float64 per layer."""
+        return self.total_experts * (10 * 8 + 1) + self.num_layers * 2 * 8
 
     def _base_down(self, first_participation: bool) -> int:
         trunk = self.trunk_params if first_participation else self.trunk_trainable

@@ -23,7 +23,7 @@ from fedmoe_core.model.submodel import SubModel
 from fedmoe_kernels import RouterStats
 
 ROUTER_FIELDS = ("tokens", "hits_E", "prob_sum_E", "prob_max_E", "plogp_sum_E", "lost_mass")  # of RouterStats
-IMPORTANCE = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "grad_sq_B")  # of the layers' scores
+IMPORTANCE = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "grad_sq_B", "reap_B")  # of the layers' scores
 NO_DATA = "there is no validation data; declare needs_validation = True in the algorithm"
 
 
@@ -100,6 +100,7 @@ def profile_of(
         taylor_abs_LE=importance["taylor_abs_B"],
         fisher_LE=importance["fisher_B"],
         grad_sq_LE=importance["grad_sq_B"],
+        reap_sum_LE=importance["reap_B"],
         held_LE=held_LE,
     )
 

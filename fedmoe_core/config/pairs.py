@@ -117,8 +117,11 @@ def check_pairs(values: Mapping[str, Any]) -> None:
         return
     if values["selection.mode"] != "backward-masked":
         raise ValueError("selection.reschedule=batch needs every expert resident; set selection.mode=backward-masked")
-    if values["selection.score"] == "taylor":
-        raise ValueError("selection.score=taylor needs a backward pass, which no scoring pass has; choose s or ib")
+    if values["selection.score"] not in ("s", "ib"):
+        raise ValueError(
+            f"selection.score={values['selection.score']} is summed in a step of training, and a scoring pass has no "
+            "backward; choose s or ib"
+        )
     if values["train.experts"] == "lora":
         raise ValueError("train.experts=lora lays experts out once a round; set selection.reschedule=round with it")
     if values["train.prox"] > 0:

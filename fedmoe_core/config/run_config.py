@@ -32,6 +32,7 @@ from fedmoe_core.config.sections import (
     AggregationConfig,
     CohortConfig,
     EvalConfig,
+    FcMoEConfig,
     FedMoEConfig,
     FftMoEConfig,
     FlexMoEConfig,
@@ -116,6 +117,7 @@ class Config:
     fft_moe: FftMoEConfig = field(default_factory=FftMoEConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     flux: FluxConfig = field(default_factory=FluxConfig)
+    fc_moe: FcMoEConfig = field(default_factory=FcMoEConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)

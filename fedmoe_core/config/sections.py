@@ -118,8 +118,9 @@ class TimeConfig:
 class SelectionConfig:
     """How experts are scored and chosen under a budget (HFedMoE eqs. 3-5, 10-15)."""
 
-    # what an expert is worth: s = eq. 5, ib = eq. 14, taylor = |weight x gradient| of the backward pass
-    score: Literal["s", "ib", "taylor"] = "ib"
+    # what an expert is worth: s = eq. 5, ib = eq. 14, taylor = |weight x gradient| of the backward pass; reap = mean
+    # over its tokens of router weight x norm of its output, reap_sum = their sum
+    score: Literal["s", "ib", "taylor", "reap", "reap_sum"] = "ib"
     # compact: store only chosen experts; backward-masked: store all, train only the chosen
     mode: Literal["compact", "backward-masked"] = "compact"
     reschedule: Literal["round", "batch"] = "round"  # when eq. 15 is solved; per batch only backward-masked
@@ -198,8 +199,8 @@ class PlusConfig:
     Each can be switched off alone: importance=ib, hold_share=0, gate=row-wise and explore=0.1 are HFedMoE's own.
     """
 
-    # what an expert is worth; hits: how often the client's own tokens choose it
-    importance: Literal["taylor", "s", "ib", "hits"] = "taylor"
+    # what an expert is worth, as selection.score; hits: how often the client's own tokens choose it
+    importance: Literal["taylor", "s", "ib", "reap", "reap_sum", "hits"] = "taylor"
     mean: Literal["participation", "damped"] = "participation"  # as aggregation.experts
     # personal: each client keeps its own router; frozen: routers neither train nor travel
     gate: Literal["personal", "row-wise", "frozen", "normalized"] = "personal"
@@ -245,6 +246,13 @@ class FluxConfig:
     epsilon_most: Share = 0.9  # largest value of that share
     probes: Positive = 4  # pairs of forward passes for each explored expert
     sigma: PositiveReal = 1e-3  # size of the change of weights that they try
+
+
+@dataclass(frozen=True)
+class FcMoEConfig:
+    """FC-MoE's setting (arXiv 2606.15625); its value is the paper's, by a digest."""
+
+    retention: Share = 0.5  # lambda: share of what was projected out of a client's change that it starts its next with
 
 
 @dataclass(frozen=True)

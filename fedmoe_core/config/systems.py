@@ -26,9 +26,11 @@ _SYSTEMS = (
     ("hetlora", "HetLoRA", "lora.hetlora:HetLora"),
     ("flexlora", "FlexLoRA", "lora.flexlora:FlexLora"),
     ("flux", "Flux", "flux.flux:Flux"),
+    ("fc_moe", "FC-MoE", "fc_moe:FcMoE"),
     ("fedavg", "FedAvg, all experts", "baselines:FedAvg"),
     ("fedavg_smallest", "FedAvg, smallest budget", "baselines:FedAvgSmallest"),
     ("most_activated", "most activated experts", "baselines:MostActivated"),
+    ("reap_experts", "experts of largest REAP", "baselines:ReapExperts"),
     ("random", "random experts", "baselines:RandomExperts"),
 )
 ALGORITHMS = tuple(name for name, _, _ in _SYSTEMS)
@@ -36,7 +38,7 @@ TITLES: Mapping[str, str] = MappingProxyType({name: title for name, title, _ in 
 PLACES: Mapping[str, str] = MappingProxyType({n: f"fedmoe_core.algorithms.{place}" for n, _, place in _SYSTEMS})
 # Sections of a configuration that one system alone reads: another value there does not touch the others.
 SECTIONS: Mapping[str, str] = MappingProxyType(
-    {"fedmoe": "fedmoe", "flex_moe": "flex_moe", "fft_moe": "fft_moe", "flux": "flux", "plus": "hfedmoe_plus"}
+    {name: name for name in ("fedmoe", "flex_moe", "fft_moe", "flux", "fc_moe")} | {"plus": "hfedmoe_plus"}
 )
 # Settings that are gone, at the value at which they did nothing: records that have them so stay comparable.
 RETIRED: Mapping[str, object] = MappingProxyType({"plus.redundancy": 0.0})

@@ -342,15 +342,15 @@ class MoE(ExpertStore):
         """Importance sums by slot since the last ``set_experts``, ``load_global`` or ``scores.reset()``."""
         if not self.with_scores:
             return None
-        if self._scores is None or self._scores.leaf_B6.device != self.device:
+        if self._scores is None or self._scores.leaf_B7.device != self.device:
             self._scores = self._no_scores()
         return self._scores
 
     def _no_scores(self) -> ExpertScores:
         """Sums of nothing yet, for the loss scale that was said last."""
         scores = ExpertScores(len(self.experts), device=self.device)
-        if self._scores is not None and self._scores.unscale_6 is not None:
-            scores.unscale_6 = self._scores.unscale_6.to(self.device)
+        if self._scores is not None and self._scores.unscale_7 is not None:
+            scores.unscale_7 = self._scores.unscale_7.to(self.device)
         return scores
 
     def facts(self) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class ClientProfile:
         lost_mass_L: sum over tokens of the mass of G on absent experts.
         rows_LE: rows that each held expert processed; 0 where absent.
         taylor_LE, taylor_abs_LE, fisher_LE, grad_sq_LE: importance sums (see fedmoe_kernels.ExpertScores).
+        reap_sum_LE: sum over those rows of |router weight| * ||output||; / ``rows_LE`` it is REAP (arXiv 2510.13999).
         held_LE: experts the client held (the importance sums mean nothing elsewhere).
     """
 
@@ -51,6 +52,7 @@ class ClientProfile:
     taylor_abs_LE: np.ndarray
     fisher_LE: np.ndarray
     grad_sq_LE: np.ndarray
+    reap_sum_LE: np.ndarray
     held_LE: np.ndarray
 
 

@@ -150,7 +150,7 @@ def refuse_unfit(config: Config, *, sums_alone: bool) -> None:
         raise ValueError(
             f"privacy.clip={config.privacy.clip:g} is not for algorithm={config.algorithm!r}: it does not say that "
             "what one client measures reaches others through noised sums alone (sums_alone); choose hfedmoe, "
-            "hfedmoe_plus, random, most_activated, fedavg or fedavg_smallest, or set privacy.clip=0"
+            "hfedmoe_plus, random, most_activated, reap_experts, fedavg or fedavg_smallest, or set privacy.clip=0"
         )
     account = Account.of(config)
     if account is not None and (why := stopped(config)) and not account.affordable(config.rounds):

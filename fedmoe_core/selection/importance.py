@@ -6,15 +6,17 @@ unmasked softmax of the router. Every score reads only sums, so it is the same h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from fedmoe_core.messages.profile import ClientProfile
 
-Score = Literal["s", "ib", "taylor"]
+Score = Literal["s", "ib", "taylor", "reap", "reap_sum"]
+OF_ROWS: Mapping[str, str] = {"taylor": "taylor_abs_LE", "reap": "reap_sum_LE", "reap_sum": "reap_sum_LE"}
+"""Scores that are measured on the rows of held experts in training, and the profile's sums that they are read from."""
 
 
 def cumulative(prob_sum_LE: np.ndarray, tokens_L: np.ndarray) -> np.ndarray:
@@ -66,11 +68,23 @@ def taylor(taylor_abs_LE: np.ndarray, kl_LE: np.ndarray, tokens_L: np.ndarray, *
     "contribution to fine-tuning". Division by log B puts the penalty into [0, p_e]. A layer whose T is all zero (no
     backward pass yet) scores 0 before the penalty.
     """
-    total_L1 = taylor_abs_LE.sum(axis=1, keepdims=True)
-    relative_LE = taylor_abs_LE / np.where(total_L1 > 0, total_L1, 1.0)
+    relative_LE = of_layer(taylor_abs_LE)
     # One token carries no information about the input, so its KL is 0 and any divisor will do.
     log_tokens_L1 = np.log(np.maximum(tokens_L, 2))[:, None]
     return relative_LE - beta * kl_LE / log_tokens_L1
+
+
+def of_layer(worth_LE: np.ndarray) -> np.ndarray:
+    """Return each expert's share of its layer's worth; 0 in a layer that is worth nothing.
+
+    Sums of one layer compare; those of two do not, as outputs and gradients differ in size from layer to layer [E].
+    """
+    return _ratio(worth_LE, worth_LE.sum(axis=1, keepdims=True), 0.0)
+
+
+def reap(reap_sum_LE: np.ndarray, rows_LE: np.ndarray) -> np.ndarray:
+    """Return the mean over an expert's rows of g_e(x) ||f_e(x)||: REAP, arXiv 2510.13999 [N]. Zero without a row."""
+    return _ratio(reap_sum_LE, rows_LE, 0.0)
 
 
 def usage(prob_sum_LE: np.ndarray, samples_L: np.ndarray) -> np.ndarray:
@@ -79,7 +93,13 @@ def usage(prob_sum_LE: np.ndarray, samples_L: np.ndarray) -> np.ndarray:
 
 
 def expert_scores(sums: ClientProfile, score: Score, *, lam: float, beta: float) -> np.ndarray:
-    """Return the score (L, E) to maximise: ``s`` eq. 5, ``ib`` eq. 14, ``taylor`` [E]; larger is better."""
+    """Return the score (L, E) to maximise: ``s`` eq. 5, ``ib`` eq. 14, ``taylor`` [E], ``reap`` [N]; larger is better.
+
+    ``reap`` and ``reap_sum``, REAP's mean over the expert's rows and the sum of the same terms, come as shares of their
+    layer, because a plan compares layers [E]; lambda and beta do not touch them.
+    """
+    if score in ("reap", "reap_sum"):
+        return of_layer(reap(sums.reap_sum_LE, sums.rows_LE) if score == "reap" else sums.reap_sum_LE)
     kl_LE = kl_terms(sums.prob_sum_LE, sums.plogp_sum_LE, sums.tokens_L)
     if score == "taylor":
         return taylor(sums.taylor_abs_LE, kl_LE, sums.tokens_L, beta=beta)
@@ -88,7 +108,7 @@ def expert_scores(sums: ClientProfile, score: Score, *, lam: float, beta: float)
         return s_LE
     if score == "ib":
         return information_bottleneck(s_LE, kl_LE, beta=beta)
-    raise ValueError(f"score {score!r} is unknown; choose 's', 'ib' or 'taylor'")
+    raise ValueError(f"score {score!r} is unknown; choose one of {', '.join(get_args(Score))}")
 
 
 def client_scores(
@@ -100,43 +120,45 @@ def client_scores(
     beta: float,
     pooled: bool = True,
 ) -> list[np.ndarray]:
-    """Return ``expert_scores`` of every client, (L, E) each; Taylor importance covers the experts that it lacks too.
+    """Return ``expert_scores`` of every client, (L, E) each; what is measured by row covers absent experts too.
 
     Args:
         profiles: the latest of each client; None = not heard yet.
         prior: the server's own pass over public data, which stands in for those.
         score, lam, beta: as ``expert_scores``.
-        pooled: whether others' Taylor sums help to value the experts that a client lacks. Not in a private run: a plan
+        pooled: whether others' sums help to value the experts that a client lacks. Not in a private run: a plan
             would tell a client what others measured, and through what it then trains all who see the model.
     """
     known = [prior if profile is None else profile for profile in profiles]
-    if score == "taylor":
+    if (name := OF_ROWS.get(score)) is not None:
         heard = [profile is not None for profile in profiles]
         for one in [slice(None)] if pooled else [slice(client, client + 1) for client in range(len(known))]:
-            known[one] = with_absent_experts(known[one], prior, heard_C=np.array(heard[one]))
+            known[one] = with_absent_experts(known[one], prior, heard_C=np.array(heard[one]), name=name)
     return [expert_scores(profile, score, lam=lam, beta=beta) for profile in known]
 
 
 def with_absent_experts(
-    profiles: Sequence[ClientProfile], prior: ClientProfile, *, heard_C: np.ndarray
+    profiles: Sequence[ClientProfile], prior: ClientProfile, *, heard_C: np.ndarray, name: str = "taylor_abs_LE"
 ) -> list[ClientProfile]:
-    """Return profiles whose Taylor sums cover absent experts too: own demand x what a served row is worth [E].
+    """Return profiles whose sums ``name`` cover absent experts too: own demand x what a served row is worth [E].
 
     A compact client sends all its tokens to the few experts it holds, which inflates their sums; what it measures well
-    is the value of a row. So demand is the hits of the unmasked top-k, and the worth of a hit is Taylor per row. That
-    is the client's own where it held the expert, else pooled over all clients and the server's pass over public data.
+    is the value of a row. So demand is the hits of the unmasked top-k, and the worth of a hit is the sum per row.
+    That is the client's own where it held the expert, else pooled over all clients and the server's pass over public
+    data. Their ``rows_LE`` are that demand.
     """
     demand_CLE = np.stack([profile.hits_LE for profile in profiles])
-    worth_CLE = np.stack([profile.taylor_abs_LE / np.maximum(profile.rows_LE, 1) for profile in profiles])
+    worth_CLE = np.stack([getattr(profile, name) / np.maximum(profile.rows_LE, 1) for profile in profiles])
     measured_CLE = np.stack([profile.rows_LE > 0 for profile in profiles]) & heard_C[:, None, None]
     filled_CLE = estimate_absent(
         worth_CLE * demand_CLE,
         demand_CLE,
         measured_CLE,
-        prior_taylor_LE=prior.taylor_abs_LE,
+        prior_taylor_LE=getattr(prior, name),
         prior_prob_sum_LE=prior.rows_LE,
     )
-    return [replace(profile, taylor_abs_LE=taylor) for profile, taylor in zip(profiles, filled_CLE, strict=True)]
+    found = zip(profiles, filled_CLE, strict=True)
+    return [replace(profile, **{name: sum_LE, "rows_LE": profile.hits_LE}) for profile, sum_LE in found]
 
 
 def estimate_absent(

@@ -5,21 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from fedmoe_core.messages.profile import ClientProfile
-from fedmoe_core.selection.importance import cumulative, expert_scores
+from fedmoe_core.selection.importance import cumulative, expert_scores, reap
 from fedmoe_core.selection.names import RANKINGS
 
 
-def all_scores(
-    profile: ClientProfile, norm_sum_LE: np.ndarray, *, batches: int, lam: float, beta: float
-) -> dict[str, np.ndarray]:
+def all_scores(profile: ClientProfile, *, batches: int, lam: float, beta: float) -> dict[str, np.ndarray]:
     """Return the scores of ``RANKINGS`` by name, float64 (L, E) each; larger is more important.
 
-    ``taylor`` here keeps the sums' own unit, so that experts of different layers compare; what plans maximise
-    (``importance.taylor``) is a share of its layer.
+    ``taylor``, ``reap`` and ``reap_sum`` here keep the sums' own unit; what plans maximise
+    (``importance.expert_scores``) is a share of its layer.
 
     Args:
         profile: of the whole model, one backward per batch of that batch's mean loss in nats.
-        norm_sum_LE: sums of router weight times output norm over the same batches, see ``OutputNorms``.
         batches: how many batches these are; the Taylor scores are in nats of a batch's mean loss.
         lam, beta: of HFedMoE eqs. 5 and 14.
 
@@ -33,8 +30,8 @@ def all_scores(
         "taylor_signed": -profile.taylor_LE / batches,
         "s": expert_scores(profile, "s", lam=lam, beta=beta),
         "ib": expert_scores(profile, "ib", lam=lam, beta=beta),
-        "reap": norm_sum_LE / np.maximum(profile.rows_LE, 1),
-        "reap_sum": cumulative(norm_sum_LE, profile.tokens_L),
+        "reap": reap(profile.reap_sum_LE, profile.rows_LE),
+        "reap_sum": cumulative(profile.reap_sum_LE, profile.tokens_L),
         "frequency": cumulative(profile.hits_LE, profile.tokens_L),
     }
     return {name: found[name] for name in RANKINGS}

@@ -16,6 +16,7 @@ from fedmoe_core.messages.update import ClientUpdate
 from fedmoe_core.model.spec import ParamSpec
 from fedmoe_core.server.adding import Adder
 from fedmoe_core.server.admission import Admission, examined
+from fedmoe_core.server.agreement import agreements
 from fedmoe_core.server.blocks import end_to_end
 from fedmoe_core.server.buckets import BUCKET, bucket_plan, reduce_buckets, touched_spans
 from fedmoe_core.server.fixed_point import SumSettings
@@ -41,6 +42,7 @@ class Accumulator:
         train_dense: clients send all dense tensors (trunk and head); without it they have no sum and may not be sent.
         guard: a quorum, and a rule that bears hostile clients. Where it ``needs_all`` updates of a round, they wait on
             disk, and the numerators are zero until ``close``.
+        second_visit: ``close`` compares each update with the sum of all (``Sums.agreement``); they wait on disk.
         device: where the sums live.
 
     Raises:
@@ -74,6 +76,7 @@ class Accumulator:
         train_dense: bool = False,
         device: torch.device | str = "cpu",
         guard: Guard | None = None,
+        second_visit: bool = False,
     ) -> None:
         self.settings, self.guard = settings or SumSettings(), guard or Guard()
         if lr is not None:
@@ -92,7 +95,11 @@ class Accumulator:
         self._clients: set[int] = set()
         self._lent = False  # whether a Sums record looks into the flat tensor
         self._closed = False  # whether the guard has been applied
+        if second_visit and self.guard.needs_all:
+            raise ValueError(f"rule {self.guard.rule!r} and a second visit both want the updates; give one of them")
         self._shelf = Shelf(self.specs, self.settings) if self.guard.needs_all else None
+        self._again = Shelf(self.specs, self.settings) if second_visit else None
+        self._agreement: dict[int, np.ndarray] = {}
         self._header = len(SCALARS) + 4 * self.num_layers * self.num_experts  # places before the numerators
         size = self._header + sum(math.prod(spec.shape) for spec in self.specs)
         self._set_flat(torch.zeros(size, dtype=torch.int64, device=device))
@@ -164,8 +171,10 @@ class Accumulator:
         self._router_den_LE += torch.from_numpy(router_LE).to(device)
         self._expert_voters_LE += torch.from_numpy((expert_LE > 0).astype(np.int64)).to(device)
         self._router_voters_LE += torch.from_numpy((router_LE > 0).astype(np.int64)).to(device)
+        for shelf in (self._shelf, self._again):
+            if shelf is not None:
+                shelf.put(update, plan, share)
         if self._shelf is not None:
-            self._shelf.put(update, plan, share)
             return
         longest = max((delta.numel() for delta in update.deltas.values()), default=0)
         adder = Adder.on(device, self.settings, longest, largest=largest, share=share)
@@ -197,7 +206,7 @@ class Accumulator:
         Raises:
             ValueError: the guard has not been applied, see ``close``.
         """
-        if not self._closed and self.guard != Guard():
+        if not self._closed and (self.guard != Guard() or self._again is not None):
             raise ValueError("the guard has not been applied to these sums; call close() first")
         self._lent = True
         _, gate_den, dense_den, round_den = self._scalars.tolist()
@@ -213,6 +222,7 @@ class Accumulator:
             dense_den=dense_den,
             round_den=round_den,
             accepted=self.accepted,
+            agreement=self._agreement,
         )
 
     def flatten(self) -> Tensor:
@@ -240,8 +250,9 @@ class Accumulator:
         """
         if (other.specs, other.settings, other.guard) != (self.specs, self.settings, self.guard):
             raise ValueError("the two accumulators differ in model or settings; merge only sums made the same way")
-        if self._shelf is not None:
-            raise ValueError(f"rule {self.guard.rule!r} needs all updates in one accumulator; add them to one")
+        if self._shelf is not None or self._again is not None:
+            why = f"rule {self.guard.rule!r}" if self._again is None else "a second visit"
+            raise ValueError(f"{why} needs all updates in one accumulator; add them to one")
         if twice := self._clients & other._clients:
             raise ValueError(f"client {min(twice)} is in both sums; give each client to one accumulator")
         self._check_count(self.accepted + other.accepted)
@@ -302,6 +313,15 @@ class Accumulator:
             self._own()
             below = sum(self._hold_back(part) for part in self._parts() if 0 < self._voters(part) < self.guard.quorum)
             told = replace(told, below_quorum=below)
+        if self._again is not None:
+            self._agreement = agreements(
+                self._again,
+                self.specs,
+                self._numerators,
+                shape_LE=(self.num_layers, self.num_experts),
+                unit=self.settings.resolution,
+                gather=gather,
+            )
         return told
 
     def _parts(self) -> list[Part]:

@@ -169,6 +169,7 @@ def _profile(name: str, profile: ClientProfile | None, plan: ExpertPlan) -> str 
         ("taylor_abs_LE", 0.0, each_L1),
         ("fisher_LE", 0.0, each_L1),
         ("grad_sq_LE", 0.0, each_L1),
+        ("reap_sum_LE", 0.0, each_L1),
     ):
         value = getattr(profile, field_name)
         below, above = least - SLACK * (1 + np.abs(least)), most + SLACK * (1 + np.abs(most))

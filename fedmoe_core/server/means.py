@@ -20,9 +20,10 @@ router, touches such rows. Numbers are equations of HFedMoE (arXiv 2601.00583) [
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +49,8 @@ class Sums:
         dense_den: sum of sample_weight over the clients that sent dense deltas.
         round_den: sum of sample_weight over all accepted clients.
         accepted: number of accepted clients.
+        agreement: by accepted client <delta, numerator> of every expert, float64 (L, E), see ``agreements``; empty
+            without a second visit.
     """
 
     settings: SumSettings
@@ -61,6 +64,7 @@ class Sums:
     dense_den: int
     round_den: int
     accepted: int
+    agreement: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def mean(self, key: str, old: Tensor, den: Tensor | int) -> Tensor:
         """Return old + numerator / den, in float64, then in ``old``'s dtype; a row with den 0 keeps its bits.
@@ -68,7 +72,7 @@ class Sums:
         Args:
             key: a key of ``numerators``.
             old: (E, ...) or any shape, floating; never changed.
-            den: one integer, or (E,) int64, one for each row of ``old``.
+            den: one integer, or (E,), one number for each row of ``old``.
         """
         new = old.clone()
         # A scalar is one row of one number.

@@ -109,8 +109,8 @@ def refuse_rounds_only(config: Config, form: type[Algorithm]) -> None:
     if config.time.mode == "buffered" and not form.asynchronous:
         raise ValueError(
             f"time.mode=buffered is not for algorithm={config.algorithm!r}, whose plans or averages need a whole "
-            "round; choose hfedmoe, hfedmoe_plus, random, most_activated, fedavg or fedavg_smallest, or set "
-            "time.mode=rounds"
+            "round; choose hfedmoe, hfedmoe_plus, random, most_activated, reap_experts, fedavg or fedavg_smallest, or "
+            "set time.mode=rounds"
         )
 
 

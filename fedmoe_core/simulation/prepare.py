@@ -27,6 +27,7 @@ from fedmoe_core.model.adapter import ModelAdapter, find_adapter
 from fedmoe_core.model.cohort import CohortAdapter
 from fedmoe_core.model.spec import ModelSpec
 from fedmoe_core.privacy.central import refuse_unfit
+from fedmoe_core.server.agreement import refuse_hidden
 from fedmoe_core.server.state import Population
 from fedmoe_core.simulation.buffered import refuse_rounds_only
 from fedmoe_core.simulation.calibrate import calibrate
@@ -95,6 +96,7 @@ def read_sources(config: Config, ranks: Ranks, observer: Observer) -> Sources:
     form = algorithm_class(config.algorithm)
     refuse_rounds_only(config, form)
     refuse_unfit(config, sums_alone=form.sums_alone)
+    refuse_hidden(config, sees_conflict=form.sees_conflict)
     data = read_data(config, ranks, validation=form.needs_validation)
     if is_dense(config.model):
         observer.on_stage(f"splitting {config.model} into {config.split.experts} experts a layer, once")

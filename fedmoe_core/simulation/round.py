@@ -209,4 +209,5 @@ def _accumulator(world: Federation) -> Accumulator:
         train_dense=any(spec.kind == "dense" for spec in specs),
         device=world.ranks.device,
         guard=Guard(**vars(config.guard)),
+        second_visit=world.algorithm.sees_conflict,
     )

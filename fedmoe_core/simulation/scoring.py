@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmoe_core.client.output_norms import output_norms
 from fedmoe_core.config.run_config import Config, SelectionConfig, is_plain
 from fedmoe_core.data.batches import Batch
 from fedmoe_core.model.adapter import ModelAdapter
@@ -55,9 +54,8 @@ def score_experts(
     Raises:
         ValueError: there is no batch.
     """
-    with output_norms(adapter.moe) as norms:
-        profile = measure_profile(adapter, params, batches, norms=norms)
-    scores = all_scores(profile, norms.finish(), batches=len(batches), lam=selection.lam, beta=selection.beta)
+    profile = measure_profile(adapter, params, batches)
+    scores = all_scores(profile, batches=len(batches), lam=selection.lam, beta=selection.beta)
     return Scoring(scores, profile.rows_LE, profile.tokens_L)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fedmoe_core.base.files import form_of, require_file
 from fedmoe_core.base.rng import counter_seed
-from fedmoe_core.client.output_norms import OutputNorms
 from fedmoe_core.client.profiling import ProfileSums
 from fedmoe_core.config.run_config import Config, WarmupConfig
 from fedmoe_core.data.batches import Batch, public_batches
@@ -142,13 +141,10 @@ def measure_profile(
     adapter: ModelAdapter,
     params: dict[str, Tensor],
     batches: Iterable[Batch],
-    *,
-    norms: OutputNorms | None = None,
 ) -> ClientProfile:
     """Measure router statistics and importance sums of the full model over ``batches``; nothing is trained.
 
     The server runs it over public data: it has no budget, and its profile stands in for clients not yet heard.
-    ``norms`` takes the outputs of the same forwards; it is open around this call.
     """
     adapter.configure(params, SubModel(train_dense=False))
     sums = ProfileSums(adapter)
@@ -157,8 +153,6 @@ def measure_profile(
         adapter.loss(batch.to(device)).backward()
         adapter.model.zero_grad(set_to_none=True)
         sums.add_batch()
-        if norms is not None:
-            norms.add_batch()
     return sums.finish()
 
 

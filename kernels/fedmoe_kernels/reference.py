@@ -268,6 +268,7 @@ class _Row(NamedTuple):
     place: int
     slot: int
     z_F: Tensor  # pre-activation, w_in @ x + bias_in
+    out_H: Tensor  # the expert's output, not weighted
 
 
 def moe_mlp(
@@ -325,7 +326,7 @@ def _forward(
             out_H = w_down @ activate(z_F, activation)
             out_H = out_H if bias_out is None else out_H + bias_out[base]
             y_T[t] = y_T[t] + weights_TK[t, j] * out_H
-            rows.append(_Row(t, j, b, z_F))
+            rows.append(_Row(t, j, b, z_F, out_H))
     return (torch.stack(y_T) if y_T else x_TH.clone()), rows
 
 
@@ -348,8 +349,9 @@ def importance(
     With s the routing weight of a row, dS its gradient and z the pre-activation of the row:
     rows_B their number; taylor_B sum of s * dS, signed; taylor_abs_B sum of |s * dS|; fisher_B sum of (s * dS)^2;
     taylor_in_B sum of <z, dz>; grad_sq_B ||dW_in||^2 + ||dW_out||^2 (biases not counted), 0 for slots outside
-    `trainable_B`; with `lora` the gradients of the slot's four factors are counted instead of the shared base's.
-    First-order Taylor importance, our reading [E].
+    `trainable_B`; with `lora` the gradients of the slot's four factors are counted instead of the shared base's;
+    reap_B sum of |s| * ||f(x)||, f(x) the expert's output (arXiv 2510.13999 after division by the rows) [N]. The others
+    are first-order Taylor importance, our reading [E].
     """
 
     def leaf(value: Tensor) -> Tensor:
@@ -364,7 +366,7 @@ def importance(
         factors, lora = [*adapters[:4]], adapters
     y_TH, rows = _forward(x_TH.detach(), slots_TK, s_TK, (w_in, w_out), (bias_in, bias_out), activation, lora)
     B = factors[0].shape[0]
-    names = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "taylor_in_B", "grad_sq_B")
+    names = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "taylor_in_B", "grad_sq_B", "reap_B")
     sums = {name: x_TH.new_zeros(B) for name in names}
     if not rows:
         return sums
@@ -374,6 +376,7 @@ def importance(
     for row, dz_F in zip(rows, dz, strict=True):
         s_ds = (weights_TK[row.token, row.place] * ds_TK[row.token, row.place]).detach()
         sums["rows_B"][row.slot] += 1
+        sums["reap_B"][row.slot] += weights_TK[row.token, row.place].abs() * row.out_H.detach().norm()
         sums["taylor_B"][row.slot] += s_ds
         sums["taylor_abs_B"][row.slot] += s_ds.abs()
         sums["fisher_B"][row.slot] += s_ds**2

@@ -56,7 +56,7 @@ def test_inv10_both_passes_and_importance(case: str) -> None:
         leaf, scores = leaves(p, torch.float32), ExpertScores(3)
         y = run(p, leaf, scores=scores, backend="triton", **options)
         y.backward(p.dy_TH.float())
-        return {"y": y.detach(), "scores": scores.leaf_B6.grad, **{n: leaf[n].grad for n in names(p)}}
+        return {"y": y.detach(), "scores": scores.leaf_B7.grad, **{n: leaf[n].grad for n in names(p)}}
 
     assert differing(outcomes(make)) == set()
 

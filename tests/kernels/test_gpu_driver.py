@@ -103,7 +103,7 @@ def call(
     """Both directions."""
     how = {"activation": activation, "rows_per_slot": rows_per_slot, "arch": arch, "execute": execute}
     how["frozen_format"] = format_of(inputs)
-    y_TH, z_RF = experts.forward(inputs, keep_z=not recompute, **how)
+    y_TH, z_RF, _ = experts.forward(inputs, keep_z=not recompute, want_reap=True, **how)
     dy_TH = torch.empty_like(inputs.x_TH)
     return y_TH, *experts.backward(dy_TH, z_RF, inputs.kept, needs=needs_of(inputs), **how)
 
@@ -207,7 +207,7 @@ def test_the_launchers_read_nothing_from_the_device() -> None:
         frozen = [ExpertWeights(w.detach()[:2], Quantized(torch.empty(6, w.shape[1], 32, dtype=torch.int8),
                   torch.empty(6, w.shape[1], 1), "int8")) for w in (w_in, w_out)]  # fmt: skip
         moe_mlp(x_TH, routed, *frozen, lora=ExpertLora(*factors), recompute=True).backward(torch.empty(16, 32))
-    assert all(t.grad is not None for t in (x_TH, w_in, w_out, scores.leaf_B6, *factors))
+    assert all(t.grad is not None for t in (x_TH, w_in, w_out, scores.leaf_B7, *factors))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -308,9 +308,10 @@ def test_peak_bytes_are_those_promised(form: dict, recompute: bool, scores: bool
     how = {"activation": activation, "rows_per_slot": 2048, "arch": "sm_90", "execute": lambda launch: None}
     how["frozen_format"] = format_of(inputs)
     with _Peak() as forward:
-        y_TH, z_RF = experts.forward(inputs, keep_z=not recompute, **how)
-    assert forward.most == forward_bytes(sizes, keep_z=not recompute)
-    assert forward.alive == y_TH.nbytes + z_RF.nbytes
+        y_TH, z_RF, reap_B = experts.forward(inputs, keep_z=not recompute, want_reap=scores, **how)
+    assert forward.most == forward_bytes(sizes, keep_z=not recompute, scores=scores)
+    assert forward.alive == y_TH.nbytes + z_RF.nbytes + reap_B.nbytes
+    assert reap_B.shape == ((8,) if scores else (0,))
     dy_TH, needs = torch.empty_like(y_TH), [*needs_of(inputs)[:-1], scores]
     with _Peak() as backward:
         outputs = experts.backward(dy_TH, z_RF, inputs.kept, needs=needs, **how)

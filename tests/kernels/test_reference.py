@@ -177,6 +177,8 @@ def test_importance_of_one_row_per_slot(tokens):
     torch.testing.assert_close(sums["taylor_B"], s_ds_B)
     torch.testing.assert_close(sums["taylor_abs_B"], s_ds_B.abs())
     torch.testing.assert_close(sums["fisher_B"], s_ds_B**2)
+    reap_B = (alone_TH.norm(dim=1) * s_T1[:, 0].abs())[slots_T1[:, 0].argsort()]
+    torch.testing.assert_close(sums["reap_B"], reap_B)
 
 
 def test_importance_of_frozen_slots_lacks_only_the_weight_gradient(tokens):
@@ -185,7 +187,7 @@ def test_importance_of_frozen_slots_lacks_only_the_weight_gradient(tokens):
     trainable_B = torch.tensor([True, False, True, False])
     part = reference.importance(dy_TH, x_TH, SLOTS_TK, s_TK, activation="geglu", trainable_B=trainable_B, **w)
     torch.testing.assert_close(part["grad_sq_B"], full["grad_sq_B"] * trainable_B)
-    for name in ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "taylor_in_B"):
+    for name in ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "taylor_in_B", "reap_B"):
         assert torch.equal(part[name], full[name]), name
 
 

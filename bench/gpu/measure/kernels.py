@@ -83,7 +83,7 @@ def steps(
     how: dict[str, Any] = {"activation": case.activation, "rows_per_slot": case.rows_per_slot, "execute": execute}
     for turn in range(count):
         _route(case, device, execute)
-        _, z_RF = experts.forward(inputs, keep_z=case.keep_z, **how)
+        _, z_RF, _ = experts.forward(inputs, keep_z=case.keep_z, want_reap=True, **how)
         experts.backward(dy_TH, z_RF, inputs, needs=needs, **how)
         del z_RF
         after(turn)

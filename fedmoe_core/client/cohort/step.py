@@ -148,7 +148,7 @@ class CohortStepper:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _leaves(self) -> list[Tensor]:
-        return [layer.scores.leaf_B6 for layer in self._cohort.layers]
+        return [layer.scores.leaf_B7 for layer in self._cohort.layers]
 
 
 def _lengths(each: Stacked) -> Tensor:

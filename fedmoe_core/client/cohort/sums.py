@@ -17,7 +17,7 @@ from fedmoe_kernels import RouterStats
 class CohortSums:
     """Sums over the steps of a round, of every client of a cohort.
 
-    Shapes: L layers, C clients, E experts. They are added up for all clients at once, because 32 clients times 6 sums
+    Shapes: L layers, C clients, E experts. They are added up for all clients at once, because 32 clients times 7 sums
     times every layer would be hundreds of launches a step. With a ``tape`` no backward runs, as in ``ProfileSums``.
     """
 

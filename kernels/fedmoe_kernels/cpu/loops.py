@@ -116,16 +116,37 @@ def backward_bytes(
 
 
 def forward(
-    x_TH: Tensor, rows: HostRows, experts: Sequence[Expert], activation: Activation, *, keep_z: bool
-) -> tuple[Tensor, Tensor]:
-    """Compute y (T, H) and the pre-activations z (R, F) that the backward reads; z is (0, F) without `keep_z`."""
+    x_TH: Tensor,
+    rows: HostRows,
+    experts: Sequence[Expert],
+    activation: Activation,
+    *,
+    keep_z: bool,
+    want_reap: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute y (T, H), the pre-activations z (R, F) that the backward reads, and each slot's REAP sum, float32 (B,).
+
+    z is (0, F) without `keep_z`, and the sums (0,) without `want_reap`.
+    """
     width = activation.width(experts[0].w_out.shape[1])
     z_RF = x_TH.new_empty(rows.tokens_R.shape[0] if keep_z else 0, width)
     if rows.real == 0:
-        return torch.zeros_like(x_TH), z_RF
+        return torch.zeros_like(x_TH), z_RF, x_TH.new_zeros(len(experts) if want_reap else 0, dtype=torch.float32)
     y_XH = _rows_and_zero(rows, x_TH)
     _forward_tiles(x_TH, rows, experts, activation, z_RF=z_RF if keep_z else None, y_XH=y_XH)
-    return _combine(y_XH, rows, weighted=True), z_RF
+    reap_B = _reap(y_XH, rows) if want_reap else x_TH.new_empty(0, dtype=torch.float32)
+    return _combine(y_XH, rows, weighted=True), z_RF, reap_B
+
+
+def _reap(y_XH: Tensor, rows: HostRows) -> Tensor:
+    """Sum |s| * ||y|| over the rows of each slot, float32 (B,); halves are made float32 a few rows at a time."""
+    step = rows.real if y_XH.dtype.itemsize > 2 else max(1, _NORM_VALUES // y_XH.shape[1])
+    wide = torch.float64 if y_XH.dtype == torch.float64 else torch.float32
+    norm_N = torch.cat([torch.linalg.vector_norm(y_nH.to(wide), dim=1) for y_nH in y_XH[: rows.real].split(step)])
+    s_N = rows.weights_TK.flatten().index_select(0, rows.places_R[: rows.real])
+    offsets_B1 = torch.tensor(rows.offsets, device=y_XH.device)
+    term_N = s_N.abs().double() * norm_N
+    return torch.segment_reduce(term_N, "sum", offsets=offsets_B1, axis=0, unsafe=True, initial=0).float()
 
 
 def _forward_tiles(

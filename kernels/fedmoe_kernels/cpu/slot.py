@@ -68,7 +68,7 @@ class Gradients(NamedTuple):
     """What a backward fills in; None = not asked for, and then not computed.
 
     weights (T, K); w_in (G, F, H), w_out (G, H, I), bias_in (G, F), bias_out (G, H); the adapter factors in
-    their own shapes, all four or none; scores (B, 6) in the order of `ExpertScores`.
+    their own shapes, all four or none; scores (B, 6), the first six of `ExpertScores`.
     """
 
     weights: Tensor | None

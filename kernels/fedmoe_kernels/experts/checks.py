@@ -91,8 +91,8 @@ def check_slots(
             raise ValueError("trainable_B is given with ExpertWeights, which already say what is trainable; drop it")
         if trainable_B.device != w_in.trainable.device:
             raise ValueError(f"trainable_B is on {trainable_B.device}, w_in on {w_in.trainable.device}; move one")
-    if scores is not None and scores.leaf_B6.device != w_in.trainable.device:
-        raise ValueError(f"scores is on {scores.leaf_B6.device}, w_in on {w_in.trainable.device}; make it there")
+    if scores is not None and scores.leaf_B7.device != w_in.trainable.device:
+        raise ValueError(f"scores is on {scores.leaf_B7.device}, w_in on {w_in.trainable.device}; make it there")
     if scores is not None and scores.num_slots != slots:
         raise ValueError(f"scores has {scores.num_slots} slots, routing {slots}; make one ExpertScores per layer")
 

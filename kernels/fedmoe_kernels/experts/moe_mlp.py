@@ -55,7 +55,7 @@ def moe_mlp(
         trainable_B: for plain tensors, bool (B,): slots outside it get no weight gradient; the gradient tensor is
             full-sized and zero there. With `lora` it picks the adapters that learn.
         lora: adapters; the weights and biases must then be frozen.
-        scores: importance sums to add to in the backward.
+        scores: importance sums to add to in the backward; the forward measures its part where a backward can follow.
         recompute: keep no activations between the forward and the backward, which then makes z again from x: the same
             bits for one more first product; R * F values less.
         backend: "auto" takes the Triton kernels for tensors on a GPU that can run them, and the slot loops of `cpu/`
@@ -89,11 +89,11 @@ def moe_mlp(
     if backend == "reference":
         return _by_reference(x_TH, routing, stacks, activation, trainable_B, lora)
     tensors = _tensors(x_TH, routing, stacks, trainable_B, lora)
-    leaf_B6 = None if scores is None else scores.operand()
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, leaf_B6))
+    leaf_B7 = scores.operand() if scores is not None and torch.is_grad_enabled() else None
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, leaf_B7))
     keep_z = differentiable and not recompute
     frozen_format = stacks["w_in"].format or stacks["w_out"].format
-    return ops.moe_mlp(*tensors, leaf_B6, activation, frozen_format, keep_z, backend, routing.rows_per_slot or 0)[0]
+    return ops.moe_mlp(*tensors, leaf_B7, activation, frozen_format, keep_z, backend, routing.rows_per_slot or 0)[0]
 
 
 def _tensors(

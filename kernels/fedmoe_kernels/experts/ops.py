@@ -104,22 +104,26 @@ def _refusal(inputs: OpInputs) -> str | None:
     return None
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, (_, activation, frozen_format, keep_z, backend, rows_per_slot) = OpInputs(*args[:-6]), args[-6:]
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, (scores_B7, activation, frozen_format, keep_z, backend, rows_per_slot) = OpInputs(*args[:-6]), args[-6:]
+    want_reap = scores_B7 is not None
     if use_triton(backend, inputs.x_TH.device, _refusal(inputs), verb="moe_mlp"):
         from fedmoe_kernels.gpu.experts import driver as experts  # here, because it imports triton
 
-        how = {"activation": activation, "frozen_format": frozen_format, "keep_z": keep_z}
+        how = {"activation": activation, "frozen_format": frozen_format, "keep_z": keep_z, "want_reap": want_reap}
         with torch.cuda.device_of(inputs.x_TH):  # Triton launches on the current device, whatever its arguments
             return experts.forward(inputs, rows_per_slot=inputs.rows_per_slot(rows_per_slot), **how)
     slots = slots_of(inputs, frozen_format)
-    return loops.forward(inputs.x_TH, host_rows(inputs), slots, named(activation), keep_z=keep_z)
+    how = {"keep_z": keep_z, "want_reap": want_reap}
+    return loops.forward(inputs.x_TH, host_rows(inputs), slots, named(activation), **how)
 
 
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, (_, _, _, keep_z, _, _) = OpInputs(*args[:-6]), args[-6:]
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, (scores_B7, _, _, keep_z, _, _) = OpInputs(*args[:-6]), args[-6:]
     rows = inputs.rows_TK.numel() if keep_z else 0
-    return torch.empty_like(inputs.x_TH), inputs.x_TH.new_empty(rows, inputs.w_in.shape[1])
+    x_TH, slots = inputs.x_TH, 0 if scores_B7 is None else inputs.offsets_B1.shape[0] - 1
+    z_RF, reap_B = x_TH.new_empty(rows, inputs.w_in.shape[1]), x_TH.new_empty(slots, dtype=torch.float32)
+    return torch.empty_like(x_TH), z_RF, reap_B
 
 
 def wanted(inputs: OpInputs, needs: list[bool]) -> list[Tensor]:
@@ -176,8 +180,8 @@ moe_mlp_op = torch.library.custom_op(
     _forward,
     mutates_args=(),
     device_types=_DEVICES,
-    schema=f"({_TENSORS}, Tensor? scores_B6, str activation, str frozen_format, bool keep_z, str backend, "
-    "int rows_per_slot) -> (Tensor, Tensor)",
+    schema=f"({_TENSORS}, Tensor? scores_B7, str activation, str frozen_format, bool keep_z, str backend, "
+    "int rows_per_slot) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -197,11 +201,11 @@ moe_mlp_op.register_fake(_forward_fake)
 moe_mlp_backward_op.register_fake(_backward_fake)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, _, ctx.activation, ctx.frozen_format, _, ctx.backend, ctx.rows_per_slot = inputs
-    ctx.save_for_backward(*OpInputs(*tensors).kept, output[1])
+    ctx.save_for_backward(*OpInputs(*tensors).kept, *output[1:])
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
 # Where the arguments of `moe_mlp` are that its derivative is by, in the order of `needs`.
@@ -209,12 +213,12 @@ _PLACES = (*map(OpInputs._fields.index, DIFFERENTIABLE), len(OpInputs._fields))
 
 
 def _differentiate(
-    ctx: Any, wanted_of: Sequence[bool], dy_TH: Tensor | None, _: Tensor | None
+    ctx: Any, wanted_of: Sequence[bool], dy_TH: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradient of each argument of `moe_mlp` that `wanted_of` asks for, in order, None for the others."""
     found: list[Tensor | None] = [None] * len(wanted_of)
     if dy_TH is not None:
-        *tensors, z_RF = ctx.saved_tensors
+        *tensors, z_RF, reap_B = ctx.saved_tensors
         needs = [wanted_of[place] for place in _PLACES]
         needs[6:10] = [any(needs[6:10])] * 4  # an adapter's factors are computed together or not at all
         how = (ctx.activation, ctx.frozen_format, needs, ctx.backend, ctx.rows_per_slot)
@@ -222,7 +226,7 @@ def _differentiate(
         for place, output in zip(_PLACES, outputs, strict=True):
             found[place] = output if wanted_of[place] else None
         if wanted_of[_PLACES[-1]]:
-            found[_PLACES[-1]] = finite_only(outputs[-1])
+            found[_PLACES[-1]] = finite_only(outputs[-1], reap_B)
     return tuple(found)
 
 

@@ -36,6 +36,7 @@ from fedmoe_core.budget.limits import Cost
 from fedmoe_core.config.systems import ALGORITHMS, PLACES
 from fedmoe_core.messages.profile import profile_arrays
 from fedmoe_core.messages.result import LocalFailure
+from fedmoe_core.selection.importance import of_layer, reap
 from fedmoe_core.server.state import ServerState, initial_state, pack_state, unpack_state
 
 GATES = ("row-wise", "normalized", "literal", "fedavg")
@@ -231,6 +232,36 @@ def test_taylor_scores_estimate_absent_experts_by_own_demand_times_pooled_worth(
             kl_E = (g_TE * np.log(g_TE / g_TE.mean(axis=0))).mean(axis=0)
             wanted_E = worth / worth.sum() - 0.7 * kl_E / np.log(len(g_TE))
             np.testing.assert_allclose(found[client][layer], wanted_E, rtol=1e-9)
+
+
+@pytest.mark.parametrize("score", ["reap", "reap_sum"])
+def test_reap_scores_are_shares_of_a_layer_and_know_the_worth_of_absent_experts(score: str) -> None:
+    facts = population(f"selection.score={score}", "selection.beta=0.7")
+    known = profiles()
+    for client, found_LE in enumerate(HFedMoE(facts).scores(heard())):
+        mine = known[client] if client in (0, 2) else PRIOR
+        for layer in range(LAYERS):
+            worth = np.zeros(EXPERTS)
+            for expert in range(EXPERTS):
+                if client in (0, 2) and mine.rows_LE[layer, expert] > 0:
+                    rate = mine.reap_sum_LE[layer, expert] / mine.rows_LE[layer, expert]
+                else:
+                    value, demand = PRIOR.reap_sum_LE[layer, expert], PRIOR.rows_LE[layer, expert]
+                    for c in (0, 2):
+                        if (rows := known[c].rows_LE[layer, expert]) > 0:
+                            hits = known[c].hits_LE[layer, expert]
+                            value, demand = value + known[c].reap_sum_LE[layer, expert] / rows * hits, demand + hits
+                    rate = value / demand
+                hits = mine.hits_LE[layer, expert]
+                worth[expert] = (rate if hits else 0.0) if score == "reap" else rate * hits
+            np.testing.assert_allclose(found_LE[layer], worth / worth.sum(), rtol=1e-9)
+
+
+def test_reap_is_a_mean_over_an_experts_own_rows() -> None:
+    """Ten rows of 2 are as good as one of 2, and an expert without a row is worth nothing."""
+    sums_LE, rows_LE = np.array([[20.0, 2.0, 0.0, 6.0]]), np.array([[10.0, 1.0, 0.0, 2.0]])
+    np.testing.assert_array_equal(reap(sums_LE, rows_LE), [[2.0, 2.0, 0.0, 3.0]])
+    np.testing.assert_array_equal(of_layer(np.stack([sums_LE[0], np.zeros(4)])).sum(axis=1), [1.0, 0.0])
 
 
 MEMORY = cost_model_of(population().spec, tokens=64).predict(TRAINED[0], TRAINED[0], local_steps=1).memory_bytes

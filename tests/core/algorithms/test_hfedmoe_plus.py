@@ -14,7 +14,7 @@ import torch
 from hand_made import PRIOR, find_algorithm, model, play, population, profiles, result_for
 from tiny_corpus import make_config
 
-from fedmoe_core.algorithms.baselines import FedAvgSmallest, MostActivated
+from fedmoe_core.algorithms.baselines import FedAvgSmallest, MostActivated, ReapExperts
 from fedmoe_core.algorithms.hfedmoe import HFedMoE
 from fedmoe_core.algorithms.hfedmoe_plus import HFedMoEPlus
 from fedmoe_core.algorithms.own_gates import sent_gate
@@ -33,7 +33,7 @@ from fedmoe_core.simulation.process_group import Ranks
 from fedmoe_core.simulation.round import play_round
 
 Make = Callable[..., Config]
-NEW = ("hfedmoe_plus", "fedavg_smallest", "most_activated")
+NEW = ("hfedmoe_plus", "fedavg_smallest", "most_activated", "reap_experts")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_names_are_registered_with_a_card(name: str) -> None:
     assert find_algorithm(name, population()).card.name == name
 
 
-@pytest.mark.parametrize(("name", "importance"), [("taylor", "taylor"), ("s", "s"), ("ib", "ib")])
+@pytest.mark.parametrize(("name", "importance"), [(n, n) for n in ("taylor", "s", "ib", "reap", "reap_sum")])
 def test_importance_is_hfedmoes_score_of_that_name_and_taylor_without_penalty(name: str, importance: str) -> None:
     ours = HFedMoEPlus(population(f"plus.importance={importance}", "selection.beta=0.7", "selection.lam=0.3"))
     beta = 0.0 if name == "taylor" else 0.7
@@ -83,6 +83,22 @@ def test_most_activated_keeps_the_largest_counts() -> None:
     for client, plan in enumerate(rival.plan(heard(), range(3))):
         want_LE = select_top_n(rival.worth(heard(), client), (3, 4, 5)[client])
         np.testing.assert_array_equal(plan.permitted_LE, want_LE)
+        assert plan.budget.fits(plan.predicted)
+
+
+def test_reap_experts_keep_the_largest_means_of_the_clients_own_measurements() -> None:
+    """An absent expert's row is worth what public data says, and one that the client's router never chooses nothing."""
+    facts = population(budgets=("experts=3", "experts=4", "experts=5"))
+    rival, state = ReapExperts(facts), replace(heard(), profiles=(profiles()[0], None, profiles()[2]))
+    for client, plan in enumerate(rival.plan(state, range(3))):
+        mine = state.profiles[client]
+        mean_LE = PRIOR.reap_sum_LE / PRIOR.rows_LE
+        if mine is not None:
+            served_LE = mine.rows_LE > 0
+            mean_LE = np.where(served_LE, mine.reap_sum_LE / np.maximum(mine.rows_LE, 1), mean_LE) * (mine.hits_LE > 0)
+        want_LE = mean_LE / mean_LE.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(rival.worth(state, client), want_LE, rtol=1e-12)
+        np.testing.assert_array_equal(plan.permitted_LE, select_top_n(want_LE, (3, 4, 5)[client]))
         assert plan.budget.fits(plan.predicted)
 
 
@@ -164,10 +180,10 @@ def test_inv9_with_hfedmoes_settings_every_bit_is_hfedmoes(config: Make) -> None
 SHARES = 'budgets=["experts=25%", "experts=50%", "experts=100%"]'  # counts, so that no calibration changes a golden run
 FROZEN = ("plus.gate=frozen", "plus.importance=hits")
 GOLDEN = (  # words, loss after, bytes down and up, most experts held
-    ("hfedmoe_plus", (), 5.73711, 880128, 619584, 16),
-    ("hfedmoe_plus", FROZEN, 5.73660, 863744, 607296, 16),
-    ("fedavg_smallest", (), 5.74481, 585216, 318528, 4),
-    ("most_activated", (), 5.73575, 880128, 619584, 16),
+    ("hfedmoe_plus", (), 5.73711, 880128, 621120, 16),
+    ("hfedmoe_plus", FROZEN, 5.73660, 863744, 608832, 16),
+    ("fedavg_smallest", (), 5.74481, 585216, 320064, 4),
+    ("most_activated", (), 5.73575, 880128, 621120, 16),
 )
 
 

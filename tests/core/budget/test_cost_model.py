@@ -52,7 +52,7 @@ def test_sizes_counted_by_hand() -> None:
     assert DEMO.memory(permitted_LE, trainable_LE) == weights + state + max(gradient, *stages)
     assert DEMO.bytes_down(permitted_LE) == 4 * (6 * params + 3 * 5 * 8 + 100)
     assert DEMO.bytes_down(permitted_LE, first_participation=False) == 4 * (6 * params + 3 * 5 * 8)
-    statistics = 15 * (11 * 8 + 1) + 3 * 16
+    statistics = 15 * (12 * 8 + 1) + 3 * 16
     assert DEMO.bytes_up(trainable_LE) == 3 * 4 * (params + 8) + statistics
     rows, fixed = 7 * 2 * 3, 7 * (11 + 6 * 3 * 5 * 8)
     assert DEMO.step_flops(permitted_LE, trainable_LE) == params * (6 * rows / 2 + 4 * rows / 2) + fixed

@@ -138,7 +138,7 @@ def test_padding_may_hold_anything(value: float, dtype: torch.dtype, how: str) -
         with torch.autocast("cpu", HALF, enabled=how == "autocast"):
             y = layer(leaf, None if how == "attribute" else real)
         y[real].float().square().sum().backward()
-        results.append([y, leaf.grad, *(p.grad for p in layer.parameters()), layer.scores.leaf_B6.grad])
+        results.append([y, leaf.grad, *(p.grad for p in layer.parameters()), layer.scores.leaf_B7.grad])
         results[-1].append(layer.last_stats.prob_sum_E)
     for with_zeros, with_value in zip(*results, strict=True):
         assert with_value.isfinite().all()
@@ -207,7 +207,7 @@ def test_torch_s_default_dtype_changes_no_draw_and_no_sum(default: torch.dtype) 
                 layer(x).square().sum().backward()
                 loss = balance_loss(tape)
             lora = LayerLora.fresh(*weights[1:], rank=3, scale=1.0, seed=0)
-            sums, stats = layer.scores.leaf_B6.grad, layer.last_stats.prob_sum_E
+            sums, stats = layer.scores.leaf_B7.grad, layer.last_stats.prob_sum_E
             experts = fresh_graft(layer, GraftSpec(3, 4, 2), seed=0).experts
         finally:
             torch.set_default_dtype(torch.float32)

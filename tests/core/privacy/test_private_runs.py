@@ -36,7 +36,7 @@ from fedmoe_core.simulation.round import sample_clients
 Make = Callable[..., Config]
 WORDS = ("adapter=own", "clients=6", "rounds=4", "threads=1", "train.batch_size=6", "train.local_steps=3")
 PRIVATE = ("privacy.clip=0.3", "privacy.noise=1.5", "privacy.delta=1e-3", "clients_per_round=3")
-FIT = {"hfedmoe", "hfedmoe_plus", "random", "most_activated", "fedavg", "fedavg_smallest"}
+FIT = {"hfedmoe", "hfedmoe_plus", "random", "most_activated", "reap_experts", "fedavg", "fedavg_smallest"}
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_no_token_gives_finite_scores() -> None:
 
 
 def test_bad_score_and_lambda_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'frequency'.*'taylor'"):
+    with pytest.raises(ValueError, match=r"'frequency'.*taylor, reap"):
         importance.expert_scores(sums_of(router()), "frequency", lam=0.5, beta=0.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"lam=1\.5"):
         importance.expert_scores(sums_of(router()), "s", lam=1.5, beta=0.0)

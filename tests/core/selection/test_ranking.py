@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, silu
 
-from fedmoe_core.client.output_norms import output_norms
 from fedmoe_core.config.sections import SelectionConfig
 from fedmoe_core.layer.moe import MoE
-from fedmoe_core.layer.recording import recording
 from fedmoe_core.selection.names import BEST, RANKINGS
 from fedmoe_core.selection.ranking import all_scores, ranked
 from fedmoe_core.simulation.scoring import Scoring, score_experts
@@ -117,8 +115,8 @@ def test_a_score_is_what_its_definition_says(name: str, scored: tuple[OneLayer, 
     adapter, found = scored
     want_E = by_hand(adapter.model)[name].numpy()
     assert np.ptp(want_E) > 1e-3
-    # The importance sums of a backward are kept in float32; all else is float64.
-    loose = 1e-5 if name.startswith("taylor") else 1e-12
+    # The importance sums of a layer are kept in float32; all else is float64.
+    loose = 1e-5 if name.startswith(("taylor", "reap")) else 1e-12
     np.testing.assert_allclose(found.scores[name][0], want_E, rtol=loose, atol=loose * abs(want_E).max())
 
 
@@ -133,32 +131,23 @@ def test_tokens_are_counted_and_padding_is_not(scored: tuple[OneLayer, Scoring])
     assert facts["tokens_by_expert"] == found.tokens_LE.tolist()
 
 
-def test_norms_are_those_of_the_experts_that_are_held_and_of_frozen_ones() -> None:
-    layer = OneLayer().model
-    x_TH = batches()[0].x_TH
-    layer.set_experts([True, True, False, True, False], [False, True, False, False, False])
-    with output_norms([layer]) as norms, recording(layer) as tape:
-        layer(x_TH)
-        choices_TK = tape.choices(0)
-        with pytest.raises(ValueError, match="has not run since the last batch"):
-            norms.add_batch()  # the inner recording heard the forward
-    with output_norms([layer]) as norms:
-        layer(x_TH)
-        layer(x_TH)  # as a checkpoint makes a forward again: the last one counts
-        norms.add_batch()
-        layer(2 * x_TH)
-        norms.add_batch()
-        with pytest.raises(ValueError, match="has not run since the last batch"):
-            norms.add_batch()
-    assert layer.recorder is None
-    (sums_E,) = norms.finish()
-    assert (sums_E > 0).tolist() == [bool((choices_TK == e).any()) for e in range(E)]
-    assert not sums_E[[2, 4]].any()
+def test_reap_is_that_of_the_experts_that_are_held_and_of_frozen_ones() -> None:
+    whole, layer, held = OneLayer().model, OneLayer().model, [0, 1, 3]
+    layer.set_experts([e in held for e in range(E)], [e == 1 for e in range(E)])
+    x_TH, want_E, got_E = batches()[0].x_TH, *torch.zeros(2, E, dtype=torch.float64)
+    layer(x_TH).sum().backward()
+    weights_TK, choices_TK = (x_TH @ whole.router.detach()[held].T).softmax(1).topk(K)
+    for x_H, weights_K, choices_K in zip(x_TH, weights_TK, choices_TK, strict=True):
+        for weight, choice in zip(weights_K / weights_K.sum(), choices_K, strict=True):
+            want_E[held[int(choice)]] += weight * expert(whole, held[int(choice)], x_H).norm()
+    assert layer.scores is not None
+    got_E[list(layer.experts)] = layer.scores.reap_B.double()
+    torch.testing.assert_close(got_E, want_E, rtol=1e-5, atol=0)
 
 
 def test_equal_scores_rank_by_id_and_no_batch_is_refused() -> None:
     assert ranked(np.array([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]])).tolist() == [[1, 2, 0], [0, 1, 2]]
     profile: Any = None
     with pytest.raises(ValueError, match="batches=0"):
-        all_scores(profile, np.zeros((1, 1)), batches=0, lam=0.5, beta=0.1)
+        all_scores(profile, batches=0, lam=0.5, beta=0.1)
     assert BEST in RANKINGS

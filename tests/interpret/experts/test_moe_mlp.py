@@ -56,7 +56,7 @@ def check(p: Problem, **options: object) -> None:
 
 def check_scores(p: Problem, scores: ExpertScores, trainable_B: torch.Tensor | None = None) -> None:
     want = importance(p, trainable_B)
-    columns = dict(zip(want, scores.leaf_B6.grad.unbind(1), strict=True))
+    columns = dict(zip(want, scores.leaf_B7.grad.unbind(1), strict=True))
     assert_close(columns, want, TOLERANCE)
 
 
@@ -117,6 +117,15 @@ def test_inv6_importance(routes: str) -> None:
         assert torch.allclose(column.double(), sum(inner), atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", ALL_SHAPES.values(), ids=ALL_SHAPES.keys())
+def test_inv6_every_sum_for_every_shape(shape: dict) -> None:
+    """REAP reads rows of the last product, or tokens where each has one choice."""
+    p = problem(**shape, biases=True).rounded(torch.float32)
+    scores = ExpertScores(p.B)
+    by_kernels(p, scores=scores, recompute=True)
+    check_scores(p, scores)
+
+
 def test_forward_without_gradient() -> None:
     p = problem(**SMALL, biases=True).rounded(torch.float32)
     with torch.no_grad():
@@ -130,8 +139,8 @@ def test_inv10_same_bits_again_and_with_z_recomputed(options: dict) -> None:
     want = by_kernels(p, scores=once)
     for other in (by_kernels(p, scores=again), by_kernels(p, scores=scarce, recompute=True)):
         assert all(torch.equal(other[n], want[n]) for n in want)
-    assert torch.equal(again.leaf_B6.grad, once.leaf_B6.grad)
-    assert torch.equal(scarce.leaf_B6.grad, once.leaf_B6.grad)
+    assert torch.equal(again.leaf_B7.grad, once.leaf_B7.grad)
+    assert torch.equal(scarce.leaf_B7.grad, once.leaf_B7.grad)
 
 
 def test_inv10_a_client_gets_its_bits_whoever_shares_the_cohort() -> None:
@@ -298,7 +307,7 @@ def test_inv3_layer_from_router_to_experts(scoring: str, trainable: tuple[int, .
         y.backward(dy.to(dtype))
         grads = {name: value.grad for name, value in layer.named_parameters() if value.numel()}
         stats = {"hits": layer.last_stats.hits_E, "lost": layer.last_stats.lost_mass}
-        results.append({"y": y.detach(), "dx": leaf.grad, "scores": layer.scores.leaf_B6.grad, **grads, **stats})
+        results.append({"y": y.detach(), "dx": leaf.grad, "scores": layer.scores.leaf_B7.grad, **grads, **stats})
     got, want = results
     assert (got["y"].view(18, H)[~valid] == 0).all()
     assert_close(got, {n: t.double() for n, t in want.items()}, TOLERANCE)

@@ -197,7 +197,9 @@ def test_no_gradient_keeps_no_activations(monkeypatch: pytest.MonkeyPatch) -> No
     leaf = leaves(p)
     kept: list[bool] = []
     forward = cpu.forward
-    monkeypatch.setattr(cpu, "forward", lambda *a, keep_z: kept.append(keep_z) or forward(*a, keep_z=keep_z))
+    monkeypatch.setattr(
+        cpu, "forward", lambda *a, keep_z, **how: kept.append(keep_z) or forward(*a, keep_z=keep_z, **how)
+    )
     with torch.no_grad():
         y = run(p, leaf)
     assert kept == [False]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedmoe_kernels import ExpertScores, moe_mlp, route
 
-COLUMNS = ("rows", "taylor", "taylor_abs", "fisher", "taylor_in", "grad_sq")
+COLUMNS = ("rows", "taylor", "taylor_abs", "fisher", "taylor_in", "grad_sq", "reap")
 T, H, I, B = 24, 8, 12, 4  # noqa: E741
 
 
@@ -37,10 +37,10 @@ def test_sums_are_float32_whatever_the_default(default_dtype: torch.dtype) -> No
     """In bfloat16 they stalled: 1024 rows where there were 3000."""
     scores = ExpertScores(B)
     scores.set_loss_scale(2.0)
-    assert scores.leaf_B6.dtype == scores.rows_B.dtype == scores.unscale_6.dtype == torch.float32
-    scores.leaf_B6.grad = torch.zeros_like(scores.leaf_B6)
+    assert scores.leaf_B7.dtype == scores.rows_B.dtype == scores.unscale_7.dtype == torch.float32
+    scores.leaf_B7.grad = torch.zeros_like(scores.leaf_B7)
     for _ in range(100):
-        scores.leaf_B6.grad += 30.0
+        scores.leaf_B7.grad += 30.0
     assert scores.rows_B.tolist() == [3000.0] * B
 
 
@@ -58,16 +58,20 @@ def test_sums_are_those_of_the_loss_itself(as_tensor: bool) -> None:
         torch.testing.assert_close(getattr(scaled, f"{name}_B"), want, rtol=1e-5, atol=0, msg=name)
 
 
-def test_a_backward_that_overflows_adds_its_rows_alone() -> None:
-    """The sums stayed NaN after it for good."""
+def test_a_backward_that_overflows_adds_what_its_loss_cannot_spoil() -> None:
+    """The sums stayed NaN after it for good; rows and REAP come from the forward."""
     scores, other = ExpertScores(B), ExpertScores(B)
     for seed, scale in enumerate((float("inf"), 1.0, float("nan"), 1.0)):
         step(scores, scale, seed)
         if scale == 1.0:
             step(other, 1.0, seed)
-    for name in COLUMNS[1:]:
+    for name in COLUMNS[1:-1]:
         assert torch.equal(getattr(scores, f"{name}_B"), getattr(other, f"{name}_B")), name
     assert scores.rows_B.sum() == 2 * other.rows_B.sum() == 4 * T * 2
+    forward = ExpertScores(B)
+    for seed in range(4):
+        step(forward, 1.0, seed)
+    assert torch.equal(scores.reap_B, forward.reap_B)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
@@ -93,7 +97,7 @@ def test_a_scaler_s_skipped_steps_leave_the_sums_of_the_others() -> None:
         scaler.step(optimizer)
         scaler.update()
     assert 5 < skipped < 25
-    assert layer.scores.leaf_B6.grad.isfinite().all()
+    assert layer.scores.leaf_B7.grad.isfinite().all()
     assert 0 < layer.scores.taylor_abs_B.sum() < 1
     layer.set_experts([True] * 4 + [False] * 4)
-    assert layer.scores.unscale_6 is not None
+    assert layer.scores.unscale_7 is not None

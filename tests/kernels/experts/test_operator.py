@@ -104,7 +104,7 @@ def results(p: Any, *, through: str, **options: Any) -> dict[str, Tensor]:
     else:
         y = run(p, leaf, scores=scores, **options)
         y.backward(p.dy_TH.float())
-    return {"y": y.detach(), "scores": scores.leaf_B6.grad, **{n: leaf[n].grad for n in names(p)}}
+    return {"y": y.detach(), "scores": scores.leaf_B7.grad, **{n: leaf[n].grad for n in names(p)}}
 
 
 @pytest.mark.parametrize("options", [{"biases": True}, {"rank": 2}], ids=str)

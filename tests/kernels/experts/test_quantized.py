@@ -233,7 +233,7 @@ def test_importance_counts_quantized_slots() -> None:
     scores, plain = ExpertScores(4), ExpertScores(4)
     solve_stored(p, "int8", 2, torch.float64, scores=scores)
     solve(known, scores=plain, trainable_B=torch.tensor([True, True, False, False]))
-    assert torch.allclose(scores.leaf_B6.grad, plain.leaf_B6.grad)
+    assert torch.allclose(scores.leaf_B7.grad, plain.leaf_B7.grad)
 
 
 def test_adapters_over_shared_quantized_bases() -> None:

@@ -8,11 +8,11 @@ from expert_cases import importance, leaves, names, problem, run, solve, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_kernels import ExpertScores
+from fedmoe_kernels import ExpertScores, Routing, SlotMap, moe_mlp
 from fedmoe_kernels.activations import ACTIVATIONS
 from fedmoe_kernels.cpu import loops as cpu
 
-FIELDS = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "taylor_in_B", "grad_sq_B")
+FIELDS = ("rows_B", "taylor_B", "taylor_abs_B", "fisher_B", "taylor_in_B", "grad_sq_B", "reap_B")
 
 
 def assert_sums(scores: ExpertScores, want: dict[str, torch.Tensor], tolerance: float = 1e-6) -> None:
@@ -60,7 +60,7 @@ def test_inv6_frozen_by_mask_and_by_shape_agree() -> None:
     by_mask, by_shape = ExpertScores(5), ExpertScores(5)
     solve(p, trainable_B=torch.arange(5) < 2, scores=by_mask)
     solve(p, frozen_from=2, scores=by_shape)
-    assert torch.equal(by_mask.leaf_B6.grad, by_shape.leaf_B6.grad)
+    assert torch.equal(by_mask.leaf_B7.grad, by_shape.leaf_B7.grad)
     assert_sums(by_mask, importance(p, torch.arange(5) < 2))
 
 
@@ -87,7 +87,7 @@ def test_lower_precision(dtype: torch.dtype) -> None:
     p = problem(64, 24, 16, 4, 2).rounded(dtype)
     scores = ExpertScores(4)
     solve(p, dtype, scores=scores)
-    assert scores.leaf_B6.grad.dtype == torch.float32
+    assert scores.leaf_B7.grad.dtype == torch.float32
     assert_sums(scores, importance(p), 1e-5 if dtype == torch.float32 else 2e-2)
 
 
@@ -97,7 +97,7 @@ def test_sums_do_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     solve(p, scores=whole)
     monkeypatch.setattr(cpu, "tile_rows", lambda inner: 7)
     solve(p, scores=cut)
-    assert torch.allclose(whole.leaf_B6.grad, cut.leaf_B6.grad, rtol=1e-6)
+    assert torch.allclose(whole.leaf_B7.grad, cut.leaf_B7.grad, rtol=1e-6)
 
 
 def test_micro_batches_add_up_and_reset_forgets() -> None:
@@ -136,3 +136,41 @@ def test_scores_change_no_gradient() -> None:
 def test_refuses_no_slot() -> None:
     with pytest.raises(ValueError, match="num_slots is 0"):
         ExpertScores(0)
+
+
+def test_reap_is_the_norm_of_what_each_row_adds() -> None:
+    """By hand: expert 0 writes (3, 4), of norm 5, and expert 1 (0, 2), each times the row's weight."""
+    w_in, w_out = torch.tensor([[[1.0, 0.0]]] * 2), torch.tensor([[[3.0], [4.0]], [[0.0], [2.0]]])
+    weights_TK = torch.tensor([[0.5, -0.25], [2.0, 0.0]])
+    routing = Routing.from_topk(torch.tensor([[0, 1], [0, -1]]), weights_TK, SlotMap(torch.arange(2), 2))
+    scores = ExpertScores(2)
+    for upstream in (1.0, -3.0):  # the loss does not matter
+        y_TH = moe_mlp(torch.ones(2, 2), routing, w_in, w_out, activation="relu", scores=scores)
+        (upstream * y_TH).sum().backward()
+    assert scores.reap_B.tolist() == [2 * (0.5 * 5 + 2 * 5), 2 * 0.25 * 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reap_needs_no_copy_of_the_outputs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in half precision are widened a few at a time, with the same sums however many these are."""
+    p, whole, cut = problem(64, 24, 16, 4, 2).rounded(dtype), ExpertScores(4), ExpertScores(4)
+    solve(p, dtype, scores=whole)
+    monkeypatch.setattr(cpu, "_NORM_VALUES", 100)
+    solve(p, dtype, scores=cut)
+    assert torch.equal(whole.reap_B, cut.reap_B)
+
+
+def test_a_forward_without_gradient_measures_nothing() -> None:
+    p, scores = problem(12, 6, 4, 3, 2), ExpertScores(3)
+    with torch.no_grad():
+        run(p, leaves(p), scores=scores)
+    assert not scores.reap_B.any()
+
+
+def test_an_output_that_overflows_takes_only_its_own_reap_along() -> None:
+    p, scores = problem(12, 6, 4, 3, 2), ExpertScores(3)
+    p.tensors["w_out"][1] *= 1e30
+    solve(p, torch.float32, scores=scores)
+    want = importance(p)["reap_B"]
+    assert scores.reap_B[1] == 0
+    torch.testing.assert_close(scores.reap_B[[0, 2]].double(), want[[0, 2]], rtol=1e-5, atol=0)

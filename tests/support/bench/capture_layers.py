@@ -72,7 +72,7 @@ def layer_of(name: str, dtype: torch.dtype = torch.float16, *, sizes: tuple[int,
 def leaves_of(layer: MoE) -> list[Tensor]:
     """What gets a gradient."""
     used = [p for p in layer.parameters() if p.requires_grad]
-    return [*used, *([] if layer.scores is None else [layer.scores.leaf_B6])]
+    return [*used, *([] if layer.scores is None else [layer.scores.leaf_B7])]
 
 
 def step_of(layer: MoE, x: Tensor, mask_T: Tensor | None = None) -> Callable[[], None]:

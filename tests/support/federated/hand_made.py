@@ -69,6 +69,7 @@ def profile_of(g_LTE: np.ndarray, held_LE: np.ndarray, seed: int) -> ClientProfi
         taylor_abs_LE=taylor_LE,
         fisher_LE=taylor_LE**2,
         grad_sq_LE=taylor_LE,
+        reap_sum_LE=rng.uniform(0.1, 1, held_LE.shape) * rows_LE,
         held_LE=held_LE,
     )
 

@@ -48,7 +48,7 @@ def make_plan(trainable_LE: np.ndarray, *, client: int = 0, round_: int = 0) -> 
 
 def make_profile(held_LE: np.ndarray) -> ClientProfile:
     table, row = np.ones(held_LE.shape), np.full(held_LE.shape[0], 8.0)  # 8 tokens
-    return ClientProfile(row, table, table, table, -table, row, table, table, table, table, table, held_LE)
+    return ClientProfile(row, table, table, table, -table, row, *[table] * 6, held_LE)
 
 
 def make_update(

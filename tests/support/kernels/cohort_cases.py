@@ -42,4 +42,4 @@ def _by_plan(
     assert routing.rows_per_slot == ROWS_PER_SLOT
     y = moe_mlp(leaf["x"], routing, **stacks, scores=scores, backend="triton")
     y.backward(p.dy_TH.to(dtype))
-    return {"y": y.detach(), "scores": scores.leaf_B6.grad, **{n: v.grad for n, v in leaf.items()}}
+    return {"y": y.detach(), "scores": scores.leaf_B7.grad, **{n: v.grad for n, v in leaf.items()}}

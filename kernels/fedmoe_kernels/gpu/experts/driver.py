@@ -19,7 +19,7 @@ from fedmoe_kernels.gpu.experts.call import Call, CallOptions, aligned, call_of
 from fedmoe_kernels.gpu.experts.combine import combine
 from fedmoe_kernels.gpu.experts.data_gradient import column_blocks, data_gradient
 from fedmoe_kernels.gpu.experts.down import down, input_gradient
-from fedmoe_kernels.gpu.experts.row_sums import routing_gradient, score_sums, tile_pieces
+from fedmoe_kernels.gpu.experts.row_sums import output_norms, routing_gradient, score_sums, tile_pieces
 from fedmoe_kernels.gpu.experts.weight_gradient import bias_gradient, output_blocks, weight_gradient
 from fedmoe_kernels.gpu.launch import Execute, Launch
 
@@ -32,11 +32,14 @@ def forward(
     activation: str,
     keep_z: bool,
     rows_per_slot: int,
+    want_reap: bool = False,
     frozen_format: str = "",
     arch: str | None = None,
     execute: Execute = Launch.run,
-) -> tuple[Tensor, Tensor]:
-    """Compute y (T, H) and the pre-activations z (R, F) that the backward reads; z is (0, F) without `keep_z`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute y (T, H), the pre-activations z (R, F) that the backward reads, and each slot's REAP sum, float32 (B,).
+
+    z is (0, F) without `keep_z`, and the sums (0,) without `want_reap`.
 
     Args:
         inputs: as the operator takes them.
@@ -44,6 +47,7 @@ def forward(
         keep_z: whether z is stored.
         rows_per_slot: what the tiles are chosen by, and whether codes are decoded first; never a count of this call in
             a cohort.
+        want_reap: whether the norms of the experts' outputs are summed, of the rows that the last product has stored.
         frozen_format: a name of `formats.FORMATS`; "" where no weight is stored in codes.
         arch: the key of the tile tables, see `lookup.tiles_for`; None = that of the device.
         execute: what becomes of each launch.
@@ -67,11 +71,12 @@ def forward(
         )
     )
     del h_RI, ha_Rr
+    reap_B = _reap(call, out_XH, by_token=direct is not None) if want_reap else _no_sums(inputs)
     if direct is not None:
-        return out_XH, z_RF
+        return out_XH, z_RF, reap_B
     y_TH = inputs.x_TH.new_empty(T, H)
     call.run(combine(out_XH, inputs.rows_TK, inputs.weights_TK, y_TH))
-    return y_TH, z_RF
+    return y_TH, z_RF, reap_B
 
 
 def backward(
@@ -143,6 +148,18 @@ def backward(
         call.run(score_sums(sums_S4, i.offsets_B1, found["scores_B6"], schedule=call.schedule, squares_GN=squares_GN))
     empty = {name: torch.empty_like(getattr(i, name)) for name in asked if asked[name] and not need[name]}
     return tuple((found | empty)[name] if want else i.x_TH.new_empty(0) for name, want in asked.items())
+
+
+def _no_sums(inputs: OpInputs) -> Tensor:
+    return inputs.x_TH.new_empty(0, dtype=torch.float32)
+
+
+def _reap(call: Call, out_XH: Tensor, *, by_token: bool) -> Tensor:
+    """Sum the norms of what each slot's rows add to their tokens, (B,); rows `by_token` are weighted already."""
+    reap_B = out_XH.new_empty(call.inputs.offsets_B1.shape[0] - 1, dtype=torch.float32)
+    sums_S = out_XH.new_empty(tile_pieces(call.schedule), dtype=torch.float32)
+    call.run(output_norms(out_XH, call.row_index, sums_S, reap_B, schedule=call.schedule, by_token=by_token))
+    return reap_B
 
 
 def _empty_stack(inputs: OpInputs, name: str) -> bool:

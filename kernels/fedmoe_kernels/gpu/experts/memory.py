@@ -68,6 +68,11 @@ class CallSizes:
         return -(-(self.rows - self.slots + 1) // self.tiles.rows) + self.slots - 1
 
     @property
+    def pieces(self) -> int:
+        """S, as `row_sums.tile_pieces`."""
+        return self.most_tiles * (self.tiles.rows // min(self.tiles.rows, _PIECE))
+
+    @property
     def schedule(self) -> int:
         """Bytes of the tile table."""
         return 16 * self.most_tiles + 4 * (self.slots + 1)
@@ -103,16 +108,21 @@ def slots_at_once(slots: int, nbytes: int) -> int:
     return -(-slots // pieces)
 
 
-def forward_bytes(sizes: CallSizes, *, keep_z: bool = True) -> int:
-    """Return the most a forward allocates at once; of these z (R * F values, with `keep_z`) and y (T * H) stay."""
+def forward_bytes(sizes: CallSizes, *, keep_z: bool = True, scores: bool = False) -> int:
+    """Return the most a forward allocates at once; of these z (R * F values, with `keep_z`) and y (T * H) stay.
+
+    With `scores` the norms of the outputs are summed, by piece of a tile and then by slot; 4 bytes a slot stay, too.
+    """
     z = sizes.by_row(sizes.width) if keep_z else 0
     y = sizes.itemsize * sizes.tokens * sizes.hidden
     products = sizes.by_row(sizes.inner, sizes.rank)
     first = products + sizes.room_in
+    kept = 4 * sizes.slots if scores else 0
+    norms = kept + 4 * sizes.pieces if scores else 0
     if sizes.choices == 1:
-        return sizes.schedule + z + max(first, products + y + sizes.room_out)
+        return sizes.schedule + z + max(first, products + y + sizes.room_out, y + norms)
     rows = sizes.by_row(sizes.hidden)
-    return sizes.schedule + z + max(first, rows + products + sizes.room_out, rows + y)
+    return sizes.schedule + z + max(first, rows + products + sizes.room_out, rows + norms, rows + kept + y)
 
 
 def backward_bytes(sizes: CallSizes, *, recompute: bool = False, scores: bool = True) -> int:
@@ -125,9 +135,8 @@ def backward_bytes(sizes: CallSizes, *, recompute: bool = False, scores: bool = 
     columns = -(-sizes.inner // sizes.tiles.data_gradient.n)
     small = 16 * sizes.rows + sizes.schedule + (4 * sizes.learning * _blocks(sizes) if scores else 0)
     partial = 4 * columns * (sizes.rows + (sizes.most_tiles if scores else 0))
-    height = sizes.tiles.rows
     ds = 4 * sizes.rows
-    sums = 16 * sizes.most_tiles * (height // min(height, _PIECE)) if scores else 0
+    sums = 16 * sizes.pieces if scores else 0
     r, F, H, inner = sizes.rank, sizes.width, sizes.hidden, sizes.inner
     dx = sizes.itemsize * sizes.tokens * H
     by_slot = sizes.itemsize * sizes.learning

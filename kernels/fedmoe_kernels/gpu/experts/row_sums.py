@@ -1,4 +1,4 @@
-"""Small sums that end the backward: the gradient of each routing weight, and the importance of each slot.
+"""Small sums by row: the gradient of each routing weight, the importance of each slot, and its outputs' norms.
 
 Shapes: T tokens, K top-k, R = T * K places of which the first N are rows, B slots, G slots with a weight gradient,
 M tiles, C column blocks, S pieces of tiles, H hidden. Every sum runs in one fixed order that depends on its own slot
@@ -108,6 +108,44 @@ def _score_kernel(
     tl.store(out + slot * 6 + 5, tl.sum(square, 0))
 
 
+@triton.jit
+def _output_norms_kernel(
+    rows, tokens, places, weights, sums, table,
+    H: tl.constexpr, PIECES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The sum of |weight| * ||row|| over BM rows of a tile; by token, rows are read there and weighted already."""
+    piece = tl.program_id(0)
+    tile = piece // PIECES
+    if tl.load(table + tile * 4) < 0:
+        return
+    row = (tl.load(table + tile * 4 + 1) + piece % PIECES * BM + tl.arange(0, BM)).to(tl.int64)
+    live = row < tl.load(table + tile * 4 + 2)
+    source = row if tokens is None else tl.load(tokens + row, mask=live, other=0)
+    at = rows + (source * H)[:, None]
+    acc = tl.zeros((BM, BK), tl.float32)
+    for k0 in tl.range(0, H, BK, num_stages=3):
+        k = k0 + tl.arange(0, BK)
+        value = tl.load(at + k[None, :], mask=live[:, None] & (k[None, :] < H), other=0.0).to(tl.float32)
+        acc += value * value
+    norm = tl.sqrt(tl.sum(acc, 1))
+    if weights is not None:
+        place = tl.load(places + row, mask=live, other=0)
+        norm *= tl.abs(tl.load(weights + place, mask=live, other=0.0).to(tl.float32))
+    tl.store(sums + piece, tl.sum(norm, 0))
+
+
+@triton.jit
+def _norm_sum_kernel(sums, first_tile, out, PIECES: tl.constexpr, BP: tl.constexpr):
+    """The sum over all pieces of one slot."""
+    slot = tl.program_id(0)
+    stop = tl.load(first_tile + slot + 1) * PIECES
+    acc = tl.zeros((BP,), tl.float32)
+    for p0 in range(tl.load(first_tile + slot) * PIECES, stop, BP):
+        piece = p0 + tl.arange(0, BP)
+        acc += tl.load(sums + piece, mask=piece < stop, other=0.0)
+    tl.store(out + slot, tl.sum(acc, 0))
+
+
 def _piece(schedule: Schedule) -> int:
     return min(schedule.height, _PIECE)
 
@@ -179,7 +217,7 @@ def routing_gradient(
 def score_sums(
     sums_S4: Tensor, offsets_B1: Tensor, out_B6: Tensor, *, schedule: Schedule, squares_GN: Tensor | None = None
 ) -> list[Launch]:
-    """Write the importance of every slot, in the order of `ExpertScores`; zeros where a slot has no row.
+    """Write the importance of every slot, the first six of `ExpertScores`; zeros where a slot has no row.
 
     Args:
         sums_S4: from `routing_gradient`.
@@ -204,3 +242,37 @@ def score_sums(
     }
     moved = sums_S4.nbytes + (0 if squares_GN is None else squares_GN.nbytes) + out_B6.nbytes
     return [Launch(_score_kernel, (out_B6.shape[0],), args, 4, 1, 0, moved)]
+
+
+def output_norms(
+    rows_XH: Tensor, routing: RowIndex, sums_S: Tensor, out_B: Tensor, *, schedule: Schedule, by_token: bool
+) -> list[Launch]:
+    """Write each slot's sum of |weight| * ||output|| over its rows, 0 where it has none: two launches.
+
+    Args:
+        rows_XH: from `down`: by row and not yet weighted, or (T, H) `by_token` and weighted.
+        routing: where the rows come from.
+        sums_S: float32 (S,), S = `tile_pieces(schedule)`, room for the sums of every piece of a tile.
+        out_B: float32 (B,).
+        schedule: that of `down`.
+        by_token: see `rows_XH`.
+    """
+    bm, hidden = _piece(schedule), rows_XH.shape[1]
+    args = {
+        "rows": rows_XH,
+        "tokens": routing.tokens_R if by_token else None,
+        "places": None if by_token else routing.places_R,
+        "weights": None if by_token else routing.weights_TK,
+        "sums": sums_S,
+        "table": schedule.table_M4,
+        "H": hidden,
+        "PIECES": schedule.height // bm,
+        "BM": bm,
+        "BK": min(128, power_of_2(hidden)),
+    }
+    total = {"sums": sums_S, "first_tile": schedule.first_tile_B1, "out": out_B, "PIECES": args["PIECES"], "BP": 128}
+    moved, flops = rows_XH.nbytes + routing.places_R.nbytes + routing.weights_TK.nbytes, 2 * rows_XH.numel()
+    return [
+        Launch(_output_norms_kernel, (sums_S.shape[0],), args, 4, 3, flops, moved),
+        Launch(_norm_sum_kernel, (out_B.shape[0],), total, 4, 1, 0, sums_S.nbytes + out_B.nbytes),
+    ]

@@ -148,10 +148,10 @@ def test_each_client_has_the_values_and_gradients_that_it_has_alone(kind: str) -
             close(parameter.grad[begin:end].view_as(gradient), gradient, name)
         assert seen == {name for name, p in layer.named_parameters(recurse=False) if p.grad is not None}
         assert layer.scores is not None
-        assert layer.scores.leaf_B6.grad is not None
-        assert together.scores.leaf_B6.grad is not None
-        sums_B6 = together.scores.leaf_B6.grad[together.slots(client)]
-        torch.testing.assert_close(sums_B6, layer.scores.leaf_B6.grad, rtol=1e-5, atol=1e-5)  # kept in float32
+        assert layer.scores.leaf_B7.grad is not None
+        assert together.scores.leaf_B7.grad is not None
+        sums_B6 = together.scores.leaf_B7.grad[together.slots(client)]
+        torch.testing.assert_close(sums_B6, layer.scores.leaf_B7.grad, rtol=1e-5, atol=1e-5)  # kept in float32
         for name, value in vars(layer.last_stats).items():
             close(getattr(together.last_stats, name)[client], value, name)
 

@@ -67,14 +67,14 @@ def test_a_plain_loop_learns(kind: str, optimizer: type[torch.optim.Optimizer], 
 def test_inductor_compiles_one_graph_that_does_the_same(kind: str, dtype: torch.dtype, autocast: bool) -> None:
     layer = made(dtype, with_scores=True, with_stats=True, **KINDS[kind])
     want = step(layer, layer, autocast=autocast, mask_T=REAL)
-    sums = layer.scores.leaf_B6.grad.clone()
+    sums = layer.scores.leaf_B7.grad.clone()
     layer.scores.reset()
     found = step(layer, torch.compile(layer, fullgraph=True), autocast=autocast, mask_T=REAL)
     # bfloat16 rounds where inductor has joined the casts around it.
     within = 1e-6 if dtype == torch.float32 and not autocast else 0.02
     assert all(relative(a.float(), b.float()) < within for a, b in zip(found, want, strict=True))
     assert layer.last_stats.tokens == 11
-    assert relative(layer.scores.leaf_B6.grad, sums) < within
+    assert relative(layer.scores.leaf_B7.grad, sums) < within
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -111,10 +111,10 @@ def test_so_does_one_with_experts_in_few_bits(form: str) -> None:
 def test_checkpointing_changes_no_bit(reentrant: bool, autocast: bool) -> None:
     layer = made(with_scores=True, **KINDS["partial"])
     want = step(layer, layer, autocast=autocast, mask_T=REAL)
-    once = layer.scores.leaf_B6.grad.clone()
+    once = layer.scores.leaf_B7.grad.clone()
     found = step(layer, lambda x, m: checkpoint(layer, x, m, use_reentrant=reentrant), autocast=autocast, mask_T=REAL)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
-    assert torch.equal(layer.scores.leaf_B6.grad, 2 * once)
+    assert torch.equal(layer.scores.leaf_B7.grad, 2 * once)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -44,7 +44,7 @@ def config(corpus: Path, tmp_path: Path) -> Make:
 @pytest.mark.parametrize(
     "words",
     [
-        *("hfedmoe", "hfedmoe_plus", "random", "most_activated", "fedavg", "fedavg_smallest"),
+        *("hfedmoe", "hfedmoe_plus", "random", "most_activated", "reap_experts", "fedavg", "fedavg_smallest"),
         *("hfedmoe cohort.clients=2", "hfedmoe train.experts=lora", "hfedmoe_plus train.trunk=fedavg"),
     ],
 )

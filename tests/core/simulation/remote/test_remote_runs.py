@@ -58,6 +58,7 @@ def lines(out: str, name: str) -> list[dict[str, Any]]:
         (("algorithm=random", "train.logit_adjustment=1", "train.token_dropout=0.2"), True),
         (("algorithm=fedavg_smallest",), False),
         (("algorithm=most_activated", "budgets=memory=60%;memory=100%,flops=3e7"), False),
+        (("algorithm=attackers:OpposedFcMoE", "rounds=3"), False),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else str(value),
 )
