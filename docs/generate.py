@@ -31,7 +31,7 @@ sys.path[:0] = [str(HOUSE / folder) for folder in (".", "kernels", "bindings")] 
 from fedmoe_core.algorithms.base import algorithm_class  # noqa: E402
 from fedmoe_core.base import show  # noqa: E402
 from fedmoe_core.budget.devices import COMPUTE_SECONDS, COMPUTE_SHARE, DEVICES, LINK_SECONDS  # noqa: E402
-from fedmoe_core.config.run_config import CLASSIFICATION_DEFAULTS, Config, flatten  # noqa: E402
+from fedmoe_core.config.run_config import CLASSIFICATION_DEFAULTS, DENSE_DEFAULTS, Config, flatten  # noqa: E402
 from fedmoe_core.config.schema import schema_of, write_toml  # noqa: E402
 from fedmoe_core.config.systems import PLACES, TAGS, System  # noqa: E402
 
@@ -89,7 +89,7 @@ def configuration_page() -> str:
         "on the command line write `train.lr=1e-3`. An unknown key is refused, and the nearest one named.",
         "",
         "Labelled data (a CSV, or JSON Lines with a `label`) starts from some other values. They stand behind the word",
-        "*labelled*. `eq.` is an equation of [HFedMoE](https://arxiv.org/abs/2601.00583), unless the table belongs to",
+        "*labelled*. So does a dense model (`smollm2`, `dense:DIR`), behind the word *dense*. `eq.` is an equation of [HFedMoE](https://arxiv.org/abs/2601.00583), unless the table belongs to",
         "another system.",
     ]
     for section, record in sections():
@@ -103,6 +103,8 @@ def configuration_page() -> str:
             default = f"`{_toml(key, values[key])}`"
             if key in CLASSIFICATION_DEFAULTS:
                 default += f"<br>*labelled*: `{_toml(key, CLASSIFICATION_DEFAULTS[key])}`"
+            if key in DENSE_DEFAULTS:
+                default += f"<br>*dense*: `{_toml(key, DENSE_DEFAULTS[key])}`"
             bound, leaf = str(setting).removeprefix("a "), key.rpartition(".")[2]
             lines.append(f"| `{key}`{{ #{key} }} | {bound} | {default} | {_cell(meant[leaf])} |")
     return "\n".join(lines) + "\n"

@@ -184,7 +184,7 @@ def check_words(verb: str, parsed: dict[str, Any]) -> None:
             variants=Path(variants) if variants else None,
         ).jobs()
     else:
-        assert verb in ("resume", "report", "systems", "export", "watch"), f"teach this test what {verb} reads"
+        assert verb in ("resume", "report", "systems", "export", "split", "watch"), f"teach this test what {verb} reads"
 
 
 def check_python(words: list[str]) -> None:

@@ -181,6 +181,8 @@ class Config:
             given = {key.partition(".")[2]: chosen.pop(key) for key in list(chosen) if key not in common}
             chosen["settings"] = own(**given)
         preset = CLASSIFICATION_DEFAULTS if is_labeled(chosen.get("data", Config.data)) else {}
+        if is_dense(chosen.get("model", Config.model)):
+            preset = {**preset, **DENSE_DEFAULTS}
         if is_plain(chosen.get("adapter", Config.adapter)):
             preset = PLAIN_DEFAULTS
         return build(Config, {**preset, **chosen})
@@ -237,6 +239,10 @@ CLASSIFICATION_DEFAULTS: Mapping[str, object] = {
     "train.logit_adjustment": 1.0,
 }
 
+# What a pretrained dense model starts from: small steps, and so few tokens that SmolLM2 is fine-tuned in minutes on two
+# cores (docs/guides/split.md).
+DENSE_DEFAULTS: Mapping[str, object] = {"train.lr": 5e-4, "train.seq_len": 64, "train.local_steps": 4}
+
 # What a plain torch model starts from: it brings its data, and there is no public text to warm up on.
 PLAIN_DEFAULTS: Mapping[str, object] = {
     "data": OWN,
@@ -252,6 +258,11 @@ def usable_cores() -> int:
     """Count the cores that this process may run on."""
     allowed = getattr(os, "sched_getaffinity", None)  # absent outside Linux
     return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def is_dense(model: str) -> bool:
+    """Tell whether ``Config.model`` names a dense model, which is split into experts before a run."""
+    return model == "smollm2" or model.startswith("dense:")
 
 
 def is_labeled(data: str) -> bool:

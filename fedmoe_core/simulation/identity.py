@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.run_config import Config, is_dense
 from fedmoe_core.config.systems import PLACES, place_of
 from fedmoe_core.data.federated import corpus_digest
 from fedmoe_core.model.adapter import ENTRY_POINTS
-from fedmoe_core.simulation.worlds.dense import find_splitter, is_dense
+from fedmoe_core.simulation.worlds.dense import find_splitter
 
 PACKAGES = ("fedmoe_core", "fedmoe_kernels")  # and the one that brings the adapter
 # What a directory of a model is read from: weights, sizes, tokenizer. A changed README is the same model.

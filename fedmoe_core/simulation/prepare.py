@@ -18,7 +18,7 @@ from fedmoe_core.algorithms.base import Algorithm, algorithm_class
 from fedmoe_core.base.rng import counter_seed
 from fedmoe_core.budget.cost_model import CostModel
 from fedmoe_core.budget.limits import Budget, Cost
-from fedmoe_core.config.run_config import Config, TrainConfig
+from fedmoe_core.config.run_config import Config, TrainConfig, is_dense
 from fedmoe_core.data.batches import Batch, public_batches
 from fedmoe_core.data.federated import FederatedData, load_data
 from fedmoe_core.data.tokenizing import TextTokenizer, pretrained_tokenizer
@@ -38,7 +38,7 @@ from fedmoe_core.simulation.observer import Observer
 from fedmoe_core.simulation.process_group import Ranks
 from fedmoe_core.simulation.warmup import cached_warmup, measure_profile, warm_up, warmup_key
 from fedmoe_core.simulation.world import local_settings, validation_batches
-from fedmoe_core.simulation.worlds.dense import find_splitter, is_dense, split_of
+from fedmoe_core.simulation.worlds.dense import find_splitter, split_of
 from fedmoe_core.simulation.worlds.moe import MoEWorld
 
 PRIOR_STEPS = 8  # batches of the server's own pass over public data, as many as a client's round has by default

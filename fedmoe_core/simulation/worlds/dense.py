@@ -86,11 +86,6 @@ class Splitter(Protocol):
         ...
 
 
-def is_dense(model: str) -> bool:
-    """Tell whether ``Config.model`` names a dense model, which is split before a run."""
-    return model == "smollm2" or model.startswith("dense:")
-
-
 def find_splitter(adapter: str) -> Splitter:
     """Return the splitter of an adapter's package.
 

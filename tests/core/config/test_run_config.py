@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fedmoe_core.config.run_config import (
     CLASSIFICATION_DEFAULTS,
+    DENSE_DEFAULTS,
     INDIFFERENT,
     OWN,
     Config,
@@ -333,8 +334,17 @@ def test_labeled_data_starts_from_its_preset_below_the_users_words(tmp_path: Pat
     assert Config.load(overrides=["data=jsonl:absent.jsonl"]).train.trunk == "frozen"
 
 
+def test_a_dense_model_starts_from_its_preset_also_with_labels() -> None:
+    for words in (["model=smollm2"], ["model=dense:there", "data=csv:rows.csv"]):
+        preset = flatten(Config.load(overrides=words))
+        assert {key: preset[key] for key in DENSE_DEFAULTS} == dict(DENSE_DEFAULTS)
+        assert Config.load(overrides=[*words, "train.lr=1e-2"]).train.lr == 1e-2
+    assert Config.load(overrides=["model=somewhere"]).train.lr == TrainConfig().lr
+    assert Config.load(overrides=["model=dense:there", "data=csv:rows.csv"]).train.trunk == "fedavg"
+
+
 def test_preset_is_itself_valid() -> None:
-    assert set(CLASSIFICATION_DEFAULTS) <= set(SCHEMA)
+    assert set(CLASSIFICATION_DEFAULTS) | set(DENSE_DEFAULTS) <= set(SCHEMA)
     assert Config.load(overrides=["data=csv:x"]).decisive() != Config().decisive()
 
 
