@@ -22,8 +22,8 @@ class Corpus:
         domains_P: (P,) int64, index into ``domain_names``: package, or the file's ``client`` / ``domain`` field.
         ownable: domains that clients may own, most wanted first; text of any other domain is public.
         labels_P: (P,) int64, index into ``class_names``; None for language modelling.
-        sha256: of the raw bytes: the file's own digest, or (standard library) that over every path, length and content
-            in sorted order.
+        sha256: of the raw bytes: the file's own digest, or (standard library, folder) that over every path, length and
+            content in sorted order.
     """
 
     source: str
@@ -119,8 +119,8 @@ def decode(raw: bytes, path: Path) -> str:
 
 
 def entry_of(inside: Path, raw: bytes) -> bytes:
-    """What a file adds to the digest of the standard library."""
-    return f"{inside.as_posix()}\0{len(raw)}\0".encode() + raw
+    """What a file adds to the digest of a folder; a name need not be UTF-8."""
+    return f"{inside.as_posix()}\0{len(raw)}\0".encode("utf-8", "surrogateescape") + raw
 
 
 def _natural(name: str) -> tuple[bool, int, str]:
