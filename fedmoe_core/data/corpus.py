@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmoe_core.data.batches import Task
+from fedmoe_core.data.conversations import Conversation
 
 PIECE_CHARS = 4000
 
@@ -24,6 +25,7 @@ class Corpus:
         labels_P: (P,) int64, index into ``class_names``; None for language modelling.
         sha256: of the raw bytes: the file's own digest, or (standard library, folder) that over every path, length and
             content in sorted order.
+        conversations: P conversations, whose ``texts`` are then what ``text_of`` writes; None = plain text.
     """
 
     source: str
@@ -35,6 +37,7 @@ class Corpus:
     labels_P: np.ndarray | None
     class_names: tuple[str, ...]
     sha256: str
+    conversations: tuple[Conversation, ...] | None = None
 
 
 def make_corpus(
@@ -45,6 +48,7 @@ def make_corpus(
     labels: list[str] | None,
     digest: str,
     class_names: tuple[str, ...] = (),
+    conversations: tuple[Conversation, ...] | None = None,
 ) -> Corpus:
     """Index the names of domains and labels; classes in the order given, else the natural one of their labels.
 
@@ -77,6 +81,7 @@ def make_corpus(
         labels_P=labels_P,
         class_names=class_names,
         sha256=digest,
+        conversations=conversations,
     )
 
 

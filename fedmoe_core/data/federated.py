@@ -168,6 +168,7 @@ def load_data(
         corpus_sha256=corpus.sha256,
         pretrained=pretrained,
         cache=cache,
+        conversations=corpus.conversations,
     )
     sizes_P = encoded.offsets_P1.diff().numpy()
     public = encoded.take(splits.public_P)
@@ -227,7 +228,7 @@ def _client_name(scheme: str, client: int, domains: list[str]) -> str:
 
 def _digest(tokenizer: TextTokenizer, public: Encoded) -> str:
     digest = sha256(tokenizer.to_json().encode())
-    for tensor in (public.tokens_N, public.offsets_P1, public.labels_P):
+    for tensor in (public.tokens_N, public.offsets_P1, public.labels_P, public.answers_N):
         if tensor is not None:
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
