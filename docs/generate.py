@@ -89,8 +89,8 @@ def configuration_page() -> str:
         "on the command line write `train.lr=1e-3`. An unknown key is refused, and the nearest one named.",
         "",
         "Labelled data (a CSV, or JSON Lines with a `label`) starts from some other values. They stand behind the word",
-        "*labelled*. So does a dense model (`smollm2`, `dense:DIR`), behind the word *dense*. `eq.` is an equation of [HFedMoE](https://arxiv.org/abs/2601.00583), unless the table belongs to",
-        "another system.",
+        "*labelled*. So does a dense model (`smollm2`, `dense:DIR`), behind the word *dense*. `eq.` is",
+        "an equation of [HFedMoE](https://arxiv.org/abs/2601.00583), unless the table belongs to another system.",
     ]
     for section, record in sections():
         meant = meanings(record)

@@ -78,8 +78,9 @@ class Config:
 
     # the system that runs: one that `fedmoe systems` lists, one of another package, or a class of your own
     algorithm: Annotated[str, Meta(examples=[*ALGORITHMS, PLACE])] = "hfedmoe"
-    # stdlib: text of this Python's standard library; a CSV of labelled rows; a JSON Lines file; own: a plain model's
-    data: Annotated[str, one_of("stdlib", "csv:FILE", "jsonl:FILE", OWN)] = "stdlib"
+    # stdlib: text of this Python's standard library; a CSV of labelled rows; a JSON Lines file; a folder with one
+    # sub-folder a domain; own: a plain model's
+    data: Annotated[str, one_of("stdlib", "csv:FILE", "jsonl:FILE", "folder:DIR", OWN)] = "stdlib"
     # trained on public text; auto: bpe, or bpe-lower for labelled data; a saved model brings its own
     tokenizer: Annotated[str, one_of("auto", "bpe", "bpe-lower", "word")] = "auto"
     # tiny: built from [model_config]; else a directory, or a hub id of the form owner/name; smollm2 or dense:DIR: a

@@ -19,11 +19,12 @@ BLOCK_TOKENS = 2**17
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids (S sequences of N places), which places are real, and class labels where the task has them."""
+    """Token ids (S sequences of N places), which places are real, and what there is to learn at which of them."""
 
     tokens_SN: Tensor  # int64
     mask_SN: Tensor  # bool, True = a real token
     labels_S: Tensor | None = None  # int64, classification only
+    answers_SN: Tensor | None = None  # bool, True = a token to predict; None = every real one (language modelling)
 
     def __len__(self) -> int:
         return self.tokens_SN.shape[0]
@@ -33,7 +34,10 @@ class Batch:
         """Join batches of one sequence length."""
         labels = [batch.labels_S for batch in batches if batch.labels_S is not None]
         tokens_SN, mask_SN = (torch.cat([getattr(b, name) for b in batches]) for name in ("tokens_SN", "mask_SN"))
-        return cls(tokens_SN, mask_SN, torch.cat(labels) if labels else None)
+        answers_SN = None
+        if any(batch.answers_SN is not None for batch in batches):  # plain text beside conversations counts as a whole
+            answers_SN = torch.cat([b.mask_SN if b.answers_SN is None else b.answers_SN for b in batches])
+        return cls(tokens_SN, mask_SN, torch.cat(labels) if labels else None, answers_SN)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Return the same batch on ``device``; without waiting for it, where ``non_blocking`` and it is pinned."""
@@ -48,9 +52,14 @@ class Batch:
         for first in range(0, len(self), size):
             yield self._each(lambda tensor, first=first: tensor[first : first + size])  # type: ignore[misc]
 
+    def first(self, size: int) -> Batch:
+        """Return a view of the first ``size`` sequences."""
+        return self._each(lambda tensor: tensor[:size])
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         labels_S = None if self.labels_S is None else change(self.labels_S)
-        return Batch(change(self.tokens_SN), change(self.mask_SN), labels_S)
+        answers_SN = None if self.answers_SN is None else change(self.answers_SN)
+        return Batch(change(self.tokens_SN), change(self.mask_SN), labels_S, answers_SN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,19 +71,21 @@ class Encoded:
         offsets_P1: (P + 1,) int64.
         end: the id that ends a piece and fills padding.
         labels_P: (P,) int64 for classification, -1 where the label is withheld; None for language modelling.
+        answers_N: (N,) bool, the tokens of answers and the end token after each; None = every token is learnt.
     """
 
     tokens_N: Tensor
     offsets_P1: Tensor
     end: int
     labels_P: Tensor | None = None
+    answers_N: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.offsets_P1) - 1
 
     @property
     def samples(self) -> int:
-        """Size of the data |D_c| as aggregation weighs it: rows if labelled, else tokens."""
+        """Size of the data |D_c| as aggregation weighs it: rows if labelled, else tokens, of answers or not."""
         return len(self.tokens_N) if self.labels_P is None else len(self)
 
     def as_text(self) -> Encoded:
@@ -90,7 +101,8 @@ class Encoded:
         shift_P = begins_P - offsets_P1[:-1]
         place_N = torch.arange(int(offsets_P1[-1])) + shift_P.repeat_interleave(lengths_P)
         labels_P = None if self.labels_P is None else self.labels_P[rows_P]
-        return Encoded(self.tokens_N[place_N], offsets_P1, self.end, labels_P)
+        answers_N = None if self.answers_N is None else self.answers_N[place_N]
+        return Encoded(self.tokens_N[place_N], offsets_P1, self.end, labels_P, answers_N)
 
 
 def client_batches(
@@ -98,9 +110,10 @@ def client_batches(
 ) -> Iterator[Batch]:
     """Draw the batches of one client in one round; they depend on these arguments only, whatever other clients do.
 
-    Language modelling: windows of ``seq_len`` tokens at uniform places of the client's one long stream. Classification:
-    rows in random order, each once before any comes twice. Every batch has the shape (batch_size, seq_len); padding
-    appears in rows shorter than that and in a stream shorter than one window.
+    Language modelling: windows of ``seq_len`` tokens at uniform places of the client's one long stream; of
+    conversations, at uniform places among those whose window holds a token to predict. Classification: rows in random
+    order, each once before any comes twice. Every batch has the shape (batch_size, seq_len); padding appears in rows
+    shorter than that and in a stream shorter than one window.
     """
     blocks = client_blocks(
         data, seed=seed, round=round, client=client, steps=steps, batch_size=batch_size, seq_len=seq_len
@@ -127,16 +140,16 @@ def public_batches(
 def eval_batches(data: Encoded, *, batch_size: int, seq_len: int, sequences: int = 0) -> Iterator[Batch]:
     """Return fixed batches for evaluation: the same at every call.
 
-    Language modelling: disjoint windows, spread evenly over the stream. Classification: the first rows (splits are
-    stored in random order). The last batch may be smaller.
+    Language modelling: disjoint windows, spread evenly over the stream; of conversations, those that hold a token to
+    predict. Classification: the first rows (splits are stored in random order). The last batch may be smaller.
 
     Args:
         sequences: most windows or rows; 0 = all.
     """
     count = eval_sequences(data, seq_len, sequences=sequences)
     if data.labels_P is None:
-        whole = max(1, len(data.tokens_N) // seq_len)
-        starts = np.arange(count) * whole // count * seq_len
+        starts_W = _disjoint(data, seq_len)
+        starts = starts_W[np.arange(count) * len(starts_W) // count]
         for first in range(0, count, batch_size):
             yield _windows(data, starts[first : first + batch_size], seq_len)
         return
@@ -146,7 +159,7 @@ def eval_batches(data: Encoded, *, batch_size: int, seq_len: int, sequences: int
 
 def eval_sequences(data: Encoded, seq_len: int, *, sequences: int = 0) -> int:
     """Count the windows or rows of ``eval_batches``."""
-    whole = max(1, len(data.tokens_N) // seq_len) if data.labels_P is None else len(data)
+    whole = len(_disjoint(data, seq_len)) if data.labels_P is None else len(data)
     return min(sequences or whole, whole)
 
 
@@ -154,11 +167,15 @@ def _draw(data: Encoded, rng: np.random.Generator, steps: int, shape: tuple[int,
     batch_size, seq_len = shape
     at_once = max(1, BLOCK_TOKENS // (batch_size * seq_len))  # steps of a block
     if data.labels_P is None:
-        last = max(0, len(data.tokens_N) - seq_len)
+        places = max(0, len(data.tokens_N) - seq_len) + 1
+        starts_W = None if data.answers_N is None else _with_answer(data, np.arange(places), seq_len)
         for done in range(0, steps, at_once):
             # Drawn step by step, so that a batch depends neither on the steps after it nor on the size of a block.
-            starts = [rng.integers(0, last + 1, size=batch_size) for _ in range(min(at_once, steps - done))]
-            yield _windows(data, np.concatenate(starts), seq_len)
+            most = places if starts_W is None else len(starts_W)
+            drawn_S = np.concatenate(
+                [rng.integers(0, most, size=batch_size) for _ in range(min(at_once, steps - done))]
+            )
+            yield _windows(data, drawn_S if starts_W is None else starts_W[drawn_S], seq_len)
         return
     passes = -(-steps * batch_size // len(data))
     order = np.concatenate([rng.permutation(len(data)) for _ in range(passes)]) if passes else np.zeros(0, np.int64)
@@ -166,11 +183,29 @@ def _draw(data: Encoded, rng: np.random.Generator, steps: int, shape: tuple[int,
         yield _rows(data, order[done * batch_size : min(done + at_once, steps) * batch_size], seq_len)
 
 
+def _disjoint(data: Encoded, seq_len: int) -> np.ndarray:
+    """Starts of the windows that evaluation may use."""
+    return _with_answer(data, np.arange(max(1, len(data.tokens_N) // seq_len)) * seq_len, seq_len)
+
+
+def _with_answer(data: Encoded, starts_W: np.ndarray, seq_len: int) -> np.ndarray:
+    """The starts of windows in which a token is predicted; all of them where that is so in none, whose loss is 0."""
+    if data.answers_N is None:
+        return starts_W
+    before_N1 = np.concatenate([[0], np.cumsum(data.answers_N.numpy(), dtype=np.int64)])
+    places = len(data.answers_N)
+    # Not the window's first token, which nothing predicts.
+    held_W = before_N1[np.minimum(starts_W + seq_len, places)] - before_N1[np.minimum(starts_W + 1, places)]
+    return starts_W[held_W > 0] if held_W.any() else starts_W
+
+
 def _windows(data: Encoded, starts_S: np.ndarray, seq_len: int) -> Batch:
     place_SN = torch.from_numpy(np.asarray(starts_S, dtype=np.int64))[:, None] + torch.arange(seq_len)
     mask_SN = place_SN < len(data.tokens_N)
-    tokens_SN = data.tokens_N[place_SN.clamp(max=len(data.tokens_N) - 1)].to(torch.int64)
-    return Batch(tokens_SN.masked_fill(~mask_SN, data.end), mask_SN)
+    inside_SN = place_SN.clamp(max=len(data.tokens_N) - 1)
+    tokens_SN = data.tokens_N[inside_SN].to(torch.int64).masked_fill(~mask_SN, data.end)
+    answers_SN = None if data.answers_N is None else data.answers_N[inside_SN] & mask_SN
+    return Batch(tokens_SN, mask_SN, answers_SN=answers_SN)
 
 
 def _rows(data: Encoded, rows_S: np.ndarray, seq_len: int) -> Batch:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmoe_core.data.batches import Task
+from fedmoe_core.data.conversations import Conversation
 
 PIECE_CHARS = 4000
 
@@ -22,8 +23,9 @@ class Corpus:
         domains_P: (P,) int64, index into ``domain_names``: package, or the file's ``client`` / ``domain`` field.
         ownable: domains that clients may own, most wanted first; text of any other domain is public.
         labels_P: (P,) int64, index into ``class_names``; None for language modelling.
-        sha256: of the raw bytes: the file's own digest, or (standard library) that over every path, length and content
-            in sorted order.
+        sha256: of the raw bytes: the file's own digest, or (standard library, folder) that over every path, length and
+            content in sorted order.
+        conversations: P conversations, whose ``texts`` are then what ``text_of`` writes; None = plain text.
     """
 
     source: str
@@ -35,6 +37,7 @@ class Corpus:
     labels_P: np.ndarray | None
     class_names: tuple[str, ...]
     sha256: str
+    conversations: tuple[Conversation, ...] | None = None
 
 
 def make_corpus(
@@ -45,6 +48,7 @@ def make_corpus(
     labels: list[str] | None,
     digest: str,
     class_names: tuple[str, ...] = (),
+    conversations: tuple[Conversation, ...] | None = None,
 ) -> Corpus:
     """Index the names of domains and labels; classes in the order given, else the natural one of their labels.
 
@@ -77,6 +81,7 @@ def make_corpus(
         labels_P=labels_P,
         class_names=class_names,
         sha256=digest,
+        conversations=conversations,
     )
 
 
@@ -119,8 +124,8 @@ def decode(raw: bytes, path: Path) -> str:
 
 
 def entry_of(inside: Path, raw: bytes) -> bytes:
-    """What a file adds to the digest of the standard library."""
-    return f"{inside.as_posix()}\0{len(raw)}\0".encode() + raw
+    """What a file adds to the digest of a folder; a name need not be UTF-8."""
+    return f"{inside.as_posix()}\0{len(raw)}\0".encode("utf-8", "surrogateescape") + raw
 
 
 def _natural(name: str) -> tuple[bool, int, str]:

@@ -15,12 +15,15 @@ from fedmoe_core.base.wording import unknown
 from fedmoe_core.data.batches import Encoded, Task
 from fedmoe_core.data.corpus import Corpus, read_bytes
 from fedmoe_core.data.read_csv import read_csv
+from fedmoe_core.data.read_folder import folder_digest, read_folder
 from fedmoe_core.data.read_jsonl import read_jsonl
 from fedmoe_core.data.read_stdlib import read_stdlib, stdlib_digest
 from fedmoe_core.data.splits import Splits, count_holdings, split_corpus, with_validation
 from fedmoe_core.data.tokenizing import DEFAULT_VOCAB, Kind, TextTokenizer, encode_corpus
 
-SOURCES = ("stdlib", "csv:FILE", "jsonl:FILE")
+SOURCES = ("stdlib", "csv:FILE", "jsonl:FILE", "folder:DIR")
+_READERS = {"stdlib": read_stdlib, "csv": read_csv, "jsonl": read_jsonl, "folder": read_folder}
+_DIGESTS = {"stdlib": stdlib_digest, "folder": folder_digest}  # of any other: that of the file
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +93,14 @@ class FederatedData:
 
 
 def load_corpus(source: str) -> Corpus:
-    """Read ``stdlib``, ``csv:FILE`` or ``jsonl:FILE``.
+    """Read one of ``SOURCES``.
 
     Raises:
         ValueError: unknown scheme, or content that cannot be used; the message names the line.
         OSError: the file cannot be read.
     """
     scheme, path = _scheme_and_path(source)
-    return {"stdlib": read_stdlib, "csv": read_csv, "jsonl": read_jsonl}[scheme](path)
+    return _READERS[scheme](path)
 
 
 def corpus_digest(source: str) -> str:
@@ -107,17 +110,18 @@ def corpus_digest(source: str) -> str:
         ValueError, OSError: as ``load_corpus``, where the file cannot be read at all.
     """
     scheme, path = _scheme_and_path(source)
-    return stdlib_digest(path) if scheme == "stdlib" else sha256(read_bytes(path)).hexdigest()
+    return _DIGESTS[scheme](path) if scheme in _DIGESTS else sha256(read_bytes(path)).hexdigest()
 
 
 def _scheme_and_path(source: str) -> tuple[str, Path]:
     scheme, colon, name = source.partition(":")
-    if scheme not in ("stdlib", "csv", "jsonl") or (scheme == "stdlib" and colon):
+    if scheme not in _READERS or (scheme == "stdlib" and colon):
         raise unknown(f"data {source!r}", source, SOURCES)
     if scheme == "stdlib":
         return scheme, Path(sysconfig.get_path("stdlib"))
     if not name:
-        raise ValueError(f"data {source!r} names no file; write {scheme}:FILE")
+        form = next(form for form in SOURCES if form.startswith(f"{scheme}:"))
+        raise ValueError(f"data {source!r} names no file; write {form}")
     return scheme, Path(name)
 
 
@@ -137,7 +141,7 @@ def load_data(
     """Read, split, tokenize and encode; equal arguments on equal text give equal bits.
 
     Args:
-        source: ``stdlib``, ``csv:FILE`` or ``jsonl:FILE``.
+        source: one of ``SOURCES``.
         clients: C.
         partition: ``domain``, ``iid``, ``dirichlet:ALPHA``, or ``auto``: ``domain`` where the corpus has domains, else
             ``dirichlet:0.5`` over classes, or ``iid`` for unlabelled text.
@@ -164,6 +168,7 @@ def load_data(
         corpus_sha256=corpus.sha256,
         pretrained=pretrained,
         cache=cache,
+        conversations=corpus.conversations,
     )
     sizes_P = encoded.offsets_P1.diff().numpy()
     public = encoded.take(splits.public_P)
@@ -223,7 +228,7 @@ def _client_name(scheme: str, client: int, domains: list[str]) -> str:
 
 def _digest(tokenizer: TextTokenizer, public: Encoded) -> str:
     digest = sha256(tokenizer.to_json().encode())
-    for tensor in (public.tokens_N, public.offsets_P1, public.labels_P):
+    for tensor in (public.tokens_N, public.offsets_P1, public.labels_P, public.answers_N):
         if tensor is not None:
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

@@ -21,12 +21,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from fedmoe_core.base.files import replacing, require_file
 from fedmoe_core.base.wording import unknown
 from fedmoe_core.data.batches import Encoded
+from fedmoe_core.data.conversations import Conversation, Part, parts_of
 
 END = "<|end|>"
 UNKNOWN = "<|unk|>"
 DEFAULT_VOCAB = {"bpe": 2048, "bpe-lower": 4096, "word": 8000}
 _FORMAT = 3  # of the cache file; part of its key
 TENSORS = ("tokens_N", "offsets_P1")  # of the cache file
+ANSWERS = "answers_N"  # of the cache file of conversations, beside TENSORS
+_TEMPLATE = 1  # how `parts_of` writes conversations; part of their key
 
 Kind = Literal["bpe", "bpe-lower", "word", "model"]  # "model": a pretrained model's own
 
@@ -136,6 +139,7 @@ def encode_corpus(
     corpus_sha256: str,
     pretrained: TextTokenizer | None = None,
     cache: Path | None = None,
+    conversations: Sequence[Conversation] | None = None,
 ) -> tuple[TextTokenizer, Encoded]:
     """Train the tokenizer on ``texts[public_P]``, or take ``pretrained``; encode every text, an end token after each.
 
@@ -143,8 +147,11 @@ def encode_corpus(
     sha256 of the corpus and of everything else that decides it. It is written to a temporary file and renamed. A
     damaged file is made again, with a warning.
 
+    Of ``conversations`` every part is encoded by itself, so that a token belongs to an answer or does not, and the end
+    token stands after each answer. Text that spells it stays text, so that no content can end an answer.
+
     Returns:
-        The tokenizer, and all P texts encoded, without labels.
+        The tokenizer, and all P texts encoded, without labels, with ``answers_N`` where they are conversations.
 
     Raises:
         ValueError: unknown ``kind`` or too small a ``vocab_size``.
@@ -166,25 +173,55 @@ def encode_corpus(
         "pretrained": None if pretrained is None else sha256(pretrained.to_json().encode()).hexdigest(),
         "end": END if pretrained is None else pretrained.end,
     }
+    if conversations is not None:
+        settings["conversations"] = _TEMPLATE
+    names = TENSORS if conversations is None else (*TENSORS, ANSWERS)
     key = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     path = None if cache is None else cache / f"encoded-{key[:32]}.safetensors"
-    if path is not None and (found := _read(path, kind, key, settings["end"])) is not None:
+    if path is not None and (found := _read(path, names, (kind, key, settings["end"]))) is not None:
         return found
     tokenizer = pretrained or train_tokenizer(kind, [texts[row] for row in public_P], vocab_size)
-    ids = tokenizer.encode(texts)
-    end = tokenizer.end_id
+    end, answers = tokenizer.end_id, None
+    if conversations is None:
+        ids = tokenizer.encode(texts)
+    else:
+        ids, answers = _encode_parts(tokenizer, [list(parts_of(turns)) for turns in conversations])
     offsets_P1 = np.zeros(len(ids) + 1, dtype=np.int64)
     np.cumsum([len(piece) + 1 for piece in ids], out=offsets_P1[1:])
     tokens_N = np.full(offsets_P1[-1], end, dtype=np.int32)
     for piece, start in zip(ids, offsets_P1, strict=False):
         tokens_N[start : start + len(piece)] = piece
-    encoded = Encoded(torch.from_numpy(tokens_N), torch.from_numpy(offsets_P1), end)
+    answers_N = None if answers is None else torch.tensor([each for piece in answers for each in piece])
+    encoded = Encoded(torch.from_numpy(tokens_N), torch.from_numpy(offsets_P1), end, answers_N=answers_N)
     if path is not None:
         metadata = {"key": key, "settings": json.dumps(settings), "tokenizer": tokenizer.to_json()}
-        tensors = [encoded.tokens_N, encoded.offsets_P1]
+        tensors = [getattr(encoded, name) for name in names]
         metadata["content"] = _content_digest(tensors, metadata["tokenizer"])
-        _write(path, dict(zip(TENSORS, tensors, strict=True)), metadata)
+        _write(path, dict(zip(names, tensors, strict=True)), metadata)
     return tokenizer, encoded
+
+
+def _encode_parts(
+    tokenizer: TextTokenizer, conversations: Sequence[Sequence[Part]]
+) -> tuple[list[list[int]], list[list[bool]]]:
+    """Ids of each conversation but its last end token, and which of them, that one too, are of an answer."""
+    each = iter(tokenizer.encode([part.text for parts in conversations for part in parts]))
+    ids: list[list[int]] = []
+    answers: list[list[bool]] = []
+    for parts in conversations:
+        piece: list[int] = []
+        learnt: list[bool] = []
+        for part in parts:
+            found = next(each) + [tokenizer.end_id] * part.answer
+            piece += found
+            learnt += [part.answer] * len(found)
+        if parts[-1].answer:
+            piece.pop()  # the end of the last answer is that of the piece
+        else:
+            learnt.append(False)
+        ids.append(piece)
+        answers.append(learnt)
+    return ids, answers
 
 
 def _plain(kind: Kind, model: Tokenizer, end: str = END) -> TextTokenizer:
@@ -193,8 +230,9 @@ def _plain(kind: Kind, model: Tokenizer, end: str = END) -> TextTokenizer:
     return TextTokenizer(kind, model, end)
 
 
-def _read(path: Path, kind: Kind, key: str, end: str) -> tuple[TextTokenizer, Encoded] | None:
+def _read(path: Path, names: Sequence[str], expected: tuple[Kind, str, str]) -> tuple[TextTokenizer, Encoded] | None:
     """Return the cached result; None where it is missing, and with a warning where it is damaged or foreign."""
+    kind, key, end = expected
     require_file(path)
     if not path.exists():
         return None
@@ -203,7 +241,7 @@ def _read(path: Path, kind: Kind, key: str, end: str) -> tuple[TextTokenizer, En
             metadata = file.metadata() or {}
             # Cloned: a tensor of the file is a window onto it. What becomes of the file later would change the corpus,
             # or end the process (SIGBUS) where the file gets shorter.
-            text, tensors = metadata.get("tokenizer", ""), [file.get_tensor(name).clone() for name in TENSORS]
+            text, tensors = metadata.get("tokenizer", ""), [file.get_tensor(name).clone() for name in names]
     except SafetensorError as error:
         _warn(path, str(error))
         return None
@@ -212,7 +250,8 @@ def _read(path: Path, kind: Kind, key: str, end: str) -> tuple[TextTokenizer, En
         _warn(path, "its content is not what was written")
         return None
     tokenizer = from_json(kind, text, end)
-    return tokenizer, Encoded(tensors[0], tensors[1], tokenizer.end_id)
+    found = dict(zip(names, tensors, strict=True))
+    return tokenizer, Encoded(found["tokens_N"], found["offsets_P1"], tokenizer.end_id, answers_N=found.get(ANSWERS))
 
 
 def _warn(path: Path, why: str) -> None:

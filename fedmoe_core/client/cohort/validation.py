@@ -56,5 +56,5 @@ def side_by_side(batches: Sequence[Sequence[Batch]]) -> Iterator[list[Batch]]:
     """Return the first batch of every client, then the second, and so on; without rows where a client has no more."""
     for step in range(max(map(len, batches), default=0)):
         like = next(mine[step] for mine in batches if len(mine) > step)
-        nothing = Batch(like.tokens_SN[:0], like.mask_SN[:0], None if like.labels_S is None else like.labels_S[:0])
+        nothing = like.first(0)
         yield [mine[step] if len(mine) > step else nothing for mine in batches]

@@ -89,6 +89,7 @@ def _from_text(words: Words, config: Config, vocabulary: Vocabulary, *, validati
         corpus_sha256=corpus.sha256,
         pretrained=tokenizer,
         cache=cache_directory(config),
+        conversations=corpus.conversations,
     )
     if vocabulary.classes:
         encoded = replace(encoded, labels_P=_labels(words, corpus.labels_P, corpus.class_names, vocabulary))

@@ -26,7 +26,7 @@ class Words:
 
     Attributes:
         client: which of the run's clients this device is, from 0.
-        text: the owner's own text, ``csv:FILE`` or ``jsonl:FILE``; empty = this client's part of the run's corpus, for
+        text: the owner's own text, as ``data`` names it; empty = this client's part of the run's corpus, for
             rehearsals on one machine.
         data: where the run's corpus lies here, for a rehearsal.
         model: where the model lies here.

@@ -30,7 +30,12 @@ from fedmoe_core.config.systems import ALGORITHMS
 SCHEMA = schema_of(Config)
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
 TIER = st.sampled_from(("unlimited", "phone-8gb", "experts=12.5%", "memory=3.5MiB, down=1e6B", "  flops=3e12 "))
-EXAMPLES = {"csv:FILE": "csv:a b.csv", "jsonl:FILE": "jsonl:é.jsonl", "dirichlet:ALPHA": "dirichlet:0.3"}
+EXAMPLES = {
+    "csv:FILE": "csv:a b.csv",
+    "jsonl:FILE": "jsonl:é.jsonl",
+    "folder:DIR": "folder:a/b",
+    "dirichlet:ALPHA": "dirichlet:0.3",
+}
 
 
 def values_of(setting: Setting) -> st.SearchStrategy[object]:

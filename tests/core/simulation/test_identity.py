@@ -56,11 +56,13 @@ def rewrite(path: Path) -> None:
     path.write_text("\n".join(line.replace("a", "q") for line in lines) + "\n")
 
 
-@pytest.mark.parametrize("source", ["stdlib", "jsonl", "csv"])
+@pytest.mark.parametrize("source", ["stdlib", "jsonl", "csv", "folder"])
 def test_the_quick_digest_is_that_of_the_parsed_corpus(source: str, notes: Path, tmp_path: Path) -> None:
     table = tmp_path / "news.csv"
     table.write_text("".join(f'{1 + row % 2},"text {row}, quoted"\r\n' for row in range(20)))
-    named = {"stdlib": "stdlib", "jsonl": f"jsonl:{notes}", "csv": f"csv:{table}"}[source]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.txt").write_text("some text")
+    named = {"jsonl": f"jsonl:{notes}", "csv": f"csv:{table}", "folder": f"folder:{tmp_path}"}.get(source, source)
     assert corpus_digest(named) == load_corpus(named).sha256
 
 

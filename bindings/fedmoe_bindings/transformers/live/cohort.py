@@ -170,5 +170,4 @@ def _of_each(priors: Sequence[Tensor] | None, sequences: int) -> Tensor | None:
 def _filled(batch: Batch, height: int, batches: Sequence[Batch]) -> Batch:
     """The batch with a sequence of another one repeated behind its own, for attention wants a real token in each."""
     one = next(each for each in batches if len(each))
-    more = Batch(one.tokens_SN[:1], one.mask_SN[:1], None if one.labels_S is None else one.labels_S[:1])
-    return Batch.end_to_end([batch, *[more] * (height - len(batch))])
+    return Batch.end_to_end([batch, *[one.first(1)] * (height - len(batch))])

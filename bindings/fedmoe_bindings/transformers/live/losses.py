@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -39,7 +40,8 @@ class TaskLosses:
         """Return the batch's mean loss in nats per predicted token or sample; padding is neither routed nor counted.
 
         Args:
-            batch: as ``Batch``; a token is predicted where it and its predecessor are real.
+            batch: as ``Batch``; a token is predicted where it and its predecessor are real, and, in a conversation,
+                where it is of an answer.
             training: the mode of dropout layers and of activation checkpointing.
             token_dropout: classification only; each real token is treated as padding with this probability (a
                 sequence never loses all its tokens).
@@ -195,10 +197,16 @@ def _next_token_loss(logits_SNV: Tensor, batch: Batch, label_smoothing: float = 
 
 
 def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the token that each place predicts, -100 where none, and the places that predict one, both (S, N)."""
+    """Return the token that each place predicts, -100 where none, and the places that predict one, both (S, N).
+
+    Of a conversation only the tokens of answers are predicted, and the end token after each.
+    """
     mask_SN = batch.mask_SN
     # The targets are shifted, not the logits: slicing (S, N, V) would copy the largest tensor of the step.
-    predicted_SN = pad(mask_SN[:, 1:] & mask_SN[:, :-1], (0, 1))
+    predicted_SN = mask_SN[:, 1:] & mask_SN[:, :-1]
+    if batch.answers_SN is not None:
+        predicted_SN = predicted_SN & batch.answers_SN[:, 1:]
+    predicted_SN = pad(predicted_SN, (0, 1))
     return pad(batch.tokens_SN[:, 1:], (0, 1)).masked_fill(~predicted_SN, -100), predicted_SN
 
 
@@ -206,4 +214,4 @@ def drop_tokens(batch: Batch, probability: float, generator: torch.Generator | N
     """The batch with each real token made padding with ``probability``; a sequence that would lose all keeps all."""
     mask_SN = batch.mask_SN
     kept_SN = mask_SN & (torch.rand(mask_SN.shape, generator=generator) >= probability).to(mask_SN.device)
-    return Batch(batch.tokens_SN, torch.where(kept_SN.any(dim=1, keepdim=True), kept_SN, mask_SN), batch.labels_S)
+    return replace(batch, mask_SN=torch.where(kept_SN.any(dim=1, keepdim=True), kept_SN, mask_SN))
