@@ -11,7 +11,7 @@ import numpy as np
 from fedmoe_core.algorithms.base import algorithm_class
 from fedmoe_core.base import show
 from fedmoe_core.base.files import write_whole
-from fedmoe_core.config.run_config import Config
+from fedmoe_core.config.run_config import Config, is_dense
 from fedmoe_core.data.batches import Batch, eval_batches
 from fedmoe_core.exporting.card import Sheet, card, facts_of
 from fedmoe_core.exporting.judged import (
@@ -30,6 +30,8 @@ from fedmoe_core.messages.plan import ExpertPlan
 from fedmoe_core.model.submodel import WHOLE
 from fedmoe_core.model.writer import ModelWriter, Wording
 from fedmoe_core.simulation.observer import NullObserver, Observer
+from fedmoe_core.simulation.prepare import cache_directory
+from fedmoe_core.simulation.worlds.dense import find_splitter
 
 Format = Literal["hf", "peft"]
 FORMATS = ("hf", "peft")
@@ -207,7 +209,11 @@ def _write_adapter(found: Opened, folder: Path, out: Path) -> str:
 
 
 def _wording(found: Opened) -> Wording:
-    return Wording(found.world.data.tokenizer, found.world.config.model)
+    config = found.world.config
+    place = config.model
+    if is_dense(place):  # the files of the model that was split; the small one has none, and a directory is its own
+        place = str(find_splitter(config.adapter).folder(place, cache_directory(config)))
+    return Wording(found.world.data.tokenizer, place)
 
 
 def _batch(found: Opened, client: int) -> Batch:

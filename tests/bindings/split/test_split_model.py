@@ -1,5 +1,6 @@
 """A split model is the dense one when all experts run, and its parts are what a client's few experts compute."""
 
+import numpy as np
 import pytest
 import torch
 from dense_models import EXPERTS, FAMILIES, LAYERS, WIDTH, K, dense_model, some_tokens
@@ -7,6 +8,7 @@ from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 
 from fedmoe_bindings.transformers.live.adapter import TransformersAdapter
+from fedmoe_bindings.transformers.live.writing import own_model, require_same
 from fedmoe_bindings.transformers.split.clusters import balanced_clusters, neurons_of, random_clusters
 from fedmoe_bindings.transformers.split.families import SPLIT
 from fedmoe_bindings.transformers.split.measure import all_experts, largest_difference, next_token_loss
@@ -146,3 +148,17 @@ def test_what_cannot_be_split_so_is_refused():
         part(dense, some_tokens(), experts=4, top_k=9, layers=[3])
     with pytest.raises(ValueError, match="layers='last:5' asks for 5 of 4 layers; give last:4 or all"):
         split_layers("last:5", LAYERS)
+
+
+@pytest.mark.parametrize(("held", "top_k"), [([1, 3], K), ([2], K), ([0, 1, 2, 3], 1)])
+def test_a_client_with_fewer_choices_is_exported_as_what_it_computes(held, top_k):
+    _, _, moe = split_model()
+    adapter = TransformersAdapter(moe)
+    mask_LE = np.isin(np.arange(EXPERTS), held) & np.ones((2, 1), bool)
+    submodel = SubModel(mask_LE, mask_LE, top_k=top_k)
+    state = adapter.state()
+    adapter.configure(state, submodel)
+    stock = own_model(adapter.model, state, adapter._family, adapter.moe, submodel)
+    tokens_SN = some_tokens(seed=1)
+    require_same(stock, adapter.model, Batch(tokens_SN, torch.ones_like(tokens_SN, dtype=torch.bool)))
+    assert stock.config.num_experts_per_tok == min(len(held), top_k)

@@ -15,6 +15,7 @@ from fedmoe_bindings.transformers.split import named
 from fedmoe_bindings.transformers.split.splitter import splitter
 from fedmoe_core.cli.main import app
 from fedmoe_core.config.run_config import Config
+from fedmoe_core.exporting.export import Order, export
 from fedmoe_core.simulation import run as simulate
 from fedmoe_core.simulation.identity import Identity
 from fedmoe_core.simulation.prepare import cache_directory
@@ -43,9 +44,14 @@ def config_of(corpus, tmp_path, *more):
 
 def test_a_run_from_a_dense_model_splits_it_once_on_public_text_and_learns(corpus, tmp_path):
     save_dense(tmp_path / "dense")
+    (tmp_path / "dense" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     config = config_of(corpus, tmp_path)
     summary = simulate.run(config)
     assert summary["loss_after"] < summary["loss_before"]
+    done = export(tmp_path / "run", tmp_path / "out", Order())
+    assert done.sheet.loss == pytest.approx(done.recorded, rel=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages[0]['content'] }}"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.fedmoe_split["experts"] == EXPERTS
     made = [path for path in cache_directory(config).iterdir() if path.name.startswith("split-")]
     stamps = {path: path.stat().st_mtime_ns for path in made[0].iterdir()}
     assert len(made) == 1

@@ -66,7 +66,8 @@ def as_run(state: Mapping[str, Tensor], layers: Sequence[MoE], submodel: SubMode
     """Return a state in which every expert that is served has the weights with which the live layers run it.
 
     These are its own rows and its adapters merged, few bits decoded, the layer's output factor multiplied in; an expert
-    that another one serves gets a copy of that one's. Experts that are absent stay as they are in ``state``.
+    that another one serves gets a copy of that one's. Where weights are shares, outputs are as much smaller as the sum
+    of fewer than k shares is, for a stock router renormalises. Experts that are absent stay as they are in ``state``.
     """
     found = dict(state)
     for number, layer in enumerate(layers):
@@ -76,10 +77,15 @@ def as_run(state: Mapping[str, Tensor], layers: Sequence[MoE], submodel: SubMode
             served = ((e, int(by)) for e, by in enumerate(submodel.alias_LE[number]) if by >= 0)
             slot_of |= {expert: slot_of[by] for expert, by in served}
         experts, slots = torch.tensor(list(slot_of)), torch.tensor(list(slot_of.values()))
+        shares = 1.0
+        if layer.rule.renormalize == "share":
+            shares = min(layer.top_k, len(slot_of)) / (layer.rule.of or layer.top_k)
         for name in layer.slot_names:
             rows_B = _slots(layer, name)
             if layer.out_scale is not None and name in ("w_out", "bias_out"):
                 rows_B = rows_B * layer.out_scale.detach().to(rows_B.dtype)
+            if name in ("w_out", "bias_out"):
+                rows_B = rows_B * shares
             whole_E = own[name].clone()
             whole_E[experts] = rows_B[slots].to(whole_E)
             own[name] = whole_E
