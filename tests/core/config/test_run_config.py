@@ -33,6 +33,8 @@ EXAMPLES = {
     "csv:FILE": "csv:a b.csv",
     "jsonl:FILE": "jsonl:é.jsonl",
     "folder:DIR": "folder:a/b",
+    "parquet:FILE_OR_DIR": "parquet:rows.parquet",
+    "hf:DIR": "hf:saved",
     "dirichlet:ALPHA": "dirichlet:0.3",
 }
 
