@@ -78,9 +78,9 @@ class Config:
     # the system that runs: one that `fedmoe systems` lists, one of another package, or a class of your own
     algorithm: Annotated[str, Meta(examples=[*ALGORITHMS, PLACE])] = "hfedmoe"
     # stdlib: text of this Python's standard library; a CSV of labelled rows; a JSON Lines file; a folder with one
-    # sub-folder a domain; parquet files; a folder of Dataset.save_to_disk; own: a plain model's
+    # sub-folder a domain; parquet files; a folder of Dataset.save_to_disk; spam; own: a plain model's
     data: Annotated[
-        str, one_of("stdlib", "csv:FILE", "jsonl:FILE", "folder:DIR", "parquet:FILE_OR_DIR", "hf:DIR", OWN)
+        str, one_of("stdlib", "csv:FILE", "jsonl:FILE", "folder:DIR", "parquet:FILE_OR_DIR", "hf:DIR", "spam:DIR", OWN)
     ] = "stdlib"
     # trained on public text; auto: bpe, or bpe-lower for labelled data; a saved model brings its own
     tokenizer: Annotated[str, one_of("auto", "bpe", "bpe-lower", "word")] = "auto"
@@ -252,12 +252,12 @@ def usable_cores() -> int:
 
 
 def is_labeled(data: str) -> bool:
-    """Tell whether ``Config.data`` has labels: every CSV does, others where a ``label`` is named."""
+    """Tell whether ``Config.data`` has labels: every CSV and the mails do, others where a ``label`` is named."""
     kind, _, name = data.partition(":")
     if kind in ("parquet", "hf"):
         return _has_label_column(kind, Path(name))
     if kind != "jsonl":
-        return kind == "csv"
+        return kind in ("csv", "spam")
     if not Path(name).is_file():
         return False  # the data room says so; a pipe would lose its first line here
     try:

@@ -35,6 +35,7 @@ EXAMPLES = {
     "folder:DIR": "folder:a/b",
     "parquet:FILE_OR_DIR": "parquet:rows.parquet",
     "hf:DIR": "hf:saved",
+    "spam:DIR": "spam:package",
     "dirichlet:ALPHA": "dirichlet:0.3",
 }
 
