@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -79,8 +80,10 @@ class Config:
     # the system that runs: one that `fedmoe systems` lists, one of another package, or a class of your own
     algorithm: Annotated[str, Meta(examples=[*ALGORITHMS, PLACE])] = "hfedmoe"
     # stdlib: text of this Python's standard library; a CSV of labelled rows; a JSON Lines file; a folder with one
-    # sub-folder a domain; own: a plain model's
-    data: Annotated[str, one_of("stdlib", "csv:FILE", "jsonl:FILE", "folder:DIR", OWN)] = "stdlib"
+    # sub-folder a domain; parquet files; a folder of Dataset.save_to_disk; spam; own: a plain model's
+    data: Annotated[
+        str, one_of("stdlib", "csv:FILE", "jsonl:FILE", "folder:DIR", "parquet:FILE_OR_DIR", "hf:DIR", "spam:DIR", OWN)
+    ] = "stdlib"
     # trained on public text; auto: bpe, or bpe-lower for labelled data; a saved model brings its own
     tokenizer: Annotated[str, one_of("auto", "bpe", "bpe-lower", "word")] = "auto"
     # tiny: built from [model_config]; else a directory, or a hub id of the form owner/name; smollm2 or dense:DIR: a
@@ -267,10 +270,12 @@ def is_dense(model: str) -> bool:
 
 
 def is_labeled(data: str) -> bool:
-    """Tell whether ``Config.data`` has labels: every CSV does, a JSONL file if its first object has a ``label``."""
+    """Tell whether ``Config.data`` has labels: every CSV and the mails do, others where a ``label`` is named."""
     kind, _, name = data.partition(":")
+    if kind in ("parquet", "hf"):
+        return _has_label_column(kind, Path(name))
     if kind != "jsonl":
-        return kind == "csv"
+        return kind in ("csv", "spam")
     if not Path(name).is_file():
         return False  # the data room says so; a pipe would lose its first line here
     try:
@@ -279,6 +284,23 @@ def is_labeled(data: str) -> bool:
     except (OSError, UnicodeDecodeError):
         return False  # the data room names the file and the fault
     return '"label"' in first
+
+
+def _has_label_column(kind: str, path: Path) -> bool:
+    """Whether the footer of the (first) parquet file, or what a dataset says of itself, names a column ``label``."""
+    try:
+        if kind == "hf":
+            return "label" in json.loads((path / "dataset_info.json").read_text(encoding="utf-8"))["features"]
+        file = min(path.rglob("*.parquet")) if path.is_dir() else path
+        if not file.is_file():
+            return False
+        with open(file, "rb") as content:
+            content.seek(-8, os.SEEK_END)
+            content.seek(-8 - int.from_bytes(content.read(4), "little"), os.SEEK_END)
+            # A name in the footer stands behind its length, in Thrift's compact protocol.
+            return b"\x05label" in content.read()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # the data room names the file and the fault
 
 
 def schema_for(algorithm: str) -> dict[str, Setting]:

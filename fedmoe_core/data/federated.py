@@ -14,6 +14,9 @@ import torch
 from fedmoe_core.base.wording import unknown
 from fedmoe_core.data.batches import Encoded, Task
 from fedmoe_core.data.corpus import Corpus, read_bytes
+from fedmoe_core.data.packed.read_dataset import dataset_digest, read_dataset
+from fedmoe_core.data.packed.read_parquet import parquet_digest, read_parquet
+from fedmoe_core.data.packed.read_spam import read_spam, spam_digest
 from fedmoe_core.data.read_csv import read_csv
 from fedmoe_core.data.read_folder import folder_digest, read_folder
 from fedmoe_core.data.read_jsonl import read_jsonl
@@ -21,9 +24,23 @@ from fedmoe_core.data.read_stdlib import read_stdlib, stdlib_digest
 from fedmoe_core.data.splits import Splits, count_holdings, split_corpus, with_validation
 from fedmoe_core.data.tokenizing import DEFAULT_VOCAB, Kind, TextTokenizer, encode_corpus
 
-SOURCES = ("stdlib", "csv:FILE", "jsonl:FILE", "folder:DIR")
-_READERS = {"stdlib": read_stdlib, "csv": read_csv, "jsonl": read_jsonl, "folder": read_folder}
-_DIGESTS = {"stdlib": stdlib_digest, "folder": folder_digest}  # of any other: that of the file
+SOURCES = ("stdlib", "csv:FILE", "jsonl:FILE", "folder:DIR", "parquet:FILE_OR_DIR", "hf:DIR", "spam:DIR")
+_READERS = {
+    "stdlib": read_stdlib,
+    "csv": read_csv,
+    "jsonl": read_jsonl,
+    "folder": read_folder,
+    "parquet": read_parquet,
+    "hf": read_dataset,
+    "spam": read_spam,
+}
+_DIGESTS = {  # of any other: that of the file
+    "stdlib": stdlib_digest,
+    "folder": folder_digest,
+    "parquet": parquet_digest,
+    "hf": dataset_digest,
+    "spam": spam_digest,
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,9 @@ EXAMPLES = {
     "csv:FILE": "csv:a b.csv",
     "jsonl:FILE": "jsonl:é.jsonl",
     "folder:DIR": "folder:a/b",
+    "parquet:FILE_OR_DIR": "parquet:rows.parquet",
+    "hf:DIR": "hf:saved",
+    "spam:DIR": "spam:package",
     "dirichlet:ALPHA": "dirichlet:0.3",
 }
 
