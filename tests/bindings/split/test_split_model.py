@@ -1,5 +1,7 @@
 """A split model is the dense one when all experts run, and its parts are what a client's few experts compute."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from dense_models import EXPERTS, FAMILIES, LAYERS, WIDTH, K, dense_model, some_
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 
+from fedmoe_bindings.transformers import use_fedmoe
 from fedmoe_bindings.transformers.live.adapter import TransformersAdapter
 from fedmoe_bindings.transformers.live.writing import own_model, require_same
 from fedmoe_bindings.transformers.split.clusters import balanced_clusters, neurons_of, random_clusters
@@ -158,7 +161,17 @@ def test_a_client_with_fewer_choices_is_exported_as_what_it_computes(held, top_k
     submodel = SubModel(mask_LE, mask_LE, top_k=top_k)
     state = adapter.state()
     adapter.configure(state, submodel)
-    stock = own_model(adapter.model, state, adapter._family, adapter.moe, submodel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        stock = own_model(adapter.model, state, adapter._family, adapter.moe, submodel)
     tokens_SN = some_tokens(seed=1)
     require_same(stock, adapter.model, Batch(tokens_SN, torch.ones_like(tokens_SN, dtype=torch.bool)))
     assert stock.config.num_experts_per_tok == min(len(held), top_k)
+
+
+def test_a_stock_router_that_renormalises_over_few_experts_says_by_how_much():
+    _, _, moe = split_model()
+    with pytest.warns(
+        RuntimeWarning, match="1 of the k=2 experts .* multiplies what these add by 2; permit at least 2"
+    ):
+        use_fedmoe(moe, permitted=np.arange(EXPERTS) == 1)

@@ -52,10 +52,12 @@ def own_model(
         ValueError: transformers has no such model: grafts, a head that pools the mean, layers that hold different
             numbers of experts, or groups of experts that do not survive the cut.
     """
-    whole = stock_of(root, as_run(state, layers, submodel), family, layers, top_k=layers[0].top_k)
-    served_LE = submodel.permitted_LE
+    served_LE, top_k = submodel.permitted_LE, layers[0].top_k
     if served_LE is not None and submodel.alias_LE is not None:
         served_LE = served_LE | (submodel.alias_LE >= 0)
+    if served_LE is not None:
+        top_k = min(top_k, int(served_LE.sum(axis=1).max()))
+    whole = stock_of(root, as_run(state, layers, submodel), family, layers, top_k=top_k)
     if served_LE is None or served_LE.all():
         return whole
     return extract_submodel(whole, torch.from_numpy(np.asarray(served_LE)))

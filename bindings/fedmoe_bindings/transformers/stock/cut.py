@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fedmoe_bindings.transformers.split.families import SPLIT
 from fedmoe_bindings.transformers.stock.blocks import StockBlock, configs_of, counts_experts, stock_blocks
+from fedmoe_kernels.backends import warn_once
 
 _CHOICES = ("per_tok", "per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "num_selected_experts")
 _GROUPS, _BEST_GROUPS = ("n_group", "num_expert_groups"), ("topk_group", "num_limited_groups")
@@ -74,6 +76,13 @@ def _cut_config(config: PreTrainedConfig, whole: int, kept: Sequence[np.ndarray]
         return
     for key in keys:
         setattr(config, key, count)
+    k = getattr(config, "num_experts_per_tok", 0)
+    if k > count and getattr(config, SPLIT, None):
+        warn_once(
+            f"{count} of the k={k} experts that a token of a split model takes are permitted, and the stock router "
+            f"multiplies what these add by {k / count:g}; permit at least {k}, or use load_adapter, whose weights are "
+            "shares"
+        )
     lower_choices(config, count)
     groups = next((key for key in _GROUPS if type(getattr(config, key, None)) is int), None)
     best = next((key for key in _BEST_GROUPS if type(getattr(config, key, None)) is int), None)
