@@ -80,7 +80,9 @@ def pretrained_tokenizer(name: str) -> TextTokenizer:
     paths = [folder / file for file in ("tokenizer.json", "tokenizer_config.json")]
     if not folder.is_dir():
         if name.count("/") != 1:
-            raise ValueError(f"model {name!r} is not 'tiny', an existing directory, or a hub id of the form owner/name")
+            raise ValueError(
+                f"model {name!r} is not 'tiny', 'smollm2', dense:DIR, a directory that exists, or a hub id owner/name"
+            )
         try:
             paths = [Path(hf_hub_download(name, path.name)) for path in paths]
         except OSError as error:

@@ -53,9 +53,11 @@ def test_a_saved_classifier_keeps_its_head_when_the_classes_agree(tmp_path):
 
 
 def test_names_and_files_that_cannot_be_loaded_are_named(tmp_path):
-    with pytest.raises(ValueError, match="'nowhere' is not 'tiny', an existing directory, or a hub id"):
+    with pytest.raises(
+        ValueError, match="'nowhere' is not 'tiny', 'smollm2', dense:DIR, a directory that exists, or a hub id"
+    ):
         load_adapter("nowhere")
-    with pytest.raises(ValueError, match="not 'tiny', an existing directory"):
+    with pytest.raises(ValueError, match="not 'tiny', 'smollm2'"):
         load_adapter(str(tmp_path / "missing"))
     with pytest.raises(OSError, match="cannot be loaded") as raised:
         load_adapter(str(tmp_path))

@@ -75,8 +75,9 @@ def warn_of_factor(submodel: SubModel, spec: ModelSpec, *, renormalizes: bool) -
     if submodel.permitted_LE is not None:
         aliased_LE = False if submodel.alias_LE is None else submodel.alias_LE >= 0
         served = int((submodel.permitted_LE | aliased_LE).sum(axis=1).min())
-    if renormalizes and (choices := min(asked, served)) < spec.top_k:
+    if renormalizes and min(asked, served) < (k := spec.top_k):
+        # Without the numbers of this client, so that a run with many of them says it once.
         warn_once(
-            f"a client's tokens choose {choices} of the k={spec.top_k} experts of a split model, and renormalised "
-            f"weights multiply what these add by {spec.top_k / choices:g}; set train.absent=auto, or share"
+            f"some client's tokens choose n < {k} experts of a split model, and renormalised weights multiply what "
+            f"these add by {k} / n, so one expert by {k}; set train.absent=auto, or share"
         )

@@ -150,7 +150,9 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
     """
     local = Path(name).is_dir()
     if not local and not _HUB_ID.fullmatch(name):
-        raise ValueError(f"model {name!r} is not 'tiny', an existing directory, or a hub id of the form owner/name")
+        raise ValueError(
+            f"model {name!r} is not 'tiny', 'smollm2', dense:DIR, a directory that exists, or a hub id owner/name"
+        )
     with quiet(), torch.random.fork_rng(devices=[]):
         with one_sentence(name):
             config = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
