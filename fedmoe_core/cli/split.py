@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from fedmoe_core.simulation.worlds.dense import SplitReport
 
 Dense = Annotated[
-    str, typer.Argument(metavar="DENSE", help="smollm2, or the directory of a Llama, Mistral, Qwen2 or Qwen3 model.")
+    str,
+    typer.Argument(metavar="DENSE", help="smollm2, or a Llama, Mistral, Qwen2 or Qwen3: a directory or owner/name."),
 ]
 Into = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make; any transformers program loads it.")]
 Experts = Annotated[int, typer.Option(min=2, help="Experts of each split layer.")]
@@ -34,7 +35,7 @@ def run(dense: str, out: Path, *, experts: int, top_k: int, layers: str, text: s
     """
     from fedmoe_core.base.files import ensure_writable
     from fedmoe_core.base.rng import counter_rng
-    from fedmoe_core.config.run_config import Config
+    from fedmoe_core.config.run_config import Config, is_dense
     from fedmoe_core.data.corpus import PIECE_CHARS
     from fedmoe_core.data.federated import load_corpus
     from fedmoe_core.data.tokenizing import encode_corpus, pretrained_tokenizer
@@ -44,12 +45,12 @@ def run(dense: str, out: Path, *, experts: int, top_k: int, layers: str, text: s
     if out.exists():
         raise ValueError(f"{out} exists; give a directory that is not there yet, or remove it")
     ensure_writable(out.absolute().parent)
-    name = dense if dense == "smollm2" else f"dense:{Path(dense.removeprefix('dense:')).absolute()}"
+    name = dense if is_dense(dense) else f"dense:{dense}"
     words = [f"model={name}", f"split.experts={experts}", f"split.top_k={top_k}", f"split.layers={layers}"]
     config = Config.load(overrides=[*words, f"split.tokens={tokens}"]).resolved()
     splitter = find_splitter(config.adapter)
     say(f"opening {dense}", err=True)
-    folder = splitter.folder(name, cache_directory(config))
+    folder = splitter.folder(config.model, cache_directory(config))
     corpus = load_corpus(text)
     if len(corpus.texts) < 2:
         raise ValueError(

@@ -197,7 +197,8 @@ class Config:
         data = f"{kind}:{Path(file).absolute()}" if file else self.data
         directory = self.model not in ("tiny", OWN) and Path(self.model).is_dir()
         model = str(Path(self.model).absolute()) if directory else self.model
-        if place := model.removeprefix("dense:") if model.startswith("dense:") else "":
+        place = model.removeprefix("dense:")
+        if place and place != model and Path(place).is_dir():
             model = f"dense:{Path(place).absolute()}"
         asked = os.environ.get("OMP_NUM_THREADS", "")  # of each process, as launchers and batch systems set it
         threads = self.threads or (int(asked) if asked.isdigit() else 0) or max(1, usable_cores() // self.ranks)

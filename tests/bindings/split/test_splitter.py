@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from typer.testing import CliRunner
 
 from fedmoe_bindings.transformers.split import named
+from fedmoe_bindings.transformers.split import splitter as module
 from fedmoe_bindings.transformers.split.splitter import splitter
 from fedmoe_core.cli.main import app
 from fedmoe_core.config.run_config import Config
@@ -150,3 +151,28 @@ def test_smollm2_comes_out_of_its_package_as_a_plain_llama(tmp_path):
     with torch.no_grad():
         answer = model.generate(**prompt, max_new_tokens=3, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
+
+
+def test_a_model_of_the_hub_is_fetched_and_split(monkeypatch, tmp_path):
+    save_dense(tmp_path / "snapshot")
+    asked = {}
+
+    def fetch(name, *, allow_patterns):
+        asked[name] = allow_patterns
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(module, "snapshot_download", fetch)
+    assert Config.load(overrides=["model=dense:owner/name"]).resolved().model == "dense:owner/name"
+    assert splitter.folder("dense:owner/name", tmp_path) == tmp_path / "snapshot"
+    assert splitter.digest("dense:owner/name") == splitter.digest(f"dense:{tmp_path / 'snapshot'}")
+    assert "*.safetensors" in asked["owner/name"]
+    assert not any("bin" in pattern for pattern in asked["owner/name"])  # nothing that could be a pickle
+
+
+def test_a_model_of_the_hub_that_cannot_be_had_is_one_sentence(monkeypatch, tmp_path):
+    def fail(name, *, allow_patterns):
+        raise OSError("no route\nto the host")
+
+    monkeypatch.setattr(module, "snapshot_download", fail)
+    with pytest.raises(OSError, match=r"'owner/name' cannot be loaded \(no route\); check the path, the network"):
+        splitter.folder("dense:owner/name", tmp_path)

@@ -37,7 +37,7 @@ _ENCODERS = {"switch_transformers": SwitchTransformersEncoderModel}
 _CHANCE = re.compile("dropout|pdrop|layerdrop|drop_path|jitter")
 # Called like chance, yet a threshold: logits that far below the largest do not enter a choice's softmax.
 _NO_CHANCE = {"phimoe": "router_jitter_noise"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class SequenceClassifier(nn.Module):
@@ -149,7 +149,7 @@ def load_model(name: str, *, task: Task, num_classes: int, dtype: torch.dtype | 
         OSError: the checkpoint cannot be read, lacks weights or has others (transformers would fill in random ones).
     """
     local = Path(name).is_dir()
-    if not local and not _HUB_ID.fullmatch(name):
+    if not local and not HUB_ID.fullmatch(name):
         raise ValueError(
             f"model {name!r} is not 'tiny', 'smollm2', dense:DIR, a directory that exists, or a hub id owner/name"
         )

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fedmoe_bindings.transformers.live.load import one_sentence, quiet
+from fedmoe_bindings.transformers.live.load import HUB_ID, one_sentence, quiet
 from fedmoe_bindings.transformers.split.families import SPLIT, check_dense
 from fedmoe_bindings.transformers.split.measure import all_experts, largest_difference, next_token_loss
 from fedmoe_bindings.transformers.split.named import smollm2, smollm2_digest
@@ -29,7 +30,10 @@ class TransformersSplitter:
     """Splits Llama, Mistral, Qwen2 and Qwen3; implements ``Splitter``."""
 
     def folder(self, name: str, cache: Path) -> Path:
-        """Return the directory of ``smollm2``, unpacked into ``cache``, or of ``dense:DIR``; as the protocol."""
+        """Return the directory of ``smollm2``, unpacked into ``cache``, or of ``dense:DIR``; as the protocol.
+
+        ``dense:owner/name`` fetches the model from the hub, unless HF_HUB_OFFLINE is set or it is there already.
+        """
         if name == "smollm2":
             return smollm2(cache)
         folder = _given(name)
@@ -88,11 +92,14 @@ class TransformersSplitter:
 def _given(name: str) -> Path:
     kind, _, place = name.partition(":")
     if kind != "dense" or not place:
-        raise unknown(f"model {name!r}", name, ("smollm2", "dense:DIR"))
+        raise unknown(f"model {name!r}", name, ("smollm2", "dense:DIR", "dense:owner/name"))
     folder = Path(place)
-    if not folder.is_dir():
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(place):
         raise FileNotFoundError(f"{folder} is not a directory; give dense: the folder of a saved transformers model")
-    return folder
+    with quiet(), one_sentence(place):
+        return Path(snapshot_download(place, allow_patterns=["*.safetensors", "*.json", *BESIDE]))
 
 
 def _load(folder: Path) -> PreTrainedModel:
