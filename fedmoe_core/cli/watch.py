@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +24,7 @@ RunDirs = Annotated[
 ]
 Once = Annotated[bool, typer.Option("--once", help="Show it once and stop, as where the output is not a terminal.")]
 Every = Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks.")]
+SLICE = 0.1  # seconds of sleep after which a wish to stop is heard
 PIPE_WIDTH = 200  # columns where there is no screen: one line a run
 
 
@@ -49,15 +50,16 @@ def watch(paths: Sequence[Path], *, once: bool, every: float, as_json: bool) -> 
         runs, folders = _look(paths, watchers)
         console.print(watch_view(runs, several=folders or len(paths) > 1, ascii_only=ascii_only))
         return
-    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
-        while True:
-            with _whole():
-                runs, folders = _look(paths, watchers)
-                view = watch_view(runs, several=folders or len(paths) > 1, ascii_only=ascii_only)
-                live.update(view, refresh=True)
+    with _stop_asked() as asked, Live(console=console, auto_refresh=False) as live:
+        while not asked():
+            runs, folders = _look(paths, watchers)
+            view = watch_view(runs, several=folders or len(paths) > 1, ascii_only=ascii_only)
+            live.update(view, refresh=True)
             if not folders and all(seen.state == "finished" for seen in runs):
                 return
-            time.sleep(every)
+            until = time.monotonic() + every
+            while not asked() and (left := until - time.monotonic()) > 0:
+                time.sleep(min(SLICE, left))
 
 
 def _look(paths: Sequence[Path], watchers: dict[Path, Watcher]) -> tuple[list[Seen], bool]:
@@ -70,10 +72,17 @@ def _look(paths: Sequence[Path], watchers: dict[Path, Watcher]) -> tuple[list[Se
 
 
 @contextmanager
-def _whole() -> Iterator[None]:
-    """Let Ctrl-C, and what else asks this process to stop, wait until the block ends: half a frame stays on screen."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+def _stop_asked() -> Iterator[Callable[[], bool]]:
+    """Tell, within the block, whether Ctrl-C or what else asks this process to stop has come; it interrupts nothing.
+
+    So no half a frame stays on screen, and the wish cannot be lost: an exception that a signal raises while Python
+    finalises an object is dropped, and the table went on for ever.
+    """
+    asked: list[int] = []
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in stops}
     try:
-        yield
+        yield lambda: bool(asked)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

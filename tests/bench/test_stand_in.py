@@ -233,8 +233,8 @@ def test_host_times_are_kept_with_their_launches(library: Path, tmp_path: Path) 
     assert all(low <= row["us"] <= high for row in found["rows"] for low, high in [row["quartiles"]])
     quarter = {what: row for (case, what), row in rows.items() if case == "a quarter trains"}
     assert [quarter[f"experts.{name}"]["launches"] for name in ("forward", "backward")] == [4, 9]
-    assert quarter["moe_mlp"]["launches"] == 4
-    assert quarter["route, moe_mlp and their backward"]["launches"] == 16
+    assert quarter["moe_mlp"]["launches"] == 6  # with importance sums: two more, of the outputs' norms
+    assert quarter["route, moe_mlp and their backward"]["launches"] == 18
     assert rows["floor", "an operator of 28 arguments"]["launches"] == 0
     assert rows["floor", "an empty kernel of two arguments"]["launches"] == 1
-    assert "| a quarter trains | moe_mlp | 4 |" in kept.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| a quarter trains | moe_mlp | 6 |" in kept.with_suffix(".md").read_text(encoding="utf-8")

@@ -20,6 +20,8 @@ COMMANDS = {
     "watch": ["--once", __file__],
     "report": ["{}/none"],
     "compare": ["nonsense=1"],
+    "split": ["{}/none", "{}/out"],
+    "export": ["{}/none", "{}/out"],
 }
 
 
