@@ -285,6 +285,7 @@ def split(
     """Turn a dense model into a Mixture of Experts that computes the same when all run, and measure a few of them."""
     ending = Ending()
     with interruptions(ending), errors(ending, debug=debug):
+        ending.again = "fedmoe split with the same words"
         found = cli_split.run(dense, out, experts=experts, top_k=top_k, layers=layers, text=text, tokens=tokens)
         cli_split.show(found, out, as_json=as_json)
 

@@ -20,7 +20,7 @@ COMMANDS = {
     "watch": ["--once", __file__],
     "report": ["{}/none"],
     "compare": ["nonsense=1"],
-    "split": ["{}/none", "{}/out"],
+    "split": ["{}/none", "{}/out", "--layers", "first:1"],
     "export": ["{}/none", "{}/out"],
 }
 
