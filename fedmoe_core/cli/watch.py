@@ -76,7 +76,7 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
     """Tell, within the block, whether Ctrl-C or what else asks this process to stop has come; it interrupts nothing.
 
     So no half a frame stays on screen, and the wish cannot be lost: an exception that a signal raises while Python
-    finalises an object is dropped, and the table went on for ever.
+    finalises an object is dropped, and the table then goes on.
     """
     asked: list[int] = []
     stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
