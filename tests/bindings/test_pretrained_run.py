@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from byte_tokenizer import byte_tokenizer
 from stock_models import CAUSAL, config_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.tokenizing import pretrained_tokenizer
@@ -29,12 +29,7 @@ def corpus(tmp_path):
 
 def save_checkpoint(folder, family):
     """A fresh tiny model and a tokenizer of its own: another alphabet order and another end token than ours."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(WORDS, trainer)
+    tokenizer = byte_tokenizer(WORDS)
     config = config_of(family)
     config.vocab_size = tokenizer.get_vocab_size()
     CAUSAL[family](config).save_pretrained(folder)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from exported_runs import SAME, data_of, held_out, loss_of
 from peft import AutoPeftModelForCausalLM
 from stock_models import CAUSAL, config_of
 from tiny_corpus import SIZES, write_text, write_topics
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -27,12 +27,7 @@ CHAT = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
 
 def save_model(folder: Path, family: str, *, pad: int | None = None) -> Path:
     """A fresh tiny model with a key of its own in the configuration, generation settings, and a tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["river stone light"], trainer)
+    tokenizer = byte_tokenizer(["river stone light"])
     config = config_of(family)
     config.vocab_size, config.pad_token_id = tokenizer.get_vocab_size(), pad
     config.made_elsewhere = {"renormalize": "share", "of": [1, 2]}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from peft import PeftModel
 from stock_models import batch_of, relative, stock_loss
 from tiny_corpus import write_text
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fedmoe_bindings.peft.export import export_run, read_run
@@ -28,12 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose experts fit four bits, its tokenizer, and a corpus."""
     folder = tmp_path_factory.mktemp("saved")
     write_text(folder / "notes.jsonl")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["river stone light"], trainer)
+    tokenizer = byte_tokenizer(["river stone light"])
     heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
     experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
     sizes = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=64, num_hidden_layers=2, intermediate_size=32)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from byte_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 WIDTH, LAYERS, EXPERTS, K = 32, 4, 4, 2
@@ -45,14 +45,7 @@ def dense_model(family: str, *, vocab_size: int = 61, seed: int = 0, **more: Any
 
 def save_dense(folder: Path, family: str = "llama", **more: Any) -> PreTrainedModel:
     """Save such a model with a tokenizer of its own."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(WORDS, trainer)
+    tokenizer = byte_tokenizer(WORDS)
     model = dense_model(family, vocab_size=tokenizer.get_vocab_size(), **more)
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM
 from fedmoe_core.algorithms.base import algorithm_class
 from fedmoe_core.config.run_config import Config
 from fedmoe_core.data.batches import eval_batches
-from fedmoe_core.data.federated import load_data
-from fedmoe_core.data.tokenizing import pretrained_tokenizer
-from fedmoe_core.simulation.prepare import cache_directory
+from fedmoe_core.simulation.prepare import read_data
+from fedmoe_core.simulation.process_group import open_ranks
 
 SAME = 1e-4  # relative, of a held-out loss
 # 12.5 % is one expert a layer on the average, so that layers differ; a learning rate at which two rounds show.
@@ -67,18 +66,8 @@ class Ran:
 
 def data_of(config: Config):
     """The data of a run, read again."""
-    return load_data(
-        config.data,
-        clients=config.clients,
-        partition=config.partition,
-        seed=config.seed,
-        tokenizer=config.tokenizer,
-        vocab_size=config.model_config.vocab_size,
-        labels_per_class=config.warmup.labels_per_class,
-        validation=algorithm_class(config.algorithm).needs_validation,
-        pretrained=None if config.model == "tiny" else pretrained_tokenizer(config.model),
-        cache=cache_directory(config),
-    )
+    with open_ranks(1, torch.device("cpu")) as ranks:
+        return read_data(config, ranks, validation=algorithm_class(config.algorithm).needs_validation)
 
 
 def held_out(config: Config, client: int):

@@ -46,15 +46,14 @@ def all_experts(moe: PreTrainedModel, layers: Sequence[int], *, equally: bool = 
         equally: with the weights of a router that is 0, all alike.
     """
     blocks: list[Any] = [mlp_of(moe, layer) for layer in layers]
-    before = [(block.gate.top_k, block.gate.weight.data) for block in blocks]
+    before = [(block.gate.top_k, block.gate.weight.data, block.experts.down_proj.data) for block in blocks]
     try:
-        for block, (k, weight) in zip(blocks, before, strict=True):
+        for block, (k, weight, down) in zip(blocks, before, strict=True):
             count = len(weight)
             block.gate.top_k = count
             block.gate.weight.data = torch.zeros_like(weight) if equally else weight
-            block.experts.down_proj.data = block.experts.down_proj.data * (count / k)
+            block.experts.down_proj.data = down * (count / k)
         yield
     finally:
-        for block, (k, weight) in zip(blocks, before, strict=True):
-            block.experts.down_proj.data = block.experts.down_proj.data * (k / len(weight))
-            block.gate.top_k, block.gate.weight.data = k, weight
+        for block, (k, weight, down) in zip(blocks, before, strict=True):
+            block.gate.top_k, block.gate.weight.data, block.experts.down_proj.data = k, weight, down

